@@ -1,0 +1,176 @@
+"""The hand-over from training: a directory with student.json and model.safetensors, and nothing pickled."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdexport.errors import CheckpointError
+from kdexport.preprocessing import Preprocessing
+from kdexport.registry import nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from kdexport.reparam.blocks import BranchSpec
+    from kdexport.students import Student
+
+SCHEMA_VERSION = 1
+_SPEC, _WEIGHTS = "student.json", "model.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StudentSpec:
+    """All that is needed to rebuild a student and to feed it, without its weights."""
+
+    student: str
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    branches: "BranchSpec | None"
+    provenance: dict[str, Any]
+
+    @property
+    def num_classes(self) -> int:
+        """Number of logits."""
+        return len(self.classes)
+
+    @property
+    def image_size(self) -> int:
+        """Pixels a side."""
+        return self.preprocessing.image_size
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object that ``from_json`` reads back."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "student": self.student,
+            "classes": list(self.classes),
+            "preprocessing": self.preprocessing.to_json(),
+            "branches": None if self.branches is None else asdict(self.branches),
+            "provenance": self.provenance,
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "StudentSpec":
+        """Inverse of ``to_json``; raises ``KeyError``, ``TypeError`` or ``ValueError`` on foreign data."""
+        from kdexport.reparam.blocks import BranchSpec
+
+        if data["schema_version"] != SCHEMA_VERSION:
+            raise ValueError(f"schema_version is {data['schema_version']!r}, this version reads {SCHEMA_VERSION}")
+        branches = data["branches"]
+        return cls(
+            student=str(data["student"]),
+            classes=tuple(str(name) for name in data["classes"]),
+            preprocessing=Preprocessing.from_json(data["preprocessing"]),
+            branches=None if branches is None else BranchSpec(**branches),
+            provenance=dict(data["provenance"]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainedStudent:
+    """A checkpoint on disk that was read and found whole."""
+
+    weights: Path
+    weights_sha256: str
+    spec: StudentSpec
+
+
+def sha256_file(path: Path) -> str:
+    """sha256 of a file, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def open_checkpoint(directory: Path) -> TrainedStudent:
+    """Read student.json and hash the weights; raises ``CheckpointError`` for what is missing or foreign."""
+    spec_path, weights = directory / _SPEC, directory / _WEIGHTS
+    for path in (spec_path, weights):
+        if not path.is_file():
+            raise CheckpointError(
+                f"{directory} is not a student checkpoint: it has no {path.name}.",
+                remedy="Pass the folder that `python -m training train` wrote (student.json and model.safetensors).",
+            )
+    try:
+        spec = StudentSpec.from_json(json.loads(spec_path.read_text()))
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{spec_path} is not a description of a student: {type(error).__name__}: {error}.",
+            remedy="Pass a folder written by this version of `python -m training train`.",
+        ) from error
+    return TrainedStudent(weights=weights, weights_sha256=sha256_file(weights), spec=spec)
+
+
+def save_checkpoint(directory: Path, student: "nn.Module", spec: StudentSpec) -> None:
+    """Write a checkpoint directory; the caller makes its appearance atomic."""
+    directory.mkdir(parents=True, exist_ok=True)
+    save_tensors(directory / _WEIGHTS, student.state_dict())
+    (directory / _SPEC).write_text(json.dumps(spec.to_json(), indent=2, sort_keys=True) + "\n")
+
+
+def save_tensors(path: Path, tensors: "dict[str, Tensor]") -> None:
+    """Write tensors as safetensors, on the CPU and contiguous."""
+    from safetensors.torch import save_file
+
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def load_tensors(path: Path) -> "dict[str, Tensor]":
+    """Read safetensors; raises ``CheckpointError`` for a truncated or foreign file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is truncated or not a safetensors file: {error}.", remedy="Copy the checkpoint again."
+        ) from error
+
+
+def build_student(spec: StudentSpec) -> "Student":
+    """The student that ``spec`` describes, with its branches and fresh weights, in training mode."""
+    from kdexport.reparam.blocks import attach_branches
+    from kdexport.students import STUDENTS
+
+    student = STUDENTS.build(spec.student, num_classes=spec.num_classes, image_size=spec.image_size)
+    if spec.branches is not None:
+        attach_branches(student, spec.branches)
+    return student
+
+
+def load_student(trained: TrainedStudent) -> "Student":
+    """The unfused student with its trained weights, in evaluation mode."""
+    student = build_student(trained.spec)
+    load_strictly(student, load_tensors(trained.weights), str(trained.weights))
+    return student.eval()
+
+
+def load_strictly(module: "nn.Module", tensors: "dict[str, Tensor]", source: str) -> None:
+    """Load all tensors into ``module``, none missing, none left over; raises ``CheckpointError`` that names them."""
+    own = module.state_dict()
+    missing, foreign = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    misshapen = [
+        f"{name} is {tuple(tensors[name].shape)}, not {tuple(own[name].shape)}"
+        for name in sorted(own.keys() & tensors.keys())
+        if own[name].shape != tensors[name].shape
+    ]
+    if missing or foreign or misshapen:
+        facts = [
+            f"{len(names)} {what}, first {names[0]!r}"
+            for what, names in (("tensors missing", missing), ("tensors unknown", foreign), ("shapes wrong", misshapen))
+            if names
+        ]
+        hint = f" {nearest(foreign[0], missing)}" if foreign and missing and len(missing) < 20 else ""
+        raise CheckpointError(
+            f"{source} does not fit the model: {'; '.join(facts)}.{hint}",
+            remedy="Name the architecture, number of classes and branches that it was trained with.",
+        )
+    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if bad:
+        raise CheckpointError(
+            f"{source} holds NaN or infinite values, first in {bad[0]!r}.",
+            remedy="The run diverged; train again with a smaller learning rate.",
+        )
+    module.load_state_dict(tensors)

@@ -1,0 +1,209 @@
+"""Every error that kdexport raises on purpose, as one tree with stable codes.
+
+    KdexportError
+    |- ConfigError              KDX100  exit 2   a configuration, recipe or option is wrong
+    |  `- UnknownNameError      KDX101  exit 2   a name is in no registry
+    |- CheckpointError          KDX200  exit 2   a checkpoint is missing, truncated or foreign
+    |- DataError                KDX201  exit 2   a data set or an image cannot be used
+    |- OutputError              KDX202  exit 2   the output folder holds something that is not ours
+    |- BundleError              KDX203  exit 2   a folder is not a readable bundle
+    |- ReparamError             KDX300  exit 2   a module cannot be folded without changing what it computes
+    |- CheckError                       exit 1   something was measured and is not allowed
+    |  |- CertificateError      KDX301           the folded module differs from the unfolded one in float64
+    |  |- ExportError           KDX310           the exported graph is not the folded module
+    |  |- AuditError            KDX311           what was built is not what was asked
+    |  |- EngineBuildError      KDX320           a backend refused the graph
+    |  |- VerificationError     KDX330           a rung of the parity ladder or the latency test failed
+    |  `- TrainingError         KDX340           the training run diverged or died
+    `- EnvironmentFault                 exit 4   this machine lacks something
+       |- BackendUnavailableError  KDX400        a package, driver or GPU is missing
+       `- StorageError             KDX401        no space or no permission
+"""
+
+from typing import ClassVar
+
+
+class KdexportError(Exception):
+    """Base of all errors: what happened, and what to do about it."""
+
+    code: ClassVar[str] = "KDX000"
+    exit_code: ClassVar[int] = 1
+    #: What ``kdexport explain CODE`` says.
+    explanation: ClassVar[str] = ""
+
+    def __init__(self, message: str, *, remedy: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.message}\n{self.remedy}"
+
+
+class ConfigError(KdexportError):
+    """A configuration file, a recipe or an option is wrong."""
+
+    code = "KDX100"
+    exit_code = 2
+    explanation = (
+        "A TOML file or an option has an unknown key, a wrong type or a value out of range. Unknown keys are never "
+        "ignored, because an ignored key is a setting that silently does not hold. The message names the key and the "
+        "nearest known one."
+    )
+
+
+class UnknownNameError(ConfigError):
+    """A student, teacher, distiller, target or recipe of this name does not exist."""
+
+    code = "KDX101"
+    explanation = (
+        "The name is in no registry. `kdexport list students|teachers|distillers|targets` prints those that are. Target "
+        "names are <backend>-<precision>, for example onnx-fp32 or trt-fp16."
+    )
+
+
+class CheckpointError(KdexportError):
+    """A checkpoint is missing, truncated, or belongs to another model."""
+
+    code = "KDX200"
+    exit_code = 2
+    explanation = (
+        "A student checkpoint is a directory with student.json and model.safetensors. All of its tensors must be those "
+        "of the student it names, with no tensor missing, left over or of another shape: kdexport never loads a part "
+        "of a checkpoint. Pickled files are read with weights_only=True, and only as teacher weights."
+    )
+
+
+class DataError(KdexportError):
+    """A data set is missing, empty or unreadable, or an image is corrupt."""
+
+    code = "KDX201"
+    exit_code = 2
+    explanation = (
+        "A data set could not be read. Image folders hold train/<class>/* and test/<class>/* (or val/). A corrupt image "
+        "stops the run with its name: skipping it would silently change what is measured."
+    )
+
+
+class OutputError(KdexportError):
+    """The output folder holds something that is not a bundle."""
+
+    code = "KDX202"
+    exit_code = 2
+    explanation = (
+        "kdexport replaces a bundle of its own at --out, and only once the new one is complete. It does not replace or "
+        "delete anything else."
+    )
+
+
+class BundleError(KdexportError):
+    """A folder is not a bundle, or its manifest cannot be read."""
+
+    code = "KDX203"
+    exit_code = 2
+    explanation = "A bundle is the folder that `kdexport build` writes: manifest.json beside the files that it lists."
+
+
+class ReparamError(KdexportError):
+    """A module cannot be folded without changing what it computes."""
+
+    code = "KDX300"
+    exit_code = 2
+    explanation = (
+        "Folding is exact only for linear branches in evaluation mode: convolution and batch norm with running "
+        "statistics, each called once, with no hook, no other user and nothing non-linear between. Anything else is "
+        "refused, never merged approximately."
+    )
+
+
+class CheckError(KdexportError):
+    """Something was measured and lies outside what is allowed."""
+
+    exit_code = 1
+
+
+class CertificateError(CheckError):
+    """The folded module differs from the unfolded one in float64."""
+
+    code = "KDX301"
+    explanation = (
+        "In float64 a correct fold differs from the original by rounding alone, about 1e-15 of the largest logit. The "
+        "limit is 1e-9. A failure is an algebra error; the message names the block."
+    )
+
+
+class ExportError(CheckError):
+    """The exported graph is not the folded module."""
+
+    code = "KDX310"
+    explanation = (
+        "After export the graph is checked: opset, input and output names, dynamic batch, no BatchNormalization, no "
+        "branch, and every weight equal to the folded student's, bit by bit."
+    )
+
+
+class AuditError(CheckError):
+    """What was built is not what was asked for."""
+
+    code = "KDX311"
+    explanation = "A layer runs in another precision, on another provider or in another form than the target asks for."
+
+
+class EngineBuildError(CheckError):
+    """A backend refused the graph."""
+
+    code = "KDX320"
+    explanation = "The engine builder could not parse or build the graph; its own messages are quoted."
+
+
+class VerificationError(CheckError):
+    """A rung of the parity ladder or the latency comparison failed."""
+
+    code = "KDX330"
+    explanation = (
+        "Rung A compares the algebra in float64, B fp32 with the float64 oracle relative to the unfused model's own "
+        "error, C low precision relative to a simulation of it. No limit is a typed-in tolerance: each is a small "
+        "multiple of an error that the unfused model has itself."
+    )
+
+
+class TrainingError(CheckError):
+    """The training run diverged or died."""
+
+    code = "KDX340"
+    explanation = "The training process ended early. Its checkpoints are kept: the same command continues from the last."
+
+
+class EnvironmentFault(KdexportError):
+    """This machine lacks something."""
+
+    exit_code = 4
+
+
+class BackendUnavailableError(EnvironmentFault):
+    """A package, driver or GPU is missing."""
+
+    code = "KDX400"
+    explanation = (
+        "The target needs something that this machine does not have. kdexport never falls back to another device, "
+        "precision or provider. `kdexport doctor` shows what is here."
+    )
+
+
+class StorageError(EnvironmentFault):
+    """No space or no permission to write."""
+
+    code = "KDX401"
+    explanation = "A file could not be written. Nothing half-written is left behind and an existing bundle is untouched."
+
+
+def error_codes() -> dict[str, type[KdexportError]]:
+    """All stable codes with their classes."""
+    found: dict[str, type[KdexportError]] = {}
+    pending: list[type[KdexportError]] = [KdexportError]
+    while pending:
+        cls = pending.pop()
+        pending.extend(cls.__subclasses__())
+        if cls.explanation:
+            found[cls.code] = cls
+    return dict(sorted(found.items()))

@@ -1,0 +1,102 @@
+"""From image bytes to the tensor that a student reads: one definition for training, verification and serving."""
+
+import io
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdexport.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")
+_MAX_PIXELS = 100_000_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preprocessing:
+    """RGB, the short side to ``resize`` pixels, the central ``image_size`` square, / 255, (x - mean) / std per channel."""
+
+    image_size: int
+    resize: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object that ``from_json`` reads back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Preprocessing":
+        """Inverse of ``to_json``."""
+        return cls(
+            image_size=int(data["image_size"]),
+            resize=int(data["resize"]),
+            mean=_triple(data["mean"]),
+            std=_triple(data["std"]),
+        )
+
+    def pixels(self, image: "Image.Image") -> NDArray[np.uint8]:
+        """An opened image as (image_size, image_size, 3) uint8.
+
+        Resizing and cropping are one step: the crop box is taken in the source, so that no intermediate image grows
+        with the aspect ratio.
+        """
+        from PIL import Image
+
+        rgb = image.convert("RGB")
+        if rgb.size != (self.image_size, self.image_size) or self.resize != self.image_size:
+            scale = min(rgb.size) / self.resize
+            half = self.image_size * scale / 2
+            x, y = rgb.width / 2, rgb.height / 2
+            box = (max(x - half, 0), max(y - half, 0), min(x + half, rgb.width), min(y + half, rgb.height))
+            size = (self.image_size, self.image_size)
+            rgb = rgb.resize(size, Image.Resampling.BILINEAR, box=box)
+        return np.asarray(rgb, dtype=np.uint8)
+
+    def normalise(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """(N,H,W,3) uint8 to (N,3,H,W) float32."""
+        scaled = pixels.astype(np.float32) / np.float32(255)
+        centred = (scaled - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
+        return np.ascontiguousarray(centred.transpose(0, 3, 1, 2))
+
+
+def _triple(values: Any) -> tuple[float, float, float]:
+    red, green, blue = (float(value) for value in values)
+    return red, green, blue
+
+
+def decode(data: bytes, name: str) -> "Image.Image":
+    """Decode image bytes; ``name`` is for the error. Raises ``DataError`` for a corrupt, huge or foreign image."""
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=_FORMATS)
+            if image.width * image.height > _MAX_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} pixels")
+            image.load()
+    # Pillow's decoders raise many kinds of error on hostile bytes; each means the same to the user.
+    except Exception as error:
+        raise DataError(
+            f"{name} is not a readable image: {error}.",
+            remedy=f"Repair or remove the file; {', '.join(_FORMATS)} up to {_MAX_PIXELS:,} pixels are read.",
+        ) from error
+    return image
+
+
+def read_image(path: Path) -> "Image.Image":
+    """Open and decode one image file; raises ``DataError``."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read: {error.strerror}.", remedy="Check the path and its permissions."
+        ) from error
+    return decode(data, str(path))

@@ -1,0 +1,1 @@
+"""Exact algebra that removes training-time branches and batch norms."""

@@ -1,0 +1,230 @@
+"""Finds by dataflow what can be folded in a module, and refuses what cannot be folded exactly."""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import fx, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from kdexport.errors import ReparamError
+from kdexport.reparam.blocks import ParallelBranches, PooledAdapters
+
+_LINEAR_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_POOLING = {functional.adaptive_avg_pool2d}
+_TRANSPARENT = {torch.flatten, functional.dropout}
+
+
+@dataclass(frozen=True, slots=True)
+class FoldPair:
+    """A convolution or linear layer and the batch norm that alone reads it."""
+
+    layer: str
+    batch_norm: str
+
+
+@dataclass(frozen=True, slots=True)
+class MergeBranches:
+    """A ``ParallelBranches`` to be replaced by one convolution."""
+
+    parallel: str
+
+
+@dataclass(frozen=True, slots=True)
+class ComposeAdapters:
+    """``PooledAdapters`` to be folded into the linear layer after the pooling."""
+
+    parallel: str
+    linear: str
+
+
+Step = FoldPair | MergeBranches | ComposeAdapters
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, ParallelBranches) or super().is_leaf_module(m, module_qualified_name)
+
+
+def trace(module: nn.Module) -> fx.Graph:
+    """The dataflow graph of ``module``, branches as single nodes; raises ``ReparamError`` where there is none."""
+    try:
+        return _Tracer().trace(module)
+    # Tracing runs the module's own forward, which may raise anything on symbolic values.
+    except Exception as error:
+        raise ReparamError(
+            f"The dataflow of {type(module).__name__} cannot be traced: {error}.",
+            remedy="Remove control flow that depends on the input from forward().",
+        ) from error
+
+
+def find_steps(module: nn.Module) -> list[Step]:
+    """Everything that must be folded in an eval-mode module, in the order of its dataflow.
+
+    Raises ``ReparamError`` for a module in training mode, and for a batch norm or branch that cannot be removed exactly.
+    """
+    _require_eval(module)
+    graph = trace(module)
+    calls = Counter(id(module.get_submodule(str(n.target))) for n in graph.nodes if n.op == "call_module")
+    steps: list[Step] = []
+    for node in graph.nodes:
+        if node.op == "call_function" and node.target in (functional.batch_norm, torch.batch_norm):
+            raise ReparamError(
+                f"The function batch_norm is called at {node.name}; only batch norm modules are folded.",
+                remedy="Use nn.BatchNorm2d.",
+            )
+        if node.op != "call_module":
+            continue
+        target = module.get_submodule(str(node.target))
+        if isinstance(target, _BatchNorm):
+            steps.append(_fold_pair(module, node, calls))
+        elif isinstance(target, ParallelBranches):
+            steps.append(_merge(module, node, target, calls))
+    _require_called(module, steps)
+    return steps
+
+
+def branch_layers(parallel: ParallelBranches, path: str) -> list[tuple[nn.Conv2d, nn.Module | None]]:
+    """(convolution, batch norm or None) of each branch; raises ``ReparamError`` for one that is not linear."""
+    layers: list[tuple[nn.Conv2d, nn.Module | None]] = []
+    for index, branch in enumerate(parallel.branches):
+        parts = list(branch) if type(branch) is nn.Sequential else [branch]
+        name = f"{path}.branches.{index}"
+        for part in (branch, *parts):
+            _refuse_hooks(part, name)
+        odd = [part for part in parts if type(part) is not nn.Conv2d and not isinstance(part, _BatchNorm)]
+        if odd or not parts or type(parts[0]) is not nn.Conv2d or len(parts) > 2 or _starts_again(parts):
+            culprit = type(odd[0]).__name__ if odd else " then ".join(type(part).__name__ for part in parts)
+            raise ReparamError(
+                f"Branch {name} is not one convolution and at most one batch norm: it contains {culprit}.",
+                remedy="Only linear branches can be merged; put non-linearities after the mean.",
+            )
+        layers.append((cast(nn.Conv2d, parts[0]), parts[1] if len(parts) == 2 else None))
+    _require_same_geometry([conv for conv, _ in layers], path)
+    return layers
+
+
+def _starts_again(parts: list[nn.Module]) -> bool:
+    return len(parts) == 2 and not isinstance(parts[1], _BatchNorm)
+
+
+def _require_same_geometry(convs: list[nn.Conv2d], path: str) -> None:
+    def geometry(conv: nn.Conv2d) -> tuple[Any, ...]:
+        return conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode, tuple(conv.weight.shape)
+
+    for index, conv in enumerate(convs):
+        if geometry(conv) != geometry(convs[0]):
+            raise ReparamError(
+                f"Branch {path}.branches.{index} has geometry {geometry(conv)}, branch 0 has {geometry(convs[0])}.",
+                remedy="Branches are summed into one convolution and must share stride, padding, dilation and groups.",
+            )
+
+
+def _require_eval(module: nn.Module) -> None:
+    for name, child in module.named_modules():
+        if child.training:
+            raise ReparamError(
+                f"{name or type(module).__name__} is in training mode: its batch norms would use the batch's statistics.",
+                remedy="Call .eval() on the module first; comparing in training mode is the commonest false alarm.",
+            )
+
+
+def _fold_pair(module: nn.Module, node: fx.Node, calls: Counter[int]) -> FoldPair:
+    name, producer = str(node.target), node.args[0]
+    if not isinstance(producer, fx.Node) or producer.op != "call_module":
+        raise ReparamError(
+            f"Batch norm {name} does not directly follow a convolution or linear layer.",
+            remedy="There is nothing before it that it could be folded into.",
+        )
+    layer_name = str(producer.target)
+    layer = module.get_submodule(layer_name)
+    if not isinstance(layer, _LINEAR_TYPES):
+        raise ReparamError(
+            f"Batch norm {name} follows {layer_name}, a {type(layer).__name__}, which is no convolution or linear layer.",
+            remedy="There is nothing before it that it could be folded into.",
+        )
+    _refuse_shared(layer_name, producer, calls[id(layer)])
+    _refuse_reuse(name, calls[id(module.get_submodule(name))])
+    _refuse_hooks(layer, layer_name)
+    _refuse_hooks(module.get_submodule(name), name)
+    return FoldPair(layer_name, name)
+
+
+def _merge(module: nn.Module, node: fx.Node, parallel: ParallelBranches, calls: Counter[int]) -> Step:
+    path = str(node.target)
+    _refuse_reuse(path, calls[id(parallel)])
+    _refuse_hooks(parallel, path)
+    branch_layers(parallel, path)
+    if not isinstance(parallel, PooledAdapters):
+        return MergeBranches(path)
+    return ComposeAdapters(path, _linear_after_pooling(module, node, path, calls))
+
+
+def _linear_after_pooling(module: nn.Module, node: fx.Node, path: str, calls: Counter[int]) -> str:
+    pooled, current = False, node
+    while True:
+        users = list(current.users)
+        if len(users) != 1:
+            raise ReparamError(f"The output of adapter {path} has {len(users)} users.", remedy="It must have one.")
+        current = users[0]
+        layer = module.get_submodule(str(current.target)) if current.op == "call_module" else None
+        if isinstance(layer, nn.Linear) and pooled:
+            _refuse_reuse(str(current.target), calls[id(layer)])
+            _refuse_hooks(layer, str(current.target))
+            return str(current.target)
+        is_pool = isinstance(layer, nn.AdaptiveAvgPool2d) or current.target in _POOLING
+        if is_pool and _pools_to_one(current, layer):
+            pooled = True
+        elif not isinstance(layer, nn.Dropout | nn.Identity | nn.Flatten) and current.target not in _TRANSPARENT:
+            what = type(layer).__name__ if layer is not None else getattr(current.target, "__name__", current.target)
+            raise ReparamError(
+                f"Between adapter {path} and the classifier lies {what}, which does not commute with a linear map.",
+                remedy="R2 adapters need global average pooling and a linear classifier directly after them; use R1.",
+            )
+
+
+def _pools_to_one(node: fx.Node, layer: nn.Module | None) -> bool:
+    size: Any = layer.output_size if isinstance(layer, nn.AdaptiveAvgPool2d) else node.args[1]
+    return size in (1, (1, 1))
+
+
+def _refuse_shared(name: str, node: fx.Node, count: int) -> None:
+    _refuse_reuse(name, count)
+    if len(node.users) != 1:
+        raise ReparamError(
+            f"The output of {name} has {len(node.users)} users; after folding, the others would read another value.",
+            remedy="Give the batch norm a layer of its own.",
+        )
+
+
+def _refuse_reuse(name: str, count: int) -> None:
+    if count > 1:
+        raise ReparamError(
+            f"{name} is called at {count} places of the forward pass; one set of weights cannot hold {count} folds.",
+            remedy="Give each place its own module.",
+        )
+
+
+def _refuse_hooks(module: nn.Module, name: str) -> None:
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise ReparamError(f"{name} carries a forward hook, which folding would drop.", remedy="Remove it first.")
+    if nn.utils.parametrize.is_parametrized(module):
+        raise ReparamError(
+            f"{name} is parametrized, so its weight is computed anew in each pass.",
+            remedy="Call torch.nn.utils.parametrize.remove_parametrizations first.",
+        )
+
+
+def _require_called(module: nn.Module, steps: list[Step]) -> None:
+    seen = {s.batch_norm if isinstance(s, FoldPair) else s.parallel for s in steps}
+    for name, child in module.named_modules():
+        inside = any(name.startswith(f"{path}.") for path in seen)
+        if isinstance(child, _BatchNorm | ParallelBranches) and name not in seen and not inside:
+            raise ReparamError(
+                f"{name}, a {type(child).__name__}, is never called in the forward pass.",
+                remedy="Remove it, or call it as a module.",
+            )
+
+

@@ -1,0 +1,114 @@
+"""``python -m training``: train a teacher, distil a student, evaluate a checkpoint, print a resolved recipe."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from kdexport.checkpoint import sha256_file
+from kdexport.console import guarded
+from kdexport.fingerprint import dataset_digest
+
+from training.recipe import Recipe, load_recipe, merge_overrides, parse_override
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+RecipeOption = Annotated[str, typer.Option("--recipe", help="A recipe by name, or a TOML file.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override a key: train.epochs=30.")]
+DataOption = Annotated[str | None, typer.Option("--data", help="Where the data set lies; overrides data.root.")]
+TeacherOption = Annotated[str | None, typer.Option("--teacher-checkpoint", help="Teacher weights, .pt or .safetensors.")]
+OutOption = Annotated[Path, typer.Option("--out", help="Run folder: state, metrics, result. Continues what is there.")]
+
+
+def _resolve(recipe: str, overrides: list[str] | None, data: str | None, teacher: str | None) -> Recipe:
+    tables: list[dict[str, Any]] = [parse_override(item) for item in overrides or []]
+    if data is not None:
+        tables.append({"data": {"root": data}})
+    if teacher is not None:
+        tables.append({"teacher": {"checkpoint": teacher}})
+    return load_recipe(recipe, merge_overrides(tables))
+
+
+@app.command()
+def teacher(recipe: RecipeOption, out: OutOption, set_: SetOption = None, data: DataOption = None) -> None:
+    """Train the recipe's teacher."""
+    from training.train import train_teacher
+
+    _claim(out, resolved := _resolve(recipe, set_, data, None), "teacher")
+    metrics = train_teacher(resolved, out)
+    sys.stdout.write(json.dumps(metrics) + "\n")
+
+
+@app.command()
+def train(
+    recipe: RecipeOption,
+    out: OutOption,
+    set_: SetOption = None,
+    data: DataOption = None,
+    teacher_checkpoint: TeacherOption = None,
+) -> None:
+    """Distil the recipe's student; without teacher weights the teacher is trained first, in the same run."""
+    from training.train import Origin, train_student, train_teacher
+
+    resolved = _resolve(recipe, set_, data, teacher_checkpoint)
+    _claim(out, resolved, "student")
+    dataset = dataset_digest(resolved.data.spec(), out / "dataset")
+    if not resolved.teacher.checkpoint:
+        weights = out / "teacher" / "model.safetensors"
+        if not weights.is_file():
+            train_teacher(resolved, out / "teacher")
+        resolved = resolved.model_copy(
+            update={"teacher": resolved.teacher.model_copy(update={"checkpoint": str(weights)})}
+        )
+    checkpoint = Path(resolved.teacher.checkpoint)
+    digest = sha256_file(checkpoint) if checkpoint.is_file() else ""
+    metrics = train_student(resolved, out, Origin(dataset_sha256=dataset, teacher_sha256=digest))
+    sys.stdout.write(json.dumps(metrics) + "\n")
+
+
+@app.command()
+def evaluate(
+    recipe: RecipeOption,
+    checkpoint: Annotated[Path | None, typer.Option("--checkpoint", help="A student folder; else the teacher.")] = None,
+    set_: SetOption = None,
+    data: DataOption = None,
+    teacher_checkpoint: TeacherOption = None,
+) -> None:
+    """Print the top-1 of a student checkpoint, or of the teacher's, on the test split."""
+    from training.train import evaluate_student, evaluate_teacher
+
+    resolved = _resolve(recipe, set_, data, teacher_checkpoint)
+    value = evaluate_teacher(resolved) if checkpoint is None else evaluate_student(resolved, checkpoint)
+    sys.stdout.write(json.dumps({"top1": value}) + "\n")
+
+
+@app.command()
+def resolve(
+    recipe: RecipeOption, set_: SetOption = None, data: DataOption = None, teacher_checkpoint: TeacherOption = None
+) -> None:
+    """Print the complete recipe as JSON."""
+    sys.stdout.write(_resolve(recipe, set_, data, teacher_checkpoint).model_dump_json() + "\n")
+
+
+def _claim(out: Path, recipe: Recipe, job: str) -> None:
+    """A run folder belongs to one recipe: continuing it with another would mix two runs."""
+    from kdexport.errors import ConfigError, StorageError
+
+    described = {"job": job, "recipe": recipe.model_dump(mode="json")}
+    record = out / "recipe.json"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if record.is_file() and json.loads(record.read_text()) != described:
+            raise ConfigError(
+                f"{out} holds a run of another recipe.", remedy="Pass another --out, or remove the folder."
+            )
+        partial = out / ".recipe.json.partial"
+        partial.write_text(json.dumps(described, indent=2))
+        partial.replace(record)
+    except OSError as error:
+        raise StorageError(f"{out} cannot be written: {error.strerror}.", remedy="Pass another --out.") from error
+
+
+if __name__ == "__main__":
+    guarded(app)

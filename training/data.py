@@ -1,0 +1,222 @@
+"""Batches for training: augmented, normalised, on the device, and the same for the same (seed, epoch)."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import numpy as np
+import torch
+from kdexport.data import ImageSet
+from kdexport.errors import DataError
+from kdexport.preprocessing import Preprocessing, read_image
+from torch import Tensor
+
+from training.recipe import DataSettings
+
+#: Decoded sets up to this size live on the device; larger ones are streamed from their files.
+_RESIDENT_BYTES = 4 * 2**30
+
+Batch = tuple[Tensor, Tensor]
+
+
+def preprocessing_of(settings: DataSettings) -> Preprocessing:
+    """What the student will be fed with in production."""
+    resize = settings.resize or settings.image_size
+    return Preprocessing(image_size=settings.image_size, resize=resize, mean=settings.mean, std=settings.std)
+
+
+def epoch_generator(seed: int, epoch: int) -> torch.Generator:
+    """The randomness of one epoch, a function of seed and epoch alone, so that a resumed run repeats it."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+
+
+class Batches(Protocol):
+    """Augmented training batches; ``rank`` of ``world`` processes takes its share of each global batch."""
+
+    steps: int
+
+    def epoch(self, index: int) -> Iterator[Batch]:
+        """Normalised images (B,3,S,S) and labels (B,) of epoch ``index``, on the device."""
+
+
+class Normaliser:
+    """uint8 (B,3,S,S) to normalised float32, channels last, on the device."""
+
+    def __init__(self, preprocessing: Preprocessing, device: torch.device) -> None:
+        mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
+        self._mean = mean.reshape(1, 3, 1, 1).to(device)
+        self._std = std.reshape(1, 3, 1, 1).to(device)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        normalised = (pixels.float() / 255 - self._mean) / self._std
+        return normalised.contiguous(memory_format=torch.channels_last)
+
+
+class ResidentBatches:
+    """A small-image set as one uint8 tensor on the device, with random crop and flip there, a batch at a time."""
+
+    def __init__(
+        self,
+        images: ImageSet,
+        settings: DataSettings,
+        *,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        preprocessing = preprocessing_of(settings)
+        padding = settings.crop_padding
+        pixels = torch.from_numpy(decode_all(images, preprocessing)).permute(0, 3, 1, 2)
+        self._pixels = torch.nn.functional.pad(pixels, (padding,) * 4).to(device).contiguous()
+        self._labels = torch.from_numpy(images.labels).to(device)
+        self._normalise = Normaliser(preprocessing, device)
+        self._size, self._offsets, self._flip = settings.image_size, 2 * padding + 1, settings.flip
+        self._batch_size, self._seed, self._rank, self._world = batch_size, seed, rank, world
+        self.steps = full_batches(len(images), batch_size)
+
+    def epoch(self, index: int) -> Iterator[Batch]:
+        """Random order, crop offsets and flips of epoch ``index``."""
+        count, device = len(self._labels), self._pixels.device
+        generator = epoch_generator(self._seed, index)
+        order = torch.randperm(count, generator=generator)
+        offsets = torch.randint(self._offsets, (count, 2), generator=generator)
+        flips = torch.rand(count, generator=generator) < (0.5 if self._flip else 0.0)
+        order, offsets, flips = order.to(device), offsets.to(device), flips.to(device)
+        for step in range(self.steps):
+            share = slice(step * self._batch_size + self._rank, (step + 1) * self._batch_size, self._world)
+            chosen = order[share]
+            yield self._normalise(self._crop(chosen, offsets[share], flips[share])), self._labels[chosen]
+
+    def _crop(self, chosen: Tensor, offsets: Tensor, flips: Tensor) -> Tensor:
+        span = torch.arange(self._size, device=chosen.device)
+        rows = offsets[:, :1] + span
+        columns = offsets[:, 1:] + torch.where(flips[:, None], span.flip(0), span)
+        channels = torch.arange(3, device=chosen.device)
+        return self._pixels[
+            chosen[:, None, None, None], channels[None, :, None, None], rows[:, None, :, None], columns[:, None, None]
+        ]
+
+
+class StreamedBatches:
+    """Images too many or too large for the device, decoded by threads: random resized crop and flip."""
+
+    def __init__(
+        self,
+        images: ImageSet,
+        settings: DataSettings,
+        *,
+        batch_size: int,
+        seed: int,
+        device: torch.device,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self._images, self._settings = images, settings
+        self._normalise = Normaliser(preprocessing_of(settings), device)
+        self._labels = torch.from_numpy(images.labels)
+        self._batch_size, self._seed, self._rank, self._world = batch_size, seed, rank, world
+        self._device = device
+        self.steps = full_batches(len(images), batch_size)
+
+    def epoch(self, index: int) -> Iterator[Batch]:
+        """Random order and crops of epoch ``index``; the next batch is decoded while one is used."""
+        order = torch.randperm(len(self._labels), generator=epoch_generator(self._seed, index)).numpy()
+        size = self._batch_size
+        shares = [order[i * size + self._rank : (i + 1) * size : self._world] for i in range(self.steps)]
+        with ThreadPoolExecutor(max(self._settings.workers, 1)) as pool:
+            pending = [pool.submit(self._augmented, int(i), index) for i in shares[0]]
+            for step, share in enumerate(shares):
+                ready, pending = pending, []
+                if step + 1 < self.steps:
+                    pending = [pool.submit(self._augmented, int(i), index) for i in shares[step + 1]]
+                pixels = torch.from_numpy(np.stack([item.result() for item in ready])).permute(0, 3, 1, 2)
+                yield self._normalise(pixels.to(self._device)), self._labels[share].to(self._device)
+
+    def _augmented(self, sample: int, epoch: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+        from PIL import Image
+
+        image = read_image(self._images.files[sample]).convert("RGB")
+        # Seeded per image, because the order in which threads run is not repeatable.
+        rng = np.random.default_rng((self._seed, epoch, sample))
+        top, left, height, width = _resized_crop(rng, image.height, image.width)
+        side = self._settings.image_size
+        box = (left, top, left + width, top + height)
+        image = image.resize((side, side), Image.Resampling.BILINEAR, box=box)
+        if self._settings.flip and rng.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return np.asarray(image, dtype=np.uint8)
+
+
+def _resized_crop(rng: np.random.Generator, height: int, width: int) -> tuple[float, float, float, float]:
+    """(top, left, height, width) covering 8 % to 100 % of the area at an aspect from 3/4 to 4/3."""
+    for _ in range(10):
+        area = height * width * rng.uniform(0.08, 1.0)
+        aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+        w, h = np.sqrt(area * aspect), np.sqrt(area / aspect)
+        if w <= width and h <= height:
+            return rng.uniform(0, height - h), rng.uniform(0, width - w), h, w
+    side = min(height, width)
+    return (height - side) / 2, (width - side) / 2, side, side
+
+
+def full_batches(count: int, batch_size: int) -> int:
+    """Whole batches in ``count`` images; the rest is left out of an epoch. Raises ``DataError`` for none."""
+    if count < batch_size:
+        raise DataError(
+            f"{count} training images do not fill one batch of {batch_size}.", remedy="Lower train.batch_size."
+        )
+    return count // batch_size
+
+
+def decode_all(images: ImageSet, preprocessing: Preprocessing) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    """All images, resized: (N,S,S,3) uint8."""
+    if images.pixels is not None and images.pixels.shape[1] == preprocessing.image_size == preprocessing.resize:
+        return images.pixels
+    with ThreadPoolExecutor() as pool:
+        chunks = [range(start, min(start + 256, len(images))) for start in range(0, len(images), 256)]
+        return np.concatenate(list(pool.map(lambda chunk: images.read(list(chunk), preprocessing), chunks)))
+
+
+def is_resident(images: ImageSet, settings: DataSettings) -> bool:
+    """Whether the decoded set is small enough, and its images small enough, to live on the device."""
+    size = len(images) * 3 * settings.image_size**2
+    return settings.image_size <= 64 and size <= _RESIDENT_BYTES
+
+
+def training_batches(
+    images: ImageSet,
+    settings: DataSettings,
+    *,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+    rank: int = 0,
+    world: int = 1,
+) -> Batches:
+    """The loader that fits the set."""
+    loader = ResidentBatches if is_resident(images, settings) else StreamedBatches
+    return loader(images, settings, batch_size=batch_size, seed=seed, device=device, rank=rank, world=world)
+
+
+class EvaluationBatches:
+    """A split in its own order, unaugmented; small sets are decoded once."""
+
+    def __init__(self, images: ImageSet, settings: DataSettings, *, device: torch.device, batch_size: int = 250) -> None:
+        self._images, self._device, self._batch_size = images, device, batch_size
+        self._preprocessing = preprocessing_of(settings)
+        self._normalise = Normaliser(self._preprocessing, device)
+        small = is_resident(images, settings)
+        self._pixels = decode_all(images, self._preprocessing) if small else None
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, len(self._images), self._batch_size):
+            indices = range(start, min(start + self._batch_size, len(self._images)))
+            if self._pixels is None:
+                pixels = self._images.read(list(indices), self._preprocessing)
+            else:
+                pixels = self._pixels[indices.start : indices.stop]
+            chosen = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(self._device)
+            labels = torch.from_numpy(self._images.labels[indices.start : indices.stop]).to(self._device)
+            yield self._normalise(chosen), labels

@@ -1,0 +1,45 @@
+"""What a method of distillation owns and answers."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from kdexport.reparam.blocks import BranchSpec
+from kdexport.students import Student
+from torch import Tensor, nn
+
+from training.recipe import DistillerSettings
+from training.teachers import Teacher
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepContext:
+    """``epoch`` in fractions, and ``order``, this step's random permutation of the branches."""
+
+    epoch: float
+    order: tuple[int, ...]
+
+
+class Distiller(nn.Module):
+    """Owns its projections and memory, so that a student checkpoint holds student tensors only."""
+
+    settings: DistillerSettings
+
+    @classmethod
+    def branch_spec(cls, settings: DistillerSettings, teacher: Teacher) -> BranchSpec | None:
+        """The branches that the student must carry for this method, or None."""
+        raise NotImplementedError
+
+    def calibrate(self, teacher_features: Iterable[Tensor]) -> None:
+        """Fix statistics of the teacher's feature (N,Ct,H,W) from a few batches, before training."""
+        raise NotImplementedError
+
+    def forward(
+        self, branch_features: list[Tensor], teacher_feature: Tensor, step: StepContext
+    ) -> dict[str, Tensor]:
+        """Named scalar losses, weighted, to be added to cross-entropy."""
+        raise NotImplementedError
+
+
+def build_arguments(student: Student, teacher: Teacher, settings: DistillerSettings) -> dict[str, object]:
+    """What every distiller's factory is called with."""
+    return {"settings": settings, "student": student, "teacher": teacher}

@@ -1,0 +1,85 @@
+"""KDiffusion (Yao et al., AAAI 2024): branches walk a diffusion reverse process towards the teacher's feature."""
+
+import math
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+from kdexport.reparam.blocks import BranchSpec
+from kdexport.students import Student
+from torch import Tensor, nn
+from torch.nn import functional
+
+from training.diffusion import SCHEDULES, Permutation, reverse_process_loss
+from training.distillers import DISTILLERS
+from training.distillers.distiller import Distiller, StepContext
+from training.recipe import DistillerSettings
+from training.teachers import Teacher
+
+
+@DISTILLERS.register("kdiffusion")
+class KDiffusion(Distiller):
+    """Single layer: the branches of the student's last host against the teacher's last feature.
+
+    R1 branches keep the student's channels and reach the teacher's through one shared 1x1 bridge, which is dropped
+    after training; R2 adapters write the teacher's channels themselves.
+    """
+
+    teacher_mean: Tensor
+    teacher_std: Tensor
+
+    def __init__(self, *, settings: DistillerSettings, student: Student, teacher: Teacher) -> None:
+        super().__init__()
+        self.settings = settings
+        self._schedule = SCHEDULES[settings.schedule](settings.num_branches)
+        channels = teacher.taps[-1].channels
+        self._side = min(
+            math.ceil(student.image_size / student.taps[-1].stride),
+            math.ceil(teacher.image_size / teacher.taps[-1].stride),
+        )
+        self.bridge: nn.Module = nn.Identity()
+        if settings.placement == "R1":
+            conv = nn.Conv2d(student.taps[-1].channels, channels, 1, bias=False)
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="linear")
+            self.bridge = nn.Sequential(conv, nn.BatchNorm2d(channels))
+        self.register_buffer("teacher_mean", torch.zeros(1, channels, 1, 1))
+        self.register_buffer("teacher_std", torch.ones(1, channels, 1, 1))
+
+    @classmethod
+    def branch_spec(cls, settings: DistillerSettings, teacher: Teacher) -> BranchSpec:
+        adapter = teacher.taps[-1].channels if settings.placement == "R2" else None
+        return BranchSpec(
+            placement=settings.placement, num_branches=settings.num_branches, adapter_channels=adapter
+        )
+
+    def calibrate(self, teacher_features: Iterable[Tensor]) -> None:
+        if not self.settings.standardise_teacher:
+            return
+        features = torch.cat([self._pool(feature.double()).cpu() for feature in teacher_features])
+        variance, mean = torch.var_mean(features, dim=(0, 2, 3), keepdim=True)
+        self.teacher_mean.copy_(mean)
+        # A channel that is always zero after its ReLU has nothing to teach and must not be blown up.
+        self.teacher_std.copy_(variance.sqrt().clamp(min=1e-3))
+
+    def forward(
+        self, branch_features: list[Tensor], teacher_feature: Tensor, step: StepContext
+    ) -> dict[str, Tensor]:
+        stacked = torch.stack(branch_features)
+        count, batch = stacked.shape[:2]
+        target = (self._pool(teacher_feature.float()) - self.teacher_mean) / self.teacher_std
+        bridged = cast(Tensor, self.bridge(self._pool(stacked.flatten(0, 1)))).float()
+        features = list(bridged.unflatten(0, (count, batch)).unbind(0))
+        loss = reverse_process_loss(
+            features, target, self._schedule, self._permutation(step), self.settings.trajectory
+        )
+        ramp = min(step.epoch / self.settings.ramp_epochs, 1.0) if self.settings.ramp_epochs > 0 else 1.0
+        return {"diffusion": self.settings.weight * ramp * loss}
+
+    def _pool(self, feature: Tensor) -> Tensor:
+        # The larger map is averaged down to the smaller, the convention of AT and VID.
+        return functional.adaptive_avg_pool2d(feature, self._side)
+
+    def _permutation(self, step: StepContext) -> Permutation:
+        if self.settings.permutation == "expected":
+            return "expected"
+        return step.order if self.settings.permutation == "shuffle" else tuple(range(self.settings.num_branches))

@@ -1,0 +1,95 @@
+"""One training step as a module: everything that needs a gradient, so that it can be wrapped for several devices."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from kdexport.reparam.blocks import ParallelBranches
+from torch import Tensor, nn
+from torch.nn import functional
+
+from training.distillers import Distiller
+from training.distillers.distiller import StepContext
+from training.teachers import Teacher
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Named losses (scalars, weighted) and the logits (N,num_classes)."""
+
+    losses: dict[str, Tensor]
+    logits: Tensor
+
+
+class BranchTaps:
+    """Collects what each branch of a ``ParallelBranches`` computed in the last forward pass."""
+
+    def __init__(self, parallel: ParallelBranches) -> None:
+        self._outputs: list[Tensor] = []
+        for branch in parallel.branches:
+            branch.register_forward_hook(self._collect)
+
+    def take(self) -> list[Tensor]:
+        """The outputs (N,C,H,W) in the order of the branches, which are then forgotten."""
+        taken, self._outputs = self._outputs, []
+        return taken
+
+    def _collect(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        if module.training:
+            self._outputs.append(output)
+
+
+class DistillationTask(nn.Module):
+    """Student and distiller: cross-entropy on the mean of the branches plus the distiller's losses."""
+
+    def __init__(self, student: nn.Module, distiller: Distiller, parallel: ParallelBranches | None) -> None:
+        super().__init__()
+        self.student, self.distiller = student, distiller
+        self._taps = None if parallel is None else BranchTaps(parallel)
+
+    def forward(self, images: Tensor, labels: Tensor, teacher_feature: Tensor, step: StepContext) -> StepResult:
+        logits = self.student(images)
+        branches = [] if self._taps is None else self._taps.take()
+        losses = {"cross_entropy": functional.cross_entropy(logits.float(), labels)}
+        losses.update(self.distiller(branches, teacher_feature, step))
+        return StepResult(losses, logits)
+
+
+class SupervisedTask(nn.Module):
+    """A network by itself: cross-entropy."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor, labels: Tensor, _teacher_feature: Tensor, _step: StepContext) -> StepResult:
+        logits = self.network(images)
+        return StepResult({"cross_entropy": functional.cross_entropy(logits.float(), labels)}, logits)
+
+
+class FrozenTeacher:
+    """A teacher in evaluation mode that is never trained; it reads the student's normalised images."""
+
+    def __init__(self, teacher: Teacher, device: torch.device, precision: torch.dtype | None) -> None:
+        network = teacher.to(device).eval().requires_grad_(False)
+        self._network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._device, self._precision = device, precision
+        self._scale, self._shift = torch.ones((), device=device), torch.zeros((), device=device)
+        self._feature = torch.empty(0)
+        teacher.get_submodule(teacher.taps[-1].module).register_forward_hook(self._keep)
+
+    def renormalise(self, scale: Tensor, shift: Tensor) -> None:
+        """Map the student's normalised pixels to the teacher's: x * scale + shift, each (1,3,1,1)."""
+        self._scale, self._shift = scale.to(self._device), shift.to(self._device)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Last feature (N,Ct,H,W) and logits (N,num_classes) for the student's input (N,3,S,S)."""
+        own = images * self._scale + self._shift
+        enabled = self._precision is not None
+        with torch.autocast(self._device.type, dtype=self._precision, enabled=enabled):
+            logits = self._network(own)
+        return self._feature, logits
+
+    def _keep(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        self._feature = output

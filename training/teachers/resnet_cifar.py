@@ -1,0 +1,65 @@
+"""ResNets of depth 6n+2 for 32x32 images (He et al., 2016, section 4.2) with 1x1 convolution shortcuts."""
+
+from functools import partial
+from typing import cast
+
+import torch
+from kdexport.students import Tap
+from torch import Tensor, nn
+from torch.nn import functional
+
+from training.teachers import TEACHERS
+from training.teachers.teacher import Teacher
+
+_WIDTHS = (16, 32, 64)
+
+
+class _BasicBlock(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        if stride != 1 or inputs != outputs:
+            shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+            self.downsample: nn.Module = nn.Sequential(shortcut, nn.BatchNorm2d(outputs))
+        else:
+            self.downsample = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = functional.relu(self.bn1(self.conv1(x)))
+        return functional.relu(self.bn2(self.conv2(y)) + self.downsample(x))
+
+
+class ResNetCifar(Teacher):
+    """3 stages of n blocks; resnet56 has 861,620 parameters at 100 classes."""
+
+    def __init__(self, blocks_per_stage: int, *, num_classes: int, image_size: int) -> None:
+        super().__init__()
+        self.num_classes, self.image_size = num_classes, image_size
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        channels, taps = 16, []
+        for index, width in enumerate(_WIDTHS):
+            blocks = [_BasicBlock(channels, width, 1 if index == 0 else 2)]
+            blocks += [_BasicBlock(width, width, 1) for _ in range(blocks_per_stage - 1)]
+            self.add_module(f"layer{index + 1}", nn.Sequential(*blocks))
+            channels = width
+            taps.append(Tap(name=f"stage{index + 1}", module=f"layer{index + 1}", channels=width, stride=2**index))
+        self.fc = nn.Linear(channels, num_classes)
+        self.taps = tuple(taps)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = functional.relu(self.bn1(self.conv1(images)))
+        for index in range(len(_WIDTHS)):
+            x = self.get_submodule(f"layer{index + 1}")(x)
+        pooled = functional.adaptive_avg_pool2d(x, 1)
+        return cast(Tensor, self.fc(torch.flatten(pooled, 1)))
+
+
+for _depth in (8, 20, 56):
+    TEACHERS.register(f"resnet{_depth}")(partial(ResNetCifar, (_depth - 2) // 6))

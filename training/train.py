@@ -1,0 +1,225 @@
+"""The three jobs of ``python -m training``: train a teacher, distil a student, evaluate either."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from kdexport.checkpoint import StudentSpec, open_checkpoint, save_checkpoint, save_tensors
+from kdexport.checkpoint import load_student as load_trained_student
+from kdexport.data import ImageSet, open_dataset
+from kdexport.errors import BackendUnavailableError, CheckpointError
+from kdexport.preprocessing import Preprocessing
+from kdexport.reparam.blocks import BranchSpec, ParallelBranches, attach_branches, branches_path
+from kdexport.students import STUDENTS
+
+from training.data import EvaluationBatches, preprocessing_of, training_batches
+from training.distillers import DISTILLERS
+from training.loop import Metrics, Run, learning_rate, run, top1
+from training.recipe import Recipe, TrainSettings
+from training.task import DistillationTask, FrozenTeacher, SupervisedTask
+from training.teachers import TEACHERS, Teacher
+from training.teachers.teacher import load_teacher_weights
+
+__all__ = ["evaluate_student", "evaluate_teacher", "learning_rate", "train_student", "train_teacher"]
+
+_CALIBRATION_BATCHES = 8
+_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+Precision = Literal["no", "bf16", "fp16"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Origin:
+    """Where a run's inputs come from, as digests: part of the provenance of its student."""
+
+    dataset_sha256: str
+    teacher_sha256: str
+
+
+def make_accelerator(settings: TrainSettings) -> Accelerator:
+    """CUDA where there is one, else the CPU; several processes under ``accelerate launch`` or ``torchrun``."""
+    return Accelerator(mixed_precision=_precision(settings.mixed_precision))
+
+
+def _precision(asked: str) -> Precision:
+    if asked == "auto":
+        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+    if asked == "fp16" and not torch.cuda.is_available():
+        raise BackendUnavailableError(
+            "mixed_precision = 'fp16' needs a CUDA device, and there is none.",
+            remedy="Use 'no' or 'bf16', or run on a GPU machine.",
+        )
+    return "bf16" if asked == "bf16" else "fp16" if asked == "fp16" else "no"
+
+
+def train_teacher(recipe: Recipe, directory: Path) -> Metrics:
+    """Train the recipe's teacher with cross-entropy into ``directory``/model.safetensors; returns the last metrics."""
+    settings = recipe.train.model_copy(
+        update={"epochs": recipe.teacher.epochs, "learning_rate": recipe.teacher.learning_rate}
+    )
+    accelerator = make_accelerator(settings)
+    train, test = open_dataset(recipe.data.spec(), "train"), open_dataset(recipe.data.spec(), "test")
+    torch.manual_seed(settings.seed)
+    teacher = _build_teacher(recipe, train).to(accelerator.device)
+    teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    job = Run(
+        directory=directory,
+        title=f"teacher {recipe.teacher.name}",
+        settings=settings,
+        num_branches=1,
+        task=SupervisedTask(teacher),
+        network=teacher,
+        batches=_batches(train, recipe, accelerator),
+        evaluation=EvaluationBatches(test, recipe.data, device=accelerator.device),
+        teacher_feature=lambda images: images,
+    )
+    history = run(job, accelerator)
+    save_tensors(directory / "model.safetensors", teacher.state_dict())
+    (directory / "teacher.json").write_text(
+        json.dumps({"teacher": recipe.teacher.name, "classes": list(train.classes), "metrics": history[-1]}, indent=2)
+    )
+    return history[-1]
+
+
+def train_student(recipe: Recipe, directory: Path, origin: Origin) -> Metrics:
+    """Distil the recipe's student into ``directory``/student; returns the metrics of the last epoch."""
+    settings = recipe.train
+    accelerator = make_accelerator(settings)
+    device = accelerator.device
+    train, test = open_dataset(recipe.data.spec(), "train"), open_dataset(recipe.data.spec(), "test")
+    evaluation = EvaluationBatches(test, recipe.data, device=device)
+    batches = _batches(train, recipe, accelerator)
+    teacher = _build_teacher(recipe, train)
+    load_teacher_weights(teacher, Path(recipe.teacher.checkpoint))
+    torch.manual_seed(settings.seed)
+    student = STUDENTS.build(recipe.student.name, num_classes=len(train.classes), image_size=recipe.data.image_size)
+    DISTILLERS.check(recipe.distiller.name)
+    frozen = _freeze(teacher, recipe, device)
+    distiller = DISTILLERS.build(recipe.distiller.name, settings=recipe.distiller, student=student, teacher=teacher)
+    branches = type(distiller).branch_spec(recipe.distiller, teacher)
+    parallel = _attach(student, branches)
+    calibration = zip(range(_CALIBRATION_BATCHES), batches.epoch(0), strict=False)
+    distiller.calibrate(frozen(images)[0] for _, (images, _) in calibration)
+    task = DistillationTask(student, distiller, parallel).to(device)
+    task.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    teacher_top1 = top1(_logits_only(frozen), evaluation)
+    job = Run(
+        directory=directory,
+        title=f"student {recipe.student.name}",
+        settings=settings,
+        num_branches=recipe.distiller.num_branches,
+        task=task,
+        network=student,
+        batches=batches,
+        evaluation=evaluation,
+        teacher_feature=lambda images: frozen(images)[0],
+    )
+    history = run(job, accelerator)
+    metrics = {
+        **history[-1],
+        "teacher_top1": teacher_top1,
+        "best_epoch_top1": max(epoch["top1"] for epoch in history),
+    }
+    if accelerator.is_main_process:
+        spec = _student_spec(recipe, train, branches, metrics, origin)
+        save_checkpoint(directory / "student", student, spec)
+    return metrics
+
+
+def evaluate_teacher(recipe: Recipe) -> float:
+    """Top-1 of the recipe's teacher checkpoint on the test split, in full precision."""
+    device = make_accelerator(recipe.train.model_copy(update={"mixed_precision": "no"})).device
+    test = open_dataset(recipe.data.spec(), "test")
+    teacher = _build_teacher(recipe, test)
+    load_teacher_weights(teacher, Path(recipe.teacher.checkpoint))
+    exact = recipe.model_copy(update={"train": recipe.train.model_copy(update={"mixed_precision": "no", "teacher_precision": "no"})})
+    return top1(_logits_only(_freeze(teacher, exact, device)), EvaluationBatches(test, recipe.data, device=device))
+
+
+def evaluate_student(recipe: Recipe, checkpoint: Path) -> float:
+    """Top-1 of a student checkpoint on the test split of the recipe's data, in full precision."""
+    device = make_accelerator(recipe.train.model_copy(update={"mixed_precision": "no"})).device
+    trained = open_checkpoint(checkpoint)
+    test = open_dataset(recipe.data.spec(), "test")
+    if trained.spec.classes != test.classes:
+        raise CheckpointError(
+            f"{checkpoint} knows {trained.spec.num_classes} classes, the data has {len(test.classes)}.",
+            remedy="Evaluate on the data set that the student was trained on.",
+        )
+    student = load_trained_student(trained).to(device)
+    return top1(student, EvaluationBatches(test, recipe.data, device=device))
+
+
+def _build_teacher(recipe: Recipe, images: ImageSet) -> Teacher:
+    return TEACHERS.build(recipe.teacher.name, num_classes=len(images.classes), image_size=recipe.data.image_size)
+
+
+def _batches(train: ImageSet, recipe: Recipe, accelerator: Accelerator):  # type: ignore[no-untyped-def]
+    return training_batches(
+        train,
+        recipe.data,
+        batch_size=recipe.train.batch_size,
+        seed=recipe.train.seed,
+        device=accelerator.device,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+    )
+
+
+def _freeze(teacher: Teacher, recipe: Recipe, device: torch.device) -> FrozenTeacher:
+    settings = recipe.train
+    asked = settings.mixed_precision if settings.teacher_precision == "auto" else settings.teacher_precision
+    frozen = FrozenTeacher(teacher, device, _PRECISIONS.get(_precision(asked)))
+    own = preprocessing_of(recipe.data)
+    mean, std = recipe.teacher.mean or own.mean, recipe.teacher.std or own.std
+    student_mean, student_std = _column(own.mean), _column(own.std)
+    frozen.renormalise(student_std / _column(std), (student_mean - _column(mean)) / _column(std))
+    return frozen
+
+
+def _column(values: tuple[float, ...]) -> torch.Tensor:
+    return torch.tensor(values).reshape(1, 3, 1, 1)
+
+
+def _attach(student: torch.nn.Module, branches: BranchSpec | None) -> ParallelBranches | None:
+    if branches is None:
+        return None
+    attach_branches(student, branches)
+    parallel = student.get_submodule(branches_path(student, branches))
+    assert isinstance(parallel, ParallelBranches)
+    return parallel
+
+
+def _logits_only(frozen: FrozenTeacher) -> torch.nn.Module:
+    class Logits(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return frozen(images)[1]
+
+    return Logits()
+
+
+def _student_spec(
+    recipe: Recipe, train: ImageSet, branches: BranchSpec | None, metrics: Metrics, origin: Origin
+) -> StudentSpec:
+    # Places on the training machine tell nothing about the weights and do not leave it.
+    described = recipe.model_dump(mode="json")
+    described["data"].pop("root")
+    described["teacher"].pop("checkpoint")
+    if described["data"]["name"].startswith("folder:"):
+        described["data"]["name"] = "folder"
+    preprocessing: Preprocessing = preprocessing_of(recipe.data)
+    return StudentSpec(
+        student=recipe.student.name,
+        classes=train.classes,
+        preprocessing=preprocessing,
+        branches=branches,
+        provenance={
+            "recipe": described,
+            "dataset_sha256": origin.dataset_sha256,
+            "teacher_sha256": origin.teacher_sha256,
+            "seed": recipe.train.seed,
+            "metrics": metrics,
+        },
+    )
