@@ -1,7 +1,10 @@
 """How the commands speak: results on stdout, progress and errors on stderr, no traceback without ``--debug``."""
 
 import errno
+import ctypes
 import json
+import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -15,6 +18,7 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 def guarded(app: Callable[[], Any]) -> NoReturn:
     """Run a command line and turn each error into its sentence, remedy and exit code."""
     try:
+        _die_with_parent()
         app()
     except KdexportError as error:
         fail(error)
@@ -37,12 +41,30 @@ def storage_error(error: OSError) -> StorageError:
     )
 
 
+#: Set for our own child processes: they describe an error on stdout, and the parent says it.
+CHILD = "KDEXPORT_PARENT_PID"
+
+
 def fail(error: KdexportError) -> NoReturn:
     """Print an error and exit with its code; ``--json`` adds one object on stdout, ``--debug`` the traceback."""
     if "--debug" in sys.argv:
         traceback.print_exception(error, file=sys.stderr)
-    if "--json" in sys.argv:
+    as_child = CHILD in os.environ
+    if "--json" in sys.argv or as_child:
         described = {"code": error.code, "message": error.message, "remedy": error.remedy}
         sys.stdout.write(json.dumps({"ok": False, "exit_code": error.exit_code, "error": described}) + "\n")
+    if as_child:
+        sys.exit(error.exit_code)
     sys.stderr.write(f"error {error.code}: {error.message}\n{error.remedy}\n")
     sys.exit(error.exit_code)
+
+
+def _die_with_parent() -> None:
+    """As a child process, end when the parent ends, even by SIGKILL: nothing goes on that nobody waits for."""
+    parent = os.environ.get(CHILD)
+    if parent is None or sys.platform != "linux":
+        return
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != int(parent):
+        sys.exit(130)

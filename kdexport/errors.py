@@ -197,6 +197,15 @@ class StorageError(EnvironmentFault):
     explanation = "A file could not be written. Nothing half-written is left behind and an existing bundle is untouched."
 
 
+class ForwardedError(KdexportError):
+    """An error of a child process, as it described it: its own code, exit code, message and remedy."""
+
+    def __init__(self, message: str, *, remedy: str, code: str, exit_code: int) -> None:
+        super().__init__(message, remedy=remedy)
+        self.code = code  # type: ignore[misc]
+        self.exit_code = exit_code  # type: ignore[misc]
+
+
 def error_codes() -> dict[str, type[KdexportError]]:
     """All stable codes with their classes."""
     found: dict[str, type[KdexportError]] = {}

@@ -6,18 +6,21 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
 from kdexport.checkpoint import sha256_file
 from kdexport.console import guarded
 from kdexport.fingerprint import dataset_digest
-
-from training.recipe import Recipe, load_recipe, merge_overrides, parse_override
+from training import REVISION
+from training.recipe import Recipe, load_recipe, merge_overrides, parse_override, recipe_names
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 RecipeOption = Annotated[str, typer.Option("--recipe", help="A recipe by name, or a TOML file.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override a key: train.epochs=30.")]
 DataOption = Annotated[str | None, typer.Option("--data", help="Where the data set lies; overrides data.root.")]
-TeacherOption = Annotated[str | None, typer.Option("--teacher-checkpoint", help="Teacher weights, .pt or .safetensors.")]
+TeacherOption = Annotated[
+    str | None, typer.Option("--teacher-checkpoint", help="Teacher weights, .pt or .safetensors.")
+]
 OutOption = Annotated[Path, typer.Option("--out", help="Run folder: state, metrics, result. Continues what is there.")]
 
 
@@ -33,11 +36,15 @@ def _resolve(recipe: str, overrides: list[str] | None, data: str | None, teacher
 @app.command()
 def teacher(recipe: RecipeOption, out: OutOption, set_: SetOption = None, data: DataOption = None) -> None:
     """Train the recipe's teacher."""
-    from training.train import train_teacher
+    from training.train import make_accelerator, train_teacher
 
-    _claim(out, resolved := _resolve(recipe, set_, data, None), "teacher")
+    resolved = _resolve(recipe, set_, data, None)
+    accelerator = make_accelerator(resolved.train)
+    with accelerator.main_process_first():
+        _claim(out, resolved, "teacher")
     metrics = train_teacher(resolved, out)
-    sys.stdout.write(json.dumps(metrics) + "\n")
+    if accelerator.is_main_process:
+        sys.stdout.write(json.dumps(metrics) + "\n")
 
 
 @app.command()
@@ -49,11 +56,13 @@ def train(
     teacher_checkpoint: TeacherOption = None,
 ) -> None:
     """Distil the recipe's student; without teacher weights the teacher is trained first, in the same run."""
-    from training.train import Origin, train_student, train_teacher
+    from training.train import Origin, make_accelerator, train_student, train_teacher
 
     resolved = _resolve(recipe, set_, data, teacher_checkpoint)
-    _claim(out, resolved, "student")
-    dataset = dataset_digest(resolved.data.spec(), out / "dataset")
+    accelerator = make_accelerator(resolved.train)
+    with accelerator.main_process_first():
+        _claim(out, resolved, "student")
+        dataset = dataset_digest(resolved.data.spec(), out / "dataset")
     if not resolved.teacher.checkpoint:
         weights = out / "teacher" / "model.safetensors"
         if not weights.is_file():
@@ -64,7 +73,8 @@ def train(
     checkpoint = Path(resolved.teacher.checkpoint)
     digest = sha256_file(checkpoint) if checkpoint.is_file() else ""
     metrics = train_student(resolved, out, Origin(dataset_sha256=dataset, teacher_sha256=digest))
-    sys.stdout.write(json.dumps(metrics) + "\n")
+    if accelerator.is_main_process:
+        sys.stdout.write(json.dumps(metrics) + "\n")
 
 
 @app.command()
@@ -87,8 +97,24 @@ def evaluate(
 def resolve(
     recipe: RecipeOption, set_: SetOption = None, data: DataOption = None, teacher_checkpoint: TeacherOption = None
 ) -> None:
-    """Print the complete recipe as JSON."""
-    sys.stdout.write(_resolve(recipe, set_, data, teacher_checkpoint).model_dump_json() + "\n")
+    """Print the complete recipe as JSON, with the revision of the code that would run it."""
+    resolved = _resolve(recipe, set_, data, teacher_checkpoint).model_dump(mode="json")
+    sys.stdout.write(json.dumps({"revision": REVISION, "recipe": resolved}) + "\n")
+
+
+@app.command()
+def names(kind: Annotated[str, typer.Argument(help="teachers, distillers or recipes.")]) -> None:
+    """Print registered names as a JSON list."""
+    from kdexport.errors import UnknownNameError
+    from kdexport.registry import nearest
+
+    from training.distillers import DISTILLERS
+    from training.teachers import TEACHERS
+
+    known = {"teachers": TEACHERS.names, "distillers": DISTILLERS.names, "recipes": recipe_names}
+    if kind not in known:
+        raise UnknownNameError(f"There is no list of {kind!r}.", remedy=nearest(kind, known))
+    sys.stdout.write(json.dumps(list(known[kind]())) + "\n")
 
 
 def _claim(out: Path, recipe: Recipe, job: str) -> None:
@@ -99,7 +125,9 @@ def _claim(out: Path, recipe: Recipe, job: str) -> None:
     record = out / "recipe.json"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if record.is_file() and json.loads(record.read_text()) != described:
+        if record.is_file():
+            if json.loads(record.read_text()) == described:
+                return
             raise ConfigError(
                 f"{out} holds a run of another recipe.", remedy="Pass another --out, or remove the folder."
             )

@@ -6,11 +6,11 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from kdexport.data import ImageSet
 from kdexport.errors import DataError
 from kdexport.preprocessing import Preprocessing, read_image
-from torch import Tensor
-
 from training.recipe import DataSettings
 
 #: Decoded sets up to this size live on the device; larger ones are streamed from their files.
@@ -203,7 +203,9 @@ def training_batches(
 class EvaluationBatches:
     """A split in its own order, unaugmented; small sets are decoded once."""
 
-    def __init__(self, images: ImageSet, settings: DataSettings, *, device: torch.device, batch_size: int = 250) -> None:
+    def __init__(
+        self, images: ImageSet, settings: DataSettings, *, device: torch.device, batch_size: int = 250
+    ) -> None:
         self._images, self._device, self._batch_size = images, device, batch_size
         self._preprocessing = preprocessing_of(settings)
         self._normalise = Normaliser(self._preprocessing, device)

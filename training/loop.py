@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from kdexport.errors import TrainingError
 from torch import Tensor, nn
 
+from kdexport.errors import TrainingError
 from training.data import Batch, Batches, epoch_generator
 from training.distillers.distiller import StepContext
 from training.progress import EpochProgress
@@ -63,7 +63,7 @@ def top1(network: nn.Module, batches: Iterable[Batch]) -> float:
 def run(job: Run, accelerator: Accelerator) -> tuple[Metrics, ...]:
     """Train ``job.network`` to the end, continuing from the state in its directory; returns a metric line per epoch.
 
-    Raises ``TrainingError`` where the loss is no longer finite; the state before that epoch is kept.
+    Raises ``TrainingError`` where a loss or a weight is no longer finite; the state before that epoch is kept.
     """
     settings = job.settings
     job.directory.mkdir(parents=True, exist_ok=True)
@@ -79,15 +79,20 @@ def run(job: Run, accelerator: Accelerator) -> tuple[Metrics, ...]:
     task, prepared = accelerator.prepare(job.task, optimizer)
     history = list(resumed.history)
     progress = EpochProgress(
-        job.title, steps_per_epoch=job.batches.steps, epochs=settings.epochs, done_epochs=resumed.epoch
+        job.title,
+        steps_per_epoch=job.batches.steps,
+        epochs=settings.epochs,
+        done_epochs=resumed.epoch,
+        quiet=not accelerator.is_main_process,
     )
     with progress:
         for epoch in range(resumed.epoch, settings.epochs):
             metrics = _epoch(job, accelerator, task, prepared, epoch, progress)
             history.append(metrics)
             if accelerator.is_main_process:
-                save_state(job.directory, job.task, optimizer, Resumed(epoch=epoch + 1, history=tuple(history)), {})
+                # Before the state: a kill between the two repeats the epoch and writes its line again.
                 _log(job.directory, history)
+                save_state(job.directory, job.task, optimizer, Resumed(epoch=epoch + 1, history=tuple(history)), {})
                 progress.epoch_done(epoch + 1, metrics)
     return tuple(history)
 
@@ -103,7 +108,9 @@ def _epoch(
     settings, steps = job.settings, job.batches.steps
     # Dropout draws from the global generator: seeded per epoch, a resumed run draws the same.
     torch.manual_seed(settings.seed * 1_000_003 + epoch)
-    orders = torch.rand(steps, job.num_branches, generator=epoch_generator(settings.seed + 1, epoch)).argsort(1).tolist()
+    orders = (
+        torch.rand(steps, job.num_branches, generator=epoch_generator(settings.seed + 1, epoch)).argsort(1).tolist()
+    )
     sums: dict[str, Tensor] = {}
     started = time.monotonic()
     task.train()
@@ -122,14 +129,17 @@ def _epoch(
         progress.step()
     seconds = time.monotonic() - started
     means = {f"loss/{name}": accelerator.reduce(total / steps, "mean").item() for name, total in sums.items()}
-    _check_finite(means, epoch)
+    _check_finite(means, job.task, epoch)
     accuracy = top1(job.network, job.evaluation)
     speed = steps * settings.batch_size / seconds
     return {**means, "lr": learning_rate(settings, epoch), "top1": accuracy, "images_per_s": speed}
 
 
-def _check_finite(means: Metrics, epoch: int) -> None:
+def _check_finite(means: Metrics, task: nn.Module, epoch: int) -> None:
     bad = [name for name, value in means.items() if not math.isfinite(value)]
+    # The last step may leave weights that no loss of this epoch has seen.
+    floating = ((name, value) for name, value in task.state_dict().items() if value.is_floating_point())
+    bad += [name for name, value in floating if not value.isfinite().all()]
     if bad:
         raise TrainingError(
             f"{bad[0]} is not finite in epoch {epoch + 1}: the run diverged.",

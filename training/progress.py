@@ -11,9 +11,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 class EpochProgress:
     """Steps of all epochs as one bar; ``epoch_done`` leaves one line per epoch in a pipe."""
 
-    def __init__(self, title: str, *, steps_per_epoch: int, epochs: int, done_epochs: int) -> None:
+    def __init__(self, title: str, *, steps_per_epoch: int, epochs: int, done_epochs: int, quiet: bool = False) -> None:
         self._title, self._steps, self._epochs = title, steps_per_epoch, epochs
-        self._console = Console(stderr=True, highlight=False)
+        self._console = Console(stderr=True, highlight=False, quiet=quiet)
         columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -42,12 +42,14 @@ class EpochProgress:
 
     def epoch_done(self, epoch: int, metrics: dict[str, float]) -> None:
         """Epoch ``epoch`` (from 1) ended with ``metrics``."""
-        losses = " ".join(f"{key.removeprefix('loss/')} {v:.3f}" for key, v in metrics.items() if key.startswith("loss/"))
-        status = f"epoch {epoch}/{self._epochs} top-1 {metrics['top1']:.2%} {losses} {metrics['images_per_s']:.0f} img/s"
+        losses = " ".join(
+            f"{key.removeprefix('loss/')} {v:.3f}" for key, v in metrics.items() if key.startswith("loss/")
+        )
+        status = (
+            f"epoch {epoch}/{self._epochs} top-1 {metrics['top1']:.2%} {losses} {metrics['images_per_s']:.0f} img/s"
+        )
         self._live.update(self._bar, status=status)
-        if not self._console.is_terminal:
-            self._line(f"{self._title}: {status}")
-        elif epoch == self._epochs:
+        if not self._console.is_terminal or epoch == self._epochs:
             self._line(f"{self._title}: {status}")
 
     def _line(self, text: str) -> None:

@@ -4,14 +4,16 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from pydantic import Field
+
 from kdexport.config import Settings, parse, read_toml
 from kdexport.data import DatasetSpec
 from kdexport.errors import ConfigError
 from kdexport.registry import nearest
-from pydantic import Field
 
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class DataSettings(Settings):
@@ -22,7 +24,7 @@ class DataSettings(Settings):
     image_size: Annotated[int, Field(ge=8, le=1024)] = 32
     #: Pixels of the short side before the central crop at evaluation; 0 means ``image_size``.
     resize: Annotated[int, Field(ge=0)] = 0
-    mean: tuple[float, float, float] = (0.5071, 0.4867, 0.4408)
+    mean: tuple[Finite, Finite, Finite] = (0.5071, 0.4867, 0.4408)
     std: tuple[Positive, Positive, Positive] = (0.2675, 0.2565, 0.2761)
     crop_padding: Annotated[int, Field(ge=0)] = 4
     flip: bool = True
@@ -41,7 +43,7 @@ class TeacherSettings(Settings):
     epochs: Annotated[int, Field(ge=1)] = 240
     learning_rate: Positive = 0.05
     #: Channel means in whose space the teacher was trained; empty means the student's.
-    mean: tuple[float, float, float] | None = None
+    mean: tuple[Finite, Finite, Finite] | None = None
     std: tuple[Positive, Positive, Positive] | None = None
 
 
@@ -135,19 +137,20 @@ def _shipped() -> Path:
 
 
 def _tables(source: str, seen: tuple[str, ...]) -> dict[str, Any]:
-    if source in seen:
-        raise ConfigError(f"Recipe {source!r} extends itself.", remedy=f"Break the chain {' -> '.join(seen)}.")
     path = Path(source) if source.endswith(".toml") else _shipped() / f"{source}.toml"
     if not path.is_file():
         raise ConfigError(
             f"There is no recipe {source!r}.", remedy=f"Pass a TOML file or a name. {nearest(source, recipe_names())}"
         )
+    identity = str(path.resolve())
+    if identity in seen:
+        raise ConfigError(f"Recipe {source!r} extends itself.", remedy=f"Break the chain {' -> '.join(seen)}.")
     data = read_toml(path)
     base = data.pop("extends", None)
     if base is None:
         return data
     parent = str(path.parent / base) if str(base).endswith(".toml") else str(base)
-    return _merged(_tables(parent, (*seen, source)), data)
+    return _merged(_tables(parent, (*seen, identity)), data)
 
 
 def _merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kdexport.checkpoint import load_strictly
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from kdexport.checkpoint import load_strictly
 
 _FILE = "resume.safetensors"
 _MOMENTUM = "momentum_buffer"

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from kdexport.reparam.blocks import ParallelBranches
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kdexport.reparam.blocks import ParallelBranches
 from training.distillers import Distiller
 from training.distillers.distiller import StepContext
 from training.teachers import Teacher
@@ -34,7 +34,7 @@ class BranchTaps:
         taken, self._outputs = self._outputs, []
         return taken
 
-    def _collect(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+    def _collect(self, module: nn.Module, _inputs: Any, output: Tensor) -> None:
         if module.training:
             self._outputs.append(output)
 
@@ -72,7 +72,7 @@ class FrozenTeacher:
 
     def __init__(self, teacher: Teacher, device: torch.device, precision: torch.dtype | None) -> None:
         network = teacher.to(device).eval().requires_grad_(False)
-        self._network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._network = network.to(memory_format=torch.channels_last)
         self._device, self._precision = device, precision
         self._scale, self._shift = torch.ones((), device=device), torch.zeros((), device=device)
         self._feature = torch.empty(0)
@@ -91,5 +91,5 @@ class FrozenTeacher:
             logits = self._network(own)
         return self._feature, logits
 
-    def _keep(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+    def _keep(self, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
         self._feature = output

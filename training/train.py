@@ -1,21 +1,22 @@
 """The three jobs of ``python -m training``: train a teacher, distil a student, evaluate either."""
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from accelerate import Accelerator
+
 from kdexport.checkpoint import StudentSpec, open_checkpoint, save_checkpoint, save_tensors
 from kdexport.checkpoint import load_student as load_trained_student
 from kdexport.data import ImageSet, open_dataset
 from kdexport.errors import BackendUnavailableError, CheckpointError
 from kdexport.preprocessing import Preprocessing
 from kdexport.reparam.blocks import BranchSpec, ParallelBranches, attach_branches, branches_path
-from kdexport.students import STUDENTS
-
-from training.data import EvaluationBatches, preprocessing_of, training_batches
+from kdexport.students import STUDENTS, Student
+from training.data import Batches, EvaluationBatches, preprocessing_of, training_batches
 from training.distillers import DISTILLERS
 from training.loop import Metrics, Run, learning_rate, run, top1
 from training.recipe import Recipe, TrainSettings
@@ -40,7 +41,8 @@ class Origin:
 
 def make_accelerator(settings: TrainSettings) -> Accelerator:
     """CUDA where there is one, else the CPU; several processes under ``accelerate launch`` or ``torchrun``."""
-    return Accelerator(mixed_precision=_precision(settings.mixed_precision))
+    # Unless told, accelerate does not join the processes of torchrun on a machine without a GPU.
+    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=_precision(settings.mixed_precision))
 
 
 def _precision(asked: str) -> Precision:
@@ -63,7 +65,7 @@ def train_teacher(recipe: Recipe, directory: Path) -> Metrics:
     train, test = open_dataset(recipe.data.spec(), "train"), open_dataset(recipe.data.spec(), "test")
     torch.manual_seed(settings.seed)
     teacher = _build_teacher(recipe, train).to(accelerator.device)
-    teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    teacher.to(memory_format=torch.channels_last)
     job = Run(
         directory=directory,
         title=f"teacher {recipe.teacher.name}",
@@ -76,10 +78,14 @@ def train_teacher(recipe: Recipe, directory: Path) -> Metrics:
         teacher_feature=lambda images: images,
     )
     history = run(job, accelerator)
-    save_tensors(directory / "model.safetensors", teacher.state_dict())
-    (directory / "teacher.json").write_text(
-        json.dumps({"teacher": recipe.teacher.name, "classes": list(train.classes), "metrics": history[-1]}, indent=2)
-    )
+    if accelerator.is_main_process:
+        described = {"teacher": recipe.teacher.name, "classes": list(train.classes), "metrics": history[-1]}
+        (directory / "teacher.json").write_text(json.dumps(described, indent=2))
+        # The weights appear last and whole: they say that the teacher is done.
+        partial = directory / ".model.safetensors.partial"
+        save_tensors(partial, teacher.state_dict())
+        partial.replace(directory / "model.safetensors")
+    accelerator.wait_for_everyone()
     return history[-1]
 
 
@@ -103,7 +109,7 @@ def train_student(recipe: Recipe, directory: Path, origin: Origin) -> Metrics:
     calibration = zip(range(_CALIBRATION_BATCHES), batches.epoch(0), strict=False)
     distiller.calibrate(frozen(images)[0] for _, (images, _) in calibration)
     task = DistillationTask(student, distiller, parallel).to(device)
-    task.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    task.to(memory_format=torch.channels_last)
     teacher_top1 = top1(_logits_only(frozen), evaluation)
     job = Run(
         directory=directory,
@@ -124,7 +130,10 @@ def train_student(recipe: Recipe, directory: Path, origin: Origin) -> Metrics:
     }
     if accelerator.is_main_process:
         spec = _student_spec(recipe, train, branches, metrics, origin)
-        save_checkpoint(directory / "student", student, spec)
+        partial, final = directory / ".student.partial", directory / "student"
+        save_checkpoint(partial, student, spec)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.replace(final)
     return metrics
 
 
@@ -134,7 +143,9 @@ def evaluate_teacher(recipe: Recipe) -> float:
     test = open_dataset(recipe.data.spec(), "test")
     teacher = _build_teacher(recipe, test)
     load_teacher_weights(teacher, Path(recipe.teacher.checkpoint))
-    exact = recipe.model_copy(update={"train": recipe.train.model_copy(update={"mixed_precision": "no", "teacher_precision": "no"})})
+    exact = recipe.model_copy(
+        update={"train": recipe.train.model_copy(update={"mixed_precision": "no", "teacher_precision": "no"})}
+    )
     return top1(_logits_only(_freeze(teacher, exact, device)), EvaluationBatches(test, recipe.data, device=device))
 
 
@@ -156,7 +167,7 @@ def _build_teacher(recipe: Recipe, images: ImageSet) -> Teacher:
     return TEACHERS.build(recipe.teacher.name, num_classes=len(images.classes), image_size=recipe.data.image_size)
 
 
-def _batches(train: ImageSet, recipe: Recipe, accelerator: Accelerator):  # type: ignore[no-untyped-def]
+def _batches(train: ImageSet, recipe: Recipe, accelerator: Accelerator) -> Batches:
     return training_batches(
         train,
         recipe.data,
@@ -183,7 +194,7 @@ def _column(values: tuple[float, ...]) -> torch.Tensor:
     return torch.tensor(values).reshape(1, 3, 1, 1)
 
 
-def _attach(student: torch.nn.Module, branches: BranchSpec | None) -> ParallelBranches | None:
+def _attach(student: Student, branches: BranchSpec | None) -> ParallelBranches | None:
     if branches is None:
         return None
     attach_branches(student, branches)

@@ -25,6 +25,7 @@ class ParallelBranches(nn.Module):
         self.branches = nn.ModuleList(branches)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N,C,H,W) to the mean of what the branches write, (N,C',H',W')."""
         return torch.stack([cast(Tensor, branch(x)) for branch in self.branches]).mean(0)
 
 

@@ -46,7 +46,14 @@ def fuse_student(student: nn.Module, *, input_shape: tuple[int, ...] | None = No
     certificate = _certify(original, fused, steps, input_shape or _input_shape(student))
     certificate.require()
     reference = next((p for p in student.parameters() if p.is_floating_point()), torch.zeros(()))
-    return FusedStudent(fused.to(device=reference.device, dtype=reference.dtype).eval(), certificate)
+    rounded = fused.to(device=reference.device, dtype=reference.dtype).eval()
+    for name, tensor in rounded.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ReparamError(
+                f"The folded {name} exceeds the range of {reference.dtype}.",
+                remedy="A channel with almost no variance has a huge gain: fold in a wider type, or train it again.",
+            )
+    return FusedStudent(rounded, certificate)
 
 
 def _apply(module: nn.Module, step: Step) -> None:
@@ -54,17 +61,25 @@ def _apply(module: nn.Module, step: Step) -> None:
         layer = module.get_submodule(step.layer)
         batch_norm = cast(AnyBatchNorm, module.get_submodule(step.batch_norm))
         _set_weights(layer, fold_batch_norm(cast(Tensor, layer.weight), cast("Tensor | None", layer.bias), batch_norm))
-        module.set_submodule(step.batch_norm, nn.Identity())
+        _replace(module, step.batch_norm, nn.Identity())
     elif isinstance(step, MergeBranches):
-        module.set_submodule(step.parallel, _merged(module, step.parallel))
+        _replace(module, step.parallel, _merged(module, step.parallel))
     else:
         conv = _merged(module, step.parallel)
         linear = cast(nn.Linear, module.get_submodule(step.linear))
         weight, bias = compose_pointwise_linear((conv.weight, conv.bias), (linear.weight, linear.bias))
         fresh = nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype)
         _set_weights(fresh, (weight, bias))
-        module.set_submodule(step.linear, fresh)
-        module.set_submodule(step.parallel, nn.Identity())
+        _replace(module, step.linear, fresh)
+        _replace(module, step.parallel, nn.Identity())
+
+
+def _replace(module: nn.Module, path: str, fresh: nn.Module) -> None:
+    # A module can be registered under several names, and forward() may call it by any of them.
+    old = module.get_submodule(path)
+    for name, child in list(module.named_modules(remove_duplicate=False)):
+        if child is old:
+            module.set_submodule(name, fresh)
 
 
 def _merged(module: nn.Module, path: str) -> nn.Conv2d:
@@ -124,51 +139,41 @@ def _certify(original: nn.Module, fused: nn.Module, steps: list[Step], shape: tu
 
 
 class _Recorder:
-    """Runs the original once and keeps what went into and came out of each block."""
+    """Runs the original once for the shape that each block reads, and compares blocks on noise of that shape.
+
+    Noise, because the activations of a real network can be dead, and any fold is right on zeros.
+    """
 
     def __init__(self, module: nn.Module, steps: list[Step]) -> None:
         # Another copy: its hooks must not stay on the caller's reference.
         self._module = copy.deepcopy(module)
-        self._inputs: dict[str, Tensor] = {}
-        self._outputs: dict[str, Tensor] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
         for step in steps:
-            first, last = _ends(step)
-            self._module.get_submodule(first).register_forward_pre_hook(self._keep_input(first))
-            self._module.get_submodule(last).register_forward_hook(self._keep_output(last))
+            first = _first(step)
+            self._module.get_submodule(first).register_forward_pre_hook(self._keep_shape(first))
 
     def run(self, images: Tensor) -> Tensor:
         return cast(Tensor, self._module(images))
 
     def compare(self, fused: nn.Module, step: Step) -> BlockCertificate:
-        first, last = _ends(step)
-        block_input = self._inputs[first]
+        first = _first(step)
+        block, x = self._module.get_submodule(first), hostile_input(self._shapes[first])
         if isinstance(step, ComposeAdapters):
-            kind, block = "adapters into classifier", fused.get_submodule(step.linear)
-            block_input = block_input.mean((2, 3))
+            kind, reference = "adapters into classifier", self._module.get_submodule(step.linear)(block(x).mean((2, 3)))
+            candidate = fused.get_submodule(step.linear)(x.mean((2, 3)))
+        elif isinstance(step, FoldPair):
+            kind, reference = "conv + batch norm", self._module.get_submodule(step.batch_norm)(block(x))
+            candidate = fused.get_submodule(first)(x)
         else:
-            kind = "conv + batch norm" if isinstance(step, FoldPair) else "parallel branches"
-            block = fused.get_submodule(first)
-        return BlockCertificate(
-            name=first, kind=kind, relative_error=relative_error(block(block_input), self._outputs[last])
-        )
+            kind, reference, candidate = "parallel branches", block(x), fused.get_submodule(first)(x)
+        return BlockCertificate(name=first, kind=kind, relative_error=relative_error(candidate, reference))
 
-    def _keep_input(self, name: str) -> Any:
-        # Cloned, because a following in-place activation would overwrite what is compared.
+    def _keep_shape(self, name: str) -> Any:
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            self._inputs[name] = inputs[0].clone()
-
-        return hook
-
-    def _keep_output(self, name: str) -> Any:
-        def hook(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            self._outputs[name] = output.clone()
+            self._shapes[name] = tuple(inputs[0].shape)
 
         return hook
 
 
-def _ends(step: Step) -> tuple[str, str]:
-    if isinstance(step, FoldPair):
-        return step.layer, step.batch_norm
-    if isinstance(step, MergeBranches):
-        return step.parallel, step.parallel
-    return step.parallel, step.linear
+def _first(step: Step) -> str:
+    return step.layer if isinstance(step, FoldPair) else step.parallel

@@ -63,7 +63,8 @@ def trace(module: nn.Module) -> fx.Graph:
 def find_steps(module: nn.Module) -> list[Step]:
     """Everything that must be folded in an eval-mode module, in the order of its dataflow.
 
-    Raises ``ReparamError`` for a module in training mode, and for a batch norm or branch that cannot be removed exactly.
+    Raises ``ReparamError`` for a module in training mode, and for a batch norm or branch that cannot be removed
+    exactly.
     """
     _require_eval(module)
     graph = trace(module)
@@ -83,12 +84,15 @@ def find_steps(module: nn.Module) -> list[Step]:
         elif isinstance(target, ParallelBranches):
             steps.append(_merge(module, node, target, calls))
     _require_called(module, steps)
+    _refuse_batch_norm_after_adapters(steps)
     return steps
 
 
 def branch_layers(parallel: ParallelBranches, path: str) -> list[tuple[nn.Conv2d, nn.Module | None]]:
     """(convolution, batch norm or None) of each branch; raises ``ReparamError`` for one that is not linear."""
     layers: list[tuple[nn.Conv2d, nn.Module | None]] = []
+    if not parallel.branches:
+        raise ReparamError(f"{path} has no branch.", remedy="Give it at least one.")
     for index, branch in enumerate(parallel.branches):
         parts = list(branch) if type(branch) is nn.Sequential else [branch]
         name = f"{path}.branches.{index}"
@@ -101,7 +105,9 @@ def branch_layers(parallel: ParallelBranches, path: str) -> list[tuple[nn.Conv2d
                 f"Branch {name} is not one convolution and at most one batch norm: it contains {culprit}.",
                 remedy="Only linear branches can be merged; put non-linearities after the mean.",
             )
-        layers.append((cast(nn.Conv2d, parts[0]), parts[1] if len(parts) == 2 else None))
+        if len(parts) == 2:
+            _require_statistics(parts[1], f"{name}.1")
+        layers.append((parts[0], parts[1] if len(parts) == 2 else None))
     _require_same_geometry([conv for conv, _ in layers], path)
     return layers
 
@@ -126,13 +132,16 @@ def _require_eval(module: nn.Module) -> None:
     for name, child in module.named_modules():
         if child.training:
             raise ReparamError(
-                f"{name or type(module).__name__} is in training mode: its batch norms would use the batch's statistics.",
+                f"{name or type(module).__name__} is in training mode: its batch norms would use the batch's "
+                "statistics.",
                 remedy="Call .eval() on the module first; comparing in training mode is the commonest false alarm.",
             )
 
 
 def _fold_pair(module: nn.Module, node: fx.Node, calls: Counter[int]) -> FoldPair:
-    name, producer = str(node.target), node.args[0]
+    name = str(node.target)
+    _require_positional(node)
+    producer = node.args[0]
     if not isinstance(producer, fx.Node) or producer.op != "call_module":
         raise ReparamError(
             f"Batch norm {name} does not directly follow a convolution or linear layer.",
@@ -142,23 +151,28 @@ def _fold_pair(module: nn.Module, node: fx.Node, calls: Counter[int]) -> FoldPai
     layer = module.get_submodule(layer_name)
     if not isinstance(layer, _LINEAR_TYPES):
         raise ReparamError(
-            f"Batch norm {name} follows {layer_name}, a {type(layer).__name__}, which is no convolution or linear layer.",
+            f"Batch norm {name} follows {layer_name}, a {type(layer).__name__}, which is no convolution or linear "
+            "layer.",
             remedy="There is nothing before it that it could be folded into.",
         )
+    _require_positional(producer)
     _refuse_shared(layer_name, producer, calls[id(layer)])
     _refuse_reuse(name, calls[id(module.get_submodule(name))])
     _refuse_hooks(layer, layer_name)
     _refuse_hooks(module.get_submodule(name), name)
+    _require_statistics(module.get_submodule(name), name)
     return FoldPair(layer_name, name)
 
 
 def _merge(module: nn.Module, node: fx.Node, parallel: ParallelBranches, calls: Counter[int]) -> Step:
     path = str(node.target)
+    _require_positional(node)
     _refuse_reuse(path, calls[id(parallel)])
     _refuse_hooks(parallel, path)
-    branch_layers(parallel, path)
+    layers = branch_layers(parallel, path)
     if not isinstance(parallel, PooledAdapters):
         return MergeBranches(path)
+    _require_pointwise(layers[0][0], path)
     return ComposeAdapters(path, _linear_after_pooling(module, node, path, calls))
 
 
@@ -217,6 +231,40 @@ def _refuse_hooks(module: nn.Module, name: str) -> None:
         )
 
 
+def _require_positional(node: fx.Node) -> None:
+    if len(node.args) != 1 or node.kwargs:
+        raise ReparamError(
+            f"{node.target} is not called with one positional argument.", remedy=f"Call {node.target}(x) in forward()."
+        )
+
+
+def _require_statistics(batch_norm: nn.Module, name: str) -> None:
+    if cast(_BatchNorm, batch_norm).running_mean is None:
+        raise ReparamError(
+            f"{name} keeps no running statistics: its output depends on the other images of the batch.",
+            remedy="Train with track_running_stats=True; there is no exact fold otherwise.",
+        )
+
+
+def _require_pointwise(conv: nn.Conv2d, path: str) -> None:
+    pointwise = conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1
+    if not pointwise or conv.padding not in ((0, 0), "valid", "same"):
+        raise ReparamError(
+            f"The branches of adapter {path} are no plain 1x1 convolutions: {conv}.",
+            remedy="Only an ungrouped, unpadded 1x1 convolution of stride 1 commutes with the pooling after it.",
+        )
+
+
+def _refuse_batch_norm_after_adapters(steps: list[Step]) -> None:
+    composed = {step.linear for step in steps if isinstance(step, ComposeAdapters)}
+    for step in steps:
+        if isinstance(step, FoldPair) and step.layer in composed:
+            raise ReparamError(
+                f"Batch norm {step.batch_norm} follows {step.layer}, into which adapters fold already.",
+                remedy="End the classifier with its linear layer.",
+            )
+
+
 def _require_called(module: nn.Module, steps: list[Step]) -> None:
     seen = {s.batch_norm if isinstance(s, FoldPair) else s.parallel for s in steps}
     for name, child in module.named_modules():
@@ -226,5 +274,3 @@ def _require_called(module: nn.Module, steps: list[Step]) -> None:
                 f"{name}, a {type(child).__name__}, is never called in the forward pass.",
                 remedy="Remove it, or call it as a module.",
             )
-
-

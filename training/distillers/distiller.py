@@ -3,10 +3,10 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from kdexport.reparam.blocks import BranchSpec
-from kdexport.students import Student
 from torch import Tensor, nn
 
+from kdexport.reparam.blocks import BranchSpec
+from kdexport.students import Student
 from training.recipe import DistillerSettings
 from training.teachers import Teacher
 
@@ -33,9 +33,7 @@ class Distiller(nn.Module):
         """Fix statistics of the teacher's feature (N,Ct,H,W) from a few batches, before training."""
         raise NotImplementedError
 
-    def forward(
-        self, branch_features: list[Tensor], teacher_feature: Tensor, step: StepContext
-    ) -> dict[str, Tensor]:
+    def forward(self, branch_features: list[Tensor], teacher_feature: Tensor, step: StepContext) -> dict[str, Tensor]:
         """Named scalar losses, weighted, to be added to cross-entropy."""
         raise NotImplementedError
 

@@ -5,11 +5,11 @@ from collections.abc import Iterable
 from typing import cast
 
 import torch
-from kdexport.reparam.blocks import BranchSpec
-from kdexport.students import Student
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kdexport.reparam.blocks import BranchSpec
+from kdexport.students import Student
 from training.diffusion import SCHEDULES, Permutation, reverse_process_loss
 from training.distillers import DISTILLERS
 from training.distillers.distiller import Distiller, StepContext
@@ -48,9 +48,7 @@ class KDiffusion(Distiller):
     @classmethod
     def branch_spec(cls, settings: DistillerSettings, teacher: Teacher) -> BranchSpec:
         adapter = teacher.taps[-1].channels if settings.placement == "R2" else None
-        return BranchSpec(
-            placement=settings.placement, num_branches=settings.num_branches, adapter_channels=adapter
-        )
+        return BranchSpec(placement=settings.placement, num_branches=settings.num_branches, adapter_channels=adapter)
 
     def calibrate(self, teacher_features: Iterable[Tensor]) -> None:
         if not self.settings.standardise_teacher:
@@ -61,17 +59,13 @@ class KDiffusion(Distiller):
         # A channel that is always zero after its ReLU has nothing to teach and must not be blown up.
         self.teacher_std.copy_(variance.sqrt().clamp(min=1e-3))
 
-    def forward(
-        self, branch_features: list[Tensor], teacher_feature: Tensor, step: StepContext
-    ) -> dict[str, Tensor]:
+    def forward(self, branch_features: list[Tensor], teacher_feature: Tensor, step: StepContext) -> dict[str, Tensor]:
         stacked = torch.stack(branch_features)
         count, batch = stacked.shape[:2]
         target = (self._pool(teacher_feature.float()) - self.teacher_mean) / self.teacher_std
         bridged = cast(Tensor, self.bridge(self._pool(stacked.flatten(0, 1)))).float()
-        features = list(bridged.unflatten(0, (count, batch)).unbind(0))
-        loss = reverse_process_loss(
-            features, target, self._schedule, self._permutation(step), self.settings.trajectory
-        )
+        features = list(torch.unflatten(bridged, 0, (count, batch)).unbind(0))
+        loss = reverse_process_loss(features, target, self._schedule, self._permutation(step), self.settings.trajectory)
         ramp = min(step.epoch / self.settings.ramp_epochs, 1.0) if self.settings.ramp_epochs > 0 else 1.0
         return {"diffusion": self.settings.weight * ramp * loss}
 

@@ -1,7 +1,6 @@
 """Networks that are distilled from; one file per architecture family."""
 
 from kdexport.registry import Registry
-
 from training.teachers.teacher import Teacher
 
 TEACHERS: Registry[Teacher] = Registry("teacher", "training.teachers")

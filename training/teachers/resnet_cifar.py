@@ -4,10 +4,10 @@ from functools import partial
 from typing import cast
 
 import torch
-from kdexport.students import Tap
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kdexport.students import Tap
 from training.teachers import TEACHERS
 from training.teachers.teacher import Teacher
 

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+
 from kdexport.checkpoint import load_strictly, load_tensors
 from kdexport.errors import CheckpointError
 from kdexport.students import Tap
-from torch import Tensor, nn
 
 
 class Teacher(nn.Module):
@@ -37,8 +38,9 @@ def _load_pickled_tensors(path: Path) -> dict[str, Tensor]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     # A truncated or foreign file fails in the zip reader, the unpickler or torch's own allow-list.
     except Exception as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise CheckpointError(
-            f"{path} is truncated or holds more than tensors: {str(error).splitlines()[0]}",
+            f"{path} is truncated or holds more than tensors: {reason}",
             remedy="Pass a state_dict saved by torch.save or a .safetensors file; code in a pickle is never run.",
         ) from error
     if isinstance(loaded, dict) and isinstance(loaded.get("model"), dict):

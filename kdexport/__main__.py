@@ -1,0 +1,14 @@
+"""``kdexport`` and ``python -m kdexport``."""
+
+from kdexport.console import guarded
+
+
+def main() -> None:
+    """Run the command line; errors become sentences and exit codes."""
+    from kdexport.cli import app
+
+    guarded(app)
+
+
+if __name__ == "__main__":
+    main()

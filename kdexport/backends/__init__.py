@@ -1,0 +1,1 @@
+"""What runs or compiles a graph: torch, onnxruntime, TensorRT."""

@@ -1,0 +1,75 @@
+"""onnxruntime, strictly: the provider that was asked for is the one that runs, and its telemetry is off."""
+
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdexport.errors import AuditError, BackendUnavailableError
+
+CPU = "CPUExecutionProvider"
+
+
+def import_onnxruntime() -> Any:
+    """Import onnxruntime with telemetry off; recent wheels collect usage events unless told before the import."""
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    import onnxruntime
+
+    onnxruntime.set_default_logger_severity(3)
+    return onnxruntime
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OrtModel:
+    """A loaded model that runs on one provider, and how many of its nodes run where."""
+
+    session: Any
+    nodes_by_provider: dict[str, int]
+
+    def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(N,3,S,S) float32 to logits (N,K)."""
+        name = self.session.get_inputs()[0].name
+        return np.asarray(self.session.run(None, {name: images})[0])
+
+
+def load_model(path: Path, *, provider: str = CPU, threads: int = 0, optimise: bool = True) -> OrtModel:
+    """Open an ONNX file on exactly ``provider``. ``threads`` 0 leaves their number to onnxruntime.
+
+    Raises ``BackendUnavailableError`` where onnxruntime would have fallen back to another provider, and ``AuditError``
+    where the file is not a valid model.
+    """
+    ort = import_onnxruntime()
+    if provider not in ort.get_available_providers():
+        raise BackendUnavailableError(
+            f"onnxruntime has no {provider} here, only {', '.join(ort.get_available_providers())}.",
+            remedy="Install onnxruntime-gpu with its CUDA libraries, or choose another provider.",
+        )
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    # A worker that spins between runs takes the core that the other arm of a comparison needs.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if not optimise:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        session = ort.InferenceSession(str(path), options, providers=[provider])
+    # onnxruntime raises a dozen exception types of its own without a common base.
+    except Exception as error:
+        raise AuditError(
+            f"onnxruntime does not open {path.name}: {str(error).splitlines()[0]}",
+            remedy="The file is damaged or not an ONNX model; build it again.",
+        ) from error
+    session.disable_fallback()
+    if session.get_providers()[0] != provider:
+        raise BackendUnavailableError(
+            f"{provider} was asked for and onnxruntime runs {session.get_providers()[0]}.",
+            remedy="Install the driver and libraries of that provider.",
+        )
+    counts: Counter[str] = Counter()
+    for graph in session.get_provider_graph_assignment_info():
+        counts[graph.ep_name] += len(graph.get_nodes())
+    return OrtModel(session, dict(counts))

@@ -1,0 +1,115 @@
+"""The bundle on disk: its layout, its manifest, and the digests that tie both together."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdexport.checkpoint import StudentSpec, sha256_file
+from kdexport.errors import BundleError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+SCHEMA_VERSION = 1
+
+MANIFEST = "manifest.json"
+UNFUSED = "unfused.safetensors"
+FUSED = "student.safetensors"
+MODEL = "model.onnx"
+TARGETS = "targets"
+GOLDEN = "golden"
+GOLDEN_LOGITS = "golden/logits.safetensors"
+LAYERS = "layers.json"
+PLAN = "model.plan"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """What a bundle says about itself; ``data`` is the whole JSON object."""
+
+    data: dict[str, Any]
+    spec: StudentSpec
+    files: dict[str, str]
+    targets: dict[str, dict[str, Any]]
+    build_key: str
+    opset: int
+    golden: tuple[str, ...]
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Manifest":
+        """Read a manifest's JSON object; raises ``KeyError``, ``TypeError`` or ``ValueError`` on a foreign one."""
+        if data["schema_version"] != SCHEMA_VERSION:
+            raise ValueError(f"schema_version is {data['schema_version']!r}, this version reads {SCHEMA_VERSION}")
+        return cls(
+            data=data,
+            spec=StudentSpec.from_json({**data["student"], "provenance": data["provenance"]}),
+            files={str(name): str(value) for name, value in data["files"].items()},
+            targets=dict(data["targets"]),
+            build_key=str(data["build_key"]),
+            opset=int(data["opset"]),
+            golden=tuple(str(name) for name in data["golden"]),
+        )
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a bundle folder; raises ``BundleError`` where there is none or it cannot be read."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise BundleError(
+            f"{folder} is not a bundle: it has no {MANIFEST}.", remedy="Pass a folder that `kdexport build` wrote."
+        )
+    try:
+        return Manifest.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError) as error:
+        raise BundleError(
+            f"{path} is damaged or of another version: {type(error).__name__}: {error}.",
+            remedy="Build the bundle again.",
+        ) from error
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """sha256 of every file below ``folder`` except the manifest, by relative path."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = {path.relative_to(folder).as_posix(): path for path in paths}
+    return {name: sha256_file(path) for name, path in names.items() if name != MANIFEST}
+
+
+def changed_files(folder: Path, expected: dict[str, str]) -> dict[str, str]:
+    """What became of files since the manifest was written: name to ``missing``, ``changed`` or ``unknown``."""
+    present = hash_files(folder)
+    changes = {name: "missing" for name in expected.keys() - present.keys()}
+    changes.update({name: "unknown" for name in present.keys() - expected.keys()})
+    changes.update({name: "changed" for name in expected.keys() & present.keys() if expected[name] != present[name]})
+    return dict(sorted(changes.items()))
+
+
+def write_golden(folder: Path, images: Iterable[tuple[bytes, str]]) -> list[str]:
+    """Write original image bytes with their suffixes; returns their paths relative to the bundle."""
+    (folder / GOLDEN).mkdir(parents=True)
+    names = []
+    for index, (data, suffix) in enumerate(images):
+        name = f"{GOLDEN}/{index:03d}{suffix}"
+        (folder / name).write_bytes(data)
+        names.append(name)
+    return names
+
+
+def read_golden(folder: Path, manifest: Manifest) -> "NDArray[np.uint8]":
+    """The golden images through the bundle's own preprocessing: (N,S,S,3) uint8."""
+    import numpy as np
+
+    from kdexport.preprocessing import read_image
+
+    preprocessing = manifest.spec.preprocessing
+    return np.stack([preprocessing.pixels(read_image(folder / name)) for name in manifest.golden])
+
+
+def onnx_files(manifest: Manifest) -> dict[str, str]:
+    """ONNX files of a bundle by relative path, with their precision."""
+    files = {MODEL: "fp32"}
+    for name, entry in manifest.targets.items():
+        files[f"{TARGETS}/{name}/{MODEL}"] = str(entry["precision"])
+    return files

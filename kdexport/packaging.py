@@ -1,0 +1,207 @@
+"""Assembles a bundle folder, has it verified, and writes its manifest last."""
+
+import json
+import platform
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdexport.artifacts import EngineFile, FusedFiles, OnnxModel
+from kdexport.backends.trt import can_execute
+from kdexport.bundle import (
+    FUSED,
+    GOLDEN_LOGITS,
+    LAYERS,
+    MANIFEST,
+    MODEL,
+    PLAN,
+    SCHEMA_VERSION,
+    TARGETS,
+    UNFUSED,
+    Manifest,
+    hash_files,
+    write_golden,
+)
+from kdexport.checkpoint import StudentSpec, TrainedStudent, load_student, save_tensors
+from kdexport.config import BuildConfig
+from kdexport.data import ImageSet
+from kdexport.errors import CheckpointError, DataError, VerificationError
+from kdexport.fingerprint import tool_versions
+from kdexport.graph.audit import operator_counts
+from kdexport.stages import UNFUSED_MODEL
+from kdexport.targets import Target
+from kdexport.verify.latency import Comparison, LatencyResult, compare_latency
+from kdexport.verify.reference import run_torch
+from kdexport.verify.report import write_reports
+from kdexport.verify.verdict import NOT_EXECUTED, VERIFIED, Verdict, VerifiedBundle, seal, verify_folder
+
+_VERSIONS = (
+    "torch", "torchvision", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime", "numpy", "tensorrt_rtx_cu13",
+    "tensorrt", "polygraphy",
+)  # fmt: skip
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parts:
+    """Everything that goes into one bundle."""
+
+    config: BuildConfig
+    trained: TrainedStudent
+    fused: FusedFiles
+    model: OnnxModel
+    casts: dict[Target, OnnxModel]
+    engines: dict[Target, EngineFile]
+    validation: ImageSet
+    build_key: str
+
+
+def package(folder: Path, parts: Parts, progress: Progress) -> VerifiedBundle:
+    """Fill ``folder`` and verify it. Raises ``VerificationError``, with the report left in ``folder``, if it fails."""
+    _copy_files(folder, parts)
+    golden = _write_golden(folder, parts)
+    data = _describe(parts, golden)
+    manifest = Manifest.from_json({**data, "files": {}})
+    count = min(parts.config.verify.images, len(parts.validation))
+    chosen = spread(len(parts.validation), count)
+    pixels = parts.validation.read(chosen, parts.trained.spec.preprocessing)
+    verdict = verify_folder(folder, manifest, pixels, progress=progress)
+    latency = _compare_latency(parts, progress) if not verdict.failures else None
+    data["parity"] = [check.to_json() for check in verdict.checks]
+    data["parity_images"] = count
+    data["latency"] = None if latency is None else latency.to_json()
+    write_reports(folder, data)
+    data["files"] = hash_files(folder)
+    (folder / MANIFEST).write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    bundle = seal(folder, Manifest.from_json(data), verdict)
+    _require_not_slower(latency)
+    return bundle
+
+
+def spread(total: int, count: int) -> list[int]:
+    """``count`` indices spread evenly over ``total`` images, so that every class of an ordered set is met."""
+    return [int(index) for index in np.linspace(0, total - 1, count).round()]
+
+
+def _copy_files(folder: Path, parts: Parts) -> None:
+    shutil.copyfile(parts.trained.weights, folder / UNFUSED)
+    shutil.copyfile(parts.fused.weights, folder / FUSED)
+    shutil.copyfile(parts.model.path, folder / MODEL)
+    for target, model in parts.casts.items():
+        place = folder / TARGETS / str(target)
+        place.mkdir(parents=True)
+        shutil.copyfile(model.path, place / MODEL)
+        if target in parts.engines:
+            for name in (PLAN, LAYERS):
+                shutil.copyfile(parts.engines[target].folder / name, place / name)
+
+
+def _write_golden(folder: Path, parts: Parts) -> list[str]:
+    import torch
+
+    chosen = spread(len(parts.validation), min(parts.config.verify.golden, len(parts.validation)))
+    names = write_golden(folder, (parts.validation.original(index) for index in chosen))
+    preprocessing = parts.trained.spec.preprocessing
+    images = preprocessing.normalise(parts.validation.read(chosen, preprocessing))
+    exact = run_torch(load_student(parts.trained).double(), images.astype(np.float64))
+    labels = torch.from_numpy(parts.validation.labels[chosen])
+    save_tensors(folder / GOLDEN_LOGITS, {"logits": torch.from_numpy(exact), "labels": labels})
+    return names
+
+
+def _describe(parts: Parts, golden: list[str]) -> dict[str, Any]:
+    import onnx
+
+    from kdexport import __version__
+
+    spec = parts.trained.spec
+    described = spec.to_json()
+    provenance = described.pop("provenance")
+    certificate = json.loads(parts.fused.certificate.read_text())
+    unfused = onnx.load(str(parts.model.path.with_name(UNFUSED_MODEL)))
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kdexport": __version__,
+        "build_key": parts.build_key,
+        "student": described,
+        "provenance": {**provenance, "checkpoint_sha256": parts.trained.weights_sha256},
+        "opset": parts.config.export.opset,
+        "export": parts.config.export.model_dump(mode="json"),
+        "targets": {str(target): _target_entry(target, parts) for target in parts.casts},
+        "golden": golden,
+        "certificate": certificate,
+        "operators": {"unfused": operator_counts(unfused), "fused": operator_counts(onnx.load(str(parts.model.path)))},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version for name, version in tool_versions(*_VERSIONS).items() if version != "absent"},
+        },
+    }
+
+
+def _target_entry(target: Target, parts: Parts) -> dict[str, Any]:
+    executed = not target.needs_engine or can_execute(target)
+    entry: dict[str, Any] = {
+        "precision": target.precision,
+        "backend": target.backend,
+        "engine": target.needs_engine,
+        "status": VERIFIED if executed else NOT_EXECUTED,
+    }
+    if target in parts.engines:
+        table = json.loads((parts.engines[target].folder / LAYERS).read_text())
+        entry["version"] = table["version"]
+        entry["kernels"] = sum(bool(layer["datatypes"]) for layer in table["layers"])
+    return entry
+
+
+def _compare_latency(parts: Parts, progress: Progress) -> LatencyResult:
+    settings = parts.config.latency
+    comparison = Comparison(
+        reference=str(parts.model.path.with_name(UNFUSED_MODEL)),
+        candidate=str(parts.model.path),
+        image_size=parts.trained.spec.image_size,
+        batch=settings.batch,
+        threads=settings.threads,
+        pairs=settings.pairs,
+    )
+    return compare_latency(
+        comparison,
+        max_slowdown=settings.max_slowdown,
+        max_sessions=settings.sessions,
+        progress=lambda count: progress(f"latency, session {count}"),
+    )
+
+
+def _require_not_slower(latency: LatencyResult | None) -> None:
+    if latency is not None and latency.verdict == "slower":
+        raise VerificationError(
+            f"The fused student is slower than the unfused one: {latency.ratio:.3f}x, interval {latency.low:.3f} to "
+            f"{latency.high:.3f} (up to {1 + latency.max_slowdown:.3f} allowed) over {latency.sessions} sessions.",
+            remedy="Run again on a quiet machine; if it stays, raise max_slowdown under [latency] deliberately.",
+        )
+
+
+def require_matching(spec: StudentSpec, student: str, validation: ImageSet) -> None:
+    """Raise where a checkpoint is of another student or other classes than the configuration and data."""
+    if spec.student != student:
+        raise CheckpointError(
+            f"The checkpoint holds a {spec.student}, and {student} was asked for.",
+            remedy=f"Pass --student {spec.student}, or the checkpoint of a {student}.",
+        )
+    if spec.classes != validation.classes:
+        counts = f"{spec.num_classes} classes, the data set has {len(validation.classes)}"
+        difference = counts if spec.num_classes != len(validation.classes) else "classes of other names or order"
+        raise CheckpointError(
+            f"The checkpoint was trained for {difference}.", remedy="Name the data set that it was trained on."
+        )
+    if len(validation) < 1:
+        raise DataError("There is no validation image.", remedy="Add images to the test split.")
+
+
+def describe_failures(verdict: Verdict) -> list[dict[str, Any]]:
+    """The failed checks as JSON objects."""
+    return [check.to_json() for check in verdict.failures]

@@ -1,0 +1,226 @@
+"""`kdexport build`: from a recipe or a checkpoint to a verified bundle, doing only what is not done yet."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kdexport import stages, trainer
+from kdexport.bundle import MANIFEST, Manifest, changed_files, read_manifest
+from kdexport.checkpoint import TrainedStudent, open_checkpoint, sha256_file
+from kdexport.config import BuildConfig
+from kdexport.data import DatasetSpec, open_dataset
+from kdexport.errors import BundleError, CheckpointError, KdexportError, VerificationError
+from kdexport.fingerprint import dataset_digest, digest, source_digest
+from kdexport.reporter import Reporter
+from kdexport.targets import Target, require_available
+from kdexport.workspace import Workspace, replace_folder, require_replaceable, require_writable
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildRequest:
+    """What `kdexport build` was asked for. ``checkpoint`` skips training; ``fresh`` forgets earlier results."""
+
+    config: BuildConfig
+    targets: tuple[Target, ...]
+    out: Path
+    workspace: Path
+    checkpoint: Path | None = None
+    data_root: str | None = None
+    teacher_checkpoint: str | None = None
+    processes: int = 1
+    fresh: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildResult:
+    """The bundle at ``out``; ``up_to_date`` where nothing had to be done."""
+
+    out: Path
+    manifest: Manifest
+    up_to_date: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Plan:
+    """The resolved recipe and the digests of what it reads."""
+
+    recipe: dict[str, Any]
+    overrides: dict[str, Any]
+    revision: int
+    dataset: DatasetSpec
+    dataset_sha256: str
+
+
+def build(request: BuildRequest, reporter: Reporter) -> BuildResult:
+    """Train (or read) the student, fuse, export, compile, verify, package; each stage only where it is not done yet.
+
+    The bundle at ``request.out`` is replaced only by a complete, verified one.
+    """
+    workspace = Workspace(request.workspace)
+    require_available(request.targets)
+    require_replaceable(request.out, MANIFEST)
+    require_writable(request.out)
+    if not (request.out / MANIFEST).is_file():
+        _require_student(request.config.student)
+    plan = _plan(request, workspace)
+    trained = _trained(request, plan, workspace, reporter)
+    key = _bundle_key(request, plan, trained)
+    if request.fresh:
+        workspace.forget("bundle", key)
+    elif _is_up_to_date(request.out, key):
+        return BuildResult(out=request.out, manifest=read_manifest(request.out), up_to_date=True)
+    _make_bundle(request, plan, trained, key, workspace, reporter)
+    replace_folder(workspace.path("bundle", key), request.out)
+    return BuildResult(out=request.out, manifest=read_manifest(request.out), up_to_date=False)
+
+
+def _require_student(name: str) -> None:
+    from kdexport.students import STUDENTS
+
+    STUDENTS.check(name)
+
+
+def _plan(request: BuildRequest, workspace: Workspace) -> _Plan:
+    overrides: dict[str, Any] = {key: dict(table) for key, table in request.config.overrides.items()}
+    overrides.setdefault("student", {})["name"] = request.config.student
+    if request.data_root is not None:
+        overrides.setdefault("data", {})["root"] = request.data_root
+    if request.teacher_checkpoint is not None:
+        overrides.setdefault("teacher", {})["checkpoint"] = request.teacher_checkpoint
+    resolved = trainer.resolve_recipe(request.config.recipe, overrides)
+    recipe = resolved["recipe"]
+    teacher = recipe["teacher"]["checkpoint"]
+    if request.checkpoint is None and teacher and not Path(teacher).is_file():
+        raise CheckpointError(
+            f"There is no teacher checkpoint {teacher}.",
+            remedy="Pass --teacher-checkpoint FILE, or remove `checkpoint` under [overrides.teacher] of the "
+            "configuration: then the teacher is trained first.",
+        )
+    dataset = DatasetSpec(name=recipe["data"]["name"], root=recipe["data"]["root"])
+    return _Plan(
+        recipe=recipe,
+        overrides=overrides,
+        revision=resolved["revision"],
+        dataset=dataset,
+        dataset_sha256=dataset_digest(dataset, workspace.root / "dataset"),
+    )
+
+
+def _trained(request: BuildRequest, plan: _Plan, workspace: Workspace, reporter: Reporter) -> TrainedStudent:
+    if request.checkpoint is not None:
+        return open_checkpoint(request.checkpoint)
+    teacher = plan.recipe["teacher"]["checkpoint"]
+    teacher_sha256 = sha256_file(Path(teacher)) if teacher else _train_teacher(request, plan, workspace, reporter)
+    key = digest(["train", _portable(plan.recipe), plan.dataset_sha256, teacher_sha256, plan.revision])
+    if request.fresh:
+        workspace.forget("train", key)
+    if not workspace.has("train", key):
+        weights = teacher or str(workspace.path("teacher", _teacher_key(plan)) / "model.safetensors")
+        overrides = {**plan.overrides, "teacher": {**plan.overrides.get("teacher", {}), "checkpoint": weights}}
+        recipe, processes = request.config.recipe, request.processes
+        with reporter.stage("train"):
+            workspace.resume(
+                "train", key, lambda folder: trainer.train_student(recipe, overrides, folder, processes=processes)
+            )
+    return open_checkpoint(workspace.path("train", key) / "student")
+
+
+def _train_teacher(request: BuildRequest, plan: _Plan, workspace: Workspace, reporter: Reporter) -> str:
+    key = _teacher_key(plan)
+    if request.fresh:
+        workspace.forget("teacher", key)
+    if not workspace.has("teacher", key):
+        with reporter.stage("teacher"):
+            workspace.resume(
+                "teacher", key, lambda folder: trainer.train_teacher(request.config.recipe, plan.overrides, folder)
+            )
+    return sha256_file(workspace.path("teacher", key) / "model.safetensors")
+
+
+def _teacher_key(plan: _Plan) -> str:
+    recipe = {name: table for name, table in _portable(plan.recipe).items() if name in ("data", "teacher", "train")}
+    # The student's own length and rate do not reach the teacher.
+    recipe["train"] = {name: v for name, v in recipe["train"].items() if name not in ("epochs", "learning_rate")}
+    return digest(["teacher", recipe, plan.dataset_sha256, plan.revision])
+
+
+def _portable(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe without places: moved data and weights are the same data and weights, by their digests."""
+    data = {name: value for name, value in recipe["data"].items() if name not in ("root", "workers")}
+    data["name"] = data["name"].partition(":")[0]
+    teacher = {name: value for name, value in recipe["teacher"].items() if name != "checkpoint"}
+    return {**recipe, "data": data, "teacher": teacher}
+
+
+def _bundle_key(request: BuildRequest, plan: _Plan, trained: TrainedStudent) -> str:
+    config = request.config
+    exported = stages.export_key(stages.fuse_key(trained), config.export)
+    models = {str(t): stages.cast_key(exported, t.precision) for t in request.targets}
+    engines = {
+        str(t): stages.compile_key(models[str(t)], t, config.export) for t in request.targets if t.needs_engine
+    }
+    settings = [table.model_dump(mode="json") for table in (config.export, config.verify, config.latency)]
+    return digest(["bundle", exported, models, engines, settings, plan.dataset_sha256, source_digest()])
+
+
+def _is_up_to_date(out: Path, key: str) -> bool:
+    try:
+        manifest = read_manifest(out)
+    except BundleError:
+        return False
+    return manifest.build_key == key and not changed_files(out, manifest.files)
+
+
+def _make_bundle(
+    request: BuildRequest, plan: _Plan, trained: TrainedStudent, key: str, workspace: Workspace, reporter: Reporter
+) -> None:
+    if workspace.has("bundle", key):
+        return
+    from kdexport.packaging import Parts, package, require_matching
+
+    config = request.config
+    validation = open_dataset(plan.dataset, "test")
+    require_matching(trained.spec, config.student, validation)
+    with reporter.stage("fuse"):
+        fused = stages.fuse(workspace, trained)
+    with reporter.stage("export"):
+        model = stages.export(workspace, trained, fused, config.export)
+    with reporter.stage("cast"):
+        casts = {target: stages.cast(workspace, model, target.precision) for target in request.targets}
+    engines = {}
+    for target in (target for target in request.targets if target.needs_engine):
+        with reporter.stage("compile") as progress:
+            progress(str(target))
+            size = trained.spec.image_size
+            engines[target] = stages.compile_engine(workspace, casts[target], target, config.export, size)
+    parts = Parts(
+        config=config,
+        trained=trained,
+        fused=fused,
+        model=model,
+        casts=casts,
+        engines=engines,
+        validation=validation,
+        build_key=key,
+    )
+    failed = workspace.path("failed", key)
+
+    def make(folder: Path) -> None:
+        with reporter.stage("verify") as progress:
+            try:
+                package(folder, parts, progress)
+            except VerificationError as error:
+                _keep_failed(folder, failed)
+                raise VerificationError(f"{error.message}\nReport: {failed / 'report.md'}", remedy=error.remedy) from error
+
+    workspace.produce("bundle", key, make)
+
+
+def _keep_failed(folder: Path, place: Path) -> None:
+    shutil.rmtree(place, ignore_errors=True)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(folder, place)
+
+
+__all__ = ["BuildRequest", "BuildResult", "KdexportError", "build"]

@@ -1,0 +1,30 @@
+"""Progress of a build: a live line on a terminal, one plain line per finished stage in a pipe; both on stderr."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+
+class Reporter:
+    """Says which stage runs and what it found; ``quiet`` says nothing."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._console = Console(stderr=True, highlight=False, quiet=quiet)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Callable[[str], None]]:
+        """Time one stage; the yielded function tells what it is at, live."""
+        started = time.monotonic()
+        columns = (SpinnerColumn(), TextColumn("{task.description:<10} {task.fields[detail]}"), TimeElapsedColumn())
+        live = Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
+        task = live.add_task(name, total=None, detail="")
+        with live:
+            yield lambda detail: live.update(task, detail=detail)
+        self._console.print(f"{name:<10} {time.monotonic() - started:6.1f} s", soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        """One line."""
+        self._console.print(text, soft_wrap=True, markup=False)

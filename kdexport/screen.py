@@ -1,0 +1,99 @@
+"""Results on a terminal: tables on stdout, readable in a pipe too."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from kdexport.bundle import Manifest
+from kdexport.doctor import Fact
+from kdexport.pipeline import BuildResult
+from kdexport.verify.report import rung_rows, verdict_sentence
+from kdexport.verify.verdict import Verdict
+
+
+def _console() -> Console:
+    # In a pipe there is no terminal to fit: wrapped cells would break what reads them.
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+
+
+def show_build(result: BuildResult) -> None:
+    """The bundle's table, its verdict and what to type next."""
+    console, data = _console(), result.manifest.data
+    if result.up_to_date:
+        console.print("Nothing to do: the bundle is up to date.")
+    console.print(_build_table(data))
+    console.print(f"[bold]Verdict:[/] {verdict_sentence(data)}.")
+    console.print(f"Bundle:  {result.out}  (report.html, report.md)", soft_wrap=True)
+    console.print(f"Next:    kdexport verify {result.out}", soft_wrap=True)
+    console.print(f"         kdexport inspect {result.out}", soft_wrap=True)
+
+
+def show_manifest(folder: Path, manifest: Manifest) -> None:
+    """What ``kdexport inspect`` prints."""
+    console, data, spec = _console(), manifest.data, manifest.spec
+    size = spec.preprocessing
+    console.print(f"[bold]{folder}[/]: {spec.student}, {spec.num_classes} classes, {size.image_size}x{size.image_size}")
+    console.print(f"Input   float32 (batch, 3, {size.image_size}, {size.image_size}), RGB / 255, mean {size.mean}, std {size.std}")
+    console.print(f"Classes {', '.join(spec.classes[:8])}{', ...' if spec.num_classes > 8 else ''}")
+    console.print(_build_table(data))
+    console.print(f"Verdict at build time: {verdict_sentence(data)}. `kdexport verify {folder}` checks it again.")
+
+
+def show_verdict(folder: Path, manifest: Manifest, verdict: Verdict) -> None:
+    """What ``kdexport verify`` prints: one row per rung and file, failures in full."""
+    console = _console()
+    data = {**manifest.data, "parity": [check.to_json() for check in verdict.checks], "latency": None}
+    table = _table("rung", "subject", "nearest to its limit", "allowed", "")
+    for row in rung_rows(data):
+        table.add_row(*row)
+    others = [check for check in verdict.checks if check.rung not in ("A", "B", "C")]
+    held = sum(check.holds for check in others)
+    table.add_row("audit", "files, graphs, golden images", f"{held} of {len(others)} hold", "", _word(held == len(others)))
+    console.print(table)
+    if not verdict.failures:
+        console.print(f"[bold]Verdict:[/] {verdict_sentence(data)}: {folder} is what was trained.", soft_wrap=True)
+
+
+def show_facts(facts: list[Fact]) -> None:
+    """What ``kdexport doctor`` prints."""
+    table = _table("", "", "")
+    table.show_header = False
+    for fact in facts:
+        table.add_row("ok" if fact.ok else "--", fact.what, fact.fact)
+    _console().print(table)
+
+
+def _build_table(data: dict[str, Any]) -> Table:
+    table = _table("", "unfused", "fused")
+    metrics, certificate, operators = data["provenance"].get("metrics", {}), data["certificate"], data["operators"]
+    if "teacher_top1" in metrics:
+        table.add_row("teacher top-1", f"{metrics['teacher_top1']:.2%}", "")
+    if "top1" in metrics:
+        table.add_row("student top-1", f"{metrics['top1']:.2%}", "the same, see parity")
+    table.add_row("operators", str(sum(operators["unfused"].values())), str(sum(operators["fused"].values())))
+    table.add_row("parameters", f"{certificate['unfused_parameters']:,}", f"{certificate['fused_parameters']:,}")
+    for rung, subject, measured, allowed, word in rung_rows(data):
+        table.add_row(f"rung {rung}", subject, f"{measured} (up to {allowed}) {word}")
+    latency = data["latency"]
+    if latency is not None:
+        interval = f"{latency['low']:.3f} to {latency['high']:.3f}"
+        medians = f"{latency['reference_ms']:.3f} ms", f"{latency['candidate_ms']:.3f} ms"
+        table.add_row("latency", medians[0], f"{medians[1]}, ratio {latency['ratio']:.3f} [{interval}]: {latency['verdict']}")
+    for name, entry in data["targets"].items():
+        kernels = f", {entry['kernels']} kernels all {entry['precision']}" if "kernels" in entry else ""
+        table.add_row("target", name, f"{entry['status']}{kernels}")
+    return table
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _word(holds: bool) -> str:
+    return "holds" if holds else "FAILS"

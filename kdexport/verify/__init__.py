@@ -1,0 +1,1 @@
+"""The parity ladder, the latency comparison, and what they say."""

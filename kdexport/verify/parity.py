@@ -1,0 +1,145 @@
+"""The parity ladder: each rung isolates one cause, and no limit is typed in by hand.
+
+A  algebra: fused against unfused in float64, per block and whole.
+B  fp32: the error against the float64 oracle, relative to the unfused float32 model's own error.
+C  fp16: the error against the oracle, relative to a simulation of float16, with headroom in the activations.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdexport.graph.precision import FLOAT16_MAX
+from kdexport.reparam.certificate import Certificate
+from kdexport.verify.reference import Probes, Reference
+
+B_RMS_FACTOR, B_MAX_FACTOR = 2.0, 4.0
+C_RMS_FACTOR = 3.0
+_HEADROOM = 8.0
+
+Logits = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Check:
+    """One comparison: ``measured`` against ``allowed``, both in ``unit``; ``detail`` names the layer or input."""
+
+    rung: str
+    subject: str
+    name: str
+    holds: bool
+    measured: float
+    allowed: float
+    unit: str
+    detail: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object; not-a-number becomes null, because JSON has none."""
+        return {key: None if value != value else value for key, value in asdict(self).items()}
+
+
+def check_at_most(
+    rung: str, subject: str, name: str, measured: float, allowed: float, *, unit: str, detail: str = ""
+) -> Check:
+    """A check that ``measured`` <= ``allowed``; NaN never holds."""
+    return Check(
+        rung=rung,
+        subject=subject,
+        name=name,
+        holds=bool(measured <= allowed),
+        measured=float(measured),
+        allowed=float(allowed),
+        unit=unit,
+        detail=detail,
+    )
+
+
+def rung_a(certificate: Certificate, fused: NDArray[np.float64], reference: Reference, probes: Probes) -> list[Check]:
+    """Algebra in float64: the certificate's blocks, and the whole on the probes (``fused``: float64 logits)."""
+    worst = certificate.worst
+    checks = []
+    if worst is not None:
+        detail = f"worst block {worst.name}, {worst.kind}"
+        checks.append(
+            check_at_most(
+                "A", "student", "blocks", worst.relative_error, certificate.limit, unit="of max", detail=detail
+            )
+        )
+    difference = np.abs(fused - reference.exact)
+    scale = np.abs(reference.exact).max()
+    detail = f"worst input {probes.name(_worst(difference))}"
+    return [
+        *checks,
+        check_at_most(
+            "A", "student", "whole", float(difference.max() / scale), certificate.limit, unit="of max", detail=detail
+        ),
+    ]
+
+
+def rung_b(subject: str, candidate: NDArray[np.float32], reference: Reference, probes: Probes) -> list[Check]:
+    """float32 logits ``candidate`` (N,K) against the oracle, in multiples of the unfused model's own error."""
+    own = np.abs(reference.unfused.astype(np.float64) - reference.exact)
+    error = np.abs(candidate.astype(np.float64) - reference.exact)
+    detail = f"worst input {probes.name(_worst(error))}; the unfused fp32 model is off by {own.max():.1e} at most"
+    return [
+        check_at_most("B", subject, "rms error", _ratio(_rms(error), _rms(own)), B_RMS_FACTOR, unit="x unfused"),
+        check_at_most(
+            "B", subject, "max error", _ratio(error.max(), own.max()), B_MAX_FACTOR, unit="x unfused", detail=detail
+        ),
+    ]
+
+
+def rung_c(subject: str, candidate: NDArray[np.float32], reference: Reference, probes: Probes) -> list[Check]:
+    """float16 logits against the oracle, in multiples of the simulated error; and the headroom of the activations."""
+    predicted = np.abs(reference.simulated_fp16.astype(np.float64) - reference.exact)
+    error = np.abs(candidate.astype(np.float64) - reference.exact)
+    detail = f"worst input {probes.name(_worst(error))}; fp16 alone costs {_rms(predicted):.1e} rms"
+    limit = FLOAT16_MAX / _HEADROOM
+    return [
+        check_at_most(
+            "C", subject, "rms error", _ratio(_rms(error), _rms(predicted)), C_RMS_FACTOR, unit="x simulated", detail=detail
+        ),
+        check_at_most("C", subject, "largest activation", reference.fp16_peak, limit, unit="of 65504"),
+    ]
+
+
+def check_repeatable(subject: str, logits: Logits, probes: Probes, batch: int) -> list[Check]:
+    """Two runs on one input are bit-equal, and a strided (channels-last) input is read as what it is."""
+    images = probes.images[:batch]
+    once = logits(images)
+    again = float(np.abs(logits(images) - once).max())
+    strided = np.ascontiguousarray(images.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+    layout = float(np.abs(logits(strided) - once).max())
+    return [
+        check_at_most("run", subject, "same input twice", again, 0.0, unit="abs"),
+        check_at_most("run", subject, "channels-last input", layout, 0.0, unit="abs"),
+    ]
+
+
+def run_in_batches(logits: Logits, images: NDArray[np.float32], batches: tuple[int, ...]) -> NDArray[np.float32]:
+    """Logits of all images, taken in batches of the given sizes in turn, so that every size is on the ladder."""
+    parts, start, turn = [], 0, 0
+    while start < len(images):
+        size = batches[turn % len(batches)]
+        parts.append(logits(images[start : start + size]))
+        start, turn = start + size, turn + 1
+    return np.concatenate(parts)
+
+
+def _worst(difference: NDArray[np.floating[Any]]) -> int:
+    per_input = difference.max(axis=1)
+    return int(np.argmax(np.where(np.isnan(per_input), np.inf, per_input)))
+
+
+def _rms(values: NDArray[np.floating[Any]]) -> float:
+    return float(np.sqrt(np.mean(np.square(values))))
+
+
+def _ratio(error: float, base: float) -> float:
+    # A base of exactly zero leaves no unit: only an error of exactly zero is then within it.
+    if base > 0:
+        return float(error) / float(base)
+    return 0.0 if error == 0 else float("inf")

@@ -1,0 +1,23 @@
+"""Verification of a finished bundle from its own files alone."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from kdexport.bundle import Manifest, read_golden
+from kdexport.errors import DataError
+from kdexport.verify.parity import check_at_most
+from kdexport.verify.verdict import Verdict, check_golden, check_integrity, verify_folder
+
+
+def replay(folder: Path, manifest: Manifest, progress: Callable[[str], None]) -> Verdict:
+    """Files, golden images from their bytes, and the whole ladder on them; every check is made, also after a failure."""
+    progress("files")
+    checks = check_integrity(folder, manifest)
+    try:
+        pixels = read_golden(folder, manifest)
+    except DataError as error:
+        broken = check_at_most("golden", "images", "readable", 1, 0, unit="faults", detail=error.message)
+        return Verdict((*checks, broken))
+    progress("golden images")
+    checks += check_golden(folder, manifest, pixels)
+    return Verdict((*checks, *verify_folder(folder, manifest, pixels, progress=progress).checks))

@@ -1,0 +1,145 @@
+"""Results by content: each stage's output lies under the sha256 of its inputs and appears by rename, whole."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from kdexport.errors import OutputError
+
+_PARTIAL = ".partial-"
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """A folder of finished results, ``root/<stage>/<sha256>``, and of runs that can be continued."""
+
+    root: Path
+
+    def path(self, stage: str, key: str) -> Path:
+        """Where the result of ``stage`` for inputs ``key`` is or will be."""
+        return self.root / stage / key
+
+    def has(self, stage: str, key: str) -> bool:
+        """Whether that result is finished."""
+        return self.path(stage, key).is_dir()
+
+    def produce(self, stage: str, key: str, make: Callable[[Path], None]) -> Path:
+        """The finished result, made by ``make(folder)`` unless it exists; a failure leaves nothing behind."""
+        final = self.path(stage, key)
+        if final.is_dir():
+            return final
+        self._prepare(stage)
+        partial = final.with_name(f"{_PARTIAL}{os.getpid()}-{key}")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            make(partial)
+            publish(partial, final)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return final
+
+    def resume(self, stage: str, key: str, make: Callable[[Path], None]) -> Path:
+        """Like ``produce`` for a long run that keeps its own state: its folder stays until it is finished."""
+        final = self.path(stage, key)
+        if final.is_dir():
+            return final
+        self._prepare(stage)
+        running = final.with_name(f"running-{key}")
+        with exclusive(self.root / stage / f".lock-{key}"):
+            if not final.is_dir():
+                running.mkdir(exist_ok=True)
+                make(running)
+                publish(running, final)
+        return final
+
+    def forget(self, stage: str, key: str) -> None:
+        """Remove a result and a run that was begun for it."""
+        shutil.rmtree(self.path(stage, key), ignore_errors=True)
+        shutil.rmtree(self.path(stage, f"running-{key}"), ignore_errors=True)
+
+    def _prepare(self, stage: str) -> None:
+        folder = self.root / stage
+        folder.mkdir(parents=True, exist_ok=True)
+        ignore = self.root / ".gitignore"
+        if not ignore.exists():
+            ignore.write_text("*\n")
+        for leftover in folder.glob(f"{_PARTIAL}*"):
+            pid = leftover.name.removeprefix(_PARTIAL).partition("-")[0]
+            if not (Path("/proc") / pid).exists():
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Give a finished folder its name; its files are on disk before the name is."""
+    for path in partial.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
+    try:
+        partial.rename(final)
+    except OSError:
+        # Another process finished the same result first; both are the same by construction.
+        if not final.is_dir():
+            raise
+
+
+@contextlib.contextmanager
+def exclusive(lock: Path) -> Iterator[None]:
+    """Hold ``lock`` against other processes; the system drops it when this one ends, however it ends."""
+    with lock.open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.stderr.write("Waiting for another kdexport that is working on the same thing ...\n")
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def require_writable(folder: Path) -> None:
+    """Create the parent of ``folder`` and prove that it can be written; ``OSError`` where it cannot."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    probe = folder.parent / f".{folder.name}.probe-{os.getpid()}"
+    probe.mkdir()
+    probe.rmdir()
+
+
+def require_replaceable(folder: Path, marker: str) -> None:
+    """Raise ``OutputError`` where ``folder`` holds something without ``marker``: it is not ours to replace."""
+    recover(folder)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file()):
+        raise OutputError(
+            f"{folder} exists and is not a bundle.", remedy="Pass another --out, or move it away; nothing was changed."
+        )
+
+
+def replace_folder(source: Path, target: Path) -> None:
+    """Put a copy of ``source`` in the place of ``target``, which stays as it is until the copy is complete."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    incoming, outgoing = _sibling(target, "new"), _sibling(target, "old")
+    shutil.rmtree(incoming, ignore_errors=True)
+    try:
+        shutil.copytree(source, incoming)
+        if target.exists():
+            target.rename(outgoing)
+        publish(incoming, target)
+    finally:
+        shutil.rmtree(incoming, ignore_errors=True)
+        recover(target)
+
+
+def recover(target: Path) -> None:
+    """After a kill between the two renames of ``replace_folder``: put the old folder back, or drop it."""
+    outgoing = _sibling(target, "old")
+    if outgoing.is_dir() and not target.exists():
+        outgoing.rename(target)
+    shutil.rmtree(outgoing, ignore_errors=True)
+
+
+def _sibling(target: Path, kind: str) -> Path:
+    return target.with_name(f".{target.name}.{kind}")
