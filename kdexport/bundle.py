@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from kdexport.checkpoint import StudentSpec, sha256_file
@@ -25,6 +25,8 @@ GOLDEN_LOGITS = "golden/logits.safetensors"
 LAYERS = "layers.json"
 PLAN = "model.plan"
 
+VERIFIED, NOT_EXECUTED = "verified", "built, not executed"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
@@ -43,6 +45,10 @@ class Manifest:
         """Read a manifest's JSON object; raises ``KeyError``, ``TypeError`` or ``ValueError`` on a foreign one."""
         if data["schema_version"] != SCHEMA_VERSION:
             raise ValueError(f"schema_version is {data['schema_version']!r}, this version reads {SCHEMA_VERSION}")
+        for name in ("export", "certificate", "operators", "versions", "parity", "parity_images", "latency"):
+            data[name]
+        for name in (*data["golden"], *data["files"]):
+            _require_inside(str(name))
         return cls(
             data=data,
             spec=StudentSpec.from_json({**data["student"], "provenance": data["provenance"]}),
@@ -52,6 +58,11 @@ class Manifest:
             opset=int(data["opset"]),
             golden=tuple(str(name) for name in data["golden"]),
         )
+
+
+def _require_inside(name: str) -> None:
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise ValueError(f"{name!r} lies outside the bundle")
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -80,8 +91,8 @@ def hash_files(folder: Path) -> dict[str, str]:
 def changed_files(folder: Path, expected: dict[str, str]) -> dict[str, str]:
     """What became of files since the manifest was written: name to ``missing``, ``changed`` or ``unknown``."""
     present = hash_files(folder)
-    changes = {name: "missing" for name in expected.keys() - present.keys()}
-    changes.update({name: "unknown" for name in present.keys() - expected.keys()})
+    changes = dict.fromkeys(expected.keys() - present.keys(), "missing")
+    changes.update(dict.fromkeys(present.keys() - expected.keys(), "unknown"))
     changes.update({name: "changed" for name in expected.keys() & present.keys() if expected[name] != present[name]})
     return dict(sorted(changes.items()))
 

@@ -4,16 +4,16 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from kdexport.errors import CheckpointError
 from kdexport.preprocessing import Preprocessing
 from kdexport.registry import nearest
+from kdexport.reparam.spec import BranchSpec, Placement
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from kdexport.reparam.blocks import BranchSpec
     from kdexport.students import Student
 
 SCHEMA_VERSION = 1
@@ -27,7 +27,7 @@ class StudentSpec:
     student: str
     classes: tuple[str, ...]
     preprocessing: Preprocessing
-    branches: "BranchSpec | None"
+    branches: BranchSpec | None
     provenance: dict[str, Any]
 
     @property
@@ -54,14 +54,18 @@ class StudentSpec:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "StudentSpec":
         """Inverse of ``to_json``; raises ``KeyError``, ``TypeError`` or ``ValueError`` on foreign data."""
-        from kdexport.reparam.blocks import BranchSpec
-
         if data["schema_version"] != SCHEMA_VERSION:
             raise ValueError(f"schema_version is {data['schema_version']!r}, this version reads {SCHEMA_VERSION}")
-        branches = data["branches"]
+        branches, classes = data["branches"], data["classes"]
+        if not isinstance(classes, list) or not classes:
+            raise ValueError("classes is not a list of names")
+        if branches is not None and branches["placement"] not in get_args(Placement):
+            raise ValueError(f"placement is {branches['placement']!r}, not one of {', '.join(get_args(Placement))}")
+        if branches is not None and not isinstance(branches["num_branches"], int):
+            raise ValueError(f"num_branches is {branches['num_branches']!r}, not a whole number")
         return cls(
             student=str(data["student"]),
-            classes=tuple(str(name) for name in data["classes"]),
+            classes=tuple(str(name) for name in classes),
             preprocessing=Preprocessing.from_json(data["preprocessing"]),
             branches=None if branches is None else BranchSpec(**branches),
             provenance=dict(data["provenance"]),
@@ -111,9 +115,10 @@ def save_checkpoint(directory: Path, student: "nn.Module", spec: StudentSpec) ->
 
 def save_tensors(path: Path, tensors: "dict[str, Tensor]") -> None:
     """Write tensors as safetensors, on the CPU and contiguous."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    # Serialized first and written by Python, so that a full disk is an OSError like everywhere else.
+    path.write_bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
 
 def load_tensors(path: Path) -> "dict[str, Tensor]":

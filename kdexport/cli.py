@@ -43,7 +43,9 @@ def _root(
 def build(
     student: Annotated[str | None, typer.Option(help="Student, and name of its configuration.")] = None,
     target: Annotated[str | None, typer.Option(help="Targets, comma separated: onnx-fp32,trt-rtx-fp16.")] = None,
-    config: Annotated[Path | None, typer.Option(help="Export configuration; default export_configs/STUDENT.toml.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Export configuration; default export_configs/STUDENT.toml.")
+    ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Trained student folder: skips training.")] = None,
     out: Annotated[Path | None, typer.Option(help="Bundle folder; default dist/STUDENT.")] = None,
     data: Annotated[str | None, typer.Option(help="Where the data set lies; overrides the recipe.")] = None,
@@ -169,7 +171,9 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
 
 @app.command()
 def explain(
-    code: Annotated[str, typer.Argument(help="An error code, such as KDX330.")], as_json: Json = False, debug: Debug = False
+    code: Annotated[str, typer.Argument(help="An error code, such as KDX330.")],
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Explain an error code."""
     codes = error_codes()

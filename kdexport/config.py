@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kdexport.errors import ConfigError
+from kdexport.errors import ConfigError, UnknownNameError
 from kdexport.registry import nearest
 
 
@@ -54,7 +54,7 @@ class BuildConfig(Settings):
     #: A recipe of ``training/recipes`` by name, or the path of a TOML file.
     recipe: str
     #: Overrides of recipe keys, as in ``[overrides.train] epochs = 30``.
-    overrides: dict[str, Any] = {}
+    overrides: dict[str, dict[str, Any]] = {}
     export: ExportSettings = ExportSettings()
     verify: VerifySettings = VerifySettings()
     latency: LatencySettings = LatencySettings()
@@ -76,7 +76,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def parse(model: type[M], data: Mapping[str, Any], source: str) -> M:
-    """Validate ``data`` against ``model``; raises ``ConfigError`` that names each wrong key and the nearest known one."""
+    """Validate ``data`` against ``model``; raises ``ConfigError`` with each wrong key and the nearest known one."""
     try:
         return model.model_validate(dict(data))
     except ValidationError as error:
@@ -127,9 +127,9 @@ def find_config(student: str, folder: Path = Path("export_configs")) -> Path:
         if (place / f"{student}.toml").is_file():
             return place / f"{student}.toml"
     known = [path.stem for place in (folder, packaged, checkout) if place.is_dir() for path in place.glob("*.toml")]
-    raise ConfigError(
-        f"There is no export configuration for {student!r}.",
-        remedy=f"Pass --config FILE. {nearest(student, set(known))}",
+    raise UnknownNameError(
+        f"There is no student {student!r} with an export configuration.",
+        remedy=f"Pass --config FILE for a student of your own. {nearest(student, set(known))}",
     )
 
 

@@ -1,6 +1,5 @@
 """How the commands speak: results on stdout, progress and errors on stderr, no traceback without ``--debug``."""
 
-import errno
 import ctypes
 import json
 import os
@@ -12,9 +11,6 @@ from typing import Any, NoReturn
 
 from kdexport.errors import KdexportError, StorageError
 
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
-
-
 def guarded(app: Callable[[], Any]) -> NoReturn:
     """Run a command line and turn each error into its sentence, remedy and exit code."""
     try:
@@ -23,8 +19,6 @@ def guarded(app: Callable[[], Any]) -> NoReturn:
     except KdexportError as error:
         fail(error)
     except OSError as error:
-        if error.errno not in _NO_ROOM:
-            raise
         fail(storage_error(error))
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted. The same command continues from the last finished step.\n")
@@ -33,12 +27,14 @@ def guarded(app: Callable[[], Any]) -> NoReturn:
 
 
 def storage_error(error: OSError) -> StorageError:
-    """A full or read-only disk as our own error."""
-    place = f" {error.filename}" if error.filename else ""
-    return StorageError(
-        f"Writing{place} failed: {error.strerror}.",
-        remedy="Free some space or pass a folder that can be written; nothing half-written is left behind.",
+    """A full disk, a missing permission or a path that cannot be as our own error."""
+    place = f"{error.filename}: " if error.filename else ""
+    wrapped = StorageError(
+        f"{place}{error.strerror or error}.",
+        remedy="Free some space, or pass a folder that can be read and written; nothing half-written is left behind.",
     )
+    wrapped.__cause__ = error
+    return wrapped
 
 
 #: Set for our own child processes: they describe an error on stdout, and the parent says it.

@@ -79,7 +79,10 @@ class ImageSet:
         if self.pixels is not None:
             digest.update(np.ascontiguousarray(self.pixels).tobytes())
         for path in self.files:
-            digest.update(path.read_bytes())
+            data = path.read_bytes()
+            # With its length, so that bytes cannot move from one image to the next unnoticed.
+            digest.update(len(data).to_bytes(8, "little"))
+            digest.update(data)
         return digest.hexdigest()
 
 
@@ -106,7 +109,7 @@ def sources(spec: DatasetSpec) -> list[Path]:
     return sorted(path for path in root.rglob("*") if path.suffix.lower() in _SUFFIXES)
 
 
-def _open_digits(spec: DatasetSpec, split: Split) -> ImageSet:
+def _open_digits(_spec: DatasetSpec, split: Split) -> ImageSet:
     try:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
@@ -143,8 +146,8 @@ def _open_cifar100(spec: DatasetSpec, split: Split) -> ImageSet:
             return _open_folder(root, split)
         raise DataError(
             f"CIFAR-100 was not found in {root}.",
-            remedy=f"Put the official python archive there (unpacked, with its folder {_CIFAR_FOLDER}) or image folders "
-            f"({_LAYOUT}), or name the place with --data DIR or `root` under [data].",
+            remedy=f"Put the official python archive there (unpacked, with its folder {_CIFAR_FOLDER}) or image "
+            f"folders ({_LAYOUT}), or name the place with --data DIR or `root` under [data].",
         )
     from torchvision.datasets import CIFAR100
 
@@ -156,9 +159,7 @@ def _open_cifar100(spec: DatasetSpec, split: Split) -> ImageSet:
             f"The CIFAR-100 archive in {archive} is incomplete or changed: {error}.",
             remedy="Unpack the official archive again.",
         ) from error
-    return ImageSet(
-        classes=tuple(data.classes), labels=np.asarray(data.targets, np.int64), pixels=data.data, files=()
-    )
+    return ImageSet(classes=tuple(data.classes), labels=np.asarray(data.targets, np.int64), pixels=data.data, files=())
 
 
 def _open_folder(root: Path, split: Split) -> ImageSet:
@@ -178,9 +179,7 @@ def _open_folder(root: Path, split: Split) -> ImageSet:
         labels += [label] * len(images)
     if not files:
         raise DataError(f"{found} holds no class folder.", remedy=f"Expected: {_LAYOUT}.")
-    return ImageSet(
-        classes=tuple(classes), labels=np.asarray(labels, np.int64), pixels=None, files=tuple(files)
-    )
+    return ImageSet(classes=tuple(classes), labels=np.asarray(labels, np.int64), pixels=None, files=tuple(files))
 
 
 def check_image(data: bytes, name: str, preprocessing: Preprocessing) -> NDArray[np.uint8]:

@@ -39,7 +39,11 @@ def examine() -> list[Fact]:
 
 
 def _onnxruntime() -> Fact:
-    both = {name: version for name, version in tool_versions("onnxruntime-gpu", "onnxruntime").items() if version != "absent"}
+    both = {
+        name: version
+        for name, version in tool_versions("onnxruntime-gpu", "onnxruntime").items()
+        if version != "absent"
+    }
     if not both:
         return Fact("onnxruntime", False, "absent: pip install onnxruntime-gpu")
     if len(both) > 1:
@@ -69,4 +73,6 @@ def _disk() -> Fact:
 
 def _target(name: str) -> Fact:
     missing = unavailable(parse_target(name))
-    return Fact(f"target {name}", missing is None, "can be built here" if missing is None else f"{missing[0]}. {missing[1]}.")
+    return Fact(
+        f"target {name}", missing is None, "can be built here" if missing is None else f"{missing[0]}. {missing[1]}."
+    )

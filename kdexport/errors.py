@@ -1,23 +1,23 @@
 """Every error that kdexport raises on purpose, as one tree with stable codes.
 
-    KdexportError
-    |- ConfigError              KDX100  exit 2   a configuration, recipe or option is wrong
-    |  `- UnknownNameError      KDX101  exit 2   a name is in no registry
-    |- CheckpointError          KDX200  exit 2   a checkpoint is missing, truncated or foreign
-    |- DataError                KDX201  exit 2   a data set or an image cannot be used
-    |- OutputError              KDX202  exit 2   the output folder holds something that is not ours
-    |- BundleError              KDX203  exit 2   a folder is not a readable bundle
-    |- ReparamError             KDX300  exit 2   a module cannot be folded without changing what it computes
-    |- CheckError                       exit 1   something was measured and is not allowed
-    |  |- CertificateError      KDX301           the folded module differs from the unfolded one in float64
-    |  |- ExportError           KDX310           the exported graph is not the folded module
-    |  |- AuditError            KDX311           what was built is not what was asked
-    |  |- EngineBuildError      KDX320           a backend refused the graph
-    |  |- VerificationError     KDX330           a rung of the parity ladder or the latency test failed
-    |  `- TrainingError         KDX340           the training run diverged or died
-    `- EnvironmentFault                 exit 4   this machine lacks something
-       |- BackendUnavailableError  KDX400        a package, driver or GPU is missing
-       `- StorageError             KDX401        no space or no permission
+KdexportError
+|- ConfigError              KDX100  exit 2   a configuration, recipe or option is wrong
+|  `- UnknownNameError      KDX101  exit 2   a name is in no registry
+|- CheckpointError          KDX200  exit 2   a checkpoint is missing, truncated or foreign
+|- DataError                KDX201  exit 2   a data set or an image cannot be used
+|- OutputError              KDX202  exit 2   the output folder holds something that is not ours
+|- BundleError              KDX203  exit 2   a folder is not a readable bundle
+|- ReparamError             KDX300  exit 2   a module cannot be folded without changing what it computes
+|- CheckError                       exit 1   something was measured and is not allowed
+|  |- CertificateError      KDX301           the folded module differs from the unfolded one in float64
+|  |- ExportError           KDX310           the exported graph is not the folded module
+|  |- AuditError            KDX311           what was built is not what was asked
+|  |- EngineBuildError      KDX320           a backend refused the graph
+|  |- VerificationError     KDX330           a rung of the parity ladder or the latency test failed
+|  `- TrainingError         KDX340           the training run diverged or died
+`- MachineError                 exit 4   this machine lacks something
+   |- BackendUnavailableError  KDX400        a package, driver or GPU is missing
+   `- StorageError             KDX401        no space or no permission
 """
 
 from typing import ClassVar
@@ -57,8 +57,8 @@ class UnknownNameError(ConfigError):
 
     code = "KDX101"
     explanation = (
-        "The name is in no registry. `kdexport list students|teachers|distillers|targets` prints those that are. Target "
-        "names are <backend>-<precision>, for example onnx-fp32 or trt-fp16."
+        "The name is in no registry. `kdexport list students|teachers|distillers|targets` prints those that are. "
+        "Target names are <backend>-<precision>, for example onnx-fp32 or trt-fp16."
     )
 
 
@@ -80,8 +80,8 @@ class DataError(KdexportError):
     code = "KDX201"
     exit_code = 2
     explanation = (
-        "A data set could not be read. Image folders hold train/<class>/* and test/<class>/* (or val/). A corrupt image "
-        "stops the run with its name: skipping it would silently change what is measured."
+        "A data set could not be read. Image folders hold train/<class>/* and test/<class>/* (or val/). A corrupt "
+        "image stops the run with its name: skipping it would silently change what is measured."
     )
 
 
@@ -171,16 +171,18 @@ class TrainingError(CheckError):
     """The training run diverged or died."""
 
     code = "KDX340"
-    explanation = "The training process ended early. Its checkpoints are kept: the same command continues from the last."
+    explanation = (
+        "The training process ended early. Its checkpoints are kept: the same command continues from the last."
+    )
 
 
-class EnvironmentFault(KdexportError):
+class MachineError(KdexportError):
     """This machine lacks something."""
 
     exit_code = 4
 
 
-class BackendUnavailableError(EnvironmentFault):
+class BackendUnavailableError(MachineError):
     """A package, driver or GPU is missing."""
 
     code = "KDX400"
@@ -190,11 +192,13 @@ class BackendUnavailableError(EnvironmentFault):
     )
 
 
-class StorageError(EnvironmentFault):
+class StorageError(MachineError):
     """No space or no permission to write."""
 
     code = "KDX401"
-    explanation = "A file could not be written. Nothing half-written is left behind and an existing bundle is untouched."
+    explanation = (
+        "A file could not be written. Nothing half-written is left behind and an existing bundle is untouched."
+    )
 
 
 class ForwardedError(KdexportError):
@@ -204,6 +208,11 @@ class ForwardedError(KdexportError):
         super().__init__(message, remedy=remedy)
         self.code = code  # type: ignore[misc]
         self.exit_code = exit_code  # type: ignore[misc]
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what another library said, or the name of its error where it said nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def error_codes() -> dict[str, type[KdexportError]]:

@@ -3,7 +3,7 @@
 import json
 import platform
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,12 @@ from kdexport.bundle import (
     LAYERS,
     MANIFEST,
     MODEL,
+    NOT_EXECUTED,
     PLAN,
     SCHEMA_VERSION,
     TARGETS,
     UNFUSED,
+    VERIFIED,
     Manifest,
     hash_files,
     write_golden,
@@ -37,7 +39,7 @@ from kdexport.targets import Target
 from kdexport.verify.latency import Comparison, LatencyResult, compare_latency
 from kdexport.verify.reference import run_torch
 from kdexport.verify.report import write_reports
-from kdexport.verify.verdict import NOT_EXECUTED, VERIFIED, Verdict, VerifiedBundle, seal, verify_folder
+from kdexport.verify.verdict import VerifiedBundle, seal, verify_folder
 
 _VERSIONS = (
     "torch", "torchvision", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime", "numpy", "tensorrt_rtx_cu13",
@@ -135,6 +137,9 @@ def _describe(parts: Parts, golden: list[str]) -> dict[str, Any]:
         "targets": {str(target): _target_entry(target, parts) for target in parts.casts},
         "golden": golden,
         "certificate": certificate,
+        "parity": [],
+        "parity_images": 0,
+        "latency": None,
         "operators": {"unfused": operator_counts(unfused), "fused": operator_counts(onnx.load(str(parts.model.path)))},
         "versions": {
             "python": platform.python_version(),
@@ -200,8 +205,3 @@ def require_matching(spec: StudentSpec, student: str, validation: ImageSet) -> N
         )
     if len(validation) < 1:
         raise DataError("There is no validation image.", remedy="Add images to the test split.")
-
-
-def describe_failures(verdict: Verdict) -> list[dict[str, Any]]:
-    """The failed checks as JSON objects."""
-    return [check.to_json() for check in verdict.failures]

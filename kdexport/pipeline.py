@@ -157,9 +157,7 @@ def _bundle_key(request: BuildRequest, plan: _Plan, trained: TrainedStudent) -> 
     config = request.config
     exported = stages.export_key(stages.fuse_key(trained), config.export)
     models = {str(t): stages.cast_key(exported, t.precision) for t in request.targets}
-    engines = {
-        str(t): stages.compile_key(models[str(t)], t, config.export) for t in request.targets if t.needs_engine
-    }
+    engines = {str(t): stages.compile_key(models[str(t)], t, config.export) for t in request.targets if t.needs_engine}
     settings = [table.model_dump(mode="json") for table in (config.export, config.verify, config.latency)]
     return digest(["bundle", exported, models, engines, settings, plan.dataset_sha256, source_digest()])
 
@@ -212,7 +210,9 @@ def _make_bundle(
                 package(folder, parts, progress)
             except VerificationError as error:
                 _keep_failed(folder, failed)
-                raise VerificationError(f"{error.message}\nReport: {failed / 'report.md'}", remedy=error.remedy) from error
+                raise VerificationError(
+                    f"{error.message}\nReport: {failed / 'report.md'}", remedy=error.remedy
+                ) from error
 
     workspace.produce("bundle", key, make)
 

@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")
-_MAX_PIXELS = 100_000_000
+#: Below Pillow's own limit, so that this is the one that holds.
+_MAX_PIXELS = 80_000_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preprocessing:
-    """RGB, the short side to ``resize`` pixels, the central ``image_size`` square, / 255, (x - mean) / std per channel."""
+    """RGB, short side to ``resize`` pixels, the central ``image_size`` square, / 255, (x - mean) / std per channel."""
 
     image_size: int
     resize: int
@@ -81,6 +82,9 @@ def decode(data: bytes, name: str) -> "Image.Image":
             image = Image.open(io.BytesIO(data), formats=_FORMATS)
             if image.width * image.height > _MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} pixels")
+            if image.mode[0] in "IF":
+                # Pillow clips these at 255 where it converts them to RGB, which leaves an almost white image.
+                raise ValueError(f"its channels are wider than 8 bits (mode {image.mode})")
             image.load()
     # Pillow's decoders raise many kinds of error on hostile bytes; each means the same to the user.
     except Exception as error:

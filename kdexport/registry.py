@@ -49,9 +49,7 @@ class Registry(Generic[T]):
         """Raise ``UnknownNameError`` unless ``name`` is registered."""
         self._scan()
         if name not in self._factories:
-            raise UnknownNameError(
-                f"There is no {self.kind} named {name!r}.", remedy=nearest(name, self._factories)
-            )
+            raise UnknownNameError(f"There is no {self.kind} named {name!r}.", remedy=nearest(name, self._factories))
 
     def build(self, name: str, **options: object) -> T:
         """Call the factory of ``name``; raises ``UnknownNameError`` with the nearest names."""

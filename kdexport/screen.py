@@ -2,16 +2,18 @@
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from kdexport.bundle import Manifest
-from kdexport.doctor import Fact
-from kdexport.pipeline import BuildResult
 from kdexport.verify.report import rung_rows, verdict_sentence
-from kdexport.verify.verdict import Verdict
+
+if TYPE_CHECKING:
+    from kdexport.doctor import Fact
+    from kdexport.pipeline import BuildResult
+    from kdexport.verify.verdict import Verdict
 
 
 def _console() -> Console:
@@ -19,7 +21,7 @@ def _console() -> Console:
     return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
-def show_build(result: BuildResult) -> None:
+def show_build(result: "BuildResult") -> None:
     """The bundle's table, its verdict and what to type next."""
     console, data = _console(), result.manifest.data
     if result.up_to_date:
@@ -36,13 +38,15 @@ def show_manifest(folder: Path, manifest: Manifest) -> None:
     console, data, spec = _console(), manifest.data, manifest.spec
     size = spec.preprocessing
     console.print(f"[bold]{folder}[/]: {spec.student}, {spec.num_classes} classes, {size.image_size}x{size.image_size}")
-    console.print(f"Input   float32 (batch, 3, {size.image_size}, {size.image_size}), RGB / 255, mean {size.mean}, std {size.std}")
+    console.print(
+        f"Input   float32 (batch, 3, {size.image_size}, {size.image_size}), RGB / 255, mean {size.mean}, std {size.std}"
+    )
     console.print(f"Classes {', '.join(spec.classes[:8])}{', ...' if spec.num_classes > 8 else ''}")
     console.print(_build_table(data))
     console.print(f"Verdict at build time: {verdict_sentence(data)}. `kdexport verify {folder}` checks it again.")
 
 
-def show_verdict(folder: Path, manifest: Manifest, verdict: Verdict) -> None:
+def show_verdict(folder: Path, manifest: Manifest, verdict: "Verdict") -> None:
     """What ``kdexport verify`` prints: one row per rung and file, failures in full."""
     console = _console()
     data = {**manifest.data, "parity": [check.to_json() for check in verdict.checks], "latency": None}
@@ -51,13 +55,15 @@ def show_verdict(folder: Path, manifest: Manifest, verdict: Verdict) -> None:
         table.add_row(*row)
     others = [check for check in verdict.checks if check.rung not in ("A", "B", "C")]
     held = sum(check.holds for check in others)
-    table.add_row("audit", "files, graphs, golden images", f"{held} of {len(others)} hold", "", _word(held == len(others)))
+    table.add_row(
+        "audit", "files, graphs, golden images", f"{held} of {len(others)} hold", "", _word(held == len(others))
+    )
     console.print(table)
     if not verdict.failures:
         console.print(f"[bold]Verdict:[/] {verdict_sentence(data)}: {folder} is what was trained.", soft_wrap=True)
 
 
-def show_facts(facts: list[Fact]) -> None:
+def show_facts(facts: "list[Fact]") -> None:
     """What ``kdexport doctor`` prints."""
     table = _table("", "", "")
     table.show_header = False
@@ -81,7 +87,9 @@ def _build_table(data: dict[str, Any]) -> Table:
     if latency is not None:
         interval = f"{latency['low']:.3f} to {latency['high']:.3f}"
         medians = f"{latency['reference_ms']:.3f} ms", f"{latency['candidate_ms']:.3f} ms"
-        table.add_row("latency", medians[0], f"{medians[1]}, ratio {latency['ratio']:.3f} [{interval}]: {latency['verdict']}")
+        table.add_row(
+            "latency", medians[0], f"{medians[1]}, ratio {latency['ratio']:.3f} [{interval}]: {latency['verdict']}"
+        )
     for name, entry in data["targets"].items():
         kernels = f", {entry['kernels']} kernels all {entry['precision']}" if "kernels" in entry else ""
         table.add_row("target", name, f"{entry['status']}{kernels}")

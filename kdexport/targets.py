@@ -71,8 +71,8 @@ def unavailable(target: Target) -> tuple[str, str] | None:
         if importlib.util.find_spec("tensorrt") is None:
             return (
                 "TensorRT is not installed",
-                "Install it from NVIDIA's package index (the packages tensorrt-cu13 or tensorrt, 10.13 to 11), or build "
-                "for trt-rtx instead, which needs no GPU at build time",
+                "Install it from NVIDIA's package index (the packages tensorrt-cu13 or tensorrt, 10.13 to 11), or "
+                "build for trt-rtx instead, which needs no GPU at build time",
             )
         if not gpu_fingerprint():
             return "TensorRT builds engines on a GPU, and this machine has none", "Run on a machine with an NVIDIA GPU"

@@ -107,7 +107,6 @@ def names(kind: Annotated[str, typer.Argument(help="teachers, distillers or reci
     """Print registered names as a JSON list."""
     from kdexport.errors import UnknownNameError
     from kdexport.registry import nearest
-
     from training.distillers import DISTILLERS
     from training.teachers import TEACHERS
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdexport.errors import AuditError, BackendUnavailableError
+from kdexport.errors import AuditError, BackendUnavailableError, first_line
 
 CPU = "CPUExecutionProvider"
 
@@ -60,7 +60,7 @@ def load_model(path: Path, *, provider: str = CPU, threads: int = 0, optimise: b
     # onnxruntime raises a dozen exception types of its own without a common base.
     except Exception as error:
         raise AuditError(
-            f"onnxruntime does not open {path.name}: {str(error).splitlines()[0]}",
+            f"onnxruntime does not open {path.name}: {first_line(error)}",
             remedy="The file is damaged or not an ONNX model; build it again.",
         ) from error
     session.disable_fallback()

@@ -60,7 +60,13 @@ class Engine:
 def build_engine(request: EngineRequest) -> Engine:
     """Build in a child process. Raises ``EngineBuildError`` with the builder's own words."""
     command = [sys.executable, "-m", "kdexport.backends.trt", json.dumps(asdict(request))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise EngineBuildError(
+            f"{_MODULES[request.backend]} did not build {Path(request.onnx).name} within {error.timeout:g} s.",
+            remedy="Ask for fewer compute capabilities, or build on a faster machine.",
+        ) from None
     last = done.stdout.strip().rpartition("\n")[2]
     try:
         answer: dict[str, Any] = json.loads(last)
@@ -93,16 +99,23 @@ def require_precision(engine: Engine, target: Target) -> None:
 def parse_layer_table(messages: list[str], interface: set[str]) -> list[EngineLayer]:
     """Layers of a detailed build log. Tensors of ``interface`` stay float32 by contract and are left out."""
     table = next((text for text in messages if text.startswith("Layers:")), "")
-    layers = []
+    rows = []
+    outside = set(interface)
     for row in table.splitlines()[1:]:
-        kind = re.search(r"LayerType: (\w+)", row)
-        name = re.match(r"\s*Name: (\S+?),", row)
-        if kind is None or name is None:
+        head = re.match(r"\s*Name: (.*?), LayerType: (\w+)", row)
+        if head is None:
             continue
-        tensors = re.findall(r"\{ Name: (\S+), Dimensions: \[([^\]]*)\].*?Datatype: (\w+)", row)
+        tensors = re.findall(r"\{ Name: ([^{}]+?), Dimensions: \[([^\]]*)\][^{}]*?Datatype: (\w+)", row)
+        rows.append((head[1], head[2], tensors))
+        # A kernel that does nothing but hand the logits over, such as cutting off padding, reads a copy of them.
+        sources = set(re.findall(r"\[ONNX Layer: ([^\]]*)\]", row))
+        if sources and all(re.fullmatch(r"graph_output_cast\d+", source) for source in sources):
+            outside |= {tensor for tensor, _, _ in tensors}
+    layers = []
+    for name, kind, tensors in rows:
         # Constants of one element are scaling factors of the kernel, kept in float32 at any precision.
-        types = {datatype for tensor, dims, datatype in tensors if tensor not in interface and dims not in ("1", "")}
-        layers.append(EngineLayer(name=name[1], kind=kind[1], datatypes=tuple(sorted(types))))
+        types = {datatype for tensor, dims, datatype in tensors if tensor not in outside and dims not in ("1", "")}
+        layers.append(EngineLayer(name=name, kind=kind, datatypes=tuple(sorted(types))))
     return layers
 
 
@@ -165,9 +178,7 @@ def run_engine(
         command = [sys.executable, "-m", "kdexport.backends.trt", "run", str(plan), folder, json.dumps(batches)]
         # Polygraphy chooses between TensorRT and TensorRT-RTX when it is imported.
         environment = {**os.environ, "POLYGRAPHY_USE_TENSORRT_RTX": "1" if target.backend == "trt-rtx" else "0"}
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False, env=environment
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False, env=environment)
         if done.returncode != 0:
             raise EngineBuildError(
                 f"The engine of {target} does not run: {done.stderr.strip()[-500:]}",

@@ -10,6 +10,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
+from kdexport.errors import first_line
 from kdexport.graph.export import INPUT, LOGITS
 
 Weights = Mapping[str, NDArray[np.float32]]
@@ -36,10 +37,13 @@ def audit_graph(path: Path, weights: Weights, *, precision: str, opset: int) -> 
     """All findings on one ONNX file of a folded student whose float32 weights by name are ``weights``."""
     try:
         model = onnx.load(str(path), load_external_data=False)
+        outside = [item.name for item in model.graph.initializer if item.data_location == TensorProto.EXTERNAL]
+        if outside:
+            return [Finding("one file", False, f"{len(outside)} tensors lie in another file, first {outside[0]}")]
         onnx.checker.check_model(model, full_check=True)
     # protobuf, the checker and shape inference each raise their own errors on a damaged file.
-    except Exception as error:
-        return [Finding("valid ONNX", False, str(error).splitlines()[0])]
+    except Exception as error:  # noqa: BLE001
+        return [Finding("valid ONNX", False, first_line(error))]
     counts = operator_counts(model)
     layers = sum(values.ndim > 1 for values in weights.values())
     found = counts.get("Conv", 0) + counts.get("Gemm", 0) + counts.get("MatMul", 0)
@@ -49,7 +53,9 @@ def audit_graph(path: Path, weights: Weights, *, precision: str, opset: int) -> 
         Finding("valid ONNX", True, f"{len(model.graph.node)} nodes"),
         Finding("opset", written.get("") == opset, f"opset {written.get('')}, asked {opset}"),
         Finding("no batch norm", normalisation == 0, f"{normalisation} normalisation nodes"),
-        Finding("no branch", found == layers, f"{found} convolutions and linear layers, the plain student has {layers}"),
+        Finding(
+            "no branch", found == layers, f"{found} convolutions and linear layers, the plain student has {layers}"
+        ),
         _interface(model),
         *_weight_findings(model, weights, precision),
         _precision(model, precision),
@@ -116,5 +122,5 @@ def _precision(model: onnx.ModelProto, precision: str) -> Finding:
 def _portable(path: Path) -> Finding:
     content = path.read_bytes()
     marks = [mark for mark in (b"site-packages", b"/home/", b"/root/", b"/Users/") if mark in content]
-    external = b"external_data" in content
-    return Finding("no trace of the building machine", not marks and not external, f"{len(content):,} bytes, one file")
+    fact = f"{len(content):,} bytes, one file" if not marks else f"the bytes hold {marks[0].decode()}"
+    return Finding("no trace of the building machine", not marks, fact)

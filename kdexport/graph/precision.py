@@ -27,7 +27,7 @@ def cast_to_fp16(source: Path, path: Path) -> onnx.ModelProto:
         if values.dtype == np.float32 and np.abs(values).max(initial=0) > FLOAT16_MAX:
             raise AuditError(
                 f"Weight {name} reaches {np.abs(values).max():.3g}; float16 ends at {FLOAT16_MAX:.0f}.",
-                remedy="A batch norm channel with a vanishing variance blows its weights up; use fp32 for this student.",
+                remedy="A batch norm channel with a vanishing variance blows weights up; use fp32 for this student.",
             )
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)

@@ -1,17 +1,16 @@
 """Modules that carry parallel branches while a student is trained."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from kdexport.errors import ConfigError
+from kdexport.reparam.spec import MAX_BRANCHES, BranchSpec
 from kdexport.students.student import Student
 
-Placement = Literal["R1", "R2"]
-MAX_BRANCHES = 16
+__all__ = ["BranchSpec", "ParallelBranches", "PooledAdapters", "attach_branches", "branches_path"]
 
 
 class ParallelBranches(nn.Module):
@@ -31,19 +30,6 @@ class ParallelBranches(nn.Module):
 
 class PooledAdapters(ParallelBranches):
     """Branches that write what the classifier pools; they fold through the pooling into it (placement R2)."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BranchSpec:
-    """Where branches sit.
-
-    ``R1`` puts ``num_branches`` copies of the student's last convolution and batch norm in their place. ``R2`` appends
-    1x1 adapters to ``adapter_channels`` before the pooling; they fold through it into the classifier.
-    """
-
-    placement: Placement
-    num_branches: int
-    adapter_channels: int | None = None
 
 
 def branches_path(student: Student, spec: BranchSpec) -> str:

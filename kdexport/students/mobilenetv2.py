@@ -66,9 +66,7 @@ class SmallMobileNetV2(Student):
             groups.append(nn.Sequential(*blocks))
             channels, stride = outputs, stride * first_stride
             if index in (1, 2, 4, 6):
-                taps.append(
-                    Tap(name=f"stage{len(taps)}", module=f"blocks.{index}", channels=channels, stride=stride)
-                )
+                taps.append(Tap(name=f"stage{len(taps)}", module=f"blocks.{index}", channels=channels, stride=stride))
         self.blocks = nn.ModuleList(groups)
         self.conv2 = _conv_bn(channels, 1280, 1, stride=1)
         self.adapter = nn.Identity()

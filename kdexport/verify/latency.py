@@ -81,7 +81,7 @@ class Comparison:
 def compare_latency(
     comparison: Comparison, *, max_slowdown: float, max_sessions: int, progress: Callable[[int], None] = lambda _: None
 ) -> LatencyResult:
-    """Run sessions until the verdict is clear or ``max_sessions`` are done. Raises ``VerificationError`` if one dies."""
+    """Run sessions until the verdict is clear or ``max_sessions`` are done; ``VerificationError`` if one dies."""
     sessions: list[Session] = []
     looks = sorted({look for look in LOOKS if look < max_sessions} | {max_sessions})
     for look in looks:
@@ -124,7 +124,13 @@ def judge(sessions: Sequence[Session], comparison: Comparison, max_slowdown: flo
 
 def _run_session(comparison: Comparison, seed: int) -> Session:
     command = [sys.executable, "-m", "kdexport.verify.latency", json.dumps({**asdict(comparison), "seed": seed})]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_SESSION_TIMEOUT_S, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SESSION_TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise VerificationError(
+            f"A latency session did not end within {error.timeout:g} s.",
+            remedy="Set a smaller batch or fewer pairs under [latency], or use a quieter machine.",
+        ) from None
     if done.returncode != 0:
         raise VerificationError(
             f"A latency session died with exit code {done.returncode}: {done.stderr.strip()[-300:]}",

@@ -5,6 +5,7 @@ B  fp32: the error against the float64 oracle, relative to the unfused float32 m
 C  fp16: the error against the oracle, relative to a simulation of float16, with headroom in the activations.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -37,8 +38,11 @@ class Check:
     detail: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object; not-a-number becomes null, because JSON has none."""
-        return {key: None if value != value else value for key, value in asdict(self).items()}
+        """A JSON object; a number that is not finite becomes null, because JSON has none."""
+        return {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in asdict(self).items()
+        }
 
 
 def check_at_most(
@@ -69,13 +73,11 @@ def rung_a(certificate: Certificate, fused: NDArray[np.float64], reference: Refe
             )
         )
     difference = np.abs(fused - reference.exact)
-    scale = np.abs(reference.exact).max()
+    error = _ratio(difference.max(), np.abs(reference.exact).max())
     detail = f"worst input {probes.name(_worst(difference))}"
     return [
         *checks,
-        check_at_most(
-            "A", "student", "whole", float(difference.max() / scale), certificate.limit, unit="of max", detail=detail
-        ),
+        check_at_most("A", "student", "whole", error, certificate.limit, unit="of max", detail=detail),
     ]
 
 
@@ -100,7 +102,13 @@ def rung_c(subject: str, candidate: NDArray[np.float32], reference: Reference, p
     limit = FLOAT16_MAX / _HEADROOM
     return [
         check_at_most(
-            "C", subject, "rms error", _ratio(_rms(error), _rms(predicted)), C_RMS_FACTOR, unit="x simulated", detail=detail
+            "C",
+            subject,
+            "rms error",
+            _ratio(_rms(error), _rms(predicted)),
+            C_RMS_FACTOR,
+            unit="x simulated",
+            detail=detail,
         ),
         check_at_most("C", subject, "largest activation", reference.fp16_peak, limit, unit="of 65504"),
     ]
@@ -139,7 +147,8 @@ def _rms(values: NDArray[np.floating[Any]]) -> float:
 
 
 def _ratio(error: float, base: float) -> float:
-    # A base of exactly zero leaves no unit: only an error of exactly zero is then within it.
-    if base > 0:
+    # A base of exactly zero leaves no unit: only an error of exactly zero is then within it. A base that is not finite
+    # measures nothing, and any error would be small beside it.
+    if 0 < base < math.inf:
         return float(error) / float(base)
-    return 0.0 if error == 0 else float("inf")
+    return 0.0 if base == 0 and error == 0 else math.inf

@@ -6,11 +6,12 @@ from pathlib import Path
 from kdexport.bundle import Manifest, read_golden
 from kdexport.errors import DataError
 from kdexport.verify.parity import check_at_most
-from kdexport.verify.verdict import Verdict, check_golden, check_integrity, verify_folder
+from kdexport.verify.subjects import check_golden, check_integrity
+from kdexport.verify.verdict import Verdict, verify_folder
 
 
 def replay(folder: Path, manifest: Manifest, progress: Callable[[str], None]) -> Verdict:
-    """Files, golden images from their bytes, and the whole ladder on them; every check is made, also after a failure."""
+    """Files, golden images from their bytes, and the whole ladder on them; a failure stops no later check."""
     progress("files")
     checks = check_integrity(folder, manifest)
     try:

@@ -21,8 +21,9 @@ def write_reports(folder: Path, data: dict[str, Any]) -> None:
     """Write report.md and report.html of a manifest into the bundle."""
     title = f"{data['student']['student']}: {verdict_sentence(data)}"
     tables = report_tables(data)
+    bad = bool(failed_checks(data)) or (data.get("latency") or {}).get("verdict") == "slower"
     (folder / "report.md").write_text(_markdown(title, tables), encoding="utf-8")
-    (folder / "report.html").write_text(_html(title, tables, bool(failed_checks(data))), encoding="utf-8")
+    (folder / "report.html").write_text(_html(title, tables, bad), encoding="utf-8")
 
 
 def failed_checks(data: dict[str, Any]) -> list[dict[str, Any]]:
@@ -39,7 +40,11 @@ def verdict_sentence(data: dict[str, Any]) -> str:
     waiting = [name for name, entry in data["targets"].items() if entry["status"] != "verified"]
     parts = [f"all {len(data['parity'])} checks hold"]
     if latency is not None:
-        parts.append(f"{latency['verdict']} than the unfused student" if "slower" in latency["verdict"] else "latency inconclusive")
+        parts.append(
+            f"{latency['verdict']} than the unfused student"
+            if "slower" in latency["verdict"]
+            else "latency inconclusive"
+        )
     if waiting:
         parts.append(f"{', '.join(waiting)} built, not executed")
     return "; ".join(parts)
@@ -69,7 +74,7 @@ def _closeness(check: dict[str, Any]) -> float:
 
 
 def _measured(check: dict[str, Any]) -> tuple[str, str, str]:
-    value = "NaN" if check["measured"] is None else f"{check['measured']:.3g}"
+    value = "not finite" if check["measured"] is None else f"{check['measured']:.3g}"
     allowed = f"{check['allowed']:.3g}"
     return f"{check['name']}: {value} {check['unit']}", allowed, "holds" if check["holds"] else "FAILS"
 
@@ -101,10 +106,7 @@ def _targets(data: dict[str, Any]) -> Iterable[Table]:
 
 
 def _ladder(data: dict[str, Any]) -> Iterable[Table]:
-    rows = [
-        (check["rung"], check["subject"], *_measured(check), str(check["detail"]))
-        for check in data["parity"]
-    ]
+    rows = [(check["rung"], check["subject"], *_measured(check), str(check["detail"])) for check in data["parity"]]
     note = (
         f"{data['parity_images']} validation images and 11 edge inputs. A: algebra in float64. B: error against the "
         "float64 oracle in multiples of the unfused fp32 model's own. C: the same in multiples of a simulated fp16."
@@ -125,8 +127,8 @@ def _latency(data: dict[str, Any]) -> Iterable[Table]:
         latency["verdict"],
     )
     note = (
-        f"{latency['clock']}, batch {latency['batch']}, {latency['threads']} thread. Interleaved pairs; each session is a "
-        f"fresh process. This machine would find a slowdown of {latency['mde']:.1%} in 20 sessions (90 % power)."
+        f"{latency['clock']}, batch {latency['batch']}, {latency['threads']} thread. Interleaved pairs; each session "
+        f"is a fresh process. This machine would find a slowdown of {latency['mde']:.1%} in 20 sessions (90 % power)."
     )
     header = ("fused / unfused", "99 % interval", "medians", "sessions", "allowed", "verdict")
     yield Table("Latency", header, (row,), note)
@@ -153,7 +155,8 @@ def _markdown(title: str, tables: Sequence[Table]) -> str:
     for table in tables:
         lines += [f"## {table.title}", ""]
         lines += [f"| {' | '.join(table.header)} |", f"|{'---|' * len(table.header)}"]
-        lines += [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in table.rows]
+        # A cell is one line without a separator, or the row falls apart.
+        lines += [f"| {' | '.join(' '.join(cell.replace('|', '/').split()) for cell in row)} |" for row in table.rows]
         lines += ["", table.note, ""] if table.note else [""]
     return "\n".join(lines)
 

@@ -1,49 +1,18 @@
 """The whole verification of a bundle folder; only its success makes a ``VerifiedBundle``."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
-from kdexport.backends.ort import CPU, load_model
-from kdexport.backends.trt import Engine, EngineLayer, can_execute, require_precision, run_engine
-from kdexport.bundle import (
-    FUSED,
-    GOLDEN_LOGITS,
-    LAYERS,
-    PLAN,
-    TARGETS,
-    UNFUSED,
-    Manifest,
-    changed_files,
-    onnx_files,
-)
-from kdexport.checkpoint import StudentSpec, build_student, load_strictly, load_tensors
-from kdexport.errors import AuditError, CheckpointError, KdexportError, VerificationError
-from kdexport.graph.audit import Finding, audit_graph
-from kdexport.reparam.fuse import fuse_student
-from kdexport.targets import parse_target
-from kdexport.verify.parity import (
-    Check,
-    check_at_most,
-    check_repeatable,
-    rung_a,
-    rung_b,
-    rung_c,
-    run_in_batches,
-)
-from kdexport.verify.reference import Probes, Reference, make_probes, make_reference, run_torch
+from kdexport.bundle import Manifest, onnx_files
+from kdexport.errors import VerificationError
+from kdexport.verify.parity import Check
+from kdexport.verify.subjects import engine_checks, onnx_checks, student_checks
 
-#: Folding in float64 and rounding once may differ by the last bit between machines, and by nothing more.
-_WEIGHT_LIMIT = 3e-7
 _SEAL = object()
-
-VERIFIED, NOT_EXECUTED = "verified", "built, not executed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +31,8 @@ class Verdict:
         if not self.failures:
             return
         lines = [
-            f"  {check.rung} {check.subject}: {check.name} {check.measured:.3g} (up to {check.allowed:.3g} {check.unit} "
-            f"allowed) {check.detail}".rstrip()
+            f"  {check.rung} {check.subject}: {check.name} {check.measured:.3g} (up to {check.allowed:.3g} "
+            f"{check.unit} allowed) {check.detail}".rstrip()
             for check in self.failures
         ]
         raise VerificationError(
@@ -85,18 +54,6 @@ class VerifiedBundle:
             raise TypeError("only verification makes a VerifiedBundle")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Subject:
-    """What all files of a bundle are compared with."""
-
-    folder: Path
-    manifest: Manifest
-    batches: tuple[int, ...]
-    probes: Probes
-    reference: Reference
-    weights: dict[str, NDArray[np.float32]]
-
-
 def seal(folder: Path, manifest: Manifest, verdict: Verdict) -> VerifiedBundle:
     """A ``VerifiedBundle`` if every check of ``verdict`` held, else ``VerificationError``."""
     verdict.require()
@@ -112,146 +69,14 @@ def verify_folder(
 ) -> Verdict:
     """Check every file of a bundle against its unfused student on real images (N,S,S,3) uint8 and edge inputs."""
     progress("reference in float64")
-    checks, subject = _student_checks(folder, manifest, pixels)
+    checks, subject = student_checks(folder, manifest, pixels)
     if subject is None:
         return Verdict(tuple(checks))
     for name, precision in onnx_files(manifest).items():
         progress(name)
-        checks += _onnx_checks(subject, name, precision)
+        checks += onnx_checks(subject, name, precision)
     for name, entry in manifest.targets.items():
         if entry["engine"]:
             progress(f"{name} engine")
-            checks += _engine_checks(subject, name)
+            checks += engine_checks(subject, name)
     return Verdict(tuple(checks))
-
-
-def check_integrity(folder: Path, manifest: Manifest) -> list[Check]:
-    """Every file is there and has the sha256 of the manifest."""
-    changes = changed_files(folder, manifest.files)
-    detail = ", ".join(f"{name} {what}" for name, what in changes.items()) or f"{len(manifest.files)} files"
-    return [check_at_most("files", "bundle", "sha256", len(changes), 0, unit="files", detail=detail)]
-
-
-def check_golden(folder: Path, manifest: Manifest, pixels: NDArray[np.uint8]) -> list[Check]:
-    """The golden images still give the stored reference logits, through decoding, preprocessing and float64."""
-    try:
-        stored = load_tensors(folder / GOLDEN_LOGITS)["logits"].numpy()
-        unfused = load_unfused(folder, manifest.spec).double()
-    except (KeyError, CheckpointError) as error:
-        return [_broken("golden", GOLDEN_LOGITS, str(error))]
-    images = manifest.spec.preprocessing.normalise(pixels).astype(np.float64)
-    exact = run_torch(unfused, images)
-    if stored.shape != exact.shape:
-        return [_broken("golden", GOLDEN_LOGITS, f"shape {stored.shape}, expected {exact.shape}")]
-    difference = np.abs(exact - stored).max() / np.abs(stored).max()
-    return [check_at_most("golden", "images", "reference logits", difference, 1e-9, unit="of max")]
-
-
-def load_unfused(folder: Path, spec: StudentSpec) -> nn.Module:
-    """The unfused student of a bundle, in evaluation mode."""
-    student = build_student(spec)
-    load_strictly(student, load_tensors(folder / UNFUSED), UNFUSED)
-    return student.eval()
-
-
-def _student_checks(
-    folder: Path, manifest: Manifest, pixels: NDArray[np.uint8]
-) -> tuple[list[Check], _Subject | None]:
-    spec = manifest.spec
-    try:
-        unfused = load_unfused(folder, spec)
-        exact = fuse_student(unfused.double())
-        fused = fuse_student(load_unfused(folder, spec)).module
-        stored = load_tensors(folder / FUSED)
-        weights = _weights_check(stored, fused.state_dict())
-        load_strictly(fused, stored, FUSED)
-    except KdexportError as error:
-        return [_broken("A", "student", error.message)], None
-    probes = make_probes(pixels, spec.preprocessing)
-    reference = make_reference(load_unfused(folder, spec), fused, probes)
-    merged = run_torch(exact.module, probes.images.astype(np.float64))
-    checks = [weights, *rung_a(exact.certificate, merged, reference, probes)]
-    eager = run_torch(fused, probes.images).astype(np.float32)
-    checks += rung_b("fused student, torch", eager, reference, probes)
-    arrays = {name: tensor.numpy() for name, tensor in stored.items()}
-    export = manifest.data["export"]
-    batches = (int(export["min_batch"]), int(export["opt_batch"]), 7, int(export["max_batch"]))
-    sizes = tuple(dict.fromkeys(min(batch, int(export["max_batch"])) for batch in batches))
-    return checks, _Subject(folder, manifest, sizes, probes, reference, arrays)
-
-
-def _weights_check(stored: dict[str, Tensor], fused: dict[str, Tensor]) -> Check:
-    worst, where = 0.0, ""
-    for name, expected in fused.items():
-        tensor = stored.get(name)
-        if tensor is None or tensor.shape != expected.shape:
-            return _broken("A", FUSED, f"layer {name} is missing or of another shape")
-        scale = expected.abs().clamp(min=expected.abs().max().item() * 1e-6 + 1e-30)
-        error = ((tensor - expected).abs() / scale).max().item()
-        if not error <= worst:
-            worst, where = error, f"layer {name}"
-    return check_at_most("A", FUSED, "weights are the folded ones", worst, _WEIGHT_LIMIT, unit="relative", detail=where)
-
-
-def _onnx_checks(subject: _Subject, name: str, precision: str) -> list[Check]:
-    path = subject.folder / name
-    findings = audit_graph(path, subject.weights, precision=precision, opset=subject.manifest.opset)
-    checks = [_from_finding(name, finding) for finding in findings]
-    if not findings[0].holds:
-        return checks
-    try:
-        model = load_model(path)
-    except AuditError as error:
-        return [*checks, _broken("audit", name, error.message)]
-    elsewhere = {key: count for key, count in model.nodes_by_provider.items() if key != CPU}
-    fact = ", ".join(f"{count} nodes on {key}" for key, count in model.nodes_by_provider.items())
-    checks.append(_from_finding(name, Finding("provider of each node", not elsewhere, fact)))
-    candidate = run_in_batches(model.logits, subject.probes.images, subject.batches)
-    rung = rung_b if precision == "fp32" else rung_c
-    where = f"{name} on onnxruntime CPU"
-    checks += rung(where, candidate, subject.reference, subject.probes)
-    return [*checks, *check_repeatable(where, model.logits, subject.probes, min(8, subject.batches[-1]))]
-
-
-def _engine_checks(subject: _Subject, name: str) -> list[Check]:
-    target, where = parse_target(name), f"{TARGETS}/{name}/{PLAN}"
-    engine = load_engine(subject.folder / TARGETS / name)
-    try:
-        require_precision(engine, target)
-    except AuditError as error:
-        return [_broken("audit", where, error.message)]
-    fact = f"{len(engine.layers)} layers listed by the build"
-    checks = [_from_finding(where, Finding(f"every kernel in {target.precision}", True, fact))]
-    if subject.manifest.targets[name]["status"] != VERIFIED or not can_execute(target):
-        return checks
-    candidate = run_engine(engine.plan, target, subject.probes.images, subject.batches)
-    rung = rung_b if target.precision == "fp32" else rung_c
-    return [*checks, *rung(where, candidate, subject.reference, subject.probes)]
-
-
-def load_engine(folder: Path) -> Engine:
-    """An engine and the layer table of its build, from a target's folder."""
-    data: dict[str, Any] = json.loads((folder / LAYERS).read_text())
-    layers = tuple(
-        EngineLayer(name=row["name"], kind=row["kind"], datatypes=tuple(row["datatypes"])) for row in data["layers"]
-    )
-    return Engine(plan=folder / PLAN, layers=layers, version=str(data["version"]))
-
-
-def _from_finding(subject: str, finding: Finding) -> Check:
-    return Check(
-        rung="audit",
-        subject=subject,
-        name=finding.check,
-        holds=finding.holds,
-        measured=float(not finding.holds),
-        allowed=0.0,
-        unit="faults",
-        detail=finding.fact,
-    )
-
-
-def _broken(rung: str, subject: str, fact: str) -> Check:
-    return _from_finding(subject, Finding("readable", False, fact)) if rung == "audit" else Check(
-        rung=rung, subject=subject, name="readable", holds=False, measured=1.0, allowed=0.0, unit="faults", detail=fact
-    )

@@ -1,0 +1,40 @@
+# One entry for people and CI: `make quickstart`, `make test`. Everything lives in .venv; nothing else is touched.
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test lint types unit clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
+
+help:  ## Show the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /'
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "kdexport needs Python 3.11 to 3.13; none was found. Pass PYTHON=/path/to/python3.12"; exit 4; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+		{ echo "$(PYTHON) is not Python 3.11 to 3.13"; exit 4; }
+	@$(PYTHON) -m venv $(VENV) || { echo "Creating $(VENV) failed; on Debian: apt-get install python3-venv"; exit 4; }
+	@echo "Installing into $(VENV): torch, onnxruntime, TensorRT-RTX, a few minutes once ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,trt-rtx,dev]'
+	@touch $@
+
+setup: $(VENV)/.ready  ## Create .venv with everything that development needs
+
+quickstart: setup  ## Distil, fold, export, verify and package a student on digits
+	@$(BIN)/kdexport build --config export_configs/quickstart.toml --out dist/quickstart
+
+lint: setup  ## ruff
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet .
+
+types: setup  ## mypy --strict
+	@$(BIN)/mypy
+
+unit: setup  ## pytest
+	@$(BIN)/python -m pytest
+
+test: lint types unit  ## Everything that CI checks
+
+clean:  ## Remove what was built, not what was installed
+	@rm -rf dist build .kdexport .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,100 @@
+"""A small bundle built once by the command itself, and the command as a function."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CONFIG = """
+student = "mobilenetv2"
+targets = ["onnx-fp32"]
+recipe = "digits"
+
+[overrides.train]
+epochs = 1
+batch_size = 128
+
+[overrides.teacher]
+epochs = 1
+
+[overrides.distiller]
+num_branches = 3
+
+[verify]
+images = 24
+golden = 9
+
+[latency]
+sessions = 3
+pairs = 10
+max_slowdown = 0.9
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished command."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The one JSON object on stdout."""
+        return dict(json.loads(self.stdout))
+
+
+Command = Callable[..., Outcome]
+
+
+def run_command(*arguments: str | Path, cwd: Path | None = None, module: str = "kdexport") -> Outcome:
+    """Run ``python -m kdexport`` as a user would, in a process of its own."""
+    environment = {**os.environ, "COLUMNS": "160", "NO_COLOR": "1"}
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False, timeout=600)
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture(scope="session")
+def kdexport() -> Command:
+    """``kdexport("build", ...)``."""
+    return run_command
+
+
+@dataclass(frozen=True)
+class Built:
+    """A bundle with everything it was built from."""
+
+    bundle: Path
+    config: Path
+    workspace: Path
+    checkpoint: Path
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """A bundle of a one-epoch student, built by the real command."""
+    root = tmp_path_factory.mktemp("built")
+    config = root / "tiny.toml"
+    config.write_text(CONFIG)
+    done = run_command(
+        "build", "--config", config, "--out", root / "bundle", "--workspace", root / "ws", "--target",
+        "onnx-fp32,trt-rtx-fp16",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    checkpoint = next((root / "ws" / "train").glob("[!.]*/student"))
+    return Built(root / "bundle", config, root / "ws", checkpoint)
+
+
+@pytest.fixture
+def bundle_copy(built: Built, tmp_path: Path) -> Path:
+    """A copy of the bundle that a test may damage."""
+    return Path(shutil.copytree(built.bundle, tmp_path / "bundle"))

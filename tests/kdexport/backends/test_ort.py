@@ -1,0 +1,114 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+
+from kdexport.backends.ort import CPU, import_onnxruntime, load_model
+from kdexport.errors import AuditError, BackendUnavailableError
+from tests.kdexport.exported import images, small_graph, small_weights
+
+CUDA = "CUDAExecutionProvider"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return small_graph(tmp_path / "small.onnx", small_weights())
+
+
+def by_hand(x: NDArray[np.float32]) -> NDArray[np.float64]:
+    """The small graph in float64, one shifted product at a time."""
+    weights = {name: values.astype(np.float64) for name, values in small_weights().items()}
+    n, _, height, width = x.shape
+    padded = np.pad(x.astype(np.float64), ((0, 0), (0, 0), (1, 1), (1, 1)))
+    y = np.zeros((n, 9, height, width)) + weights["conv.bias"][None, :, None, None]
+    for i in range(3):
+        for j in range(3):
+            shifted = padded[:, :, i : i + height, j : j + width]
+            y += np.einsum("nchw,oc->nohw", shifted, weights["conv.weight"][:, :, i, j])
+    pooled = np.maximum(y, 0).mean(axis=(2, 3))
+    logits: NDArray[np.float64] = pooled @ weights["linear.weight"].T + weights["linear.bias"]
+    return logits
+
+
+@pytest.mark.parametrize("optimise", [True, False])
+@pytest.mark.parametrize("batch", [1, 5])
+def test_logits_are_those_of_an_independent_computation(model: Path, batch: int, optimise: bool) -> None:
+    x = images(batch, size=16)
+    logits = load_model(model, optimise=optimise).logits(x)
+    assert logits.dtype == np.float32
+    np.testing.assert_allclose(logits, by_hand(x), rtol=0, atol=2e-6)
+
+
+def test_an_unknown_provider_is_refused_with_those_that_are_here(model: Path) -> None:
+    with pytest.raises(BackendUnavailableError) as caught:
+        load_model(model, provider="AbacusExecutionProvider")
+    assert caught.value.exit_code == 4
+    assert caught.value.message.startswith("onnxruntime has no AbacusExecutionProvider here, only ")
+    assert CPU in caught.value.message
+
+
+def test_a_provider_whose_libraries_are_missing_is_refused_and_not_replaced(model: Path) -> None:
+    # The wheel may list CUDA as available where no driver is: onnxruntime would then run on the CPU.
+    if Path("/proc/driver/nvidia/version").is_file():
+        pytest.skip("this machine has an NVIDIA driver")
+    with pytest.raises(BackendUnavailableError, match=CUDA) as caught:
+        load_model(model, provider=CUDA)
+    assert caught.value.exit_code == 4
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "empty", "absent"])
+def test_a_damaged_file_is_refused_by_name(model: Path, damage: str) -> None:
+    clean = model.read_bytes()
+    if damage == "absent":
+        model.unlink()
+    else:
+        model.write_bytes({"truncated": clean[:-40], "garbage": b"\x93NUMPY\xff" * 99, "empty": b""}[damage])
+    with pytest.raises(AuditError) as caught:
+        load_model(model)
+    assert caught.value.message.startswith("onnxruntime does not open small.onnx: ")
+    assert "\n" not in caught.value.message
+    assert str(model.parent) not in caught.value.message.partition(":")[0]
+
+
+def test_every_node_is_assigned_to_the_provider(model: Path) -> None:
+    loaded = load_model(model, optimise=False)
+    assert loaded.nodes_by_provider == {CPU: len(onnx.load(str(model)).graph.node)}
+    assert load_model(model).nodes_by_provider.keys() == {CPU}
+
+
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_the_number_of_threads_is_the_one_asked_for_and_none_spins(model: Path, threads: int) -> None:
+    options = load_model(model, threads=threads).session.get_session_options()
+    assert options.intra_op_num_threads == threads
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
+
+
+def test_optimisation_can_be_switched_off(model: Path) -> None:
+    ort = import_onnxruntime()
+    levels = [
+        load_model(model, optimise=optimise).session.get_session_options().graph_optimization_level
+        for optimise in (True, False)
+    ]
+    assert levels == [ort.GraphOptimizationLevel.ORT_ENABLE_ALL, ort.GraphOptimizationLevel.ORT_DISABLE_ALL]
+
+
+def test_importing_and_running_leaves_the_home_folder_empty(model: Path, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    script = (
+        "import sys, pathlib, numpy\n"
+        "from kdexport.backends.ort import import_onnxruntime, load_model\n"
+        "import_onnxruntime()\n"
+        "load_model(pathlib.Path(sys.argv[1])).logits(numpy.ones((2, 3, 16, 16), numpy.float32))\n"
+    )
+    # Without what this very process, or the caller, may already have switched off.
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("ORT_", "XDG_"))}
+    command = [sys.executable, "-c", script, str(model)]
+    environment = {**kept, "HOME": str(home), "USERPROFILE": str(home), "LOCALAPPDATA": str(home)}
+    subprocess.run(command, env=environment, cwd=home, check=True, capture_output=True, timeout=300)
+    assert list(home.rglob("*")) == []

@@ -1,0 +1,346 @@
+import importlib.util
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from kdexport.backends import trt
+from kdexport.backends.trt import Engine, EngineLayer, EngineRequest, build_engine, parse_layer_table, require_precision
+from kdexport.errors import AuditError, BackendUnavailableError, EngineBuildError
+from kdexport.graph.precision import cast_to_fp16
+from kdexport.targets import Target, parse_target, require_available
+from tests.kdexport.exported import SIZE, exported, exported_fp16, exported_unfused, small_graph, small_weights
+
+FP16, FP32 = Target("trt-rtx", "fp16"), Target("trt-rtx", "fp32")
+
+Build = Callable[..., Engine]
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Build:
+    """Builds an engine with TensorRT-RTX, which needs no GPU for it."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+
+    def run(model: Path, *, capabilities: tuple[str, ...] = ("SM89",), size: int = SIZE) -> Engine:
+        plan = tmp_path / f"{len(list(tmp_path.iterdir()))}.plan"
+        return build_engine(
+            EngineRequest(
+                backend="trt-rtx",
+                onnx=str(model),
+                plan=str(plan),
+                shape=(3, size, size),
+                batches=(1, 4, 16),
+                compute_capabilities=capabilities,
+            )
+        )
+
+    return run
+
+
+def request(model: Path, **changes: Any) -> EngineRequest:
+    base = EngineRequest(
+        backend="trt-rtx",
+        onnx=str(model),
+        plan=str(model.with_suffix(".plan")),
+        shape=(3, 16, 16),
+        batches=(1, 2, 4),
+        compute_capabilities=(),
+    )
+    return replace(base, **changes)
+
+
+def kernels(engine: Engine) -> list[EngineLayer]:
+    return [layer for layer in engine.layers if layer.datatypes]
+
+
+def engine_of(*layers: tuple[str, str, tuple[str, ...]]) -> Engine:
+    rows = tuple(EngineLayer(name=name, kind=kind, datatypes=types) for name, kind, types in layers)
+    return Engine(plan=Path("model.plan"), layers=rows, version="0")
+
+
+def tensor(name: str, datatype: str, dims: str = "-1,16,8,8") -> str:
+    return (
+        f"{{ Name: {name}, Dimensions: [{dims}], Strides: [1024,64,8,1], StrideOrder: [3,2,1,0], Datatype: {datatype}, "
+        "Format: (NHWC) Channel major format }"
+    )
+
+
+def row(name: str, kind: str, inputs: str = "", constants: str = "", outputs: str = "", sources: str = "") -> str:
+    return (
+        f"Name: {name}, LayerType: {kind}, Inputs: [ {inputs}], Constants: [ {constants}], Outputs: [ {outputs}], "
+        f"TacticName: __myl_{name}_0x1f, StreamId: 0, Metadata: {sources}"
+    )
+
+
+def parsed(*rows: str) -> dict[str, tuple[str, tuple[str, ...]]]:
+    text = "\n".join(["Layers:", *rows, "", "I/O Tensors:", " Name: input, IOMode: Input, DataType: Float"])
+    layers = parse_layer_table(["Compiling", text, "Layers of something else"], {"input", "logits"})
+    return {layer.name: (layer.kind, layer.datatypes) for layer in layers}
+
+
+def test_types_of_inputs_weights_and_outputs_are_read() -> None:
+    found = parsed(
+        row("conv", "correlation", tensor("x", "Half"), tensor("w", "Half", "16,4,3,3"), tensor("y", "Half")),
+        row("mixed", "kgen", f"{tensor('y', 'Half')}, {tensor('z', 'Float')}", "", tensor("u", "Half")),
+        row("wide weight", "correlation", tensor("u", "Half"), tensor("w2", "Float", "1,16,1,1"), tensor("v", "Half")),
+        row("eight", "correlation", tensor("v", "Int8"), "", tensor("t", "Half")),
+    )
+    assert found == {
+        "conv": ("correlation", ("Half",)),
+        "mixed": ("kgen", ("Float", "Half")),
+        "wide weight": ("correlation", ("Float", "Half")),
+        "eight": ("correlation", ("Half", "Int8")),
+    }
+
+
+def test_float32_scaling_constants_of_one_element_are_left_out() -> None:
+    constants = ", ".join(
+        [tensor("scale", "Float", "1"), tensor("shift", "Float", ""), tensor("w", "Half", "16,4,3,3")]
+    )
+    assert parsed(row("conv", "correlation", tensor("x", "Half"), constants, tensor("y", "Half"))) == {
+        "conv": ("correlation", ("Half",))
+    }
+
+
+def test_the_interface_is_left_out_and_names_that_only_begin_like_it_are_not() -> None:
+    found = parsed(
+        row("first", "kgen", tensor("input", "Float"), "", tensor("a", "Half")),
+        row("near", "kgen", tensor("input_2", "Float"), "", tensor("b", "Half")),
+        row("last", "gemm", tensor("b", "Half"), "", tensor("logits", "Float", "-1,10")),
+    )
+    assert [types for _, types in found.values()] == [("Half",), ("Float", "Half"), ("Half",)]
+
+
+def test_a_name_with_spaces_or_commas_is_a_layer_like_any_other() -> None:
+    name = "node_conv2d + PWN(relu, add)"
+    assert parsed(row(name, "correlation", tensor("(Unnamed Layer* 3) [Shuffle]_output", "Float"))) == {
+        name: ("correlation", ("Float",))
+    }
+
+
+def test_the_copy_of_the_logits_belongs_to_the_interface() -> None:
+    found = parsed(
+        row("linear", "gemm", tensor("x", "Half"), "", tensor("padded", "Float"), "[ONNX Layer: node_linear]"),
+        row(
+            "cut", "kgen", tensor("padded", "Float"), "", tensor("logits", "Float"), "[ONNX Layer: graph_output_cast0]"
+        ),
+    )
+    assert found == {"linear": ("gemm", ("Half",)), "cut": ("kgen", ())}
+
+
+@pytest.mark.parametrize(
+    "sources",
+    ["", "[ONNX Layer: node_linear]", "[ONNX Layer: graph_output_cast0]\x1f[ONNX Layer: node_linear]"],
+)
+def test_a_float32_kernel_that_computes_does_not_pass_for_a_copy(sources: str) -> None:
+    found = parsed(row("linear", "gemm", tensor("wide", "Float"), "", tensor("logits", "Float"), sources))
+    assert found == {"linear": ("gemm", ("Float",))}
+
+
+@pytest.mark.parametrize("messages", [[], [""], ["Layers:"], ["no table", "Engine Metadata:"]])
+def test_a_log_without_a_table_has_no_layers_and_no_engine_passes_without(messages: list[str]) -> None:
+    assert parse_layer_table(messages, {"input"}) == []
+    with pytest.raises(AuditError, match="no kernel listed"):
+        require_precision(engine_of(), FP16)
+
+
+@pytest.mark.parametrize("types", [("Float",), ("Float", "Half"), ("BFloat16",), ("Half", "Int8")])
+def test_one_kernel_of_another_type_is_found_among_many(types: tuple[str, ...]) -> None:
+    engine = engine_of(
+        ("shape", "shape_call", ()), ("a", "kgen", ("Half",)), ("odd", "correlation", types), ("b", "kgen", ("Half",))
+    )
+    with pytest.raises(AuditError) as caught:
+        require_precision(engine, FP16)
+    assert caught.value.message == (
+        f"1 of 3 kernels of trt-rtx-fp16 do not run in Half: odd reads or writes {', '.join(types)}."
+    )
+
+
+def test_bookkeeping_alone_is_no_engine() -> None:
+    with pytest.raises(AuditError, match="no kernel listed"):
+        require_precision(engine_of(("a", "shape_call", ()), ("b", "signal", ("Int64",)), ("c", "wait", ())), FP32)
+
+
+def test_a_float16_engine_is_refused_as_float32() -> None:
+    with pytest.raises(AuditError, match="1 of 1 kernels of trt-rtx-fp32 do not run in Float: a reads or writes Half"):
+        require_precision(engine_of(("a", "kgen", ("Half",))), FP32)
+
+
+def test_every_kernel_of_a_student_has_the_type_that_was_asked_for(build: Build) -> None:
+    for model, target, name in ((exported_fp16("R1"), FP16, "Half"), (exported("R1").path, FP32, "Float")):
+        engine = build(model)
+        require_precision(engine, target)
+        assert {kind for layer in engine.layers for kind in layer.datatypes} == {name}
+        # 53 convolutions, and the linear layer at least.
+        assert len(kernels(engine)) >= 54
+        assert engine.plan.stat().st_size > 10_000
+        assert re.fullmatch(r"\d+(\.\d+)+", engine.version)
+
+
+def test_a_float32_graph_asked_for_as_float16_is_refused_with_a_kernel(build: Build) -> None:
+    engine = build(exported("R1").path)
+    with pytest.raises(AuditError) as caught:
+        require_precision(engine, FP16)
+    found = re.search(r"^(\d+) of (\d+) kernels of trt-rtx-fp16 do not run in Half: (\S+) reads", caught.value.message)
+    assert found is not None
+    assert int(found[1]) >= 54
+    assert found[3] in {layer.name for layer in engine.layers}
+
+
+@pytest.mark.parametrize("classes", [1, 2, 7])
+def test_any_number_of_classes_builds_in_float16(build: Build, tmp_path: Path, classes: int) -> None:
+    # An odd number is padded by the builder, and the padding is cut off after the cast.
+    source = small_graph(tmp_path / "small.onnx", small_weights(classes=classes))
+    cast_to_fp16(source, tmp_path / "half.onnx")
+    engine = build(tmp_path / "half.onnx", size=16)
+    require_precision(engine, FP16)
+    assert kernels(engine)
+
+
+def test_a_float32_layer_between_float16_ones_is_found(build: Build, tmp_path: Path) -> None:
+    source = small_graph(tmp_path / "small.onnx", small_weights())
+    model = cast_to_fp16(source, tmp_path / "half.onnx")
+    graph = model.graph
+    del graph.value_info[:]
+    node = next(node for node in graph.node if node.op_type == "Gemm")
+    for item in graph.initializer:
+        if item.name in node.input:
+            item.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(item).astype(np.float32), item.name))
+    before, node.input[0] = node.input[0], "wide"
+    after, node.output[0] = node.output[0], "wide result"
+    place = list(graph.node).index(node)
+    graph.node.insert(place + 1, helper.make_node("Cast", ["wide result"], [after], "narrow", to=TensorProto.FLOAT16))
+    graph.node.insert(place, helper.make_node("Cast", [before], ["wide"], "widen", to=TensorProto.FLOAT))
+    onnx.save(model, str(tmp_path / "mixed.onnx"))
+    with pytest.raises(AuditError, match="do not run in Half: .* reads or writes Float"):
+        require_precision(build(tmp_path / "mixed.onnx", size=16), FP16)
+
+
+def test_two_builds_give_the_same_bytes(build: Build) -> None:
+    first, second = build(exported_fp16("R1")), build(exported_fp16("R1"))
+    assert first.plan != second.plan
+    assert first.plan.read_bytes() == second.plan.read_bytes()
+    assert first.layers == second.layers
+
+
+def test_the_branches_cost_kernels_that_folding_saves(build: Build) -> None:
+    unfused, fused = build(exported_unfused("R1")), build(exported("R1").path)
+    assert len(kernels(unfused)) >= len(kernels(fused)) + 3
+
+
+def test_an_engine_is_for_the_gpu_generations_that_were_asked_for(build: Build) -> None:
+    def generations(*capabilities: str) -> set[bytes]:
+        plan = build(exported_fp16("R1"), capabilities=capabilities).plan
+        return {name.lower() for name in re.findall(rb"sm_?\d{2,3}", plan.read_bytes())}
+
+    assert generations("SM89") == {b"sm89"}
+    assert generations("SM86", "SM89") == {b"sm86", b"sm89"}
+
+
+def test_float8_builds_for_the_generation_that_has_it_and_for_no_older_one(build: Build, tmp_path: Path) -> None:
+    nodes = []
+    for name in ("input", "w"):
+        nodes.append(helper.make_node("QuantizeLinear", [name, "s", "z"], [f"{name} q"]))
+        nodes.append(helper.make_node("DequantizeLinear", [f"{name} q", "s", "z"], [f"{name} d"]))
+    nodes.append(helper.make_node("Conv", ["input d", "w d"], ["logits"], "conv", pads=[1, 1, 1, 1]))
+    weight = np.random.default_rng(0).normal(size=(16, 3, 3, 3)).astype(np.float32)
+    constants = [
+        numpy_helper.from_array(weight, "w"),
+        numpy_helper.from_array(np.asarray(0.05, np.float32), "s"),
+        helper.make_tensor("z", TensorProto.FLOAT8E4M3FN, [], [0]),
+    ]
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", channels, 16, 16])
+        for name, channels in (("input", 3), ("logits", 16))
+    ]
+    graph = helper.make_graph(nodes, "float8", [ends[0]], [ends[1]], constants)
+    path = tmp_path / "float8.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), str(path))
+    assert kernels(build(path, size=16))
+    with pytest.raises(EngineBuildError, match="sm86.*fp8"):
+        build(path, size=16, capabilities=("SM86",))
+
+
+@pytest.mark.parametrize("name", ["SM3", "sm89", "", "__class__"])
+def test_an_unknown_generation_is_an_error_with_its_name_and_no_traceback(build: Build, name: str) -> None:
+    with pytest.raises(EngineBuildError) as caught:
+        build(exported_fp16("R1"), capabilities=(name,))
+    assert "R1-fp16.onnx" in caught.value.message
+    assert "Traceback" not in str(caught.value)
+    assert caught.value.exit_code == 1
+
+
+def test_what_cannot_be_parsed_is_refused_in_the_words_of_the_builder(build: Build, tmp_path: Path) -> None:
+    garbage = tmp_path / "garbage.onnx"
+    garbage.write_bytes(b"\x00garbage" * 40)
+    with pytest.raises(EngineBuildError, match=r"tensorrt_rtx did not build garbage\.onnx: .*[Ff]ailed to parse"):
+        build(garbage)
+    with pytest.raises(EngineBuildError, match=r"did not build absent\.onnx: .*cannot be found"):
+        build(tmp_path / "absent.onnx")
+
+
+def test_an_operator_that_the_builder_lacks_is_refused_with_the_node(build: Build, tmp_path: Path) -> None:
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 3, 16, 16]) for name in ("input", "logits")
+    ]
+    node = helper.make_node("Frobnicate", ["input"], ["logits"], "odd one", domain="nowhere")
+    graph = helper.make_graph([node], "odd", [ends[0]], [ends[1]])
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("nowhere", 1)]
+    path = tmp_path / "odd.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), str(path))
+    with pytest.raises(EngineBuildError, match="odd one: .*Plugin not found"):
+        build(path, size=16)
+    assert not list(tmp_path.glob("*.plan"))
+
+
+def test_a_builder_that_crashes_is_an_error_with_its_exit_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    killer = tmp_path / "python"
+    killer.write_text("#!/bin/sh\necho half an answer {\necho last words >&2\nkill -SEGV $$\n")
+    killer.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(killer))
+    with pytest.raises(EngineBuildError, match=r"the builder died with exit code -11: last words"):
+        build_engine(request(tmp_path / "a.onnx"))
+
+
+def test_a_builder_that_hangs_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sleeper = tmp_path / "python"
+    sleeper.write_text("#!/bin/sh\nexec sleep 30\n")
+    sleeper.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(sleeper))
+    monkeypatch.setattr(trt, "_TIMEOUT_S", 0.3)
+    with pytest.raises(EngineBuildError, match=r"did not build a\.onnx within 0\.3 s"):
+        build_engine(request(tmp_path / "a.onnx"))
+
+
+def test_a_backend_that_is_not_installed_is_no_traceback(tmp_path: Path) -> None:
+    if importlib.util.find_spec("tensorrt") is not None:
+        pytest.skip("TensorRT is installed")
+    with pytest.raises(EngineBuildError, match="tensorrt did not build a.onnx: ModuleNotFoundError"):
+        build_engine(request(tmp_path / "a.onnx", backend="trt"))
+
+
+def test_a_target_without_tensorrt_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BackendUnavailableError) as caught:
+        require_available((parse_target("onnx-fp32"), parse_target("trt-fp16")))
+    assert caught.value.message == "Target trt-fp16 cannot be built: TensorRT is not installed."
+    assert "tensorrt-cu13" in caught.value.remedy
+    assert "trt-rtx" in caught.value.remedy
+    assert caught.value.exit_code == 4
+    with pytest.raises(BackendUnavailableError, match=r"TensorRT-RTX is not installed") as caught:
+        require_available((parse_target("trt-rtx-fp16"),))
+    assert caught.value.remedy == "pip install 'kdexport[trt-rtx]'."
+
+
+def test_importing_the_backend_imports_no_tensorrt() -> None:
+    script = "import sys, kdexport.backends.trt; print(sorted(m for m in sys.modules if m.startswith('tensorrt')))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300)
+    assert done.stdout.strip() == "[]"

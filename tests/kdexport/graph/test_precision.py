@@ -1,0 +1,133 @@
+import struct
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, numpy_helper
+
+from kdexport.backends.ort import load_model
+from kdexport.errors import AuditError
+from kdexport.graph.precision import cast_to_fp16
+from tests.kdexport.exported import exported, exported_fp16, images, small_graph, small_weights
+
+SMALLEST_NORMAL, SMALLEST = 2.0**-14, 2.0**-24
+
+
+def halves(values: NDArray[np.float32]) -> NDArray[np.float16]:
+    """The nearest float16 by the standard library, ties to even."""
+    packed = b"".join(struct.pack("<e", float(value)) for value in values.ravel())
+    return np.frombuffer(packed, "<f2").reshape(values.shape)
+
+
+def initializers(path: Path) -> dict[str, NDArray[np.generic]]:
+    return {item.name: numpy_helper.to_array(item) for item in onnx.load(str(path)).graph.initializer}
+
+
+@pytest.mark.parametrize("variant", ["plain", "R1", "R2"])
+def test_every_weight_of_a_student_is_the_nearest_float16(variant: str) -> None:
+    stored = initializers(exported_fp16(variant))
+    for name, tensor in exported(variant).fused.state_dict().items():
+        assert stored[name].dtype == np.float16
+        np.testing.assert_array_equal(stored[name], tensor.half().numpy(), err_msg=name, strict=True)
+
+
+def test_tiny_weights_are_kept_and_not_lifted(tmp_path: Path) -> None:
+    weights = small_weights()
+    tiny = np.asarray(
+        [1e-7, -1e-7, SMALLEST, -SMALLEST, SMALLEST / 2, SMALLEST * 0.51, 3.3e-6, -5.9e-5, SMALLEST_NORMAL], np.float32
+    )
+    weights["conv.weight"][:, 0, 1, 1] = tiny
+    weights["conv.bias"][:] = -tiny
+    cast_to_fp16(small_graph(tmp_path / "a.onnx", weights), tmp_path / "b.onnx")
+    stored = initializers(tmp_path / "b.onnx")
+    for name, values in weights.items():
+        np.testing.assert_array_equal(stored[name], halves(values), strict=True)
+    kept = stored["conv.weight"][:, 0, 1, 1].astype(np.float64)
+    assert kept[2] == SMALLEST
+    assert kept[4] == 0
+    assert 0 < abs(kept[0]) < SMALLEST_NORMAL
+
+
+def test_ties_and_the_largest_values_round_as_the_standard_says(tmp_path: Path) -> None:
+    weights = small_weights()
+    weights["linear.bias"][:] = [2049.0, 2051.0, -2049.0, 65504.0, -65504.0, 65487.9, 1 / 3]
+    cast_to_fp16(small_graph(tmp_path / "a.onnx", weights), tmp_path / "b.onnx")
+    stored = initializers(tmp_path / "b.onnx")["linear.bias"]
+    np.testing.assert_array_equal(stored, halves(weights["linear.bias"]), strict=True)
+    assert stored[:4].tolist() == [2048.0, 2052.0, -2048.0, 65504.0]
+
+
+def test_input_and_logits_stay_float32_behind_exactly_two_casts() -> None:
+    model = onnx.load(str(exported_fp16("R1")))
+    ends = [*model.graph.input, *model.graph.output]
+    assert [(end.name, end.type.tensor_type.elem_type) for end in ends] == [
+        ("input", TensorProto.FLOAT),
+        ("logits", TensorProto.FLOAT),
+    ]
+    casts = [node for node in model.graph.node if node.op_type == "Cast"]
+    assert [list(node.input) for node in casts if "input" in node.input] == [["input"]]
+    assert [list(node.output) for node in casts if "logits" in node.output] == [["logits"]]
+    assert [node.attribute[0].i for node in casts] == [TensorProto.FLOAT16, TensorProto.FLOAT]
+
+
+def test_nothing_but_the_casts_is_added() -> None:
+    counts = [
+        Counter(node.op_type for node in onnx.load(str(path)).graph.node)
+        for path in (exported("plain").path, exported_fp16("plain"))
+    ]
+    assert counts[1] == counts[0] + Counter({"Cast": 2})
+
+
+@pytest.mark.parametrize("value", [65536.0, -7e4, 3e38, np.inf])
+@pytest.mark.parametrize("name", ["conv.weight", "linear.bias"])
+def test_a_weight_beyond_float16_is_refused_by_name(tmp_path: Path, name: str, value: float) -> None:
+    weights = small_weights()
+    weights[name].ravel()[-1] = value
+    source = small_graph(tmp_path / "a.onnx", weights)
+    with pytest.raises(AuditError) as caught:
+        cast_to_fp16(source, tmp_path / "b.onnx")
+    assert caught.value.message == f"Weight {name} reaches {abs(value):.3g}; float16 ends at 65504."
+    assert "use fp32" in caught.value.remedy
+    assert not (tmp_path / "b.onnx").exists()
+
+
+def test_the_source_file_is_untouched(tmp_path: Path) -> None:
+    source = small_graph(tmp_path / "a.onnx", small_weights())
+    before = source.read_bytes()
+    cast_to_fp16(source, tmp_path / "b.onnx")
+    assert source.read_bytes() == before
+    assert initializers(source)["conv.weight"].dtype == np.float32
+
+
+def test_the_cast_file_is_valid_and_sorted_and_the_same_each_time(tmp_path: Path) -> None:
+    onnx.checker.check_model(str(exported_fp16("R2")), full_check=True)
+    model = onnx.load(str(exported_fp16("R2")))
+    known = {"", *(item.name for item in model.graph.initializer), *(item.name for item in model.graph.input)}
+    for node in model.graph.node:
+        assert set(node.input) <= known, node.name
+        known |= set(node.output)
+    cast_to_fp16(exported("R2").path, tmp_path / "again.onnx")
+    assert (tmp_path / "again.onnx").read_bytes() == exported_fp16("R2").read_bytes()
+
+
+def test_metadata_survives_the_cast() -> None:
+    entries = [
+        {entry.key: entry.value for entry in onnx.load(str(path)).metadata_props}
+        for path in (exported("R1").path, exported_fp16("R1"))
+    ]
+    assert entries[0] == entries[1] != {}
+
+
+def test_the_cast_graph_computes_near_the_exact_one(tmp_path: Path) -> None:
+    source = small_graph(tmp_path / "a.onnx", small_weights())
+    cast_to_fp16(source, tmp_path / "b.onnx")
+    x = images(5, size=16)
+    exact, half = (load_model(path).logits(x).astype(np.float64) for path in (source, tmp_path / "b.onnx"))
+    error = np.abs(half - exact).max() / np.abs(exact).max()
+    # Arithmetic in float16 cannot be as good as float32, and must not be much worse than its 2**-11.
+    assert 1e-6 < error < 1e-2
+    assert torch.finfo(torch.float16).eps == 2**-10

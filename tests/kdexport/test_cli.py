@@ -1,0 +1,163 @@
+"""The commands as a user types them: output, exit codes, errors."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Built, Command
+
+
+def test_help_comes_within_half_a_second_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, kdexport.cli as c\n"
+        "try: c.app(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'onnx', 'onnxruntime', 'numpy', 'pydantic'} & sys.modules.keys()))"
+    )
+    best = 10.0
+    for _ in range(3):
+        started = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        best = min(best, time.monotonic() - started)
+    assert done.stdout.strip().endswith("[]")
+    assert best < 0.5
+
+
+def test_verify_passes_on_what_build_made(built: Built, kdexport: Command) -> None:
+    done = kdexport("verify", built.bundle)
+    assert done.exit_code == 0, done.stderr
+    assert "is what was trained" in done.stdout
+    assert "trt-rtx-fp16 built, not executed" in done.stdout
+
+
+def test_json_prints_one_object_and_nothing_else(built: Built, kdexport: Command) -> None:
+    for arguments in (
+        ("verify", built.bundle),
+        ("inspect", built.bundle),
+        ("list", "students"),
+        ("list", "teachers"),
+        ("list", "recipes"),
+        ("doctor",),
+        ("explain", "KDX330"),
+    ):
+        done = kdexport(*arguments, "--json")
+        assert done.exit_code == 0, (arguments, done.stderr)
+        assert isinstance(done.data, dict), arguments
+
+
+def test_an_error_in_json_has_its_code_and_remedy(kdexport: Command, tmp_path: Path) -> None:
+    done = kdexport("inspect", tmp_path / "nothing", "--json")
+    assert done.exit_code == 2
+    assert done.data["error"]["code"] == "KDX203"
+    assert "kdexport build" in done.data["error"]["remedy"]
+
+
+def test_inspect_tells_how_to_feed_the_student(built: Built, kdexport: Command) -> None:
+    done = kdexport("inspect", built.bundle)
+    assert done.exit_code == 0
+    assert "float32 (batch, 3, 32, 32)" in done.stdout
+    assert "mobilenetv2, 10 classes" in done.stdout
+
+
+def test_lists_name_what_there_is(kdexport: Command) -> None:
+    assert "mobilenetv2" in kdexport("list", "students").stdout.split()
+    assert {"resnet56", "resnet8"} <= set(kdexport("list", "teachers").stdout.split())
+    assert "kdiffusion" in kdexport("list", "distillers").stdout.split()
+    assert "trt-rtx-fp16" in kdexport("list", "targets").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "words"),
+    [
+        (("list", "studnets"), 2, ["KDX101", "students"]),
+        (("explain", "KDX331"), 2, ["KDX101", "KDX330"]),
+        (("build",), 2, ["KDX100", "--student"]),
+        (("build", "--student", "mobilnetv2"), 2, ["KDX101", "mobilenetv2"]),
+        (("build", "--student", "mobilenetv2", "--target", "trt-fp61"), 2, ["KDX101", "trt-fp16"]),
+        (("build", "--student", "mobilenetv2", "--target", ","), 2, ["KDX100", "--target"]),
+        (("build", "--config", "nowhere.toml"), 2, ["KDX100", "nowhere.toml"]),
+        (("verify", "nowhere"), 2, ["KDX203", "nowhere"]),
+        (("frobnicate",), 2, ["No such command"]),
+        (("build", "--student"), 2, ["requires an argument"]),
+    ],
+)
+def test_bad_input_gets_a_sentence_and_no_traceback(
+    arguments: tuple[str, ...], exit_code: int, words: list[str], kdexport: Command, tmp_path: Path
+) -> None:
+    done = kdexport(*arguments, cwd=tmp_path)
+    assert done.exit_code == exit_code, done.stderr
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_prints_the_traceback(kdexport: Command, tmp_path: Path) -> None:
+    assert "Traceback" in kdexport("verify", tmp_path, "--debug").stderr
+
+
+def test_a_gpu_target_without_tensorrt_exits_with_4_and_says_what_to_install(
+    built: Built, kdexport: Command, tmp_path: Path
+) -> None:
+    pytest.importorskip("sklearn")
+    try:
+        import tensorrt  # noqa: F401
+    except ImportError:
+        pass
+    else:
+        pytest.skip("TensorRT is installed here")
+    done = kdexport("build", "--config", built.config, "--target", "trt-fp16", "--out", tmp_path / "out", "--json")
+    assert done.exit_code == 4
+    assert done.data["error"]["code"] == "KDX400"
+    assert "NVIDIA's package index" in done.data["error"]["remedy"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_options_of_each_command_are_frozen() -> None:
+    import typer.main
+
+    from kdexport.cli import app
+
+    command = typer.main.get_command(app)
+    options = {
+        name: sorted(option for p in sub.params for option in (*p.opts, *p.secondary_opts))
+        for name, sub in command.commands.items()  # type: ignore[attr-defined]
+    }
+    assert options == {
+        "build": [
+            "--checkpoint", "--config", "--data", "--debug", "--fresh", "--json", "--out", "--processes", "--resume",
+            "--student", "--target", "--teacher-checkpoint", "--workspace",
+        ],
+        "verify": ["--debug", "--json", "bundle"],
+        "inspect": ["--debug", "--json", "bundle"],
+        "list": ["--debug", "--json", "kind"],
+        "doctor": ["--debug", "--json"],
+        "explain": ["--debug", "--json", "code"],
+    }  # fmt: skip
+
+
+def test_every_error_code_is_explained_by_the_command(kdexport: Command) -> None:
+    from kdexport.errors import error_codes
+
+    for code in list(error_codes())[:3]:
+        assert kdexport("explain", code).stdout.startswith(code)
+
+
+def test_training_commands_refuse_bad_recipes(kdexport: Command, tmp_path: Path) -> None:
+    from tests.conftest import run_command
+
+    done = run_command("resolve", "--recipe", "digts", module="training")
+    assert done.exit_code == 2
+    assert "digits" in done.stderr
+    done = run_command("resolve", "--recipe", "digits", "--set", "train.epoch=3", module="training")
+    assert done.exit_code == 2
+    assert "train.epoch" in done.stderr
+    assert "epochs" in done.stderr
+    resolved = json.loads(
+        run_command("resolve", "--recipe", "digits", "--set", "train.epochs=3", module="training").stdout
+    )
+    assert resolved["recipe"]["train"]["epochs"] == 3

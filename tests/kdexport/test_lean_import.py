@@ -1,0 +1,23 @@
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "torchvision", "onnx", "onnxruntime", "onnxscript", "tensorrt", "tensorrt_rtx", "sklearn", "training")
+MODULES = ["", ".errors", ".registry", ".config", ".targets", ".data", ".preprocessing", ".checkpoint", ".fingerprint"]
+
+
+def imported_by(statement: str) -> set[str]:
+    """Top-level modules that a fresh interpreter holds after ``statement``."""
+    code = f"{statement}\nimport sys\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize("module", [f"kdexport{name}" for name in MODULES])
+def test_a_module_imports_no_heavy_library(module: str) -> None:
+    assert not imported_by(f"import {module}") & set(HEAVY)
+
+
+def test_the_check_would_notice_torch() -> None:
+    assert "torch" in imported_by("import kdexport.reparam.algebra")

@@ -1,0 +1,232 @@
+import io
+import json
+import os
+import time
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torchvision.transforms import functional as vision
+
+from kdexport.errors import DataError
+from kdexport.preprocessing import Preprocessing, decode, read_image
+
+IMAGENET = Preprocessing(image_size=224, resize=256, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+CIFAR = Preprocessing(image_size=32, resize=32, mean=(0.5071, 0.4867, 0.4408), std=(0.2675, 0.2565, 0.2761))
+
+
+def noise_image(width: int, height: int) -> Image.Image:
+    pixels = np.random.default_rng(5).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def smooth_image(width: int, height: int) -> Image.Image:
+    """Slow waves of another phase in each channel: no symmetry hides a flip, a transposition or a swap."""
+    x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
+    waves = [np.sin(2.1 * x + 1.3 * y), np.cos(1.7 * x - 0.9 * y), np.sin(0.4 - 2.3 * y + 0.7 * x)]
+    return Image.fromarray((np.stack(waves, -1) * 110 + 128).astype(np.uint8))
+
+
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def resize_then_crop(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.int64]:
+    """The two steps that torchvision's reference transforms take."""
+    resized = vision.resize(image, [preprocessing.resize], vision.InterpolationMode.BILINEAR)
+    return np.asarray(vision.center_crop(resized, [preprocessing.image_size] * 2)).astype(np.int64)
+
+
+@pytest.mark.parametrize(("width", "height"), [(512, 512), (1536, 768), (768, 2304), (256, 512)])
+def test_noise_equals_resize_then_crop_within_one_grey_level(width: int, height: int) -> None:
+    image = noise_image(width, height)
+    difference = IMAGENET.pixels(image).astype(np.int64) - resize_then_crop(image, IMAGENET)
+    assert np.abs(difference).max() <= 1
+
+
+@pytest.mark.parametrize(("width", "height"), [(901, 640), (500, 375), (333, 1001), (257, 300), (2000, 1999)])
+def test_smooth_images_of_odd_sizes_equal_resize_then_crop_within_one_grey_level(width: int, height: int) -> None:
+    image = smooth_image(width, height)
+    difference = IMAGENET.pixels(image).astype(np.int64) - resize_then_crop(image, IMAGENET)
+    assert np.abs(difference).max() <= 1
+    flipped = np.abs(IMAGENET.pixels(image)[:, ::-1].astype(np.int64) - resize_then_crop(image, IMAGENET))
+    assert flipped.max() > 30
+
+
+def test_shrinking_averages_over_the_source_rather_than_skipping_pixels() -> None:
+    # Columns of black and white: sampling single pixels would keep them, averaging gives grey.
+    stripes = np.zeros((512, 512, 3), np.uint8)
+    stripes[:, ::2] = 255
+    shrunk = Preprocessing(image_size=64, resize=64, mean=IMAGENET.mean, std=IMAGENET.std).pixels(
+        Image.fromarray(stripes)
+    )
+    assert np.abs(shrunk.astype(int) - 127).max() <= 8
+
+
+def test_an_image_of_the_right_size_is_passed_on_exactly() -> None:
+    image = noise_image(32, 32)
+    assert np.array_equal(CIFAR.pixels(image), np.asarray(image))
+
+
+def test_a_centre_crop_without_scaling_is_exact() -> None:
+    image = noise_image(256, 256)
+    assert np.array_equal(IMAGENET.pixels(image), np.asarray(image)[16:240, 16:240])
+
+
+def test_an_image_of_the_crop_size_is_still_resized_where_resize_is_larger() -> None:
+    image = noise_image(224, 224)
+    assert not np.array_equal(IMAGENET.pixels(image), np.asarray(image))
+
+
+@pytest.mark.parametrize("size", [(60000, 1), (1, 60000), (3, 20000), (1, 1)])
+def test_extreme_aspect_ratios_cost_neither_memory_nor_time(size: tuple[int, int]) -> None:
+    image = Image.new("RGB", size, (9, 200, 30))
+    tracemalloc.start()
+    began = time.perf_counter()
+    pixels = IMAGENET.pixels(image)
+    elapsed = time.perf_counter() - began
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert pixels.shape == (224, 224, 3)
+    assert (pixels == (9, 200, 30)).all()
+    assert elapsed < 1
+    assert peak < 8e6  # scaled as a whole, the image would take 256 x 256 x 60000 x 3 bytes
+
+
+def test_the_crop_of_an_extreme_aspect_ratio_is_its_centre() -> None:
+    pixels = np.zeros((1, 60000, 3), np.uint8)
+    pixels[0, 29_998:30_002] = (250, 120, 10)
+    assert (IMAGENET.pixels(Image.fromarray(pixels)) == (250, 120, 10)).all()
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "expected"),
+    [
+        ("L", 77, (77, 77, 77)),
+        ("1", 1, (255, 255, 255)),
+        ("LA", (77, 0), (77, 77, 77)),
+        ("RGBA", (10, 20, 30, 0), (10, 20, 30)),
+        ("CMYK", (0, 255, 255, 0), (255, 0, 0)),
+        ("P", 0, (0, 0, 0)),
+    ],
+)
+def test_every_eight_bit_mode_becomes_rgb(mode: str, colour: Any, expected: tuple[int, int, int]) -> None:
+    assert (CIFAR.pixels(Image.new(mode, (47, 40), colour)) == expected).all()
+
+
+def test_normalisation_is_per_channel_and_channels_come_first() -> None:
+    pixels = np.random.default_rng(3).integers(0, 256, (3, 5, 7, 3), dtype=np.uint8)
+    expected = vision.normalize(
+        torch.from_numpy(pixels).permute(0, 3, 1, 2).double() / 255, list(CIFAR.mean), list(CIFAR.std)
+    )
+    ours = CIFAR.normalise(pixels)
+    assert ours.dtype == np.float32
+    assert ours.flags.c_contiguous
+    assert ours.shape == (3, 3, 5, 7)
+    np.testing.assert_allclose(ours, expected.numpy(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "PPM"])
+def test_lossless_formats_decode_exactly(kind: str) -> None:
+    image = noise_image(19, 23)
+    assert np.array_equal(np.asarray(decode(encoded(image, kind), "x")), np.asarray(image))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+def test_lossy_formats_decode_closely(kind: str) -> None:
+    image = smooth_image(64, 48)
+    difference = np.asarray(decode(encoded(image, kind, quality=95), "x")).astype(int) - np.asarray(image)
+    assert np.abs(difference).mean() < 3
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "PPM"])
+@pytest.mark.parametrize("kept", [0.02, 0.5, 0.9])
+def test_a_truncated_image_is_an_error_that_names_it(kind: str, kept: float) -> None:
+    data = encoded(noise_image(61, 53), kind)
+    with pytest.raises(DataError, match=r"cats/tom\.img is not a readable image"):
+        decode(data[: int(len(data) * kept)], "cats/tom.img")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"\x00" * 64, b"<svg xmlns='http://www.w3.org/2000/svg'/>", encoded(noise_image(9, 9), "GIF")],
+    ids=["empty", "zeros", "svg", "gif"],
+)
+def test_a_foreign_file_is_an_error_that_names_it_and_the_formats(data: bytes) -> None:
+    with pytest.raises(DataError, match=r"^photo is not a readable image") as caught:
+        decode(data, "photo")
+    assert "JPEG, PNG, WEBP, BMP, PPM" in caught.value.remedy
+
+
+def test_flipped_bytes_in_compressed_data_are_an_error() -> None:
+    data = bytearray(encoded(noise_image(61, 53), "PNG"))
+    data[len(data) // 2] ^= 0xFF
+    with pytest.raises(DataError, match="photo"):
+        decode(bytes(data), "photo")
+
+
+def test_an_image_just_within_the_limit_on_pixels_is_read() -> None:
+    # One bit a pixel: a small file that decodes to a large image.
+    assert decode(encoded(Image.new("1", (10_000, 8_000)), "PNG"), "large.png").size == (10_000, 8_000)
+
+
+@pytest.mark.parametrize("size", [(10_000, 8_001), (10_000, 9_500), (40_000, 40_000)])
+def test_an_image_beyond_the_limit_on_pixels_is_refused_by_its_header(size: tuple[int, int]) -> None:
+    with pytest.raises(DataError, match=r"bomb\.pbm is not a readable image: .*pixels") as caught:
+        decode(b"P4 %d %d\n" % size + b"\x00" * 1000, "bomb.pbm")
+    assert "80,000,000 pixels" in caught.value.remedy
+
+
+@pytest.mark.parametrize("kind", ["PNG", "PPM"])
+def test_an_image_of_sixteen_bits_is_refused_rather_than_clipped_to_white(kind: str) -> None:
+    grey = Image.fromarray((np.arange(4096, dtype=np.uint16) * 16).reshape(64, 64))
+    with pytest.raises(DataError, match=r"scan is not a readable image: its channels are wider than 8 bits"):
+        decode(encoded(grey, kind), "scan")
+
+
+def test_a_missing_file_and_a_folder_are_errors_that_name_the_path(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none\.png cannot be read: No such file"):
+        read_image(tmp_path / "none.png")
+    with pytest.raises(DataError, match="cannot be read: Is a directory"):
+        read_image(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads files of any mode")
+def test_a_file_without_permission_is_an_error_that_names_the_path(tmp_path: Path) -> None:
+    path = tmp_path / "secret.png"
+    path.write_bytes(encoded(noise_image(8, 8), "PNG"))
+    path.chmod(0)
+    with pytest.raises(DataError, match=r"secret\.png cannot be read: Permission denied"):
+        read_image(path)
+
+
+def test_reading_a_file_gives_its_pixels_and_its_error_its_path(tmp_path: Path) -> None:
+    image = noise_image(8, 9)
+    good, bad = tmp_path / "good.png", tmp_path / "bad.png"
+    good.write_bytes(encoded(image, "PNG"))
+    bad.write_bytes(good.read_bytes()[:60])
+    assert np.array_equal(np.asarray(read_image(good)), np.asarray(image))
+    with pytest.raises(DataError, match=r"bad\.png is not a readable image"):
+        read_image(bad)
+
+
+def test_preprocessing_survives_json() -> None:
+    for value in (IMAGENET, CIFAR):
+        assert Preprocessing.from_json(json.loads(json.dumps(value.to_json()))) == value
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"mean": [0.1, 0.2]}, {"std": [0.1] * 4}, {"mean": 0.5}, {"image_size": "large"}, {"resize": None}],
+    ids=str,
+)
+def test_foreign_json_raises(change: dict[str, Any]) -> None:
+    with pytest.raises((ValueError, TypeError)):
+        Preprocessing.from_json(CIFAR.to_json() | change)

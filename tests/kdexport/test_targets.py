@@ -1,0 +1,71 @@
+import pytest
+
+from kdexport.errors import BackendUnavailableError, ConfigError, UnknownNameError
+from kdexport.targets import Target, parse_target, parse_targets, require_available, target_names, unavailable
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "precision", "engine"),
+    [
+        ("onnx-fp32", "onnx", "fp32", False),
+        ("trt-fp32", "trt", "fp32", True),
+        ("trt-fp16", "trt", "fp16", True),
+        ("trt-rtx-fp32", "trt-rtx", "fp32", True),
+        ("trt-rtx-fp16", "trt-rtx", "fp16", True),
+    ],
+)
+def test_a_target_is_a_backend_and_a_precision(name: str, backend: str, precision: str, engine: bool) -> None:
+    target = parse_target(name)
+    assert (target.backend, target.precision, target.needs_engine) == (backend, precision, engine)
+    assert str(target) == name
+
+
+def test_every_listed_target_parses_to_itself() -> None:
+    names = target_names()
+    assert "onnx-fp32" in names
+    assert [str(parse_target(name)) for name in names] == list(names)
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "-", "onnx", "fp32", "onnx-", "-fp32", "onnx-fp64", "ONNX-FP32", "onnx-fp32 ", "rtx-fp16"]
+)
+def test_an_unknown_target_is_refused_with_all_known_ones(name: str) -> None:
+    with pytest.raises(UnknownNameError, match="There is no target named") as caught:
+        parse_target(name)
+    for known in target_names():
+        assert known in caught.value.remedy
+
+
+def test_an_unknown_target_points_to_the_nearest() -> None:
+    with pytest.raises(UnknownNameError) as caught:
+        parse_target("tr-fp16")
+    assert "Did you mean trt-fp16" in caught.value.remedy
+
+
+def test_targets_keep_their_order_and_come_once() -> None:
+    found = parse_targets(["trt-fp16", "onnx-fp32", "trt-fp16"])
+    assert found == (Target("trt", "fp16"), Target("onnx", "fp32"))
+
+
+def test_no_target_is_a_configuration_error() -> None:
+    with pytest.raises(ConfigError, match="No target was given") as caught:
+        parse_targets([])
+    assert "onnx-fp32" in caught.value.remedy
+
+
+def test_onnx_is_available_everywhere() -> None:
+    assert unavailable(Target("onnx", "fp32")) is None
+    require_available((Target("onnx", "fp32"),))
+
+
+@pytest.mark.parametrize("backend", ["trt", "trt-rtx"])
+def test_a_missing_package_is_told_with_the_way_to_get_it(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What the import system would say on a machine without the packages.
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    with pytest.raises(
+        BackendUnavailableError, match=f"Target {backend}-fp16 cannot be built: .* is not installed"
+    ) as caught:
+        require_available((Target("onnx", "fp32"), Target(backend, "fp16")))
+    assert "tensorrt" in caught.value.remedy or "trt-rtx" in caught.value.remedy
+    assert caught.value.exit_code == 4

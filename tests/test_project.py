@@ -1,0 +1,118 @@
+"""What the repository says about itself: Dockerfile, Makefile, CI, configurations, wheel."""
+
+import ast
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+MODULES = sorted([*(ROOT / "kdexport").rglob("*.py"), *(ROOT / "training").rglob("*.py")])
+
+
+def test_the_dockerfile_has_the_three_stages_on_one_base() -> None:
+    stages = re.findall(r"^FROM (\S+) AS (\S+)$", DOCKERFILE, flags=re.MULTILINE)
+    assert [name for _, name in stages] == ["base", "train", "build", "serve"]
+    assert all(image == "base" for image, _ in stages[1:])
+
+
+def test_the_dockerfile_copies_only_what_exists_and_all_that_the_wheel_needs() -> None:
+    copied: set[str] = set()
+    for line in re.findall(r"^COPY (.+)$", DOCKERFILE, flags=re.MULTILINE):
+        sources = line.split()[:-1]
+        if sources == ["${BUNDLE}"]:
+            continue
+        for source in sources:
+            assert (ROOT / source).exists(), source
+            copied.add(source)
+    assert {"pyproject.toml", "README.md", "constraints.txt", "kdexport", "training", "export_configs"} <= copied
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    assert not copied & set(ignored)
+
+
+def test_the_dockerfile_installs_extras_and_runs_commands_that_exist() -> None:
+    import tomllib
+
+    import typer.main
+    from kdexport.cli import app
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for group in re.findall(r"pip install .*'\.\[([\w,-]+)\]'", DOCKERFILE):
+        assert set(group.split(",")) <= set(extras)
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    for block in DOCKERFILE.split("FROM ")[1:]:
+        entry = re.search(r"^ENTRYPOINT (.+)$", block, flags=re.MULTILINE)
+        argument = re.search(r"^CMD (.+)$", block, flags=re.MULTILINE)
+        if entry is None or argument is None:
+            continue
+        words = [*ast.literal_eval(entry[1]), *ast.literal_eval(argument[1])]
+        if words[0] == "kdexport":
+            assert words[1] in commands
+        else:
+            assert words[:3] == ["python", "-m", "training"]
+
+
+def test_ci_runs_what_the_readme_says() -> None:
+    script = (ROOT / ".ci" / "run").read_text()
+    assert "exec make test" in script
+    assert "make test" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "export_configs").glob("*.toml")), ids=lambda path: path.stem)
+def test_every_export_configuration_resolves(config: Path) -> None:
+    from kdexport.config import load_config
+    from kdexport.targets import parse_targets
+    from kdexport.trainer import resolve_recipe
+
+    loaded = load_config(config)
+    parse_targets(loaded.targets)
+    assert resolve_recipe(loaded.recipe, loaded.overrides)["recipe"]["data"]["name"]
+
+
+def test_the_wheel_holds_both_packages_their_recipes_and_configurations(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--disable-pip-version-check", "-w", tmp_path, ROOT]
+    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {
+        "kdexport/cli.py", "training/recipes/digits.toml", "training/recipes/cifar100.toml",
+        "kdexport/export_configs/mobilenetv2.toml", "kdexport/export_configs/quickstart.toml",
+    } <= names  # fmt: skip
+    assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
+
+
+def test_kdexport_never_imports_training() -> None:
+    for path in sorted((ROOT / "kdexport").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not [name for name in names if name.split(".")[0] == "training"], path
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_modules_and_functions_stay_small(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 250
+    assert text.isascii()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 60, node.name
+            assert node.name.startswith("_") or ast.get_docstring(node) or _is_override(node), node.name
+
+
+def _is_override(node: ast.FunctionDef) -> bool:
+    # Methods of a documented base, hooks and nested functions.
+    return bool(node.args.args) and node.args.args[0].arg in ("self", "cls") or node.name in ("make", "hook", "enter", "ask")
+
+
+def test_no_file_names_a_machine() -> None:
+    marks = re.compile(r"/(?:home|root|Users|work)/[a-z]")
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in tracked:
+        path = ROOT / name
+        if path.suffix in (".py", ".md", ".toml", ".txt", "") and path.is_file() and path != Path(__file__):
+            assert not marks.search(path.read_text(errors="ignore")), name

@@ -1,0 +1,301 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from kdexport.data import DatasetSpec, ImageSet, open_dataset
+from kdexport.errors import DataError
+from training.data import (
+    Batches,
+    EvaluationBatches,
+    ResidentBatches,
+    StreamedBatches,
+    preprocessing_of,
+    training_batches,
+)
+from training.recipe import DataSettings
+
+Pixels = NDArray[np.uint8]
+CPU = torch.device("cpu")
+COUNT, SIDE, PADDING = 29, 12, 3
+#: A crop of the padded images, and where it comes from: image, top, left, mirrored.
+Origin = tuple[int, int, int, bool]
+
+
+def settings(**changes: object) -> DataSettings:
+    defaults: dict[str, object] = {
+        "name": "digits",
+        "image_size": SIDE,
+        "mean": (0.4, 0.51, 0.33),
+        "std": (0.21, 0.3, 0.27),
+        "crop_padding": PADDING,
+        "workers": 2,
+    }
+    return DataSettings.model_validate({**defaults, **changes})
+
+
+def noise_images(count: int = COUNT, side: int = SIDE) -> ImageSet:
+    rng = np.random.default_rng(0)
+    return ImageSet(
+        classes=tuple("abcde"),
+        labels=rng.integers(0, 5, count),
+        pixels=rng.integers(1, 256, (count, side, side, 3), dtype=np.uint8),
+        files=(),
+    )
+
+
+def resident(images: ImageSet, *, seed: int = 5, rank: int = 0, world: int = 1, **changes: object) -> ResidentBatches:
+    chosen = settings(**changes)
+    return ResidentBatches(images, chosen, batch_size=8, seed=seed, device=CPU, rank=rank, world=world)
+
+
+def collected(batches: Batches, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    parts = list(batches.epoch(epoch))
+    assert len(parts) == batches.steps
+    return torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts])
+
+
+def every_crop(images: ImageSet, chosen: DataSettings) -> dict[bytes, Origin]:
+    """All crops there are, as the bytes of their normalised pixels."""
+    assert images.pixels is not None
+    found: dict[bytes, Origin] = {}
+    normalise = preprocessing_of(chosen).normalise
+    for index, image in enumerate(images.pixels):
+        padded = np.zeros((SIDE + 2 * PADDING, SIDE + 2 * PADDING, 3), np.uint8)
+        padded[PADDING : PADDING + SIDE, PADDING : PADDING + SIDE] = image
+        for top in range(2 * PADDING + 1):
+            for left in range(2 * PADDING + 1):
+                crop = padded[top : top + SIDE, left : left + SIDE]
+                for mirrored in (False, True):
+                    pixels = crop[:, ::-1] if mirrored else crop
+                    found[normalise(pixels[None]).tobytes()] = (index, top, left, mirrored)
+    assert len(found) == len(images) * (2 * PADDING + 1) ** 2 * 2
+    return found
+
+
+def origins(images: ImageSet, batches: Batches, epoch: int, chosen: DataSettings) -> list[Origin]:
+    known = every_crop(images, chosen)
+    pixels, labels = collected(batches, epoch)
+    found = [known[image.contiguous().numpy().tobytes()] for image in pixels]
+    np.testing.assert_array_equal(labels.numpy(), images.labels[[index for index, *_ in found]])
+    return found
+
+
+def write_gradients(root: Path, sizes: list[tuple[int, int]]) -> ImageSet:
+    """Images whose red rises to the right, whose green rises downwards and whose blue is their number; two classes."""
+    for index, (width, height) in enumerate(sizes):
+        pixels = np.zeros((height, width, 3))
+        pixels[..., 0] = np.linspace(0, 250, width)
+        pixels[..., 1] = np.linspace(0, 250, height)[:, None]
+        pixels[..., 2] = 5 * index
+        folder = root / "train" / ("even", "odd")[index % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.rint(pixels).astype(np.uint8)).save(folder / f"{index:03}.png")
+    return open_dataset(DatasetSpec(name=f"folder:{root}"), "train")
+
+
+def decoded(batch: torch.Tensor, chosen: DataSettings) -> NDArray[np.float64]:
+    """(N,H,W,3) in 0..255."""
+    channels_last = batch.permute(0, 2, 3, 1).double().numpy()
+    return np.asarray((channels_last * np.array(chosen.std) + np.array(chosen.mean)) * 255)
+
+
+def test_small_images_live_on_the_device_and_large_ones_are_streamed() -> None:
+    images = noise_images()
+    for side, kind in ((64, ResidentBatches), (65, StreamedBatches), (224, StreamedBatches)):
+        chosen = settings(image_size=side)
+        assert type(training_batches(images, chosen, batch_size=8, seed=0, device=CPU)) is kind
+
+
+def test_every_batch_is_a_random_crop_of_the_zero_padded_images_mirrored_or_not() -> None:
+    images = noise_images()
+    found = origins(images, resident(images), 0, settings()) + origins(images, resident(images), 1, settings())
+    assert {top for _, top, _, _ in found} == set(range(2 * PADDING + 1))
+    assert {left for _, _, left, _ in found} == set(range(2 * PADDING + 1))
+    assert len({(top, left) for _, top, left, _ in found}) > 2 * PADDING + 1
+    assert 10 < sum(mirrored for *_, mirrored in found) < 38
+
+
+def test_every_image_comes_at_most_once_an_epoch_and_all_come_in_the_end() -> None:
+    images, batches = noise_images(), resident(noise_images())
+    seen: set[int] = set()
+    assert batches.steps == COUNT // 8
+    for epoch in range(6):
+        indices = [index for index, *_ in origins(images, batches, epoch, settings())]
+        assert len(indices) == len(set(indices)) == batches.steps * 8
+        seen.update(indices)
+    assert seen == set(range(COUNT))
+
+
+def test_no_image_is_mirrored_unless_asked() -> None:
+    images = noise_images()
+    found = [
+        origin for epoch in range(3) for origin in origins(images, resident(images, flip=False), epoch, settings())
+    ]
+    assert not any(mirrored for *_, mirrored in found)
+
+
+def test_without_padding_the_images_are_whole() -> None:
+    images = noise_images()
+    found = origins(images, resident(images, crop_padding=0), 2, settings())
+    assert {(top, left) for _, top, left, _ in found} == {(PADDING, PADDING)}
+    assert len({mirrored for *_, mirrored in found}) == 2
+
+
+def test_an_epoch_is_a_function_of_seed_and_number_alone() -> None:
+    images = noise_images()
+    used = resident(images)
+    collected(used, 0)
+    torch.manual_seed(1234)
+    again, fresh = collected(used, 3), collected(resident(images), 3)
+    assert torch.equal(again[0], fresh[0])
+    assert torch.equal(again[1], fresh[1])
+    others = [collected(used, 4), collected(used, 0), collected(resident(images, seed=6), 3)]
+    assert not any(torch.equal(again[0], other[0]) for other in others)
+    orders = {tuple(index for index, *_ in origins(images, used, epoch, settings())) for epoch in range(4)}
+    assert len(orders) == 4
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_together_see_exactly_the_batches_of_one(world: int) -> None:
+    images = noise_images()
+    whole = list(resident(images).epoch(1))
+    shares = [list(resident(images, rank=rank, world=world).epoch(1)) for rank in range(world)]
+    assert [len(share) for share in shares] == [len(whole)] * world
+    for step, (pixels, labels) in enumerate(whole):
+        for rank in range(world):
+            assert torch.equal(shares[rank][step][0], pixels[rank::world])
+            assert torch.equal(shares[rank][step][1], labels[rank::world])
+
+
+def test_batches_are_channels_last_and_of_the_evaluation_size() -> None:
+    images, labels = next(resident(noise_images()).epoch(0))
+    assert images.shape == (8, 3, SIDE, SIDE)
+    assert images.dtype == torch.float32
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert labels.dtype == torch.int64
+
+
+def test_images_of_another_size_are_resized_before_they_are_cropped(tmp_path: Path) -> None:
+    images = write_gradients(tmp_path, [(40, 20), (20, 50), (31, 31)] * 4)
+    chosen = settings(crop_padding=0, flip=False)
+    batches = ResidentBatches(images, chosen, batch_size=12, seed=1, device=CPU)
+    pixels, _ = collected(batches, 0)
+    preprocessing = preprocessing_of(chosen)
+    expected = preprocessing.normalise(np.stack([preprocessing.pixels(Image.open(path)) for path in images.files]))
+    assert {image.tobytes() for image in expected} == {image.contiguous().numpy().tobytes() for image in pixels}
+
+
+@pytest.mark.parametrize("image_size", [SIDE, 96])
+def test_too_few_images_for_one_batch_are_refused(image_size: int) -> None:
+    with pytest.raises(DataError) as caught:
+        training_batches(noise_images(7), settings(image_size=image_size), batch_size=8, seed=0, device=CPU)
+    assert str(caught.value) == "7 training images do not fill one batch of 8.\nLower train.batch_size."
+
+
+def test_streamed_batches_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
+    images = write_gradients(tmp_path, [(120, 100), (97, 140), (300, 128)] * 4)
+
+    def batches(seed: int, **changes: object) -> Batches:
+        return training_batches(images, settings(image_size=96, **changes), batch_size=5, seed=seed, device=CPU)
+
+    reference = collected(batches(2, workers=1), 1)
+    for workers in (0, 2, 7):
+        pixels, labels = collected(batches(2, workers=workers), 1)
+        assert torch.equal(pixels, reference[0])
+        assert torch.equal(labels, reference[1])
+    for epoch, seed in ((0, 2), (1, 3)):
+        assert not torch.equal(collected(batches(seed), epoch)[0], reference[0])
+
+
+def test_streamed_images_keep_their_labels_and_come_at_most_once(tmp_path: Path) -> None:
+    images = write_gradients(tmp_path, [(120, 100), (97, 140), (300, 128)] * 4)
+    chosen = settings(image_size=96)
+    for rank, world in ((0, 1), (0, 2), (1, 2)):
+        batches = StreamedBatches(images, chosen, batch_size=4, seed=9, device=CPU, rank=rank, world=world)
+        pixels, labels = collected(batches, 0)
+        assert pixels.shape == (12 // world, 3, 96, 96)
+        numbers = np.rint(decoded(pixels, chosen)[..., 2].mean((1, 2)) / 5).astype(int)
+        assert len(set(numbers.tolist())) == 12 // world
+        np.testing.assert_array_equal(labels.numpy(), numbers % 2)
+
+
+def test_streaming_processes_together_see_exactly_the_batches_of_one(tmp_path: Path) -> None:
+    images = write_gradients(tmp_path, [(110, 100), (97, 140)] * 4)
+
+    def batches(rank: int, world: int) -> StreamedBatches:
+        chosen = settings(image_size=96)
+        return StreamedBatches(images, chosen, batch_size=4, seed=9, device=CPU, rank=rank, world=world)
+
+    for (whole, labels), (first, some), (second, others) in zip(
+        batches(0, 1).epoch(2), batches(0, 2).epoch(2), batches(1, 2).epoch(2), strict=True
+    ):
+        assert torch.equal(torch.stack([first, second], 1).flatten(0, 1), whole)
+        assert torch.equal(torch.stack([some, others], 1).flatten(), labels)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_streamed_crops_cover_8_to_100_percent_at_moderate_aspect(flip: bool, tmp_path: Path) -> None:
+    images = write_gradients(tmp_path, [(200, 150)] * 24)
+    chosen = settings(image_size=96, flip=flip)
+    batches = StreamedBatches(images, chosen, batch_size=24, seed=4, device=CPU)
+    pixels = np.concatenate([decoded(collected(batches, epoch)[0], chosen) for epoch in range(3)])
+    # Red and green are the place in the source; a resampled edge pixel lies half a step inside the crop's border.
+    across, down = pixels[:, 48, :, 0], pixels[:, :, 48, 1]
+    widths = np.abs(across[:, -1] - across[:, 0]) / 250 * 96 / 95
+    heights = (down[:, -1] - down[:, 0]) / 250 * 96 / 95
+    areas, aspects = widths * heights, widths * 200 / (heights * 150)
+    assert areas.min() > 0.07
+    assert areas.max() < 1.03
+    assert areas.max() - areas.min() > 0.5
+    assert aspects.min() > 3 / 4 * 0.94
+    assert aspects.max() < 4 / 3 * 1.06
+    assert aspects.max() / aspects.min() > 1.4
+    mirrored = int((across[:, -1] < across[:, 0]).sum())
+    assert 18 < mirrored < 54 if flip else mirrored == 0
+
+
+def test_an_image_too_narrow_for_any_crop_gives_its_central_square(tmp_path: Path) -> None:
+    images = write_gradients(tmp_path, [(400, 20), (16, 500)])
+    chosen = settings(image_size=96, flip=False)
+    pixels, labels = collected(StreamedBatches(images, chosen, batch_size=2, seed=0, device=CPU), 0)
+    wide, tall = decoded(pixels, chosen)[labels.argsort().numpy()]
+    assert wide[..., 0].min() == pytest.approx(250 * (190 / 399), abs=2)
+    assert wide[..., 0].max() == pytest.approx(250 * (209 / 399), abs=2)
+    assert wide[..., 1].min() < 5
+    assert wide[..., 1].max() > 245
+    assert tall[..., 1].min() == pytest.approx(250 * (242 / 499), abs=2)
+    assert tall[..., 1].max() == pytest.approx(250 * (257 / 499), abs=2)
+
+
+def test_a_corrupt_streamed_image_stops_the_epoch_with_its_name(tmp_path: Path) -> None:
+    images = write_gradients(tmp_path, [(110, 100)] * 6)
+    images.files[4].write_bytes(images.files[4].read_bytes()[:90])
+    batches = StreamedBatches(images, settings(image_size=96), batch_size=2, seed=0, device=CPU)
+    with pytest.raises(DataError, match=images.files[4].name):
+        list(batches.epoch(0))
+
+
+@pytest.mark.parametrize("image_size", [SIDE, 96])
+def test_evaluation_reads_the_split_in_its_order_as_in_production(image_size: int, tmp_path: Path) -> None:
+    images = write_gradients(tmp_path, [(120, 100), (97, 140), (300, 128), (96, 96), (12, 12), (20, 40), (33, 32)])
+    chosen = settings(image_size=image_size, resize=image_size + 4)
+    evaluation = EvaluationBatches(images, chosen, device=CPU, batch_size=3)
+    for _ in range(2):
+        parts = list(evaluation)
+        assert [len(labels) for _, labels in parts] == [3, 3, 1]
+        preprocessing = preprocessing_of(chosen)
+        expected = preprocessing.normalise(np.stack([preprocessing.pixels(Image.open(path)) for path in images.files]))
+        np.testing.assert_array_equal(torch.cat([pixels for pixels, _ in parts]).numpy(), expected)
+        np.testing.assert_array_equal(torch.cat([labels for _, labels in parts]).numpy(), images.labels)
+
+
+def test_evaluation_of_decoded_images_reads_them_as_they_are() -> None:
+    images = noise_images()
+    assert images.pixels is not None
+    parts = list(EvaluationBatches(images, settings(), device=CPU))
+    np.testing.assert_array_equal(parts[0][0].numpy(), preprocessing_of(settings()).normalise(images.pixels))
+    np.testing.assert_array_equal(parts[0][1].numpy(), images.labels)

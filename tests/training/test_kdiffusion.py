@@ -1,0 +1,347 @@
+import copy
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kdexport.checkpoint import StudentSpec, build_student
+from kdexport.preprocessing import Preprocessing
+from kdexport.reparam.blocks import BranchSpec, ParallelBranches, attach_branches, branches_path
+from kdexport.students import STUDENTS, Student
+from training.distillers.distiller import StepContext
+from training.distillers.kdiffusion import KDiffusion
+from training.recipe import DistillerSettings
+from training.task import DistillationTask, FrozenTeacher, StepResult
+from training.teachers import TEACHERS, Teacher
+
+CLASSES, SIZE, BRANCHES, WIDTH = 5, 32, 3, 64
+PLACEMENTS = pytest.mark.parametrize("placement", ["R1", "R2"])
+#: A shift before a 1x1 convolution with batch norm is taken out again by the latter: its gradient is rounding noise.
+CANCELLED = "conv.7.bias"
+LATE = StepContext(epoch=99.5, order=(2, 0, 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    student: Student
+    teacher: Teacher
+    frozen: FrozenTeacher
+    distiller: KDiffusion
+    parallel: ParallelBranches
+    spec: BranchSpec
+    task: DistillationTask
+
+    def step(self, images: Tensor, labels: Tensor, context: StepContext = LATE) -> StepResult:
+        return cast(StepResult, self.task(images, labels, self.frozen(images)[0], context))
+
+
+def hostile(module: nn.Module, seed: int) -> None:
+    """Statistics and scales of every batch norm far from those of a fresh one."""
+    generator = torch.Generator().manual_seed(seed)
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            for tensor, low, high in ((norm.weight, 0.5, 2), (norm.bias, -0.7, 0.9), (norm.running_mean, -0.6, 0.4)):
+                assert tensor is not None
+                tensor.data.uniform_(low, high, generator=generator)
+            assert norm.running_var is not None
+            norm.running_var.uniform_(0.3, 3, generator=generator)
+
+
+def assemble(placement: str, **changes: object) -> Parts:
+    torch.manual_seed(8)
+    settings = DistillerSettings.model_validate(
+        {"placement": placement, "num_branches": BRANCHES, "weight": 2.5, "ramp_epochs": 4.0, **changes}
+    )
+    teacher = TEACHERS.build("resnet8", num_classes=CLASSES, image_size=SIZE)
+    student = STUDENTS.build("mobilenetv2", num_classes=CLASSES, image_size=SIZE)
+    distiller = KDiffusion(settings=settings, student=student, teacher=teacher)
+    spec = KDiffusion.branch_spec(settings, teacher)
+    attach_branches(student, spec)
+    parallel = student.get_submodule(branches_path(student, spec))
+    assert isinstance(parallel, ParallelBranches)
+    for seed, module in enumerate((teacher, student, distiller)):
+        hostile(module, seed)
+    return Parts(
+        student=student,
+        teacher=teacher,
+        frozen=FrozenTeacher(teacher, torch.device("cpu"), None),
+        distiller=distiller,
+        parallel=parallel,
+        spec=spec,
+        task=DistillationTask(student, distiller, parallel),
+    )
+
+
+def batch(count: int = 6, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(count, 3, SIZE, SIZE, generator=generator) * 1.4 + 0.3
+    return images, torch.randint(CLASSES, (count,), generator=generator)
+
+
+def teacher_features(count: int, seed: int) -> Tensor:
+    """(count,64,8,8) with another mean and spread in each channel; channel 5 never speaks."""
+    generator = torch.Generator().manual_seed(seed)
+    spread = torch.linspace(0.05, 9, WIDTH).reshape(1, -1, 1, 1)
+    features = torch.randn(count, WIDTH, 8, 8, generator=generator) * spread + spread.flip(1) - 4
+    features[:, 5] = 0
+    return features
+
+
+def pooled(features: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+    """8x8 maps to 2x2, by the mean of each quarter."""
+    array = features.double().numpy()
+    return np.asarray(array.reshape(*array.shape[:2], 2, 4, 2, 4).mean((3, 5)))
+
+
+def hosts_of(target: Tensor, distiller: KDiffusion) -> Tensor:
+    """Branch features that the bridge maps onto ``target``."""
+    if isinstance(distiller.bridge, nn.Identity):
+        return target
+    conv, norm = cast(nn.Sequential, distiller.bridge)
+    assert isinstance(conv, nn.Conv2d)
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert norm.running_var is not None
+    assert norm.running_mean is not None
+    column = (1, -1, 1, 1)
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    before = (target.double() - norm.bias.reshape(column)) / scale.reshape(column) + norm.running_mean.reshape(column)
+    inverse = torch.linalg.pinv(conv.weight.double().flatten(1))
+    return torch.einsum("sc,nchw->nshw", inverse, before).float().detach()
+
+
+@PLACEMENTS
+@pytest.mark.parametrize("permutation", ["shuffle", "fixed", "expected"])
+def test_the_loss_is_zero_where_every_bridged_branch_is_the_standardised_teacher(
+    placement: str, permutation: str
+) -> None:
+    parts = assemble(placement, permutation=permutation)
+    feature = teacher_features(7, seed=1)
+    parts.distiller.calibrate([teacher_features(40, seed=2)])
+    # The bridge's own statistics, so that what it computes can be inverted.
+    parts.distiller.eval()
+    spread = pooled(teacher_features(40, seed=2))
+    centre = spread.mean((0, 2, 3), keepdims=True)
+    scale = np.maximum(spread.std((0, 2, 3), ddof=1, keepdims=True), 1e-3)
+    target = torch.from_numpy((pooled(feature) - centre) / scale).float()
+    exact = hosts_of(target, parts.distiller)
+    assert parts.distiller([exact] * BRANCHES, feature, LATE)["diffusion"].item() < 1e-9
+    for index in range(BRANCHES):
+        branches = [exact] * BRANCHES
+        branches[index] = hosts_of(target + 0.1, parts.distiller)
+        assert parts.distiller(branches, feature, LATE)["diffusion"].item() > 1e-4
+
+
+def test_without_standardisation_the_target_is_the_raw_teacher() -> None:
+    parts = assemble("R2", standardise_teacher=False)
+    parts.distiller.calibrate([teacher_features(40, seed=2)])
+    feature = teacher_features(7, seed=1)
+    exact = torch.from_numpy(pooled(feature)).float()
+    assert parts.distiller([exact] * BRANCHES, feature, LATE)["diffusion"].item() < 1e-9
+
+
+def test_calibration_gives_the_pooled_feature_zero_mean_and_unit_variance() -> None:
+    distiller = assemble("R1").distiller
+    batches = [teacher_features(count, seed=count) for count in (9, 4, 7)]
+    distiller.calibrate(batches)
+    everything = np.concatenate([pooled(features) for features in batches])
+    standardised = (everything - distiller.teacher_mean.double().numpy()) / distiller.teacher_std.double().numpy()
+    speaking = [channel for channel in range(WIDTH) if channel != 5]
+    np.testing.assert_allclose(standardised.mean((0, 2, 3)), 0, atol=1e-4)
+    np.testing.assert_allclose(standardised.var((0, 2, 3), ddof=1)[speaking], 1, rtol=1e-5)
+    # A silent channel stays silent: it is not blown up.
+    assert standardised[:, 5].tolist() == np.zeros((20, 2, 2)).tolist()
+    assert distiller.teacher_std[0, 5].item() == pytest.approx(1e-3)
+
+
+@PLACEMENTS
+def test_the_diffusion_loss_reaches_every_branch_and_the_bridge(placement: str) -> None:
+    parts = assemble(placement)
+    images, labels = batch()
+    parts.step(images, labels).losses["diffusion"].backward()  # type: ignore[no-untyped-call]
+    reached = [*parts.parallel.branches.parameters(), *parts.distiller.parameters()]
+    assert len(reached) == 3 * BRANCHES + (3 if placement == "R1" else 0)
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in reached)
+    classifier = parts.student.get_submodule(parts.student.classifier_path)
+    assert all(p.grad is None for p in classifier.parameters())
+
+
+@PLACEMENTS
+def test_cross_entropy_reaches_every_student_parameter_and_not_the_bridge(placement: str) -> None:
+    parts = assemble(placement)
+    images, labels = batch()
+    parts.step(images, labels).losses["cross_entropy"].backward()  # type: ignore[no-untyped-call]
+    assert [name for name, p in parts.student.named_parameters() if p.grad is None] == []
+    spoken = {name for name, p in parts.student.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    silent = {name for name, _ in parts.student.named_parameters()} - spoken
+    assert [name for name in silent if not name.endswith(CANCELLED)] == []
+    assert all(p.grad is None for p in parts.distiller.parameters())
+
+
+@PLACEMENTS
+def test_the_teacher_never_changes(placement: str) -> None:
+    parts = assemble(placement, ramp_epochs=0.0)
+    before = copy.deepcopy(parts.teacher.state_dict())
+    student_before = copy.deepcopy(parts.student.state_dict())
+    optimizer = torch.optim.SGD(parts.task.parameters(), lr=0.1)
+    parts.task.train()
+    for seed in range(3):
+        optimizer.zero_grad()
+        sum(parts.step(*batch(seed=seed)).losses.values(), torch.zeros(())).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    assert not any(module.training for module in parts.teacher.modules())
+    assert all(p.grad is None and not p.requires_grad for p in parts.teacher.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in parts.teacher.state_dict().items())
+    unchanged = [n for n, value in parts.student.state_dict().items() if torch.equal(value, student_before[n])]
+    assert [name for name in unchanged if not name.endswith(CANCELLED)] == []
+    trained = {id(p) for p in parts.task.parameters()}
+    assert not trained & {id(p) for p in parts.teacher.parameters()}
+
+
+def test_the_teacher_reads_the_images_in_its_own_normalisation() -> None:
+    parts = assemble("R1")
+    pixels = torch.rand(3, 3, SIZE, SIZE)
+    own, students = ((0.2, 0.5, 0.4), (0.3, 0.2, 0.6)), ((0.5, 0.4, 0.6), (0.25, 0.5, 0.4))
+
+    def normalised(values: tuple[tuple[float, ...], tuple[float, ...]]) -> Tensor:
+        mean, std = (torch.tensor(value).reshape(1, 3, 1, 1) for value in values)
+        return (pixels - mean) / std
+
+    mean, std, student_mean, student_std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (*own, *students))
+    parts.frozen.renormalise(student_std / std, (student_mean - mean) / std)
+    feature, logits = parts.frozen(normalised(students))
+    expected = copy.deepcopy(parts.teacher)(normalised(own))
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    assert feature.shape == (3, WIDTH, 8, 8)
+    classifier = cast(nn.Linear, parts.teacher.get_submodule("fc"))
+    torch.testing.assert_close(classifier(feature.mean((2, 3))), logits)
+
+
+@PLACEMENTS
+def test_a_student_checkpoint_holds_the_student_and_its_branches_alone(placement: str) -> None:
+    parts = assemble(placement)
+    spec = StudentSpec(
+        student="mobilenetv2",
+        classes=tuple("abcde"),
+        preprocessing=Preprocessing(image_size=SIZE, resize=SIZE, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2)),
+        branches=parts.spec,
+        provenance={},
+    )
+    keys = set(parts.student.state_dict())
+    assert keys == set(build_student(spec).state_dict())
+    own = set(parts.distiller.state_dict())
+    assert {"teacher_mean", "teacher_std"} <= own
+    assert not {key for key in keys for name in own if key.endswith(name)}
+    assert not [key for key in keys if "bridge" in key or "teacher" in key or "distiller" in key]
+    assert set(parts.task.state_dict()) == {f"student.{key}" for key in keys} | {f"distiller.{key}" for key in own}
+
+
+@PLACEMENTS
+@pytest.mark.parametrize("training", [True, False])
+def test_the_logits_come_from_the_uniform_mean_of_the_branches(placement: str, training: bool) -> None:
+    parts = assemble(placement)
+    student = parts.student.double().train(training)
+    images = batch()[0].double()
+    reference = copy.deepcopy(student)
+    x = reference.get_submodule("conv1")(images)
+    for group in cast(nn.ModuleList, reference.get_submodule("blocks")):
+        x = group(x)
+    if placement == "R2":
+        x = reference.get_submodule("conv2")(x)
+    total = torch.zeros(())
+    for branch in cast(nn.ModuleList, reference.get_submodule(f"{branches_path(reference, parts.spec)}.branches")):
+        conv, norm = cast(nn.Sequential, branch)
+        assert isinstance(conv, nn.Conv2d)
+        assert isinstance(norm, nn.BatchNorm2d)
+        y = torch.einsum("oi,nihw->nohw", conv.weight[:, :, 0, 0], x)
+        variance, mean = torch.var_mean(y, (0, 2, 3), correction=0)
+        if not training:
+            assert norm.running_var is not None
+            assert norm.running_mean is not None
+            variance, mean = norm.running_var, norm.running_mean
+        columns = [v.reshape(1, -1, 1, 1) for v in (mean, (variance + norm.eps).sqrt(), norm.weight, norm.bias)]
+        total = total + (y - columns[0]) / columns[1] * columns[2] + columns[3]
+    feature = total / BRANCHES
+    if placement == "R1":
+        feature = feature.clamp(min=0)
+    classifier = cast(nn.Linear, reference.get_submodule(reference.classifier_path))
+    expected = feature.mean((2, 3)) @ classifier.weight.T + classifier.bias
+    torch.testing.assert_close(student(images), expected, rtol=1e-9, atol=1e-9)
+
+
+@PLACEMENTS
+def test_the_loss_sees_each_branch_once_and_evaluation_leaves_nothing_behind(placement: str) -> None:
+    parts = assemble(placement)
+    images, labels = batch()
+    seen: list[list[Tensor]] = []
+    parts.distiller.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        parts.task.eval()
+        parts.student(images)
+        parts.task.train()
+        for _ in range(2):
+            parts.step(images, labels)
+            x = parts.student.extract(images) if placement == "R2" else None
+            assert len(seen[-1]) == BRANCHES
+            assert all(not torch.equal(a, b) for a, b in zip(seen[-1], seen[-1][1:], strict=False))
+            if x is not None:
+                outputs = [branch(x) for branch in parts.parallel.branches]
+                assert all(torch.equal(a, b) for a, b in zip(seen[-1], outputs, strict=True))
+                parts.task._taps.take()  # type: ignore[union-attr]
+
+
+def test_the_cross_entropy_is_that_of_the_logits() -> None:
+    parts = assemble("R1")
+    images, labels = batch()
+    result = parts.step(images, labels)
+    log_probabilities = result.logits - result.logits.exp().sum(1, keepdim=True).log()
+    expected = -log_probabilities[torch.arange(len(labels)), labels].mean()
+    torch.testing.assert_close(result.losses["cross_entropy"], expected)
+    assert set(result.losses) == {"cross_entropy", "diffusion"}
+
+
+@pytest.mark.parametrize(("epoch", "share"), [(0.0, 0.0), (1.0, 0.25), (3.0, 0.75), (4.0, 1.0), (57.0, 1.0)])
+def test_the_diffusion_weight_ramps_up_over_its_epochs(epoch: float, share: float) -> None:
+    parts = assemble("R2")
+    feature = teacher_features(4, seed=3)
+    branches = [torch.from_numpy(pooled(teacher_features(4, seed=seed))).float() for seed in range(BRANCHES)]
+
+    def loss(distiller: KDiffusion, at: float) -> float:
+        return float(distiller(branches, feature, StepContext(epoch=at, order=(1, 2, 0)))["diffusion"])
+
+    full = loss(assemble("R2", ramp_epochs=0.0, weight=1.0).distiller, 0.0)
+    assert full > 0.1
+    assert loss(parts.distiller, epoch) == pytest.approx(2.5 * share * full, rel=1e-6)
+
+
+def test_each_permutation_mode_reads_the_order_it_is_named_after() -> None:
+    feature = teacher_features(4, seed=3)
+    branches = [torch.from_numpy(pooled(teacher_features(4, seed=seed))).float() for seed in range(BRANCHES)]
+
+    def losses(permutation: str) -> list[float]:
+        distiller = assemble("R2", permutation=permutation).distiller
+        orders = [(0, 1, 2), (1, 2, 0), (2, 1, 0)]
+        return [float(distiller(branches, feature, StepContext(epoch=9, order=o))["diffusion"]) for o in orders]
+
+    shuffled, fixed, expected = losses("shuffle"), losses("fixed"), losses("expected")
+    assert len(set(shuffled)) == 3
+    assert fixed == [shuffled[0]] * 3
+    assert len(set(expected)) == 1
+    assert expected[0] not in shuffled
+
+
+@PLACEMENTS
+def test_the_branches_and_the_bridge_have_the_shapes_of_their_placement(placement: str) -> None:
+    parts = assemble(placement)
+    shapes = [tuple(cast(nn.Conv2d, cast(nn.Sequential, b)[0]).weight.shape) for b in parts.parallel.branches]
+    if placement == "R1":
+        assert shapes == [(1280, 160, 1, 1)] * BRANCHES
+        assert tuple(cast(nn.Conv2d, cast(nn.Sequential, parts.distiller.bridge)[0]).weight.shape) == (64, 1280, 1, 1)
+    else:
+        assert shapes == [(WIDTH, 1280, 1, 1)] * BRANCHES
+        assert list(parts.distiller.parameters()) == []
+        assert cast(nn.Linear, parts.student.get_submodule("classifier.0")).in_features == WIDTH
+    assert functional.softmax(parts.student(batch()[0]), 1).shape == (6, CLASSES)

@@ -1,0 +1,200 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdexport.errors import ConfigError
+from tests.training.tiny import environment
+from training.recipe import load_recipe, merge_overrides, parse_override, recipe_names
+
+
+def write(path: Path, text: str) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return str(path)
+
+
+def refused(source: str, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(source, merge_overrides([parse_override(text) for text in overrides]))
+    return str(caught.value)
+
+
+def test_the_shipped_recipes_are_whole() -> None:
+    assert recipe_names() == ["cifar100", "digits"]
+    cifar100, digits = load_recipe("cifar100"), load_recipe("digits")
+    assert (cifar100.teacher.name, cifar100.student.name, cifar100.distiller.name) == (
+        "resnet56",
+        "mobilenetv2",
+        "kdiffusion",
+    )
+    # The protocol of the literature for mobile students, as printed with its results.
+    train = cifar100.train
+    assert (train.epochs, train.batch_size, train.learning_rate, train.milestones) == (240, 64, 0.01, (150, 180, 210))
+    assert (train.momentum, train.weight_decay, train.nesterov, train.schedule) == (0.9, 5e-4, False, "step")
+    assert cifar100.data.mean == (0.5071, 0.4867, 0.4408)
+    assert cifar100.teacher.mean == (0.5070, 0.4865, 0.4409)
+    assert digits.data.flip is False
+
+
+def test_a_recipe_lies_over_the_one_it_extends(tmp_path: Path) -> None:
+    write(tmp_path / "base.toml", 'extends = "cifar100"\n[train]\nepochs = 7\nseed = 3\n[teacher]\nname = "resnet20"\n')
+    top = write(tmp_path / "deep" / "top.toml", 'extends = "../base.toml"\n[train]\nepochs = 9\n')
+    recipe = load_recipe(top, {"train": {"seed": 11}})
+    assert (recipe.train.epochs, recipe.train.seed, recipe.train.batch_size) == (9, 11, 64)
+    assert (recipe.teacher.name, recipe.teacher.std) == ("resnet20", (0.2673, 0.2564, 0.2761))
+
+
+def test_a_relative_base_is_found_from_any_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "a" / "base.toml", 'extends = "digits"\n[train]\nepochs = 2\n')
+    write(tmp_path / "a" / "b" / "top.toml", 'extends = "../base.toml"\n')
+    monkeypatch.chdir(tmp_path / "a")
+    assert load_recipe("b/top.toml").train.epochs == 2
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("a/b/top.toml").train.epochs == 2
+
+
+@pytest.mark.parametrize("back", ["first.toml", "sub/../first.toml", "./first.toml"])
+def test_a_chain_that_comes_back_is_refused(back: str, tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    write(tmp_path / "second.toml", f'extends = "{back}"\n')
+    first = write(tmp_path / "first.toml", 'extends = "second.toml"\n')
+    message = refused(first)
+    assert "extends itself.\nBreak the chain" in message
+    assert f"{first} -> {tmp_path / 'second.toml'}" in message
+
+
+def test_a_recipe_that_extends_itself_is_refused(tmp_path: Path) -> None:
+    assert "extends itself" in refused(write(tmp_path / "own.toml", 'extends = "own.toml"\n'))
+
+
+def test_a_missing_recipe_or_base_is_named_with_the_nearest(tmp_path: Path) -> None:
+    assert refused("cifar10") == (
+        "There is no recipe 'cifar10'.\nPass a TOML file or a name. Did you mean cifar100? Known: cifar100, digits."
+    )
+    absent = tmp_path / "absent.toml"
+    assert f"There is no recipe '{absent}'." in refused(write(tmp_path / "top.toml", 'extends = "absent.toml"\n'))
+
+
+def test_a_syntax_error_is_named_with_its_line(tmp_path: Path) -> None:
+    broken = write(tmp_path / "broken.toml", "[train]\nepochs = = 3\n")
+    assert f"{broken} is not valid TOML" in (message := refused(broken))
+    assert "line 2" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("train.epoch=3", "unknown key 'train.epoch'. Did you mean epochs"),
+        ("distiller.num_branch=3", "unknown key 'distiller.num_branch'. Did you mean num_branches"),
+        ("distill.weight=3", "unknown key 'distill'. Did you mean distiller"),
+        ("extends=digits", "unknown key 'extends'"),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest(override: str, problem: str) -> None:
+    assert f"recipe digits: {problem}" in refused("digits", override)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.epochs=3.0",
+        "train.epochs=0",
+        'train.epochs="3"',
+        "train.epochs=true",
+        "train.epochs=",
+        "train.batch_size=1",
+        "train.learning_rate=nan",
+        "train.learning_rate=inf",
+        "train.learning_rate=-0.1",
+        "train.momentum=1.0",
+        "train.schedule=linear",
+        "train.mixed_precision=fp8",
+        "train=3",
+        "data.flip=1",
+        "data.name=3",
+        "data.mean=[0.5,0.5]",
+        "data.mean=[0.5,0.5,nan]",
+        "data.std=[0.5,0.0,0.5]",
+        "data.image_size=4",
+        "distiller.num_branches=17",
+        "distiller.weight=inf",
+        "distiller.placement=R3",
+        "teacher.std=[1.0,1.0,-1.0]",
+    ],
+)
+def test_a_wrong_type_or_range_is_refused_and_nothing_is_converted(override: str) -> None:
+    message = refused("digits", override)
+    assert override.partition("=")[0] in message
+    assert message.endswith("Correct the file or the option; nothing was started.")
+
+
+def test_every_problem_is_told_at_once() -> None:
+    message = refused("digits", "train.epochs=-1", "data.flip=3", "nonsense.key=1")
+    assert all(part in message for part in ("train.epochs = -1 (int)", "data.flip = 3 (int)", "unknown key 'nonsense'"))
+
+
+def test_a_missing_key_is_named(tmp_path: Path) -> None:
+    assert "the key 'student' is missing." in refused(
+        write(tmp_path / "r.toml", '[data]\nname = "digits"\n[teacher]\nname = "resnet8"\n')
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("train.epochs=30", {"train": {"epochs": 30}}),
+        ("train.learning_rate=1e-3", {"train": {"learning_rate": 0.001}}),
+        ("data.flip=false", {"data": {"flip": False}}),
+        ("data.mean=[0.1, 0.2, 0.3]", {"data": {"mean": [0.1, 0.2, 0.3]}}),
+        ("student.name=mobilenetv2", {"student": {"name": "mobilenetv2"}}),
+        ('student.name="mobilenetv2"', {"student": {"name": "mobilenetv2"}}),
+        ("data.root=/some where/a=b", {"data": {"root": "/some where/a=b"}}),
+        ("data.name=folder:C:\\x", {"data": {"name": "folder:C:\\x"}}),
+        ("data.root=", {"data": {"root": ""}}),
+        ("a.b.c=1", {"a": {"b": {"c": 1}}}),
+    ],
+)
+def test_an_override_is_toml_or_else_a_bare_string(text: str, expected: dict[str, Any]) -> None:
+    assert parse_override(text) == expected
+
+
+@pytest.mark.parametrize("text", ["train.epochs", "=3", "train..epochs=3", "train.1st=3", "train epochs=3", ".=1", ""])
+def test_what_is_no_key_and_value_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_override(text)
+    assert str(caught.value) == f"--set {text!r} is not KEY=VALUE.\nFor example --set train.epochs=30"
+
+
+def test_the_last_override_of_a_key_wins_and_its_neighbours_stay() -> None:
+    items = [parse_override(text) for text in ("train.epochs=3", "train.seed=4", "train.epochs=5")]
+    assert merge_overrides(items) == {"train": {"epochs": 5, "seed": 4}}
+    assert items[0] == {"train": {"epochs": 3}}
+    recipe = load_recipe("cifar100", merge_overrides(items))
+    assert (recipe.train.epochs, recipe.train.seed, recipe.train.batch_size) == (5, 4, 64)
+
+
+def test_resolve_prints_the_whole_recipe_without_importing_torch() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "training", "resolve", "--recipe", "cifar100"]
+    options = ["--set", "train.epochs=3", "--data", "/elsewhere", "--teacher-checkpoint", "t.pt"]
+    result = subprocess.run([*command, *options], env=environment(), capture_output=True, text=True, check=True)
+    imported = {
+        line.rpartition("|")[2].strip() for line in result.stderr.splitlines() if line.startswith("import time:")
+    }
+    assert "training.recipe" in imported
+    assert not {name for name in imported if name.partition(".")[0] in ("torch", "torchvision", "accelerate")}
+    printed = json.loads(result.stdout)["recipe"]
+    overrides = {"train": {"epochs": 3}, "data": {"root": "/elsewhere"}, "teacher": {"checkpoint": "t.pt"}}
+    assert printed == load_recipe("cifar100", overrides).model_dump(mode="json")
+
+
+def test_a_wrong_recipe_ends_the_command_with_code_2_and_no_traceback() -> None:
+    command = [sys.executable, "-m", "training", "resolve", "--recipe", "digits", "--set", "train.epoch=3"]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("error KDX100: recipe digits: unknown key 'train.epoch'.")
+    assert "Traceback" not in result.stderr
