@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from kdexport.errors import KdexportError, StorageError
 
+
 def guarded(app: Callable[[], Any]) -> NoReturn:
     """Run a command line and turn each error into its sentence, remedy and exit code."""
     try:

@@ -15,7 +15,7 @@ KdexportError
 |  |- EngineBuildError      KDX320           a backend refused the graph
 |  |- VerificationError     KDX330           a rung of the parity ladder or the latency test failed
 |  `- TrainingError         KDX340           the training run diverged or died
-`- MachineError                 exit 4   this machine lacks something
+`- MachineError                     exit 4   this machine lacks something
    |- BackendUnavailableError  KDX400        a package, driver or GPU is missing
    `- StorageError             KDX401        no space or no permission
 """

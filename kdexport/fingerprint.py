@@ -41,7 +41,11 @@ def source_digest() -> str:
 def dataset_digest(spec: DatasetSpec, memory: Path) -> str:
     """sha256 over both splits of a data set. Content is read once; names, sizes and times decide whether it changed."""
     listing = digest(
-        {"name": spec.name.partition(":")[0], "versions": tool_versions("scikit-learn"), "files": _listing(spec)}
+        {
+            "name": spec.name.partition(":")[0],
+            "versions": tool_versions("scikit-learn", "pillow"),
+            "files": _listing(spec),
+        }
     )
     remembered = memory / f"{listing}.json"
     if remembered.is_file():

@@ -138,6 +138,8 @@ def _build(request: EngineRequest) -> dict[str, Any]:
     if not parser.parse_from_file(request.onnx):
         faults = [parser.get_error(i) for i in range(parser.num_errors)]
         return {"error": "; ".join(f"{fault.node_name()}: {fault.desc()}" for fault in faults)}
+    if (network.num_inputs, network.num_outputs) != (1, 1):
+        return {"error": f"a graph of {network.num_inputs} inputs and {network.num_outputs} outputs, not one of each"}
     interface = {network.get_input(0).name, network.get_output(0).name}
     plan = builder.build_serialized_network(network, _configure(trt, builder, network, request))
     if plan is None:

@@ -1,7 +1,7 @@
 """Exact algebra that removes training-time branches and batch norms.
 
-``fold_batch_norm``, ``merge_branches``, ``fuse_student``, ``FusedStudent`` and ``attach_branches`` are imported on first
-use, so that reading a checkpoint's description does not import torch.
+``fold_batch_norm``, ``merge_branches``, ``fuse_student``, ``FusedStudent`` and ``attach_branches`` are imported on
+first use, so that reading a checkpoint's description does not import torch.
 """
 
 import importlib

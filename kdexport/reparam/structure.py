@@ -2,7 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -11,6 +11,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from kdexport.errors import ReparamError
 from kdexport.reparam.blocks import ParallelBranches, PooledAdapters
+from kdexport.reparam.refusals import (
+    refuse_hooks,
+    refuse_parametrization,
+    refuse_reuse,
+    refuse_shared,
+    require_eval,
+    require_pointwise,
+    require_positional,
+    require_same_geometry,
+    require_statistics,
+)
 
 _LINEAR_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 _POOLING = {functional.adaptive_avg_pool2d}
@@ -66,7 +77,8 @@ def find_steps(module: nn.Module) -> list[Step]:
     Raises ``ReparamError`` for a module in training mode, and for a batch norm or branch that cannot be removed
     exactly.
     """
-    _require_eval(module)
+    require_eval(module)
+    refuse_hooks(module)
     graph = trace(module)
     calls = Counter(id(module.get_submodule(str(n.target))) for n in graph.nodes if n.op == "call_module")
     steps: list[Step] = []
@@ -97,7 +109,7 @@ def branch_layers(parallel: ParallelBranches, path: str) -> list[tuple[nn.Conv2d
         parts = list(branch) if type(branch) is nn.Sequential else [branch]
         name = f"{path}.branches.{index}"
         for part in (branch, *parts):
-            _refuse_hooks(part, name)
+            refuse_parametrization(part, name)
         odd = [part for part in parts if type(part) is not nn.Conv2d and not isinstance(part, _BatchNorm)]
         if odd or not parts or type(parts[0]) is not nn.Conv2d or len(parts) > 2 or _starts_again(parts):
             culprit = type(odd[0]).__name__ if odd else " then ".join(type(part).__name__ for part in parts)
@@ -106,9 +118,9 @@ def branch_layers(parallel: ParallelBranches, path: str) -> list[tuple[nn.Conv2d
                 remedy="Only linear branches can be merged; put non-linearities after the mean.",
             )
         if len(parts) == 2:
-            _require_statistics(parts[1], f"{name}.1")
+            require_statistics(parts[1], f"{name}.1")
         layers.append((parts[0], parts[1] if len(parts) == 2 else None))
-    _require_same_geometry([conv for conv, _ in layers], path)
+    require_same_geometry([conv for conv, _ in layers], path)
     return layers
 
 
@@ -116,31 +128,9 @@ def _starts_again(parts: list[nn.Module]) -> bool:
     return len(parts) == 2 and not isinstance(parts[1], _BatchNorm)
 
 
-def _require_same_geometry(convs: list[nn.Conv2d], path: str) -> None:
-    def geometry(conv: nn.Conv2d) -> tuple[Any, ...]:
-        return conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode, tuple(conv.weight.shape)
-
-    for index, conv in enumerate(convs):
-        if geometry(conv) != geometry(convs[0]):
-            raise ReparamError(
-                f"Branch {path}.branches.{index} has geometry {geometry(conv)}, branch 0 has {geometry(convs[0])}.",
-                remedy="Branches are summed into one convolution and must share stride, padding, dilation and groups.",
-            )
-
-
-def _require_eval(module: nn.Module) -> None:
-    for name, child in module.named_modules():
-        if child.training:
-            raise ReparamError(
-                f"{name or type(module).__name__} is in training mode: its batch norms would use the batch's "
-                "statistics.",
-                remedy="Call .eval() on the module first; comparing in training mode is the commonest false alarm.",
-            )
-
-
 def _fold_pair(module: nn.Module, node: fx.Node, calls: Counter[int]) -> FoldPair:
     name = str(node.target)
-    _require_positional(node)
+    require_positional(node)
     producer = node.args[0]
     if not isinstance(producer, fx.Node) or producer.op != "call_module":
         raise ReparamError(
@@ -155,24 +145,24 @@ def _fold_pair(module: nn.Module, node: fx.Node, calls: Counter[int]) -> FoldPai
             "layer.",
             remedy="There is nothing before it that it could be folded into.",
         )
-    _require_positional(producer)
-    _refuse_shared(layer_name, producer, calls[id(layer)])
-    _refuse_reuse(name, calls[id(module.get_submodule(name))])
-    _refuse_hooks(layer, layer_name)
-    _refuse_hooks(module.get_submodule(name), name)
-    _require_statistics(module.get_submodule(name), name)
+    require_positional(producer)
+    refuse_shared(layer_name, producer, calls[id(layer)])
+    refuse_reuse(name, calls[id(module.get_submodule(name))])
+    refuse_parametrization(layer, layer_name)
+    refuse_parametrization(module.get_submodule(name), name)
+    require_statistics(module.get_submodule(name), name)
     return FoldPair(layer_name, name)
 
 
 def _merge(module: nn.Module, node: fx.Node, parallel: ParallelBranches, calls: Counter[int]) -> Step:
     path = str(node.target)
-    _require_positional(node)
-    _refuse_reuse(path, calls[id(parallel)])
-    _refuse_hooks(parallel, path)
+    require_positional(node)
+    refuse_reuse(path, calls[id(parallel)])
+    refuse_parametrization(parallel, path)
     layers = branch_layers(parallel, path)
     if not isinstance(parallel, PooledAdapters):
         return MergeBranches(path)
-    _require_pointwise(layers[0][0], path)
+    require_pointwise(layers[0][0], path)
     return ComposeAdapters(path, _linear_after_pooling(module, node, path, calls))
 
 
@@ -185,8 +175,8 @@ def _linear_after_pooling(module: nn.Module, node: fx.Node, path: str, calls: Co
         current = users[0]
         layer = module.get_submodule(str(current.target)) if current.op == "call_module" else None
         if isinstance(layer, nn.Linear) and pooled:
-            _refuse_reuse(str(current.target), calls[id(layer)])
-            _refuse_hooks(layer, str(current.target))
+            refuse_reuse(str(current.target), calls[id(layer)])
+            refuse_parametrization(layer, str(current.target))
             return str(current.target)
         is_pool = isinstance(layer, nn.AdaptiveAvgPool2d) or current.target in _POOLING
         if is_pool and _pools_to_one(current, layer):
@@ -202,57 +192,6 @@ def _linear_after_pooling(module: nn.Module, node: fx.Node, path: str, calls: Co
 def _pools_to_one(node: fx.Node, layer: nn.Module | None) -> bool:
     size: Any = layer.output_size if isinstance(layer, nn.AdaptiveAvgPool2d) else node.args[1]
     return size in (1, (1, 1))
-
-
-def _refuse_shared(name: str, node: fx.Node, count: int) -> None:
-    _refuse_reuse(name, count)
-    if len(node.users) != 1:
-        raise ReparamError(
-            f"The output of {name} has {len(node.users)} users; after folding, the others would read another value.",
-            remedy="Give the batch norm a layer of its own.",
-        )
-
-
-def _refuse_reuse(name: str, count: int) -> None:
-    if count > 1:
-        raise ReparamError(
-            f"{name} is called at {count} places of the forward pass; one set of weights cannot hold {count} folds.",
-            remedy="Give each place its own module.",
-        )
-
-
-def _refuse_hooks(module: nn.Module, name: str) -> None:
-    if module._forward_hooks or module._forward_pre_hooks:
-        raise ReparamError(f"{name} carries a forward hook, which folding would drop.", remedy="Remove it first.")
-    if nn.utils.parametrize.is_parametrized(module):
-        raise ReparamError(
-            f"{name} is parametrized, so its weight is computed anew in each pass.",
-            remedy="Call torch.nn.utils.parametrize.remove_parametrizations first.",
-        )
-
-
-def _require_positional(node: fx.Node) -> None:
-    if len(node.args) != 1 or node.kwargs:
-        raise ReparamError(
-            f"{node.target} is not called with one positional argument.", remedy=f"Call {node.target}(x) in forward()."
-        )
-
-
-def _require_statistics(batch_norm: nn.Module, name: str) -> None:
-    if cast(_BatchNorm, batch_norm).running_mean is None:
-        raise ReparamError(
-            f"{name} keeps no running statistics: its output depends on the other images of the batch.",
-            remedy="Train with track_running_stats=True; there is no exact fold otherwise.",
-        )
-
-
-def _require_pointwise(conv: nn.Conv2d, path: str) -> None:
-    pointwise = conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1
-    if not pointwise or conv.padding not in ((0, 0), "valid", "same"):
-        raise ReparamError(
-            f"The branches of adapter {path} are no plain 1x1 convolutions: {conv}.",
-            remedy="Only an ungrouped, unpadded 1x1 convolution of stride 1 commutes with the pooling after it.",
-        )
 
 
 def _refuse_batch_norm_after_adapters(steps: list[Step]) -> None:

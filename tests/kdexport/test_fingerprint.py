@@ -128,3 +128,15 @@ def test_bytes_that_move_from_one_image_to_the_next_change_the_fingerprint(tmp_p
         return ImageSet(classes=("a",), labels=np.zeros(2, np.int64), pixels=None, files=paths).fingerprint()
 
     assert written(b"ab", b"c") != written(b"a", b"bc")
+
+
+def test_the_fingerprint_covers_labels_classes_and_pixels() -> None:
+    pixels = np.random.default_rng(1).integers(0, 256, (2, 3, 3, 3), dtype=np.uint8)
+
+    def of(classes: tuple[str, ...] = ("a", "b"), labels: tuple[int, int] = (0, 1), flip: int = 0) -> str:
+        changed = pixels.copy()
+        changed[-1, -1, -1, -1] ^= flip
+        return ImageSet(classes=classes, labels=np.array(labels), pixels=changed, files=()).fingerprint()
+
+    assert of() == of()
+    assert len({of(), of(classes=("b", "a")), of(labels=(1, 1)), of(labels=(1, 0)), of(flip=1)}) == 5

@@ -116,7 +116,7 @@ def test_a_wrong_graph_in_the_workspace_is_never_published(built: Built, kdexpor
         ("missing", ["KDX200", "model.safetensors"]),
         ("foreign json", ["KDX200", "student.json"]),
         ("classes", ["KDX200", "9 classes", "10"]),
-        ("student", ["KDX101", "mobilenetv2"]),
+        ("student", ["KDX200", "mobilenetv9", "mobilenetv2"]),
         ("pickle", ["KDX200", "safetensors"]),
     ],
 )

@@ -220,7 +220,7 @@ def test_a_float32_layer_between_float16_ones_is_found(build: Build, tmp_path: P
     graph.node.insert(place + 1, helper.make_node("Cast", ["wide result"], [after], "narrow", to=TensorProto.FLOAT16))
     graph.node.insert(place, helper.make_node("Cast", [before], ["wide"], "widen", to=TensorProto.FLOAT))
     onnx.save(model, str(tmp_path / "mixed.onnx"))
-    with pytest.raises(AuditError, match="do not run in Half: .* reads or writes Float"):
+    with pytest.raises(AuditError, match=r"do not run in Half: .* reads or writes Float"):
         require_precision(build(tmp_path / "mixed.onnx", size=16), FP16)
 
 
@@ -265,7 +265,7 @@ def test_float8_builds_for_the_generation_that_has_it_and_for_no_older_one(build
     path = tmp_path / "float8.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), str(path))
     assert kernels(build(path, size=16))
-    with pytest.raises(EngineBuildError, match="sm86.*fp8"):
+    with pytest.raises(EngineBuildError, match=r"sm86.*fp8"):
         build(path, size=16, capabilities=("SM86",))
 
 
@@ -280,11 +280,19 @@ def test_an_unknown_generation_is_an_error_with_its_name_and_no_traceback(build:
 
 def test_what_cannot_be_parsed_is_refused_in_the_words_of_the_builder(build: Build, tmp_path: Path) -> None:
     garbage = tmp_path / "garbage.onnx"
-    garbage.write_bytes(b"\x00garbage" * 40)
+    garbage.write_bytes(b"garbage" * 40)
     with pytest.raises(EngineBuildError, match=r"tensorrt_rtx did not build garbage\.onnx: .*[Ff]ailed to parse"):
         build(garbage)
     with pytest.raises(EngineBuildError, match=r"did not build absent\.onnx: .*cannot be found"):
         build(tmp_path / "absent.onnx")
+
+
+def test_a_file_that_parses_as_an_empty_graph_is_refused(build: Build, tmp_path: Path) -> None:
+    # A message of unknown fields is a valid protobuf, and no model.
+    empty = tmp_path / "empty.onnx"
+    empty.write_bytes(b"\x00garbage" * 40)
+    with pytest.raises(EngineBuildError, match=r"did not build empty\.onnx: a graph of 0 inputs and 0 outputs"):
+        build(empty)
 
 
 def test_an_operator_that_the_builder_lacks_is_refused_with_the_node(build: Build, tmp_path: Path) -> None:
@@ -296,7 +304,7 @@ def test_an_operator_that_the_builder_lacks_is_refused_with_the_node(build: Buil
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("nowhere", 1)]
     path = tmp_path / "odd.onnx"
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), str(path))
-    with pytest.raises(EngineBuildError, match="odd one: .*Plugin not found"):
+    with pytest.raises(EngineBuildError, match=r"odd one: .*Plugin not found"):
         build(path, size=16)
     assert not list(tmp_path.glob("*.plan"))
 
@@ -323,7 +331,7 @@ def test_a_builder_that_hangs_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_a_backend_that_is_not_installed_is_no_traceback(tmp_path: Path) -> None:
     if importlib.util.find_spec("tensorrt") is not None:
         pytest.skip("TensorRT is installed")
-    with pytest.raises(EngineBuildError, match="tensorrt did not build a.onnx: ModuleNotFoundError"):
+    with pytest.raises(EngineBuildError, match=r"tensorrt did not build a\.onnx: ModuleNotFoundError"):
         build_engine(request(tmp_path / "a.onnx", backend="trt"))
 
 

@@ -30,7 +30,8 @@ def audit_mutated(folder: Path, mutate: Mutation, precision: str = "fp32") -> di
 
 
 def initializer(model: ModelProto, name: str) -> TensorProto:
-    return next(item for item in model.graph.initializer if item.name == name)
+    found: TensorProto = next(item for item in model.graph.initializer if item.name == name)
+    return found
 
 
 def rewrite(model: ModelProto, name: str, change: Callable[[NDArray[np.generic]], None]) -> None:
@@ -42,7 +43,8 @@ def rewrite(model: ModelProto, name: str, change: Callable[[NDArray[np.generic]]
 
 def reader(model: ModelProto, name: str) -> NodeProto:
     """The node that reads the tensor ``name``."""
-    return next(node for node in model.graph.node if name in node.input)
+    found: NodeProto = next(node for node in model.graph.node if name in node.input)
+    return found
 
 
 def retype(model: ModelProto, name: str) -> None:

@@ -93,6 +93,20 @@ def test_the_taps_of_the_small_form_are_the_published_ones() -> None:
     assert shapes == [(16, 16), (12, 16), (16, 8), (48, 4), (160, 2), (1280, 2)]
 
 
+def test_the_taps_of_the_imagenet_form_end_their_stages() -> None:
+    net, shapes = build(224), {}
+    for index, module in enumerate(net.get_submodule("features").children()):
+        module.register_forward_hook(
+            lambda _m, _inputs, output, i=index: shapes.update({f"features.{i}": tuple(output.shape[1:])})
+        )
+    with torch.no_grad():
+        net(noise(1, 3, 64, 64).float())
+    # The module after a tap writes another shape, so that the tap is the deepest feature of its stage.
+    for tap in net.taps[:-1]:
+        index = int(tap.module.removeprefix("features."))
+        assert shapes[tap.module] != shapes[f"features.{index + 1}"]
+
+
 @pytest.mark.parametrize(("image_size", "small"), [(32, True), (127, True), (128, False), (224, False)])
 def test_the_form_follows_the_image_size(image_size: int, small: bool) -> None:
     net = build(image_size)

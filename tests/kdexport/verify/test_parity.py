@@ -1,0 +1,335 @@
+import copy
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from kdexport.reparam.certificate import BlockCertificate
+from kdexport.verify.parity import Check, check_at_most, check_repeatable, run_in_batches, rung_a, rung_b, rung_c
+from kdexport.verify.reference import Probes, Reference, SimulatedFp16, run_torch
+from tests.kdexport.verify.conftest import Ladder
+
+# Infinities are subtracted from each other on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+
+
+def logits32(module: nn.Module, probes: Probes) -> NDArray[np.float32]:
+    with torch.no_grad():
+        values: NDArray[np.float32] = module(torch.from_numpy(probes.images)).numpy()
+    return values
+
+
+def exact_fused(ladder: Ladder) -> NDArray[np.float64]:
+    """The student in float64 by another order of sums: one image at a time."""
+    module = copy.deepcopy(ladder.unfused).double()
+    return np.concatenate([run_torch(module, image[None].astype(np.float64)) for image in ladder.probes.images])
+
+
+def half_logits(ladder: Ladder) -> NDArray[np.float32]:
+    """The folded student in real float16 arithmetic."""
+    module = copy.deepcopy(ladder.fused).half()
+    with torch.no_grad():
+        values: NDArray[np.float32] = module(torch.from_numpy(ladder.probes.images).half()).float().numpy()
+    return values
+
+
+def failed(checks: Sequence[Check]) -> set[str]:
+    return {check.name for check in checks if not check.holds}
+
+
+def a(ladder: Ladder, fused: NDArray[np.float64]) -> list[Check]:
+    return rung_a(ladder.certificate, fused, ladder.reference, ladder.probes)
+
+
+def b(ladder: Ladder, candidate: NDArray[np.float32]) -> list[Check]:
+    return rung_b("file", candidate, ladder.reference, ladder.probes)
+
+
+def c(ladder: Ladder, candidate: NDArray[np.float32]) -> list[Check]:
+    return rung_c("file", candidate, ladder.reference, ladder.probes)
+
+
+def test_every_rung_holds_for_a_correct_student(ladder: Ladder) -> None:
+    checks = [
+        *a(ladder, exact_fused(ladder)),
+        *b(ladder, logits32(ladder.fused, ladder.probes)),
+        *c(ladder, half_logits(ladder)),
+    ]
+    assert failed(checks) == set()
+    assert [(check.rung, check.name) for check in checks] == [
+        ("A", "blocks"),
+        ("A", "whole"),
+        ("B", "rms error"),
+        ("B", "max error"),
+        ("C", "rms error"),
+        ("C", "largest activation"),
+    ]
+    # Measured, and not zero by accident.
+    assert all(check.measured > 0 for check in checks[2:])
+
+
+@pytest.mark.parametrize("eps", [1e-3, 1.01e-5, 0.0])
+def test_rung_a_finds_a_fold_with_another_epsilon(ladder: Ladder, eps: float) -> None:
+    wrong = copy.deepcopy(ladder.unfused).double()
+    for module in wrong.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.eps == 1e-5
+            module.eps = eps
+    checks = a(ladder, run_torch(wrong, ladder.probes.images.astype(np.float64)))
+    assert failed(checks) == {"whole"}
+
+
+def test_rung_a_finds_float32_arithmetic(ladder: Ladder) -> None:
+    assert failed(a(ladder, logits32(ladder.unfused, ladder.probes).astype(np.float64))) == {"whole"}
+
+
+def test_rung_a_finds_a_wrong_block_and_names_it(ladder: Ladder) -> None:
+    bad = BlockCertificate(name="inner", kind="conv + batch norm", relative_error=2e-9)
+    certificate = replace(ladder.certificate, blocks=(*ladder.certificate.blocks, bad))
+    checks = rung_a(certificate, exact_fused(ladder), ladder.reference, ladder.probes)
+    assert failed(checks) == {"blocks"}
+    assert checks[0].detail == "worst block inner, conv + batch norm"
+    assert checks[0].measured == 2e-9
+
+
+def test_rung_a_of_a_student_without_blocks_is_the_whole(ladder: Ladder) -> None:
+    checks = rung_a(replace(ladder.certificate, blocks=()), exact_fused(ladder), ladder.reference, ladder.probes)
+    assert [(check.name, check.holds) for check in checks] == [("whole", True)]
+
+
+def test_rung_b_measures_multiples_of_the_error_of_the_unfused_model(ladder: Ladder) -> None:
+    exact = ladder.reference.exact
+    own = ladder.reference.unfused - exact
+    for factor, expected in ((0.5, set()), (1.9, set()), (3.0, {"rms error"}), (10.0, {"rms error", "max error"})):
+        # float64 logits carry the noise exactly; only its size is at issue.
+        candidate: Any = exact + factor * own
+        checks = b(ladder, candidate)
+        assert failed(checks) == expected
+        assert [check.measured for check in checks] == pytest.approx([factor, factor])
+
+
+def test_rung_b_finds_one_wrong_logit_of_one_image_and_names_it(ladder: Ladder) -> None:
+    candidate = ladder.reference.unfused.copy()
+    candidate[17, 3] += 6 * np.abs(candidate - ladder.reference.exact).max()
+    checks = b(ladder, candidate)
+    assert "max error" in failed(checks)
+    assert 5 <= checks[1].measured <= 7.1
+    # The mean over many inputs alone would let it pass.
+    assert checks[0].measured < checks[1].measured
+    assert checks[1].detail.startswith("worst input image 17; the unfused fp32 model is off by ")
+
+
+def test_a_wrong_edge_input_is_named(ladder: Ladder) -> None:
+    candidate = ladder.reference.unfused.copy()
+    candidate[ladder.probes.edges.index("solid green") + ladder.probes.real, 0] += 1
+    fused = ladder.reference.exact.copy()
+    fused[-1, 2] += 1
+    assert b(ladder, candidate)[1].detail.startswith("worst input solid green;")
+    assert c(ladder, candidate)[0].detail.startswith("worst input solid green;")
+    assert a(ladder, fused)[1].detail == "worst input uniform noise"
+
+
+def test_weights_scaled_by_a_hundredth_fail_in_float32_and_in_float16(ladder: Ladder) -> None:
+    wrong = copy.deepcopy(ladder.fused)
+    with torch.no_grad():
+        for parameter in wrong.parameters():
+            parameter.mul_(1.01)
+    candidate = logits32(wrong, ladder.probes)
+    assert failed(b(ladder, candidate)) == {"rms error", "max error"}
+    assert "rms error" in failed(c(ladder, candidate))
+
+
+def test_rung_c_measures_multiples_of_the_simulated_error(ladder: Ladder) -> None:
+    predicted = ladder.reference.simulated_fp16 - ladder.reference.exact
+    for factor, expected in ((0.0, set()), (2.9, set()), (3.1, {"rms error"})):
+        candidate: Any = ladder.reference.exact + factor * predicted
+        checks = c(ladder, candidate)
+        assert failed(checks) == expected
+        assert checks[0].measured == pytest.approx(factor)
+
+
+def test_one_image_that_is_shifted_fails_in_float16(ladder: Ladder) -> None:
+    candidate = half_logits(ladder)
+    candidate[5] = candidate[6]
+    checks = c(ladder, candidate)
+    assert failed(checks) == {"rms error"}
+    assert checks[0].detail.startswith("worst input image 5;")
+
+
+@pytest.mark.parametrize(
+    ("gain", "expected"), [(1.0, set()), (9e3, {"largest activation"}), (1e6, {"largest activation", "rms error"})]
+)
+def test_rung_c_wants_headroom_and_finds_an_overflow(ladder: Ladder, gain: float, expected: set[str]) -> None:
+    # The gain is taken back by the next layer: float32 does not mind, float16 has nothing left above 65504.
+    conv, linear = nn.Conv2d(3, 4, 3, bias=False), nn.Linear(4 * 14 * 14, 5)
+    net = nn.Sequential(conv, nn.Flatten(), linear).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+        conv.weight.clamp_(-0.3, 0.3).mul_(gain)
+        linear.weight.div_(gain)
+    simulation = SimulatedFp16(net)
+    exact = run_torch(copy.deepcopy(net).double(), ladder.probes.images.astype(np.float64))
+    reference = Reference(
+        exact=exact,
+        unfused=logits32(net, ladder.probes),
+        simulated_fp16=run_torch(simulation, ladder.probes.images).astype(np.float32),
+        fp16_peak=simulation.peak,
+    )
+    assert np.isfinite(reference.unfused).all()
+    candidate: Any = reference.simulated_fp16
+    checks = rung_c("file", candidate, reference, ladder.probes)
+    assert failed(checks) == expected
+    # A file that overflows nowhere is no better judged by a simulation that did.
+    assert failed(rung_c("file", reference.unfused, reference, ladder.probes)) == expected
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("rung", ["A", "B", "C"])
+@pytest.mark.parametrize("place", ["candidate", "exact", "base"])
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_a_value_that_is_not_finite_never_passes(
+    ladder: Ladder, rung: str, place: str, bad: float, everywhere: bool
+) -> None:
+    arrays: dict[str, Any] = {
+        "exact": ladder.reference.exact.copy(),
+        "unfused": ladder.reference.unfused.copy(),
+        "simulated_fp16": ladder.reference.simulated_fp16.copy(),
+    }
+    # A candidate without any error is the easiest to let pass.
+    candidate: Any = ladder.reference.exact.copy()
+    base = {"A": "exact", "B": "unfused", "C": "simulated_fp16"}[rung]
+    spoiled = candidate if place == "candidate" else arrays["exact" if place == "exact" else base]
+    spoiled[slice(None) if everywhere else (4, 1)] = bad
+    reference = replace(ladder.reference, **arrays)
+    run = {
+        "A": lambda: rung_a(ladder.certificate, candidate, reference, ladder.probes),
+        "B": lambda: rung_b("file", candidate, reference, ladder.probes),
+        "C": lambda: rung_c("file", candidate, reference, ladder.probes),
+    }
+    names = failed(run[rung]())
+    assert {"A": {"whole"}, "B": {"rms error", "max error"}, "C": {"rms error"}}[rung] == names
+
+
+def test_the_input_that_is_not_a_number_is_the_worst_one(ladder: Ladder) -> None:
+    candidate = ladder.reference.unfused.copy()
+    candidate[2] += 1e30
+    candidate[9, 4] = np.nan
+    assert b(ladder, candidate)[1].detail.startswith("worst input image 9;")
+
+
+@pytest.mark.parametrize("peak", [math.nan, math.inf, 8188.5])
+def test_a_peak_without_headroom_fails(ladder: Ladder, peak: float) -> None:
+    reference = replace(ladder.reference, fp16_peak=peak)
+    assert failed(rung_c("file", half_logits(ladder), reference, ladder.probes)) == {"largest activation"}
+    reference = replace(ladder.reference, fp16_peak=8188.0)
+    assert failed(rung_c("file", half_logits(ladder), reference, ladder.probes)) == set()
+
+
+def test_a_baseline_of_zero_error_allows_zero_error_and_nothing_more(ladder: Ladder) -> None:
+    whole = ladder.reference.exact.round()
+    reference = replace(
+        ladder.reference, exact=whole, unfused=whole.astype(np.float32), simulated_fp16=whole.astype(np.float32)
+    )
+    same = whole.astype(np.float32)
+    assert failed(rung_b("file", same, reference, ladder.probes)) == set()
+    assert failed(rung_c("file", same, reference, ladder.probes)) == set()
+    same[8, 1] = np.nextafter(same[8, 1], np.float32(np.inf))
+    assert failed(rung_b("file", same, reference, ladder.probes)) == {"rms error", "max error"}
+    assert failed(rung_c("file", same, reference, ladder.probes)) == {"rms error"}
+
+
+def test_logits_of_zero_are_compared_like_any_other(ladder: Ladder) -> None:
+    zero = np.zeros_like(ladder.reference.exact)
+    reference = replace(ladder.reference, exact=zero)
+    assert failed(rung_a(ladder.certificate, zero, reference, ladder.probes)) == set()
+    other = zero.copy()
+    other[0, 0] = 1e-300
+    assert failed(rung_a(ladder.certificate, other, reference, ladder.probes)) == {"whole"}
+
+
+def test_a_steady_candidate_is_repeatable_in_any_layout(ladder: Ladder) -> None:
+    seen: list[bool] = []
+
+    def steady(images: NDArray[np.float32]) -> NDArray[np.float32]:
+        seen.append(images.flags.c_contiguous)
+        values: NDArray[np.float32] = np.ascontiguousarray(images).sum(axis=(2, 3))
+        return values
+
+    checks = check_repeatable("file", steady, ladder.probes, 5)
+    assert failed(checks) == set()
+    assert seen == [True, True, False]
+
+
+def test_a_candidate_that_changes_its_mind_is_found(ladder: Ladder) -> None:
+    rng = np.random.default_rng(0)
+
+    def moody(images: NDArray[np.float32]) -> NDArray[np.float32]:
+        values: NDArray[np.float32] = images.mean(axis=(2, 3))
+        return values + rng.normal(0, 1e-6, (len(images), 3)).astype(np.float32)
+
+    assert "same input twice" in failed(check_repeatable("file", moody, ladder.probes, 5))
+
+
+def test_a_candidate_that_ignores_the_memory_layout_is_found(ladder: Ladder) -> None:
+    def blind(images: NDArray[np.float32]) -> NDArray[np.float32]:
+        memory = images.ravel(order="K").reshape(images.shape)
+        values: NDArray[np.float32] = memory.mean(axis=(2, 3))
+        return values
+
+    assert failed(check_repeatable("file", blind, ladder.probes, 5)) == {"channels-last input"}
+
+
+def test_a_candidate_that_returns_no_number_is_not_repeatable(ladder: Ladder) -> None:
+    def void(images: NDArray[np.float32]) -> NDArray[np.float32]:
+        return np.full((len(images), 3), np.nan, np.float32)
+
+    assert failed(check_repeatable("file", void, ladder.probes, 5)) == {"same input twice", "channels-last input"}
+
+
+@pytest.mark.parametrize("count", [1, 3, 22, 34])
+def test_batches_take_all_sizes_in_turn_and_keep_the_order(count: int) -> None:
+    images = np.random.default_rng(count).normal(size=(count, 3, 2, 2)).astype(np.float32)
+    sizes: list[int] = []
+
+    def first(chunk: NDArray[np.float32]) -> NDArray[np.float32]:
+        sizes.append(len(chunk))
+        return chunk[:, :, 0, 0]
+
+    np.testing.assert_array_equal(run_in_batches(first, images, (1, 8, 7, 16)), images[:, :, 0, 0])
+    assert sizes == {1: [1], 3: [1, 2], 22: [1, 8, 7, 6], 34: [1, 8, 7, 16, 1, 1]}[count]
+
+
+def test_a_check_holds_up_to_its_limit_and_not_above() -> None:
+    def holds(measured: float) -> bool:
+        return check_at_most("B", "s", "n", measured, 2.0, unit="x").holds
+
+    assert holds(2.0)
+    assert holds(-5.0)
+    assert not holds(math.nextafter(2.0, 3))
+    assert not holds(math.nan)
+    assert not holds(math.inf)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_json_has_no_number_that_is_none(bad: float) -> None:
+    check = Check(rung="C", subject="s", name="n", holds=False, measured=bad, allowed=3.0, unit="x", detail="d")
+    data = json.loads(json.dumps(check.to_json(), allow_nan=False))
+    assert data == {
+        "rung": "C",
+        "subject": "s",
+        "name": "n",
+        "holds": False,
+        "measured": None,
+        "allowed": 3.0,
+        "unit": "x",
+        "detail": "d",
+    }
