@@ -26,7 +26,7 @@ def show_build(result: "BuildResult") -> None:
     console, data = _console(), result.manifest.data
     if result.up_to_date:
         console.print("Nothing to do: the bundle is up to date.")
-    console.print(_build_table(data))
+    _print_build(console, data)
     console.print(f"[bold]Verdict:[/] {verdict_sentence(data)}.")
     console.print(f"Bundle:  {result.out}  (report.html, report.md)", soft_wrap=True)
     console.print(f"Next:    kdexport verify {result.out}", soft_wrap=True)
@@ -42,8 +42,10 @@ def show_manifest(folder: Path, manifest: Manifest) -> None:
         f"Input   float32 (batch, 3, {size.image_size}, {size.image_size}), RGB / 255, mean {size.mean}, std {size.std}"
     )
     console.print(f"Classes {', '.join(spec.classes[:8])}{', ...' if spec.num_classes > 8 else ''}")
-    console.print(_build_table(data))
-    console.print(f"Verdict at build time: {verdict_sentence(data)}. `kdexport verify {folder}` checks it again.")
+    _print_build(console, data)
+    console.print(
+        f"Verdict at build time: {verdict_sentence(data)}. `kdexport verify {folder}` checks it again.", soft_wrap=True
+    )
 
 
 def show_verdict(folder: Path, manifest: Manifest, verdict: "Verdict") -> None:
@@ -72,27 +74,37 @@ def show_facts(facts: "list[Fact]") -> None:
     _console().print(table)
 
 
-def _build_table(data: dict[str, Any]) -> Table:
-    table = _table("", "unfused", "fused")
+def _print_build(console: Console, data: dict[str, Any]) -> None:
+    console.print(_student_table(data))
+    console.print()
+    checks = _table("rung", "subject", "nearest to its limit", "allowed", "")
+    for row in rung_rows(data):
+        checks.add_row(*row)
+    console.print(checks)
+    console.print()
+    targets = _table("target", "status", "kernels")
+    for name, entry in data["targets"].items():
+        targets.add_row(
+            name, entry["status"], f"{entry['kernels']}, all {entry['precision']}" if "kernels" in entry else ""
+        )
+    console.print(targets)
+    console.print()
+
+
+def _student_table(data: dict[str, Any]) -> Table:
+    table = _table("", "unfused", "fused", "")
     metrics, certificate, operators = data["provenance"].get("metrics", {}), data["certificate"], data["operators"]
     if "teacher_top1" in metrics:
-        table.add_row("teacher top-1", f"{metrics['teacher_top1']:.2%}", "")
+        table.add_row("teacher top-1", f"{metrics['teacher_top1']:.2%}")
     if "top1" in metrics:
-        table.add_row("student top-1", f"{metrics['top1']:.2%}", "the same, see parity")
+        table.add_row("student top-1", f"{metrics['top1']:.2%}")
     table.add_row("operators", str(sum(operators["unfused"].values())), str(sum(operators["fused"].values())))
     table.add_row("parameters", f"{certificate['unfused_parameters']:,}", f"{certificate['fused_parameters']:,}")
-    for rung, subject, measured, allowed, word in rung_rows(data):
-        table.add_row(f"rung {rung}", subject, f"{measured} (up to {allowed}) {word}")
     latency = data["latency"]
     if latency is not None:
-        interval = f"{latency['low']:.3f} to {latency['high']:.3f}"
-        medians = f"{latency['reference_ms']:.3f} ms", f"{latency['candidate_ms']:.3f} ms"
-        table.add_row(
-            "latency", medians[0], f"{medians[1]}, ratio {latency['ratio']:.3f} [{interval}]: {latency['verdict']}"
-        )
-    for name, entry in data["targets"].items():
-        kernels = f", {entry['kernels']} kernels all {entry['precision']}" if "kernels" in entry else ""
-        table.add_row("target", name, f"{entry['status']}{kernels}")
+        interval = f"interval {latency['low']:.3f} to {latency['high']:.3f}"
+        ratio = f"ratio {latency['ratio']:.3f}, {interval}: {latency['verdict']}"
+        table.add_row("latency", f"{latency['reference_ms']:.3f} ms", f"{latency['candidate_ms']:.3f} ms", ratio)
     return table
 
 
