@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
+
 from kdexport.backends.ort import load_model
 from kdexport.bundle import onnx_files, read_manifest
 from kdexport.data import DatasetSpec, ImageSet, open_dataset
 from kdexport.preprocessing import Preprocessing
 from kdexport.verify.reference import run_torch
 from kdexport.verify.subjects import load_unfused
-from numpy.typing import NDArray
 
 
 def batches(images: ImageSet, preprocessing: Preprocessing, size: int = 500) -> Iterator[NDArray[np.float32]]:

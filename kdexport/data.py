@@ -34,6 +34,18 @@ class DatasetSpec:
     root: str = ""
 
 
+def dataset_spec(name: str, root: str) -> DatasetSpec:
+    """The set ``name`` at ``root``, which for an image folder replaces its own path; ``ConfigError`` for digits."""
+    if name.startswith("folder:") and root:
+        return DatasetSpec(name=f"folder:{root}")
+    if name == "digits" and root:
+        raise ConfigError(
+            f"The digits ship inside scikit-learn and cannot be read from {root}.",
+            remedy="Leave --data and `root` away, or name another data set.",
+        )
+    return DatasetSpec(name=name, root=root)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class ImageSet:
     """One split: N labelled images, read one at a time, with a fingerprint of their content.

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import os
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def dataset_digest(spec: DatasetSpec, memory: Path) -> str:
         )
     value = digest([train.fingerprint(), test.fingerprint()])
     memory.mkdir(parents=True, exist_ok=True)
-    partial = remembered.with_suffix(".partial")
+    partial = remembered.with_suffix(f".partial-{os.getpid()}")
     partial.write_text(json.dumps({"sha256": value}))
     partial.replace(remembered)
     return value

@@ -9,7 +9,7 @@ from kdexport import stages, trainer
 from kdexport.bundle import MANIFEST, Manifest, changed_files, read_manifest
 from kdexport.checkpoint import TrainedStudent, open_checkpoint, sha256_file
 from kdexport.config import BuildConfig
-from kdexport.data import DatasetSpec, open_dataset
+from kdexport.data import DatasetSpec, dataset_spec, open_dataset
 from kdexport.errors import BundleError, CheckpointError, KdexportError, VerificationError
 from kdexport.fingerprint import dataset_digest, digest, source_digest
 from kdexport.reporter import Reporter
@@ -97,7 +97,7 @@ def _plan(request: BuildRequest, workspace: Workspace) -> _Plan:
             remedy="Pass --teacher-checkpoint FILE, or remove `checkpoint` under [overrides.teacher] of the "
             "configuration: then the teacher is trained first.",
         )
-    dataset = DatasetSpec(name=recipe["data"]["name"], root=recipe["data"]["root"])
+    dataset = dataset_spec(recipe["data"]["name"], recipe["data"]["root"])
     return _Plan(
         recipe=recipe,
         overrides=overrides,

@@ -38,6 +38,7 @@ def test_the_dockerfile_installs_extras_and_runs_commands_that_exist() -> None:
     import tomllib
 
     import typer.main
+
     from kdexport.cli import app
 
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
@@ -74,7 +75,18 @@ def test_every_export_configuration_resolves(config: Path) -> None:
 
 
 def test_the_wheel_holds_both_packages_their_recipes_and_configurations(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--disable-pip-version-check", "-w", tmp_path, ROOT]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--disable-pip-version-check",
+        "-w",
+        tmp_path,
+        ROOT,
+    ]
     subprocess.run(list(map(str, command)), check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
@@ -106,7 +118,12 @@ def test_modules_and_functions_stay_small(path: Path) -> None:
 
 def _is_override(node: ast.FunctionDef) -> bool:
     # Methods of a documented base, hooks and nested functions.
-    return bool(node.args.args) and node.args.args[0].arg in ("self", "cls") or node.name in ("make", "hook", "enter", "ask")
+    return (bool(node.args.args) and node.args.args[0].arg in ("self", "cls")) or node.name in (
+        "make",
+        "hook",
+        "enter",
+        "ask",
+    )
 
 
 def test_no_file_names_a_machine() -> None:

@@ -58,11 +58,13 @@ def test_its_kdexport_commands_run(line: str, built: Built, tmp_path: Path) -> N
 
 
 def _shortened_build(words: list[str], built: Built, folder: Path) -> list[str]:
-    """Every option of the README stays; the configuration of that name is one that trains in seconds."""
+    """Every other option of the README stays; the configuration of that name is one that trains in seconds."""
     (folder / "export_configs").mkdir()
     shutil.copyfile(built.config, folder / "export_configs" / "mobilenetv2.toml")
     teacher = next((built.workspace / "teacher").glob("[!.]*/model.safetensors"))
-    (folder / "data").mkdir()
+    # Digits lie inside a package: the place of CIFAR-100 is the one thing that has no counterpart.
+    place = words.index("--data")
+    del words[place : place + 2]
     return [str(teacher) if word == "resnet56.pt" else word for word in words]
 
 
@@ -80,12 +82,15 @@ def test_its_training_commands_have_these_options(line: str) -> None:
 def test_make_quickstart_ends_with_a_verified_bundle_and_both_networks_know_the_digits() -> None:
     environment = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     done = subprocess.run(
-        ["make", "quickstart", f"VENV={sys.prefix}"], cwd=ROOT, capture_output=True, text=True, check=False, env=environment
+        ["make", "quickstart", f"VENV={sys.prefix}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    accuracies = {
-        who: float(value) for who, value in re.findall(r"(teacher|student) top-1\s+([\d.]+)%", done.stdout)
-    }
+    accuracies = {who: float(value) for who, value in re.findall(r"(teacher|student) top-1\s+([\d.]+)%", done.stdout)}
     assert accuracies["teacher"] >= 97
     assert accuracies["student"] >= 97
     assert "checks hold" in done.stdout

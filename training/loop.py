@@ -4,8 +4,10 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -17,6 +19,9 @@ from training.distillers.distiller import StepContext
 from training.progress import EpochProgress
 from training.recipe import TrainSettings
 from training.state import Resumed, load_state, save_state
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 Metrics = dict[str, float]
 TeacherFeature = Callable[[Tensor], Tensor]
@@ -85,13 +90,13 @@ def run(job: Run, accelerator: Accelerator) -> tuple[Metrics, ...]:
         done_epochs=resumed.epoch,
         quiet=not accelerator.is_main_process,
     )
-    with progress:
+    with progress, _scalars(job.directory, resumed.epoch, accelerator) as writer:
         for epoch in range(resumed.epoch, settings.epochs):
             metrics = _epoch(job, accelerator, task, prepared, epoch, progress)
             history.append(metrics)
-            if accelerator.is_main_process:
+            if writer is not None:
                 # Before the state: a kill between the two repeats the epoch and writes its line again.
-                _log(job.directory, history)
+                _log(job.directory, history, writer)
                 save_state(job.directory, job.task, optimizer, Resumed(epoch=epoch + 1, history=tuple(history)), {})
                 progress.epoch_done(epoch + 1, metrics)
     return tuple(history)
@@ -147,12 +152,20 @@ def _check_finite(means: Metrics, task: nn.Module, epoch: int) -> None:
         )
 
 
-def _log(directory: Path, history: list[Metrics]) -> None:
+def _scalars(directory: Path, done: int, accelerator: Accelerator) -> AbstractContextManager["SummaryWriter | None"]:
     from torch.utils.tensorboard import SummaryWriter
 
+    # One file for all epochs: files that begin in one second are read in the order of their names, not of their age.
+    return (
+        SummaryWriter(str(directory / "tensorboard"), purge_step=done + 1)
+        if accelerator.is_main_process
+        else nullcontext()
+    )
+
+
+def _log(directory: Path, history: list[Metrics], writer: "SummaryWriter") -> None:
     lines = "".join(json.dumps({"epoch": i + 1, **metrics}) + "\n" for i, metrics in enumerate(history))
     (directory / "metrics.jsonl").write_text(lines)
-    writer = SummaryWriter(str(directory / "tensorboard"), purge_step=len(history))
     for name, value in history[-1].items():
         writer.add_scalar(name, value, len(history))
-    writer.close()
+    writer.flush()

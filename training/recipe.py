@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from kdexport.config import Settings, parse, read_toml
-from kdexport.data import DatasetSpec
+from kdexport.data import DatasetSpec, dataset_spec
 from kdexport.errors import ConfigError
 from kdexport.registry import nearest
 
@@ -32,7 +32,7 @@ class DataSettings(Settings):
 
     def spec(self) -> DatasetSpec:
         """What ``kdexport.data.open_dataset`` takes."""
-        return DatasetSpec(name=self.name, root=self.root)
+        return dataset_spec(self.name, self.root)
 
 
 class TeacherSettings(Settings):

@@ -63,6 +63,9 @@ def train_teacher(recipe: Recipe, directory: Path) -> Metrics:
     )
     accelerator = make_accelerator(settings)
     train, test = open_dataset(recipe.data.spec(), "train"), open_dataset(recipe.data.spec(), "test")
+    # The teacher is trained in the normalisation that it will be fed in.
+    own = {"mean": recipe.teacher.mean or recipe.data.mean, "std": recipe.teacher.std or recipe.data.std}
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=own)})
     torch.manual_seed(settings.seed)
     teacher = _build_teacher(recipe, train).to(accelerator.device)
     teacher.to(memory_format=torch.channels_last)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kdexport.data import DatasetSpec, ImageSet, check_image, open_dataset, sources
+from kdexport.data import DatasetSpec, ImageSet, check_image, dataset_spec, open_dataset, sources
 from kdexport.errors import ConfigError, DataError
 from kdexport.preprocessing import Preprocessing
 
@@ -240,3 +240,10 @@ def test_the_whole_of_cifar100_is_read_from_image_folders(tmp_path: Path) -> Non
     np.testing.assert_allclose(sample.std(0), (0.2675, 0.2565, 0.2761), atol=0.015)
     # 60,000 files, which pytest would keep for three runs.
     shutil.rmtree(tmp_path)
+
+
+def test_a_place_replaces_the_path_of_a_folder_and_is_refused_for_digits() -> None:
+    assert dataset_spec("folder:/nowhere", "/elsewhere").name == "folder:/elsewhere"
+    assert dataset_spec("cifar100", "/elsewhere").root == "/elsewhere"
+    with pytest.raises(ConfigError, match="/elsewhere"):
+        dataset_spec("digits", "/elsewhere")

@@ -47,9 +47,7 @@ def test_a_second_build_does_nothing_within_three_seconds(built: Built, kdexport
     assert best < 3
 
 
-def test_a_damaged_bundle_is_replaced_from_the_workspace(
-    built: Built, bundle_copy: Path, kdexport: Command
-) -> None:
+def test_a_damaged_bundle_is_replaced_from_the_workspace(built: Built, bundle_copy: Path, kdexport: Command) -> None:
     expected = tree(bundle_copy)
     (bundle_copy / "student.safetensors").write_bytes(b"x")
     (bundle_copy / "targets" / "onnx-fp32" / "model.onnx").unlink()
@@ -154,7 +152,7 @@ def test_no_room_for_the_bundle_is_said_and_leaves_nothing(built: Built, tmp_pat
     out = tmp_path / "out"
     command = [sys.executable, "-m", "kdexport", "build", "--config", str(built.config), "--out", str(out),
                "--workspace", str(workspace), "--target", "onnx-fp32,trt-rtx-fp16"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=limit_files)  # noqa: PLW1509
+    done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=limit_files)
     assert done.returncode == 4, done.stderr
     assert "KDX401" in done.stderr
     assert "Traceback" not in done.stderr

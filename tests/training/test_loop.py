@@ -252,7 +252,29 @@ def test_an_epoch_whose_line_could_not_be_written_is_run_again(tmp_path: Path) -
     (tmp_path / "metrics.jsonl").rmdir()
     run(job(tmp_path, linear(), chosen), make_accelerator(chosen))
     assert [line["epoch"] for line in lines(tmp_path)] == [1, 2]
-    assert [step for step, _ in scalars(tmp_path)["top1"]] == [1, 2]
+
+
+def test_an_epoch_that_is_run_again_is_drawn_once(tmp_path: Path) -> None:
+    chosen = settings(epochs=3)
+    run(job(tmp_path, linear(), chosen.model_copy(update={"epochs": 1})), make_accelerator(chosen))
+    kept = (tmp_path / "resume.safetensors").read_bytes()
+    run(job(tmp_path, linear(), chosen.model_copy(update={"epochs": 2})), make_accelerator(chosen))
+    # As after a kill between the line of epoch 2 and its state.
+    (tmp_path / "resume.safetensors").write_bytes(kept)
+    # A restarted process opens its event file in a later second.
+    time.sleep(1.1)
+    run(job(tmp_path, linear(), chosen), make_accelerator(chosen))
+    assert [line["epoch"] for line in lines(tmp_path)] == [1, 2, 3]
+    drawn = scalars(tmp_path)
+    assert set(drawn) == {"loss/cross_entropy", "loss/penalty", "lr", "top1", "images_per_s"}
+    assert all([step for step, _ in points] == [1, 2, 3] for points in drawn.values())
+
+
+def test_no_epoch_is_lost_however_short_it_is(tmp_path: Path) -> None:
+    chosen = settings(epochs=13)
+    run(job(tmp_path, linear(), chosen), make_accelerator(chosen))
+    assert [line["epoch"] for line in lines(tmp_path)] == list(range(1, 14))
+    assert [step for step, _ in scalars(tmp_path)["loss/penalty"]] == list(range(1, 14))
 
 
 def test_a_state_of_another_model_is_refused(tmp_path: Path) -> None:
