@@ -41,8 +41,8 @@ def page(run: Path, title: str) -> str:
         f"# {title}",
         "",
         f"- machine: {machine()}",
-        f"- teacher: {recipe['teacher']['name']}, top-1 {metrics['teacher_top1']:.2%} on the test split, measured in this run "
-        f"(its precision there: {recipe['train']['teacher_precision']})",
+        f"- teacher: {recipe['teacher']['name']}, top-1 {metrics['teacher_top1']:.2%} on the test split, measured in "
+        f"this run (its precision there: {recipe['train']['teacher_precision']})",
         f"- student after the last epoch: **{metrics['top1']:.2%}** top-1",
         f"- best epoch (chosen on the test split, therefore not the result): {best['top1']:.2%}, epoch {best['epoch']}",
         f"- seed {recipe['train']['seed']}, one run: no interval",

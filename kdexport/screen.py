@@ -1,5 +1,7 @@
 """Results on a terminal: tables on stdout, readable in a pipe too."""
 
+import os
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,8 +31,13 @@ def show_build(result: "BuildResult") -> None:
     _print_build(console, data)
     console.print(f"[bold]Verdict:[/] {verdict_sentence(data)}.")
     console.print(f"Bundle:  {result.out}  (report.html, report.md)", soft_wrap=True)
-    console.print(f"Next:    kdexport verify {result.out}", soft_wrap=True)
-    console.print(f"         kdexport inspect {result.out}", soft_wrap=True)
+    console.print(f"Next:    {_program()} verify {result.out}", soft_wrap=True)
+    console.print(f"         {_program()} inspect {result.out}", soft_wrap=True)
+
+
+def _program() -> str:
+    """How this command can be typed here: by its name where that is on the path, else by its place."""
+    return "kdexport" if shutil.which("kdexport") else os.path.relpath(sys.argv[0])
 
 
 def show_manifest(folder: Path, manifest: Manifest) -> None:
@@ -102,7 +109,7 @@ def _student_table(data: dict[str, Any]) -> Table:
     table.add_row("parameters", f"{certificate['unfused_parameters']:,}", f"{certificate['fused_parameters']:,}")
     latency = data["latency"]
     if latency is not None:
-        interval = f"interval {latency['low']:.3f} to {latency['high']:.3f}"
+        interval = f"99 % interval {latency['low']:.3f} to {latency['high']:.3f}"
         ratio = f"ratio {latency['ratio']:.3f}, {interval}: {latency['verdict']}"
         table.add_row("latency", f"{latency['reference_ms']:.3f} ms", f"{latency['candidate_ms']:.3f} ms", ratio)
     return table

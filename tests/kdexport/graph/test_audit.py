@@ -220,6 +220,19 @@ def test_a_layer_left_in_float32_is_found_in_the_float16_graph(tmp_path: Path) -
     assert f"{CONV}.weight (float32[" in failed["weights"]
 
 
+def test_an_activation_moved_to_float32_is_found_in_the_float16_graph(tmp_path: Path) -> None:
+    def widen(model: ModelProto) -> None:
+        del model.graph.value_info[:]
+        node = next(node for node in model.graph.node if node.op_type == "Relu")
+        before, node.input[0] = node.input[0], "wide input"
+        after, node.output[0] = node.output[0], "wide output"
+        place = list(model.graph.node).index(node)
+        model.graph.node.insert(place + 1, helper.make_node("Cast", ["wide output"], [after], "narrow", to=10))
+        model.graph.node.insert(place, helper.make_node("Cast", [before], ["wide input"], "widen", to=1))
+
+    assert audit_mutated(tmp_path, widen, "fp16") == {"precision fp16": "4 casts, 0 weights in another precision"}
+
+
 @pytest.mark.parametrize(("precision", "other"), [("fp32", "fp16"), ("fp16", "fp32")])
 def test_a_whole_graph_of_the_other_precision_is_found(precision: str, other: str) -> None:
     path = exported("R1").path if other == "fp32" else exported_fp16("R1")

@@ -104,15 +104,41 @@ def test_rung_a_of_a_student_without_blocks_is_the_whole(ladder: Ladder) -> None
     assert [(check.name, check.holds) for check in checks] == [("whole", True)]
 
 
-def test_rung_b_measures_multiples_of_the_error_of_the_unfused_model(ladder: Ladder) -> None:
+def rms(values: NDArray[Any]) -> float:
+    return math.sqrt(sum(float(value) ** 2 for value in values.ravel()) / values.size)
+
+
+@pytest.mark.parametrize("luck", [0.0, 0.01, 30.0])
+def test_rung_b_measures_multiples_of_the_error_of_the_unfused_model(ladder: Ladder, luck: float) -> None:
     exact = ladder.reference.exact
-    own = ladder.reference.unfused - exact
-    for factor, expected in ((0.5, set()), (1.9, set()), (3.0, {"rms error"}), (10.0, {"rms error", "max error"})):
-        # float64 logits carry the noise exactly; only its size is at issue.
-        candidate: Any = exact + factor * own
-        checks = b(ladder, candidate)
-        assert failed(checks) == expected
-        assert [check.measured for check in checks] == pytest.approx([factor, factor])
+    own = luck * (ladder.reference.unfused - exact)
+    # float64 logits carry the noise exactly; only its size is at issue.
+    noisy: Any = exact + own
+    reference = replace(ladder.reference, unfused=noisy)
+    own = noisy.astype(np.float64) - exact
+    # One unit in the last place of float32 is the least that the unfused model is taken to be off by.
+    unit_rms = max(rms(own), 2**-23 * rms(exact))
+    unit_max = max(float(np.abs(own).max()), 2**-23 * float(np.abs(exact).max()))
+    assert (unit_rms > rms(own)) is (luck < 1)
+    noise = np.random.default_rng(1).choice([-1.0, 1.0], exact.shape)
+    factors: list[tuple[float, set[str]]] = [(0.0, set()), (1.95, set()), (2.05, {"rms error"}), (10.0, {"rms error"})]
+    for factor, expected in factors:
+        candidate: Any = exact + factor * unit_rms * noise
+        checks = rung_b("file", candidate, reference, ladder.probes)
+        assert checks[0].measured == pytest.approx(factor, abs=1e-3)
+        assert checks[1].measured == pytest.approx(factor * unit_rms / unit_max, abs=1e-3)
+        assert failed(checks) >= expected
+        assert checks[0].holds is not bool(expected)
+    for factor, holds in ((3.9, True), (4.1, False)):
+        candidate = exact.copy()
+        candidate[3, 2] += factor * unit_max
+        assert rung_b("file", candidate, reference, ladder.probes)[1].holds is holds
+
+
+def test_float32_noise_of_ten_times_the_usual_fails_in_every_measure(ladder: Ladder) -> None:
+    exact = ladder.reference.exact
+    candidate: Any = exact + 10 * (ladder.reference.unfused - exact)
+    assert failed(b(ladder, candidate)) == {"rms error", "max error"}
 
 
 def test_rung_b_finds_one_wrong_logit_of_one_image_and_names_it(ladder: Ladder) -> None:
@@ -235,14 +261,12 @@ def test_a_peak_without_headroom_fails(ladder: Ladder, peak: float) -> None:
 
 
 def test_a_baseline_of_zero_error_allows_zero_error_and_nothing_more(ladder: Ladder) -> None:
-    whole = ladder.reference.exact.round()
-    reference = replace(
-        ladder.reference, exact=whole, unfused=whole.astype(np.float32), simulated_fp16=whole.astype(np.float32)
-    )
-    same = whole.astype(np.float32)
+    zero = np.zeros_like(ladder.reference.exact)
+    same = zero.astype(np.float32)
+    reference = replace(ladder.reference, exact=zero, unfused=same.copy(), simulated_fp16=same.copy())
     assert failed(rung_b("file", same, reference, ladder.probes)) == set()
     assert failed(rung_c("file", same, reference, ladder.probes)) == set()
-    same[8, 1] = np.nextafter(same[8, 1], np.float32(np.inf))
+    same[8, 1] = 1e-30
     assert failed(rung_b("file", same, reference, ladder.probes)) == {"rms error", "max error"}
     assert failed(rung_c("file", same, reference, ladder.probes)) == {"rms error"}
 
