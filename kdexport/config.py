@@ -40,7 +40,8 @@ class LatencySettings(Settings):
     """``[latency]``: the interleaved comparison of the fused with the unfused student."""
 
     max_slowdown: Annotated[float, Field(gt=0, lt=1)] = 0.02
-    sessions: Annotated[int, Field(ge=3, le=100)] = 6
+    #: At most this many fresh processes; the test looks after 6, 12 and 20 and ends as soon as it is sure.
+    sessions: Annotated[int, Field(ge=3, le=100)] = 20
     pairs: Annotated[int, Field(ge=10, le=1000)] = 40
     batch: Annotated[int, Field(ge=1)] = 1
     threads: Annotated[int, Field(ge=1)] = 1

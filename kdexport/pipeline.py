@@ -119,7 +119,7 @@ def _trained(request: BuildRequest, plan: _Plan, workspace: Workspace, reporter:
         weights = teacher or str(workspace.path("teacher", _teacher_key(plan)) / "model.safetensors")
         overrides = {**plan.overrides, "teacher": {**plan.overrides.get("teacher", {}), "checkpoint": weights}}
         recipe, processes = request.config.recipe, request.processes
-        with reporter.stage("train"):
+        with reporter.stage("train", live=False):
             workspace.resume(
                 "train", key, lambda folder: trainer.train_student(recipe, overrides, folder, processes=processes)
             )
@@ -131,7 +131,7 @@ def _train_teacher(request: BuildRequest, plan: _Plan, workspace: Workspace, rep
     if request.fresh:
         workspace.forget("teacher", key)
     if not workspace.has("teacher", key):
-        with reporter.stage("teacher"):
+        with reporter.stage("teacher", live=False):
             workspace.resume(
                 "teacher", key, lambda folder: trainer.train_teacher(request.config.recipe, plan.overrides, folder)
             )

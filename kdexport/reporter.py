@@ -15,14 +15,15 @@ class Reporter:
         self._console = Console(stderr=True, highlight=False, quiet=quiet)
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[Callable[[str], None]]:
-        """Time one stage; the yielded function tells what it is at, live."""
+    def stage(self, name: str, *, live: bool = True) -> Iterator[Callable[[str], None]]:
+        """Time one stage; the yielded function tells what it is at. ``live=False`` leaves the screen to a child."""
         started = time.monotonic()
         columns = (SpinnerColumn(), TextColumn("{task.description:<10} {task.fields[detail]}"), TimeElapsedColumn())
-        live = Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
-        task = live.add_task(name, total=None, detail="")
-        with live:
-            yield lambda detail: live.update(task, detail=detail)
+        hidden = not (live and self._console.is_terminal)
+        bar = Progress(*columns, console=self._console, transient=True, disable=hidden)
+        task = bar.add_task(name, total=None, detail="")
+        with bar:
+            yield lambda detail: bar.update(task, detail=detail)
         self._console.print(f"{name:<10} {time.monotonic() - started:6.1f} s", soft_wrap=True)
 
     def say(self, text: str) -> None:

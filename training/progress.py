@@ -20,7 +20,7 @@ class EpochProgress:
             TextColumn("{task.percentage:3.0f}% {task.fields[status]}"),
             TimeRemainingColumn(compact=True),
         )
-        self._live = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        self._live = Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
         self._bar = self._live.add_task(title, total=steps_per_epoch * epochs, status="")
         self._live.advance(self._bar, steps_per_epoch * done_epochs)
         self._started = time.monotonic()

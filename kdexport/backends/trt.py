@@ -60,13 +60,7 @@ class Engine:
 def build_engine(request: EngineRequest) -> Engine:
     """Build in a child process. Raises ``EngineBuildError`` with the builder's own words."""
     command = [sys.executable, "-m", "kdexport.backends.trt", json.dumps(asdict(request))]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise EngineBuildError(
-            f"{_MODULES[request.backend]} did not build {Path(request.onnx).name} within {error.timeout:g} s.",
-            remedy="Ask for fewer compute capabilities, or build on a faster machine.",
-        ) from None
+    done = _run_child(command, f"{_MODULES[request.backend]} did not build {Path(request.onnx).name}")
     last = done.stdout.strip().rpartition("\n")[2]
     try:
         answer: dict[str, Any] = json.loads(last)
@@ -81,6 +75,18 @@ def build_engine(request: EngineRequest) -> Engine:
         EngineLayer(name=row["name"], kind=row["kind"], datatypes=tuple(row["datatypes"])) for row in answer["layers"]
     )
     return Engine(plan=Path(request.plan), layers=layers, version=str(answer["version"]))
+
+
+def _run_child(
+    command: list[str], failure: str, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False, env=environment)
+    except subprocess.TimeoutExpired as error:
+        raise EngineBuildError(
+            f"{failure} within {error.timeout:g} s.",
+            remedy="Ask for fewer compute capabilities, or use a faster machine.",
+        ) from None
 
 
 def require_precision(engine: Engine, target: Target) -> None:
@@ -180,7 +186,7 @@ def run_engine(
         command = [sys.executable, "-m", "kdexport.backends.trt", "run", str(plan), folder, json.dumps(batches)]
         # Polygraphy chooses between TensorRT and TensorRT-RTX when it is imported.
         environment = {**os.environ, "POLYGRAPHY_USE_TENSORRT_RTX": "1" if target.backend == "trt-rtx" else "0"}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False, env=environment)
+        done = _run_child(command, f"The engine of {target} did not answer", environment)
         if done.returncode != 0:
             raise EngineBuildError(
                 f"The engine of {target} does not run: {done.stderr.strip()[-500:]}",

@@ -45,7 +45,8 @@ class Session:
 class LatencyResult:
     """Latency ratio candidate / reference with its interval, and what follows for ``max_slowdown``.
 
-    ``mde`` is the smallest slowdown that a test of the last look would find with 90 % power on this machine.
+    ``mde`` is the resolution of this machine: a slowdown this much above the allowed one would be found at the last
+    look with 90 % power.
     """
 
     clock: str
@@ -136,7 +137,7 @@ def _run_session(comparison: Comparison, seed: int) -> Session:
             f"A latency session died with exit code {done.returncode}: {done.stderr.strip()[-300:]}",
             remedy="Run the same command again; if it stays, open both files in onnxruntime by hand.",
         )
-    return Session(**json.loads(done.stdout))
+    return Session(**json.loads(done.stdout.strip().rpartition("\n")[2]))
 
 
 def measure_session(

@@ -110,16 +110,17 @@ class SimulatedFp16(nn.Module):
 
 
 class _Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Rounds what each operator returns; in-place operators here (activations) keep rounded values rounded."""
+    """Rounds what each operator returns, and what an in-place operator leaves behind."""
 
     peak = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if not isinstance(result, Tensor) or result.dtype != torch.float32 or func._schema.is_mutable:
+        if not isinstance(result, Tensor) or result.dtype != torch.float32:
             return result
         if result.numel():
             largest = result.abs().max().item()
             # NaN compares as smaller than any peak; it comes from an overflow and is one.
             self.peak = math.inf if math.isnan(largest) else max(self.peak, largest)
-        return result.half().float()
+        rounded = result.half().float()
+        return result.copy_(rounded) if func._schema.is_mutable else rounded

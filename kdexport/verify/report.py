@@ -131,7 +131,8 @@ def _latency(data: dict[str, Any]) -> Iterable[Table]:
     )
     note = (
         f"{latency['clock']}, batch {latency['batch']}, {latency['threads']} thread. Interleaved pairs; each session "
-        f"is a fresh process. This machine would find a slowdown of {latency['mde']:.1%} in 20 sessions (90 % power)."
+        f"is a fresh process. 20 sessions would tell a slowdown {latency['mde']:.1%} above the "
+        f"allowed one (90 % power)."
     )
     header = ("fused / unfused", "99 % interval", "medians", "sessions", "allowed", "verdict")
     yield Table("Latency", header, (row,), note)
@@ -153,13 +154,17 @@ def _origin(data: dict[str, Any]) -> Table:
     return Table("Origin", ("what", "value"), (("build key", data["build_key"]), *rows))
 
 
+def _one_line(cell: str) -> str:
+    return " ".join(html.escape(cell, quote=False).replace("|", "/").split())
+
+
 def _markdown(title: str, tables: Sequence[Table]) -> str:
     lines = [f"# {title}", ""]
     for table in tables:
         lines += [f"## {table.title}", ""]
         lines += [f"| {' | '.join(table.header)} |", f"|{'---|' * len(table.header)}"]
         # A cell is one line without a separator, or the row falls apart.
-        lines += [f"| {' | '.join(' '.join(cell.replace('|', '/').split()) for cell in row)} |" for row in table.rows]
+        lines += [f"| {' | '.join(_one_line(cell) for cell in row)} |" for row in table.rows]
         lines += ["", table.note, ""] if table.note else [""]
     return "\n".join(lines)
 
