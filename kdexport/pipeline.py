@@ -63,7 +63,7 @@ def build(request: BuildRequest, reporter: Reporter) -> BuildResult:
     require_writable(request.out)
     if not (request.out / MANIFEST).is_file():
         _require_student(request.config.student)
-    plan = _plan(request, workspace)
+    plan = _plan(request, workspace, reporter)
     trained = _trained(request, plan, workspace, reporter)
     key = _bundle_key(request, plan, trained)
     if request.fresh:
@@ -81,7 +81,7 @@ def _require_student(name: str) -> None:
     STUDENTS.check(name)
 
 
-def _plan(request: BuildRequest, workspace: Workspace) -> _Plan:
+def _plan(request: BuildRequest, workspace: Workspace, reporter: Reporter) -> _Plan:
     overrides: dict[str, Any] = {key: dict(table) for key, table in request.config.overrides.items()}
     overrides.setdefault("student", {})["name"] = request.config.student
     if request.data_root is not None:
@@ -98,12 +98,14 @@ def _plan(request: BuildRequest, workspace: Workspace) -> _Plan:
             "configuration: then the teacher is trained first.",
         )
     dataset = dataset_spec(recipe["data"]["name"], recipe["data"]["root"])
+    with reporter.stage("data"):
+        dataset_sha256 = dataset_digest(dataset, workspace.root / "dataset")
     return _Plan(
         recipe=recipe,
         overrides=overrides,
         revision=resolved["revision"],
         dataset=dataset,
-        dataset_sha256=dataset_digest(dataset, workspace.root / "dataset"),
+        dataset_sha256=dataset_sha256,
     )
 
 
