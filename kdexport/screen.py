@@ -37,7 +37,10 @@ def show_build(result: "BuildResult") -> None:
 
 def _program() -> str:
     """How this command can be typed here: by its name where that is on the path, else by its place."""
-    return "kdexport" if shutil.which("kdexport") else os.path.relpath(sys.argv[0])
+    if shutil.which("kdexport"):
+        return "kdexport"
+    near = os.path.relpath(sys.argv[0])
+    return sys.argv[0] if near.startswith("..") else near
 
 
 def show_manifest(folder: Path, manifest: Manifest) -> None:
