@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from kdexport.checkpoint import StudentSpec, sha256_file
 from kdexport.errors import BundleError
+from kdexport.targets import parse_target, target_names
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 SCHEMA_VERSION = 1
+_MAX_BATCH, _MAX_SIZE = 4096, 4096
 
 MANIFEST = "manifest.json"
 UNFUSED = "unfused.safetensors"
@@ -49,6 +51,7 @@ class Manifest:
             data[name]
         for name in (*data["golden"], *data["files"]):
             _require_inside(str(name))
+        _require_sound(data)
         return cls(
             data=data,
             spec=StudentSpec.from_json({**data["student"], "provenance": data["provenance"]}),
@@ -58,6 +61,24 @@ class Manifest:
             opset=int(data["opset"]),
             golden=tuple(str(name) for name in data["golden"]),
         )
+
+
+def _require_sound(data: dict[str, Any]) -> None:
+    """What verification relies on: shapes, targets and golden images are there and make sense."""
+    export = data["export"]
+    batches = [export[name] for name in ("min_batch", "opt_batch", "max_batch")]
+    if not all(isinstance(batch, int) and 1 <= batch <= _MAX_BATCH for batch in batches):
+        raise ValueError(f"batch sizes are {batches}")
+    for name, entry in data["targets"].items():
+        if name not in target_names() or entry["precision"] != name.rpartition("-")[2]:
+            raise ValueError(f"target {name!r} with precision {entry['precision']!r}")
+        if bool(entry["engine"]) != parse_target(name).needs_engine or entry["status"] not in (VERIFIED, NOT_EXECUTED):
+            raise ValueError(f"target {name!r} says engine {entry['engine']!r}, status {entry['status']!r}")
+    if not data["golden"] or not isinstance(data["parity"], list):
+        raise ValueError("there is no golden image or no list of checks")
+    size = data["student"]["preprocessing"]
+    if not 8 <= size["image_size"] <= size["resize"] <= _MAX_SIZE:
+        raise ValueError(f"image_size {size['image_size']}, resize {size['resize']}")
 
 
 def _require_inside(name: str) -> None:
@@ -74,7 +95,7 @@ def read_manifest(folder: Path) -> Manifest:
         )
     try:
         return Manifest.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise BundleError(
             f"{path} is damaged or of another version: {type(error).__name__}: {error}.",
             remedy="Build the bundle again.",

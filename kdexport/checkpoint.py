@@ -98,7 +98,7 @@ def open_checkpoint(directory: Path) -> TrainedStudent:
             )
     try:
         spec = StudentSpec.from_json(json.loads(spec_path.read_text()))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(
             f"{spec_path} is not a description of a student: {type(error).__name__}: {error}.",
             remedy="Pass a folder written by this version of `python -m training train`.",
@@ -160,11 +160,19 @@ def load_strictly(module: "nn.Module", tensors: "dict[str, Tensor]", source: str
         f"{name} is {tuple(tensors[name].shape)}, not {tuple(own[name].shape)}"
         for name in sorted(own.keys() & tensors.keys())
         if own[name].shape != tensors[name].shape
+    ] + [
+        f"{name} is {tensors[name].dtype}, not {own[name].dtype}"
+        for name in sorted(own.keys() & tensors.keys())
+        if own[name].dtype != tensors[name].dtype
     ]
     if missing or foreign or misshapen:
         facts = [
             f"{len(names)} {what}, first {names[0]!r}"
-            for what, names in (("tensors missing", missing), ("tensors unknown", foreign), ("shapes wrong", misshapen))
+            for what, names in (
+                ("tensors missing", missing),
+                ("tensors unknown", foreign),
+                ("tensors of another shape or type", misshapen),
+            )
             if names
         ]
         hint = f" {nearest(foreign[0], missing)}" if foreign and missing and len(missing) < 20 else ""

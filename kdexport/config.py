@@ -72,7 +72,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"There is no file {path}.", remedy="Check the path.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}.", remedy="Check the file and its permissions.") from error
-    except tomllib.TOMLDecodeError as error:
+    # A number of thousands of digits is a ValueError, nesting without end a RecursionError.
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}.", remedy="Correct the line that is named.") from error
 
 

@@ -9,11 +9,13 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from kdexport.errors import KdexportError, StorageError
+from kdexport.errors import KdexportError, StorageError, UnexpectedError
 
 
 def guarded(app: Callable[[], Any]) -> NoReturn:
     """Run a command line and turn each error into its sentence, remedy and exit code."""
+    # Children run our own modules, whatever lies in the user's folder under the same names.
+    os.environ["PYTHONSAFEPATH"] = "1"
     try:
         _die_with_parent()
         app()
@@ -21,6 +23,8 @@ def guarded(app: Callable[[], Any]) -> NoReturn:
         fail(error)
     except OSError as error:
         fail(storage_error(error))
+    except Exception as error:  # noqa: BLE001, the last place before a traceback
+        fail(UnexpectedError(error))
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted. The same command continues from the last finished step.\n")
         sys.exit(130)

@@ -118,7 +118,8 @@ def sources(spec: DatasetSpec) -> list[Path]:
     archive = _cifar_archive(root)
     if spec.name == "cifar100" and archive is not None:
         return [archive / name for name in ("train", "test", "meta")]
-    return sorted(path for path in root.rglob("*") if path.suffix.lower() in _SUFFIXES)
+    splits: tuple[Split, ...] = ("train", "test")
+    return [path for split in splits for path in _open_folder(root, split).files]
 
 
 def _open_digits(_spec: DatasetSpec, split: Split) -> ImageSet:

@@ -15,9 +15,10 @@ KdexportError
 |  |- EngineBuildError      KDX320           a backend refused the graph
 |  |- VerificationError     KDX330           a rung of the parity ladder or the latency test failed
 |  `- TrainingError         KDX340           the training run diverged or died
-`- MachineError                     exit 4   this machine lacks something
-   |- BackendUnavailableError  KDX400        a package, driver or GPU is missing
-   `- StorageError             KDX401        no space or no permission
+|- MachineError                     exit 4   this machine lacks something
+|  |- BackendUnavailableError  KDX400        a package, driver or GPU is missing
+|  `- StorageError             KDX401        no space or no permission
+`- UnexpectedError             KDX900  exit 2   an input that no check had foreseen
 """
 
 from typing import ClassVar
@@ -199,6 +200,24 @@ class StorageError(MachineError):
     explanation = (
         "A file could not be written. Nothing half-written is left behind and an existing bundle is untouched."
     )
+
+
+class UnexpectedError(KdexportError):
+    """Something that kdexport did not foresee."""
+
+    code = "KDX900"
+    exit_code = 2
+    explanation = (
+        "An input led to an error that no check had foreseen. Nothing was replaced. `--debug` shows where; please "
+        "report it together with the input."
+    )
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(
+            f"Unexpected {type(error).__name__}: {first_line(error)}",
+            remedy="Check the input. The same command with --debug shows the place; please report it.",
+        )
+        self.__cause__ = error
 
 
 class ForwardedError(KdexportError):

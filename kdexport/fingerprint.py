@@ -1,5 +1,6 @@
 """Digests of what a stage reads: JSON values, source code, and whole data sets without reading them twice."""
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -49,7 +50,7 @@ def dataset_digest(spec: DatasetSpec, memory: Path) -> str:
         }
     )
     remembered = memory / f"{listing}.json"
-    if remembered.is_file():
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return str(json.loads(remembered.read_text())["sha256"])
     train, test = open_dataset(spec, "train"), open_dataset(spec, "test")
     if train.classes != test.classes:

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from kdexport import stages, trainer
-from kdexport.bundle import MANIFEST, Manifest, changed_files, read_manifest
+from kdexport.bundle import FUSED, MANIFEST, UNFUSED, Manifest, changed_files, read_manifest
 from kdexport.checkpoint import TrainedStudent, open_checkpoint, sha256_file
 from kdexport.config import BuildConfig
 from kdexport.data import DatasetSpec, dataset_spec, open_dataset
-from kdexport.errors import BundleError, CheckpointError, KdexportError, VerificationError
+from kdexport.errors import BundleError, CheckpointError, VerificationError
 from kdexport.fingerprint import dataset_digest, digest, source_digest
 from kdexport.reporter import Reporter
-from kdexport.targets import Target, require_available
+from kdexport.targets import Target, gpu_fingerprint, require_available
 from kdexport.workspace import Workspace, replace_folder, require_replaceable, require_writable
 
 
@@ -59,7 +59,7 @@ def build(request: BuildRequest, reporter: Reporter) -> BuildResult:
     """
     workspace = Workspace(request.workspace)
     require_available(request.targets)
-    require_replaceable(request.out, MANIFEST)
+    require_replaceable(request.out, _is_bundle)
     require_writable(request.out)
     if not (request.out / MANIFEST).is_file():
         _require_student(request.config.student)
@@ -67,12 +67,21 @@ def build(request: BuildRequest, reporter: Reporter) -> BuildResult:
     trained = _trained(request, plan, workspace, reporter)
     key = _bundle_key(request, plan, trained)
     if request.fresh:
-        workspace.forget("bundle", key)
+        _forget_stages(request, trained, workspace, key)
     elif _is_up_to_date(request.out, key):
         return BuildResult(out=request.out, manifest=read_manifest(request.out), up_to_date=True)
     _make_bundle(request, plan, trained, key, workspace, reporter)
     replace_folder(workspace.path("bundle", key), request.out)
     return BuildResult(out=request.out, manifest=read_manifest(request.out), up_to_date=False)
+
+
+def _is_bundle(folder: Path) -> bool:
+    try:
+        manifest = read_manifest(folder)
+    except BundleError:
+        # A manifest that cannot be read is still ours where the rest of a bundle is beside it.
+        return all((folder / name).is_file() for name in (MANIFEST, UNFUSED, FUSED))
+    return len(manifest.build_key) == 64
 
 
 def _require_student(name: str) -> None:
@@ -161,7 +170,21 @@ def _bundle_key(request: BuildRequest, plan: _Plan, trained: TrainedStudent) -> 
     models = {str(t): stages.cast_key(exported, t.precision) for t in request.targets}
     engines = {str(t): stages.compile_key(models[str(t)], t, config.export) for t in request.targets if t.needs_engine}
     settings = [table.model_dump(mode="json") for table in (config.export, config.verify, config.latency)]
-    return digest(["bundle", exported, models, engines, settings, plan.dataset_sha256, source_digest()])
+    engines["executed"] = str([str(t) for t in request.targets if t.needs_engine and gpu_fingerprint()])
+    inputs = [config.student, exported, models, engines, settings, plan.dataset_sha256, source_digest()]
+    return digest(["bundle", *inputs])
+
+
+def _forget_stages(request: BuildRequest, trained: TrainedStudent, workspace: Workspace, key: str) -> None:
+    fused = stages.fuse_key(trained)
+    exported = stages.export_key(fused, request.config.export)
+    for stage, name in (("bundle", key), ("fuse", fused), ("export", exported)):
+        workspace.forget(stage, name)
+    for target in request.targets:
+        model = stages.cast_key(exported, target.precision)
+        workspace.forget("cast", model)
+        if target.needs_engine:
+            workspace.forget("compile", stages.compile_key(model, target, request.config.export))
 
 
 def _is_up_to_date(out: Path, key: str) -> bool:
@@ -175,8 +198,9 @@ def _is_up_to_date(out: Path, key: str) -> bool:
 def _make_bundle(
     request: BuildRequest, plan: _Plan, trained: TrainedStudent, key: str, workspace: Workspace, reporter: Reporter
 ) -> None:
-    if workspace.has("bundle", key):
+    if _is_up_to_date(workspace.path("bundle", key), key):
         return
+    workspace.forget("bundle", key)
     from kdexport.packaging import Parts, package, require_matching
 
     config = request.config
@@ -223,6 +247,3 @@ def _keep_failed(folder: Path, place: Path) -> None:
     shutil.rmtree(place, ignore_errors=True)
     place.parent.mkdir(parents=True, exist_ok=True)
     shutil.copytree(folder, place)
-
-
-__all__ = ["BuildRequest", "BuildResult", "KdexportError", "build"]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def _console() -> Console:
     # In a pipe there is no terminal to fit: wrapped cells would break what reads them.
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
 
 
 def show_build(result: "BuildResult") -> None:
@@ -29,7 +29,7 @@ def show_build(result: "BuildResult") -> None:
     if result.up_to_date:
         console.print("Nothing to do: the bundle is up to date.")
     _print_build(console, data)
-    console.print(f"[bold]Verdict:[/] {verdict_sentence(data)}.")
+    console.print(f"Verdict: {verdict_sentence(data)}.")
     console.print(f"Bundle:  {result.out}  (report.html, report.md)", soft_wrap=True)
     console.print(f"Next:    {_program()} verify {result.out}", soft_wrap=True)
     console.print(f"         {_program()} inspect {result.out}", soft_wrap=True)
@@ -47,7 +47,7 @@ def show_manifest(folder: Path, manifest: Manifest) -> None:
     """What ``kdexport inspect`` prints."""
     console, data, spec = _console(), manifest.data, manifest.spec
     size = spec.preprocessing
-    console.print(f"[bold]{folder}[/]: {spec.student}, {spec.num_classes} classes, {size.image_size}x{size.image_size}")
+    console.print(f"{folder}: {spec.student}, {spec.num_classes} classes, {size.image_size}x{size.image_size}")
     console.print(
         f"Input   float32 (batch, 3, {size.image_size}, {size.image_size}), RGB / 255, mean {size.mean}, std {size.std}"
     )
@@ -72,7 +72,7 @@ def show_verdict(folder: Path, manifest: Manifest, verdict: "Verdict") -> None:
     )
     console.print(table)
     if not verdict.failures:
-        console.print(f"[bold]Verdict:[/] {verdict_sentence(data)}: {folder} is what was trained.", soft_wrap=True)
+        console.print(f"Verdict: {verdict_sentence(data)}: {folder} is what was trained.", soft_wrap=True)
 
 
 def show_facts(facts: "list[Fact]") -> None:

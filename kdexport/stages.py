@@ -23,6 +23,8 @@ _ENGINE_TOOLS = {"trt": ("tensorrt", "tensorrt-cu13"), "trt-rtx": ("tensorrt_rtx
 def fuse_key(trained: TrainedStudent) -> str:
     """Digest of all that the folded student depends on."""
     described = trained.spec.to_json()
+    # How fast or how well it was trained says nothing about what is exported.
+    described["provenance"] = {name: v for name, v in described["provenance"].items() if name != "metrics"}
     return digest(["fuse", trained.weights_sha256, described, source_digest(), tool_versions("torch")])
 
 

@@ -34,14 +34,18 @@ class Workspace:
         if final.is_dir():
             return final
         self._prepare(stage)
-        partial = final.with_name(f"{_PARTIAL}{os.getpid()}-{key}")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        try:
-            make(partial)
-            publish(partial, final)
-        finally:
+        partial = final.with_name(f"{_PARTIAL}{key}")
+        with exclusive(self.root / stage / f".lock-{key}"):
+            # Under the lock, what lies there was left by a process that is gone.
             shutil.rmtree(partial, ignore_errors=True)
+            if final.is_dir():
+                return final
+            partial.mkdir()
+            try:
+                make(partial)
+                publish(partial, final)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
         return final
 
     def resume(self, stage: str, key: str, make: Callable[[Path], None]) -> Path:
@@ -69,10 +73,6 @@ class Workspace:
         ignore = self.root / ".gitignore"
         if not ignore.exists():
             ignore.write_text("*\n")
-        for leftover in folder.glob(f"{_PARTIAL}*"):
-            pid = leftover.name.removeprefix(_PARTIAL).partition("-")[0]
-            if not (Path("/proc") / pid).exists():
-                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def publish(partial: Path, final: Path) -> None:
@@ -81,12 +81,7 @@ def publish(partial: Path, final: Path) -> None:
         if path.is_file():
             with path.open("rb") as stream:
                 os.fsync(stream.fileno())
-    try:
-        partial.rename(final)
-    except OSError:
-        # Another process finished the same result first; both are the same by construction.
-        if not final.is_dir():
-            raise
+    partial.rename(final)
 
 
 @contextlib.contextmanager
@@ -109,10 +104,13 @@ def require_writable(folder: Path) -> None:
     probe.rmdir()
 
 
-def require_replaceable(folder: Path, marker: str) -> None:
-    """Raise ``OutputError`` where ``folder`` holds something without ``marker``: it is not ours to replace."""
+def require_replaceable(folder: Path, is_ours: Callable[[Path], bool]) -> None:
+    """Raise ``OutputError`` where ``folder`` holds something that is not ours to replace."""
+    if not folder.name:
+        raise OutputError(f"{folder} cannot be a bundle folder.", remedy="Pass --out with a name of its own.")
     recover(folder)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file()):
+    occupied = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
+    if folder.is_symlink() or (occupied and not (folder.is_dir() and is_ours(folder))):
         raise OutputError(
             f"{folder} exists and is not a bundle.", remedy="Pass another --out, or move it away; nothing was changed."
         )
@@ -122,15 +120,18 @@ def replace_folder(source: Path, target: Path) -> None:
     """Put a copy of ``source`` in the place of ``target``, which stays as it is until the copy is complete."""
     target.parent.mkdir(parents=True, exist_ok=True)
     incoming, outgoing = _sibling(target, "new"), _sibling(target, "old")
-    shutil.rmtree(incoming, ignore_errors=True)
-    try:
-        shutil.copytree(source, incoming)
-        if target.exists():
-            target.rename(outgoing)
-        publish(incoming, target)
-    finally:
+    lock = _sibling(target, "lock")
+    with exclusive(lock):
         shutil.rmtree(incoming, ignore_errors=True)
-        recover(target)
+        try:
+            shutil.copytree(source, incoming)
+            if target.exists():
+                target.rename(outgoing)
+            publish(incoming, target)
+        finally:
+            shutil.rmtree(incoming, ignore_errors=True)
+            recover(target)
+            lock.unlink(missing_ok=True)
 
 
 def recover(target: Path) -> None:
@@ -142,4 +143,4 @@ def recover(target: Path) -> None:
 
 
 def _sibling(target: Path, kind: str) -> Path:
-    return target.with_name(f".{target.name}.{kind}")
+    return target.with_name(f".{target.name}.kdexport-{kind}")

@@ -120,7 +120,11 @@ def _claim(out: Path, recipe: Recipe, job: str) -> None:
     """A run folder belongs to one recipe: continuing it with another would mix two runs."""
     from kdexport.errors import ConfigError, StorageError
 
-    described = {"job": job, "recipe": recipe.model_dump(mode="json")}
+    tables = recipe.model_dump(mode="json")
+    # Places may change between two calls; what lies there is the same by the digests of the caller.
+    tables["data"].update(root="", workers=0)
+    tables["teacher"].update(checkpoint="")
+    described = {"job": job, "recipe": tables}
     record = out / "recipe.json"
     try:
         out.mkdir(parents=True, exist_ok=True)

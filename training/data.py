@@ -204,10 +204,16 @@ class EvaluationBatches:
     """A split in its own order, unaugmented; small sets are decoded once."""
 
     def __init__(
-        self, images: ImageSet, settings: DataSettings, *, device: torch.device, batch_size: int = 250
+        self,
+        images: ImageSet,
+        settings: DataSettings,
+        *,
+        device: torch.device,
+        batch_size: int = 250,
+        preprocessing: Preprocessing | None = None,
     ) -> None:
         self._images, self._device, self._batch_size = images, device, batch_size
-        self._preprocessing = preprocessing_of(settings)
+        self._preprocessing = preprocessing or preprocessing_of(settings)
         self._normalise = Normaliser(self._preprocessing, device)
         small = is_resident(images, settings)
         self._pixels = decode_all(images, self._preprocessing) if small else None

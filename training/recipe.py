@@ -4,7 +4,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from kdexport.config import Settings, parse, read_toml
 from kdexport.data import DatasetSpec, dataset_spec
@@ -29,6 +29,12 @@ class DataSettings(Settings):
     crop_padding: Annotated[int, Field(ge=0)] = 4
     flip: bool = True
     workers: Annotated[int, Field(ge=0)] = 2
+
+    @model_validator(mode="after")
+    def _covers_the_crop(self) -> "DataSettings":
+        if 0 < self.resize < self.image_size:
+            raise ValueError(f"resize {self.resize} is smaller than the crop of {self.image_size} pixels")
+        return self
 
     def spec(self) -> DatasetSpec:
         """What ``kdexport.data.open_dataset`` takes."""
@@ -67,6 +73,12 @@ class DistillerSettings(Settings):
     weight: NonNegative = 4.0
     ramp_epochs: NonNegative = 20.0
 
+    @model_validator(mode="after")
+    def _has_a_closed_form(self) -> "DistillerSettings":
+        if self.permutation == "expected" and self.trajectory == "marginal":
+            raise ValueError("permutation 'expected' has a closed form for trajectory 'shared_noise' only")
+        return self
+
 
 class TrainSettings(Settings):
     """``[train]``: the optimiser and its schedule; the defaults are the CRD protocol for mobile students."""
@@ -80,7 +92,7 @@ class TrainSettings(Settings):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: NonNegative = 5e-4
     nesterov: bool = False
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     #: ``auto`` is bf16 on CUDA and full precision on the CPU.
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     #: The frozen teacher's own precision; ``auto`` follows ``mixed_precision``.

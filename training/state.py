@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from kdexport.checkpoint import load_strictly
@@ -36,7 +36,8 @@ def save_state(
             tensors[f"momentum.{name}"] = buffer.detach().cpu().contiguous()
     metadata = {"epoch": str(done.epoch), "history": json.dumps(done.history), "extra": json.dumps(extra)}
     partial = directory / f".{_FILE}.partial"
-    save_file(tensors, partial, metadata=metadata)
+    # Written by Python, so that a full disk is an OSError like everywhere else.
+    partial.write_bytes(save(tensors, metadata=metadata))
     with partial.open("rb") as stream:
         os.fsync(stream.fileno())
     partial.replace(directory / _FILE)

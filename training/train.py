@@ -163,7 +163,8 @@ def evaluate_student(recipe: Recipe, checkpoint: Path) -> float:
             remedy="Evaluate on the data set that the student was trained on.",
         )
     student = load_trained_student(trained).to(device)
-    return top1(student, EvaluationBatches(test, recipe.data, device=device))
+    own = trained.spec.preprocessing
+    return top1(student, EvaluationBatches(test, recipe.data, device=device, preprocessing=own))
 
 
 def _build_teacher(recipe: Recipe, images: ImageSet) -> Teacher:

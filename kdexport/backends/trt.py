@@ -24,6 +24,7 @@ from kdexport.targets import Target, unavailable
 _MODULES = {"trt": "tensorrt", "trt-rtx": "tensorrt_rtx"}
 _DATATYPES = {"fp32": "Float", "fp16": "Half"}
 _BOOKKEEPING = {"shape_call", "signal", "wait"}
+_UNREADABLE = "unreadable"
 _TIMEOUT_S = 1800
 
 
@@ -94,7 +95,7 @@ def require_precision(engine: Engine, target: Target) -> None:
     wanted = _DATATYPES[target.precision]
     kernels = [layer for layer in engine.layers if layer.kind not in _BOOKKEEPING]
     wrong = [layer for layer in kernels if any(kind != wanted for kind in layer.datatypes)]
-    if wrong or not kernels:
+    if wrong or not any(layer.datatypes for layer in kernels):
         first = f"{wrong[0].name} reads or writes {', '.join(wrong[0].datatypes)}" if wrong else "no kernel listed"
         raise AuditError(
             f"{len(wrong)} of {len(kernels)} kernels of {target} do not run in {wanted}: {first}.",
@@ -106,10 +107,13 @@ def parse_layer_table(messages: list[str], interface: set[str]) -> list[EngineLa
     """Layers of a detailed build log. Tensors of ``interface`` stay float32 by contract and are left out."""
     table = next((text for text in messages if text.startswith("Layers:")), "")
     rows = []
+    layers = []
     outside = set(interface)
     for row in table.splitlines()[1:]:
         head = re.match(r"\s*Name: (.*?), LayerType: (\w+)", row)
         if head is None:
+            if "LayerType" in row:
+                layers.append(EngineLayer(name=row.strip()[:80], kind=_UNREADABLE, datatypes=(_UNREADABLE,)))
             continue
         tensors = re.findall(r"\{ Name: ([^{}]+?), Dimensions: \[([^\]]*)\][^{}]*?Datatype: (\w+)", row)
         rows.append((head[1], head[2], tensors))
@@ -117,10 +121,12 @@ def parse_layer_table(messages: list[str], interface: set[str]) -> list[EngineLa
         sources = set(re.findall(r"\[ONNX Layer: ([^\]]*)\]", row))
         if sources and all(re.fullmatch(r"graph_output_cast\d+", source) for source in sources):
             outside |= {tensor for tensor, _, _ in tensors}
-    layers = []
     for name, kind, tensors in rows:
         # Constants of one element are scaling factors of the kernel, kept in float32 at any precision.
         types = {datatype for tensor, dims, datatype in tensors if tensor not in outside and dims not in ("1", "")}
+        if not tensors and kind not in _BOOKKEEPING:
+            # A kernel without a tensor is a log in another format, and no proof of anything.
+            types = {_UNREADABLE}
         layers.append(EngineLayer(name=name, kind=kind, datatypes=tuple(sorted(types))))
     return layers
 

@@ -1,11 +1,13 @@
 """Checks on each file of a bundle: its weights, its graph, and what it computes."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -22,10 +24,12 @@ from kdexport.bundle import (
     Manifest,
     changed_files,
 )
-from kdexport.checkpoint import StudentSpec, build_student, load_strictly, load_tensors
+from kdexport.checkpoint import StudentSpec, build_student, load_strictly, load_tensors, sha256_file
 from kdexport.errors import AuditError, CheckpointError, KdexportError
 from kdexport.graph.audit import Finding, audit_graph
+from kdexport.graph.export import read_metadata
 from kdexport.reparam.fuse import fuse_student
+from kdexport.stages import model_metadata
 from kdexport.targets import parse_target
 from kdexport.verify.parity import Check, check_at_most, check_repeatable, run_in_batches, rung_a, rung_b, rung_c
 from kdexport.verify.reference import Probes, Reference, make_probes, make_reference, run_torch
@@ -50,7 +54,13 @@ def check_integrity(folder: Path, manifest: Manifest) -> list[Check]:
     """Every file is there and has the sha256 of the manifest."""
     changes = changed_files(folder, manifest.files)
     detail = ", ".join(f"{name} {what}" for name, what in changes.items()) or f"{len(manifest.files)} files"
-    return [check_at_most("files", "bundle", "sha256", len(changes), 0, unit="files", detail=detail)]
+    targets = folder / TARGETS
+    present = {path.name for path in targets.iterdir()} if targets.is_dir() else set()
+    fact = f"on disk {sorted(present)}, in the manifest {sorted(manifest.targets)}"
+    return [
+        check_at_most("files", "bundle", "sha256", len(changes), 0, unit="files", detail=detail),
+        _from_finding("bundle", Finding("targets", present == set(manifest.targets), fact)),
+    ]
 
 
 def check_golden(folder: Path, manifest: Manifest, pixels: NDArray[np.uint8]) -> list[Check]:
@@ -108,7 +118,7 @@ def _weights_check(stored: dict[str, Tensor], fused: dict[str, Tensor]) -> Check
             return _broken("A", FUSED, f"layer {name} is missing or of another shape")
         scale = expected.abs().clamp(min=expected.abs().max().item() * 1e-6 + 1e-30)
         error = ((tensor - expected).abs() / scale).max().item()
-        if not error <= worst:
+        if not error <= worst and not math.isnan(worst):
             worst, where = error, f"layer {name}"
     return check_at_most("A", FUSED, "weights are the folded ones", worst, _WEIGHT_LIMIT, unit="relative", detail=where)
 
@@ -120,6 +130,7 @@ def onnx_checks(subject: Subject, name: str, precision: str) -> list[Check]:
     checks = [_from_finding(name, finding) for finding in findings]
     if not findings[0].holds:
         return checks
+    checks.append(_from_finding(name, _metadata(subject, path)))
     try:
         model = load_model(path)
     except AuditError as error:
@@ -132,6 +143,15 @@ def onnx_checks(subject: Subject, name: str, precision: str) -> list[Check]:
     where = f"{name} on onnxruntime CPU"
     checks += rung(where, candidate, subject.reference, subject.probes)
     return [*checks, *check_repeatable(where, model.logits, subject.probes, min(8, subject.batches[-1]))]
+
+
+def _metadata(subject: Subject, path: Path) -> Finding:
+    """The file and the manifest say the same about classes, preprocessing and origin; each is read by somebody."""
+    written = read_metadata(onnx.load(str(path), load_external_data=False))
+    # As JSON, because that is what was written: tuples are lists there.
+    expected = json.loads(json.dumps(model_metadata(subject.manifest.spec, sha256_file(subject.folder / UNFUSED))))
+    wrong = [key for key in expected if key != "version" and written.get(key) != expected[key]]
+    return Finding("metadata", not wrong, f"{', '.join(wrong) or 'all'} {'differ' if wrong else 'as'} in the manifest")
 
 
 def engine_checks(subject: Subject, name: str) -> list[Check]:
@@ -148,7 +168,10 @@ def engine_checks(subject: Subject, name: str) -> list[Check]:
     checks = [_from_finding(where, Finding(f"every kernel in {target.precision}", True, fact))]
     if subject.manifest.targets[name]["status"] == NOT_EXECUTED or not can_execute(target):
         return [*checks, _from_finding(where, Finding("execution", True, "not executed on this machine"))]
-    candidate = run_engine(engine.plan, target, subject.probes.images, subject.batches)
+    try:
+        candidate = run_engine(engine.plan, target, subject.probes.images, subject.batches)
+    except KdexportError as error:
+        return [*checks, _broken("run", where, error.message)]
     rung = rung_b if target.precision == "fp32" else rung_c
     return [*checks, *rung(where, candidate, subject.reference, subject.probes)]
 

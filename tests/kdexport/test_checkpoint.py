@@ -220,7 +220,7 @@ def test_a_renamed_tensor_points_to_the_nearest(checkpoint: Path) -> None:
 def test_a_tensor_of_another_shape_is_named_with_both_shapes(checkpoint: Path) -> None:
     # One value would broadcast over sixteen.
     reweigh(checkpoint, {"conv1.1.weight": torch.ones(1)})
-    assert "1 shapes wrong, first 'conv1.1.weight is (1,), not (16,)'" in load_error(checkpoint)
+    assert "1 tensors of another shape or type, first 'conv1.1.weight is (1,), not (16,)'" in load_error(checkpoint)
 
 
 def test_another_number_of_classes_is_named_with_both_shapes(checkpoint: Path) -> None:

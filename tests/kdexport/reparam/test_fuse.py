@@ -13,10 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdexport.errors import CertificateError, ReparamError
 from kdexport.reparam import algebra, fuse
-from kdexport.reparam.blocks import ParallelBranches
+from kdexport.reparam.blocks import BranchSpec, ParallelBranches, attach_branches
 from kdexport.reparam.fuse import fuse_student
 from kdexport.reparam.spec import Placement
-from kdexport.students import Student
+from kdexport.students import STUDENTS, Student
 from tests.kdexport.hostile import noise, randomize, relative_difference
 from tests.kdexport.reparam.nets import Net, Residual, adapted, branched, hostile, pair, student
 
@@ -393,3 +393,22 @@ def test_a_student_with_a_value_that_is_not_finite_never_passes(tensor: str, val
     else:
         with pytest.raises(CertificateError, match="differs from the original by nan"):
             fuse_student(net)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [BranchSpec(placement="R1", num_branches=4), BranchSpec(placement="R2", num_branches=3, adapter_channels=24)],
+)
+def test_the_fused_student_has_the_flops_of_the_plain_one(spec: BranchSpec) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def flops(module: nn.Module) -> int:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            module(torch.zeros(1, 3, 32, 32))
+        return int(counter.get_total_flops())
+
+    plain = STUDENTS.build("mobilenetv2", num_classes=11, image_size=32).eval()
+    student = STUDENTS.build("mobilenetv2", num_classes=11, image_size=32)
+    attach_branches(student, spec)
+    assert flops(student.eval()) > flops(plain)
+    assert flops(fuse_student(student).module) == flops(plain)
