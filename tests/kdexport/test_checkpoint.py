@@ -225,7 +225,7 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes(checkpoint: Path) -
 
 def test_another_number_of_classes_is_named_with_both_shapes(checkpoint: Path) -> None:
     describe(checkpoint, classes=["a", "b", "c"])
-    assert "2 shapes wrong, first 'classifier.0.bias is (5,), not (3,)'" in load_error(checkpoint)
+    assert "2 tensors of another shape or type, first 'classifier.0.bias is (5,), not (3,)'" in load_error(checkpoint)
 
 
 def test_weights_of_another_form_or_without_their_branches_do_not_load(checkpoint: Path, tmp_path: Path) -> None:
