@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdexport.errors import BackendUnavailableError, ConfigError, DataError
-from kdexport.preprocessing import Preprocessing, decode, read_image
+from kdexport.preprocessing import Preprocessing, read_image
 from kdexport.registry import nearest
 
 Split = Literal["train", "test"]
@@ -119,7 +119,7 @@ def sources(spec: DatasetSpec) -> list[Path]:
     if spec.name == "cifar100" and archive is not None:
         return [archive / name for name in ("train", "test", "meta")]
     splits: tuple[Split, ...] = ("train", "test")
-    return [path for split in splits for path in _open_folder(root, split).files]
+    return sorted(path for split in splits for path in _open_folder(root, split).files)
 
 
 def _open_digits(_spec: DatasetSpec, split: Split) -> ImageSet:
@@ -193,8 +193,3 @@ def _open_folder(root: Path, split: Split) -> ImageSet:
     if not files:
         raise DataError(f"{found} holds no class folder.", remedy=f"Expected: {_LAYOUT}.")
     return ImageSet(classes=tuple(classes), labels=np.asarray(labels, np.int64), pixels=None, files=tuple(files))
-
-
-def check_image(data: bytes, name: str, preprocessing: Preprocessing) -> NDArray[np.uint8]:
-    """Image bytes to (S,S,3) uint8 by ``preprocessing``; raises ``DataError`` that names the image."""
-    return preprocessing.pixels(decode(data, name))

@@ -1,7 +1,6 @@
 """What a run says while it runs: live bars on a terminal, one plain line an epoch in a pipe."""
 
 import sys
-import time
 from types import TracebackType
 
 from rich.console import Console
@@ -23,7 +22,6 @@ class EpochProgress:
         self._live = Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
         self._bar = self._live.add_task(title, total=steps_per_epoch * epochs, status="")
         self._live.advance(self._bar, steps_per_epoch * done_epochs)
-        self._started = time.monotonic()
         if done_epochs:
             self._line(f"{title}: continuing after epoch {done_epochs} of {epochs}")
 

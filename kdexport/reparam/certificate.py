@@ -1,7 +1,6 @@
 """The proof that a fold changed nothing: float64 error per block and of the whole, on hostile input."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -77,11 +76,6 @@ def hostile_input(shape: tuple[int, ...]) -> Tensor:
     generator = torch.Generator().manual_seed(20240208)
     noise = torch.randn(shape, generator=generator, dtype=torch.float64)
     return noise * 1.7 + 0.3
-
-
-def first_failure(errors: Mapping[str, float], limit: float) -> str | None:
-    """The first name, in order, whose error is not within the limit."""
-    return next((name for name, error in errors.items() if not error <= limit), None)
 
 
 def _ordered(error: float) -> float:

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kdexport.data import DatasetSpec, ImageSet, check_image, dataset_spec, open_dataset, sources
+from kdexport.data import DatasetSpec, ImageSet, dataset_spec, open_dataset, sources
 from kdexport.errors import ConfigError, DataError
-from kdexport.preprocessing import Preprocessing
+from kdexport.preprocessing import Preprocessing, decode
 
 HALF = (0.5, 0.4, 0.3)
 SMALL = Preprocessing(image_size=8, resize=8, mean=HALF, std=HALF)
@@ -128,7 +128,7 @@ def test_the_original_of_a_file_is_its_bytes_and_of_an_array_a_lossless_png(
     assert digits[1].pixels is not None
     data, suffix = digits[1].original(17)
     assert suffix == ".png"
-    assert np.array_equal(check_image(data, "digit", CIFAR), digits[1].pixels[17])
+    assert np.array_equal(CIFAR.pixels(decode(data, "digit")), digits[1].pixels[17])
 
 
 @pytest.mark.parametrize(

@@ -140,3 +140,18 @@ def test_the_fingerprint_covers_labels_classes_and_pixels() -> None:
 
     assert of() == of()
     assert len({of(), of(classes=("b", "a")), of(labels=(1, 1)), of(labels=(1, 0)), of(flip=1)}) == 5
+
+
+def test_data_behind_symbolic_links_is_told_apart(tmp_path: Path) -> None:
+    digests = []
+    for name in ("one", "two"):
+        spec = folders(tmp_path / "real" / name)
+        if name == "two":
+            flip_last_byte(tmp_path / "real" / "two" / "train" / "ant" / "1.png")
+        linked = tmp_path / "linked" / name
+        linked.mkdir(parents=True)
+        for split in ("train", "test"):
+            (linked / split).symlink_to(tmp_path / "real" / name / split)
+        digests.append(dataset_digest(DatasetSpec(name=f"folder:{linked}"), tmp_path / "memory"))
+        assert digests[-1] == dataset_digest(spec, tmp_path / "memory")
+    assert digests[0] != digests[1]

@@ -325,3 +325,32 @@ def test_a_wrong_configuration_is_refused_with_the_nearest_name(
     for word in words:
         assert word in done.stderr, done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_a_manifest_of_its_own_is_not_replaced(built: Built, kdexport: Command, tmp_path: Path) -> None:
+    web = tmp_path / "web"
+    web.mkdir()
+    (web / "manifest.json").write_text('{"name": "an app"}')
+    (web / "precious.txt").write_text("unsaved")
+    before = tree(web)
+    done = kdexport("build", "--config", built.config, "--out", web, "--workspace", built.workspace)
+    assert done.exit_code == 2
+    assert tree(web) == before
+
+
+def test_a_module_of_the_user_is_not_run_in_the_place_of_ours(kdexport: Command, tmp_path: Path) -> None:
+    (tmp_path / "training.py").write_text("raise SystemExit('mine')")
+    done = kdexport("list", "teachers", cwd=tmp_path)
+    assert done.exit_code == 0, done.stderr
+    assert "resnet56" in done.stdout
+
+
+def test_a_damaged_result_in_the_workspace_is_made_again(built: Built, kdexport: Command, tmp_path: Path) -> None:
+    workspace = Path(shutil.copytree(built.workspace, tmp_path / "ws"))
+    kept = next((workspace / "bundle").glob("*/model.onnx"))
+    kept.write_bytes(kept.read_bytes()[:-1])
+    out = tmp_path / "out"
+    done = kdexport("build", "--config", built.config, "--out", out, "--workspace", workspace, "--target",
+                    "onnx-fp32,trt-rtx-fp16")  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    assert (out / "model.onnx").read_bytes() == (built.bundle / "model.onnx").read_bytes()

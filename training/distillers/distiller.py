@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from kdexport.reparam.blocks import BranchSpec
-from kdexport.students import Student
 from training.recipe import DistillerSettings
 from training.teachers import Teacher
 
@@ -36,8 +35,3 @@ class Distiller(nn.Module):
     def forward(self, branch_features: list[Tensor], teacher_feature: Tensor, step: StepContext) -> dict[str, Tensor]:
         """Named scalar losses, weighted, to be added to cross-entropy."""
         raise NotImplementedError
-
-
-def build_arguments(student: Student, teacher: Teacher, settings: DistillerSettings) -> dict[str, object]:
-    """What every distiller's factory is called with."""
-    return {"settings": settings, "student": student, "teacher": teacher}
