@@ -103,15 +103,19 @@ def open_dataset(spec: DatasetSpec, split: Split) -> ImageSet:
     if spec.name.startswith("folder:"):
         return _open_folder(Path(spec.name.removeprefix("folder:")), split)
     readers: dict[str, Callable[[DatasetSpec, Split], ImageSet]] = {"digits": _open_digits, "cifar100": _open_cifar100}
-    if spec.name not in readers:
-        raise ConfigError(
-            f"There is no data set named {spec.name!r}.", remedy=nearest(spec.name, [*readers, "folder:PATH"])
-        )
+    _require_known(spec.name)
     return readers[spec.name](spec, split)
+
+
+def _require_known(name: str) -> None:
+    known = ("digits", "cifar100")
+    if name not in known and not name.startswith("folder:"):
+        raise ConfigError(f"There is no data set named {name!r}.", remedy=nearest(name, [*known, "folder:PATH"]))
 
 
 def sources(spec: DatasetSpec) -> list[Path]:
     """The files a data set is read from, for a cheap check whether they changed; empty for data inside a package."""
+    _require_known(spec.name)
     if spec.name == "digits":
         return []
     root = Path(spec.name.removeprefix("folder:")) if spec.name.startswith("folder:") else Path(spec.root)

@@ -20,6 +20,7 @@ FROZEN = {
     "KDX340": ("TrainingError", 1),
     "KDX400": ("BackendUnavailableError", 4),
     "KDX401": ("StorageError", 4),
+    "KDX900": ("UnexpectedError", 2),
 }
 # Bases, and the error of a child process, which brings the code that the child gave it.
 GROUPS = {"KdexportError", "CheckError", "MachineError", "ForwardedError"}
