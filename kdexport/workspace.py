@@ -87,13 +87,17 @@ def publish(partial: Path, final: Path) -> None:
 @contextlib.contextmanager
 def exclusive(lock: Path) -> Iterator[None]:
     """Hold ``lock`` against other processes; the system drops it when this one ends, however it ends."""
-    with lock.open("w") as stream:
+    # A folder is locked as it is: a lock file that is removed again would let two processes hold two of one name.
+    descriptor = os.open(lock, os.O_RDONLY if lock.is_dir() else os.O_RDWR | os.O_CREAT, 0o644)
+    try:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             sys.stderr.write("Waiting for another kdexport that is working on the same thing ...\n")
-            fcntl.flock(stream, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(descriptor)
 
 
 def require_writable(folder: Path) -> None:
@@ -108,7 +112,9 @@ def require_replaceable(folder: Path, is_ours: Callable[[Path], bool]) -> None:
     """Raise ``OutputError`` where ``folder`` holds something that is not ours to replace."""
     if not folder.name:
         raise OutputError(f"{folder} cannot be a bundle folder.", remedy="Pass --out with a name of its own.")
-    recover(folder)
+    if folder.parent.is_dir():
+        with exclusive(folder.parent):
+            recover(folder)
     occupied = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
     if folder.is_symlink() or (occupied and not (folder.is_dir() and is_ours(folder))):
         raise OutputError(
@@ -120,8 +126,7 @@ def replace_folder(source: Path, target: Path) -> None:
     """Put a copy of ``source`` in the place of ``target``, which stays as it is until the copy is complete."""
     target.parent.mkdir(parents=True, exist_ok=True)
     incoming, outgoing = _sibling(target, "new"), _sibling(target, "old")
-    lock = _sibling(target, "lock")
-    with exclusive(lock):
+    with exclusive(target.parent):
         shutil.rmtree(incoming, ignore_errors=True)
         try:
             shutil.copytree(source, incoming)
@@ -131,7 +136,6 @@ def replace_folder(source: Path, target: Path) -> None:
         finally:
             shutil.rmtree(incoming, ignore_errors=True)
             recover(target)
-            lock.unlink(missing_ok=True)
 
 
 def recover(target: Path) -> None:
