@@ -2,14 +2,14 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from kdexport.errors import CheckpointError
 from kdexport.preprocessing import Preprocessing
 from kdexport.registry import nearest
-from kdexport.reparam.spec import BranchSpec, Placement
+from kdexport.reparam.spec import BranchSpec
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -47,7 +47,7 @@ class StudentSpec:
             "student": self.student,
             "classes": list(self.classes),
             "preprocessing": self.preprocessing.to_json(),
-            "branches": None if self.branches is None else asdict(self.branches),
+            "branches": None if self.branches is None else self.branches.to_json(),
             "provenance": self.provenance,
         }
 
@@ -59,15 +59,11 @@ class StudentSpec:
         branches, classes = data["branches"], data["classes"]
         if not isinstance(classes, list) or not classes:
             raise ValueError("classes is not a list of names")
-        if branches is not None and branches["placement"] not in get_args(Placement):
-            raise ValueError(f"placement is {branches['placement']!r}, not one of {', '.join(get_args(Placement))}")
-        if branches is not None and not isinstance(branches["num_branches"], int):
-            raise ValueError(f"num_branches is {branches['num_branches']!r}, not a whole number")
         return cls(
             student=str(data["student"]),
             classes=tuple(str(name) for name in classes),
             preprocessing=Preprocessing.from_json(data["preprocessing"]),
-            branches=None if branches is None else BranchSpec(**branches),
+            branches=None if branches is None else BranchSpec.from_json(branches),
             provenance=dict(data["provenance"]),
         )
 

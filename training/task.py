@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kdexport.reparam.blocks import ParallelBranches
+from kdexport.students import Tapped
 from training.distillers import Distiller
 from training.distillers.distiller import StepContext
 from training.teachers import Teacher
@@ -71,25 +72,19 @@ class FrozenTeacher:
     """A teacher in evaluation mode that is never trained; it reads the student's normalised images."""
 
     def __init__(self, teacher: Teacher, device: torch.device, precision: torch.dtype | None) -> None:
-        network = teacher.to(device).eval().requires_grad_(False)
-        self._network = network.to(memory_format=torch.channels_last)
+        teacher.to(device).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self._network = teacher
         self._device, self._precision = device, precision
         self._scale, self._shift = torch.ones((), device=device), torch.zeros((), device=device)
-        self._feature = torch.empty(0)
-        teacher.get_submodule(teacher.taps[-1].module).register_forward_hook(self._keep)
 
     def renormalise(self, scale: Tensor, shift: Tensor) -> None:
         """Map the student's normalised pixels to the teacher's: x * scale + shift, each (1,3,1,1)."""
         self._scale, self._shift = scale.to(self._device), shift.to(self._device)
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Last feature (N,Ct,H,W) and logits (N,num_classes) for the student's input (N,3,S,S)."""
+    def __call__(self, images: Tensor) -> Tapped:
+        """Features and logits for the student's input (N,3,S,S)."""
         own = images * self._scale + self._shift
         enabled = self._precision is not None
         with torch.autocast(self._device.type, dtype=self._precision, enabled=enabled):
-            logits = self._network(own)
-        return self._feature, logits
-
-    def _keep(self, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        self._feature = output
+            return self._network.tapped(own)

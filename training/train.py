@@ -4,7 +4,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from accelerate import Accelerator
@@ -14,7 +14,7 @@ from kdexport.checkpoint import load_student as load_trained_student
 from kdexport.data import ImageSet, open_dataset
 from kdexport.errors import BackendUnavailableError, CheckpointError
 from kdexport.preprocessing import Preprocessing
-from kdexport.reparam.blocks import BranchSpec, ParallelBranches, attach_branches, branches_path
+from kdexport.reparam.blocks import BranchSpec, ParallelBranches, attach_branches, branch_paths
 from kdexport.students import STUDENTS, Student
 from training.data import Batches, EvaluationBatches, preprocessing_of, training_batches
 from training.distillers import DISTILLERS
@@ -110,7 +110,7 @@ def train_student(recipe: Recipe, directory: Path, origin: Origin) -> Metrics:
     branches = type(distiller).branch_spec(recipe.distiller, teacher)
     parallel = _attach(student, branches)
     calibration = zip(range(_CALIBRATION_BATCHES), batches.epoch(0), strict=False)
-    distiller.calibrate(frozen(images)[0] for _, (images, _) in calibration)
+    distiller.calibrate(frozen(images).last for _, (images, _) in calibration)
     task = DistillationTask(student, distiller, parallel).to(device)
     task.to(memory_format=torch.channels_last)
     teacher_top1 = top1(_logits_only(frozen), evaluation)
@@ -123,7 +123,7 @@ def train_student(recipe: Recipe, directory: Path, origin: Origin) -> Metrics:
         network=student,
         batches=batches,
         evaluation=evaluation,
-        teacher_feature=lambda images: frozen(images)[0],
+        teacher_feature=lambda images: frozen(images).last,
     )
     history = run(job, accelerator)
     metrics = {
@@ -202,15 +202,14 @@ def _attach(student: Student, branches: BranchSpec | None) -> ParallelBranches |
     if branches is None:
         return None
     attach_branches(student, branches)
-    parallel = student.get_submodule(branches_path(student, branches))
-    assert isinstance(parallel, ParallelBranches)
-    return parallel
+    (path,) = branch_paths(student, branches).values()
+    return cast(ParallelBranches, student.get_submodule(path))
 
 
 def _logits_only(frozen: FrozenTeacher) -> torch.nn.Module:
     class Logits(torch.nn.Module):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
-            return frozen(images)[1]
+            return frozen(images).logits
 
     return Logits()
 

@@ -100,3 +100,28 @@ def compose_pointwise_linear(
     if fc_bias is not None:
         shift = shift + fc_bias.detach().double()
     return merged.to(fc_weight.dtype), shift.to(fc_weight.dtype)
+
+
+def compose_pointwise_conv(
+    first: tuple[Tensor, Tensor | None], second: tuple[Tensor, Tensor | None]
+) -> tuple[Tensor, Tensor]:
+    """Fold a 1x1 convolution (A,C,1,1) into the ungrouped convolution (O,A,*K) that reads it: (O,C,*K), (O,).
+
+    W = sum_a W2[:,a] W1[a] at each tap of the kernel, b = sum_taps W2 b1 + b2. Exact where the second convolution reads
+    no padded zeros: those are put around the output of the first, after its bias. Raises ``ReparamError`` for other
+    kernels or groups.
+    """
+    (weight, bias), (outer_weight, outer_bias) = first, second
+    outer = outer_weight.detach().double()
+    if weight.dim() != 4 or tuple(weight.shape[2:]) != (1, 1) or weight.shape[0] != outer.shape[1]:
+        raise ReparamError(
+            f"A convolution of shape {tuple(weight.shape)} does not fold into one of shape {tuple(outer.shape)}.",
+            remedy="Only an ungrouped 1x1 convolution folds into the convolution after it and keeps its kernel.",
+        )
+    merged = torch.einsum("oa...,ac->oc...", outer, weight.detach().double().flatten(1))
+    shift = torch.zeros(outer.shape[0], dtype=torch.float64, device=outer.device)
+    if bias is not None:
+        shift = shift + torch.einsum("oa...,a->o", outer, bias.detach().double())
+    if outer_bias is not None:
+        shift = shift + outer_bias.detach().double()
+    return merged.to(outer_weight.dtype), shift.to(outer_weight.dtype)

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from kdexport.errors import ReparamError
-from kdexport.reparam.algebra import AnyBatchNorm, compose_pointwise_linear, fold_batch_norm, merge_branches
+from kdexport.reparam.algebra import (
+    AnyBatchNorm,
+    compose_pointwise_conv,
+    compose_pointwise_linear,
+    fold_batch_norm,
+    merge_branches,
+)
 from kdexport.reparam.blocks import ParallelBranches
 from kdexport.reparam.certificate import BlockCertificate, Certificate, hostile_input, relative_error
 from kdexport.reparam.structure import (
@@ -65,13 +71,23 @@ def _apply(module: nn.Module, step: Step) -> None:
     elif isinstance(step, MergeBranches):
         _replace(module, step.parallel, _merged(module, step.parallel))
     else:
-        conv = _merged(module, step.parallel)
-        linear = cast(nn.Linear, module.get_submodule(step.linear))
-        weight, bias = compose_pointwise_linear((conv.weight, conv.bias), (linear.weight, linear.bias))
-        fresh = nn.Linear(weight.shape[1], weight.shape[0], dtype=weight.dtype)
-        _set_weights(fresh, (weight, bias))
-        _replace(module, step.linear, fresh)
-        _replace(module, step.parallel, nn.Identity())
+        _compose(module, step)
+
+
+def _compose(module: nn.Module, step: ComposeAdapters) -> None:
+    adapter, reader = _merged(module, step.parallel), module.get_submodule(step.layer)
+    outer = cast(Tensor, reader.weight), cast("Tensor | None", reader.bias)
+    fold = compose_pointwise_linear if step.pooled else compose_pointwise_conv
+    weights = fold((adapter.weight, adapter.bias), outer)
+    if step.batch_norm is not None:
+        weights = fold_batch_norm(*weights, cast(AnyBatchNorm, module.get_submodule(step.batch_norm)))
+        _replace(module, step.batch_norm, nn.Identity())
+    # A copy of the reader keeps its geometry; only its input channels change.
+    fresh = copy.deepcopy(reader)
+    _set_weights(fresh, weights)
+    setattr(fresh, "in_features" if step.pooled else "in_channels", adapter.in_channels)
+    _replace(module, step.layer, fresh)
+    _replace(module, step.parallel, nn.Identity())
 
 
 def _replace(module: nn.Module, path: str, fresh: nn.Module) -> None:
@@ -159,8 +175,14 @@ class _Recorder:
         first = _first(step)
         block, x = self._module.get_submodule(first), hostile_input(self._shapes[first])
         if isinstance(step, ComposeAdapters):
-            kind, reference = "adapters into classifier", self._module.get_submodule(step.linear)(block(x).mean((2, 3)))
-            candidate = fused.get_submodule(step.linear)(x.mean((2, 3)))
+            kind = "adapters into classifier" if step.pooled else "adapters into conv"
+            adapted, plain = (block(x).mean((2, 3)), x.mean((2, 3))) if step.pooled else (block(x), x)
+            reference, candidate = (
+                self._module.get_submodule(step.layer)(adapted),
+                fused.get_submodule(step.layer)(plain),
+            )
+            if step.batch_norm is not None:
+                reference = self._module.get_submodule(step.batch_norm)(reference)
         elif isinstance(step, FoldPair):
             kind, reference = "conv + batch norm", self._module.get_submodule(step.batch_norm)(block(x))
             candidate = fused.get_submodule(first)(x)

@@ -78,13 +78,13 @@ def require_statistics(batch_norm: nn.Module, name: str) -> None:
         )
 
 
-def require_pointwise(conv: nn.Conv2d, path: str) -> None:
-    """An adapter commutes with the pooling after it."""
+def require_pointwise(conv: nn.Conv2d, path: str, reader: str) -> None:
+    """An adapter acts on each position alike, so that it commutes with what reads it."""
     pointwise = conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1
     if not pointwise or conv.padding not in ((0, 0), "valid", "same"):
         raise ReparamError(
-            f"The branches of adapter {path} are no plain 1x1 convolutions: {conv}.",
-            remedy="Only an ungrouped, unpadded 1x1 convolution of stride 1 commutes with the pooling after it.",
+            f"The branches of adapter {path} are no plain 1x1 convolutions: {conv}. They do not fold into {reader}.",
+            remedy="Only an ungrouped, unpadded 1x1 convolution of stride 1 folds into the plain student's graph.",
         )
 
 

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx, nn
@@ -10,22 +9,20 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kdexport.errors import ReparamError
-from kdexport.reparam.blocks import ParallelBranches, PooledAdapters
+from kdexport.reparam.absorb import absorbing_layer, batch_norm_of
+from kdexport.reparam.blocks import Adapters, ParallelBranches
 from kdexport.reparam.refusals import (
     refuse_hooks,
     refuse_parametrization,
     refuse_reuse,
     refuse_shared,
     require_eval,
-    require_pointwise,
     require_positional,
     require_same_geometry,
     require_statistics,
 )
 
 _LINEAR_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-_POOLING = {functional.adaptive_avg_pool2d}
-_TRANSPARENT = {torch.flatten, functional.dropout}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +42,15 @@ class MergeBranches:
 
 @dataclass(frozen=True, slots=True)
 class ComposeAdapters:
-    """``PooledAdapters`` to be folded into the linear layer after the pooling."""
+    """``Adapters`` to be folded into the layer that reads them, and the batch norm of that layer into it too.
+
+    ``pooled`` says that global average pooling lies between.
+    """
 
     parallel: str
-    linear: str
+    layer: str
+    batch_norm: str | None
+    pooled: bool
 
 
 Step = FoldPair | MergeBranches | ComposeAdapters
@@ -96,8 +98,21 @@ def find_steps(module: nn.Module) -> list[Step]:
         elif isinstance(target, ParallelBranches):
             steps.append(_merge(module, node, target, calls))
     _require_called(module, steps)
-    _refuse_batch_norm_after_adapters(steps)
-    return steps
+    composed = {step.layer for step in steps if isinstance(step, ComposeAdapters)}
+    return [step for step in steps if not (isinstance(step, FoldPair) and step.layer in composed)]
+
+
+def batch_norm_after(module: nn.Module, path: str) -> str:
+    """The path of the batch norm that alone reads the layer ``path``; raises ``ReparamError`` where there is none."""
+    layer = module.get_submodule(path)
+    nodes = [n for n in trace(module).nodes if n.op == "call_module" and module.get_submodule(str(n.target)) is layer]
+    found = batch_norm_of(module, nodes[0]) if len(nodes) == 1 else None
+    if found is None:
+        raise ReparamError(
+            f"No batch norm alone reads the output of {path}, which is called {len(nodes)} times.",
+            remedy="Branches take the place of a convolution and the batch norm directly after it.",
+        )
+    return found
 
 
 def branch_layers(parallel: ParallelBranches, path: str) -> list[tuple[nn.Conv2d, nn.Module | None]]:
@@ -160,48 +175,12 @@ def _merge(module: nn.Module, node: fx.Node, parallel: ParallelBranches, calls: 
     refuse_reuse(path, calls[id(parallel)])
     refuse_parametrization(parallel, path)
     layers = branch_layers(parallel, path)
-    if not isinstance(parallel, PooledAdapters):
+    if not isinstance(parallel, Adapters):
         return MergeBranches(path)
-    require_pointwise(layers[0][0], path)
-    return ComposeAdapters(path, _linear_after_pooling(module, node, path, calls))
-
-
-def _linear_after_pooling(module: nn.Module, node: fx.Node, path: str, calls: Counter[int]) -> str:
-    pooled, current = False, node
-    while True:
-        users = list(current.users)
-        if len(users) != 1:
-            raise ReparamError(f"The output of adapter {path} has {len(users)} users.", remedy="It must have one.")
-        current = users[0]
-        layer = module.get_submodule(str(current.target)) if current.op == "call_module" else None
-        if isinstance(layer, nn.Linear) and pooled:
-            refuse_reuse(str(current.target), calls[id(layer)])
-            refuse_parametrization(layer, str(current.target))
-            return str(current.target)
-        is_pool = isinstance(layer, nn.AdaptiveAvgPool2d) or current.target in _POOLING
-        if is_pool and _pools_to_one(current, layer):
-            pooled = True
-        elif not isinstance(layer, nn.Dropout | nn.Identity | nn.Flatten) and current.target not in _TRANSPARENT:
-            what = type(layer).__name__ if layer is not None else getattr(current.target, "__name__", current.target)
-            raise ReparamError(
-                f"Between adapter {path} and the classifier lies {what}, which does not commute with a linear map.",
-                remedy="R2 adapters need global average pooling and a linear classifier directly after them; use R1.",
-            )
-
-
-def _pools_to_one(node: fx.Node, layer: nn.Module | None) -> bool:
-    size: Any = layer.output_size if isinstance(layer, nn.AdaptiveAvgPool2d) else node.args[1]
-    return size in (1, (1, 1))
-
-
-def _refuse_batch_norm_after_adapters(steps: list[Step]) -> None:
-    composed = {step.linear for step in steps if isinstance(step, ComposeAdapters)}
-    for step in steps:
-        if isinstance(step, FoldPair) and step.layer in composed:
-            raise ReparamError(
-                f"Batch norm {step.batch_norm} follows {step.layer}, into which adapters fold already.",
-                remedy="End the classifier with its linear layer.",
-            )
+    reader = absorbing_layer(module, node, layers[0][0], calls)
+    name = str(reader.target)
+    pooled = isinstance(module.get_submodule(name), nn.Linear)
+    return ComposeAdapters(path, name, batch_norm_of(module, reader), pooled)
 
 
 def _require_called(module: nn.Module, steps: list[Step]) -> None:

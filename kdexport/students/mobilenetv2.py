@@ -3,13 +3,11 @@
 import math
 from typing import cast
 
-import torch
 import torchvision
 from torch import Tensor, nn
-from torch.nn import functional
 
 from kdexport.students import STUDENTS
-from kdexport.students.student import IMAGENET_MIN_SIZE, Student, Tap
+from kdexport.students.student import IMAGENET_MIN_SIZE, Host, Stage, Student, Tap
 
 # Expansion, output channels at width 0.5, blocks, first stride: Table 2 of the paper, halved.
 _SMALL_GROUPS = (
@@ -21,11 +19,14 @@ _SMALL_GROUPS = (
     (6, 80, 3, 2),
     (6, 160, 1, 1),
 )
+# Groups that end a stage, and modules of torchvision's ``features`` that end a tap.
+_STAGE_ENDS = (1, 2, 4, 6)
+_FEATURE_ENDS = (0, 3, 6, 13, 17, 18)
 
 
 def _conv_bn(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Sequential:
     conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.ReLU())
 
 
 class _InvertedResidual(nn.Module):
@@ -52,26 +53,31 @@ class SmallMobileNetV2(Student):
     """The half-width network of the distillation literature for 32x32 inputs: 812,836 parameters at 100 classes."""
 
     name = "mobilenetv2"
-    last_host = ("conv2.0", "conv2.1")
-    classifier_path = "classifier.0"
 
     def __init__(self, num_classes: int, image_size: int) -> None:
         super().__init__()
-        self.num_classes, self.image_size = num_classes, image_size
         self.conv1 = _conv_bn(3, 16, 3, stride=2)
-        groups, channels, stride, taps = [], 16, 2, [Tap(name="stem", module="conv1", channels=16, stride=2)]
+        groups, channels, stride = [], 16, 2
+        taps, hosts = [Tap(name="stem", channels=16, stride=2)], []
         for index, (expansion, outputs, count, first_stride) in enumerate(_SMALL_GROUPS):
             blocks = [_InvertedResidual(channels, outputs, first_stride, expansion)]
             blocks += [_InvertedResidual(outputs, outputs, 1, expansion) for _ in range(count - 1)]
             groups.append(nn.Sequential(*blocks))
             channels, stride = outputs, stride * first_stride
-            if index in (1, 2, 4, 6):
-                taps.append(Tap(name=f"stage{len(taps)}", module=f"blocks.{index}", channels=channels, stride=stride))
+            if index in _STAGE_ENDS:
+                name, end = f"stage{len(taps)}", f"blocks.{index}.{count - 1}.conv"
+                taps.append(Tap(name=name, channels=channels, stride=stride))
+                hosts.append(Host(tap=name, conv=f"{end}.6", batch_norm=f"{end}.7"))
         self.blocks = nn.ModuleList(groups)
         self.conv2 = _conv_bn(channels, 1280, 1, stride=1)
-        self.adapter = nn.Identity()
         self.classifier = nn.Sequential(nn.Linear(1280, num_classes))
-        self.taps = (*taps, Tap(name="last", module="conv2", channels=1280, stride=stride))
+        self.describe(
+            num_classes=num_classes,
+            image_size=image_size,
+            taps=[*taps, Tap(name="last", channels=1280, stride=stride)],
+            hosts=[*hosts, Host(tap="last", conv="conv2.0", batch_norm="conv2.1")],
+            classifier_path="classifier.0",
+        )
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 self.init_branch(module)
@@ -83,50 +89,58 @@ class SmallMobileNetV2(Student):
         fan = conv.kernel_size[0] * conv.kernel_size[1] * conv.out_channels
         nn.init.normal_(conv.weight, std=math.sqrt(2.0 / fan))
 
-    def extract(self, images: Tensor) -> Tensor:
-        x = self.conv1(images)
-        for group in self.blocks:
-            x = group(x)
-        return cast(Tensor, self.conv2(x))
+    def advance(self, index: int, x: Tensor) -> Stage:
+        if index == 0:
+            return Stage.activated(self.conv1, x)
+        if index > len(_STAGE_ENDS):
+            return Stage.activated(self.conv2, x)
+        first = 0 if index == 1 else _STAGE_ENDS[index - 2] + 1
+        for position in range(first, _STAGE_ENDS[index - 1] + 1):
+            x = self.blocks[position](x)
+        return Stage.linear(x)
 
-    def classify(self, feature: Tensor) -> Tensor:
-        pooled = functional.adaptive_avg_pool2d(feature, 1)
-        return cast(Tensor, self.classifier(torch.flatten(pooled, 1)))
+    def predict(self, pooled: Tensor) -> Tensor:
+        return cast(Tensor, self.classifier(pooled))
 
 
 class MobileNetV2(Student):
     """torchvision's MobileNetV2 with its parameter names: 2,351,972 parameters at 100 classes."""
 
     name = "mobilenetv2"
-    last_host = ("features.18.0", "features.18.1")
-    classifier_path = "classifier.1"
 
     def __init__(self, num_classes: int, image_size: int) -> None:
         super().__init__()
-        self.num_classes, self.image_size = num_classes, image_size
         net = torchvision.models.mobilenet_v2(num_classes=num_classes)
         # torchvision's own names, so that its checkpoints load unchanged.
-        self.features = net.features
-        self.adapter = nn.Identity()
-        self.classifier = net.classifier
-        self.taps = (
-            Tap(name="stem", module="features.0", channels=32, stride=2),
-            Tap(name="stage1", module="features.3", channels=24, stride=4),
-            Tap(name="stage2", module="features.6", channels=32, stride=8),
-            Tap(name="stage3", module="features.13", channels=96, stride=16),
-            Tap(name="stage4", module="features.17", channels=320, stride=32),
-            Tap(name="last", module="features.18", channels=1280, stride=32),
+        self.features, self.classifier = net.features, net.classifier
+        for index in (0, len(self.features) - 1):
+            cast(nn.ReLU6, self.features[index][2]).inplace = False
+        stages = zip(_FEATURE_ENDS[1:-1], (24, 32, 96, 320), (4, 8, 16, 32), strict=True)
+        taps, hosts = [Tap(name="stem", channels=32, stride=2)], []
+        for end, channels, stride in stages:
+            name, block = f"stage{len(taps)}", f"features.{end}.conv"
+            taps.append(Tap(name=name, channels=channels, stride=stride))
+            hosts.append(Host(tap=name, conv=f"{block}.2", batch_norm=f"{block}.3"))
+        self.describe(
+            num_classes=num_classes,
+            image_size=image_size,
+            taps=[*taps, Tap(name="last", channels=1280, stride=32)],
+            hosts=[*hosts, Host(tap="last", conv="features.18.0", batch_norm="features.18.1")],
+            classifier_path="classifier.1",
         )
 
     def init_branch(self, conv: nn.Conv2d) -> None:
         nn.init.kaiming_normal_(conv.weight, mode="fan_out")
 
-    def extract(self, images: Tensor) -> Tensor:
-        return cast(Tensor, self.features(images))
+    def advance(self, index: int, x: Tensor) -> Stage:
+        if index in (0, len(_FEATURE_ENDS) - 1):
+            return Stage.activated(self.features[_FEATURE_ENDS[index]], x)
+        for position in range(_FEATURE_ENDS[index - 1] + 1, _FEATURE_ENDS[index] + 1):
+            x = self.features[position](x)
+        return Stage.linear(x)
 
-    def classify(self, feature: Tensor) -> Tensor:
-        pooled = functional.adaptive_avg_pool2d(feature, 1)
-        return cast(Tensor, self.classifier(torch.flatten(pooled, 1)))
+    def predict(self, pooled: Tensor) -> Tensor:
+        return cast(Tensor, self.classifier(pooled))
 
 
 @STUDENTS.register("mobilenetv2")

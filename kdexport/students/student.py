@@ -1,52 +1,57 @@
-"""What every student tells about itself, without being run."""
+"""A classifier that can carry training branches and be folded."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from torch import Tensor, nn
 
-#: Below this many pixels a side the small-image (CIFAR) definition of an architecture is built.
-IMAGENET_MIN_SIZE = 128
+from kdexport.students.classifier import IMAGENET_MIN_SIZE, Classifier, Stage, Tap
+
+__all__ = ["IMAGENET_MIN_SIZE", "Host", "Stage", "Student", "Tap"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Tap:
-    """A feature that can be read off a network: the output (N, channels, H/stride, W/stride) of one module."""
+class Host:
+    """The convolution and the batch norm that write the feature of a tap before its activation, shuffle or addition.
 
-    name: str
-    module: str
-    channels: int
-    stride: int
+    Branches may take the place of both (placement R1); paths are those of ``nn.Module.get_submodule``.
+    """
+
+    tap: str
+    conv: str
+    batch_norm: str
 
 
-class Student(nn.Module):
-    """A classifier: features (N,C,H,W), an optional linear adapter, global average pooling, a linear classifier.
+class Student(Classifier):
+    """A classifier whose linear parts may be branched while it is trained.
 
-    ``last_host`` names the convolution and the batch norm that end the feature extractor: branches may take their place
-    (placement R1). ``adapter`` is the identity unless branches sit there (placement R2). ``classifier_path`` names the
-    linear layer that follows the pooling.
+    ``hosts`` has one entry per stage, shallow to deep; the last one ends the feature extractor. ``adapters`` has the
+    identity at every tap unless branches sit there (placement R2).
     """
 
     name: ClassVar[str]
-    image_size: int
-    num_classes: int
-    taps: tuple[Tap, ...]
-    last_host: tuple[str, str]
-    classifier_path: str
-    adapter: nn.Module
+    hosts: tuple[Host, ...]
+    adapters: nn.ModuleDict
 
-    def extract(self, images: Tensor) -> Tensor:
-        """(N,3,H,W) normalised images to the last feature (N,C,h,w), after its activation."""
-        raise NotImplementedError
-
-    def classify(self, feature: Tensor) -> Tensor:
-        """(N,C,h,w) features, adapted or not, to logits (N,num_classes)."""
-        raise NotImplementedError
+    def describe(
+        self,
+        *,
+        num_classes: int,
+        image_size: int,
+        taps: Sequence[Tap],
+        hosts: Sequence[Host],
+        classifier_path: str,
+    ) -> None:
+        """State what the network is; called once, at the end of a subclass's constructor."""
+        self.num_classes, self.image_size = num_classes, image_size
+        self.taps, self.hosts, self.classifier_path = tuple(taps), tuple(hosts), classifier_path
+        self.adapters = nn.ModuleDict({tap.name: nn.Identity() for tap in self.taps})
 
     def init_branch(self, conv: nn.Conv2d) -> None:
         """Draw fresh weights for ``conv`` by the law that this architecture is initialised with."""
         raise NotImplementedError
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(N,3,H,W) normalised images to logits (N,num_classes)."""
-        return self.classify(self.adapter(self.extract(images)))
+    def adapt(self, name: str, feature: Tensor) -> Tensor:
+        """What goes on from tap ``name``: through the branches that sit there, if any."""
+        return cast(Tensor, self.adapters[name](feature))

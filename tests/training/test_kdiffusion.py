@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from kdexport.checkpoint import StudentSpec, build_student
 from kdexport.preprocessing import Preprocessing
-from kdexport.reparam.blocks import BranchSpec, ParallelBranches, attach_branches, branches_path
+from kdexport.reparam.blocks import BranchSpec, ParallelBranches, attach_branches, branch_paths
 from kdexport.students import STUDENTS, Student
 from training.distillers.distiller import StepContext
 from training.distillers.kdiffusion import KDiffusion
@@ -36,7 +36,7 @@ class Parts:
     task: DistillationTask
 
     def step(self, images: Tensor, labels: Tensor, context: StepContext = LATE) -> StepResult:
-        return cast(StepResult, self.task(images, labels, self.frozen(images)[0], context))
+        return cast(StepResult, self.task(images, labels, self.frozen(images).last, context))
 
 
 def hostile(module: nn.Module, seed: int) -> None:
@@ -61,7 +61,7 @@ def assemble(placement: str, **changes: object) -> Parts:
     distiller = KDiffusion(settings=settings, student=student, teacher=teacher)
     spec = KDiffusion.branch_spec(settings, teacher)
     attach_branches(student, spec)
-    parallel = student.get_submodule(branches_path(student, spec))
+    parallel = student.get_submodule(branch_paths(student, spec)["last"])
     assert isinstance(parallel, ParallelBranches)
     for seed, module in enumerate((teacher, student, distiller)):
         hostile(module, seed)
@@ -212,7 +212,8 @@ def test_the_teacher_reads_the_images_in_its_own_normalisation() -> None:
 
     mean, std, student_mean, student_std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (*own, *students))
     parts.frozen.renormalise(student_std / std, (student_mean - mean) / std)
-    feature, logits = parts.frozen(normalised(students))
+    tapped = parts.frozen(normalised(students))
+    feature, logits = tapped.last, tapped.logits
     expected = copy.deepcopy(parts.teacher)(normalised(own))
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
     assert feature.shape == (3, WIDTH, 8, 8)
@@ -252,7 +253,9 @@ def test_the_logits_come_from_the_uniform_mean_of_the_branches(placement: str, t
     if placement == "R2":
         x = reference.get_submodule("conv2")(x)
     total = torch.zeros(())
-    for branch in cast(nn.ModuleList, reference.get_submodule(f"{branches_path(reference, parts.spec)}.branches")):
+    for branch in cast(
+        nn.ModuleList, reference.get_submodule(f"{branch_paths(reference, parts.spec)['last']}.branches")
+    ):
         conv, norm = cast(nn.Sequential, branch)
         assert isinstance(conv, nn.Conv2d)
         assert isinstance(norm, nn.BatchNorm2d)

@@ -56,14 +56,8 @@ def test_resnet56_has_the_published_number_of_parameters() -> None:
 @pytest.mark.parametrize("image_size", [32, 40])
 def test_a_teacher_tells_its_taps_truly(name: str, image_size: int) -> None:
     teacher = TEACHERS.build(name, num_classes=7, image_size=image_size).eval()
-    shapes: dict[str, tuple[int, ...]] = {}
-    for tap in teacher.taps:
-
-        def keep(_m: torch.nn.Module, _i: object, output: torch.Tensor, key: str = tap.name) -> None:
-            shapes[key] = tuple(output.shape)
-
-        teacher.get_submodule(tap.module).register_forward_hook(keep)
-    logits = teacher(torch.randn(2, 3, image_size, image_size))
+    tapped = teacher.tapped(torch.randn(2, 3, image_size, image_size))
+    logits, shapes = tapped.logits, {name: tuple(feature.shape) for name, feature in tapped.features.items()}
     sides = {tap.name: (2, tap.channels, image_size // tap.stride, image_size // tap.stride) for tap in teacher.taps}
     assert shapes == sides
     assert logits.shape == (2, 7)
@@ -72,11 +66,9 @@ def test_a_teacher_tells_its_taps_truly(name: str, image_size: int) -> None:
 
 def test_the_last_tap_is_what_the_classifier_pools() -> None:
     teacher = resnet(20).eval()
-    kept: list[torch.Tensor] = []
-    teacher.get_submodule(teacher.taps[-1].module).register_forward_hook(lambda _m, _i, output: kept.append(output))
-    logits = teacher(torch.randn(3, 3, 32, 32))
+    images = torch.randn(3, 3, 32, 32)
     classifier = teacher.get_submodule("fc")
-    torch.testing.assert_close(classifier(kept[0].mean((2, 3))), logits)
+    torch.testing.assert_close(classifier(teacher.extract(images).mean((2, 3))), teacher(images))
 
 
 def test_an_unknown_teacher_is_named_with_the_nearest() -> None:

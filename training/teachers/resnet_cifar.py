@@ -3,11 +3,10 @@
 from functools import partial
 from typing import cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kdexport.students import Tap
+from kdexport.students import Stage, Tap
 from training.teachers import TEACHERS
 from training.teachers.teacher import Teacher
 
@@ -27,9 +26,13 @@ class _BasicBlock(nn.Module):
         else:
             self.downsample = nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def preactivate(self, x: Tensor) -> Tensor:
+        """The sum that the last activation reads."""
         y = functional.relu(self.bn1(self.conv1(x)))
-        return functional.relu(self.bn2(self.conv2(y)) + self.downsample(x))
+        return cast(Tensor, self.bn2(self.conv2(y)) + self.downsample(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.relu(self.preactivate(x))
 
 
 class ResNetCifar(Teacher):
@@ -40,25 +43,31 @@ class ResNetCifar(Teacher):
         self.num_classes, self.image_size = num_classes, image_size
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
-        channels, taps = 16, []
+        channels, taps = 16, [Tap(name="stem", channels=16, stride=1)]
         for index, width in enumerate(_WIDTHS):
             blocks = [_BasicBlock(channels, width, 1 if index == 0 else 2)]
             blocks += [_BasicBlock(width, width, 1) for _ in range(blocks_per_stage - 1)]
             self.add_module(f"layer{index + 1}", nn.Sequential(*blocks))
             channels = width
-            taps.append(Tap(name=f"stage{index + 1}", module=f"layer{index + 1}", channels=width, stride=2**index))
+            taps.append(Tap(name=f"stage{index + 1}", channels=width, stride=2**index))
         self.fc = nn.Linear(channels, num_classes)
-        self.taps = tuple(taps)
+        self.taps, self.classifier_path = tuple(taps), "fc"
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, images: Tensor) -> Tensor:
-        x = functional.relu(self.bn1(self.conv1(images)))
-        for index in range(len(_WIDTHS)):
-            x = self.get_submodule(f"layer{index + 1}")(x)
-        pooled = functional.adaptive_avg_pool2d(x, 1)
-        return cast(Tensor, self.fc(torch.flatten(pooled, 1)))
+    def advance(self, index: int, x: Tensor) -> Stage:
+        if index == 0:
+            preactivation = self.bn1(self.conv1(x))
+        else:
+            *blocks, last = cast(nn.Sequential, self.get_submodule(f"layer{index}"))
+            for block in blocks:
+                x = block(x)
+            preactivation = cast(_BasicBlock, last).preactivate(x)
+        return Stage(functional.relu(preactivation), lambda: preactivation)
+
+    def predict(self, pooled: Tensor) -> Tensor:
+        return cast(Tensor, self.fc(pooled))
 
 
 for _depth in (8, 20, 56):

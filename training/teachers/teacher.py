@@ -3,23 +3,15 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdexport.checkpoint import load_strictly, load_tensors
 from kdexport.errors import CheckpointError
-from kdexport.students import Tap
+from kdexport.students import Classifier
 
 
-class Teacher(nn.Module):
-    """A classifier (N,3,H,W) -> (N,num_classes) whose last tap is the feature before its pooling."""
-
-    image_size: int
-    num_classes: int
-    taps: tuple[Tap, ...]
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(N,3,H,W) normalised images to logits (N,num_classes)."""
-        raise NotImplementedError
+class Teacher(Classifier):
+    """A classifier that is distilled from; its last tap is what its pooling reads."""
 
 
 def load_teacher_weights(teacher: Teacher, path: Path) -> None:

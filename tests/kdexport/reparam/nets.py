@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kdexport.reparam.blocks import ParallelBranches, PooledAdapters, attach_branches
+from kdexport.reparam.blocks import Adapters, ParallelBranches, attach_branches
 from kdexport.reparam.spec import BranchSpec, Placement
 from kdexport.students import STUDENTS, Student
 from tests.kdexport.hostile import randomize
@@ -80,7 +80,7 @@ def adapted(
     return Net(
         lambda m, x: head(m, m.adapter(functional.relu(m.stem(x)))),
         stem=nn.Conv2d(3, 5, 3),
-        adapter=PooledAdapters([make_branch(), make_branch()]),
+        adapter=Adapters([make_branch(), make_branch()]),
         classifier=nn.Linear(6, 4),
         **parts,
     )

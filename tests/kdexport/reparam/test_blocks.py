@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from kdexport.errors import ConfigError
-from kdexport.reparam.blocks import ParallelBranches, attach_branches, branches_path
+from kdexport.reparam.blocks import ParallelBranches, attach_branches, branch_paths
 from kdexport.reparam.spec import BranchSpec, Placement
 from kdexport.students import STUDENTS
 from tests.kdexport.hostile import noise, relative_difference
@@ -22,7 +22,7 @@ def test_branches_lie_where_they_are_said_to_lie_and_differ(image_size: int, pla
     net = STUDENTS.build("mobilenetv2", num_classes=5, image_size=image_size)
     spec = BranchSpec(placement=placement, num_branches=3, adapter_channels=12)
     attach_branches(net, spec)
-    parallel = net.get_submodule(branches_path(net, spec))
+    parallel = net.get_submodule(branch_paths(net, spec)["last"])
     assert isinstance(parallel, ParallelBranches)
     weights = [parallel.get_parameter(f"branches.{i}.0.weight") for i in range(3)]
     assert weights[0].shape == (

@@ -37,8 +37,12 @@ def test_steps_come_in_the_order_of_the_dataflow_not_of_registration() -> None:
 
 def test_branches_and_adapters_of_a_student_are_found() -> None:
     assert find_steps(student(placement="R1", num_branches=2))[-1] == MergeBranches("conv2.0")
-    assert find_steps(student(placement="R2", num_branches=2))[-1] == ComposeAdapters("adapter", "classifier.0")
-    assert find_steps(student(224, placement="R2", num_branches=2))[-1] == ComposeAdapters("adapter", "classifier.1")
+    assert find_steps(student(placement="R2", num_branches=2))[-1] == ComposeAdapters(
+        "adapters.last", "classifier.0", None, True
+    )
+    assert find_steps(student(224, placement="R2", num_branches=2))[-1] == ComposeAdapters(
+        "adapters.last", "classifier.1", None, True
+    )
 
 
 def test_a_functional_activation_between_batch_norms_does_not_disturb_the_search() -> None:

@@ -75,17 +75,14 @@ def test_the_small_form_has_the_names_of_public_checkpoints() -> None:
 
 @pytest.mark.parametrize("image_size", [32, 64, 128, 224])
 def test_each_tap_has_the_channels_and_the_stride_that_it_states(image_size: int) -> None:
-    net, seen = build(image_size), {}
-    for tap in net.taps:
-        net.get_submodule(tap.module).register_forward_hook(
-            lambda _m, _inputs, output, name=tap.name: seen.update({name: tuple(output.shape)})
-        )
+    net = build(image_size)
     with torch.no_grad():
-        net(noise(2, 3, image_size, image_size).float())
-    assert list(seen) == [tap.name for tap in net.taps]  # in the order of the forward pass
+        tapped = net.tapped(noise(2, 3, image_size, image_size).float())
+    assert list(tapped.features) == list(tapped.preactivations) == [tap.name for tap in net.taps]
     for tap in net.taps:
         side = image_size // tap.stride
-        assert seen[tap.name] == (2, tap.channels, side, side)
+        assert tapped.features[tap.name].shape == tapped.preactivations[tap.name].shape
+        assert tapped.features[tap.name].shape == (2, tap.channels, side, side)
 
 
 def test_the_taps_of_the_small_form_are_the_published_ones() -> None:
@@ -93,18 +90,19 @@ def test_the_taps_of_the_small_form_are_the_published_ones() -> None:
     assert shapes == [(16, 16), (12, 16), (16, 8), (48, 4), (160, 2), (1280, 2)]
 
 
-def test_the_taps_of_the_imagenet_form_end_their_stages() -> None:
-    net, shapes = build(224), {}
-    for index, module in enumerate(net.get_submodule("features").children()):
-        module.register_forward_hook(
-            lambda _m, _inputs, output, i=index: shapes.update({f"features.{i}": tuple(output.shape[1:])})
-        )
+def test_the_taps_of_the_imagenet_form_are_the_deepest_features_of_their_stages() -> None:
+    net = build(224)
+    theirs = torchvision.models.mobilenet_v2(num_classes=100).eval()
+    theirs.load_state_dict(net.state_dict())
+    outputs, x = [], noise(1, 3, 64, 64).float()
     with torch.no_grad():
-        net(noise(1, 3, 64, 64).float())
-    # The module after a tap writes another shape, so that the tap is the deepest feature of its stage.
-    for tap in net.taps[:-1]:
-        index = int(tap.module.removeprefix("features."))
-        assert shapes[tap.module] != shapes[f"features.{index + 1}"]
+        tapped = net.tapped(x)
+        for layer in theirs.features:
+            x = layer(x)
+            outputs.append(x)
+    for tap, index in zip(net.taps, (0, 3, 6, 13, 17, 18), strict=True):
+        assert torch.equal(tapped.features[tap.name], outputs[index])
+        assert index in (0, 18) or outputs[index].shape != outputs[index + 1].shape
 
 
 @pytest.mark.parametrize(("image_size", "small"), [(32, True), (127, True), (128, False), (224, False)])
@@ -117,7 +115,7 @@ def test_the_form_follows_the_image_size(image_size: int, small: bool) -> None:
 @pytest.mark.parametrize("image_size", [32, 224])
 def test_the_paths_that_a_student_states_name_its_last_layers(image_size: int) -> None:
     net = build(image_size, 7)
-    conv, norm = (net.get_submodule(path) for path in net.last_host)
+    conv, norm = net.get_submodule(net.hosts[-1].conv), net.get_submodule(net.hosts[-1].batch_norm)
     classifier = net.get_submodule(net.classifier_path)
     assert isinstance(conv, nn.Conv2d)
     assert isinstance(norm, nn.BatchNorm2d)

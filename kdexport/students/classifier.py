@@ -1,0 +1,130 @@
+"""What every network, student or teacher, tells about itself without being run, and how its features are read."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+#: Below this many pixels a side the small-image (CIFAR) definition of an architecture is built.
+IMAGENET_MIN_SIZE = 128
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tap:
+    """A feature that can be read off a network: (N, channels, ceil(H/stride), ceil(W/stride)).
+
+    Taps are called ``stem``, ``stage1``, ``stage2``, ... where the literature has f0, f1, f2, ...; a convolution
+    between the last stage and the pooling adds one called ``last``.
+    """
+
+    name: str
+    channels: int
+    stride: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """What a network computes at a tap: the feature (N,C,h,w) after its activation, and before it, computed on demand.
+
+    Both have the same channels and size. Where a stage ends without an activation they are one tensor.
+    """
+
+    feature: Tensor
+    preactivation: Callable[[], Tensor]
+
+    @classmethod
+    def activated(cls, block: nn.Module, x: Tensor) -> "Stage":
+        """A stage that ends with ``block``: convolution, batch norm, and an activation that is not in place."""
+        conv, batch_norm, activation = block.children()
+        preactivation = batch_norm(conv(x))
+        return cls(activation(preactivation), lambda: preactivation)
+
+    @classmethod
+    def linear(cls, feature: Tensor) -> "Stage":
+        """A stage that ends without an activation."""
+        return cls(feature, lambda: feature)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tapped:
+    """One pass with everything that a distiller may read.
+
+    ``features`` and ``preactivations`` hold (N,C,h,w) by the name of the tap, shallow to deep; ``pooled`` is the vector
+    (N,D) that the classifier reads; ``logits`` is (N,K).
+    """
+
+    features: dict[str, Tensor]
+    preactivations: dict[str, Tensor]
+    pooled: Tensor
+    logits: Tensor
+
+    @property
+    def last(self) -> Tensor:
+        """The feature that the pooling reads."""
+        return self.features[next(reversed(self.features))]
+
+
+class Classifier(nn.Module):
+    """A chain of stages, each ending at a tap, then global average pooling and a classifier.
+
+    ``classifier_path`` names the linear layer that reads the pooled vector. A subclass sets the attributes and defines
+    ``advance``, and ``pool`` where more than an average lies between the last feature and the classifier.
+    """
+
+    image_size: int
+    num_classes: int
+    taps: tuple[Tap, ...]
+    classifier_path: str
+
+    @property
+    def stages(self) -> tuple[Tap, ...]:
+        """The taps that end a stage: without ``stem`` and ``last``."""
+        return tuple(tap for tap in self.taps if tap.name.startswith("stage"))
+
+    def advance(self, index: int, x: Tensor) -> Stage:
+        """From the feature of tap ``index - 1`` (the normalised images (N,3,H,W) for 0) to that of tap ``index``."""
+        raise NotImplementedError
+
+    def pool(self, feature: Tensor) -> Tensor:
+        """(N,C,h,w) last feature to the vector (N,D) that the classifier reads."""
+        return torch.flatten(functional.adaptive_avg_pool2d(feature, 1), 1)
+
+    def predict(self, pooled: Tensor) -> Tensor:
+        """(N,D) pooled vectors to logits (N,num_classes)."""
+        raise NotImplementedError
+
+    def adapt(self, name: str, feature: Tensor) -> Tensor:  # noqa: ARG002
+        """What goes on from tap ``name``: the feature itself, unless a subclass puts something there."""
+        return feature
+
+    def extract(self, images: Tensor) -> Tensor:
+        """(N,3,H,W) normalised images to the last feature (N,C,h,w), after its activation."""
+        *_, (_, stage) = self._walk(images)
+        return stage.feature
+
+    def classify(self, feature: Tensor) -> Tensor:
+        """(N,C,h,w) last features to logits (N,num_classes)."""
+        return self.predict(self.pool(feature))
+
+    def tapped(self, images: Tensor) -> Tapped:
+        """(N,3,H,W) normalised images to logits and everything on the way there."""
+        features, preactivations, x = {}, {}, images
+        for name, stage in self._walk(images):
+            features[name], preactivations[name] = stage.feature, stage.preactivation()
+            x = stage.feature
+        pooled = self.pool(self.adapt(self.taps[-1].name, x))
+        return Tapped(features=features, preactivations=preactivations, pooled=pooled, logits=self.predict(pooled))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N,3,H,W) normalised images to logits (N,num_classes)."""
+        return self.classify(self.adapt(self.taps[-1].name, self.extract(images)))
+
+    def _walk(self, images: Tensor) -> Iterator[tuple[str, Stage]]:
+        x = images
+        for index, tap in enumerate(self.taps):
+            stage = self.advance(index, x)
+            yield tap.name, stage
+            if index + 1 < len(self.taps):
+                x = self.adapt(tap.name, stage.feature)
