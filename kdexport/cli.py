@@ -92,17 +92,23 @@ def build(
 @app.command()
 def verify(
     bundle: Annotated[Path, typer.Argument(help="A folder that `kdexport build` wrote.")],
+    rung: Annotated[
+        str | None,
+        typer.Option(help="Only this rung of the ladder: A (algebra; block by block, without running a file)."),
+    ] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Check a bundle again: its files, its algebra, its graphs, its logits on the golden images."""
     from kdexport.bundle import read_manifest
     from kdexport.reporter import Reporter
-    from kdexport.verify.replay import replay
+    from kdexport.verify.replay import replay, replay_algebra
 
+    if rung not in (None, "A", "a"):
+        raise UnknownNameError(f"Rung {rung!r} cannot be verified by itself.", remedy="Pass --rung A, or no --rung.")
     manifest = read_manifest(bundle)
     with Reporter().stage("verify") as progress:
-        verdict = replay(bundle, manifest, progress)
+        verdict = (replay if rung is None else replay_algebra)(bundle, manifest, progress)
     if as_json:
         _print_json(
             {

@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +11,15 @@ from rich.console import Console
 from rich.table import Table
 
 from kdexport.bundle import Manifest
-from kdexport.verify.report import rung_rows, verdict_sentence
+from kdexport.verify.report import hazard_rows, rung_rows, verdict_sentence
 
 if TYPE_CHECKING:
     from kdexport.doctor import Fact
     from kdexport.pipeline import BuildResult
     from kdexport.verify.verdict import Verdict
+
+
+_SHOWN_HAZARDS = 3
 
 
 def _console() -> Console:
@@ -98,6 +102,18 @@ def _print_build(console: Console, data: dict[str, Any]) -> None:
             name, entry["status"], f"{entry['kernels']}, all {entry['precision']}" if "kernels" in entry else ""
         )
     console.print(targets)
+    console.print()
+    _print_hazards(console, data)
+
+
+def _print_hazards(console: Console, data: dict[str, Any]) -> None:
+    rows = hazard_rows(data)
+    if not rows:
+        return
+    kinds = ", ".join(f"{count} x {kind}" for kind, count in Counter(kind for _, kind, _ in rows).items())
+    console.print(f"Warnings: {kinds} (all in report.md)")
+    for layer, kind, numbers in rows[:_SHOWN_HAZARDS]:
+        console.print(f"  {layer}: {kind}: {numbers}", soft_wrap=True)
     console.print()
 
 

@@ -103,6 +103,19 @@ def resolve(
 
 
 @app.command()
+def architectures(
+    out: Annotated[Path | None, typer.Option("--out", help="Write the page there instead of printing it.")] = None,
+) -> None:
+    """Print the table of every student and teacher, measured from the networks, as Markdown."""
+    from training.architectures import markdown
+
+    if out is None:
+        sys.stdout.write(markdown())
+    else:
+        out.write_text(markdown(), encoding="utf-8")
+
+
+@app.command()
 def names(kind: Annotated[str, typer.Argument(help="teachers, distillers or recipes.")]) -> None:
     """Print registered names as a JSON list."""
     from kdexport.errors import UnknownNameError

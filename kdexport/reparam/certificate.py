@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kdexport.errors import CertificateError
+from kdexport.reparam.hazards import Hazard
 
 #: Largest float64 error allowed, relative to the largest value of the reference. Correct algebra stays near 1e-15, and
 #: one rounding to float32 is 6e-8: nothing lies between, so this limit never needs tuning.
@@ -25,13 +26,14 @@ class BlockCertificate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Certificate:
-    """Float64 errors of a fold, per block and whole, and the parameter counts before and after."""
+    """Float64 errors of a fold, per block and whole, parameter counts before and after, and warnings for later."""
 
     blocks: tuple[BlockCertificate, ...]
     whole_relative_error: float
     input_shape: tuple[int, ...]
     unfused_parameters: int
     fused_parameters: int
+    hazards: tuple[Hazard, ...] = ()
     limit: float = RELATIVE_LIMIT
 
     @property

@@ -17,6 +17,7 @@ from kdexport.reparam.algebra import (
 )
 from kdexport.reparam.blocks import ParallelBranches
 from kdexport.reparam.certificate import BlockCertificate, Certificate, hostile_input, relative_error
+from kdexport.reparam.hazards import Hazard, find_hazards
 from kdexport.reparam.structure import (
     ComposeAdapters,
     FoldPair,
@@ -44,12 +45,7 @@ def fuse_student(student: nn.Module, *, input_shape: tuple[int, ...] | None = No
     the (N,C,H,W) that the certificate is computed on; a ``Student`` knows its own. Raises ``ReparamError`` for what
     cannot be folded exactly and ``CertificateError`` should the result differ.
     """
-    steps = find_steps(student)
-    original = copy.deepcopy(student).cpu().double()
-    fused = copy.deepcopy(original)
-    for step in steps:
-        _apply(fused, step)
-    certificate = _certify(original, fused, steps, input_shape or _input_shape(student))
+    fused, certificate = certify_fold(student, input_shape=input_shape)
     certificate.require()
     reference = next((p for p in student.parameters() if p.is_floating_point()), torch.zeros(()))
     rounded = fused.to(device=reference.device, dtype=reference.dtype).eval()
@@ -60,6 +56,20 @@ def fuse_student(student: nn.Module, *, input_shape: tuple[int, ...] | None = No
                 remedy="A channel with almost no variance has a huge gain: fold in a wider type, or train it again.",
             )
     return FusedStudent(rounded, certificate)
+
+
+def certify_fold(student: nn.Module, *, input_shape: tuple[int, ...] | None = None) -> tuple[nn.Module, Certificate]:
+    """The float64 fold of an eval-mode ``student`` on the CPU and its certificate, which may not hold.
+
+    Raises ``ReparamError`` for what cannot be folded exactly.
+    """
+    steps = find_steps(student)
+    original = copy.deepcopy(student).cpu().double()
+    fused = copy.deepcopy(original)
+    for step in steps:
+        _apply(fused, step)
+    hazards = find_hazards(original, fused, {_folded(step): _trained_layers(original, step) for step in steps})
+    return fused, _certify(original, fused, steps, hazards, input_shape or _input_shape(student))
 
 
 def _apply(module: nn.Module, step: Step) -> None:
@@ -132,7 +142,9 @@ def _input_shape(student: nn.Module) -> tuple[int, ...]:
     )
 
 
-def _certify(original: nn.Module, fused: nn.Module, steps: list[Step], shape: tuple[int, ...]) -> Certificate:
+def _certify(
+    original: nn.Module, fused: nn.Module, steps: list[Step], hazards: tuple[Hazard, ...], shape: tuple[int, ...]
+) -> Certificate:
     recorder = _Recorder(original, steps)
     images = hostile_input(shape)
     with torch.no_grad():
@@ -151,6 +163,7 @@ def _certify(original: nn.Module, fused: nn.Module, steps: list[Step], shape: tu
         input_shape=shape,
         unfused_parameters=sum(p.numel() for p in original.parameters()),
         fused_parameters=sum(p.numel() for p in fused.parameters()),
+        hazards=hazards,
     )
 
 
@@ -195,6 +208,18 @@ class _Recorder:
             self._shapes[name] = tuple(inputs[0].shape)
 
         return hook
+
+
+def _folded(step: Step) -> str:
+    return step.parallel if isinstance(step, MergeBranches) else step.layer
+
+
+def _trained_layers(original: nn.Module, step: Step) -> tuple[str, ...]:
+    if not isinstance(step, MergeBranches):
+        return (step.layer,)
+    parallel = cast(ParallelBranches, original.get_submodule(step.parallel))
+    convs = {id(conv) for conv, _ in branch_layers(parallel, step.parallel)}
+    return tuple(name for name, module in original.named_modules() if id(module) in convs)
 
 
 def _first(step: Step) -> str:

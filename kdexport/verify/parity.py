@@ -72,13 +72,15 @@ def rung_a(certificate: Certificate, fused: NDArray[np.float64], reference: Refe
                 "A", "student", "blocks", worst.relative_error, certificate.limit, unit="of max", detail=detail
             )
         )
-    difference = np.abs(fused - reference.exact)
-    error = _ratio(difference.max(), np.abs(reference.exact).max())
+    return [*checks, check_whole(fused, reference.exact, certificate.limit, probes)]
+
+
+def check_whole(fused: NDArray[np.float64], exact: NDArray[np.float64], limit: float, probes: Probes) -> Check:
+    """float64 logits (N,K) of the folded student against those of the unfused one, relative to the largest."""
+    difference = np.abs(fused - exact)
+    error = _ratio(difference.max(), np.abs(exact).max())
     detail = f"worst input {probes.name(_worst(difference))}"
-    return [
-        *checks,
-        check_at_most("A", "student", "whole", error, certificate.limit, unit="of max", detail=detail),
-    ]
+    return check_at_most("A", "student", "whole", error, limit, unit="of max", detail=detail)
 
 
 def rung_b(subject: str, candidate: NDArray[np.float32], reference: Reference, probes: Probes) -> list[Check]:

@@ -52,7 +52,8 @@ def verdict_sentence(data: dict[str, Any]) -> str:
 
 def report_tables(data: dict[str, Any]) -> list[Table]:
     """Everything a reader of the bundle wants to know, as tables."""
-    return [_summary(data), *_latency(data), *_targets(data), *_ladder(data), _certificate(data), _origin(data)]
+    measured = (*_latency(data), *_targets(data), *_ladder(data), *_hazards(data))
+    return [_summary(data), *measured, _certificate(data), _origin(data)]
 
 
 def rung_rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -145,6 +146,18 @@ def _certificate(data: dict[str, Any]) -> Table:
     whole = ("whole student", "", f"{certificate['whole_relative_error']:.1e}")
     note = f"float64 error relative to the block's largest output; up to {certificate['limit']:.0e} allowed."
     return Table("Merge certificate", ("block", "kind", "error"), (whole, *rows), note)
+
+
+def hazard_rows(data: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Warnings of the fold: layer, kind, numbers; bundles of earlier versions have none."""
+    return [(item["layer"], item["kind"], item["detail"]) for item in data["certificate"].get("hazards", [])]
+
+
+def _hazards(data: dict[str, Any]) -> Iterable[Table]:
+    rows = hazard_rows(data)
+    if rows:
+        note = "The merge is exact all the same; these layers lose more than others in float16 or int8."
+        yield Table("Warnings", ("layer", "kind", "numbers"), tuple(rows), note)
 
 
 def _origin(data: dict[str, Any]) -> Table:

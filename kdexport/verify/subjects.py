@@ -28,10 +28,19 @@ from kdexport.checkpoint import StudentSpec, build_student, load_strictly, load_
 from kdexport.errors import AuditError, CheckpointError, KdexportError
 from kdexport.graph.audit import Finding, audit_graph
 from kdexport.graph.export import read_metadata
-from kdexport.reparam.fuse import fuse_student
+from kdexport.reparam.fuse import certify_fold, fuse_student
 from kdexport.stages import model_metadata
 from kdexport.targets import parse_target
-from kdexport.verify.parity import Check, check_at_most, check_repeatable, run_in_batches, rung_a, rung_b, rung_c
+from kdexport.verify.parity import (
+    Check,
+    check_at_most,
+    check_repeatable,
+    check_whole,
+    run_in_batches,
+    rung_a,
+    rung_b,
+    rung_c,
+)
 from kdexport.verify.reference import Probes, Reference, make_probes, make_reference, run_torch
 
 #: Folding in float64 and rounding once may differ by the last bit between machines, and by nothing more.
@@ -93,7 +102,7 @@ def student_checks(folder: Path, manifest: Manifest, pixels: NDArray[np.uint8]) 
         exact = fuse_student(unfused.double())
         fused = fuse_student(load_unfused(folder, spec)).module
         stored = load_tensors(folder / FUSED)
-        weights = _weights_check(stored, fused.state_dict())
+        weights = check_weights(stored, fused.state_dict())
         load_strictly(fused, stored, FUSED)
     except KdexportError as error:
         return [_broken("A", "student", error.message)], None
@@ -110,7 +119,31 @@ def student_checks(folder: Path, manifest: Manifest, pixels: NDArray[np.uint8]) 
     return checks, Subject(folder, manifest, sizes, probes, reference, arrays)
 
 
-def _weights_check(stored: dict[str, Tensor], fused: dict[str, Tensor]) -> Check:
+def check_algebra(folder: Path, manifest: Manifest, pixels: NDArray[np.uint8]) -> list[Check]:
+    """Rung A block by block: the stored unfused student folded again in float64, and the weights that came of it.
+
+    Nothing that was exported is run. Golden images (N,S,S,3) uint8 judge the whole beside the certificate's noise.
+    """
+    spec = manifest.spec
+    try:
+        unfused = load_unfused(folder, spec).double()
+        module, certificate = certify_fold(unfused)
+        rounded = {name: tensor.float() for name, tensor in module.state_dict().items()}
+        weights = check_weights(load_tensors(folder / FUSED), rounded)
+    except KdexportError as error:
+        return [_broken("A", "student", error.message)]
+    probes = make_probes(pixels, spec.preprocessing)
+    images = probes.images.astype(np.float64)
+    exact, merged = run_torch(unfused, images), run_torch(module, images)
+    blocks = [
+        check_at_most("A", block.name, block.kind, block.relative_error, certificate.limit, unit="of max")
+        for block in certificate.blocks
+    ]
+    return [weights, *blocks, check_whole(merged, exact, certificate.limit, probes)]
+
+
+def check_weights(stored: dict[str, Tensor], fused: dict[str, Tensor]) -> Check:
+    """The stored weights are the folded ones but for the last bit; the layer that differs most is named."""
     worst, where = 0.0, ""
     for name, expected in fused.items():
         tensor = stored.get(name)

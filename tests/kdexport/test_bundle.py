@@ -15,7 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from kdexport.bundle import hash_files, read_golden, read_manifest
 from kdexport.errors import BundleError
+from kdexport.reparam import fuse
+from kdexport.reparam.algebra import fold_batch_norm
 from kdexport.verify.replay import replay
+from kdexport.verify.subjects import check_algebra
 from kdexport.verify.verdict import VerifiedBundle
 from tests.conftest import Built, Command
 
@@ -81,6 +84,41 @@ def test_weights_that_are_not_the_merged_ones_are_found(bundle_copy: Path) -> No
     save_file(tensors, path)
     change(bundle_copy, lambda _: None, rehash=True)
     assert "weights are the folded ones layer conv2.0.bias" in failures(bundle_copy)
+
+
+def test_rung_a_alone_proves_the_algebra_block_by_block(built: Built, kdexport: Command) -> None:
+    done = kdexport("verify", built.bundle, "--rung", "A", "--json")
+    assert done.exit_code == 0, done.stderr
+    checks = [check for check in done.data["checks"] if check["rung"] == "A"]
+    recorded = [block["name"] for block in read_manifest(built.bundle).data["certificate"]["blocks"]]
+    assert [check["subject"] for check in checks] == ["student.safetensors", *recorded, "student"]
+    assert all(check["measured"] <= check["allowed"] == 1e-9 for check in checks[1:])
+    assert not [check for check in done.data["checks"] if check["rung"] in ("B", "C", "run")]
+
+
+def test_rung_a_names_the_layer_whose_stored_weights_are_others(bundle_copy: Path, kdexport: Command) -> None:
+    path = bundle_copy / "student.safetensors"
+    tensors = load_file(path)
+    tensors["blocks.2.1.conv.3.weight"][7] *= 1.001
+    save_file(tensors, path)
+    change(bundle_copy, lambda _: None, rehash=True)
+    done = kdexport("verify", bundle_copy, "--rung", "A")
+    assert done.exit_code == 1
+    assert "layer blocks.2.1.conv.3.weight" in done.stderr
+
+
+def test_rung_a_lists_every_block_that_a_wrong_fold_breaks(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        fuse,
+        "fold_batch_norm",
+        lambda weight, bias, norm: (
+            fold_batch_norm(weight, bias, norm) if norm.num_features != 80 else (weight, norm.bias)
+        ),
+    )
+    manifest = read_manifest(built.bundle)
+    checks = check_algebra(built.bundle, manifest, read_golden(built.bundle, manifest))
+    broken = [f"blocks.5.{i}.conv.6" for i in range(3)]
+    assert [check.subject for check in checks if not check.holds] == ["student.safetensors", *broken, "student"]
 
 
 def test_another_unfused_student_is_found(bundle_copy: Path) -> None:

@@ -170,7 +170,7 @@ def test_the_certificate_tells_each_block_the_whole_and_the_parameters() -> None
 
 def test_the_certificate_of_adapters_names_the_adapters() -> None:
     certificate = fuse_student(student(placement="R2", num_branches=2)).certificate
-    assert (certificate.blocks[-1].name, certificate.blocks[-1].kind) == ("adapter", "adapters into classifier")
+    assert (certificate.blocks[-1].name, certificate.blocks[-1].kind) == ("adapters.last", "adapters into classifier")
     assert certificate.blocks[-1].relative_error <= LIMIT
 
 
@@ -322,7 +322,9 @@ def test_a_wrong_fold_is_caught_and_its_block_named(
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
-@pytest.mark.parametrize(("placement", "block"), [("R1", "conv2.0 (parallel branches)"), ("R2", "adapter (adapters")])
+@pytest.mark.parametrize(
+    ("placement", "block"), [("R1", "conv2.0 (parallel branches)"), ("R2", "adapters.last (adapters")]
+)
 def test_a_wrong_fold_inside_a_branch_is_caught_and_its_block_named(
     mutant: Fold, placement: Placement, block: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -340,7 +342,7 @@ def test_wrong_branch_coefficients_are_caught(
 ) -> None:
     net = student(placement=placement, num_branches=4)
     monkeypatch.setattr(fuse, "merge_branches", lambda branches: algebra.merge_branches(branches, coefficients))
-    with pytest.raises(CertificateError, match=f"worst block {'conv2.0' if placement == 'R1' else 'adapter'} "):
+    with pytest.raises(CertificateError, match=f"worst block {'conv2.0' if placement == 'R1' else 'adapters.last'} "):
         fuse_student(net)
 
 
@@ -351,7 +353,7 @@ def test_a_dropped_adapter_bias_is_caught(monkeypatch: pytest.MonkeyPatch) -> No
         return algebra.compose_pointwise_linear((conv[0], None), linear)
 
     monkeypatch.setattr(fuse, "compose_pointwise_linear", without_bias)
-    with pytest.raises(CertificateError, match="worst block adapter"):
+    with pytest.raises(CertificateError, match=r"worst block adapters\.last"):
         fuse_student(net)
 
 

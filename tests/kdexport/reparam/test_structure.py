@@ -11,7 +11,7 @@ from kdexport.errors import ReparamError
 from kdexport.reparam.blocks import ParallelBranches
 from kdexport.reparam.fuse import fuse_student
 from kdexport.reparam.structure import ComposeAdapters, FoldPair, MergeBranches, branch_layers, find_steps
-from tests.kdexport.hostile import randomize
+from tests.kdexport.hostile import noise, randomize, relative_difference
 from tests.kdexport.reparam.nets import Net, adapted, branched, hostile, pair, pool_to_one, student
 
 
@@ -286,7 +286,7 @@ def test_a_hook_in_a_branch_is_refused(hook: Callable[[nn.Module], object], plac
     assert_refused(net, named, "hook")
 
 
-@pytest.mark.parametrize("name", ["adapter", "classifier.0"])
+@pytest.mark.parametrize("name", ["adapters.last", "classifier.0"])
 def test_a_hook_on_adapters_or_their_classifier_is_refused(name: str) -> None:
     net = student(placement="R2", num_branches=2)
     HOOKS[0](net.get_submodule(name))
@@ -374,11 +374,14 @@ def test_grouped_adapters_are_refused() -> None:
     assert_refused(hostile(net), "adapter", "1x1")
 
 
-def test_a_batch_norm_after_the_classifier_of_adapters_is_refused() -> None:
-    net = adapted(
-        head=lambda m, x: m.last_bn(m.classifier(torch.flatten(pool_to_one(x), 1))), last_bn=nn.BatchNorm1d(4)
+def test_a_batch_norm_after_the_classifier_of_adapters_folds_with_them() -> None:
+    net = hostile(
+        adapted(head=lambda m, x: m.last_bn(m.classifier(torch.flatten(pool_to_one(x), 1))), last_bn=nn.BatchNorm1d(4))
     )
-    assert_refused(hostile(net), "last_bn", "classifier")
+    assert find_steps(net) == [ComposeAdapters("adapter", "classifier", "last_bn", True)]
+    x, fused = noise(3, 3, 9, 11), fuse_student(net).module
+    with torch.no_grad():
+        assert relative_difference(fused(x), net(x)) <= 1e-12
 
 
 @pytest.mark.parametrize("name", ["unused", "nested.1"])

@@ -1,0 +1,136 @@
+"""The table of every student and teacher, measured on the networks: ``python -m training architectures``."""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.flop_counter import FlopCounterMode
+
+from kdexport.errors import ConfigError, ReparamError
+from kdexport.reparam.blocks import attach_branches
+from kdexport.reparam.spec import BranchSpec
+from kdexport.students import STUDENTS, Classifier, Student
+from training.teachers import TEACHERS
+
+SIZES = (32, 224)
+_CLASSES = 100
+_ADAPTER_CHANNELS = 64
+
+
+_HEADER = "| name | input | parameters | MB fp32 | MACs | conv / BN | entries | taps (channels@side) | pooled |"
+_PAGE = """\
+# Architectures
+
+Written by `python -m training architectures --out docs/architectures.md`; every number is measured on the network, with
+100 classes. MACs are the multiply-accumulates of convolutions, linear layers and attention; entries are those of the
+state_dict. Taps go from shallow to deep: `stem`, `stage1`, ..., and `last` where a convolution lies between the last
+stage and the pooling. Below 128 pixels a side the small-image form is built, else the ImageNet form. Every network
+gives each tap after and before its activation, the pooled vector and the logits (`network.tapped(images)`).
+
+## Students
+
+{header}
+{rule}
+{students}
+
+R1: stages whose own convolution and batch norm can be branched; any other convolution that a batch norm follows can be
+named by its path. R2: taps after which adapters fold exactly into the plain student; elsewhere they are refused with
+the reason. Folded, a student has the operators and multiply-accumulates of the plain one, without its batch norms.
+
+## Teachers
+
+{teacher_header}
+{teacher_rule}
+{teachers}
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One network at one input size, with 100 classes; ``macs`` of convolutions, linear layers and attention."""
+
+    name: str
+    size: int
+    parameters: int
+    convolutions: int
+    batch_norms: int
+    entries: int
+    macs: int
+    taps: str
+    pooled: int
+    hosts: str = ""
+    adapters: str = ""
+
+
+def describe(network: Classifier, name: str) -> Row:
+    """Count and run ``network`` (on the meta device: shapes only) at its own image size."""
+    size = network.image_size
+    with torch.device("meta"), torch.no_grad():
+        meta = copy.deepcopy(network).to("meta").eval()
+        with FlopCounterMode(display=False) as counter:
+            tapped = meta.tapped(torch.empty(1, 3, size, size))
+    features = ", ".join(f"{tap.channels}@{tapped.features[tap.name].shape[-1]}" for tap in network.taps)
+    row = {
+        "name": name,
+        "size": size,
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "convolutions": sum(isinstance(m, nn.Conv2d) for m in network.modules()),
+        "batch_norms": sum(isinstance(m, _BatchNorm) for m in network.modules()),
+        "entries": len(network.state_dict()),
+        "macs": counter.get_total_flops() // 2,
+        "taps": features,
+        "pooled": tapped.pooled.shape[1],
+    }
+    if isinstance(network, Student):
+        row["hosts"] = ", ".join(host.tap for host in network.hosts)
+        row["adapters"] = ", ".join(tap.name for tap in network.taps if takes_adapters(network, tap.name))
+    return Row(**row)
+
+
+def takes_adapters(student: Student, tap: str) -> bool:
+    """Whether adapters after ``tap`` would fold exactly into the plain student (placement R2)."""
+    spec = BranchSpec(placement="R2", num_branches=2, layers=(tap,), adapter_channels=_ADAPTER_CHANNELS)
+    try:
+        attach_branches(copy.deepcopy(student), spec)
+    except ReparamError:
+        return False
+    return True
+
+
+def student_rows() -> list[Row]:
+    """Every student at both sizes."""
+    return [row for name in STUDENTS.names() for row in _at_sizes(STUDENTS.build, name)]
+
+
+def teacher_rows() -> list[Row]:
+    """Every teacher at the sizes that it accepts."""
+    return [row for name in TEACHERS.names() for row in _at_sizes(TEACHERS.build, name)]
+
+
+def _at_sizes(build: Callable[..., Classifier], name: str) -> Iterator[Row]:
+    for size in SIZES:
+        try:
+            network = build(name, num_classes=_CLASSES, image_size=size)
+        except ConfigError:
+            continue
+        yield describe(network, name)
+
+
+def markdown() -> str:
+    """The page docs/architectures.md."""
+    students = (f"{_cells(row)} {row.hosts} | {row.adapters} |" for row in student_rows())
+    teachers = (_cells(row) for row in teacher_rows())
+    header, rule = f"{_HEADER} R1 | R2 |", "---|" * 9
+    return _PAGE.format(
+        header=header, rule=f"|{rule}---|---|", students="\n".join(students),
+        teacher_header=_HEADER, teacher_rule=f"|{rule}", teachers="\n".join(teachers),
+    )  # fmt: skip
+
+
+def _cells(row: Row) -> str:
+    counts = f"{row.convolutions} / {row.batch_norms} | {row.entries} | {row.taps} | {row.pooled} |"
+    size = f"{row.parameters * 4 / 1e6:.2f} | {row.macs / 1e6:,.2f}M"
+    return f"| {row.name} | {row.size} | {row.parameters:,} | {size} | {counts}"
