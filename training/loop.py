@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from kdexport.errors import TrainingError
+from kdexport.students import Tapped
 from training.data import Batch, Batches, epoch_generator
 from training.distillers.distiller import StepContext
 from training.progress import EpochProgress
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 Metrics = dict[str, float]
-TeacherFeature = Callable[[Tensor], Tensor]
+#: The frozen teacher on the student's images; None where nothing is distilled.
+Teach = Callable[[Tensor], Tapped | None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +41,7 @@ class Run:
     network: nn.Module
     batches: Batches
     evaluation: Iterable[Batch]
-    teacher_feature: TeacherFeature
+    teach: Teach
 
 
 def learning_rate(settings: TrainSettings, epoch: float) -> float:
@@ -125,7 +127,7 @@ def _epoch(
             group["lr"] = learning_rate(settings, position)
         context = StepContext(epoch=position, order=tuple(orders[step]))
         with accelerator.autocast():
-            losses = task(images, labels, job.teacher_feature(images), context).losses
+            losses = task(images, labels, job.teach(images), context).losses
         optimizer.zero_grad(set_to_none=True)
         accelerator.backward(torch.stack(list(losses.values())).sum())
         optimizer.step()

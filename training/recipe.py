@@ -64,6 +64,8 @@ class DistillerSettings(Settings):
 
     name: str = "kdiffusion"
     placement: Literal["R1", "R2"] = "R1"
+    #: ``single`` branches the last stage, ``multi`` every stage that has a partner in the teacher.
+    layers: Literal["single", "multi"] = "single"
     num_branches: Annotated[int, Field(ge=1, le=16)] = 4
     schedule: Literal["cosine", "ddpm_linear", "linear"] = "cosine"
     permutation: Literal["shuffle", "fixed", "expected"] = "shuffle"

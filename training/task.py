@@ -1,6 +1,8 @@
 """One training step as a module: everything that needs a gradient, so that it can be wrapped for several devices."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kdexport.reparam.blocks import ParallelBranches
-from kdexport.students import Tapped
+from kdexport.students import Classifier, Tapped
 from training.distillers import Distiller
-from training.distillers.distiller import StepContext
+from training.distillers.distiller import BranchFeatures, StepContext
 from training.teachers import Teacher
 
 
@@ -23,37 +25,37 @@ class StepResult:
 
 
 class BranchTaps:
-    """Collects what each branch of a ``ParallelBranches`` computed in the last forward pass."""
+    """Collects what each branch of some ``ParallelBranches`` computed in the last forward pass."""
 
-    def __init__(self, parallel: ParallelBranches) -> None:
-        self._outputs: list[Tensor] = []
-        for branch in parallel.branches:
-            branch.register_forward_hook(self._collect)
+    def __init__(self, layers: Mapping[str, ParallelBranches]) -> None:
+        self._outputs: BranchFeatures = {name: [] for name in layers}
+        for name, parallel in layers.items():
+            for branch in parallel.branches:
+                branch.register_forward_hook(partial(self._collect, name))
 
-    def take(self) -> list[Tensor]:
-        """The outputs (N,C,H,W) in the order of the branches, which are then forgotten."""
-        taken, self._outputs = self._outputs, []
+    def take(self) -> BranchFeatures:
+        """The outputs (N,C,H,W) of each layer in the order of its branches, which are then forgotten."""
+        taken, self._outputs = self._outputs, {name: [] for name in self._outputs}
         return taken
 
-    def _collect(self, module: nn.Module, _inputs: Any, output: Tensor) -> None:
+    def _collect(self, name: str, module: nn.Module, _inputs: Any, output: Tensor) -> None:
         if module.training:
-            self._outputs.append(output)
+            self._outputs[name].append(output)
 
 
 class DistillationTask(nn.Module):
     """Student and distiller: cross-entropy on the mean of the branches plus the distiller's losses."""
 
-    def __init__(self, student: nn.Module, distiller: Distiller, parallel: ParallelBranches | None) -> None:
+    def __init__(self, student: Classifier, distiller: Distiller, layers: Mapping[str, ParallelBranches]) -> None:
         super().__init__()
         self.student, self.distiller = student, distiller
-        self._taps = None if parallel is None else BranchTaps(parallel)
+        self._taps = BranchTaps(layers)
 
-    def forward(self, images: Tensor, labels: Tensor, teacher_feature: Tensor, step: StepContext) -> StepResult:
-        logits = self.student(images)
-        branches = [] if self._taps is None else self._taps.take()
-        losses = {"cross_entropy": functional.cross_entropy(logits.float(), labels)}
-        losses.update(self.distiller(branches, teacher_feature, step))
-        return StepResult(losses, logits)
+    def forward(self, images: Tensor, labels: Tensor, teacher: Tapped, step: StepContext) -> StepResult:
+        tapped = self.student.tapped(images)
+        losses = {"cross_entropy": functional.cross_entropy(tapped.logits.float(), labels)}
+        losses.update(self.distiller(tapped, self._taps.take(), teacher, step))
+        return StepResult(losses, tapped.logits)
 
 
 class SupervisedTask(nn.Module):
@@ -63,7 +65,7 @@ class SupervisedTask(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, images: Tensor, labels: Tensor, _teacher_feature: Tensor, _step: StepContext) -> StepResult:
+    def forward(self, images: Tensor, labels: Tensor, _teacher: None, _step: StepContext) -> StepResult:
         logits = self.network(images)
         return StepResult({"cross_entropy": functional.cross_entropy(logits.float(), labels)}, logits)
 

@@ -78,7 +78,7 @@ def train_teacher(recipe: Recipe, directory: Path) -> Metrics:
         network=teacher,
         batches=_batches(train, recipe, accelerator),
         evaluation=EvaluationBatches(test, recipe.data, device=accelerator.device),
-        teacher_feature=lambda images: images,
+        teach=lambda _: None,
     )
     history = run(job, accelerator)
     if accelerator.is_main_process:
@@ -107,11 +107,11 @@ def train_student(recipe: Recipe, directory: Path, origin: Origin) -> Metrics:
     DISTILLERS.check(recipe.distiller.name)
     frozen = _freeze(teacher, recipe, device)
     distiller = DISTILLERS.build(recipe.distiller.name, settings=recipe.distiller, student=student, teacher=teacher)
-    branches = type(distiller).branch_spec(recipe.distiller, teacher)
-    parallel = _attach(student, branches)
+    branches = type(distiller).branch_spec(recipe.distiller, student, teacher)
+    layers = _attach(student, branches)
     calibration = zip(range(_CALIBRATION_BATCHES), batches.epoch(0), strict=False)
-    distiller.calibrate(frozen(images).last for _, (images, _) in calibration)
-    task = DistillationTask(student, distiller, parallel).to(device)
+    distiller.calibrate(frozen(images) for _, (images, _) in calibration)
+    task = DistillationTask(student, distiller, layers).to(device)
     task.to(memory_format=torch.channels_last)
     teacher_top1 = top1(_logits_only(frozen), evaluation)
     job = Run(
@@ -123,7 +123,7 @@ def train_student(recipe: Recipe, directory: Path, origin: Origin) -> Metrics:
         network=student,
         batches=batches,
         evaluation=evaluation,
-        teacher_feature=lambda images: frozen(images).last,
+        teach=frozen,
     )
     history = run(job, accelerator)
     metrics = {
@@ -198,12 +198,12 @@ def _column(values: tuple[float, ...]) -> torch.Tensor:
     return torch.tensor(values).reshape(1, 3, 1, 1)
 
 
-def _attach(student: Student, branches: BranchSpec | None) -> ParallelBranches | None:
+def _attach(student: Student, branches: BranchSpec | None) -> dict[str, ParallelBranches]:
     if branches is None:
-        return None
+        return {}
     attach_branches(student, branches)
-    (path,) = branch_paths(student, branches).values()
-    return cast(ParallelBranches, student.get_submodule(path))
+    paths = branch_paths(student, branches)
+    return {name: cast(ParallelBranches, student.get_submodule(path)) for name, path in paths.items()}
 
 
 def _logits_only(frozen: FrozenTeacher) -> torch.nn.Module:

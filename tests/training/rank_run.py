@@ -51,7 +51,7 @@ def main(out: Path, kind: str) -> None:
         network=network,
         batches=batches,
         evaluation=EvaluationBatches(images, data, device=device),
-        teacher_feature=lambda batch: batch,
+        teach=lambda _: None,
     )
     run(job, accelerator)
     save_tensors(out / f"rank{rank}.safetensors", network.state_dict())

@@ -11,9 +11,12 @@ from torch.nn import functional
 from kdexport.checkpoint import StudentSpec, build_student
 from kdexport.preprocessing import Preprocessing
 from kdexport.reparam.blocks import BranchSpec, ParallelBranches, attach_branches, branch_paths
-from kdexport.students import STUDENTS, Student
+from kdexport.reparam.fuse import fuse_student
+from kdexport.students import STUDENTS, Student, Tapped
+from tests.kdexport.hostile import relative_difference
 from training.distillers.distiller import StepContext
-from training.distillers.kdiffusion import KDiffusion
+from training.distillers.kdiffusion import KDiffusion, LayerMatch
+from training.pairs import paired_stages
 from training.recipe import DistillerSettings
 from training.task import DistillationTask, FrozenTeacher, StepResult
 from training.teachers import TEACHERS, Teacher
@@ -36,7 +39,7 @@ class Parts:
     task: DistillationTask
 
     def step(self, images: Tensor, labels: Tensor, context: StepContext = LATE) -> StepResult:
-        return cast(StepResult, self.task(images, labels, self.frozen(images).last, context))
+        return cast(StepResult, self.task(images, labels, self.frozen(images), context))
 
 
 def hostile(module: nn.Module, seed: int) -> None:
@@ -59,7 +62,7 @@ def assemble(placement: str, **changes: object) -> Parts:
     teacher = TEACHERS.build("resnet8", num_classes=CLASSES, image_size=SIZE)
     student = STUDENTS.build("mobilenetv2", num_classes=CLASSES, image_size=SIZE)
     distiller = KDiffusion(settings=settings, student=student, teacher=teacher)
-    spec = KDiffusion.branch_spec(settings, teacher)
+    spec = KDiffusion.branch_spec(settings, student, teacher)
     attach_branches(student, spec)
     parallel = student.get_submodule(branch_paths(student, spec)["last"])
     assert isinstance(parallel, ParallelBranches)
@@ -72,7 +75,7 @@ def assemble(placement: str, **changes: object) -> Parts:
         distiller=distiller,
         parallel=parallel,
         spec=spec,
-        task=DistillationTask(student, distiller, parallel),
+        task=DistillationTask(student, distiller, {"last": parallel}),
     )
 
 
@@ -91,13 +94,27 @@ def teacher_features(count: int, seed: int) -> Tensor:
     return features
 
 
+def tapped(feature: Tensor) -> Tapped:
+    """What a teacher says whose last stage gives ``feature``."""
+    return Tapped(features={"stage3": feature}, preactivations={}, pooled=feature, logits=feature)
+
+
+def diffusion(distiller: KDiffusion, branches: list[Tensor], feature: Tensor, step: StepContext) -> Tensor:
+    losses = distiller(tapped(feature), {"last": branches}, tapped(feature), step)
+    return cast(Tensor, losses["diffusion"])
+
+
+def match(distiller: KDiffusion) -> LayerMatch:
+    return cast(LayerMatch, distiller.layers["last"])
+
+
 def pooled(features: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
     """8x8 maps to 2x2, by the mean of each quarter."""
     array = features.double().numpy()
     return np.asarray(array.reshape(*array.shape[:2], 2, 4, 2, 4).mean((3, 5)))
 
 
-def hosts_of(target: Tensor, distiller: KDiffusion) -> Tensor:
+def hosts_of(target: Tensor, distiller: LayerMatch) -> Tensor:
     """Branch features that the bridge maps onto ``target``."""
     if isinstance(distiller.bridge, nn.Identity):
         return target
@@ -120,33 +137,34 @@ def test_the_loss_is_zero_where_every_bridged_branch_is_the_standardised_teacher
 ) -> None:
     parts = assemble(placement, permutation=permutation)
     feature = teacher_features(7, seed=1)
-    parts.distiller.calibrate([teacher_features(40, seed=2)])
+    parts.distiller.calibrate([tapped(teacher_features(40, seed=2))])
     # The bridge's own statistics, so that what it computes can be inverted.
     parts.distiller.eval()
     spread = pooled(teacher_features(40, seed=2))
     centre = spread.mean((0, 2, 3), keepdims=True)
     scale = np.maximum(spread.std((0, 2, 3), ddof=1, keepdims=True), 1e-3)
     target = torch.from_numpy((pooled(feature) - centre) / scale).float()
-    exact = hosts_of(target, parts.distiller)
-    assert parts.distiller([exact] * BRANCHES, feature, LATE)["diffusion"].item() < 1e-9
+    exact = hosts_of(target, match(parts.distiller))
+    assert diffusion(parts.distiller, [exact] * BRANCHES, feature, LATE).item() < 1e-9
     for index in range(BRANCHES):
         branches = [exact] * BRANCHES
-        branches[index] = hosts_of(target + 0.1, parts.distiller)
-        assert parts.distiller(branches, feature, LATE)["diffusion"].item() > 1e-4
+        branches[index] = hosts_of(target + 0.1, match(parts.distiller))
+        assert diffusion(parts.distiller, branches, feature, LATE).item() > 1e-4
 
 
 def test_without_standardisation_the_target_is_the_raw_teacher() -> None:
     parts = assemble("R2", standardise_teacher=False)
-    parts.distiller.calibrate([teacher_features(40, seed=2)])
+    parts.distiller.calibrate([tapped(teacher_features(40, seed=2))])
     feature = teacher_features(7, seed=1)
     exact = torch.from_numpy(pooled(feature)).float()
-    assert parts.distiller([exact] * BRANCHES, feature, LATE)["diffusion"].item() < 1e-9
+    assert diffusion(parts.distiller, [exact] * BRANCHES, feature, LATE).item() < 1e-9
 
 
 def test_calibration_gives_the_pooled_feature_zero_mean_and_unit_variance() -> None:
-    distiller = assemble("R1").distiller
+    whole = assemble("R1").distiller
     batches = [teacher_features(count, seed=count) for count in (9, 4, 7)]
-    distiller.calibrate(batches)
+    whole.calibrate([tapped(features) for features in batches])
+    distiller = match(whole)
     everything = np.concatenate([pooled(features) for features in batches])
     standardised = (everything - distiller.teacher_mean.double().numpy()) / distiller.teacher_std.double().numpy()
     speaking = [channel for channel in range(WIDTH) if channel != 5]
@@ -212,8 +230,8 @@ def test_the_teacher_reads_the_images_in_its_own_normalisation() -> None:
 
     mean, std, student_mean, student_std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (*own, *students))
     parts.frozen.renormalise(student_std / std, (student_mean - mean) / std)
-    tapped = parts.frozen(normalised(students))
-    feature, logits = tapped.last, tapped.logits
+    result = parts.frozen(normalised(students))
+    feature, logits = result.last, result.logits
     expected = copy.deepcopy(parts.teacher)(normalised(own))
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
     assert feature.shape == (3, WIDTH, 8, 8)
@@ -234,7 +252,7 @@ def test_a_student_checkpoint_holds_the_student_and_its_branches_alone(placement
     keys = set(parts.student.state_dict())
     assert keys == set(build_student(spec).state_dict())
     own = set(parts.distiller.state_dict())
-    assert {"teacher_mean", "teacher_std"} <= own
+    assert {"layers.last.teacher_mean", "layers.last.teacher_std"} <= own
     assert not {key for key in keys for name in own if key.endswith(name)}
     assert not [key for key in keys if "bridge" in key or "teacher" in key or "distiller" in key]
     assert set(parts.task.state_dict()) == {f"student.{key}" for key in keys} | {f"distiller.{key}" for key in own}
@@ -280,7 +298,7 @@ def test_the_loss_sees_each_branch_once_and_evaluation_leaves_nothing_behind(pla
     parts = assemble(placement)
     images, labels = batch()
     seen: list[list[Tensor]] = []
-    parts.distiller.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    parts.distiller.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]["last"]))
     with torch.no_grad():
         parts.task.eval()
         parts.student(images)
@@ -293,7 +311,7 @@ def test_the_loss_sees_each_branch_once_and_evaluation_leaves_nothing_behind(pla
             if x is not None:
                 outputs = [branch(x) for branch in parts.parallel.branches]
                 assert all(torch.equal(a, b) for a, b in zip(seen[-1], outputs, strict=True))
-                parts.task._taps.take()  # type: ignore[union-attr]
+                parts.task._taps.take()
 
 
 def test_the_cross_entropy_is_that_of_the_logits() -> None:
@@ -313,7 +331,7 @@ def test_the_diffusion_weight_ramps_up_over_its_epochs(epoch: float, share: floa
     branches = [torch.from_numpy(pooled(teacher_features(4, seed=seed))).float() for seed in range(BRANCHES)]
 
     def loss(distiller: KDiffusion, at: float) -> float:
-        return float(distiller(branches, feature, StepContext(epoch=at, order=(1, 2, 0)))["diffusion"])
+        return float(diffusion(distiller, branches, feature, StepContext(epoch=at, order=(1, 2, 0))))
 
     full = loss(assemble("R2", ramp_epochs=0.0, weight=1.0).distiller, 0.0)
     assert full > 0.1
@@ -327,7 +345,7 @@ def test_each_permutation_mode_reads_the_order_it_is_named_after() -> None:
     def losses(permutation: str) -> list[float]:
         distiller = assemble("R2", permutation=permutation).distiller
         orders = [(0, 1, 2), (1, 2, 0), (2, 1, 0)]
-        return [float(distiller(branches, feature, StepContext(epoch=9, order=o))["diffusion"]) for o in orders]
+        return [float(diffusion(distiller, branches, feature, StepContext(epoch=9, order=o))) for o in orders]
 
     shuffled, fixed, expected = losses("shuffle"), losses("fixed"), losses("expected")
     assert len(set(shuffled)) == 3
@@ -342,9 +360,68 @@ def test_the_branches_and_the_bridge_have_the_shapes_of_their_placement(placemen
     shapes = [tuple(cast(nn.Conv2d, cast(nn.Sequential, b)[0]).weight.shape) for b in parts.parallel.branches]
     if placement == "R1":
         assert shapes == [(1280, 160, 1, 1)] * BRANCHES
-        assert tuple(cast(nn.Conv2d, cast(nn.Sequential, parts.distiller.bridge)[0]).weight.shape) == (64, 1280, 1, 1)
+        assert tuple(cast(nn.Conv2d, cast(nn.Sequential, match(parts.distiller).bridge)[0]).weight.shape) == (
+            64,
+            1280,
+            1,
+            1,
+        )
     else:
         assert shapes == [(WIDTH, 1280, 1, 1)] * BRANCHES
         assert list(parts.distiller.parameters()) == []
         assert cast(nn.Linear, parts.student.get_submodule("classifier.0")).in_features == WIDTH
     assert functional.softmax(parts.student(batch()[0]), 1).shape == (6, CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "pairs"),
+    [
+        ("resnet8", [("stage2", "stage1"), ("stage3", "stage2"), ("last", "stage3")]),
+        ("resnet56", [("stage2", "stage1"), ("stage3", "stage2"), ("last", "stage3")]),
+    ],
+)
+def test_stages_are_paired_from_the_deep_end(teacher: str, pairs: list[tuple[str, str]]) -> None:
+    theirs = TEACHERS.build(teacher, num_classes=CLASSES, image_size=SIZE)
+    student = STUDENTS.build("mobilenetv2", num_classes=CLASSES, image_size=SIZE)
+    assert [(pair.student, pair.teacher) for pair in paired_stages(student, theirs, "multi")] == pairs
+    assert [(pair.student, pair.teacher) for pair in paired_stages(student, theirs, "single")] == pairs[-1:]
+
+
+@PLACEMENTS
+def test_several_layers_are_distilled_at_once_and_fold_exactly(placement: str) -> None:
+    settings = DistillerSettings.model_validate(
+        {"placement": placement, "num_branches": BRANCHES, "layers": "multi", "weight": 3.0, "ramp_epochs": 0.0}
+    )
+    torch.manual_seed(3)
+    teacher = TEACHERS.build("resnet8", num_classes=CLASSES, image_size=SIZE)
+    student = STUDENTS.build("mobilenetv2", num_classes=CLASSES, image_size=SIZE)
+    distiller = KDiffusion(settings=settings, student=student, teacher=teacher)
+    spec = KDiffusion.branch_spec(settings, student, teacher)
+    attach_branches(student, spec)
+    layers = {
+        name: cast(ParallelBranches, student.get_submodule(path)) for name, path in branch_paths(student, spec).items()
+    }
+    assert list(layers) == ["stage2", "stage3", "last"]
+    task, frozen = DistillationTask(student, distiller, layers), FrozenTeacher(teacher, torch.device("cpu"), None)
+    images, labels = batch()
+    distiller.calibrate([frozen(images)])
+    seen: dict[str, Tensor] = {}
+    for name in layers:
+        distiller.layers[name].register_forward_hook(lambda _m, _i, output, key=name: seen.update({key: output}))
+    result = task(images, labels, frozen(images), LATE)
+    mean = sum(seen.values(), torch.zeros(())) / 3
+    torch.testing.assert_close(result.losses["diffusion"], 3.0 * mean)
+    result.losses["diffusion"].backward()
+    for parallel in layers.values():
+        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in parallel.branches.parameters())
+    # What is folded comes out of a checkpoint, without the taps of training.
+    trained = STUDENTS.build("mobilenetv2", num_classes=CLASSES, image_size=SIZE)
+    attach_branches(trained, spec)
+    trained.load_state_dict(student.state_dict())
+    fused = fuse_student(trained.double().eval())
+    with torch.no_grad():
+        x = images.double()
+        assert relative_difference(fused.module(x), trained(x)) <= 1e-12
+    plain = STUDENTS.build("mobilenetv2", num_classes=CLASSES, image_size=SIZE)
+    weights = {name: value.shape for name, value in plain.state_dict().items() if value.dim() > 1}
+    assert {name: value.shape for name, value in fused.module.state_dict().items() if value.dim() > 1} == weights

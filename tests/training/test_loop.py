@@ -76,7 +76,7 @@ def job(directory: Path, task: LinearTask, chosen: TrainSettings) -> Run:
         network=task.network,
         batches=FewBatches(),
         evaluation=list(FewBatches().epoch(77)),
-        teacher_feature=lambda points: points,
+        teach=lambda _: None,
     )
 
 

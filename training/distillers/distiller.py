@@ -6,8 +6,12 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from kdexport.reparam.blocks import BranchSpec
+from kdexport.students import Student, Tapped
 from training.recipe import DistillerSettings
 from training.teachers import Teacher
+
+#: What each branch of a layer wrote, (N,C,H,W), by the name of the student's tap.
+BranchFeatures = dict[str, list[Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,14 +28,16 @@ class Distiller(nn.Module):
     settings: DistillerSettings
 
     @classmethod
-    def branch_spec(cls, settings: DistillerSettings, teacher: Teacher) -> BranchSpec | None:
+    def branch_spec(cls, settings: DistillerSettings, student: Student, teacher: Teacher) -> BranchSpec | None:
         """The branches that the student must carry for this method, or None."""
         raise NotImplementedError
 
-    def calibrate(self, teacher_features: Iterable[Tensor]) -> None:
-        """Fix statistics of the teacher's feature (N,Ct,H,W) from a few batches, before training."""
+    def calibrate(self, teacher_taps: Iterable[Tapped]) -> None:
+        """Fix statistics of the teacher's features from a few batches, before training."""
         raise NotImplementedError
 
-    def forward(self, branch_features: list[Tensor], teacher_feature: Tensor, step: StepContext) -> dict[str, Tensor]:
+    def forward(
+        self, student: Tapped, branches: BranchFeatures, teacher: Tapped, step: StepContext
+    ) -> dict[str, Tensor]:
         """Named scalar losses, weighted, to be added to cross-entropy."""
         raise NotImplementedError
