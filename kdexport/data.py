@@ -9,7 +9,7 @@ import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 from kdexport.errors import BackendUnavailableError, ConfigError, DataError
 from kdexport.preprocessing import Preprocessing, read_image
 from kdexport.registry import nearest
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Split = Literal["train", "test"]
 
@@ -75,14 +78,15 @@ class ImageSet:
 
     def read(self, indices: Sequence[int], preprocessing: Preprocessing) -> NDArray[np.uint8]:
         """The images at ``indices``, resized and cropped: (len(indices), S, S, 3) uint8."""
-        return np.stack([self._pixels(index, preprocessing) for index in indices])
+        return np.stack([preprocessing.pixels(self.image(index)) for index in indices])
 
-    def _pixels(self, index: int, preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    def image(self, index: int) -> "Image.Image":
+        """One image, decoded, in its own size; raises ``DataError`` where its file cannot be read."""
         if self.pixels is None:
-            return preprocessing.pixels(read_image(self.files[index]))
+            return read_image(self.files[index])
         from PIL import Image
 
-        return preprocessing.pixels(Image.fromarray(self.pixels[index]))
+        return Image.fromarray(self.pixels[index])
 
     def fingerprint(self) -> str:
         """sha256 over classes, labels and the bytes of all images."""

@@ -36,9 +36,11 @@ def _resolve(recipe: str, overrides: list[str] | None, data: str | None, teacher
 @app.command()
 def teacher(recipe: RecipeOption, out: OutOption, set_: SetOption = None, data: DataOption = None) -> None:
     """Train the recipe's teacher."""
+    from training.rehearsal import rehearse
     from training.train import make_accelerator, train_teacher
 
     resolved = _resolve(recipe, set_, data, None)
+    rehearse(resolved)
     accelerator = make_accelerator(resolved.train)
     with accelerator.main_process_first():
         _claim(out, resolved, "teacher")
@@ -56,9 +58,11 @@ def train(
     teacher_checkpoint: TeacherOption = None,
 ) -> None:
     """Distil the recipe's student; without teacher weights the teacher is trained first, in the same run."""
+    from training.rehearsal import rehearse
     from training.train import Origin, make_accelerator, train_student, train_teacher
 
     resolved = _resolve(recipe, set_, data, teacher_checkpoint)
+    rehearse(resolved)
     accelerator = make_accelerator(resolved.train)
     with accelerator.main_process_first():
         _claim(out, resolved, "student")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kdexport.data import ImageSet
 from kdexport.errors import DataError
-from kdexport.preprocessing import Preprocessing, read_image
+from kdexport.preprocessing import Preprocessing
 from training.recipe import DataSettings
 
 #: Decoded sets up to this size live on the device; larger ones are streamed from their files.
@@ -137,7 +137,7 @@ class StreamedBatches:
     def _augmented(self, sample: int, epoch: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
         from PIL import Image
 
-        image = read_image(self._images.files[sample]).convert("RGB")
+        image = self._images.image(sample).convert("RGB")
         # Seeded per image, because the order in which threads run is not repeatable.
         rng = np.random.default_rng((self._seed, epoch, sample))
         top, left, height, width = _resized_crop(rng, image.height, image.width)

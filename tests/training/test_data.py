@@ -299,3 +299,20 @@ def test_evaluation_of_decoded_images_reads_them_as_they_are() -> None:
     parts = list(EvaluationBatches(images, settings(), device=CPU))
     np.testing.assert_array_equal(parts[0][0].numpy(), preprocessing_of(settings()).normalise(images.pixels))
     np.testing.assert_array_equal(parts[0][1].numpy(), images.labels)
+
+
+def test_images_that_come_as_one_array_are_streamed_like_their_files(tmp_path: Path) -> None:
+    array = noise_images(6, side=40)
+    assert array.pixels is not None
+    for index, pixels in enumerate(array.pixels):
+        Image.fromarray(pixels).save(tmp_path / f"{index}.png")
+    paths = tuple(tmp_path / f"{index}.png" for index in range(6))
+    files = ImageSet(classes=array.classes, labels=array.labels, pixels=None, files=paths)
+    chosen = settings(image_size=70)
+    one, other = (
+        collected(StreamedBatches(images, chosen, batch_size=3, seed=2, device=CPU), 1) for images in (array, files)
+    )
+    assert torch.equal(one[0], other[0])
+    assert torch.equal(one[1], other[1])
+    assert one[0].shape == (6, 3, 70, 70)
+    assert one[0].std() > 0.5

@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 
 from kdexport.errors import ConfigError
+from tests.conftest import run_command
 from tests.training.tiny import environment
 from training.recipe import load_recipe, merge_overrides, parse_override, recipe_names
 
@@ -198,3 +200,15 @@ def test_a_wrong_recipe_ends_the_command_with_code_2_and_no_traceback() -> None:
     assert result.stdout == ""
     assert result.stderr.startswith("error KDX100: recipe digits: unknown key 'train.epoch'.")
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("command", ["train", "teacher"])
+def test_a_placement_that_could_not_be_folded_is_refused_before_training(command: str, tmp_path: Path) -> None:
+    settings = ["distiller.placement=R2", "distiller.layers=multi", "student.name=resnet18"]
+    options = [part for item in settings for part in ("--set", item)]
+    done = run_command(command, "--recipe", "digits", "--out", tmp_path / "run", *options, module="training")
+    assert done.exit_code == 2
+    assert "KDX300" in done.stderr
+    assert re.search(r"adapters\.stage\d has 2 users", done.stderr)
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
