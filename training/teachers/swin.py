@@ -21,7 +21,7 @@ class Swin(Teacher):
     """Patch embedding and four stages, with torchvision's parameter names; swin_t has 27,596,254 at 100 classes.
 
     A stage ends without an activation, so its feature and its pre-activation are one tensor; but the last feature is
-    behind the final layer norm, because that is what is pooled, and its pre-activation before it. The merging of patches
+    behind the final layer norm, because that is what is pooled, and its pre-activation before it. Merging of patches
     between two stages belongs to the later one.
     """
 
