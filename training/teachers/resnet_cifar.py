@@ -1,5 +1,11 @@
-"""ResNets of depth 6n+2 for 32x32 images (He et al., 2016, section 4.2) with 1x1 convolution shortcuts."""
+"""ResNets of depth 6n+2 for small images (He et al., 2016, section 4.2) with 1x1 convolution shortcuts.
 
+The x4 widths are those of Tian et al. (2020): a stem of 32 channels, and a projected shortcut in every stage. There is
+no ImageNet form in the literature; the body has no size of its own and serves larger images as it is, at their cost.
+Names of parameters are those of the public checkpoints: conv1, bn1, layer1.0.conv1, layer1.0.downsample.0, fc.
+"""
+
+from collections.abc import Sequence
 from functools import partial
 from typing import cast
 
@@ -10,7 +16,8 @@ from kdexport.students import Stage, Tap
 from training.teachers import TEACHERS
 from training.teachers.teacher import Teacher
 
-_WIDTHS = (16, 32, 64)
+# Channels of the stem and of the three stages.
+_PLAIN, _TIMES_FOUR = (16, 16, 32, 64), (32, 64, 128, 256)
 
 
 class _BasicBlock(nn.Module):
@@ -36,17 +43,18 @@ class _BasicBlock(nn.Module):
 
 
 class ResNetCifar(Teacher):
-    """3 stages of n blocks; resnet56 has 861,620 parameters at 100 classes."""
+    """3 stages of n blocks: at 100 classes resnet56 has 861,620 parameters, resnet32x4 7,433,860."""
 
-    def __init__(self, blocks_per_stage: int, *, num_classes: int, image_size: int) -> None:
+    def __init__(self, depth: int, widths: Sequence[int], *, num_classes: int, image_size: int) -> None:
         super().__init__()
         self.num_classes, self.image_size = num_classes, image_size
-        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        channels, taps = 16, [Tap(name="stem", channels=16, stride=1)]
-        for index, width in enumerate(_WIDTHS):
+        channels, *stages = widths
+        self.conv1 = nn.Conv2d(3, channels, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        taps = [Tap(name="stem", channels=channels, stride=1)]
+        for index, width in enumerate(stages):
             blocks = [_BasicBlock(channels, width, 1 if index == 0 else 2)]
-            blocks += [_BasicBlock(width, width, 1) for _ in range(blocks_per_stage - 1)]
+            blocks += [_BasicBlock(width, width, 1) for _ in range((depth - 2) // 6 - 1)]
             self.add_module(f"layer{index + 1}", nn.Sequential(*blocks))
             channels = width
             taps.append(Tap(name=f"stage{index + 1}", channels=width, stride=2**index))
@@ -71,4 +79,6 @@ class ResNetCifar(Teacher):
 
 
 for _depth in (8, 20, 56):
-    TEACHERS.register(f"resnet{_depth}")(partial(ResNetCifar, (_depth - 2) // 6))
+    TEACHERS.register(f"resnet{_depth}")(partial(ResNetCifar, _depth, _PLAIN))
+for _depth in (8, 32):
+    TEACHERS.register(f"resnet{_depth}x4")(partial(ResNetCifar, _depth, _TIMES_FOUR))

@@ -1,0 +1,126 @@
+"""VGG with batch norm (Simonyan & Zisserman, 2015): one linear layer for small images, torchvision's for ImageNet's.
+
+f0 to f4 of the literature are ``stem`` and ``stage1`` to ``stage4``: each ends with the last ReLU of its convolutions,
+and the max pooling between two stages belongs to the later one.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
+from typing import cast
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kdexport.errors import ConfigError
+from kdexport.students import Stage, Tap
+from kdexport.students.classifier import IMAGENET_MIN_SIZE
+from training.teachers import TEACHERS
+from training.teachers.teacher import Teacher
+
+_WIDTHS = (64, 128, 256, 512, 512)
+#: From this side on the small form pools before its last stage too, as its public definition does at 64 pixels.
+_FOURTH_POOLING = 64
+# In torchvision's ``features``, the ReLU that ends each stage; the next stage's pooling comes right after it.
+_RELUS, _LAST_POOLING = (5, 12, 19, 26, 33), 34
+
+
+def _taps(strides: Sequence[int]) -> tuple[Tap, ...]:
+    names = ("stem", "stage1", "stage2", "stage3", "stage4")
+    return tuple(
+        Tap(name=name, channels=channels, stride=stride)
+        for name, channels, stride in zip(names, _WIDTHS, strides, strict=True)
+    )
+
+
+class SmallVgg(Teacher):
+    """The form of the distillation literature for 32x32 inputs; at 100 classes vgg13 has 9,462,180 parameters.
+
+    Convolutions have a bias. Global average pooling and one linear layer take the place of the three linear layers, so
+    that any size is served. Odd maps are pooled with ``ceil_mode``. Names of parameters are those of the public
+    checkpoints: block0.0, block0.1, block0.3, block0.4, classifier.
+    """
+
+    def __init__(self, convs_per_stage: int, *, num_classes: int, image_size: int) -> None:
+        super().__init__()
+        self.num_classes, self.image_size = num_classes, image_size
+        self._poolings = 4 if image_size >= _FOURTH_POOLING else 3
+        for index, (inputs, outputs) in enumerate(pairwise((3, *_WIDTHS))):
+            layers: list[nn.Module] = []
+            for position in range(convs_per_stage):
+                conv = nn.Conv2d(inputs if position == 0 else outputs, outputs, 3, padding=1)
+                layers += [conv, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)]
+            # The last ReLU is left to ``advance``, which reads what is before it.
+            self.add_module(f"block{index}", nn.Sequential(*layers[:-1]))
+        self.classifier = nn.Linear(_WIDTHS[-1], num_classes)
+        self.taps = _taps([2 ** min(index, self._poolings) for index in range(len(_WIDTHS))])
+        self.classifier_path = "classifier"
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=math.sqrt(2.0 / (9 * module.out_channels)))
+                nn.init.zeros_(cast(Tensor, module.bias))
+        nn.init.normal_(self.classifier.weight, std=0.01)
+        nn.init.zeros_(self.classifier.bias)
+
+    def advance(self, index: int, x: Tensor) -> Stage:
+        if 0 < index <= self._poolings:
+            x = functional.max_pool2d(x, 2, ceil_mode=True)
+        preactivation = self.get_submodule(f"block{index}")(x)
+        return Stage(functional.relu(preactivation), lambda: preactivation)
+
+    def predict(self, pooled: Tensor) -> Tensor:
+        return cast(Tensor, self.classifier(pooled))
+
+
+class Vgg13(Teacher):
+    """torchvision's vgg13_bn with its parameter names: 129,366,436 parameters at 100 classes.
+
+    Its classifier is three linear layers with ReLU and dropout between. The pooled vector is what the first of them
+    reads: the last feature max-pooled, averaged to 7x7 and flattened, 25,088 values; ``classifier_path`` names that
+    layer, which gives 4,096 values and not logits.
+    """
+
+    def __init__(self, *, num_classes: int, image_size: int) -> None:
+        super().__init__()
+        if image_size % 16:
+            raise ConfigError(
+                f"vgg13 at ImageNet sizes needs a multiple of 16 pixels a side, and image_size is {image_size}: "
+                "its poolings would drop the odd rows.",
+                remedy=f"Set data.image_size to {image_size // 16 * 16} or {(image_size // 16 + 1) * 16}.",
+            )
+        self.num_classes, self.image_size = num_classes, image_size
+        net = torchvision.models.vgg13_bn(num_classes=num_classes)
+        # torchvision's own names, so that its checkpoints load unchanged.
+        self.features, self.avgpool, self.classifier = net.features, net.avgpool, net.classifier
+        for index in _RELUS:
+            # In place it would destroy the pre-activation.
+            cast(nn.ReLU, self.features[index]).inplace = False
+        self.taps, self.classifier_path = _taps([2**index for index in range(len(_WIDTHS))]), "classifier.0"
+
+    def advance(self, index: int, x: Tensor) -> Stage:
+        first, relu = 0 if index == 0 else _RELUS[index - 1] + 1, _RELUS[index]
+        for position in range(first, relu):
+            x = self.features[position](x)
+        preactivation = x
+        return Stage(self.features[relu](preactivation), lambda: preactivation)
+
+    def pool(self, feature: Tensor) -> Tensor:
+        return torch.flatten(self.avgpool(self.features[_LAST_POOLING](feature)), 1)
+
+    def predict(self, pooled: Tensor) -> Tensor:
+        return cast(Tensor, self.classifier(pooled))
+
+
+@TEACHERS.register("vgg13")
+def vgg13(*, num_classes: int, image_size: int) -> Teacher:
+    """The form of VGG13 that fits images of ``image_size`` pixels a side."""
+    if image_size >= IMAGENET_MIN_SIZE:
+        return Vgg13(num_classes=num_classes, image_size=image_size)
+    return SmallVgg(2, num_classes=num_classes, image_size=image_size)
+
+
+# One convolution a stage is an invention for small images; larger ones get the same body.
+TEACHERS.register("vgg8")(partial(SmallVgg, 1))
