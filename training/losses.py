@@ -1,0 +1,201 @@
+"""The losses of the methods that KDiffusion is compared with, as pure functions of tensors.
+
+Each computes in float32 or better, whatever the precision of its inputs, and returns a scalar. Weights between losses,
+projections and memory banks are the distillers'. The teacher's side comes second and is not detached here. Shapes that
+do not belong together raise ``ValueError``.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+
+#: Sides of the pooled maps of the hierarchical context loss, and what each next one weighs less.
+_CONTEXT_SIDES, _CONTEXT_DECAY = (4, 2, 1), 0.5
+#: Below this share of negative values their mean is not estimated, and lies at three deviations.
+_MIN_NEGATIVE_SHARE, _RARE_MARGIN = 1e-3, 3.0
+_MIN_VARIANCE = 1e-5
+_NCE_EPSILON = 1e-7
+
+
+def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(softmax(t/T) || softmax(s/T)) of logits (N,K), mean over the batch (Hinton et al., 2015)."""
+    _check_logits(student_logits, teacher_logits, temperature)
+    student, teacher = _precise(student_logits) / temperature, _precise(teacher_logits) / temperature
+    return temperature**2 * _divergence(student, teacher)
+
+
+def dkd_loss(
+    student_logits: Tensor, teacher_logits: Tensor, targets: Tensor, alpha: float, beta: float, temperature: float
+) -> Tensor:
+    """T^2 (alpha TCKD + beta NCKD) of logits (N,K) and classes (N,), mean over the batch (Zhao et al., 2022, eq. 7).
+
+    TCKD compares the target's probability with that of all others together, NCKD the others among themselves.
+    """
+    _check_logits(student_logits, teacher_logits, temperature)
+    count, classes = student_logits.shape
+    if targets.shape != (count,) or classes < 2:
+        raise ValueError(
+            f"targets {tuple(targets.shape)} do not go with logits {(count, classes)} of 2 or more classes"
+        )
+    target_index, index = targets.unsqueeze(1), torch.arange(classes - 1, device=targets.device)
+    other_index = index + (index >= target_index).long()
+
+    def split(logits: Tensor) -> tuple[Tensor, Tensor]:
+        scaled = _precise(logits) / temperature
+        others = scaled.gather(1, other_index)
+        # Logits of the two-class distribution: no probability is formed, so that none underflows.
+        return torch.cat([scaled.gather(1, target_index), torch.logsumexp(others, 1, keepdim=True)], 1), others
+
+    (student_target, student_others), (teacher_target, teacher_others) = split(student_logits), split(teacher_logits)
+    target, others = _divergence(student_target, teacher_target), _divergence(student_others, teacher_others)
+    return temperature**2 * (alpha * target + beta * others)
+
+
+def attention_transfer_loss(
+    student_features: Sequence[Tensor], teacher_features: Sequence[Tensor], p: float = 2
+) -> Tensor:
+    """Sum over stages of mean((Q_s - Q_t)^2) for features (N,C,H,W) (Zagoruyko & Komodakis, 2017, eq. 2).
+
+    Q (N,H*W) is the mean over channels of |feature|^p, divided by its L2 norm. The larger map is averaged down to the
+    smaller; numbers of channels may differ.
+    """
+    if p < 1:
+        raise ValueError(f"the power p is {p}, and must be 1 or more")
+    losses = []
+    for student, teacher in _paired(student_features, teacher_features):
+        side = _smaller_side(student, teacher)
+        maps = [_attention(functional.adaptive_avg_pool2d(_precise(x), side), p) for x in (student, teacher)]
+        losses.append((maps[0] - maps[1]).square().mean())
+    return torch.stack(losses).sum()
+
+
+def hierarchical_context_loss(student_features: Sequence[Tensor], teacher_features: Sequence[Tensor]) -> Tensor:
+    """Sum over stages of the weighted mean of squared errors at several scales (Chen et al., 2021, ReviewKD's HCL).
+
+    Features of a stage (N,C,H,W) have one shape. Scales are the map itself and its averages of 4, 2 and 1 pixels a side
+    as far as they are smaller than it; the weights 1, 1/2, 1/4, 1/8 go to those used, in that order.
+    """
+    losses = []
+    for student, teacher in _paired(student_features, teacher_features):
+        _check_same(student, teacher)
+        s, t = _precise(student), _precise(teacher)
+        sides = [side for side in _CONTEXT_SIDES if side < min(s.shape[2:])]
+        terms = [(s - t).square().mean()]
+        # The difference of averages is the average of the difference.
+        terms += [functional.adaptive_avg_pool2d(s - t, side).square().mean() for side in sides]
+        weights = [_CONTEXT_DECAY**index for index in range(len(terms))]
+        total = torch.stack([weight * term for weight, term in zip(weights, terms, strict=True)]).sum()
+        losses.append(total / sum(weights))
+    return torch.stack(losses).sum()
+
+
+def overhaul_loss(student_feature: Tensor, teacher_feature: Tensor, margin: Tensor) -> Tensor:
+    """Squared distance to max(t, margin), summed over C,H,W, mean over the batch (Heo et al., 2019).
+
+    Both features (N,C,H,W) are before their activation; ``margin`` (C,) is ``overhaul_margin``. Where the teacher is
+    not positive, a student below the target is as good as on it. The teacher's map is averaged to the student's size.
+    """
+    if student_feature.shape[:2] != teacher_feature.shape[:2]:
+        raise ValueError(_differ(student_feature, teacher_feature))
+    if margin.shape != student_feature.shape[1:2]:
+        raise ValueError(
+            f"margin {tuple(margin.shape)} is not one value for each of {student_feature.shape[1]} channels"
+        )
+    student = _precise(student_feature)
+    teacher = functional.adaptive_avg_pool2d(_precise(teacher_feature), (student.shape[2], student.shape[3]))
+    target = torch.maximum(teacher, _precise(margin).reshape(1, -1, 1, 1))
+    counts = (student > target) | (teacher > 0)
+    return torch.where(counts, (student - target).square(), 0.0).sum((1, 2, 3)).mean()
+
+
+def overhaul_margin(batch_norm: _BatchNorm) -> Tensor:
+    """(C,) E[x | x < 0] for x ~ N(beta, gamma^2), what ``batch_norm`` writes (Heo et al., 2019).
+
+    beta - |gamma| phi(beta/|gamma|) / Phi(-beta/|gamma|), or -3 |gamma| where at most a thousandth of x is negative.
+    """
+    reference = torch.zeros(batch_norm.num_features) if batch_norm.bias is None else batch_norm.bias.detach()
+    mean = reference.double()
+    scale = torch.ones_like(mean) if batch_norm.weight is None else batch_norm.weight.detach().double().abs()
+    # A channel without spread is its mean, which the formula gives as a limit.
+    ratio = mean / scale.clamp(min=1e-30)
+    density = torch.exp(-ratio.square() / 2) / math.sqrt(2 * math.pi)
+    share = torch.special.ndtr(-ratio)
+    margin = torch.where(share > _MIN_NEGATIVE_SHARE, mean - scale * density / share, -_RARE_MARGIN * scale)
+    return margin.to(reference.dtype)
+
+
+def variational_loss(predicted_mean: Tensor, target: Tensor, raw_scale: Tensor) -> Tensor:
+    """mean((r - t)^2 / var + log var) / 2 of maps (N,C,H,W), var = softplus(raw_scale) + 1e-5 (Ahn et al., 2019).
+
+    ``raw_scale`` (C,) is learned; the constant of the Gaussian's log-likelihood is left out.
+    """
+    _check_same(predicted_mean, target)
+    if raw_scale.shape != target.shape[1:2]:
+        raise ValueError(f"raw_scale {tuple(raw_scale.shape)} is not one value for each of {target.shape[1]} channels")
+    variance = (functional.softplus(_precise(raw_scale)) + _MIN_VARIANCE).reshape(1, -1, 1, 1)
+    error = _precise(predicted_mean) - _precise(target)
+    return (error.square() / variance + variance.log()).mean() / 2
+
+
+def contrastive_nce_loss(scores: Tensor, num_samples: int) -> Tensor:
+    """Noise-contrastive loss of scores (N,1+K), the positive first, mean over the batch (Tian et al., 2020).
+
+    Scores are exp(similarity / T) / Z > 0; ``num_samples`` is the size n of the data set. Noise is drawn uniformly from
+    it, so that K/n weighs the K samples.
+    """
+    if scores.ndim != 2 or scores.shape[1] < 2 or num_samples < 1:
+        raise ValueError(f"scores {tuple(scores.shape)} of {num_samples} samples are not (N,1+K) with K of 1 or more")
+    positive, negatives = _precise(scores[:, 0]), _precise(scores[:, 1:])
+    noise = negatives.shape[1] / num_samples
+    hit = torch.log(positive / (positive + noise + _NCE_EPSILON))
+    miss = torch.log(noise / (negatives + noise + _NCE_EPSILON)).sum(1)
+    return -(hit + miss).mean()
+
+
+def _precise(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher || student) of scaled logits (N,K), mean over the batch."""
+    own, given = torch.log_softmax(student, 1), torch.log_softmax(teacher, 1)
+    return functional.kl_div(own, given, reduction="batchmean", log_target=True)
+
+
+def _attention(feature: Tensor, p: float) -> Tensor:
+    return functional.normalize(feature.abs().pow(p).mean(1).flatten(1))
+
+
+def _smaller_side(a: Tensor, b: Tensor) -> tuple[int, int]:
+    return min(a.shape[2], b.shape[2]), min(a.shape[3], b.shape[3])
+
+
+def _paired(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    if len(student) != len(teacher) or not student:
+        raise ValueError(f"{len(student)} features of the student for {len(teacher)} of the teacher")
+    pairs = list(zip(student, teacher, strict=True))
+    for s, t in pairs:
+        if s.ndim != 4 or t.ndim != 4 or s.shape[0] != t.shape[0]:
+            raise ValueError(_differ(s, t))
+    return pairs
+
+
+def _check_logits(student: Tensor, teacher: Tensor, temperature: float) -> None:
+    if student.ndim != 2:
+        raise ValueError(f"logits {tuple(student.shape)} are not (N,K)")
+    _check_same(student, teacher)
+    if temperature <= 0:
+        raise ValueError(f"the temperature is {temperature}, and must be above 0")
+
+
+def _check_same(student: Tensor, teacher: Tensor) -> None:
+    if student.shape != teacher.shape:
+        raise ValueError(_differ(student, teacher))
+
+
+def _differ(student: Tensor, teacher: Tensor) -> str:
+    return f"the student's {tuple(student.shape)} does not go with the teacher's {tuple(teacher.shape)}"
