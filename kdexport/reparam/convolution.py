@@ -125,7 +125,8 @@ def apply(conv: Convolution, x: Tensor) -> Tensor:
     """What ``conv`` computes from ``x`` (N,I,*spatial), in the type of ``x``."""
     weight, bias = conv.weight.to(x), conv.bias.to(x)
     if not conv.kernel:
-        return functional.linear(x, weight, bias)
+        rows = weight.reshape(conv.groups, -1, weight.shape[1])
+        return torch.einsum("ngi,goi->ngo", x.reshape(len(x), conv.groups, -1), rows).flatten(1) + bias
     function = _FUNCTIONS[len(conv.kernel)]
     return cast(
         Tensor,
@@ -137,6 +138,8 @@ def to_module(conv: Convolution, dtype: torch.dtype) -> nn.Module:
     """An ``nn`` layer that computes ``conv``, rounded once to ``dtype``; behind a padding layer if it is asymmetric."""
     dims = len(conv.kernel)
     if dims == 0:
+        if conv.groups > 1:
+            raise ReparamError("A linear layer has no groups.", remedy="Expand them with expand_groups first.")
         linear = nn.Linear(conv.in_channels, conv.out_channels, dtype=dtype)
         return _fill(linear, conv)
     symmetric = all(before == after for before, after in conv.padding)

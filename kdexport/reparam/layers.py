@@ -70,6 +70,23 @@ def fold_norm(conv: Convolution, batch_norm: AnyBatchNorm) -> Convolution:
     return replace(conv, weight=weight, bias=bias)
 
 
+def eval_norm(
+    mean: Tensor, variance: Tensor, gain: Tensor | None, offset: Tensor | None, epsilon: float
+) -> nn.BatchNorm1d:
+    """An eval-mode batch norm of these values (C,), in float64."""
+    norm = nn.BatchNorm1d(mean.numel(), epsilon, dtype=torch.float64)
+    ones = torch.ones_like(mean)
+    with torch.no_grad():
+        for place, value in (
+            (norm.running_mean, mean),
+            (norm.running_var, variance),
+            (norm.weight, ones if gain is None else gain),
+            (norm.bias, 0 * ones if offset is None else offset),
+        ):
+            cast(Tensor, place).copy_(value)
+    return norm.eval()
+
+
 def from_batch_norm(batch_norm: AnyBatchNorm, dims: int) -> Convolution:
     """A batch norm alone: the depthwise 1x1 convolution y = g x + (beta - g mu)."""
     return fold_norm(identity(batch_norm.num_features, dims), batch_norm)

@@ -107,8 +107,8 @@ def through_the_mean() -> None:
 
 
 CASES: list[Case] = [
-    conv_and_norm, norm_alone, parallel_block, uneven_block, grouped_identity, pooled, uneven_divisor, sequential, dense_in_groups,
-    border, side_by_side, through_the_mean,
+    conv_and_norm, norm_alone, parallel_block, uneven_block, grouped_identity, pooled, uneven_divisor, sequential,
+    dense_in_groups, border, side_by_side, through_the_mean,
 ]  # fmt: skip
 
 
