@@ -2,17 +2,29 @@
 
 import re
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from kdexport.errors import ReparamError, first_line
+from kdexport.reparam.operators import CONVS, LINEARS
 from kdexport.reparam.refusals import refuse_hooks, require_eval
 
 _ATEN = torch.ops.aten
 _BATCH = "batch"
+#: Operators that return a tensor of their own, never a view of what they read.
+_FRESH = {
+    *CONVS,
+    *LINEARS,
+    _ATEN.batch_norm.default,
+    *(getattr(_ATEN, name).Tensor for name in ("add", "sub", "mul", "div")),
+    *(
+        getattr(_ATEN, name).default
+        for name in ("relu", "hardtanh", "silu", "hardswish", "leaky_relu", "gelu", "sigmoid", "tanh", "elu")
+    ),
+}
 
 
 def export_module(module: nn.Module, example_inputs: Sequence[Tensor]) -> ExportedProgram:
@@ -47,14 +59,17 @@ def functional_graph(program: ExportedProgram) -> fx.GraphModule:
     no positional tensors.
     """
     _refuse_training(program)
-    flat = program.run_decompositions({})
-    if flat.graph_signature.buffers_to_mutate:
-        written = ", ".join(sorted(set(flat.graph_signature.buffers_to_mutate.values()))[:3])
-        raise ReparamError(
-            f"The program writes to its buffers ({written}), so that one call changes the next.",
-            remedy="Export it in evaluation mode.",
-        )
-    module = cast(fx.GraphModule, flat.module())
+    module = program.module()
+    if not _drop_mutation(module.graph):
+        # The general way, which takes its time.
+        flat = program.run_decompositions({})
+        if flat.graph_signature.buffers_to_mutate:
+            written = ", ".join(sorted(set(flat.graph_signature.buffers_to_mutate.values()))[:3])
+            raise ReparamError(
+                f"The program writes to its buffers ({written}), so that one call changes the next.",
+                remedy="Export it in evaluation mode.",
+            )
+        module = flat.module()
     for node in list(module.graph.nodes):
         # Guards repeat the shapes that the program is exported for, and asserts the types: a re-export sets both again.
         if node.op == "call_module" or node.target is _ATEN._assert_tensor_metadata.default:
@@ -62,6 +77,26 @@ def functional_graph(program: ExportedProgram) -> fx.GraphModule:
     module.recompile()
     _positional_inputs(program, module)
     return module
+
+
+def _drop_mutation(graph: fx.Graph) -> bool:
+    """Replace in-place operators on values that nothing else can see by their functional twins; whether all were."""
+    for node in graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if node.op != "call_function" or schema is None or not schema.is_mutable:
+            continue
+        changed = node.args[0]
+        twin = getattr(
+            getattr(_ATEN, schema.name.removeprefix("aten::").removesuffix("_"), None), _overload(node), None
+        )
+        if twin is None or changed.target not in _FRESH or list(changed.users) != [node]:
+            return False
+        node.target = twin
+    return True
+
+
+def _overload(node: fx.Node) -> str:
+    return str(node.target).rpartition(".")[2]
 
 
 def reexport(module: fx.GraphModule, program: ExportedProgram) -> ExportedProgram:

@@ -63,7 +63,7 @@ def describe(stage: Stage) -> str:
     """What was merged, for people."""
     if set(stage.kinds) == {"batch norm"} and stage.branches == 1:
         return "batch norm alone, now a depthwise 1x1 convolution"
-    counted = [(kind, count) for kind, count in sorted(stage.kinds.items()) if kind != "identity"]
+    counted = [(kind, count) for kind, count in stage.kinds.items() if kind != "identity"]
     parts = " + ".join(kind if count == 1 else f"{count} {kind}" for kind, count in counted)
     return f"{stage.branches} branches: {parts}" if stage.branches > 1 else parts
 
@@ -81,7 +81,8 @@ def extend(path: Path, layer: Layer, shapes: Shapes, reasons: Reasons) -> Path:
             taken, joined = 3, _join(stages[-3:], shapes, reasons)
         if joined is None:
             break
-        reasons.pop(stages[-1].results[0], None)
+        for stage in stages[-taken:]:
+            reasons.pop(stage.results[0], None)
         stages = (*stages[:-taken], joined)
     return Path(path.source, stages)
 

@@ -18,7 +18,7 @@ from kdexport.reparam.evaluation import Evaluation
 from kdexport.reparam.exported import export_module, functional_graph, reexport
 from kdexport.reparam.operators import CONVS, LINEARS, arguments
 from kdexport.reparam.rewrite import rewrite
-from kdexport.reparam.settling import settle
+from kdexport.reparam.settling import round_merged, settle
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,8 +66,8 @@ def fuse_module(source: nn.Module | ExportedProgram, example_inputs: Sequence[Te
     before = _size(evaluation)
     plan = find_merges(evaluation)
     blocks = rewrite(evaluation, plan)
+    roundings = settle(module)
     errors = [relative_error(*pair) for pair in zip(evaluation.evaluate(inputs), reference, strict=True)]
-    settle(module)
     after = _size(evaluation)
     certificate = Certificate(
         blocks=tuple(blocks),
@@ -77,6 +77,7 @@ def fuse_module(source: nn.Module | ExportedProgram, example_inputs: Sequence[Te
         fused_parameters=after.parameters,
     )
     certificate.require()
+    round_merged(module, roundings)
     written = reexport(module, program)
     return FusedProgram(
         module=module,

@@ -1,5 +1,6 @@
 """Gives merged weights their names and types, and drops the weights that they replace."""
 
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -19,17 +20,42 @@ class Merged(nn.Module):
         self.path, self.device, self.dtype = path, device, dtype
 
 
-def settle(module: fx.GraphModule) -> None:
-    """Drop weights that nothing reads, own those that stay, and round the merged ones once, under readable names.
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """A merged weight by name, and the device and type it is to have."""
 
-    Raises ``ReparamError`` for a weight that leaves the range of its type.
+    name: str
+    device: torch.device
+    dtype: torch.dtype
+
+
+def settle(module: fx.GraphModule) -> list[Rounding]:
+    """Drop weights that nothing reads, own those that stay, and give the merged ones readable names.
+
+    The merged ones stay float64, so that what is certified is what will be written; ``round_merged`` comes last.
     """
     _drop_unused(module)
+    roundings = []
     for name, child in list(module.named_children()):
         if isinstance(child, Merged):
-            _place(module, name, child)
+            path = _place(module, name, child)
+            roundings += [Rounding(f"{path}.{part}", child.device, child.dtype) for part in ("weight", "bias")]
     module.delete_all_unused_submodules()
     module.recompile()
+    return roundings
+
+
+def round_merged(module: fx.GraphModule, roundings: list[Rounding]) -> None:
+    """Round the merged weights once. Raises ``ReparamError`` for one that leaves the range of its type."""
+    for item in roundings:
+        value = module.get_parameter(item.name).to(item.device, item.dtype)
+        if not value.isfinite().all():
+            raise ReparamError(
+                f"The merged {item.name} exceeds the range of {item.dtype}.",
+                remedy="A channel with almost no variance has a huge gain: merge in a wider type, or train it again.",
+            )
+        path, _, part = item.name.rpartition(".")
+        setattr(module.get_submodule(path), part, nn.Parameter(value, requires_grad=False))
 
 
 def _drop_unused(module: fx.GraphModule) -> None:
@@ -48,24 +74,18 @@ def _drop_unused(module: fx.GraphModule) -> None:
             setattr(owner, attribute, nn.Parameter(fresh, requires_grad=False) if is_parameter else fresh)
 
 
-def _place(module: fx.GraphModule, holder: str, merged: Merged) -> None:
+def _place(module: fx.GraphModule, holder: str, merged: Merged) -> str:
     path = merged.path
     owner = _submodule(module, path)
     while "weight" in owner._parameters or "bias" in owner._parameters:
         path += ".merged"
         owner = _submodule(module, path)
-    for part in ("weight", "bias"):
-        value = cast(Tensor, getattr(merged, part)).to(merged.device, merged.dtype)
-        if not value.isfinite().all():
-            raise ReparamError(
-                f"The merged {path}.{part} exceeds the range of {merged.dtype}.",
-                remedy="A channel with almost no variance has a huge gain: merge in a wider type, or train it again.",
-            )
-        owner.register_parameter(part, nn.Parameter(value, requires_grad=False))
+    owner.weight, owner.bias = merged.weight, merged.bias
     for node in module.graph.nodes:
         if node.op == "get_attr" and str(node.target).startswith(f"{holder}."):
             node.target = f"{path}.{str(node.target).rpartition('.')[2]}"
     delattr(module, holder)
+    return path
 
 
 def _submodule(module: nn.Module, path: str) -> nn.Module:
