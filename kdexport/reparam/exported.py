@@ -37,16 +37,17 @@ def export_module(module: nn.Module, example_inputs: Sequence[Tensor]) -> Export
     refuse_hooks(module)
     # torch.export takes a size of 1 for a constant.
     examples = tuple(torch.cat([x, x]) if x.dim() > 0 and x.shape[0] == 1 else x for x in example_inputs)
-    batch = Dim(_BATCH, min=1)
+    batch, shapes = Dim(_BATCH, min=1), torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
+    for example in examples:
+        if example.dim() > 0:
+            shapes[example] = {0: batch}
     try:
-        return torch.export.export(
-            module, examples, dynamic_shapes=tuple({0: batch} if x.dim() > 0 else None for x in examples)
-        )
+        return torch.export.export(module, examples, dynamic_shapes=shapes)
     # The module's own forward runs here, and may raise anything.
     except Exception as error:
-        shapes = ", ".join(str(tuple(x.shape)) for x in examples)
+        sizes = ", ".join(str(tuple(x.shape)) for x in examples)
         raise ReparamError(
-            f"{type(module).__name__} cannot be exported for inputs {shapes} of any batch size: {first_line(error)}",
+            f"{type(module).__name__} cannot be exported for inputs {sizes} of any batch size: {first_line(error)}",
             remedy="Check the input shape; forward() must not depend on values or on one batch size. A program with a "
             "fixed batch can be passed as a .pt2 file.",
         ) from error

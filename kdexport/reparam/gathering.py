@@ -50,15 +50,14 @@ def _stacked(node: fx.Node, axis: int, around: Surroundings) -> tuple[fx.Node, .
             for part in parts
         )
         return tuple(part.args[0] for part in parts) if inner and given["dim"] % rank == axis else None
-    if node.target is not _ATEN.view.default or axis != 0:
-        return None
-    # A stack along the first axis decomposes into a concatenation and a view.
-    joined = node.args[0]
+    # A stack decomposes into a concatenation and a view.
+    joined = node.args[0] if node.target is _ATEN.view.default else None
     if not isinstance(joined, fx.Node) or joined.target is not _ATEN.cat.default or len(joined.users) != 1:
         return None
     given = arguments(joined)
-    whole = (len(given["tensors"]), *around.shapes[given["tensors"][0]]) == around.shapes[node]
-    return tuple(given["tensors"]) if given["dim"] == 0 and whole else None
+    shape = around.shapes[given["tensors"][0]]
+    whole = (*shape[:axis], len(given["tensors"]), *shape[axis:]) == around.shapes[node]
+    return tuple(given["tensors"]) if whole and given["dim"] % len(shape) == axis else None
 
 
 def read_cat(node: fx.Node, around: Surroundings) -> Operator | None:

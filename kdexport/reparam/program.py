@@ -80,7 +80,7 @@ def fuse_module(source: nn.Module | ExportedProgram, example_inputs: Sequence[Te
     round_merged(module, roundings)
     written = reexport(module, program)
     return FusedProgram(
-        module=module,
+        module=written.module(),
         program=written,
         certificate=certificate,
         left_alone=plan.left_alone,
