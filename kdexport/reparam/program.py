@@ -35,7 +35,8 @@ class FusedProgram:
     """The merged module, in the type of the original, and the proof that it computes the same.
 
     ``program`` is it as an exported program with the dynamic dimensions of the original; ``left_alone`` says what was
-    not merged and why; ``before`` and ``after`` are what both cost.
+    not merged and why; ``before`` and ``after`` are what both cost; ``weights`` names
+    the merged ones in ``program.state_dict``.
     """
 
     module: fx.GraphModule
@@ -44,6 +45,7 @@ class FusedProgram:
     left_alone: tuple[LeftAlone, ...]
     before: Size
     after: Size
+    weights: tuple[str, ...]
 
 
 def fuse_module(source: nn.Module | ExportedProgram, example_inputs: Sequence[Tensor] | None = None) -> FusedProgram:
@@ -86,6 +88,7 @@ def fuse_module(source: nn.Module | ExportedProgram, example_inputs: Sequence[Te
         left_alone=plan.left_alone,
         before=before,
         after=after,
+        weights=tuple(item.name for item in roundings),
     )
 
 
