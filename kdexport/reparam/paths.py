@@ -64,7 +64,7 @@ def describe(stage: Stage) -> str:
     if set(stage.kinds) == {"batch norm"} and stage.branches == 1:
         return "batch norm alone, now a depthwise 1x1 convolution"
     counted = [(kind, count) for kind, count in stage.kinds.items() if kind != "identity"]
-    parts = " + ".join(kind if count == 1 else f"{count} {kind}" for kind, count in counted)
+    parts = " + ".join(kind if count == 1 else f"{count} {kind}s" for kind, count in counted)
     return f"{stage.branches} branches: {parts}" if stage.branches > 1 else parts
 
 
