@@ -9,6 +9,7 @@ import typer
 
 from kdexport import __version__
 from kdexport.errors import ConfigError, UnknownNameError, error_codes
+from kdexport.fuse_command import fuse
 from kdexport.registry import nearest
 
 app = typer.Typer(
@@ -190,6 +191,9 @@ def explain(
         _print_json({"code": cls.code, "exit_code": cls.exit_code, "explanation": cls.explanation})
     else:
         sys.stdout.write(f"{cls.code} (exit {cls.exit_code}): {cls.__doc__}\n{cls.explanation}\n")
+
+
+app.command()(fuse)
 
 
 def _summary(data: dict[str, Any]) -> dict[str, Any]:

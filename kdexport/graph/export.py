@@ -25,10 +25,8 @@ def export_onnx(
     ``metadata`` goes into metadata_props, values as JSON. The file is checked with the full checker and its opset is
     asserted, because the exporter answers an opset that it cannot write with another one. Raises ``ExportError``.
     """
-    import onnx_ir.passes.common as passes
-
     example = torch.zeros(2, 3, image_size, image_size)
-    with _quiet():
+    with quiet():
         program = torch.onnx.export(
             module,
             (example,),
@@ -39,11 +37,20 @@ def export_onnx(
             output_names=[LOGITS],
             dynamic_shapes=({0: torch.export.Dim(BATCH, min=1)},),
         )
+    return finish_onnx(program, path, name="student", opset=opset, metadata=metadata)
+
+
+def finish_onnx(
+    program: torch.onnx.ONNXProgram | None, path: Path, *, name: str, opset: int, metadata: Mapping[str, object]
+) -> onnx.ModelProto:
+    """Write what the exporter made to ``path``, as graph ``name``, without traces of this machine, and check it."""
+    import onnx_ir.passes.common as passes
+
     if program is None:
         raise ExportError("torch.onnx returned no program.", remedy="Report the module that shows it.")
     # Node metadata carries stack traces with absolute paths.
     passes.ClearMetadataAndDocStringPass()(program.model)
-    program.model.graph.name = "student"
+    program.model.graph.name = name
     for key in sorted(metadata):
         program.model.metadata_props[f"kdexport.{key}"] = json.dumps(metadata[key], sort_keys=True)
     program.save(str(path), external_data=False)
@@ -68,7 +75,7 @@ def read_metadata(model: onnx.ModelProto) -> dict[str, object]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The exporter prints and warns about its own internals; real failures raise."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)

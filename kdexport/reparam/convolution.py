@@ -1,0 +1,163 @@
+"""A convolution as data: the terms in which parallel and sequential layers are merged.
+
+Shapes: O output channels, I input channels, g groups, K kernel extents, one per spatial dimension. Everything is
+float64 on the CPU. What a ``Convolution`` c computes from x is, per output o and position p,
+
+    y[o, p] = bias[o] + sum over i, k of weight[o, i, k] x~[i, p * stride + k * dilation - before]
+
+where x~ is x, continued outside by the padding mode. A linear layer is the case of no spatial dimension.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kdexport.errors import ReparamError
+
+PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
+Padding = tuple[tuple[int, int], ...]
+_CONVS: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_FUNCTIONS: tuple[Any, ...] = (functional.linear, functional.conv1d, functional.conv2d, functional.conv3d)
+_PADS: dict[str, tuple[Any, ...]] = {
+    "zeros": (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d),
+    "reflect": (nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
+    "replicate": (nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d),
+    "circular": (nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d),
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Convolution:
+    """weight (O,I/g,*K) and bias (O,) in float64; stride, dilation and (before, after) padding per dimension.
+
+    Raises ``ReparamError`` for shapes that do not fit together and for a negative padding.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: Padding
+    padding_mode: PaddingMode = "zeros"
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        counts = {len(self.kernel), len(self.stride), len(self.dilation), len(self.padding)}
+        divides = self.groups >= 1 and self.out_channels % self.groups == 0
+        if len(counts) > 1 or not divides or self.bias.shape != self.weight.shape[:1]:
+            raise ReparamError(
+                f"A convolution of weight {tuple(self.weight.shape)}, bias {tuple(self.bias.shape)}, stride "
+                f"{self.stride}, dilation {self.dilation}, padding {self.padding} and {self.groups} groups is none.",
+                remedy="Give one stride, dilation and padding per spatial dimension, and groups that divide.",
+            )
+        if self.padding_mode not in get_args(PaddingMode) or any(side < 0 for pair in self.padding for side in pair):
+            raise ReparamError(
+                f"Padding {self.padding} in mode {self.padding_mode!r} has no exact form as part of a convolution.",
+                remedy=f"Pad by 0 or more in one of the modes {', '.join(get_args(PaddingMode))}.",
+            )
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """Kernel extents."""
+        return tuple(self.weight.shape[2:])
+
+    @property
+    def in_channels(self) -> int:
+        """I."""
+        return self.weight.shape[1] * self.groups
+
+    @property
+    def out_channels(self) -> int:
+        """O."""
+        return self.weight.shape[0]
+
+    @property
+    def pads(self) -> bool:
+        """Whether it reads outside its input."""
+        return any(side > 0 for pair in self.padding for side in pair)
+
+    @property
+    def span(self) -> tuple[int, ...]:
+        """Distance of the last kernel tap from the first, in input positions."""
+        return tuple(d * (k - 1) for d, k in zip(self.dilation, self.kernel, strict=True))
+
+    @property
+    def slack(self) -> tuple[int, ...]:
+        """Padding minus span: with the stride it fixes the output size, (n + slack - 1) // stride + 1 for n inputs."""
+        return tuple(before + after - s for (before, after), s in zip(self.padding, self.span, strict=True))
+
+    @property
+    def is_depthwise(self) -> bool:
+        """Whether each output channel reads the input channel of its own number alone."""
+        return self.groups == self.in_channels == self.out_channels
+
+
+def identity(channels: int, dims: int) -> Convolution:
+    """y = x, as a depthwise 1x1 convolution over ``dims`` spatial dimensions."""
+    weight = torch.ones(channels, 1, *[1] * dims, dtype=torch.float64)
+    return Convolution(weight, weight.new_zeros(channels), (1,) * dims, (1,) * dims, ((0, 0),) * dims, groups=channels)
+
+
+def scale(conv: Convolution, factor: float | Tensor) -> Convolution:
+    """c y for a scalar or a per-channel (O,) factor c: W' = c W, b' = c b."""
+    column = torch.as_tensor(factor, dtype=torch.float64).expand(conv.out_channels)
+    weight = conv.weight * column.reshape(-1, *[1] * (conv.weight.dim() - 1))
+    return replace(conv, weight=weight, bias=conv.bias * column)
+
+
+def shift(conv: Convolution, offset: float | Tensor) -> Convolution:
+    """y + c for a scalar or a per-channel (O,) offset c: b' = b + c."""
+    return replace(conv, bias=conv.bias + torch.as_tensor(offset, dtype=torch.float64))
+
+
+def pad(x: Tensor, padding: Padding, mode: str) -> Tensor:
+    """``x`` (N,I,*spatial) continued by (before, after) positions per dimension."""
+    sides = [side for pair in reversed(padding) for side in pair]
+    if not any(sides):
+        return x
+    return functional.pad(x, sides, mode="constant" if mode == "zeros" else mode)
+
+
+def apply(conv: Convolution, x: Tensor) -> Tensor:
+    """What ``conv`` computes from ``x`` (N,I,*spatial), in the type of ``x``."""
+    weight, bias = conv.weight.to(x), conv.bias.to(x)
+    if not conv.kernel:
+        rows = weight.reshape(conv.groups, -1, weight.shape[1])
+        return torch.einsum("ngi,goi->ngo", x.reshape(len(x), conv.groups, -1), rows).flatten(1) + bias
+    function = _FUNCTIONS[len(conv.kernel)]
+    return cast(
+        Tensor,
+        function(pad(x, conv.padding, conv.padding_mode), weight, bias, conv.stride, 0, conv.dilation, conv.groups),
+    )
+
+
+def to_module(conv: Convolution, dtype: torch.dtype) -> nn.Module:
+    """An ``nn`` layer that computes ``conv``, rounded once to ``dtype``; behind a padding layer if it is asymmetric."""
+    dims = len(conv.kernel)
+    if dims == 0:
+        if conv.groups > 1:
+            raise ReparamError("A linear layer has no groups.", remedy="Expand them with expand_groups first.")
+        linear = nn.Linear(conv.in_channels, conv.out_channels, dtype=dtype)
+        return _fill(linear, conv)
+    symmetric = all(before == after for before, after in conv.padding)
+    inner = tuple(before if symmetric else 0 for before, _ in conv.padding)
+    layer = _CONVS[dims - 1](
+        conv.in_channels, conv.out_channels, conv.kernel, conv.stride, inner, conv.dilation, conv.groups,
+        padding_mode=conv.padding_mode if symmetric else "zeros", dtype=dtype,
+    )  # fmt: skip
+    if symmetric:
+        return _fill(layer, conv)
+    sides = tuple(side for pair in reversed(conv.padding) for side in pair)
+    pad_type = _PADS[conv.padding_mode][dims - 1]
+    first = pad_type(sides, 0.0) if conv.padding_mode == "zeros" else pad_type(sides)
+    return nn.Sequential(first, _fill(layer, conv))
+
+
+def _fill(layer: nn.Module, conv: Convolution) -> nn.Module:
+    with torch.no_grad():
+        cast(Tensor, layer.weight).copy_(conv.weight)
+        cast(Tensor, layer.bias).copy_(conv.bias)
+    return layer.requires_grad_(False).eval()

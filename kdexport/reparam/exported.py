@@ -1,0 +1,159 @@
+"""Modules as exported programs, and programs as functional graphs whose weights keep their names."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram
+
+from kdexport.errors import ReparamError, first_line
+from kdexport.reparam.operators import CONVS, LINEARS
+from kdexport.reparam.refusals import refuse_hooks, require_eval
+
+_ATEN = torch.ops.aten
+_BATCH = "batch"
+#: Operators that return a tensor of their own, never a view of what they read.
+_FRESH = {
+    *CONVS,
+    *LINEARS,
+    _ATEN.batch_norm.default,
+    *(getattr(_ATEN, name).Tensor for name in ("add", "sub", "mul", "div")),
+    *(
+        getattr(_ATEN, name).default
+        for name in ("relu", "hardtanh", "silu", "hardswish", "leaky_relu", "gelu", "sigmoid", "tanh", "elu")
+    ),
+}
+
+
+def export_module(module: nn.Module, example_inputs: Sequence[Tensor]) -> ExportedProgram:
+    """The program of an eval-mode module with a dynamic batch, the first dimension of every input.
+
+    Raises ``ReparamError`` for a module in training mode, for a forward hook, and for a forward pass that cannot be
+    exported for every batch size.
+    """
+    require_eval(module)
+    refuse_hooks(module)
+    # torch.export takes a size of 1 for a constant.
+    examples = tuple(torch.cat([x, x]) if x.dim() > 0 and x.shape[0] == 1 else x for x in example_inputs)
+    batch, shapes = Dim(_BATCH, min=1), torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
+    for example in examples:
+        if example.dim() > 0:
+            shapes[example] = {0: batch}
+    try:
+        return torch.export.export(module, examples, dynamic_shapes=shapes)
+    # The module's own forward runs here, and may raise anything.
+    except Exception as error:
+        sizes = ", ".join(str(tuple(x.shape)) for x in examples)
+        raise ReparamError(
+            f"{type(module).__name__} cannot be exported for inputs {sizes} of any batch size: {first_line(error)}",
+            remedy="Check the input shape; forward() must not depend on values or on one batch size. A program with a "
+            "fixed batch can be passed as a .pt2 file.",
+        ) from error
+
+
+def functional_graph(program: ExportedProgram) -> fx.GraphModule:
+    """A fresh graph of ``program`` without in-place operators and asserts; parameters are read by their names.
+
+    Raises ``ReparamError`` for a program in training mode, for one that writes to its buffers, and for inputs that are
+    no positional tensors.
+    """
+    _refuse_training(program)
+    module = program.module()
+    if not _drop_mutation(module.graph):
+        # The general way, which takes its time.
+        flat = program.run_decompositions({})
+        if flat.graph_signature.buffers_to_mutate:
+            written = ", ".join(sorted(set(flat.graph_signature.buffers_to_mutate.values()))[:3])
+            raise ReparamError(
+                f"The program writes to its buffers ({written}), so that one call changes the next.",
+                remedy="Export it in evaluation mode.",
+            )
+        module = flat.module()
+    for node in list(module.graph.nodes):
+        # Guards repeat the shapes that the program is exported for, and asserts the types: a re-export sets both again.
+        if node.op == "call_module" or node.target is _ATEN._assert_tensor_metadata.default:
+            module.graph.erase_node(node)
+    module.recompile()
+    _positional_inputs(program, module)
+    return module
+
+
+def _drop_mutation(graph: fx.Graph) -> bool:
+    """Replace in-place operators on values that nothing else can see by their functional twins; whether all were."""
+    for node in graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if node.op != "call_function" or schema is None or not schema.is_mutable:
+            continue
+        changed = node.args[0]
+        twin = getattr(
+            getattr(_ATEN, schema.name.removeprefix("aten::").removesuffix("_"), None), _overload(node), None
+        )
+        if twin is None or changed.target not in _FRESH or list(changed.users) != [node]:
+            return False
+        node.target = twin
+    return True
+
+
+def _overload(node: fx.Node) -> str:
+    return str(node.target).rpartition(".")[2]
+
+
+def reexport(module: fx.GraphModule, program: ExportedProgram) -> ExportedProgram:
+    """Export a rewritten graph of ``program`` again, dynamic in the same dimensions, with no path of this machine."""
+    inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
+    dims: dict[str, Any] = {}
+    examples, shapes = [], []
+    for node in inputs:
+        value = node.meta["val"]
+        shapes.append(
+            {
+                axis: dims.setdefault(str(size), _dim(program, str(size), node.name, axis))
+                for axis, size in enumerate(value.shape)
+                if not isinstance(size, int)
+            }
+        )
+        sizes = [size if isinstance(size, int) else int(size) for size in value.shape]
+        examples.append(torch.zeros(sizes, dtype=value.dtype, device=value.device))
+    written = torch.export.export(module, tuple(examples), dynamic_shapes=tuple(shapes))
+    for node in written.graph.nodes:
+        node.meta.pop("stack_trace", None)
+    return written
+
+
+def _dim(program: ExportedProgram, symbol: str, name: str, axis: int) -> Any:
+    if not re.fullmatch(r"[a-z]\w*", symbol):
+        return Dim.AUTO
+    bounds = next((value for key, value in program.range_constraints.items() if str(key) == symbol), None)
+    lower = 1 if bounds is None else max(int(bounds.lower), 1)
+    upper = None if bounds is None or not str(bounds.upper).isdigit() else int(bounds.upper)
+    return Dim(_BATCH if axis == 0 else f"{name}_{axis}", min=lower, max=upper)
+
+
+def _positional_inputs(program: ExportedProgram, module: fx.GraphModule) -> None:
+    inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
+    plain = all(isinstance(node.meta.get("val"), Tensor) for node in inputs)
+    args, kwargs = program.example_inputs if program.example_inputs is not None else ((None,) * len(inputs), {})
+    if not plain or kwargs or len(args) != len(inputs):
+        raise ReparamError(
+            "The program takes other inputs than tensors in a row.",
+            remedy="Wrap the module so that forward() takes tensors by position.",
+        )
+
+
+def _refuse_training(program: ExportedProgram) -> None:
+    for node in program.graph.nodes:
+        name = str(node.target)
+        trains = (
+            (node.target is _ATEN.batch_norm.default and node.args[5] and node.args[3] is not None)
+            or (node.target is _ATEN.native_batch_norm.default and node.args[5])
+            or re.match(r"aten\._native_batch_norm_legit(_functional)?\.default|aten\._batch_norm_with_update", name)
+            or (node.target in (_ATEN.dropout.default, _ATEN.feature_dropout.default) and node.args[2])
+            or (node.target is _ATEN.native_dropout.default and node.args[2])
+        )
+        if trains:
+            raise ReparamError(
+                f"The program was exported in training mode: {node.name} is active.",
+                remedy="Call .eval() on the module before torch.export.export.",
+            )

@@ -1,0 +1,118 @@
+"""Writes merged convolutions into a functional graph and certifies each against the nodes that it replaces."""
+
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from kdexport.reparam.certificate import BlockCertificate, hostile_input, relative_error
+from kdexport.reparam.dataflow import Plan, Rewrite, is_rewritten
+from kdexport.reparam.evaluation import Evaluation
+from kdexport.reparam.operators import CONVS, LINEARS, Surroundings, module_paths
+from kdexport.reparam.paths import Stage, describe
+from kdexport.reparam.settling import Merged
+
+_ATEN = torch.ops.aten
+_CALLS = (_ATEN.linear.default, _ATEN.conv1d.default, _ATEN.conv2d.default, _ATEN.conv3d.default)
+
+
+def rewrite(evaluation: Evaluation, plan: Plan) -> list[BlockCertificate]:
+    """Carry out ``plan`` in the graph of ``evaluation``, in place; the float64 error of each merged block.
+
+    New weights are float64 until ``settle``.
+    """
+    writer = _Writer(evaluation)
+    for item in plan.rewrites:
+        writer.write(item)
+    evaluation.graph.eliminate_dead_code()
+    evaluation.graph.lint()
+    return writer.blocks
+
+
+class _Writer:
+    def __init__(self, evaluation: Evaluation) -> None:
+        self._evaluation, self._graph = evaluation, evaluation.graph
+        self._module: Any = evaluation.module
+        self._around = Surroundings(evaluation)
+        self._shapes = dict(evaluation.shapes)
+        self._replaced: dict[fx.Node, fx.Node] = {}
+        self.blocks: list[BlockCertificate] = []
+
+    def write(self, item: Rewrite) -> None:
+        if not any(is_rewritten(stage) for path in item.paths for stage in path.stages):
+            return
+        total: fx.Node | None = None
+        with self._graph.inserting_before(item.node):
+            for path in item.paths:
+                value = self._replaced.get(path.source, path.source)
+                for stage in path.stages:
+                    value = self._stage(stage, value)
+                total = value if total is None else self._graph.call_function(_ATEN.add.Tensor, (total, value))
+        assert total is not None
+        total.meta["val"] = item.node.meta["val"]
+        item.node.replace_all_uses_with(total)
+        self._replaced[item.node] = total
+
+    def _stage(self, stage: Stage, value: fx.Node) -> fx.Node:
+        if not is_rewritten(stage):
+            return self._keep(stage, value)
+        name = self._name(stage)
+        with torch.no_grad():
+            noise = hostile_input(self._shapes[stage.entry])
+            reference = sum(self._evaluation.compute(stage.results, {stage.entry: noise, **self._given(stage, noise)}))
+            written = self._convolution(stage, value, name)
+            candidate = self._evaluation.compute([written], {value: noise})[0]
+        assert isinstance(reference, Tensor)
+        error = relative_error(candidate, reference)
+        self.blocks.append(BlockCertificate(name=name, kind=describe(stage), relative_error=error))
+        return written
+
+    def _given(self, stage: Stage, noise: Tensor) -> dict[fx.Node, Tensor]:
+        # What the entry was replaced by is what the old nodes read now.
+        return {self._replaced[stage.entry]: noise} if stage.entry in self._replaced else {}
+
+    def _keep(self, stage: Stage, value: fx.Node) -> fx.Node:
+        entry = self._replaced.get(stage.entry, stage.entry)
+        if value is entry:
+            return stage.nodes[-1]
+        copies = {entry: value}
+        for node in stage.nodes:
+            copies[node] = self._graph.node_copy(node, lambda old: copies.get(old, old))
+        return copies[stage.nodes[-1]]
+
+    def _convolution(self, stage: Stage, value: fx.Node, name: str) -> fx.Node:
+        conv, dims = stage.conv, len(stage.conv.kernel)
+        like = stage.results[0].meta["val"]
+        holder = f"_merged_{len(self.blocks)}"
+        self._module.add_submodule(holder, Merged(conv, name, like.device, like.dtype))
+        weight, bias = (self._graph.get_attr(f"{holder}.{part}") for part in ("weight", "bias"))
+        if dims == 0:
+            return self._graph.call_function(_CALLS[0], (value, weight, bias))
+        sides = [before for before, _ in conv.padding]
+        symmetric = all(before == after for before, after in conv.padding)
+        if conv.pads and not (symmetric and conv.padding_mode == "zeros"):
+            around = [side for pair in reversed(conv.padding) for side in pair]
+            mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+            value = self._graph.call_function(_ATEN.pad.default, (value, around, mode))
+            sides = [0] * dims
+        geometry = (list(conv.stride), sides, list(conv.dilation), conv.groups)
+        return self._graph.call_function(_CALLS[dims], (value, weight, bias, *geometry))
+
+    def _name(self, stage: Stage) -> str:
+        """The path of the one layer that was folded into, or of what holds the layers that were merged."""
+        weighted = [node for node in stage.nodes if node.target in CONVS | LINEARS]
+        layers = self._paths(weighted)
+        everything = self._paths(stage.nodes)
+        if len(everything) > 1 and len(layers) != 1:
+            columns = zip(*(path.split(".") for path in everything), strict=False)
+            common = itertools.takewhile(lambda column: len(set(column)) == 1, columns)
+            layers = [".".join(column[0] for column in common)]
+        base = next((path for path in (*layers, *everything) if path), "merged")
+        names = {block.name for block in self.blocks}
+        numbered = (base if n == 1 else f"{base}.{n}" for n in itertools.count(1))
+        return next(name for name in numbered if name not in names)
+
+    def _paths(self, nodes: Iterable[fx.Node]) -> list[str]:
+        return module_paths([str(root.target) for node in nodes for root in self._around.weights(node)])

@@ -1,0 +1,160 @@
+"""Convolutions in sequence, as one, with exact borders. Refuses where it would not be exact."""
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+from kdexport.errors import ReparamError
+from kdexport.reparam.convolution import Convolution, PaddingMode
+from kdexport.reparam.parallel import expand_groups
+
+#: Largest relative difference of two ways to compute one border value in float64.
+_BORDER = 1e-12
+
+
+def composed_weights(first: Convolution, second: Convolution) -> int:
+    """Number of weights that ``compose`` would make of the two, without making them."""
+    taps = math.prod(
+        (a + s * b) // (_common_step(first, second, axis)) + 1
+        for axis, (a, b, s) in enumerate(zip(first.span, second.span, first.stride, strict=True))
+    )
+    return second.out_channels * first.in_channels // _composed_groups(first, second) * taps
+
+
+def compose(first: Convolution, second: Convolution, border: Tensor | None = None) -> Convolution:
+    """``second`` after ``first``: W[k + l] = sum W2[l] W1[k] and b = b2 + (sum of W2) b1.
+
+    Stride s1 s2, taps at k d1 + l d2 s1, padding (before1 + s1 before2, after1 + s1 after2). Exact for any geometry if
+    ``second`` does not pad. If it pads, its border must be what ``first`` would have computed out there:
+
+    - reflect, replicate and circular borders, where ``first`` is pointwise along each padded dimension;
+    - a border of zeros, where ``first`` reads only zeros beyond its own border and has no shift; with ``border`` (A,)
+      those positions hold these values per channel instead, which must be the shift of ``first`` (the padding of DBB,
+      Ding et al., 2021).
+
+    Raises ``ReparamError`` where none of this holds: zeros padded after a shift are no zeros before it.
+    """
+    if first.out_channels != second.in_channels or len(first.kernel) != len(second.kernel):
+        raise ReparamError(
+            f"A convolution of {second.in_channels} inputs in {len(second.kernel)} dimensions cannot follow one of "
+            f"{first.out_channels} outputs in {len(first.kernel)}.",
+            remedy="Pass two layers that follow each other.",
+        )
+    mode = _joint_mode(first, second)
+    if second.pads and second.padding_mode == "zeros":
+        _require_border(first, second, border)
+    elif second.pads:
+        _require_pointwise(first, second)
+    padding = tuple(
+        (b1 + s * b2, a1 + s * a2)
+        for (b1, a1), (b2, a2), s in zip(first.padding, second.padding, first.stride, strict=True)
+    )
+    weight, dilation = _compose_weights(first, second)
+    taps_summed = second.weight.reshape(second.groups, -1, second.weight.shape[1], math.prod(second.kernel)).sum(3)
+    carried = (taps_summed @ first.bias.reshape(second.groups, -1, 1)).flatten()
+    stride = tuple(a * b for a, b in zip(first.stride, second.stride, strict=True))
+    return Convolution(weight, second.bias + carried, stride, dilation, padding, mode, _composed_groups(first, second))
+
+
+def pool_to_linear(conv: Convolution, linear: Convolution) -> Convolution:
+    """fc(mean over positions of conv(x)) as one linear layer of mean(x): W = W_fc W1, b = W_fc b1 + b_fc.
+
+    Exact for a pointwise ``conv`` of stride 1 without padding, which commutes with the mean; raises otherwise.
+    """
+    if any(k > 1 for k in conv.kernel) or any(s > 1 for s in conv.stride) or conv.pads or linear.kernel:
+        raise ReparamError(
+            f"A convolution of kernel {conv.kernel}, stride {conv.stride} and padding {conv.padding} does not commute "
+            "with the mean over positions.",
+            remedy="Only a 1x1 convolution of stride 1 without padding folds through global average pooling.",
+        )
+    dense = expand_groups(conv, 1)
+    return compose(Convolution(dense.weight.flatten(1), dense.bias, (), (), ()), linear)
+
+
+def _joint_mode(first: Convolution, second: Convolution) -> PaddingMode:
+    modes = {conv.padding_mode for conv in (first, second) if conv.pads}
+    if len(modes) > 1:
+        raise ReparamError(
+            f"A convolution padded by {first.padding_mode} is followed by one padded by {second.padding_mode}.",
+            remedy="One convolution has one padding mode: give both the same.",
+        )
+    return next(iter(modes), "zeros")
+
+
+def _require_border(first: Convolution, second: Convolution, border: Tensor | None) -> None:
+    for span, stride, own, padded in zip(first.span, first.stride, first.padding, second.padding, strict=True):
+        # The nearest output outside must read nothing inside, for any input size.
+        if (padded[0] > 0 and own[0] < span - (stride - 1)) or (padded[1] > 0 and own[1] < span):
+            raise ReparamError(
+                f"A convolution of kernel {first.kernel} and padding {first.padding} is followed by one that pads its "
+                f"output by {second.padding}: the first would not compute zeros there.",
+                remedy="Pad before the first convolution instead of between the two.",
+            )
+    wanted = torch.zeros_like(first.bias) if border is None else border
+    if (first.bias - wanted).abs().max() > _BORDER * first.bias.abs().max():
+        raise ReparamError(
+            "The output of a convolution with a shift is padded with other values than that shift: what lies beyond "
+            "the border is no convolution of zeros.",
+            remedy="Pad before the first layer, or pad with its shift (bias of its batch norm at zero input).",
+        )
+
+
+def _require_pointwise(first: Convolution, second: Convolution) -> None:
+    for axis, padded in enumerate(second.padding):
+        pointwise = first.kernel[axis] == 1 and first.stride[axis] == 1 and first.padding[axis] == (0, 0)
+        if any(padded) and not pointwise:
+            raise ReparamError(
+                f"A convolution of kernel {first.kernel}, stride {first.stride} and padding {first.padding} is "
+                f"followed by one with {second.padding_mode} padding {second.padding}, which continues its output.",
+                remedy="Only a first layer that is pointwise along the padded dimensions commutes with this padding.",
+            )
+
+
+def _common_step(first: Convolution, second: Convolution, axis: int) -> int:
+    own = first.dilation[axis] if first.kernel[axis] > 1 else 0
+    return math.gcd(own, second.dilation[axis] * first.stride[axis] if second.kernel[axis] > 1 else 0) or 1
+
+
+def _composed_groups(first: Convolution, second: Convolution) -> int:
+    if first.is_depthwise:
+        return second.groups
+    return first.groups if second.is_depthwise else math.gcd(first.groups, second.groups)
+
+
+def _compose_weights(first: Convolution, second: Convolution) -> tuple[Tensor, tuple[int, ...]]:
+    dims, groups = len(first.kernel), _composed_groups(first, second)
+    steps = tuple(_common_step(first, second, axis) for axis in range(dims))
+    jumps = [second.dilation[axis] * first.stride[axis] // steps[axis] for axis in range(dims)]
+    inner = [first.dilation[axis] // steps[axis] if first.kernel[axis] > 1 else 1 for axis in range(dims)]
+    extents = [
+        jump * (b - 1) + step * (a - 1) + 1
+        for jump, step, a, b in zip(jumps, inner, first.kernel, second.kernel, strict=True)
+    ]
+    weight = first.weight.new_zeros(second.out_channels, first.in_channels // groups, *extents)
+    taps = second.weight.reshape(*second.weight.shape[:2], -1)
+    for number, tap in enumerate(itertools.product(*(range(extent) for extent in second.kernel))):
+        where: list[slice] = [slice(None)] * 2
+        for axis, index in enumerate(tap):
+            start = index * jumps[axis]
+            where.append(slice(start, start + inner[axis] * (first.kernel[axis] - 1) + 1, inner[axis]))
+        weight[tuple(where)] += _product(first, taps[:, :, number], second, groups)
+    return weight, steps
+
+
+def _product(first: Convolution, tap: Tensor, second: Convolution, groups: int) -> Tensor:
+    """One tap (O,A/g2) of ``second`` times the kernel of ``first``: (O,I/groups,*K1)."""
+    ones = [1] * len(first.kernel)
+    if first.is_depthwise:
+        # Output o of group j reads the channels of j: their own kernels, in that order.
+        kernels = first.weight.reshape(second.groups, 1, -1, *first.kernel)
+        per_group = tap.reshape(second.groups, -1, tap.shape[1], *ones) * kernels
+        return per_group.reshape(second.out_channels, tap.shape[1], *first.kernel)
+    if second.is_depthwise:
+        return tap.reshape(-1, 1, *ones) * first.weight
+    dense = expand_groups(first, groups).weight
+    flat = Convolution(tap, second.bias, (), (), (), groups=second.groups)
+    outer = expand_groups(flat, groups).weight.reshape(groups, -1, first.out_channels // groups)
+    inner = dense.reshape(groups, first.out_channels // groups, dense.shape[1], -1)
+    return torch.einsum("goa,gaik->goik", outer, inner).reshape(second.out_channels, -1, *first.kernel)
