@@ -19,6 +19,8 @@ from kdexport.errors import ReparamError
 
 PaddingMode = Literal["zeros", "reflect", "replicate", "circular"]
 Padding = tuple[tuple[int, int], ...]
+#: A sum this small beside its terms, a few float64 roundings, is zero.
+_CANCELLED = 1e-14
 _CONVS: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FUNCTIONS: tuple[Any, ...] = (functional.linear, functional.conv1d, functional.conv2d, functional.conv3d)
 _PADS: dict[str, tuple[Any, ...]] = {
@@ -109,8 +111,17 @@ def scale(conv: Convolution, factor: float | Tensor) -> Convolution:
 
 
 def shift(conv: Convolution, offset: float | Tensor) -> Convolution:
-    """y + c for a scalar or a per-channel (O,) offset c: b' = b + c."""
-    return replace(conv, bias=conv.bias + torch.as_tensor(offset, dtype=torch.float64))
+    """y + c for a scalar or a per-channel (O,) offset c: b' = b + c, exactly zero where the two cancel."""
+    return replace(conv, bias=add_shifts(conv.bias, torch.as_tensor(offset, dtype=torch.float64).expand_as(conv.bias)))
+
+
+def add_shifts(one: Tensor, other: Tensor) -> Tensor:
+    """one + other (O,), exactly zero where they cancel.
+
+    A shift that is taken out again was computed in two ways, whose last bits differ; padding tells them from zero.
+    """
+    total = one + other
+    return torch.where(total.abs() <= _CANCELLED * one.abs(), 0.0, total)
 
 
 def pad(x: Tensor, padding: Padding, mode: str) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kdexport.errors import ReparamError
-from kdexport.reparam.convolution import Convolution, PaddingMode
+from kdexport.reparam.convolution import Convolution, PaddingMode, add_shifts
 from kdexport.reparam.parallel import expand_groups
 
 #: Largest relative difference of two ways to compute one border value in float64.
@@ -55,7 +55,8 @@ def compose(first: Convolution, second: Convolution, border: Tensor | None = Non
     taps_summed = second.weight.reshape(second.groups, -1, second.weight.shape[1], math.prod(second.kernel)).sum(3)
     carried = (taps_summed @ first.bias.reshape(second.groups, -1, 1)).flatten()
     stride = tuple(a * b for a, b in zip(first.stride, second.stride, strict=True))
-    return Convolution(weight, second.bias + carried, stride, dilation, padding, mode, _composed_groups(first, second))
+    bias = add_shifts(second.bias, carried)
+    return Convolution(weight, bias, stride, dilation, padding, mode, _composed_groups(first, second))
 
 
 def pool_to_linear(conv: Convolution, linear: Convolution) -> Convolution:
