@@ -122,7 +122,8 @@ def _merged(module: nn.Module, path: str) -> nn.Conv2d:
 
 
 def _set_weights(layer: nn.Module, weights: tuple[Tensor, Tensor]) -> None:
-    layer.weight = nn.Parameter(weights[0].clone(), requires_grad=False)
+    # The layout of a fresh layer: in another, the convolution that runs is another one.
+    layer.weight = nn.Parameter(weights[0].clone(memory_format=torch.contiguous_format), requires_grad=False)
     layer.bias = nn.Parameter(weights[1].clone(), requires_grad=False)
 
 

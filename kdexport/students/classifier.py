@@ -42,6 +42,11 @@ class Stage:
         return cls(activation(preactivation), lambda: preactivation)
 
     @classmethod
+    def rectified(cls, preactivation: Tensor) -> "Stage":
+        """A stage that ends with a ReLU of ``preactivation``."""
+        return cls(functional.relu(preactivation), lambda: preactivation)
+
+    @classmethod
     def linear(cls, feature: Tensor) -> "Stage":
         """A stage that ends without an activation."""
         return cls(feature, lambda: feature)

@@ -26,6 +26,8 @@ VARIANTS: dict[str, BranchSpec | None] = {
     "R1": BranchSpec(placement="R1", num_branches=4),
     "R2": BranchSpec(placement="R2", num_branches=3, adapter_channels=24),
 }
+#: Branches at every stage: exported by name where they are needed, not in every test of a variant.
+MULTI = BranchSpec(placement="R1", num_branches=3, layers="multi")
 METADATA = {
     "classes": ["<b>", "\u00e9t\u00e9", 'a "quoted" | name'],
     "version": "9.8.7",
@@ -45,35 +47,35 @@ class Exported:
 
 
 @functools.cache
-def unfused(variant: str) -> Student:
+def unfused(variant: str, name: str = "mobilenetv2") -> Student:
     """A student in evaluation mode whose batch norms are no identities."""
-    student = STUDENTS.build("mobilenetv2", num_classes=CLASSES, image_size=SIZE)
-    branches = VARIANTS[variant]
+    student = STUDENTS.build(name, num_classes=CLASSES, image_size=SIZE)
+    branches = MULTI if variant == "multi" else VARIANTS[variant]
     if branches is not None:
         attach_branches(student, branches)
     return cast(Student, randomize(student, seed=21).eval())
 
 
-def write(variant: str, path: Path) -> nn.Module:
+def write(variant: str, path: Path, name: str = "mobilenetv2") -> nn.Module:
     """Fold and export ``variant`` to ``path``; returns the folded module."""
-    module = fuse_student(unfused(variant)).module
+    module = fuse_student(unfused(variant, name)).module
     export_onnx(module, path, image_size=SIZE, opset=OPSET, metadata=METADATA)
     return module
 
 
 @functools.cache
-def exported(variant: str) -> Exported:
+def exported(variant: str, name: str = "mobilenetv2") -> Exported:
     """The folded ``variant``, exported once per test run."""
-    path = Path(_FOLDER.name) / f"{variant}.onnx"
-    module = write(variant, path)
+    path = Path(_FOLDER.name) / f"{name}-{variant}.onnx"
+    module = write(variant, path, name)
     return Exported(module, path, {name: tensor.numpy() for name, tensor in module.state_dict().items()})
 
 
 @functools.cache
-def exported_fp16(variant: str) -> Path:
+def exported_fp16(variant: str, name: str = "mobilenetv2") -> Path:
     """The float16 form of the folded ``variant``."""
-    path = Path(_FOLDER.name) / f"{variant}-fp16.onnx"
-    cast_to_fp16(exported(variant).path, path)
+    path = Path(_FOLDER.name) / f"{name}-{variant}-fp16.onnx"
+    cast_to_fp16(exported(variant, name).path, path)
     return path
 
 
