@@ -10,6 +10,7 @@ import typer
 from kdexport import __version__
 from kdexport.errors import ConfigError, UnknownNameError, error_codes
 from kdexport.registry import nearest
+from kdexport.serving.triton_command import triton
 
 app = typer.Typer(
     add_completion=False,
@@ -184,6 +185,9 @@ def explain(
         _print_json({"code": cls.code, "exit_code": cls.exit_code, "explanation": cls.explanation})
     else:
         sys.stdout.write(f"{cls.code} (exit {cls.exit_code}): {cls.__doc__}\n{cls.explanation}\n")
+
+
+app.command()(triton)
 
 
 def _summary(data: dict[str, Any]) -> dict[str, Any]:
