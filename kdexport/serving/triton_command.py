@@ -52,7 +52,8 @@ def triton(
     from kdexport.serving.triton_config import import_messages
     from kdexport.serving.triton_plan import TritonRequest, plan_export
     from kdexport.verify.replay import replay
-    from kdexport.verify.verdict import seal
+    from kdexport.verify.subjects import check_integrity
+    from kdexport.verify.verdict import Verdict, seal
 
     import_messages()
     manifest = read_manifest(bundle)
@@ -64,6 +65,8 @@ def triton(
     )  # fmt: skip
     plan = plan_export(manifest, request)
     with Reporter().stage("verify") as progress:
+        # Digests take a moment and the ladder a minute: a changed file is said at once.
+        Verdict(tuple(check_integrity(bundle, manifest))).require()
         verdict = replay(bundle, manifest, progress)
     result = export_triton(seal(bundle, manifest, verdict), plan)
     sys.stdout.write(_as_json(plan, result) if as_json else _as_text(plan, result))

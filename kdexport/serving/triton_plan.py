@@ -1,5 +1,6 @@
 """What a Triton export will be: decided from the manifest and the options, before anything is verified or written."""
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,7 @@ def plan_export(manifest: Manifest, request: TritonRequest) -> TritonPlan:
             f"{name!r} cannot be the name of a model.", remedy="Letters, digits, '.', '_' and '-', 128 at most."
         )
     for label in manifest.spec.classes:
-        if len(label.splitlines()) > 1 or label.endswith("\n"):
+        if label and label.splitlines() != [label]:
             raise ConfigError(
                 f"Class {label!r} has a line break, and Triton's label file holds one name a line.",
                 remedy="Rename the class in the data set and build again.",
@@ -78,13 +79,19 @@ def plan_export(manifest: Manifest, request: TritonRequest) -> TritonPlan:
         backend="tensorrt" if engine else "onnxruntime",
         source=f"{TARGETS}/{request.target}/{PLAN if engine else MODEL}",
         schedule=_schedule(manifest, request, device),
-        contract={
-            "backend": "tensorrt" if engine else "onnxruntime",
-            "tensorrt": entry["version"] if engine else None,
-            "classes": list(manifest.spec.classes),
-            "preprocessing": manifest.spec.preprocessing.to_json(),
-        },
+        contract=_contract(manifest, entry),
     )
+
+
+def _contract(manifest: Manifest, entry: dict[str, Any]) -> dict[str, Any]:
+    """What all versions of one model must agree on, as it reads back from JSON: tuples are lists there."""
+    contract = {
+        "backend": "tensorrt" if entry["engine"] else "onnxruntime",
+        "tensorrt": entry["version"] if entry["engine"] else None,
+        "classes": manifest.spec.classes,
+        "preprocessing": manifest.spec.preprocessing.to_json(),
+    }
+    return dict(json.loads(json.dumps(contract)))
 
 
 def _target_entry(manifest: Manifest, name: str) -> dict[str, Any]:
