@@ -159,12 +159,22 @@ def test_the_configuration_says_what_the_bundle_and_the_options_say(verified: Ve
     )
 
 
+def recoloured(verified: VerifiedBundle, folder: Path) -> VerifiedBundle:
+    """The bundle with a first golden image in which no channel, row or column equals another."""
+    size = verified.manifest.spec.image_size
+    noise = np.random.default_rng(3).integers(0, 256, (size, size, 3), np.uint8)
+    return resealed(
+        verified, folder, lambda data: Image.fromarray(noise).save(folder / data["golden"][0], format="PNG")
+    )
+
+
 def test_the_warm_up_is_a_golden_image_through_the_bundles_preprocessing(
     verified: VerifiedBundle, tmp_path: Path
 ) -> None:
-    model = export(verified, tmp_path / "models").model
-    spec = verified.manifest.spec.preprocessing
-    source = Image.open(verified.folder / verified.manifest.golden[0]).convert("RGB")
+    bundle = recoloured(verified, tmp_path / "bundle")
+    model = export(bundle, tmp_path / "models").model
+    spec = bundle.manifest.spec.preprocessing
+    source = Image.open(bundle.folder / bundle.manifest.golden[0])
     assert source.size == (spec.image_size, spec.image_size) == (spec.resize, spec.resize)
     raw = (model / "warmup" / _warmup_name(model)).read_bytes()
     for channel, row, column in ((0, 0, 0), (1, 7, 30), (2, 31, 16)):
@@ -174,6 +184,14 @@ def test_the_warm_up_is_a_golden_image_through_the_bundles_preprocessing(
         expected = (pixel[channel] / 255 - spec.mean[channel]) / spec.std[channel]
         assert struct.unpack_from("<f", raw, offset)[0] == pytest.approx(expected, abs=1e-6)
     assert len(raw) == 4 * 3 * spec.image_size**2
+
+
+def test_a_new_warm_up_image_replaces_the_old_one(verified: VerifiedBundle, tmp_path: Path) -> None:
+    model = export(verified, tmp_path / "models").model
+    before = _warmup_name(model)
+    export(recoloured(verified, tmp_path / "bundle"), tmp_path / "models")
+    assert _warmup_name(model) != before
+    assert config_of(model).model_warmup[0].inputs["input"].input_data_file == _warmup_name(model)
 
 
 def test_an_unknown_field_or_a_wrong_type_in_a_configuration_is_refused() -> None:
@@ -207,6 +225,7 @@ def test_the_same_model_again_is_no_new_version(verified: VerifiedBundle, tmp_pa
     more = export(verified, repository, instances=2)
     assert more.up_to_date
     assert config_of(more.model).instance_group[0].count == 2
+    assert export(retrained(verified, tmp_path / "second"), repository).version == 8
 
 
 def test_a_version_that_holds_another_model_is_never_replaced(verified: VerifiedBundle, tmp_path: Path) -> None:
@@ -267,13 +286,19 @@ def test_what_is_not_ours_is_refused_and_stays(foreign: str, verified: VerifiedB
         repository.rmdir()
         repository.write_text("x")
     else:
-        (tmp_path / "elsewhere").mkdir()
-        (tmp_path / "elsewhere" / "config.pbtxt").write_text("")
-        (repository / "mobilenetv2").symlink_to(tmp_path / "elsewhere")
+        (repository / "mobilenetv2").symlink_to(export(verified, tmp_path / "elsewhere").model)
     before = tree(tmp_path)
     with pytest.raises(OutputError):
         export(verified, repository)
     assert tree(tmp_path) == before
+
+
+def test_a_version_that_triton_would_ignore_is_none(verified: VerifiedBundle, tmp_path: Path) -> None:
+    export(verified, tmp_path / "models")
+    model = tmp_path / "models" / "mobilenetv2"
+    (model / "1").rename(model / "01")
+    with pytest.raises(OutputError, match="it holds no version"):
+        export(verified, tmp_path / "models")
 
 
 def test_models_of_others_in_the_repository_are_welcome(verified: VerifiedBundle, tmp_path: Path) -> None:
