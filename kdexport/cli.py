@@ -11,6 +11,7 @@ from kdexport import __version__
 from kdexport.errors import ConfigError, UnknownNameError, error_codes
 from kdexport.fuse_command import fuse
 from kdexport.registry import nearest
+from kdexport.serving.triton_command import triton
 
 app = typer.Typer(
     add_completion=False,
@@ -194,6 +195,7 @@ def explain(
 
 
 app.command()(fuse)
+app.command()(triton)
 
 
 def _summary(data: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,167 @@
+"""The Markdown report, from raw results alone."""
+
+import platform
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+Row = dict[str, Any]
+
+_PREFACE = """\
+# Serving: how fast, and what breaks it
+
+Made by `benchmarks/serving.py` from `serving.jsonl`. Loopback; client and server share the machine's cores. Students
+have random weights: speed does not depend on what was learnt. A ratio is the server's requests a second over the images
+a second of bare onnxruntime (batch 1, one thread unless said otherwise), measured just before and just after the run;
+the middle of the rounds is shown with the lowest and the highest. CPU is what the server spends on a request over what
+bare onnxruntime spends on an image. Runs in which others used more than the allowed share of a core are left out where
+a quiet one exists; the last column counts the quiet ones.
+"""
+
+
+def report(rows: Sequence[Row]) -> str:
+    """All topics that have results, in a fixed order."""
+    by_topic: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_topic[row["topic"]].append(row)
+    sections = [_PREFACE, _machine(rows)]
+    makers: dict[str, Callable[[list[Row]], str]] = {
+        "throughput": _throughput, "overload": _overload, "soak": _soak, "sigterm": _sigterm, "fuzz": _fuzz,
+        "images": _images, "slow": _slow,
+    }  # fmt: skip
+    sections += [make(by_topic[topic]) for topic, make in makers.items() if by_topic[topic]]
+    return "\n".join(sections)
+
+
+def _machine(rows: Sequence[Row]) -> str:
+    described = Path("/proc/cpuinfo").read_text()
+    names = [line.partition(":")[2].strip() for line in described.splitlines() if line.startswith("model name")]
+    cpu = names[0] if names else platform.processor()
+    days = sorted({datetime.fromtimestamp(row["time"], UTC).date().isoformat() for row in rows})
+    cores = described.count("processor\t")
+    return f"{cpu}, {cores} cores; measured {', '.join(days)}.\n"
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in rows) + "\n"
+
+
+def _spread(rows: Sequence[Row], key: str) -> str:
+    values = [float(row[key]) for row in rows]
+    return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else f"{values[0]:.2f}"
+
+
+def _throughput(rows: list[Row]) -> str:
+    text = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        mine = [row for row in rows if row["model"] == model]
+        cells: dict[tuple[str, int, str], list[Row]] = defaultdict(list)
+        for row in mine:
+            cells[(row["kind"], row["clients"], row["arm"])].append(row)
+        lines = [_cell(*key, found) for key, found in sorted(cells.items())]
+        threads = {row["arm"]: row["bare_threads"] for row in mine if row["bare_threads"] > 1}
+        note = "".join(f"\n{arm} is compared with {count} bare threads.\n" for arm, count in threads.items())
+        bare = median(row["bare"]["rate"] for row in mine if row["bare_threads"] == 1)
+        head = ["payload", "clients", "server", "requests/s", "over bare", "p50 over bare", "p99 over bare",
+                "p50 / p99 ms", "CPU over bare", "RSS MB", "failed", "quiet runs"]  # fmt: skip
+        text.append(f"## {model}: {bare:.0f} images/s bare\n{note}\n{_table(head, lines)}")
+    return "\n".join(text)
+
+
+def _cell(kind: str, clients: int, arm: str, found: list[Row]) -> list[str]:
+    quiet = [row for row in found if row["quiet"]]
+    kept = quiet or found
+    sent = "" if found[0]["sent_as"] == kind else f" (as {found[0]['sent_as']})"
+    latency = [median(row["result"][key] for row in kept) for key in ("p50_ms", "p99_ms")]
+    alone = clients == 1
+    return [
+        f"{kind}{sent}",
+        str(clients),
+        arm,
+        f"{median(row['rate'] for row in kept):.0f}",
+        _spread(kept, "ratio"),
+        _spread(kept, "p50_ratio") if alone else "",
+        _spread(kept, "p99_ratio") if alone else "",
+        f"{latency[0]:.1f} / {latency[1]:.1f}",
+        _spread(kept, "cpu_ratio"),
+        f"{median(row['rss_mb'] for row in kept):.0f}",
+        str(sum(row["result"]["refused"] + row["result"]["broken"] for row in found)),
+        f"{len(quiet)} of {len(found)}",
+    ]
+
+
+def _overload(rows: list[Row]) -> str:
+    lines = []
+    for backoff in dict.fromkeys(row["backoff_ms"] for row in rows):
+        found = [row for row in rows if row["backoff_ms"] == backoff]
+        lines.append([
+            "none" if backoff is None else f"{backoff} ms", _spread(found, "goodput"),
+            f"{median(row['result']['p50_ms'] for row in found):.0f}",
+            str(sum(row["result"]["ok"] for row in found)), str(sum(row["result"]["refused"] for row in found)),
+            str(sum(row["result"]["broken"] for row in found)),
+            f"{max(row['memory']['peak_mb'] for row in found):.0f}",
+        ])  # fmt: skip
+    head = ["back-off", "goodput over peak", "p50 ms, refusals too", "answered", "refused", "broken", "peak MB"]
+    return f"## Overload: {rows[0]['clients']} clients, six times what is admitted\n\n{_table(head, lines)}"
+
+
+def _soak(rows: list[Row]) -> str:
+    lines = [
+        [
+            str(row["seconds"]), str(row["answered"]), str(row["failed"]),
+            f"{row['rss_first_mb']:.0f}, {row['rss_last_mb']:.0f}, {row['rss_idle_mb']:.0f}",
+            f"{row['slope_mb_per_hour']:.1f}", f"{row['later_range_mb']:.1f}",
+            f"{row['descriptors_first']}, {row['descriptors_last']}, {row['descriptors_idle']}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    head = ["seconds", "answered", "failed", "RSS MB first, last, idle", "slope MB/h, last two thirds", "range MB",
+            "descriptors first, last, idle"]  # fmt: skip
+    return f"## Soak: binary tensors and JPEGs from 16 clients in turn\n\n{_table(head, lines)}"
+
+
+def _sigterm(rows: list[Row]) -> str:
+    lines = [
+        [str(row["times"]), str(row["clients"]), _fates(row), str(row["fates"].get("broken", 0)),
+         f"{row['slowest_stop_s']:.1f}"]
+        for row in rows
+    ]  # fmt: skip
+    head = ["times", "clients", "answers", "sent and never fully answered", "slowest stop, s"]
+    return f"## SIGTERM under load\n\n{_table(head, lines)}"
+
+
+def _fates(row: Row) -> str:
+    return ", ".join(f"{name}: {count}" for name, count in row["fates"].items())
+
+
+def _fuzz(rows: list[Row]) -> str:
+    lines = [
+        [str(row["count"]), str(row["seed"]), str(row["server_errors"]), f"{row['peak_mb']:.0f}", str(row["alive"]),
+         _fates(row)]
+        for row in rows
+    ]  # fmt: skip
+    return f"## Fuzzed requests\n\n{_table(['requests', 'seed', '5xx', 'peak MB', 'ready after', 'answers'], lines)}"
+
+
+def _images(rows: list[Row]) -> str:
+    lines = [
+        [f"{row['kinds']} + {row['mutations']}", str(row["seed"]), str(row["server_errors"]), f"{row['peak_mb']:.0f}",
+         str(row["alive"]), _fates(row)]
+        for row in rows
+    ]  # fmt: skip
+    head = ["kinds + mutations", "seed", "5xx", "peak MB", "ready after", "answers"]
+    return f"## Hostile images\n\n{_table(head, lines)}"
+
+
+def _slow(rows: list[Row]) -> str:
+    lines = [
+        [row["mode"], str(row["connections"]), str(row["opened"]), f"{row['answered']} of {row['probes']}",
+         f"{row['share']:.0%}", f"{row['peak_mb']:.0f}", str(row["alive_after"])]
+        for row in rows
+    ]  # fmt: skip
+    head = ["slow", "clients", "connections made", "probes answered in 2 s", "share", "peak MB", "alive after"]
+    return f"## Slow clients, 1024 file descriptors\n\n{_table(head, lines)}"

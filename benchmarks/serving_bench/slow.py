@@ -1,0 +1,105 @@
+"""Slow headers, slow bodies and slow readers on many connections, with health probes from a process of their own.
+
+python slow.py probe PORT SECONDS
+"""
+
+import asyncio
+import contextlib
+import json
+import resource
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+from serving_bench.http_client import encode
+from serving_bench.payloads import Payload
+from serving_bench.process import running
+from serving_bench.records import Records
+from serving_bench.servers import Arm
+
+MODES = ("header", "body", "reader")
+
+
+def slow(arm: Arm, records: Records, *, connections: int, seconds: float, logs: Path) -> None:
+    """Each mode against a server of 1024 file descriptors: the share of probes that were answered within 2 s."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, connections + 512), hard))
+    for mode in MODES:
+        with running(arm.command, logs / "slow.log", descriptors=1024) as server:
+            payload = arm.payloads["FP32 binary"]()
+            probe = subprocess.Popen(
+                [sys.executable, __file__, "probe", str(server.port), str(seconds)], stdout=subprocess.PIPE, text=True
+            )
+            opened = asyncio.run(_attack(mode, server.port, payload, connections, seconds))
+            out, _ = probe.communicate(timeout=seconds + 60)
+            memory = server.memory()
+            after = server.answers("/v2/health/live", timeout_s=5)
+        answered = json.loads(out)
+        records.add(
+            "slow", arm=arm.name, mode=mode, connections=connections, opened=opened, probes=answered["probes"],
+            answered=answered["answered"], share=answered["answered"] / answered["probes"], alive_after=after,
+            peak_mb=memory.peak_mb, descriptors=memory.descriptors,
+        )  # fmt: skip
+
+
+async def _attack(mode: str, port: int, payload: Payload, connections: int, seconds: float) -> int:
+    """Keep ``connections`` slow clients at it, each coming back when it is thrown out; returns how often one came."""
+    data = encode(payload)
+    deadline = time.monotonic() + seconds
+    opened = 0
+
+    async def client(index: int) -> None:
+        nonlocal opened
+        await asyncio.sleep(index / connections)
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError, TimeoutError):
+                reader, writer = await asyncio.wait_for(asyncio.open_connection("127.0.0.1", port, limit=1024), 5)
+                opened += 1
+                try:
+                    await _trickle(mode, data, reader, writer, deadline)
+                finally:
+                    writer.close()
+            await asyncio.sleep(0.2)
+
+    await asyncio.gather(*(client(index) for index in range(connections)))
+    return opened
+
+
+async def _trickle(
+    mode: str, data: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, deadline: float
+) -> None:
+    head = data.index(b"\r\n\r\n") + 4
+    position = 1 if mode == "header" else head
+    if mode == "reader":
+        # Many whole requests and never a look at the answers.
+        while time.monotonic() < deadline and not writer.is_closing():
+            writer.write(data)
+            await asyncio.wait_for(writer.drain(), max(0.1, deadline - time.monotonic()))
+            await asyncio.sleep(1)
+        return
+    writer.write(data[:position])
+    while time.monotonic() < deadline and not writer.is_closing() and not reader.at_eof():
+        writer.write(data[position : position + 1])
+        position += 1
+        await asyncio.sleep(1)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(reader.read(1024), 0.01)
+
+
+def _probe(port: int, seconds: float) -> dict[str, int]:
+    deadline = time.monotonic() + seconds
+    probes = answered = 0
+    while time.monotonic() < deadline:
+        started = time.monotonic()
+        probes += 1
+        url = f"http://127.0.0.1:{port}/v2/health/live"
+        with contextlib.suppress(OSError, ValueError), urllib.request.urlopen(url, timeout=2) as reply:
+            answered += reply.status == 200
+        time.sleep(max(0.0, 0.25 - (time.monotonic() - started)))
+    return {"probes": probes, "answered": answered}
+
+
+if __name__ == "__main__":
+    print(json.dumps(_probe(int(sys.argv[2]), float(sys.argv[3]))))

@@ -1,0 +1,1 @@
+"""Serving verified bundles: over HTTP behind onnxruntime, or as a Triton model repository."""
