@@ -10,6 +10,7 @@ import typer
 from kdexport import __version__
 from kdexport.errors import ConfigError, UnknownNameError, error_codes
 from kdexport.registry import nearest
+from kdexport.serving.command import serve
 
 app = typer.Typer(
     add_completion=False,
@@ -22,6 +23,8 @@ app = typer.Typer(
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Print tracebacks of errors.")]
+
+app.command()(serve)
 
 
 def _print_version(value: bool) -> None:
