@@ -159,11 +159,20 @@ def list_(
 
 
 @app.command()
-def doctor(as_json: Json = False, debug: Debug = False) -> None:
-    """Show what this machine can build and run, and what is missing."""
+def doctor(
+    bundle: Annotated[Path | None, typer.Argument(help="A bundle: check that it can be served here.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what this machine can build and run, and what is missing; or whether it would serve BUNDLE."""
     from kdexport.doctor import examine
 
-    facts = examine()
+    if bundle is None:
+        facts = examine()
+    else:
+        from kdexport.serving.examine import examine_bundle
+
+        facts = examine_bundle(bundle)
     if as_json:
         _print_json({"ok": True, "facts": [{"what": f.what, "ok": f.ok, "fact": f.fact} for f in facts]})
         return

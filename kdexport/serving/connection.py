@@ -13,6 +13,8 @@ from kdexport.serving.metrics import Metrics
 
 #: The application's own deadline for a body comes first, so that the client hears why.
 _BODY_SLACK_SECONDS = 2.0
+#: Requests of one connection that may wait for the answer before them; clients in use send one at a time.
+_PIPELINED = 8
 
 
 class Crowd:
@@ -111,6 +113,9 @@ class Connection(HttpToolsProtocol):
         return not self._body_open and (self.cycle is None or self.cycle.response_complete)
 
     def on_message_begin(self) -> None:
+        if len(self.pipeline) >= _PIPELINED:
+            # Each of them is an object in memory, and a few hundred fit into one packet.
+            raise ValueError("too many requests at once")
         super().on_message_begin()
         self._in_header, self._header_bytes = True, 0
         if self._deadline is None:
