@@ -18,7 +18,12 @@ ZEROS = np.zeros((1, 3, 32, 32), np.float32)
 
 
 def head(body: bytes, headers: dict[str, str], path: str = INFER) -> bytes:
-    lines = [f"POST {path} HTTP/1.1", "Host: a", f"Content-Length: {len(body)}", *(f"{k}: {v}" for k, v in headers.items())]
+    lines = [
+        f"POST {path} HTTP/1.1",
+        "Host: a",
+        f"Content-Length: {len(body)}",
+        *(f"{k}: {v}" for k, v in headers.items()),
+    ]
     return ("\r\n".join(lines) + "\r\n\r\n").encode()
 
 
@@ -76,7 +81,11 @@ def probes(server: Running, count: int = 20) -> int:
 
 @pytest.mark.parametrize(
     "opening",
-    [b"", b"GET /v2 HTTP/1.1\r\nHost: a\r\nX-Slow: ", b"POST /v1/classify HTTP/1.1\r\nHost: a\r\nContent-Length: 9000\r\n\r\nabc"],
+    [
+        b"",
+        b"GET /v2 HTTP/1.1\r\nHost: a\r\nX-Slow: ",
+        b"POST /v1/classify HTTP/1.1\r\nHost: a\r\nContent-Length: 9000\r\n\r\nabc",
+    ],
     ids=["nothing", "half a header", "half a body"],
 )
 def test_1200_slow_connections_leave_health_probes_answered(server: Running, opening: bytes) -> None:
@@ -110,7 +119,9 @@ def test_connections_are_bounded_and_the_longest_idle_one_goes_first(server: Run
         assert received(streams[0]) == b""
 
 
-@pytest.mark.parametrize("opening", [b"", b"GET /v2 HTTP/1.1\r\nX: ", b"\r\n\r\n\r\n"], ids=["nothing", "part", "line ends"])
+@pytest.mark.parametrize(
+    "opening", [b"", b"GET /v2 HTTP/1.1\r\nX: ", b"\r\n\r\n\r\n"], ids=["nothing", "part", "line ends"]
+)
 def test_a_header_that_does_not_come_ends_the_connection(server: Running, opening: bytes) -> None:
     with server.connect() as stream:
         began = time.monotonic()
@@ -231,7 +242,9 @@ def test_requests_after_a_refused_body_use_the_same_connection(server: Running) 
 def test_pipelined_requests_are_answered_in_order(server: Running) -> None:
     paths = ["/v2/health/live", "/v2", "/nothing", "/v2/models/zoo"]
     with server.connect() as stream:
-        last = [f"GET {p} HTTP/1.1\r\nHost: a\r\n{'Connection: close' if p == paths[-1] else 'A: b'}\r\n\r\n" for p in paths]
+        last = [
+            f"GET {p} HTTP/1.1\r\nHost: a\r\n{'Connection: close' if p == paths[-1] else 'A: b'}\r\n\r\n" for p in paths
+        ]
         stream.sendall("".join(last).encode())
         data = received(stream)
     assert [int(part[:3]) for part in data.split(b"HTTP/1.1 ")[1:]] == [200, 200, 404, 200]

@@ -244,7 +244,9 @@ def png(width: int, height: int) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(99))) + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize(
@@ -268,7 +270,9 @@ def test_an_image_bomb_is_refused_by_its_header(server: Running, data: bytes, st
 
 
 def test_cve_2026_40192_formats_that_nobody_uploads_are_not_even_parsed(server: Running) -> None:
-    fits = b"SIMPLE  =                    T" + b" " * 50 + b"BITPIX  =                    8".ljust(80) + b"END".ljust(2800)
+    fits = (
+        b"SIMPLE  =                    T" + b" " * 50 + b"BITPIX  =                    8".ljust(80) + b"END".ljust(2800)
+    )
     for data in (fits, b"%!PS-Adobe-3.0\n", b"P6 9 9 255\n" + bytes(243), b"\x00\x00\x01\x00\x01\x00" + bytes(99)):
         refused(server, server.ask("POST", "/v1/classify", data), 400)
 

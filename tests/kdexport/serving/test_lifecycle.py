@@ -203,7 +203,10 @@ def test_several_bundles_and_a_token(zoo: Path, zoo_copy: Path, tmp_path: Path) 
         assert server.ask("GET", "/v2/health/ready").status == 200
         answer = server.ask("POST", "/v1/classify", data, bearer)
         assert "add ?model=NAME, one of one, two" in answer.error
-        assert server.ask("POST", "/v1/classify?model=two&top=1", data, bearer).data["predictions"][0]["label"][:4] == "two "
+        assert (
+            server.ask("POST", "/v1/classify?model=two&top=1", data, bearer).data["predictions"][0]["label"][:4]
+            == "two "
+        )
         rows = server.ask("POST", "/v2/repository/index", None, bearer).data
         assert [(row["name"], row["version"]) for row in rows] == [("one", "1"), ("two", "1")]
 

@@ -148,7 +148,9 @@ def test_another_preprocessing_is_found_though_every_digest_fits(zoo_copy: Path)
 
 def test_weights_in_another_file_are_refused(zoo_copy: Path) -> None:
     model = onnx.load(str(zoo_copy / "model.onnx"))
-    onnx.save(model, str(zoo_copy / "model.onnx"), save_as_external_data=True, location="weights.bin", size_threshold=64)
+    onnx.save(
+        model, str(zoo_copy / "model.onnx"), save_as_external_data=True, location="weights.bin", size_threshold=64
+    )
     rewrite(zoo_copy)
     with pytest.raises(KdexportError, match="keeps weights outside itself"):
         try_bundle(zoo_copy, CPU, Limits())

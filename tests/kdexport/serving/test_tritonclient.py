@@ -82,9 +82,7 @@ def test_logits_are_those_of_onnxruntime_bit_by_bit(
 ) -> None:
     outputs = None if binary_out is None else [triton.InferRequestedOutput("logits", binary_data=binary_out)]
     result = client.infer("zoo", [given(images[:count], binary=binary_in)], outputs=outputs, request_id="r-1")
-    assert np.array_equal(
-        result.as_numpy("logits"), load_model(zoo / "model.onnx", threads=1).logits(images[:count])
-    )
+    assert np.array_equal(result.as_numpy("logits"), load_model(zoo / "model.onnx", threads=1).logits(images[:count]))
     assert result.get_response()["id"] == "r-1"
     assert result.get_response()["model_version"] == "1"
 
