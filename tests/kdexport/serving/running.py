@@ -105,13 +105,13 @@ def command(*arguments: str | Path) -> list[str]:
 
 
 @contextlib.contextmanager
-def running(*arguments: str | Path, environment: Mapping[str, str] | None = None) -> Iterator[Running]:
+def running(*arguments: str | Path, cwd: Path | None = None) -> Iterator[Running]:
     """Start a server, wait for its one line of JSON, and end it whatever happens."""
     with tempfile.NamedTemporaryFile("w", suffix=".log") as log:
         process = subprocess.Popen(
             [*command(*arguments), "--json"],
             stdout=subprocess.PIPE, stderr=log, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})},
+            cwd=cwd, env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
         try:
             assert process.stdout is not None

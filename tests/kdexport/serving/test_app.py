@@ -3,7 +3,7 @@
 import asyncio
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ INFER = "/v2/models/zoo/infer"
 
 async def call(app: Any, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None) -> Answer:
     """One request by the letter of ASGI."""
-    sent: list[dict[str, Any]] = []
+    sent: list[MutableMapping[str, Any]] = []
     parts: list[dict[str, Any]] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive() -> dict[str, Any]:
@@ -35,7 +35,7 @@ async def call(app: Any, method: str, path: str, body: bytes = b"", headers: dic
             await asyncio.sleep(60)
         return parts.pop()
 
-    async def send(message: dict[str, Any]) -> None:
+    async def send(message: MutableMapping[str, Any]) -> None:
         sent.append(message)
 
     pairs = [(k.lower().encode(), v.encode()) for k, v in (headers or {}).items()]
@@ -97,7 +97,7 @@ def test_the_lifespan_of_the_application_loads_and_closes_it(zoo: Path) -> None:
         assert (await call(app, "GET", "/v2/health/ready")).status == 503
         assert (await call(app, "POST", INFER, BODY, HEADERS)).status == 404
         inbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        outbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        outbox: asyncio.Queue[MutableMapping[str, Any]] = asyncio.Queue()
         life = asyncio.create_task(app({"type": "lifespan", "asgi": {"version": "3.0"}}, inbox.get, outbox.put))
         await inbox.put({"type": "lifespan.startup"})
         assert (await outbox.get())["type"] == "lifespan.startup.complete"

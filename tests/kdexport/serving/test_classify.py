@@ -19,7 +19,7 @@ def trained_logits(zoo: Path, data: bytes) -> np.ndarray[Any, Any]:
     """Logits (K,) by the code that training and verification use, without the server's tables and pools."""
     preprocessing = read_manifest(zoo).spec.preprocessing
     images = preprocessing.normalise(preprocessing.pixels(decode(data, "x"))[None])
-    return load_model(zoo / "model.onnx", threads=1).logits(images)[0].astype(np.float64)
+    return np.asarray(load_model(zoo / "model.onnx", threads=1).logits(images)[0], np.float64)
 
 
 def trained(zoo: Path, data: bytes) -> np.ndarray[Any, Any]:

@@ -288,7 +288,8 @@ def test_a_text_chunk_bomb_in_a_png_is_refused(server: Running) -> None:
 @pytest.mark.parametrize(
     "head",
     [
-        b"POST %s HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nGET /v2 HTTP/1.1\r\n\r\n",
+        b"POST %s HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"
+        b"0\r\n\r\nGET /v2 HTTP/1.1\r\n\r\n",
         b"POST %s HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello!",
         b"POST %s HTTP/1.1\r\nHost: a\r\nContent-Length: -5\r\n\r\n",
         b"POST %s HTTP/1.1\r\nHost: a\r\nContent-Length: 99999999999999999999999\r\n\r\n",

@@ -37,7 +37,7 @@ class Load:
 
 
 def client(port: int, load: Load) -> None:
-    """Requests over a kept connection until the port refuses or the test ends; a request without an answer is broken."""
+    """Requests until the port refuses or the test ends; one that gets no answer is broken."""
     connection: http.client.HTTPConnection | None = None
     while not load.stopped.is_set():
         if connection is None:

@@ -191,7 +191,7 @@ def test_a_provider_that_is_not_here_is_an_error_and_never_another_one(zoo: Path
 
 
 def test_golden_images_beyond_the_limits_stop_the_start(zoo: Path) -> None:
-    with pytest.raises(VerificationError, match="The server would refuse .* pixels"):
+    with pytest.raises(VerificationError, match=r"The server would refuse .* pixels"):
         load(zoo, name="z", version=1, provider=CPU, limits=Limits(min_side=100), allowed_error=1.0)
 
 

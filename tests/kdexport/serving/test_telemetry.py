@@ -59,6 +59,7 @@ def test_onnxruntime_is_never_imported_before_the_switch() -> None:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             if any(name.split(".")[0] == "onnxruntime" for name in names):
+                assert isinstance(node, ast.Import | ast.ImportFrom)
                 before = lines[node.lineno - 2].strip()
                 assert before in ('os.environ["ORT_DISABLE_TELEMETRY"] = "1"', "import_onnxruntime()"), (path, before)
                 places += 1

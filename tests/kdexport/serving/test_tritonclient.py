@@ -191,7 +191,11 @@ def test_an_unknown_version_and_output_are_errors(client: Any, images: NDArray[n
 
 def test_a_timeout_that_the_client_asks_for_is_kept(client: Any, images: NDArray[np.float32]) -> None:
     assert client.infer("zoo", [given(images)], timeout=5_000_000).as_numpy("logits") is not None
-    with pytest.raises(InferenceServerException, match=r"The request waited 1e-06 s for an instance") as caught:
-        for _ in range(50):
+    # An idle server may still be faster than a microsecond of queueing; fifty times in a row it is not.
+    refusals = []
+    for _ in range(50):
+        try:
             client.infer("zoo", [given(images)], timeout=1)
-    assert caught.value.status() == "503"
+        except InferenceServerException as error:
+            refusals.append((error.status(), error.message()))
+    assert set(refusals) == {("503", "The request waited 1e-06 s for an instance.")}
