@@ -237,7 +237,9 @@ def first_line(error: BaseException) -> str:
 
 
 def error_codes() -> dict[str, type[KdexportError]]:
-    """All stable codes with their classes."""
+    """All stable codes with their classes, those of the server included."""
+    import kdexport.serving.errors  # noqa: F401
+
     found: dict[str, type[KdexportError]] = {}
     pending: list[type[KdexportError]] = [KdexportError]
     while pending:

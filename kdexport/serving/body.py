@@ -11,6 +11,8 @@ from kdexport.serving.limits import Limits
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Result = TypeVar("Result")
 
+_WATCH_AFTER_SECONDS = 0.005
+
 #: zlib's window bits: with a gzip header, with a zlib header.
 _WINDOWS = {"gzip": 16 + zlib.MAX_WBITS, "x-gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 
@@ -93,22 +95,47 @@ def unpack(body: bytes | bytearray, encoding: str, limit: int) -> bytes:
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
-    """Await ``work``, and cancel it with ``ClientGoneError`` when the client closes its connection."""
-    task = asyncio.ensure_future(work)
-    watcher = asyncio.ensure_future(_gone(receive))
+    """Await ``work``, and cancel it with ``ClientGoneError`` when the client closes its connection.
+
+    Watching costs a task, and most answers are there before it is worth one.
+    """
+    loop, worker = asyncio.get_running_loop(), asyncio.current_task()
+    assert worker is not None
+    watch = _Watch(receive, worker)
+    timer = loop.call_later(_WATCH_AFTER_SECONDS, watch.begin)
     try:
-        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientGoneError
+        return await work
+    except asyncio.CancelledError:
+        if not watch.left:
+            raise
+        worker.uncancel()
+        raise ClientGoneError from None
     finally:
-        watcher.cancel()
-        if not task.done():
-            task.cancel()
-            # What the task holds is given back before this returns.
-            await asyncio.wait({task})
+        timer.cancel()
+        watch.end()
 
 
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        continue
+class _Watch:
+    """Cancels ``worker`` when the client leaves, and never after ``end``."""
+
+    def __init__(self, receive: Receive, worker: "asyncio.Task[Any]") -> None:
+        self._receive = receive
+        self._worker = worker
+        self._task: asyncio.Task[None] | None = None
+        self._ended = False
+        self.left = False
+
+    def begin(self) -> None:
+        self._task = asyncio.get_running_loop().create_task(self._watch())
+
+    def end(self) -> None:
+        self._ended = True
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            continue
+        if not self._ended:
+            self.left = True
+            self._worker.cancel()

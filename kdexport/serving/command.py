@@ -1,11 +1,9 @@
 """``kdexport serve``."""
 
-import asyncio
 import importlib.util
 import json
 import logging
-import resource
-import ssl
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,11 +13,12 @@ import typer
 from kdexport.errors import BackendUnavailableError, ConfigError
 
 if TYPE_CHECKING:
+    import ssl
+
     from kdexport.serving.server import Address, Running
     from kdexport.serving.service import Service
 
 _EXTRA = ("starlette", "uvicorn", "httptools", "prometheus_client", "python_multipart")
-_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -80,11 +79,15 @@ def serve(
 
 
 def run(
-    service: "Service", address: "Address", *, watch_seconds: float, context: ssl.SSLContext | None, as_json: bool
+    service: "Service", address: "Address", *, watch_seconds: float, context: "ssl.SSLContext | None", as_json: bool
 ) -> None:
     """Load, announce, serve, drain."""
+    import asyncio
+
     from kdexport.serving.server import Server
 
+    # Until the server handles it, a reload that comes too early must not end the process.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(message)s")
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     server = Server(service, address, watch_seconds=watch_seconds)
@@ -129,6 +132,8 @@ def _ready(service: "Service", url: str, metrics_url: str, bound: int) -> dict[s
 
 def resident_bytes() -> int:
     """The largest resident size of this process so far."""
+    import resource
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -141,12 +146,17 @@ def _loop_factory() -> Any:
 
 
 def _provider(name: str) -> str:
-    if name not in _PROVIDERS:
-        raise ConfigError(f"There is no provider {name!r}.", remedy=f"Known: {', '.join(_PROVIDERS)}.")
-    return _PROVIDERS[name]
+    from kdexport.backends.ort import CPU, CUDA
+
+    providers = {"cpu": CPU, "cuda": CUDA}
+    if name not in providers:
+        raise ConfigError(f"There is no provider {name!r}.", remedy=f"Known: {', '.join(providers)}.")
+    return providers[name]
 
 
-def _tls(cert: Path | None, key: Path | None) -> ssl.SSLContext | None:
+def _tls(cert: Path | None, key: Path | None) -> "ssl.SSLContext | None":
+    import ssl
+
     if cert is None and key is None:
         return None
     if cert is None or key is None:

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-import numpy as np
-
 from kdexport.backends.ort import CPU
 from kdexport.serving import cgroup
 from kdexport.serving.admission import Admission
@@ -24,7 +22,6 @@ from kdexport.serving.repository import Change, Repository, Source
 from kdexport.serving.warmup import choose_batch, measure_batches
 
 _log = logging.getLogger("kdexport.serving")
-_WARM_RUNS = 3
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -72,12 +69,13 @@ class Service:
         return self._instances
 
     def load(self) -> None:
-        """Load and warm every model; raises ``KdexportError``. Blocking."""
+        """Load every model; its golden images warm it. Raises ``KdexportError``. Blocking."""
         if self._instances is not None:
             return
         self.repository.load_all()
-        for model in self.repository.models.values():
-            self._warm(model)
+        if self.settings.provider != CPU:
+            models = self.repository.models.values()
+            self.max_batch = max(choose_batch(measure_batches(model)) for model in models)
         self.admission.places = self.limits.places(self.count, self.max_batch)
         self._instances = Instances(self.count, capacity=self.admission.places, max_batch=self.max_batch)
         self.metrics.reloads.labels("loaded").inc(len(self.repository.models))
@@ -86,7 +84,6 @@ class Service:
         """Take over what changed on disk; a bad bundle is refused and the old one goes on. Blocking."""
         change = self.repository.reload()
         for name, version in change.loaded:
-            self._warm(self.repository.models[name, version], sweep=False)
             _log.warning("Serving %s version %d from its new bundle.", name, version)
         for name, version in change.removed:
             _log.warning("%s version %d is gone.", name, version)
@@ -102,13 +99,6 @@ class Service:
             self._instances.close()
             self._instances = None
         self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def _warm(self, model: LoadedModel, *, sweep: bool = True) -> None:
-        shape = (1, 3, model.signature.image_size, model.signature.image_size)
-        for _ in range(_WARM_RUNS):
-            model.logits(np.zeros(shape, np.float32))
-        if sweep and self.settings.provider != CPU:
-            self.max_batch = max(self.max_batch, choose_batch(measure_batches(model)))
 
     async def off_loop(
         self, work: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs

@@ -15,7 +15,7 @@ from kdexport.console import CHILD, guarded
 from kdexport.errors import AuditError, BundleError, ForwardedError
 from kdexport.serving.limits import Limits
 
-_TIMEOUT_S = 300
+_TIMEOUT_S = 120
 
 
 def try_bundle(folder: Path, provider: str, limits: Limits) -> float:

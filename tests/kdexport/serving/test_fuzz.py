@@ -95,8 +95,8 @@ def request(rng: random.Random) -> tuple[str, str, bytes, dict[str, str]]:
     if rng.random() < 0.1:
         headers["Content-Type"] = rng.choice(["application/json", "text/plain", "a/b; boundary=x", "\t"])
     path = "/v2/models/zoo/infer" if rng.random() < 0.9 else rng.choice(
-        ["/v2/models/zoo/versions/1/infer", "/v2/models/zoo/versions/x/infer", "/v2/models//infer", "/v1/classify?top=x",
-         "/v2/models/zoo", "/v2/repository/index", "/v1/classify?model=%00"]
+        ["/v2/models/zoo/versions/1/infer", "/v2/models/zoo/versions/x/infer", "/v2/models//infer",
+         "/v1/classify?top=x", "/v2/models/zoo", "/v2/repository/index", "/v1/classify?model=%00"]
     )  # fmt: skip
     return rng.choice(["POST"] * 12 + ["GET", "PUT", "HEAD", "DELETE"]), path, text + tail, headers
 

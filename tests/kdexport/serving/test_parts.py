@@ -213,6 +213,22 @@ def test_work_ends_when_the_client_leaves() -> None:
 
     assert run(unless_gone(receiver(), quick())) == 7
 
+    async def from_outside() -> None:
+        async def slow() -> None:
+            await asyncio.sleep(30)
+
+        task = asyncio.create_task(unless_gone(receiver(), slow()))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        # A deadline around it stays a deadline.
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await unless_gone(receiver(), slow())
+
+    run(from_outside())
+
 
 def test_unpacking_stops_at_the_limit() -> None:
     packed = zlib.compress(bytes(1000))
@@ -285,6 +301,19 @@ def test_a_request_may_be_as_large_as_the_model_needs_and_no_larger() -> None:
     longest = len(repr(float(np.float32(-1.2345678e-30)))) + 1
     assert body_limit(SIGNATURE, LIMITS, binary=False) >= 8 * 3072 * longest
     assert body_limit(SIGNATURE, Limits(body=5000), binary=True) == 5000
+
+
+def test_the_documented_limits_are_the_ones_that_hold() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "serving.md").read_text()
+    limits = Limits()
+    for words in (
+        f"at most {limits.body // MIB} MiB", f"{limits.bodies // MIB} MiB |", f"{limits.connections} |",
+        f"2 x instances + {limits.queue}", f"{limits.queue_seconds:g} s, or the request's", f"{limits.chunks:,}",
+        f"{limits.pixels // 10**6} million pixels, short side {limits.min_side}, aspect {limits.aspect}",
+        f"{limits.header // 1024} KiB, {limits.header_seconds:g} s", f"{limits.json_slack:,}; {limits.json_depth}",
+        f"({limits.drain_seconds + limits.grace_seconds:g} s by default)",
+    ):  # fmt: skip
+        assert words in text, words
 
 
 def test_normalisation_by_table_has_the_bits_of_the_arithmetic() -> None:
