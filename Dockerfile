@@ -3,6 +3,7 @@
 #   docker build --target train -t kdexport:train .
 #   docker build --target build -t kdexport:build .
 #   docker build --target serve --build-arg BUNDLE=dist/mobilenetv2 -t student:1 .
+#   docker run -p 127.0.0.1:8000:8000 student:1
 FROM python:3.12-slim AS base
 ENV PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1 ORT_DISABLE_TELEMETRY=1
 WORKDIR /work
@@ -21,12 +22,16 @@ RUN pip install -c constraints.txt '.[demo,trt-rtx]'
 ENTRYPOINT ["kdexport"]
 CMD ["doctor"]
 
-# Proves, inside the image that will hold it, that the bundle is what was trained; the container ends with that verdict.
+# Serves one bundle to everyone who reaches the container: publish the port on loopback, or pass --token-file.
+# Ports: 8000 requests, 8002 metrics. `docker stop -t 30` leaves time to drain.
 FROM base AS serve
 ARG BUNDLE=dist/mobilenetv2
-RUN pip install -c constraints.txt .
-COPY ${BUNDLE} /bundle
-RUN useradd --create-home kdexport
+RUN pip install -c constraints.txt '.[serve]'
+COPY ${BUNDLE} /models/student
+RUN useradd --create-home kdexport && kdexport doctor /models/student
 USER kdexport
+EXPOSE 8000 8002
+HEALTHCHECK --start-period=60s CMD ["python", "-c", \
+  "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/v2/health/ready', timeout=2)"]
 ENTRYPOINT ["kdexport"]
-CMD ["verify", "/bundle"]
+CMD ["serve", "/models/student", "--host", "0.0.0.0"]

@@ -11,6 +11,7 @@ from kdexport import __version__
 from kdexport.errors import ConfigError, UnknownNameError, error_codes
 from kdexport.fuse_command import fuse
 from kdexport.registry import nearest
+from kdexport.serving.command import serve
 from kdexport.serving.triton_command import triton
 
 app = typer.Typer(
@@ -164,11 +165,20 @@ def list_(
 
 
 @app.command()
-def doctor(as_json: Json = False, debug: Debug = False) -> None:
-    """Show what this machine can build and run, and what is missing."""
+def doctor(
+    bundle: Annotated[Path | None, typer.Argument(help="A bundle: check that it can be served here.")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what this machine can build and run, and what is missing; or whether it would serve BUNDLE."""
     from kdexport.doctor import examine
 
-    facts = examine()
+    if bundle is None:
+        facts = examine()
+    else:
+        from kdexport.serving.examine import examine_bundle
+
+        facts = examine_bundle(bundle)
     if as_json:
         _print_json({"ok": True, "facts": [{"what": f.what, "ok": f.ok, "fact": f.fact} for f in facts]})
         return
@@ -195,6 +205,7 @@ def explain(
 
 
 app.command()(fuse)
+app.command()(serve)
 app.command()(triton)
 
 

@@ -7,6 +7,7 @@ KdexportError
 |- DataError                KDX201  exit 2   a data set or an image cannot be used
 |- OutputError              KDX202  exit 2   the output folder holds something that is not ours
 |- BundleError              KDX203  exit 2   a folder is not a readable bundle
+|- RequestError             KDX210  exit 2   the server refused a request; it answers with its HTTP status
 |- ReparamError             KDX300  exit 2   a module cannot be folded without changing what it computes
 |- CheckError                       exit 1   something was measured and is not allowed
 |  |- CertificateError      KDX301           the folded module differs from the unfolded one in float64
@@ -17,7 +18,8 @@ KdexportError
 |  `- TrainingError         KDX340           the training run diverged or died
 |- MachineError                     exit 4   this machine lacks something
 |  |- BackendUnavailableError  KDX400        a package, driver or GPU is missing
-|  `- StorageError             KDX401        no space or no permission
+|  |- StorageError             KDX401        no space or no permission
+|  `- ServerError              KDX402        the server cannot run with these limits or on this address
 `- UnexpectedError             KDX900  exit 2   an input that no check had foreseen
 """
 
@@ -235,7 +237,9 @@ def first_line(error: BaseException) -> str:
 
 
 def error_codes() -> dict[str, type[KdexportError]]:
-    """All stable codes with their classes."""
+    """All stable codes with their classes, those of the server included."""
+    import kdexport.serving.errors  # noqa: F401
+
     found: dict[str, type[KdexportError]] = {}
     pending: list[type[KdexportError]] = [KdexportError]
     while pending:

@@ -36,6 +36,7 @@ from kdexport.fingerprint import tool_versions
 from kdexport.graph.audit import operator_counts
 from kdexport.stages import UNFUSED_MODEL
 from kdexport.targets import Target
+from kdexport.verify.golden import allowed_error
 from kdexport.verify.latency import Comparison, LatencyResult, compare_latency
 from kdexport.verify.reference import run_torch
 from kdexport.verify.report import write_reports
@@ -111,8 +112,10 @@ def _write_golden(folder: Path, parts: Parts) -> list[str]:
     preprocessing = parts.trained.spec.preprocessing
     images = preprocessing.normalise(parts.validation.read(chosen, preprocessing))
     exact = run_torch(load_student(parts.trained).double(), images.astype(np.float64))
+    allowed = allowed_error(exact, run_torch(load_student(parts.trained), images))
     labels = torch.from_numpy(parts.validation.labels[chosen])
-    save_tensors(folder / GOLDEN_LOGITS, {"logits": torch.from_numpy(exact), "labels": labels})
+    tensors = {"logits": torch.from_numpy(exact), "labels": labels, "allowed_error": torch.tensor(allowed).double()}
+    save_tensors(folder / GOLDEN_LOGITS, tensors)
     return names
 
 

@@ -1,7 +1,7 @@
 """From image bytes to the tensor that a student reads: one definition for training, verification and serving."""
 
 import io
-import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdexport.errors import DataError
+from kdexport.errors import DataError, KdexportError
 
 if TYPE_CHECKING:
     from PIL import Image
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")
 #: Below Pillow's own limit, so that this is the one that holds.
 _MAX_PIXELS = 80_000_000
 
@@ -72,25 +72,37 @@ def _triple(values: Any) -> tuple[float, float, float]:
     return red, green, blue
 
 
-def decode(data: bytes, name: str) -> "Image.Image":
-    """Decode image bytes; ``name`` is for the error. Raises ``DataError`` for a corrupt, huge or foreign image."""
+def decode(
+    data: bytes,
+    name: str,
+    *,
+    formats: tuple[str, ...] = FORMATS,
+    inspect: "Callable[[Image.Image], None]" = lambda _: None,
+) -> "Image.Image":
+    """Decode image bytes; ``name`` is for the error. Raises ``DataError`` for a corrupt, huge or foreign image.
+
+    ``inspect`` sees the header before a pixel is decoded, and may refuse it with a ``KdexportError`` of its own.
+    """
     from PIL import Image
 
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data), formats=_FORMATS)
-            if image.width * image.height > _MAX_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} pixels")
-            if image.mode[0] in "IF":
-                # Pillow clips these at 255 where it converts them to RGB, which leaves an almost white image.
-                raise ValueError(f"its channels are wider than 8 bits (mode {image.mode})")
-            image.load()
+        # Our own limit lies below the one at which Pillow warns; its warnings are process-wide state, and this runs
+        # in threads.
+        image = Image.open(io.BytesIO(data), formats=formats)
+        if image.width * image.height > _MAX_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} pixels")
+        if image.mode[0] in "IF":
+            # Pillow clips these at 255 where it converts them to RGB, which leaves an almost white image.
+            raise ValueError(f"its channels are wider than 8 bits (mode {image.mode})")
+        inspect(image)
+        image.load()
+    except KdexportError:
+        raise
     # Pillow's decoders raise many kinds of error on hostile bytes; each means the same to the user.
     except Exception as error:
         raise DataError(
             f"{name} is not a readable image: {error}.",
-            remedy=f"Repair or remove the file; {', '.join(_FORMATS)} up to {_MAX_PIXELS:,} pixels are read.",
+            remedy=f"Repair or remove the file; {', '.join(formats)} up to {_MAX_PIXELS:,} pixels are read.",
         ) from error
     return image
 

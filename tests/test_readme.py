@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Built
+from tests.kdexport.serving.running import running
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -51,6 +52,10 @@ def test_its_kdexport_commands_run(line: str, built: Built, tmp_path: Path) -> N
     words = shlex.split(line)[1:]
     if words[0] == "build":
         words = _shortened_build(words, built, tmp_path)
+    if words[0] == "serve":
+        with running(*words[1:], cwd=tmp_path) as server:
+            assert server.ask("GET", "/v2/models/quickstart/ready").status == 200
+        return
     done = subprocess.run(
         [sys.executable, "-m", "kdexport", *words], cwd=tmp_path, capture_output=True, text=True, check=False
     )

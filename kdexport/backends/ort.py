@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 from kdexport.errors import AuditError, BackendUnavailableError, first_line
 
 CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
+#: TF32 keeps 10 bits of the mantissa: a float32 graph would run in another precision than it says.
+_OPTIONS = {CUDA: {"use_tf32": "0"}}
 
 
 def import_onnxruntime() -> Any:
@@ -36,8 +39,12 @@ class OrtModel:
         return np.asarray(self.session.run(None, {name: images})[0])
 
 
-def load_model(path: Path, *, provider: str = CPU, threads: int = 0, optimise: bool = True) -> OrtModel:
+def load_model(
+    path: Path, *, provider: str = CPU, threads: int = 0, optimise: bool = True, content: bytes | None = None
+) -> OrtModel:
     """Open an ONNX file on exactly ``provider``. ``threads`` 0 leaves their number to onnxruntime.
+
+    ``content`` is the file as it was read and checked; it is then not read a second time.
 
     Raises ``BackendUnavailableError`` where onnxruntime would have fallen back to another provider, and ``AuditError``
     where the file is not a valid model.
@@ -56,7 +63,8 @@ def load_model(path: Path, *, provider: str = CPU, threads: int = 0, optimise: b
     if not optimise:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
-        session = ort.InferenceSession(str(path), options, providers=[provider])
+        source = str(path) if content is None else content
+        session = ort.InferenceSession(source, options, providers=[(provider, _OPTIONS.get(provider, {}))])
     # onnxruntime raises a dozen exception types of its own without a common base.
     except Exception as error:
         raise AuditError(

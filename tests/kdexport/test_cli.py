@@ -136,8 +136,20 @@ def test_the_options_of_each_command_are_frozen() -> None:
         "verify": ["--debug", "--json", "--rung", "bundle"],
         "inspect": ["--debug", "--json", "bundle"],
         "list": ["--debug", "--json", "kind"],
-        "doctor": ["--debug", "--json"],
+        "doctor": ["--debug", "--json", "bundle"],
         "explain": ["--debug", "--json", "code"],
+        "fuse": ["--debug", "--input", "--json", "--out", "source"],
+        "serve": [
+            "--body-timeout", "--connections", "--debug", "--drain", "--grace", "--header-timeout", "--host",
+            "--instances", "--json", "--max-bodies", "--max-body", "--max-pixels", "--metrics-port", "--min-side",
+            "--port", "--provider", "--queue", "--queue-timeout", "--timeout", "--tls-cert", "--tls-key",
+            "--token-file", "--watch", "bundles",
+        ],
+        "triton": [
+            "--debug", "--delay-us", "--device", "--instances", "--json", "--keep-versions", "--max-batch",
+            "--max-queue", "--name", "--queue-timeout-ms", "--repository", "--target", "--tensorrt-version",
+            "--version", "bundle",
+        ],
     }  # fmt: skip
 
 

@@ -2,6 +2,7 @@ import pytest
 
 from kdexport import errors
 from kdexport.errors import KdexportError, error_codes
+from kdexport.serving import errors as serving_errors
 
 # Scripts and CI branch on these: a code is never given to another error, and its exit code never changes.
 FROZEN = {
@@ -11,6 +12,7 @@ FROZEN = {
     "KDX201": ("DataError", 2),
     "KDX202": ("OutputError", 2),
     "KDX203": ("BundleError", 2),
+    "KDX210": ("RequestError", 2),
     "KDX300": ("ReparamError", 2),
     "KDX301": ("CertificateError", 1),
     "KDX310": ("ExportError", 1),
@@ -20,6 +22,7 @@ FROZEN = {
     "KDX340": ("TrainingError", 1),
     "KDX400": ("BackendUnavailableError", 4),
     "KDX401": ("StorageError", 4),
+    "KDX402": ("ServerError", 4),
     "KDX900": ("UnexpectedError", 2),
 }
 # Bases, and the error of a child process, which brings the code that the child gave it.
@@ -27,7 +30,8 @@ GROUPS = {"KdexportError", "CheckError", "MachineError", "ForwardedError"}
 
 
 def public_errors() -> list[type[KdexportError]]:
-    return [cls for cls in vars(errors).values() if isinstance(cls, type) and issubclass(cls, KdexportError)]
+    found = {**vars(errors), **vars(serving_errors)}
+    return [cls for cls in found.values() if isinstance(cls, type) and issubclass(cls, KdexportError)]
 
 
 @pytest.mark.parametrize("code", FROZEN)

@@ -1,0 +1,174 @@
+"""A bounded queue in front of N onnxruntime instances.
+
+Threads, because ``session.run`` lets go of the interpreter; one session per model, because onnxruntime runs it from any
+number of threads at once and its weights are then in memory once. All counting happens on the event loop's thread.
+"""
+
+import asyncio
+import functools
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdexport.serving.errors import RequestError
+
+Logits = NDArray[np.float32]
+
+
+class Runnable(Protocol):
+    """What an instance runs."""
+
+    def logits(self, images: NDArray[np.float32]) -> Logits:
+        """(n,3,S,S) float32 to (n,K) float32."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Timed:
+    """Logits (n,K), nanoseconds in the queue and in the model, and how many images ran together."""
+
+    logits: Logits
+    queue_ns: int
+    compute_ns: int
+    together: int
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    model: Runnable
+    images: NDArray[np.float32]
+    future: "asyncio.Future[Timed]"
+    queued_ns: int
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    taken: bool = False
+
+    def take(self) -> bool:
+        """Claim the job, for running or for giving it up; only the first to ask gets it."""
+        with self.lock:
+            if self.taken:
+                return False
+            self.taken = True
+            return True
+
+
+class Instances:
+    """``count`` threads that run jobs first in, first out, up to ``max_batch`` images of one model together."""
+
+    def __init__(self, count: int, *, capacity: int, max_batch: int = 1, retry_after: int = 1) -> None:
+        self.count = count
+        self._capacity = capacity
+        self._max_batch = max_batch
+        self._retry_after = retry_after
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._pending = 0
+        self._threads = [threading.Thread(target=self._work, name=f"instance-{n}", daemon=True) for n in range(count)]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def pending(self) -> int:
+        """Jobs that wait or run."""
+        return self._pending
+
+    async def run(self, model: Runnable, images: NDArray[np.float32], queue_seconds: float) -> Timed:
+        """Logits of ``images``; raises ``RequestError`` where the queue is full or the wait too long.
+
+        A cancelled call leaves the queue at once; what runs already runs to its end and is dropped.
+        """
+        if self._pending >= self._capacity:
+            raise RequestError(
+                f"{self._pending} requests wait already (up to {self._capacity} allowed).", status=429, reason="queue"
+            )
+        loop = asyncio.get_running_loop()
+        job = _Job(model, images, loop.create_future(), time.monotonic_ns())
+        self._pending += 1
+        timer = loop.call_later(queue_seconds, _give_up, job, queue_seconds)
+        try:
+            self._jobs.put(job)
+            return await job.future
+        finally:
+            timer.cancel()
+            job.take()
+            self._pending -= 1
+
+    def close(self) -> None:
+        """End the threads after the jobs that they have."""
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self) -> None:
+        held: _Job | None = None
+        while True:
+            job = held or self._jobs.get()
+            held = None
+            if job is None:
+                return
+            if not job.take():
+                continue
+            batch = [job]
+            if self._max_batch > 1:
+                held = self._gather(batch)
+            _run(batch)
+
+    def _gather(self, batch: list[_Job]) -> _Job | None:
+        """Add waiting jobs of the same model without waiting for more; returns one that did not fit."""
+        images = len(batch[0].images)
+        while images < self._max_batch:
+            try:
+                job = self._jobs.get_nowait()
+            except queue.Empty:
+                return None
+            if job is None:
+                self._jobs.put(None)
+                return None
+            if job.model is not batch[0].model or images + len(job.images) > self._max_batch:
+                return job
+            if job.take():
+                batch.append(job)
+                images += len(job.images)
+        return None
+
+
+def _give_up(job: _Job, seconds: float) -> None:
+    if job.take() and not job.future.done():
+        job.future.set_exception(
+            RequestError(f"The request waited {seconds:g} s for an instance.", status=503, reason="queue_timeout")
+        )
+
+
+def _run(batch: list[_Job]) -> None:
+    started = time.monotonic_ns()
+    images = batch[0].images if len(batch) == 1 else np.concatenate([job.images for job in batch])
+    try:
+        logits = batch[0].model.logits(images)
+    # Whatever onnxruntime raises is the answer of these jobs alone; the instance goes on.
+    except Exception as error:  # noqa: BLE001
+        for job in batch:
+            _tell(job, functools.partial(job.future.set_exception, error))
+        return
+    spent, first = time.monotonic_ns() - started, 0
+    for job in batch:
+        last = first + len(job.images)
+        timed = Timed(logits[first:last], started - job.queued_ns, spent, len(images))
+        _tell(job, functools.partial(job.future.set_result, timed))
+        first = last
+
+
+def _tell(job: _Job, action: Callable[[], None]) -> None:
+    def settle() -> None:
+        if not job.future.done():
+            action()
+
+    try:
+        job.future.get_loop().call_soon_threadsafe(settle)
+    except RuntimeError:
+        # The event loop ended while the model ran: nobody waits any more.
+        return

@@ -1,0 +1,124 @@
+"""Uploaded images: what is accepted, within which bounds, decoded by the very code that training uses."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdexport.errors import DataError
+from kdexport.preprocessing import Preprocessing, decode
+from kdexport.serving.errors import RequestError
+from kdexport.serving.limits import Limits
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+#: BMP and PPM are read from disk as well, but nobody uploads them.
+FORMATS = ("JPEG", "PNG", "WEBP")
+_WEBP_HEADER = 30
+
+
+class PixelBudget:
+    """Pixels that all decoding threads may have open together: a large image waits, small ones pass side by side."""
+
+    def __init__(self, pixels: int) -> None:
+        self._free = pixels
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def spend(self) -> "Iterator[Spending]":
+        """A spending of 0 pixels so far; given back at the end."""
+        spending = Spending(self)
+        try:
+            yield spending
+        finally:
+            self.move(spending.pixels)
+
+    def move(self, pixels: int) -> None:
+        """Give back ``pixels``, or wait for and take -``pixels``."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._free + pixels >= 0)
+            self._free += pixels
+            self._changed.notify_all()
+
+
+class Spending:
+    """What one image takes from a ``PixelBudget``."""
+
+    def __init__(self, budget: PixelBudget) -> None:
+        self._budget = budget
+        self.pixels = 0
+
+    def take(self, pixels: int) -> None:
+        """Wait until ``pixels`` are free, and take them."""
+        self._budget.move(-pixels)
+        self.pixels += pixels
+
+
+def decode_upload(data: bytes, preprocessing: Preprocessing, limits: Limits, budget: PixelBudget) -> NDArray[np.uint8]:
+    """Image bytes to (S,S,3) uint8 as training does it; raises ``RequestError`` beyond the limits."""
+    size = _webp_size(data)
+    if size is not None:
+        # libwebp allocates its canvases while the header is read.
+        require_size(*size, limits)
+    with budget.spend() as spending:
+
+        def inspect(image: "Image.Image") -> None:
+            require_size(image.width, image.height, limits)
+            if image.format != "MPO" and getattr(image, "is_animated", False):
+                raise RequestError("The image is animated; send one frame.", reason="image")
+            spending.take(image.width * image.height)
+
+        try:
+            return preprocessing.pixels(decode(data, "The upload", formats=FORMATS, inspect=inspect))
+        except DataError as error:
+            raise RequestError(error.message, remedy=f"{', '.join(FORMATS)} are served.", reason="image") from None
+
+
+def require_size(width: int, height: int, limits: Limits) -> None:
+    """Raise where an image has too many pixels, too few, or too extreme an aspect ratio."""
+    if width * height > limits.pixels:
+        raise RequestError(
+            f"The image has {width}x{height} pixels (up to {limits.pixels:,} allowed).", status=413, reason="image"
+        )
+    short, long = sorted((width, height))
+    if short < limits.min_side:
+        raise RequestError(
+            f"The image is {width}x{height}; its short side must have at least {limits.min_side} pixels.",
+            reason="image",
+        )
+    if long > limits.aspect * short:
+        raise RequestError(
+            f"The image is {width}x{height}; its sides may differ by up to {limits.aspect} times.", reason="image"
+        )
+
+
+def _webp_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height from the first chunk of a WebP file (RFC 9649), None for anything else."""
+    head = data[:_WEBP_HEADER]
+    if len(head) < _WEBP_HEADER or head[:4] != b"RIFF" or head[8:12] != b"WEBP":
+        return None
+    if head[12:16] == b"VP8X":
+        return 1 + int.from_bytes(head[24:27], "little"), 1 + int.from_bytes(head[27:30], "little")
+    if head[12:16] == b"VP8L":
+        bits = int.from_bytes(head[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    return int.from_bytes(head[26:28], "little") & 0x3FFF, int.from_bytes(head[28:30], "little") & 0x3FFF
+
+
+def normalisation_table(preprocessing: Preprocessing) -> NDArray[np.float32]:
+    """(3,256) float32: what ``preprocessing.normalise`` makes of each of the 256 values in each channel."""
+    values = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1)
+    return np.ascontiguousarray(preprocessing.normalise(values[None, :, None, :])[0, :, :, 0])
+
+
+def normalise(pixels: NDArray[np.uint8], table: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(S,S,3) uint8 to (1,3,S,S) float32 by table: the same bits as the arithmetic, in a fifth of the time."""
+    height, width, channels = pixels.shape
+    planes = np.empty((1, channels, height, width), np.float32)
+    for channel in range(channels):
+        np.take(table[channel], pixels[:, :, channel], out=planes[0, channel], mode="clip")
+    return planes

@@ -1,0 +1,92 @@
+"""Every bound of the server in one place, and the memory that they allow at most."""
+
+from dataclasses import dataclass
+
+MIB = 2**20
+
+#: What decoding one pixel takes at most: the decoder's own buffers (a progressive JPEG keeps 6 bytes of coefficients,
+#: an animated-WebP canvas twice 4) and two copies of Pillow's 4 bytes while the mode changes.
+DECODE_BYTES_A_PIXEL = 16
+#: The largest Python object that one JSON token can become (an empty dictionary and its place in a list).
+JSON_BYTES_A_TOKEN = 80
+#: What a connection holds at most: the event loop's read buffer, the body that waits beside it, a write buffer.
+CONNECTION_BYTES = 384 * 1024
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """Sizes in bytes, times in seconds, images in pixels."""
+
+    body: int = 16 * MIB
+    bodies: int = 128 * MIB
+    header: int = 64 * 1024
+    chunks: int = 65_536
+    json_depth: int = 100
+    json_slack: int = 10_000
+    dims: int = 8
+    tensors: int = 8
+    connections: int = 512
+    queue: int = 32
+    header_seconds: float = 5.0
+    body_seconds: float = 10.0
+    write_seconds: float = 10.0
+    keep_alive_seconds: float = 5.0
+    queue_seconds: float = 2.0
+    total_seconds: float = 10.0
+    pixels: int = 25_000_000
+    min_side: int = 16
+    aspect: int = 20
+    parts: int = 8
+    retry_after_seconds: int = 1
+    drain_seconds: float = 5.0
+    grace_seconds: float = 20.0
+
+    def places(self, instances: int, max_batch: int = 1) -> int:
+        """Requests that are inside at once: those that run, those that wait."""
+        return 2 * instances * max_batch + self.queue
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryBound:
+    """The most that this process takes under these limits, in bytes; ``base`` was measured, the rest is computed."""
+
+    base: int
+    bodies: int
+    decoding: int
+    json: int
+    tensors: int
+    connections: int
+
+    @property
+    def total(self) -> int:
+        """The sum."""
+        return self.base + self.bodies + self.decoding + self.json + self.tensors + self.connections
+
+    def describe(self) -> str:
+        """One line with every part in MiB."""
+        parts = {
+            "loaded": self.base, "bodies": self.bodies, "image decoding": self.decoding, "JSON": self.json,
+            "tensors": self.tensors, "connections": self.connections,
+        }  # fmt: skip
+        listed = ", ".join(f"{name} {size / MIB:.0f}" for name, size in parts.items())
+        return f"at most {self.total / MIB:.0f} MiB ({listed})"
+
+
+def memory_bound(
+    limits: Limits, *, base: int, instances: int, decoders: int, image_bytes: int, max_elements: int
+) -> MemoryBound:
+    """The bound for ``instances`` runs and ``decoders`` decoding threads.
+
+    ``image_bytes`` is the float32 tensor of one image, ``max_elements`` the most numbers that one request may hold.
+    """
+    places = limits.places(instances)
+    return MemoryBound(
+        base=base,
+        bodies=limits.bodies,
+        # The pixel budget is shared by all decoding threads.
+        decoding=limits.pixels * DECODE_BYTES_A_PIXEL,
+        json=decoders * (2 * max_elements + limits.json_slack) * JSON_BYTES_A_TOKEN,
+        # An aligned or decoded copy of each waiting tensor; activations of running ones are taken as 32 inputs each.
+        tensors=places * image_bytes + limits.bodies + instances * 32 * image_bytes,
+        connections=limits.connections * CONNECTION_BYTES,
+    )

@@ -1,0 +1,236 @@
+"""A bundle folder becomes a model that answers: only if its files, its provider and its golden images are in order."""
+
+import hashlib
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdexport.backends.ort import CPU, OrtModel, load_model
+from kdexport.bundle import GOLDEN_LOGITS, MANIFEST, MODEL, Manifest, changed_files, read_manifest
+from kdexport.checkpoint import sha256_file
+from kdexport.errors import AuditError, BundleError, KdexportError, VerificationError
+from kdexport.preprocessing import read_image
+from kdexport.serving.errors import RequestError
+from kdexport.serving.images import FORMATS, PixelBudget, decode_upload, normalisation_table, normalise
+from kdexport.serving.limits import Limits
+from kdexport.serving.tensors import Signature
+
+_UPLOADED = tuple(f".{name.lower()}" for name in (*FORMATS, "JPG"))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Golden:
+    """What the golden images said: largest error of a logit against what rung B allows, and how many images."""
+
+    images: int
+    error: float
+    allowed: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class LoadedModel:
+    """A bundle that was checked in this process and can answer."""
+
+    name: str
+    version: int
+    digest: str
+    manifest: Manifest
+    provider: str
+    ort: OrtModel
+    signature: Signature
+    table: NDArray[np.float32]
+    golden: Golden
+
+    def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(n,3,S,S) float32 to (n,K) float32."""
+        return self.ort.logits(images)
+
+    def tensor(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """(S,S,3) uint8 to (1,3,S,S) float32."""
+        return normalise(pixels, self.table)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Files:
+    """A bundle whose files are what its manifest says: the manifest and the graph, as they were read."""
+
+    manifest: Manifest
+    digest: str
+    graph: bytes
+
+
+def read_files(folder: Path) -> Files:
+    """Check every file of a bundle; raises ``BundleError`` or ``VerificationError``."""
+    folder = folder.resolve()
+    require_plain_files(folder)
+    digest = bundle_digest(folder)
+    manifest = read_manifest(folder)
+    changes = changed_files(folder, manifest.files)
+    if changes:
+        listed = ", ".join(f"{name} {what}" for name, what in list(changes.items())[:5])
+        raise VerificationError(
+            f"{len(changes)} files of {folder} are not those that were verified: {listed}.",
+            remedy="Copy the bundle again, or build it again.",
+        )
+    _require_verified(folder, manifest)
+    graph = (folder / MODEL).read_bytes()
+    if hashlib.sha256(graph).hexdigest() != manifest.files.get(MODEL) or bundle_digest(folder) != digest:
+        raise VerificationError(f"{folder} changed while it was read.", remedy="Replace bundles by renaming a folder.")
+    return Files(manifest=manifest, digest=digest, graph=graph)
+
+
+def bundle_digest(folder: Path) -> str:
+    """sha256 of the manifest, which names the sha256 of everything else."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise BundleError(
+            f"{folder} is not a bundle: it has no {MANIFEST}.", remedy="Pass a folder that `kdexport build` wrote."
+        )
+    return sha256_file(path)
+
+
+def require_plain_files(folder: Path) -> None:
+    """Raise ``BundleError`` for a link or device inside: what is outside the folder was never verified."""
+    pending = [folder] if folder.is_dir() else []
+    while pending:
+        with os.scandir(pending.pop()) as entries:
+            for entry in entries:
+                facts = entry.stat(follow_symlinks=False)
+                if stat.S_ISDIR(facts.st_mode):
+                    pending.append(Path(entry.path))
+                elif not stat.S_ISREG(facts.st_mode) or facts.st_nlink != 1:
+                    raise BundleError(
+                        f"{entry.path} is not a regular file of its own (a link or a device).",
+                        remedy="Copy the bundle with its contents: cp -rL.",
+                    )
+
+
+def _require_verified(folder: Path, manifest: Manifest) -> None:
+    checks = manifest.data["parity"]
+    failed = [check for check in checks if not check.get("holds")]
+    if failed or not any(str(check.get("subject", "")).startswith(MODEL) for check in checks):
+        raise VerificationError(
+            f"{folder} was not verified: {len(failed)} of {len(checks)} checks in its manifest do not hold."
+            if failed
+            else f"{folder} was not verified: its manifest has no check of {MODEL}.",
+            remedy="Build it again; only verified bundles are served.",
+        )
+
+
+def load(folder: Path, *, name: str, version: int, provider: str, limits: Limits, allowed_error: float) -> LoadedModel:
+    """Check the files, open the graph on ``provider`` and compare the golden images; raises ``KdexportError``."""
+    files = read_files(folder)
+    manifest = files.manifest
+    threads = 1 if provider == CPU else 0
+    model = load_model(folder / MODEL, provider=provider, threads=threads, content=files.graph)
+    elsewhere = {key: count for key, count in model.nodes_by_provider.items() if key != provider}
+    if elsewhere:
+        raise AuditError(
+            f"{provider} was asked for, and nodes of {name} run elsewhere: {elsewhere}.",
+            remedy="Install the libraries of that provider, or serve on another one.",
+        )
+    signature = _signature(model, manifest, limits)
+    table = normalisation_table(manifest.spec.preprocessing)
+    golden = compare_golden(folder, manifest, model, table, limits, allowed_error)
+    return LoadedModel(
+        name=name,
+        version=version,
+        digest=files.digest,
+        manifest=manifest,
+        provider=provider,
+        ort=model,
+        signature=signature,
+        table=table,
+        golden=golden,
+    )
+
+
+def _signature(model: OrtModel, manifest: Manifest, limits: Limits) -> Signature:
+    inputs, outputs = model.session.get_inputs(), model.session.get_outputs()
+    size, classes = manifest.spec.image_size, manifest.spec.classes
+    found = [(len(inputs), len(outputs)), inputs[0].type, list(inputs[0].shape[1:]), list(outputs[0].shape[1:])]
+    if found != [(1, 1), "tensor(float)", [3, size, size], [len(classes)]]:
+        raise AuditError(
+            f"{MODEL} takes and gives {found}, the manifest says [n,3,{size},{size}] float to {len(classes)} classes.",
+            remedy="Build the bundle again.",
+        )
+    image_bytes = 12 * size * size
+    fitting = max(1, int((limits.body - limits.header) / (1.2 * image_bytes)))
+    return Signature(
+        input_name=inputs[0].name,
+        output_name=outputs[0].name,
+        image_size=size,
+        classes=classes,
+        max_batch=min(int(manifest.data["export"]["max_batch"]), fitting),
+    )
+
+
+def read_reference(folder: Path) -> dict[str, NDArray[np.float64]]:
+    """The tensors of golden/logits.safetensors; raises ``BundleError``."""
+    from safetensors.numpy import load_file
+
+    try:
+        tensors = load_file(folder / GOLDEN_LOGITS)
+        return {"logits": tensors["logits"], **{k: v for k, v in tensors.items() if k == "allowed_error"}}
+    except Exception as error:
+        raise BundleError(
+            f"{folder / GOLDEN_LOGITS} cannot be read: {error}.", remedy="Build the bundle again."
+        ) from error
+
+
+def compare_golden(
+    folder: Path,
+    manifest: Manifest,
+    model: OrtModel,
+    table: NDArray[np.float32],
+    limits: Limits,
+    allowed_error: float,
+) -> Golden:
+    """Run every golden image from its bytes, as an upload and as training reads it; raises ``VerificationError``."""
+    expected = read_reference(folder)["logits"]
+    if expected.shape != (len(manifest.golden), len(manifest.spec.classes)):
+        raise BundleError(f"{GOLDEN_LOGITS} has shape {expected.shape}.", remedy="Build the bundle again.")
+    worst, where = 0.0, ""
+    for name, exact in zip(manifest.golden, expected, strict=True):
+        pixels = _golden_pixels(folder / name, manifest, limits)
+        logits = model.logits(normalise(pixels, table))[0].astype(np.float64)
+        error = float(np.abs(logits - exact).max())
+        if not error <= allowed_error:
+            raise VerificationError(
+                f"{name} gives other logits here than when the bundle was verified: off by {error:.3g} (up to "
+                f"{allowed_error:.3g} allowed).",
+                remedy="Preprocessing, onnxruntime or the provider computes otherwise; `kdexport verify` says more.",
+            )
+        # Two classes that lie within twice the allowed error of each other may change places.
+        if exact[int(logits.argmax())] < exact.max() - 2 * allowed_error:
+            raise VerificationError(f"{name} gets another label.", remedy="`kdexport verify` says more.")
+        worst, where = max((worst, where), (error, name))
+    return Golden(images=len(expected), error=worst, allowed=allowed_error)
+
+
+def _golden_pixels(path: Path, manifest: Manifest, limits: Limits) -> NDArray[np.uint8]:
+    preprocessing = manifest.spec.preprocessing
+    trained = preprocessing.pixels(read_image(path))
+    if path.suffix.lower() not in _UPLOADED:
+        return trained
+    try:
+        served = decode_upload(path.read_bytes(), preprocessing, limits, PixelBudget(limits.pixels))
+    except RequestError as error:
+        raise VerificationError(
+            f"The server would refuse {path.name}, an image of the model's own data: {error.message}",
+            remedy="Widen the limits on images to what this model is meant for.",
+        ) from error
+    if not np.array_equal(trained, served):
+        raise VerificationError(f"{path.name} is decoded otherwise here than in training.", remedy="Report this image.")
+    return served
+
+
+def as_kdexport_error(error: Exception, folder: Path) -> KdexportError:
+    """Anything that a foreign folder can raise while it is loaded, as our own error."""
+    if isinstance(error, KdexportError):
+        return error
+    return BundleError(f"{folder} cannot be loaded: {type(error).__name__}: {error}.", remedy="Build it again.")

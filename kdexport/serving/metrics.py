@@ -1,0 +1,129 @@
+"""Prometheus metrics: Triton's names where Triton has one, so that its dashboards carry over."""
+
+import re
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+
+CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+_SUFFIX = re.compile(rb"\b(nv_\w+?)_total\b")
+_MODEL = ("model", "version")
+
+
+class Metrics:
+    """All metrics of one server, in a registry of their own."""
+
+    def __init__(self) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+
+        def counter(name: str, text: str, labels: tuple[str, ...] = _MODEL) -> Counter:
+            return Counter(name, text, labels, registry=self.registry)
+
+        self.success = counter("nv_inference_request_success", "Requests answered with 200")
+        self.failure = counter("nv_inference_request_failure", "Requests answered otherwise", (*_MODEL, "reason"))
+        self.images = counter("nv_inference_count", "Images inferred")
+        self.runs = counter("nv_inference_exec_count", "Runs of the model")
+        self.duration = counter("nv_inference_request_duration_us", "Microseconds from header to answer")
+        self.queue = counter("nv_inference_queue_duration_us", "Microseconds in the queue")
+        self.input = counter("nv_inference_compute_input_duration_us", "Microseconds of reading and decoding inputs")
+        self.infer = counter("nv_inference_compute_infer_duration_us", "Microseconds in the model")
+        self.output = counter("nv_inference_compute_output_duration_us", "Microseconds of writing answers")
+        self.pending = Gauge("nv_inference_pending_request_count", "Requests inside", _MODEL, registry=self.registry)
+        self.latency = Histogram(
+            "kdexport_request_duration_seconds", "Seconds from header to answer, of answers with 200", _MODEL,
+            registry=self.registry, buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
+        )  # fmt: skip
+        self.refused = counter("kdexport_refused_requests", "Requests refused before a model was run", ("reason",))
+        self.not_finite = counter("kdexport_not_finite_outputs", "Answers withheld because a logit was NaN or infinite")
+        self.reloads = counter("kdexport_bundle_loads", "Bundles loaded or refused", ("outcome",))
+        self.connections = Gauge("kdexport_connections", "Open connections", registry=self.registry)
+        self.evicted = Counter(
+            "kdexport_evicted_connections", "Idle connections closed for newer ones", registry=self.registry
+        )
+
+    def text(self) -> bytes:
+        """The exposition; Triton's counters carry no ``_total``."""
+        return _SUFFIX.sub(rb"\1", generate_latest(self.registry))
+
+
+@dataclass(slots=True)
+class Durations:
+    """A count and a sum of nanoseconds, as Triton's statistics have them."""
+
+    count: int = 0
+    ns: int = 0
+
+    def add(self, ns: int) -> None:
+        """One more event."""
+        self.count += 1
+        self.ns += ns
+
+    def to_json(self) -> dict[str, int]:
+        """``{"count": ..., "ns": ...}``."""
+        return {"count": self.count, "ns": self.ns}
+
+
+class ModelStatistics:
+    """What one version of a model did, for /stats and /metrics; touched on the event loop alone."""
+
+    def __init__(self, metrics: Metrics, name: str, version: int) -> None:
+        self._labels = (name, str(version))
+        self._metrics = metrics
+        self._children = {
+            name: getattr(metrics, name).labels(*self._labels)
+            for name in ("success", "images", "runs", "duration", "queue", "input", "infer", "output", "latency")
+        }
+        self.inferences = 0
+        self.executions = 0.0
+        self.last_ms = 0
+        self.parts = {name: Durations() for name in ("success", "fail", "queue", "input", "infer", "output")}
+        self.by_batch: dict[int, Durations] = {}
+
+    def succeeded(self, images: int, together: int, times_ns: dict[str, int]) -> None:
+        """Count an answer; ``times_ns`` holds total, queue, input, infer and output."""
+        self.inferences += images
+        # Of a run that several requests shared, each counts its part.
+        self.executions += images / together
+        self.last_ms = int(time.time() * 1000)
+        self.parts["success"].add(times_ns["total"])
+        for part in ("queue", "input", "infer", "output"):
+            self.parts[part].add(times_ns[part])
+            self._children[part].inc(times_ns[part] / 1000)
+        self.by_batch.setdefault(together, Durations()).add(times_ns["infer"])
+        self._children["success"].inc()
+        self._children["images"].inc(images)
+        self._children["runs"].inc(images / together)
+        self._children["duration"].inc(times_ns["total"] / 1000)
+        self._children["latency"].observe(times_ns["total"] / 1e9)
+
+    def failed(self, reason: str, total_ns: int) -> None:
+        """Count an answer other than 200."""
+        self.parts["fail"].add(total_ns)
+        self._metrics.failure.labels(*self._labels, reason).inc()
+
+    def to_json(self) -> dict[str, Any]:
+        """Triton's statistics of one model version."""
+        name, version = self._labels
+        parts = {key: value.to_json() for key, value in self.parts.items()}
+        zero = Durations().to_json()
+        return {
+            "name": name,
+            "version": version,
+            "last_inference": self.last_ms,
+            "inference_count": self.inferences,
+            "execution_count": round(self.executions),
+            "inference_stats": {
+                "success": parts["success"], "fail": parts["fail"], "queue": parts["queue"],
+                "compute_input": parts["input"], "compute_infer": parts["infer"], "compute_output": parts["output"],
+                "cache_hit": zero, "cache_miss": zero,
+            },
+            "batch_stats": [
+                {"batch_size": size, "compute_input": zero, "compute_infer": spent.to_json(), "compute_output": zero}
+                for size, spent in sorted(self.by_batch.items())
+            ],
+        }  # fmt: skip

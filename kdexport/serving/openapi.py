@@ -1,0 +1,145 @@
+"""``GET /openapi.json``: what the server answers, for clients that generate their own code."""
+
+import json
+import re
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from kdexport import __version__
+from kdexport.serving.protocol import InferRequest
+
+_TENSOR = {
+    "type": "object",
+    "required": ["name", "datatype", "shape"],
+    "properties": {
+        "name": {"type": "string"},
+        "datatype": {"enum": ["FP32", "BYTES"]},
+        "shape": {"type": "array", "items": {"type": "integer"}},
+        "data": {"type": "array"},
+        "parameters": {"type": "object"},
+    },
+}
+_ANSWER = {
+    "type": "object",
+    "required": ["model_name", "model_version", "outputs"],
+    "properties": {
+        "id": {"type": "string"},
+        "model_name": {"type": "string"},
+        "model_version": {"type": "string"},
+        "outputs": {"type": "array", "items": _TENSOR},
+    },
+}
+_PREDICTIONS = {
+    "type": "object",
+    "required": ["model_name", "model_version", "predictions"],
+    "properties": {
+        "model_name": {"type": "string"},
+        "model_version": {"type": "string"},
+        "predictions": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["label", "index", "probability"],
+                "properties": {
+                    "label": {"type": "string"},
+                    "index": {"type": "integer", "minimum": 0},
+                    "probability": {"type": "number", "minimum": 0, "maximum": 1},
+                },
+            },
+        },
+    },
+}
+_ERROR = {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}
+_BINARY = {"type": "string", "format": "binary"}
+
+_FAULTS = {
+    "400": "The request is malformed, or asks for what the model does not have",
+    "401": "No valid token",
+    "404": "No such model or version",
+    "408": "The body came too slowly",
+    "413": "Body or image too large",
+    "415": "Content-Encoding other than gzip or deflate",
+    "429": "Too many requests; see Retry-After",
+    "500": "The model answered with NaN or infinity",
+    "503": "Starting, draining, or too long in the queue",
+    "504": "No answer within the deadline",
+}
+_SUMMARIES = {
+    "/v2/health/live": "Liveness",
+    "/v2/health/ready": "Readiness",
+    "/v2": "Server metadata",
+    "/v2/models/stats": "Statistics of all models",
+    "/v2/repository/index": "Models and versions",
+    "/openapi.json": "This document",
+    "/v1/classify": "Labels and probabilities of an image",
+}
+_SUFFIXES = {"infer": "Inference", "ready": "Model readiness", "config": "Configuration", "stats": "Statistics"}
+
+
+async def openapi(request: Request) -> Response:
+    """OpenAPI 3.1, written from the routes themselves."""
+    state = request.app.state
+    if not hasattr(state, "openapi"):
+        described = document([(route.path, sorted(route.methods)) for route in request.app.routes])
+        state.openapi = json.dumps(described, separators=(",", ":")).encode()
+    return Response(state.openapi, media_type="application/json")
+
+
+def document(routes: list[tuple[str, list[str]]]) -> dict[str, Any]:
+    """The document for (path, methods) pairs."""
+    paths: dict[str, Any] = {}
+    for path, methods in routes:
+        for method in (name.lower() for name in methods if name != "HEAD"):
+            paths.setdefault(path, {})[method] = _operation(path, method)
+    header = InferRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+    schemas = {**header.pop("$defs", {}), "InferRequest": header}
+    schemas |= {"InferResponse": _ANSWER, "Predictions": _PREDICTIONS, "Error": _ERROR}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "kdexport", "version": __version__, "description": "Open Inference Protocol v2 and images."},
+        "paths": paths,
+        "components": {"schemas": schemas},
+    }
+
+
+def _operation(path: str, method: str) -> dict[str, Any]:
+    summary = _SUMMARIES.get(path) or _SUFFIXES.get(path.rpartition("/")[2], "Model metadata")
+    operation: dict[str, Any] = {
+        "summary": summary,
+        "operationId": re.sub(r"\W+", "_", f"{method}{path}"),
+        "parameters": [_parameter(name, "path") for name in re.findall(r"{(\w+)}", path)],
+        "responses": {"200": {"description": "OK", "content": {"application/json": {"schema": {}}}}},
+    }
+    if path.endswith("/infer"):
+        length = _parameter("Inference-Header-Content-Length", "header")
+        operation["parameters"].append({**length, "description": "Bytes of JSON before the raw tensor"})
+        operation["requestBody"] = _content(
+            {"application/json": _ref("InferRequest"), "application/octet-stream": _BINARY}
+        )
+        operation["responses"]["200"]["content"] = _content(
+            {"application/json": _ref("InferResponse"), "application/octet-stream": _BINARY}
+        )["content"]
+    if path == "/v1/classify":
+        operation["parameters"] += [_parameter(name, "query") for name in ("model", "version", "top")]
+        form = {"type": "object", "properties": {"file": _BINARY}}
+        images = {f"image/{kind}": _BINARY for kind in ("jpeg", "png", "webp")}
+        operation["requestBody"] = _content({**images, "multipart/form-data": form})
+        operation["responses"]["200"]["content"] = _content({"application/json": _ref("Predictions")})["content"]
+    for status, why in _FAULTS.items():
+        operation["responses"][status] = {"description": why, **_content({"application/json": _ref("Error")})}
+        del operation["responses"][status]["required"]
+    return operation
+
+
+def _parameter(name: str, place: str) -> dict[str, Any]:
+    return {"name": name, "in": place, "required": place == "path", "schema": {"type": "string"}}
+
+
+def _ref(name: str) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _content(schemas: dict[str, Any]) -> dict[str, Any]:
+    return {"required": True, "content": {kind: {"schema": schema} for kind, schema in schemas.items()}}

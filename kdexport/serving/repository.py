@@ -1,0 +1,169 @@
+"""Models by name and version, replaced as a whole: a request keeps the model that it began with."""
+
+import logging
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kdexport.bundle import MANIFEST
+from kdexport.errors import BundleError, ConfigError, KdexportError
+from kdexport.serving.errors import RequestError
+from kdexport.serving.limits import Limits
+from kdexport.serving.loading import LoadedModel, as_kdexport_error, bundle_digest, load
+from kdexport.serving.trial import try_bundle
+
+_log = logging.getLogger("kdexport.serving")
+
+Key = tuple[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model's name and the folder named for it: a bundle, or a folder of bundles named 1, 2, 3."""
+
+    name: str
+    folder: Path
+
+    def versions(self) -> dict[int, Path]:
+        """Bundle folders by version; a bundle itself is version 1."""
+        if (self.folder / MANIFEST).is_file() or not self.folder.is_dir():
+            return {1: self.folder}
+        numbered = {int(path.name): path for path in self.folder.iterdir() if _is_version(path.name) and path.is_dir()}
+        return numbered or {1: self.folder}
+
+
+def _is_version(name: str) -> bool:
+    return name.isascii() and name.isdigit() and name[0] != "0" and len(name) < 10
+
+
+def parse_source(argument: str) -> Source:
+    """``FOLDER`` or ``NAME=FOLDER``; raises ``ConfigError`` for a name that does not fit into a URL."""
+    name, separator, folder = argument.rpartition("=")
+    path = Path(folder if separator and "/" not in name else argument)
+    name = name if separator and "/" not in name else path.resolve().name
+    if (
+        not name
+        or len(name) > 128
+        or not all(letter.isascii() and (letter.isalnum() or letter in "._-") for letter in name)
+    ):
+        raise ConfigError(
+            f"{name!r} is no model name: letters, digits, dot, dash and underscore are.",
+            remedy="Name the model: kdexport serve NAME=FOLDER.",
+        )
+    return Source(name, path)
+
+
+def parse_sources(arguments: Iterable[str]) -> tuple[Source, ...]:
+    """Several sources, each name once; raises ``ConfigError``."""
+    sources = tuple(parse_source(argument) for argument in arguments)
+    names = [source.name for source in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"Two bundles are named {name}.", remedy="Name them: kdexport serve NAME=FOLDER.")
+    if not sources:
+        raise ConfigError("No bundle was named.", remedy="For example: kdexport serve dist/mobilenetv2")
+    return sources
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Change:
+    """What a reload did: keys that are new, replaced or gone, and what was refused and why."""
+
+    loaded: tuple[Key, ...] = ()
+    removed: tuple[Key, ...] = ()
+    refused: dict[Key, KdexportError] = field(default_factory=dict)
+
+
+class Repository:
+    """What is served now. Reading needs no lock: the table is replaced, never changed."""
+
+    def __init__(self, sources: tuple[Source, ...], *, provider: str, limits: Limits) -> None:
+        self.sources = sources
+        self._provider = provider
+        self._limits = limits
+        self._models: dict[Key, LoadedModel] = {}
+        self._refused: dict[Key, str] = {}
+        self._seen: object = None
+        self._reloading = threading.Lock()
+
+    @property
+    def models(self) -> dict[Key, LoadedModel]:
+        """Loaded models by name and version."""
+        return self._models
+
+    @property
+    def refused(self) -> dict[Key, str]:
+        """Why a newer bundle of a key is not served."""
+        return self._refused
+
+    def find(self, name: str, version: str | None = None) -> LoadedModel:
+        """A model by name and version, the newest where none is named; raises ``RequestError`` with 404."""
+        versions = sorted(number for key, number in self._models if key == name)
+        if not versions:
+            raise RequestError(f"There is no model {name[:80]!r}.", status=404, reason="unknown_model")
+        if version is None:
+            return self._models[name, versions[-1]]
+        if not _is_version(version) or int(version) not in versions:
+            raise RequestError(
+                f"Model {name!r} has no version {version[:20]!r}, only {', '.join(map(str, versions))}.",
+                status=404, reason="unknown_model",
+            )  # fmt: skip
+        return self._models[name, int(version)]
+
+    def load_all(self) -> None:
+        """Load everything for the first time; raises the first error."""
+        change = self.reload()
+        for error in change.refused.values():
+            raise error
+
+    def reload(self) -> Change:
+        """Load what is new or changed and swap it in; whatever is refused leaves what is served as it is."""
+        with self._reloading:
+            self._seen = self._signature()
+            wanted = {(source.name, n): path for source in self.sources for n, path in source.versions().items()}
+            models, refused = dict(self._models), dict[Key, KdexportError]()
+            for key, folder in wanted.items():
+                try:
+                    if key not in models or bundle_digest(folder) != models[key].digest:
+                        models[key] = self._load(key, folder)
+                # A folder can be damaged in any way; what runs must go on whatever it is.
+                except Exception as error:  # noqa: BLE001
+                    refused[key] = as_kdexport_error(error, folder)
+            for key in models.keys() - wanted.keys():
+                # The last version of a model stays: a folder that is gone is an accident, not a wish.
+                if any(name == key[0] and (name, number) in models for name, number in wanted):
+                    del models[key]
+            before, self._models = self._models, models
+            self._refused = {key: error.message for key, error in refused.items()}
+            loaded = tuple(key for key, model in models.items() if before.get(key) is not model)
+            return Change(loaded=loaded, removed=tuple(before.keys() - models.keys()), refused=refused)
+
+    def changed(self) -> bool:
+        """Whether a folder was replaced, added or removed since the last reload, by its manifest's inode and time."""
+        return self._seen is not None and self._signature() != self._seen
+
+    def _signature(self) -> object:
+        found: list[tuple[str, int, tuple[int, ...] | None]] = []
+        for source in self.sources:
+            for number, folder in sorted(source.versions().items()):
+                try:
+                    facts = (folder / MANIFEST).stat()
+                except OSError:
+                    found.append((source.name, number, None))
+                    continue
+                found.append((source.name, number, (facts.st_dev, facts.st_ino, facts.st_mtime_ns, facts.st_size)))
+        return tuple(found)
+
+    def _load(self, key: Key, folder: Path) -> LoadedModel:
+        name, version = key
+        # The manifest first: the commonest mistake is a wrong path, and it needs no child process to be found.
+        if not (folder / MANIFEST).is_file():
+            raise BundleError(
+                f"{folder} is neither a bundle nor a folder of bundles named 1, 2, 3.",
+                remedy="Pass a folder that `kdexport build` wrote.",
+            )
+        allowed = try_bundle(folder, self._provider, self._limits)
+        return load(
+            folder, name=name, version=version, provider=self._provider, limits=self._limits, allowed_error=allowed
+        )

@@ -1,0 +1,159 @@
+"""Everything that outlives a request: models, instances, decoding threads, places, statistics."""
+
+import asyncio
+import hmac
+import logging
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+from kdexport.backends.ort import CPU
+from kdexport.serving import cgroup
+from kdexport.serving.admission import Admission
+from kdexport.serving.batching import Instances
+from kdexport.serving.errors import RequestError, ServerError
+from kdexport.serving.images import PixelBudget
+from kdexport.serving.limits import MIB, Limits, MemoryBound, memory_bound
+from kdexport.serving.loading import LoadedModel
+from kdexport.serving.metrics import Metrics, ModelStatistics
+from kdexport.serving.repository import Change, Repository, Source
+from kdexport.serving.warmup import choose_batch, measure_batches
+
+_log = logging.getLogger("kdexport.serving")
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """How a service runs; ``instances`` 0 takes one per usable processor, or one on a GPU."""
+
+    provider: str = CPU
+    instances: int = 0
+    limits: Limits = field(default_factory=Limits)
+    token: str | None = field(default=None, repr=False)
+
+
+class Service:
+    """The state behind the app; ``load`` before the first request, ``close`` after the last."""
+
+    def __init__(self, sources: tuple[Source, ...], settings: Settings) -> None:
+        self.settings = settings
+        self.limits = settings.limits
+        self.metrics = Metrics()
+        self.repository = Repository(sources, provider=settings.provider, limits=settings.limits)
+        self.budget = PixelBudget(settings.limits.pixels)
+        self.decoders = cgroup.processors()
+        self.count = settings.instances or (self.decoders if settings.provider == CPU else 1)
+        self.draining = False
+        self.max_batch = 1
+        self.admission = Admission(places=0, bodies=settings.limits.bodies)
+        self._instances: Instances | None = None
+        self._pool = ThreadPoolExecutor(self.decoders, thread_name_prefix="decode")
+        self._statistics: dict[tuple[str, int, str], ModelStatistics] = {}
+        self._authorization = f"Bearer {settings.token}".encode() if settings.token else None
+
+    @property
+    def ready(self) -> bool:
+        """Whether new requests should come here."""
+        return self._instances is not None and not self.draining
+
+    @property
+    def instances(self) -> Instances:
+        """The running instances; raises ``RequestError`` with 503 before they are."""
+        if self._instances is None:
+            raise RequestError("The server is starting.", status=503, reason="starting")
+        return self._instances
+
+    def load(self) -> None:
+        """Load every model; its golden images warm it. Raises ``KdexportError``. Blocking."""
+        if self._instances is not None:
+            return
+        self.repository.load_all()
+        if self.settings.provider != CPU:
+            models = self.repository.models.values()
+            self.max_batch = max(choose_batch(measure_batches(model)) for model in models)
+        self.admission.places = self.limits.places(self.count, self.max_batch)
+        self._instances = Instances(self.count, capacity=self.admission.places, max_batch=self.max_batch)
+        self.metrics.reloads.labels("loaded").inc(len(self.repository.models))
+
+    def reload(self) -> Change:
+        """Take over what changed on disk; a bad bundle is refused and the old one goes on. Blocking."""
+        change = self.repository.reload()
+        for name, version in change.loaded:
+            _log.warning("Serving %s version %d from its new bundle.", name, version)
+        for name, version in change.removed:
+            _log.warning("%s version %d is gone.", name, version)
+        for (name, version), error in change.refused.items():
+            _log.error("%s version %d: the new bundle is refused: %s", name, version, error.message)
+        self.metrics.reloads.labels("loaded").inc(len(change.loaded))
+        self.metrics.reloads.labels("refused").inc(len(change.refused))
+        return change
+
+    def close(self) -> None:
+        """End all threads after what they have."""
+        if self._instances is not None:
+            self._instances.close()
+            self._instances = None
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    async def off_loop(
+        self, work: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> Result:
+        """Run ``work`` in the decoding threads."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: work(*args, **kwargs))
+
+    def statistics(self, model: LoadedModel) -> ModelStatistics:
+        """The statistics of one loaded bundle; a new bundle under the same version begins at zero."""
+        key = (model.name, model.version, model.digest)
+        if key not in self._statistics:
+            kept = {(m.name, m.version, m.digest) for m in self.repository.models.values()} | {key}
+            self._statistics = {old: value for old, value in self._statistics.items() if old in kept}
+            self._statistics[key] = ModelStatistics(self.metrics, model.name, model.version)
+        return self._statistics[key]
+
+    def authorise(self, headers: Mapping[str, str]) -> None:
+        """Raise ``RequestError`` with 401 where a token is set and the request does not bear it."""
+        if self._authorization is None:
+            return
+        given = headers.get("authorization", "").encode("utf-8", "surrogateescape")
+        if not hmac.compare_digest(given, self._authorization):
+            raise RequestError("The request bears no valid token.", status=401, reason="unauthorised")
+
+    def bound(self, base: int) -> MemoryBound:
+        """The most memory that this service takes, where ``base`` bytes are taken after loading."""
+        signatures = [model.signature for model in self.repository.models.values()]
+        return memory_bound(
+            self.limits,
+            base=base,
+            instances=self.count,
+            decoders=self.decoders,
+            image_bytes=max(signature.image_bytes for signature in signatures),
+            max_elements=max(signature.max_batch * signature.elements for signature in signatures),
+        )
+
+    def require_memory(self, base: int) -> MemoryBound:
+        """The bound; raises ``ServerError`` where the control group allows less."""
+        bound, allowed = self.bound(base), cgroup.memory()
+        if allowed is not None and bound.total > allowed:
+            raise ServerError(
+                f"The limits allow {bound.describe()}, the control group {allowed / MIB:.0f} MiB.",
+                remedy="Lower --max-bodies, --max-pixels or --connections, or give the container more memory.",
+            )
+        return bound
+
+
+def read_token(path: Path | None) -> str | None:
+    """A bearer token from a file; raises ``ServerError`` for an empty or unreadable one."""
+    if path is None:
+        return None
+    token = path.read_text(encoding="utf-8").strip()
+    if len(token) < 16 or not token.isascii():
+        raise ServerError(
+            f"{path} holds a token of {len(token)} characters (at least 16 ASCII characters required).",
+            remedy="For example: openssl rand -hex 32 > token",
+        )
+    return token

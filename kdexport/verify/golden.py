@@ -1,0 +1,18 @@
+"""How far float32 logits may lie from the reference on the golden images: rung B's limit as one absolute number."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdexport.verify.parity import B_MAX_FACTOR
+
+
+def allowed_error(exact: NDArray[np.float64], unfused: NDArray[np.floating[Any]]) -> float:
+    """Largest absolute error of a logit that rung B allows; ``unfused`` are the float32 logits of the unfused student.
+
+    Written into the bundle, so that a server can hold its own answers to it without torch.
+    """
+    own = np.abs(unfused.astype(np.float64) - exact).max()
+    ulp = float(np.finfo(np.float32).eps) * np.abs(exact).max()
+    return float(B_MAX_FACTOR * max(own, ulp))

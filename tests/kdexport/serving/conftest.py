@@ -1,0 +1,33 @@
+"""One small bundle and one server for all tests that leave both as they are."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.kdexport.serving.bundles import make_bundle
+from tests.kdexport.serving.running import Running, running
+
+
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A verified bundle that nobody changes."""
+    return make_bundle(tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.fixture
+def zoo_copy(zoo: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(zoo, tmp_path / "zoo"))
+
+
+@pytest.fixture(scope="session")
+def server(zoo: Path) -> Iterator[Running]:
+    """A server with one model, ``zoo``, and short deadlines."""
+    options = ("--header-timeout", "2", "--body-timeout", "4", "--max-pixels", "4000000", "--drain", "0.2")
+    with running(f"zoo={zoo}", "--instances", "2", *options) as started:
+        yield started
+        assert started.process.poll() is None, started.log.read_text()
+        log = started.log.read_text()
+        assert "Traceback" not in log, log

@@ -1,0 +1,187 @@
+"""The ASGI application without our server around it: any ASGI server, Ray Serve included, can run it."""
+
+import asyncio
+import dataclasses
+import json
+from collections.abc import Iterator, MutableMapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from kdexport.serving import cgroup
+from kdexport.serving.app import create_app, routes
+from kdexport.serving.errors import ServerError
+from kdexport.serving.limits import MIB, Limits
+from kdexport.serving.loading import LoadedModel
+from kdexport.serving.openapi import document
+from kdexport.serving.repository import parse_sources
+from kdexport.serving.service import Service, Settings, read_token
+from tests.kdexport.serving.running import Answer, Running, binary_request
+
+BODY, HEADERS = binary_request(np.zeros((1, 3, 32, 32), np.float32))
+INFER = "/v2/models/zoo/infer"
+
+
+async def call(app: Any, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None) -> Answer:
+    """One request by the letter of ASGI."""
+    sent: list[MutableMapping[str, Any]] = []
+    parts: list[dict[str, Any]] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> dict[str, Any]:
+        if not parts:
+            await asyncio.sleep(60)
+        return parts.pop()
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        sent.append(message)
+
+    pairs = [(k.lower().encode(), v.encode()) for k, v in (headers or {}).items()]
+    scope = {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "path": path,
+        "raw_path": path.encode(), "query_string": b"", "root_path": "", "scheme": "http", "headers": pairs,
+        "server": ("127.0.0.1", 80), "client": ("127.0.0.1", 1),
+    }  # fmt: skip
+    await app(scope, receive, send)
+    content = b"".join(message.get("body", b"") for message in sent[1:])
+    return Answer(sent[0]["status"], {k.decode(): v.decode() for k, v in sent[0]["headers"]}, content)
+
+
+@pytest.fixture(scope="module")
+def models(zoo: Path) -> dict[tuple[str, int], LoadedModel]:
+    """Loaded once; services of this module share them."""
+    service = Service(parse_sources([f"zoo={zoo}"]), Settings())
+    service.repository.load_all()
+    return service.repository.models
+
+
+@pytest.fixture
+def make(models: dict[tuple[str, int], LoadedModel], monkeypatch: pytest.MonkeyPatch, zoo: Path) -> Iterator[Any]:
+    """``make(limits, model=...)``: a loaded service with these limits."""
+    services: list[Service] = []
+
+    def build(limits: Limits | None = None, **change: Any) -> Service:
+        service = Service(parse_sources([f"zoo={zoo}"]), Settings(limits=limits or Limits(), instances=1))
+        ready = {key: dataclasses.replace(model, **change) for key, model in models.items()}
+        service.repository._models = ready
+        monkeypatch.setattr(service.repository, "load_all", lambda: None)
+        service.load()
+        services.append(service)
+        return service
+
+    yield build
+    for service in services:
+        service.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """Stands for an opened graph that answers with one value, after a while."""
+
+    value: float
+    seconds: float = 0.0
+
+    def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        import time
+
+        time.sleep(self.seconds)
+        return np.full((len(images), 7), self.value, np.float32)
+
+
+def test_the_lifespan_of_the_application_loads_and_closes_it(zoo: Path) -> None:
+    async def check() -> None:
+        app = create_app([f"zoo={zoo}"], Settings(instances=1))
+        assert (await call(app, "GET", "/v2/health/live")).status == 200
+        assert (await call(app, "GET", "/v2/health/ready")).status == 503
+        assert (await call(app, "POST", INFER, BODY, HEADERS)).status == 404
+        inbox: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        outbox: asyncio.Queue[MutableMapping[str, Any]] = asyncio.Queue()
+        life = asyncio.create_task(app({"type": "lifespan", "asgi": {"version": "3.0"}}, inbox.get, outbox.put))
+        await inbox.put({"type": "lifespan.startup"})
+        assert (await outbox.get())["type"] == "lifespan.startup.complete"
+        assert (await call(app, "GET", "/v2/health/ready")).status == 200
+        assert (await call(app, "POST", INFER, BODY, HEADERS)).status == 200
+        await inbox.put({"type": "lifespan.shutdown"})
+        assert (await outbox.get())["type"] == "lifespan.shutdown.complete"
+        await life
+        assert (await call(app, "GET", "/v2/health/ready")).status == 503
+
+    asyncio.run(asyncio.wait_for(check(), 120))
+
+
+def test_no_answer_within_the_deadline_is_504(make: Any) -> None:
+    app = create_app(service=make(Limits(total_seconds=0.05), ort=Constant(1.0, seconds=0.5)))
+    answer = asyncio.run(call(app, "POST", INFER, BODY, HEADERS))
+    assert answer.status == 504
+    assert "within 0.05 s" in answer.error
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_answer_that_is_not_finite_is_500_and_counted(make: Any, value: float) -> None:
+    service = make(None, ort=Constant(value))
+    answer = asyncio.run(call(create_app(service=service), "POST", INFER, BODY, HEADERS))
+    assert answer.status == 500
+    assert answer.error == "The model answered with NaN or infinity."
+    assert b'kdexport_not_finite_outputs_total{model="zoo",version="1"} 1.0' in service.metrics.text()
+
+
+def test_draining_is_not_ready_and_still_serves(make: Any) -> None:
+    service = make()
+    service.draining = True
+    app = create_app(service=service)
+    assert asyncio.run(call(app, "GET", "/v2/health/ready")).status == 503
+    assert asyncio.run(call(app, "GET", "/v2/models/zoo/ready")).status == 503
+    assert asyncio.run(call(app, "GET", "/v2/health/live")).status == 200
+    assert asyncio.run(call(app, "POST", INFER, BODY, HEADERS)).status == 200
+
+
+def test_a_server_whose_limits_do_not_fit_its_container_does_not_start(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = make()
+    monkeypatch.setattr(cgroup, "memory", lambda: 256 * MIB)
+    with pytest.raises(ServerError, match=r"The limits allow at most \d+ MiB .*, the control group 256 MiB"):
+        service.require_memory(100 * MIB)
+    monkeypatch.setattr(cgroup, "memory", lambda: 8192 * MIB)
+    assert service.require_memory(100 * MIB).total < 8192 * MIB
+
+
+def test_a_weak_token_is_refused_and_never_shown(tmp_path: Path) -> None:
+    (tmp_path / "t").write_text("short")
+    with pytest.raises(ServerError, match="at least 16"):
+        read_token(tmp_path / "t")
+    assert "0123456789abcdef" not in repr(Settings(token="0123456789abcdef"))
+
+
+def test_the_openapi_document_describes_every_route_and_its_references_resolve(server: Running) -> None:
+    served = server.ask("GET", "/openapi.json").data
+    assert served == json.loads(json.dumps(document([(r.path, sorted(r.methods or ())) for r in routes()])))
+    assert set(served["paths"]) == {route.path for route in routes()}
+    operations = [operation for path in served["paths"].values() for operation in path.values()]
+    assert len({operation["operationId"] for operation in operations}) == len(operations)
+
+    def references(node: Any) -> Iterator[str]:
+        for key, item in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+            if key == "$ref":
+                yield item
+            yield from references(item)
+
+    found = set(references(served))
+    assert "#/components/schemas/InferRequest" in found
+    for reference in found:
+        assert reference.rpartition("/")[2] in served["components"]["schemas"]
+
+
+def test_a_missing_extra_is_said_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    from kdexport.errors import BackendUnavailableError
+    from kdexport.serving.command import require_extra
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else find(name))
+    with pytest.raises(BackendUnavailableError, match="not installed: uvicorn") as caught:
+        require_extra()
+    assert caught.value.remedy == "pip install 'kdexport[serve]'"

@@ -1,0 +1,250 @@
+"""Clients that are slow, many or gone take nothing from the others."""
+
+import http.client
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import pytest
+
+from tests.kdexport.serving.running import LIMITS, Answer, Running, binary_request
+
+INFER = "/v2/models/zoo/infer"
+PLACES = LIMITS.places(2)
+CROWD = 1200
+ZEROS = np.zeros((1, 3, 32, 32), np.float32)
+
+
+def head(body: bytes, headers: dict[str, str], path: str = INFER) -> bytes:
+    lines = [
+        f"POST {path} HTTP/1.1",
+        "Host: a",
+        f"Content-Length: {len(body)}",
+        *(f"{k}: {v}" for k, v in headers.items()),
+    ]
+    return ("\r\n".join(lines) + "\r\n\r\n").encode()
+
+
+def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def received(stream: socket.socket) -> bytes:
+    """Everything until the server closes."""
+    data = b""
+    try:
+        while part := stream.recv(65536):
+            data += part
+    except ConnectionResetError:
+        pass
+    return data
+
+
+def reply(stream: socket.socket) -> Answer:
+    """One whole answer."""
+    response = http.client.HTTPResponse(stream)
+    response.begin()
+    return Answer(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
+
+
+@contextmanager
+def crowd(server: Running, opening: bytes) -> Iterator[list[socket.socket]]:
+    """1,200 connections that sent ``opening`` and then say nothing."""
+    with ExitStack() as stack:
+        streams = []
+        for _ in range(CROWD):
+            stream = stack.enter_context(server.connect())
+            stream.setblocking(False)
+            streams.append(stream)
+            try:
+                stream.send(opening)
+            except OSError:
+                continue
+        yield streams
+
+
+def probes(server: Running, count: int = 20) -> int:
+    """Health probes that were answered, each within two seconds."""
+    answered = 0
+    for _ in range(count):
+        try:
+            answered += server.ask("GET", "/v2/health/ready", seconds=2).status == 200
+        except OSError:
+            continue
+    return answered
+
+
+@pytest.mark.parametrize(
+    "opening",
+    [
+        b"",
+        b"GET /v2 HTTP/1.1\r\nHost: a\r\nX-Slow: ",
+        b"POST /v1/classify HTTP/1.1\r\nHost: a\r\nContent-Length: 9000\r\n\r\nabc",
+    ],
+    ids=["nothing", "half a header", "half a body"],
+)
+def test_1200_slow_connections_leave_health_probes_answered(server: Running, opening: bytes) -> None:
+    with crowd(server, opening):
+        assert probes(server) >= 18
+    until(lambda: server.metric("nv_inference_pending_request_count") == 0)
+    assert server.ask("POST", INFER, *binary_request(ZEROS)).status == 200
+
+
+def test_1200_slow_readers_leave_health_probes_answered(server: Running) -> None:
+    # Several requests for a document of 20 kB that nobody reads.
+    with crowd(server, b"GET /openapi.json HTTP/1.1\r\nHost: a\r\n\r\n" * 8):
+        assert probes(server) >= 18
+    assert server.peak() < 300 * 2**20
+
+
+def test_thousands_of_requests_in_one_packet_end_the_connection(server: Running) -> None:
+    before = server.peak()
+    with server.connect() as stream:
+        stream.sendall(b"GET /v2 HTTP/1.1\r\nHost: a\r\n\r\n" * 2000)
+        assert received(stream).count(b"HTTP/1.1 200") < 20
+    assert server.peak() - before < 8 * 2**20
+
+
+def test_connections_are_bounded_and_the_longest_idle_one_goes_first(server: Running) -> None:
+    before = server.metric("kdexport_evicted_connections_total")
+    with crowd(server, b"") as streams:
+        until(lambda: server.metric("kdexport_evicted_connections_total") - before >= CROWD - 512)
+        assert server.metric("kdexport_connections") <= 512
+        streams[0].setblocking(True)
+        assert received(streams[0]) == b""
+
+
+@pytest.mark.parametrize(
+    "opening", [b"", b"GET /v2 HTTP/1.1\r\nX: ", b"\r\n\r\n\r\n"], ids=["nothing", "part", "line ends"]
+)
+def test_a_header_that_does_not_come_ends_the_connection(server: Running, opening: bytes) -> None:
+    with server.connect() as stream:
+        began = time.monotonic()
+        stream.sendall(opening)
+        assert received(stream).startswith(b"HTTP/1.1 408")
+        assert 1.5 < time.monotonic() - began < 12
+
+
+def test_a_header_that_drips_is_not_given_more_time(server: Running) -> None:
+    with server.connect() as stream:
+        began = time.monotonic()
+        stream.sendall(b"GET /v2 HTTP/1.1\r\n")
+        try:
+            for number in range(200):
+                stream.sendall(b"X-%d: y\r\n" % number)
+                time.sleep(0.1)
+        except OSError:
+            pass
+        assert time.monotonic() - began < 12
+
+
+def test_line_ends_between_requests_do_not_keep_a_connection(server: Running) -> None:
+    with server.connect() as stream:
+        stream.sendall(b"GET /v2/health/live HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert stream.recv(65536).startswith(b"HTTP/1.1 200")
+        began = time.monotonic()
+        try:
+            while time.monotonic() - began < 20:
+                stream.sendall(b"\r\n")
+                time.sleep(0.2)
+        except OSError:
+            pass
+        assert time.monotonic() - began < 15
+
+
+def test_a_body_that_does_not_come_is_408_and_frees_its_place(server: Running) -> None:
+    body, headers = binary_request(ZEROS)
+    with server.connect() as stream:
+        stream.sendall(head(body, headers) + body[:100])
+        until(lambda: server.metric("nv_inference_pending_request_count") == 1)
+        answer = reply(stream)
+    assert answer.status == 408
+    assert "within 4 s" in answer.error
+    until(lambda: server.metric("nv_inference_pending_request_count") == 0)
+
+
+def test_full_means_429_before_the_body_is_read_and_leaving_frees_the_place(server: Running) -> None:
+    body, headers = binary_request(ZEROS)
+    with ExitStack() as stack:
+        streams = [stack.enter_context(server.connect()) for _ in range(PLACES)]
+        for stream in streams:
+            stream.sendall(head(body, headers))
+        # Not a byte of this body is sent: the answer comes from the header alone.
+        with server.connect() as late:
+            late.sendall(head(body, headers))
+            answer = reply(late)
+        assert answer.status == 429
+        assert answer.headers["retry-after"] == "1"
+        assert "(up to 36 allowed)" in answer.error
+        assert server.ask("GET", "/v2/health/ready").status == 200
+    until(lambda: server.metric("nv_inference_pending_request_count") == 0)
+    assert server.ask("POST", INFER, body, headers).status == 200
+    assert server.metric("nv_inference_request_failure", reason="canceled") >= PLACES
+
+
+def test_a_client_that_leaves_the_queue_frees_its_place(server: Running) -> None:
+    body, headers = binary_request(np.zeros((8, 3, 32, 32), np.float32))
+    for _ in range(30):
+        with server.connect() as stream:
+            stream.sendall(head(body, headers) + body)
+    until(lambda: server.metric("nv_inference_pending_request_count") == 0)
+    assert server.ask("POST", INFER, body, headers).status == 200
+
+
+def test_bytes_are_bounded_across_requests_whatever_their_number(server: Running) -> None:
+    # Nine bodies of 15 MiB that are announced: eight fit into 128 MiB.
+    announced = b"POST /v1/classify HTTP/1.1\r\nHost: a\r\nContent-Length: 15728640\r\n\r\n"
+    with ExitStack() as stack:
+        for _ in range(8):
+            stack.enter_context(server.connect()).sendall(announced)
+        until(lambda: server.metric("nv_inference_pending_request_count") == 8)
+        with server.connect() as late:
+            late.sendall(announced)
+            answer = reply(late)
+        assert answer.status == 429
+        assert "15,728,640 more" in answer.error
+        assert server.ask("POST", INFER, *binary_request(ZEROS)).status == 200
+    until(lambda: server.metric("nv_inference_pending_request_count") == 0)
+
+
+def test_a_client_that_asks_first_hears_the_refusal_and_the_connection_ends(server: Running) -> None:
+    with server.connect() as stream:
+        stream.sendall(
+            b"POST /v1/classify HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 99999999\r\n\r\n"
+        )
+        assert received(stream).startswith(b"HTTP/1.1 413")
+
+
+def test_a_client_that_asks_first_is_told_to_go_on(server: Running) -> None:
+    body, headers = binary_request(ZEROS)
+    with server.connect() as stream:
+        stream.sendall(head(body, {**headers, "Expect": "100-continue"}))
+        assert stream.recv(65536).startswith(b"HTTP/1.1 100")
+        stream.sendall(body)
+        assert stream.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+def test_requests_after_a_refused_body_use_the_same_connection(server: Running) -> None:
+    good, headers = binary_request(ZEROS)
+    bad = bytes(3 * 2**20)
+    with server.connect() as stream:
+        stream.sendall(head(bad, headers) + bad)
+        assert reply(stream).status == 413
+        stream.sendall(head(good, headers) + good)
+        assert reply(stream).status == 200
+
+
+def test_pipelined_requests_are_answered_in_order(server: Running) -> None:
+    paths = ["/v2/health/live", "/v2", "/nothing", "/v2/models/zoo"]
+    with server.connect() as stream:
+        last = [
+            f"GET {p} HTTP/1.1\r\nHost: a\r\n{'Connection: close' if p == paths[-1] else 'A: b'}\r\n\r\n" for p in paths
+        ]
+        stream.sendall("".join(last).encode())
+        data = received(stream)
+    assert [int(part[:3]) for part in data.split(b"HTTP/1.1 ")[1:]] == [200, 200, 404, 200]

@@ -1,0 +1,234 @@
+"""A server starts only if all is well, changes models without a dropped request, and ends without one."""
+
+import http.client
+import json
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.conftest import run_command
+from tests.kdexport.serving.bundles import CLASSES, encoded, photo
+from tests.kdexport.serving.running import Running, binary_request, command, running
+
+TRIALS = int(os.environ.get("KDEXPORT_SIGTERM_TRIALS", "3"))
+CLIENTS = 8
+BODY, HEADERS = binary_request(np.zeros((1, 3, 32, 32), np.float32))
+
+
+@dataclass
+class Load:
+    """What eight clients saw."""
+
+    answered: int = 0
+    broken: list[str] = field(default_factory=list)
+    statuses: set[int] = field(default_factory=set)
+    stopped: threading.Event = field(default_factory=threading.Event)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+def client(port: int, load: Load) -> None:
+    """Requests until the port refuses or the test ends; one that gets no answer is broken."""
+    connection: http.client.HTTPConnection | None = None
+    while not load.stopped.is_set():
+        if connection is None:
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+            try:
+                connection.connect()
+            except ConnectionRefusedError:
+                return
+        try:
+            connection.request("POST", "/v2/models/zoo/infer", BODY, HEADERS)
+            response = connection.getresponse()
+            response.read()
+        except (OSError, http.client.HTTPException) as error:
+            with load.lock:
+                load.broken.append(repr(error))
+            connection = None
+            continue
+        with load.lock:
+            load.answered += 1
+            load.statuses.add(response.status)
+        if response.getheader("connection", "") == "close":
+            connection.close()
+            connection = None
+    if connection is not None:
+        connection.close()
+
+
+@contextmanager
+def under_load(server: Running) -> Iterator[Load]:
+    load = Load()
+    threads = [threading.Thread(target=client, args=(server.port, load)) for _ in range(CLIENTS)]
+    for thread in threads:
+        thread.start()
+    try:
+        deadline = time.monotonic() + 30
+        while load.answered < 20 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        yield load
+    finally:
+        load.stopped.set()
+        for thread in threads:
+            thread.join()
+
+
+@pytest.mark.parametrize("trial", range(TRIALS))
+def test_sigterm_under_load_breaks_no_request(zoo: Path, trial: int) -> None:
+    with running(f"zoo={zoo}", "--drain", "0.3", "--watch", "0") as server:
+        with under_load(server) as load:
+            server.process.send_signal(signal.SIGTERM)
+            assert server.process.wait(timeout=60) == 0
+        assert load.broken == []
+        assert load.statuses == {200}
+        assert load.answered > 20
+        assert "0 connections were cut off" in server.log.read_text()
+
+
+def test_sigterm_says_not_ready_at_once_and_serves_on_for_the_drain(zoo: Path) -> None:
+    with running(f"zoo={zoo}", "--drain", "3", "--watch", "0") as server:
+        server.process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + 2.5
+        while (answer := server.ask("GET", "/v2/health/ready")).status == 200 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert answer.status == 503
+        answer = server.ask("POST", "/v2/models/zoo/infer", BODY, HEADERS)
+        assert answer.status == 200
+        assert answer.headers["connection"] == "close"
+        assert server.process.wait(timeout=60) == 0
+
+
+def renamed_classes(bundle: Path, mark: str) -> None:
+    """A bundle that answers with other labels and whose files are all still those that were verified."""
+    path = bundle / "manifest.json"
+    data = json.loads(path.read_text())
+    data["student"]["classes"] = [f"{mark}{name}" for name in CLASSES]
+    path.write_text(json.dumps(data))
+
+
+def swap(new: Path, place: Path) -> None:
+    """Put ``new`` in the place of ``place`` by renaming."""
+    old = place.with_name("old")
+    place.rename(old)
+    new.rename(place)
+    shutil.rmtree(old)
+
+
+@pytest.fixture
+def reloading(zoo_copy: Path) -> Iterator[Running]:
+    with running(f"zoo={zoo_copy}", "--drain", "0", "--watch", "0") as server:
+        yield server
+
+
+def label(server: Running) -> str:
+    answer = server.ask("POST", "/v1/classify?top=1", encoded(photo(50, 50, 1), "PNG"))
+    return str(answer.data["predictions"][0]["label"])
+
+
+def wait_for(condition: object, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_sighup_replaces_models_under_load_and_refuses_a_bad_one(
+    reloading: Running, zoo: Path, zoo_copy: Path, tmp_path: Path
+) -> None:
+    server = reloading
+    before = label(server)
+    with under_load(server) as load:
+        fresh = Path(shutil.copytree(zoo, tmp_path / "fresh"))
+        renamed_classes(fresh, "new ")
+        swap(fresh, zoo_copy)
+        server.process.send_signal(signal.SIGHUP)
+        wait_for(lambda: label(server) == f"new {before}")
+        bad = Path(shutil.copytree(zoo, tmp_path / "bad"))
+        graph = bytearray((bad / "model.onnx").read_bytes())
+        graph[len(graph) // 2] ^= 1
+        (bad / "model.onnx").write_bytes(graph)
+        swap(bad, zoo_copy)
+        server.process.send_signal(signal.SIGHUP)
+        wait_for(lambda: server.metric("kdexport_bundle_loads_total", outcome="refused") == 1)
+        answered = load.answered
+        wait_for(lambda: load.answered > answered + 20)
+    assert label(server) == f"new {before}"
+    assert load.broken == []
+    assert load.statuses == {200}
+    (row,) = server.ask("POST", "/v2/repository/index").data
+    assert row["state"] == "READY"
+    assert "model.onnx changed" in row["reason"]
+    assert "the new bundle is refused" in server.log.read_text()
+
+
+def test_a_new_version_is_found_without_a_signal_and_is_the_default(zoo: Path, tmp_path: Path) -> None:
+    shutil.copytree(zoo, tmp_path / "models" / "1")
+    with running(f"zoo={tmp_path / 'models'}", "--drain", "0", "--watch", "0.2") as server:
+        before = label(server)
+        shutil.copytree(zoo, tmp_path / "2")
+        renamed_classes(tmp_path / "2", "second ")
+        (tmp_path / "2").rename(tmp_path / "models" / "2")
+        wait_for(lambda: label(server) == f"second {before}")
+        assert server.ask("GET", "/v2/models/zoo").data["versions"] == ["1", "2"]
+        answer = server.ask("POST", "/v1/classify?top=1&version=1", encoded(photo(50, 50, 1), "PNG"))
+        assert answer.data["predictions"][0]["label"] == before
+        shutil.rmtree(tmp_path / "models" / "1")
+        wait_for(lambda: server.ask("GET", "/v2/models/zoo").data["versions"] == ["2"])
+        shutil.rmtree(tmp_path / "models" / "2")
+        server.process.send_signal(signal.SIGHUP)
+        wait_for(lambda: server.metric("kdexport_bundle_loads_total", outcome="refused") >= 1)
+        assert label(server) == f"second {before}"
+
+
+def test_several_bundles_and_a_token(zoo: Path, zoo_copy: Path, tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef\n")
+    renamed_classes(zoo_copy, "two ")
+    with running(f"one={zoo}", f"two={zoo_copy}", "--token-file", token, "--drain", "0") as server:
+        data, bearer = encoded(photo(50, 50, 1), "PNG"), {"Authorization": "Bearer 0123456789abcdef"}
+        for headers in ({}, {"Authorization": "Bearer 0123456789abcdeX"}, {"Authorization": "Basic \u00e9"}):
+            answer = server.ask("POST", "/v1/classify?model=one", data, headers)
+            assert answer.status == 401
+            assert answer.headers["www-authenticate"] == "Bearer"
+        assert server.ask("GET", "/v2/models/one").status == 401
+        assert server.ask("GET", "/v2/health/ready").status == 200
+        answer = server.ask("POST", "/v1/classify", data, bearer)
+        assert "add ?model=NAME, one of one, two" in answer.error
+        assert (
+            server.ask("POST", "/v1/classify?model=two&top=1", data, bearer).data["predictions"][0]["label"][:4]
+            == "two "
+        )
+        rows = server.ask("POST", "/v2/repository/index", None, bearer).data
+        assert [(row["name"], row["version"]) for row in rows] == [("one", "1"), ("two", "1")]
+
+
+def test_a_port_that_is_taken_is_said(server: Running, zoo: Path) -> None:
+    done = run_command("serve", zoo, "--port", str(server.port), "--metrics-port", "0")
+    assert done.exit_code == 4
+    assert f"KDX402: Cannot listen on 127.0.0.1:{server.port}: Address already in use" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["nowhere"], 2, "neither a bundle nor a folder of bundles"),
+        (["a=x", "a=y"], 2, "Two bundles are named a"),
+        (["spaced name=x"], 2, "is no model name"),
+        (["x", "--provider", "tpu"], 2, "There is no provider 'tpu'"),
+        (["x", "--tls-cert", "c.pem"], 2, "TLS needs both files"),
+    ],
+)
+def test_a_start_that_cannot_be_is_one_sentence(arguments: list[str], code: int, words: str, tmp_path: Path) -> None:
+    done = subprocess.run(command(*arguments), capture_output=True, text=True, cwd=tmp_path, check=False, timeout=300)
+    assert done.returncode == code
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr

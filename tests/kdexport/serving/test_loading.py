@@ -1,0 +1,238 @@
+"""Only bundles whose files, graph, provider and golden images are in order become models."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from kdexport.backends.ort import CPU
+from kdexport.bundle import hash_files
+from kdexport.errors import BackendUnavailableError, BundleError, ConfigError, KdexportError, VerificationError
+from kdexport.serving.examine import examine_bundle
+from kdexport.serving.limits import Limits
+from kdexport.serving.loading import load, read_files
+from kdexport.serving.repository import Repository, parse_source
+from kdexport.serving.trial import allowed_error, try_bundle
+from tests.conftest import Command
+from tests.kdexport.serving.bundles import encoded, photo
+
+
+def rewrite(bundle: Path, change: Callable[[dict[str, object]], None] = lambda _: None) -> None:
+    """Write the manifest anew with the digests of what is there: an attacker who may write may do that too."""
+    path = bundle / "manifest.json"
+    data = json.loads(path.read_text())
+    data["files"] = hash_files(bundle)
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def edit_graph(bundle: Path, change: Callable[[onnx.ModelProto], None]) -> None:
+    model = onnx.load(str(bundle / "model.onnx"))
+    change(model)
+    onnx.save(model, str(bundle / "model.onnx"))
+    rewrite(bundle)
+
+
+def one_weight(model: onnx.ModelProto) -> None:
+    item = next(i for i in model.graph.initializer if i.name == "classifier.0.weight")
+    values = numpy_helper.to_array(item).copy()
+    values.flat[:40] *= 1.001
+    item.CopyFrom(numpy_helper.from_array(values, item.name))
+
+
+def test_the_bundle_itself_is_in_order(zoo: Path) -> None:
+    files = read_files(zoo)
+    allowed = allowed_error(zoo, files.manifest)
+    model = load(zoo, name="zoo", version=1, provider=CPU, limits=Limits(), allowed_error=allowed)
+    assert model.golden.images == 8
+    assert 0 < model.golden.error <= model.golden.allowed == allowed
+    assert model.signature.max_batch == 8
+    assert model.ort.nodes_by_provider.keys() == {CPU}
+
+
+def test_what_a_bundle_allows_is_rung_b_of_its_unfused_student(zoo: Path, zoo_copy: Path) -> None:
+    written = float(load_file(zoo / "golden" / "logits.safetensors")["allowed_error"])
+    tensors = load_file(zoo_copy / "golden" / "logits.safetensors")
+    del tensors["allowed_error"]
+    save_file(tensors, zoo_copy / "golden" / "logits.safetensors")
+    rewrite(zoo_copy)
+    # An older bundle has no such entry: the trial computes it from the weights as trained.
+    assert try_bundle(zoo_copy, CPU, Limits()) == pytest.approx(written, rel=0.5)
+    assert written < 1e-3 * np.abs(tensors["logits"]).max()
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "student.safetensors", "golden/003.jpeg", "report.html"])
+def test_a_changed_byte_is_found_in_any_file(zoo_copy: Path, name: str) -> None:
+    data = bytearray((zoo_copy / name).read_bytes())
+    data[-3] ^= 1
+    (zoo_copy / name).write_bytes(data)
+    with pytest.raises(VerificationError, match=f"{name} changed"):
+        read_files(zoo_copy)
+
+
+def test_a_missing_and_a_stray_file_are_found(zoo_copy: Path) -> None:
+    (zoo_copy / "golden" / "001.png").unlink()
+    (zoo_copy / "libops.so").write_bytes(b"\x7fELF")
+    with pytest.raises(VerificationError, match=r"2 files of .*001.png missing, libops.so unknown"):
+        read_files(zoo_copy)
+
+
+@pytest.mark.parametrize("kind", ["symlink", "hardlink", "folder link", "fifo", "outside link"])
+def test_links_and_devices_are_refused(zoo: Path, zoo_copy: Path, tmp_path: Path, kind: str) -> None:
+    model = zoo_copy / "model.onnx"
+    if kind == "symlink":
+        model.rename(zoo_copy / "golden" / "m.onnx")
+        model.symlink_to("golden/m.onnx")
+    elif kind == "hardlink":
+        os.link(model, tmp_path / "other")
+    elif kind == "folder link":
+        (zoo_copy / "golden").rename(tmp_path / "golden")
+        (zoo_copy / "golden").symlink_to(tmp_path / "golden")
+    elif kind == "fifo":
+        os.mkfifo(zoo_copy / "report.md.new")
+    else:
+        model.unlink()
+        model.symlink_to(zoo / "model.onnx")
+    rewrite(zoo_copy)
+    with pytest.raises(BundleError, match="is not a regular file of its own"):
+        read_files(zoo_copy)
+
+
+def test_the_bundle_as_a_whole_may_be_a_link(zoo: Path, tmp_path: Path) -> None:
+    (tmp_path / "current").symlink_to(zoo)
+    assert read_files(tmp_path / "current").digest == read_files(zoo).digest
+
+
+def test_a_manifest_whose_checks_do_not_hold_is_refused(zoo_copy: Path) -> None:
+    def fail(data: dict[str, object]) -> None:
+        data["parity"][3]["holds"] = False  # type: ignore[index]
+
+    rewrite(zoo_copy, fail)
+    with pytest.raises(VerificationError, match=r"was not verified: 1 of \d+ checks"):
+        read_files(zoo_copy)
+    rewrite(zoo_copy, lambda data: data.update(parity=[]))
+    with pytest.raises(VerificationError, match=r"no check of model\.onnx"):
+        read_files(zoo_copy)
+
+
+def test_a_changed_weight_is_found_by_the_golden_images_though_every_digest_fits(zoo_copy: Path) -> None:
+    edit_graph(zoo_copy, one_weight)
+    with pytest.raises(KdexportError, match=r"gives other logits here .* off by .* allowed") as caught:
+        try_bundle(zoo_copy, CPU, Limits())
+    assert caught.value.exit_code == 1
+
+
+def test_other_golden_pixels_are_found_though_every_digest_fits(zoo_copy: Path) -> None:
+    (zoo_copy / "golden" / "004.png").write_bytes(encoded(photo(99, 66, 77), "PNG"))
+    rewrite(zoo_copy)
+    with pytest.raises(VerificationError, match=r"004\.png gives other logits"):
+        examine_bundle(zoo_copy)
+
+
+def test_another_preprocessing_is_found_though_every_digest_fits(zoo_copy: Path) -> None:
+    def shift(data: dict[str, object]) -> None:
+        data["student"]["preprocessing"]["mean"] = [0.42, 0.47, 0.39]  # type: ignore[index]
+
+    rewrite(zoo_copy, shift)
+    with pytest.raises(VerificationError, match="gives other logits"):
+        examine_bundle(zoo_copy)
+
+
+def test_weights_in_another_file_are_refused(zoo_copy: Path) -> None:
+    model = onnx.load(str(zoo_copy / "model.onnx"))
+    onnx.save(
+        model, str(zoo_copy / "model.onnx"), save_as_external_data=True, location="weights.bin", size_threshold=64
+    )
+    rewrite(zoo_copy)
+    with pytest.raises(KdexportError, match="keeps weights outside itself"):
+        try_bundle(zoo_copy, CPU, Limits())
+
+
+def test_foreign_operators_and_functions_are_refused(zoo_copy: Path, zoo: Path) -> None:
+    edit_graph(zoo_copy, lambda model: model.opset_import.append(helper.make_opsetid("com.microsoft", 1)))
+    with pytest.raises(KdexportError, match="uses operators of"):
+        examine_bundle(zoo_copy)
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.3, 0.99])
+def test_a_truncated_graph_whose_digest_fits_is_refused(zoo_copy: Path, keep: float) -> None:
+    data = (zoo_copy / "model.onnx").read_bytes()
+    (zoo_copy / "model.onnx").write_bytes(data[: int(len(data) * keep)])
+    rewrite(zoo_copy)
+    with pytest.raises(KdexportError):
+        examine_bundle(zoo_copy)
+
+
+def test_a_graph_of_another_shape_is_refused(zoo_copy: Path) -> None:
+    def widen(model: onnx.ModelProto) -> None:
+        model.graph.input[0].type.tensor_type.shape.dim[3].dim_value = 33
+
+    edit_graph(zoo_copy, widen)
+    with pytest.raises(KdexportError):
+        examine_bundle(zoo_copy)
+
+
+def test_a_provider_that_is_not_here_is_an_error_and_never_another_one(zoo: Path) -> None:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers() and Path("/dev/nvidia0").exists():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises((BackendUnavailableError, KdexportError)) as caught:
+        try_bundle(zoo, "CUDAExecutionProvider", Limits())
+    assert caught.value.exit_code == 4
+
+
+def test_golden_images_beyond_the_limits_stop_the_start(zoo: Path) -> None:
+    with pytest.raises(VerificationError, match=r"The server would refuse .* pixels"):
+        load(zoo, name="z", version=1, provider=CPU, limits=Limits(min_side=100), allowed_error=1.0)
+
+
+def test_a_reload_keeps_what_it_cannot_replace(zoo: Path, zoo_copy: Path) -> None:
+    repository = Repository((parse_source(f"zoo={zoo_copy}"),), provider=CPU, limits=Limits())
+    repository.load_all()
+    served = repository.find("zoo")
+    assert not repository.changed()
+    shutil.rmtree(zoo_copy)
+    assert repository.changed()
+    change = repository.reload()
+    assert list(change.refused) == [("zoo", 1)]
+    assert repository.find("zoo") is served
+    shutil.copytree(zoo, zoo_copy)
+    assert repository.reload().refused == {}
+    # The same bundle again is the same model: nothing was loaded.
+    assert repository.find("zoo") is served
+    assert repository.refused == {}
+
+
+@pytest.mark.parametrize(
+    ("argument", "name"), [("a/b/mnet", "mnet"), ("x=a/b", "x"), ("a/v=1", "v=1"), ("./m.v2_x-1/", "m.v2_x-1")]
+)
+def test_a_model_is_named_by_its_folder_or_by_hand(argument: str, name: str) -> None:
+    if "=" in name:
+        with pytest.raises(ConfigError, match="is no model name"):
+            parse_source(argument)
+    else:
+        assert parse_source(argument).name == name
+
+
+def test_doctor_checks_a_bundle_and_names_what_it_found(zoo: Path, zoo_copy: Path, kdexport: Command) -> None:
+    done = kdexport("doctor", zoo, "--json")
+    assert done.exit_code == 0
+    facts = {fact["what"]: fact["fact"] for fact in done.data["facts"]}
+    assert "8 images from their bytes" in facts["golden images"]
+    assert "nodes on CPUExecutionProvider" in facts["provider"]
+    image = Image.open(zoo_copy / "golden" / "001.png")
+    image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(zoo_copy / "golden" / "001.png")
+    rewrite(zoo_copy)
+    done = kdexport("doctor", zoo_copy)
+    assert done.exit_code == 1
+    assert "KDX330" in done.stderr
+    assert "001.png gives other logits" in done.stderr
