@@ -66,12 +66,11 @@ class Row:
 
 
 def describe(network: Classifier, name: str) -> Row:
-    """Count and run ``network`` (on the meta device: shapes only) at its own image size."""
-    size = network.image_size
-    with torch.device("meta"), torch.no_grad():
-        meta = copy.deepcopy(network).to("meta").eval()
-        with FlopCounterMode(display=False) as counter:
-            tapped = meta.tapped(torch.empty(1, 3, size, size))
+    """Count and run ``network``, which may be on the meta device, at its own image size."""
+    size, device = network.image_size, next(network.parameters()).device
+    network.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        tapped = network.tapped(torch.zeros(1, 3, size, size, device=device))
     features = ", ".join(f"{tap.channels}@{tapped.features[tap.name].shape[-1]}" for tap in network.taps)
     row = {
         "name": name,
@@ -112,11 +111,13 @@ def teacher_rows() -> list[Row]:
 
 def _at_sizes(build: Callable[..., Classifier], name: str) -> Iterator[Row]:
     for size in SIZES:
-        try:
-            network = build(name, num_classes=_CLASSES, image_size=size)
-        except ConfigError:
-            continue
-        yield describe(network, name)
+        # On the meta device there are shapes and no numbers: nothing is initialised and nothing computed.
+        with torch.device("meta"):
+            try:
+                network = build(name, num_classes=_CLASSES, image_size=size)
+            except ConfigError:
+                continue
+            yield describe(network, name)
 
 
 def markdown() -> str:

@@ -1,7 +1,6 @@
 """Exact algebra that removes training-time branches and batch norms.
 
-``fold_batch_norm``, ``merge_branches``, ``fuse_student``, ``FusedStudent`` and ``attach_branches`` are imported on
-first use, so that reading a checkpoint's description does not import torch.
+All but ``BranchSpec`` is imported on first use, so that reading a checkpoint's description does not import torch.
 """
 
 import importlib
@@ -13,8 +12,18 @@ if TYPE_CHECKING:
     from kdexport.reparam.algebra import fold_batch_norm, merge_branches
     from kdexport.reparam.blocks import attach_branches
     from kdexport.reparam.fuse import FusedStudent, fuse_student
+    from kdexport.reparam.program import FusedProgram, fuse_module
 
-__all__ = ["BranchSpec", "FusedStudent", "attach_branches", "fold_batch_norm", "fuse_student", "merge_branches"]
+__all__ = [
+    "BranchSpec",
+    "FusedProgram",
+    "FusedStudent",
+    "attach_branches",
+    "fold_batch_norm",
+    "fuse_module",
+    "fuse_student",
+    "merge_branches",
+]
 
 _HOMES = {
     "fold_batch_norm": "algebra",
@@ -22,6 +31,8 @@ _HOMES = {
     "attach_branches": "blocks",
     "FusedStudent": "fuse",
     "fuse_student": "fuse",
+    "FusedProgram": "program",
+    "fuse_module": "program",
 }
 
 
