@@ -114,7 +114,7 @@ def run(
 
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         cut = runner.run(server.run(context=context, started=announce))
-    sys.stderr.write(f"stopped; {cut} connections were cut off\n")
+    sys.stderr.write(f"stopped; {cut} requests were cut off\n")
 
 
 def _ready(service: "Service", url: str, metrics_url: str, bound: int) -> dict[str, Any]:

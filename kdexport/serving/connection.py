@@ -79,6 +79,7 @@ class Connection(HttpToolsProtocol):
         self._header_bytes = 0
         self._body_open = False
         self._admitted = False
+        self._pipelining = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -116,6 +117,10 @@ class Connection(HttpToolsProtocol):
         if len(self.pipeline) >= _PIPELINED:
             # Each of them is an object in memory, and a few hundred fit into one packet.
             raise ValueError("too many requests at once")
+        if self.cycle is not None and not self.cycle.response_complete:
+            # Whoever sends the next request before the answer to this one is the first to go when room is short.
+            self._pipelining = True
+            self._crowd.at_rest(self)
         super().on_message_begin()
         self._in_header, self._header_bytes = True, 0
         if self._deadline is None:
@@ -137,7 +142,8 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._in_header, self._body_open = False, True
-        self._crowd.busy(self)
+        if not self._pipelining:
+            self._crowd.busy(self)
         self._arm(self._limits.body_seconds + _BODY_SLACK_SECONDS, 408, "The body did not arrive in time.")
         super().on_headers_complete()
         if self._crowd.closing:
@@ -158,6 +164,7 @@ class Connection(HttpToolsProtocol):
             self.transport.close()
             self._start_write_deadline()
         elif not self.pipeline:
+            self._pipelining = False
             self._crowd.at_rest(self)
 
     def pause_writing(self) -> None:

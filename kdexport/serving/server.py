@@ -28,6 +28,7 @@ _log = logging.getLogger("kdexport.serving")
 _BACKLOG = 2048
 _TICK_SECONDS = 1.0
 _POLL_SECONDS = 0.05
+_FAREWELL_SECONDS = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,6 +99,8 @@ class Listener:
             ssl=context,
             backlog=_BACKLOG,
             ssl_handshake_timeout=self.crowd.limits.header_seconds if context else None,
+            # A client that is idle does not answer the farewell of TLS either.
+            ssl_shutdown_timeout=_FAREWELL_SECONDS if context else None,
         )
         self._context = context
 
@@ -109,7 +112,7 @@ class Listener:
         self._state.default_headers = [(b"date", formatdate(time.time(), usegmt=True).encode())]
 
     async def stop(self, seconds: float) -> int:
-        """Stop accepting, answer everyone who is connected, and return how many were cut off after ``seconds``."""
+        """Stop accepting, answer everyone who is connected; how many requests were cut off after ``seconds``."""
         assert self._server is not None
         self.crowd.close()
         self._server.close()
@@ -118,10 +121,10 @@ class Listener:
         deadline = time.monotonic() + seconds
         while self.crowd.everyone and time.monotonic() < deadline:
             await asyncio.sleep(_POLL_SECONDS)
-        left = list(self.crowd.everyone)
-        for connection in left:
+        at_work = self.crowd.everyone - self.crowd.idle.keys()
+        for connection in list(self.crowd.everyone):
             connection.transport.abort()
-        return len(left)
+        return len(at_work)
 
     async def _accept_the_waiting(self) -> None:
         loop = asyncio.get_running_loop()

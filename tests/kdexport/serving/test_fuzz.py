@@ -101,13 +101,15 @@ def request(rng: random.Random) -> tuple[str, str, bytes, dict[str, str]]:
     return rng.choice(["POST"] * 12 + ["GET", "PUT", "HEAD", "DELETE"]), path, text + tail, headers
 
 
-def send(connection: http.client.HTTPConnection, method: str, path: str, body: bytes, headers: dict[str, str]) -> int:
+def send(
+    connection: http.client.HTTPConnection, method: str, path: str, body: bytes, headers: dict[str, str]
+) -> tuple[int, bytes]:
     connection.request(method, path, body, headers)
     response = connection.getresponse()
     content = response.read()
     if response.status != 200 and method != "HEAD":
         assert set(json.loads(content)) == {"error"}, content
-    return response.status
+    return response.status, content
 
 
 def test_no_request_of_the_grammar_is_a_5xx(server: Running) -> None:
@@ -116,9 +118,10 @@ def test_no_request_of_the_grammar_is_a_5xx(server: Running) -> None:
     before, statuses = server.peak(), dict[int, int]()
     for _ in range(REQUESTS):
         sent = request(rng)
-        status = send(connection, *sent)
+        status, content = send(connection, *sent)
         statuses[status] = statuses.get(status, 0) + 1
-        assert status < 500, sent
+        # A request that allows itself a microsecond in the queue is told that it waited longer.
+        assert status < 500 or (status == 503 and b"waited" in content and b"timeout" in sent[2]), (status, sent)
     connection.close()
     # A fuzzer whose requests are all refused for the same reason tests one line.
     assert statuses[200] > REQUESTS / 20
@@ -160,7 +163,7 @@ def test_no_mutated_image_is_a_5xx(server: Running) -> None:
     statuses = np.zeros(600, int)
     for index in range(IMAGES):
         data = mutated(rng, seeds[index % len(seeds)])
-        status = send(connection, "POST", "/v1/classify", data, {})
+        status, _ = send(connection, "POST", "/v1/classify", data, {})
         assert status in (200, 400, 413), (status, index)
         statuses[status] += 1
     connection.close()

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import ssl
 import subprocess
 import threading
 import time
@@ -91,7 +92,7 @@ def test_sigterm_under_load_breaks_no_request(zoo: Path, trial: int) -> None:
         assert load.broken == []
         assert load.statuses == {200}
         assert load.answered > 20
-        assert "0 connections were cut off" in server.log.read_text()
+        assert "0 requests were cut off" in server.log.read_text()
 
 
 def test_sigterm_says_not_ready_at_once_and_serves_on_for_the_drain(zoo: Path) -> None:
@@ -209,6 +210,23 @@ def test_several_bundles_and_a_token(zoo: Path, zoo_copy: Path, tmp_path: Path) 
         )
         rows = server.ask("POST", "/v2/repository/index", None, bearer).data
         assert [(row["name"], row["version"]) for row in rows] == [("one", "1"), ("two", "1")]
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
+def test_tls_serves_and_an_idle_connection_holds_up_no_end(zoo: Path, tmp_path: Path) -> None:
+    key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
+    request = f"openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -keyout {key} -out {cert}"
+    subprocess.run(request.split(), check=True, capture_output=True)
+    with running(f"zoo={zoo}", "--tls-cert", cert, "--tls-key", key, "--drain", "0", "--watch", "0") as server:
+        context = ssl.create_default_context(cafile=str(cert))
+        context.check_hostname = False
+        connection = http.client.HTTPSConnection("127.0.0.1", server.port, context=context, timeout=30)
+        connection.request("POST", "/v2/models/zoo/infer", BODY, HEADERS)
+        assert connection.getresponse().read()
+        began = time.monotonic()
+        assert "0 requests were cut off" in server.stop()
+        assert time.monotonic() - began < 15
+        connection.close()
 
 
 def test_a_port_that_is_taken_is_said(server: Running, zoo: Path) -> None:
