@@ -77,7 +77,7 @@ def functional_graph(program: ExportedProgram) -> fx.GraphModule:
             module.graph.erase_node(node)
         if node.op == "get_attr" and isinstance(_attribute(module, str(node.target)), nn.Module):
             raise ReparamError(
-                f"The program holds a region of its own ({node.target}): control flow, autocast or a switch of gradients.",
+                f"The program holds a region of its own ({node.target}): control flow, autocast or a gradient switch.",
                 remedy="Remove torch.cond, torch.autocast and torch.no_grad from forward().",
             )
     # What nothing reads any more must not count as a reader.
