@@ -259,16 +259,22 @@ def test_zeros_padded_after_a_shift_are_left_alone_and_the_other_branches_still_
             lambda m, x: m.a(x) + m.wide(x), {"add": 1, "conv2d": 2}, "more multiply-accumulates",
         ),
         (lambda m, x: m.a(x) + m.wide(x) + m.b(x), {"add": 1, "conv2d": 2}, ""),
+        # Kernels of four times the weights.
+        (
+            lambda m, x: functional.avg_pool2d(m.c(x), 2) + functional.avg_pool2d(m.d(x), 2),
+            {"add": 1, "avg_pool2d": 2, "conv2d": 2}, "",
+        ),
         (lambda m, x: m.a(x) * m.b(x), {"mul": 1, "conv2d": 2}, ""),
         (lambda m, x: m.a(x) + x[:, :, :1], {"add": 1, "conv2d": 1, "slice": 2}, ""),
         (lambda m, x: m.a(x) + x.mean((2, 3), keepdim=True), {"add": 1, "conv2d": 1, "mean": 1}, ""),
     ],
-    ids=["shared", "second user", "non-linear", "pooling", "dilated", "the rest", "product", "slice", "broadcast"],
+    ids=["shared", "second user", "non-linear", "pooling", "dilated", "the rest", "weights", "product", "slice", "broadcast"],
 )  # fmt: skip
 def test_what_may_not_be_merged_stays(run: Any, operators: dict[str, int], reason: str) -> None:
     net = Forward(
-        run, a=conv_bn(6, 6, 3, padding=1), b=conv_bn(6, 6, 3, padding=1), wide=conv_bn(6, 6, 3, padding=3, dilation=3)
-    )
+        run, a=conv_bn(6, 6, 3, padding=1), b=conv_bn(6, 6, 3, padding=1), wide=conv_bn(6, 6, 3, padding=3, dilation=3),
+        c=conv_bn(6, 6, 1), d=conv_bn(6, 6, 1),
+    )  # fmt: skip
     fused = fuse(ready(net))
     assert fused.after.operators == operators
     assert reason in reasons(fused)
