@@ -67,7 +67,7 @@ class _Search:
                     self._terms[node] = terms
         rewrites = tuple(reversed(self._live_rewrites()))
         left = [LeftAlone(self._around.place(node), reason) for node, reason in self._reasons.items()]
-        return Plan(rewrites, tuple(left))
+        return Plan(rewrites, tuple(dict.fromkeys(left)))
 
     def _value(self, node: fx.Node, operator: Operator) -> list[Term] | None:
         if isinstance(operator, Layer):

@@ -46,7 +46,8 @@ class Evaluation(fx.Interpreter):
         try:
             with torch.no_grad():
                 values = self.compute(output.all_input_nodes, given)
-        except RuntimeError as error:
+        # Operators answer inputs that do not fit with any error.
+        except Exception as error:
             raise ReparamError(
                 f"The program does not run in float64 on {[tuple(x.shape) for x in inputs]}: {first_line(error)}",
                 remedy="Check the input shape; every operator must run in float64 on the CPU.",

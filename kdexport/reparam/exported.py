@@ -75,9 +75,23 @@ def functional_graph(program: ExportedProgram) -> fx.GraphModule:
         # Guards repeat the shapes that the program is exported for, and asserts the types: a re-export sets both again.
         if node.op == "call_module" or node.target is _ATEN._assert_tensor_metadata.default:
             module.graph.erase_node(node)
+        if node.op == "get_attr" and isinstance(_attribute(module, str(node.target)), nn.Module):
+            raise ReparamError(
+                f"The program holds a region of its own ({node.target}): control flow, autocast or a gradient switch.",
+                remedy="Remove torch.cond, torch.autocast and torch.no_grad from forward().",
+            )
+    # What nothing reads any more must not count as a reader.
+    module.graph.eliminate_dead_code()
     module.recompile()
     _positional_inputs(program, module)
     return module
+
+
+def _attribute(module: nn.Module, path: str) -> Any:
+    value: Any = module
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
 
 
 def _drop_mutation(graph: fx.Graph) -> bool:

@@ -19,7 +19,7 @@ from kdexport.backends.ort import import_onnxruntime
 from kdexport.cli import app
 from kdexport.graph.audit import operator_counts
 from kdexport.reparam import parallel, paths
-from tests.conftest import Outcome, run_command
+from tests.conftest import Outcome
 from tests.kdexport.hostile import relative_difference
 from tests.kdexport.reparam.foreign import Diverse, MobileOne, RepVgg, ready, whole_net
 
@@ -49,7 +49,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     yield tmp_path
-    for name in ("shelf", "broken_shelf"):
+    for name in ("shelf", "broken_shelf", "net"):
         sys.modules.pop(name, None)
 
 
@@ -314,12 +314,12 @@ def test_a_pt2_file_takes_no_shape(archive: Path, fuse: Fuse, folder: Path) -> N
     assert "Leave --input out" in done.stderr
 
 
-def test_the_example_of_the_documentation_runs(tmp_path: Path) -> None:
+def test_the_example_of_the_documentation_runs(folder: Path, fuse: Fuse) -> None:
     text = (Path(__file__).parents[3] / "docs" / "bring-your-own.md").read_text()
     (source,) = re.findall(r"```python\n# net\.py\n(.*?)```", text, flags=re.DOTALL)
-    (command,) = re.findall(r"```sh\nkdexport (.*?)\n```", text, flags=re.DOTALL)
-    (tmp_path / "net.py").write_text(source)
-    done = run_command(*command.split(), cwd=tmp_path)
+    (command,) = re.findall(r"```sh\nkdexport fuse (.*?)\n```", text, flags=re.DOTALL)
+    (folder / "net.py").write_text(source)
+    done = fuse(*command.split())
     assert done.exit_code == 0, done.stderr
     assert "3 branches: 2 convolutions + 3 batch norms" in done.stdout
     (snippet,) = re.findall(r"In Python:\n\n```python\n(.*?)```", text, flags=re.DOTALL)
