@@ -268,7 +268,7 @@ def test_zeros_padded_after_a_shift_are_left_alone_and_the_other_branches_still_
         (lambda m, x: m.a(x) + x[:, :, :1], {"add": 1, "conv2d": 1, "slice": 2}, ""),
         (lambda m, x: m.a(x) + x.mean((2, 3), keepdim=True), {"add": 1, "conv2d": 1, "mean": 1}, ""),
     ],
-    ids=["shared", "reader", "non-linear", "pooling", "dilated", "the rest", "weights", "product", "slice", "broadcast"],
+    ids=["shared", "reader", "relu", "pooling", "dilated", "the rest", "weights", "product", "slice", "broadcast"],
 )  # fmt: skip
 def test_what_may_not_be_merged_stays(run: Any, operators: dict[str, int], reason: str) -> None:
     net = Forward(
