@@ -83,10 +83,24 @@ class BatchNormAndPad(nn.Module):
         return y
 
 
+class BatchNormLiftedAndPad(BatchNormAndPad):
+    """The same border without a slice: the value is taken out before zeros are padded, and added again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bn = self.bn
+        mean, variance = cast(Tensor, bn.running_mean), cast(Tensor, bn.running_var)
+        value = (bn.bias.detach() - mean * bn.weight.detach() / torch.sqrt(variance + bn.eps)).view(1, -1, 1, 1)
+        return functional.pad(bn(x) - value, [self.width] * 4) + value
+
+
+_BORDERS = {"shift": BatchNormAndPad, "lifted": BatchNormLiftedAndPad}
+
+
 class Diverse(nn.Module):
     """kxk, 1x1, 1x1 then kxk, 1x1 then average pooling (DBB, Ding et al., CVPR 2021).
 
-    ``border`` chooses how the padding between is written: in place, before the 1x1 layer, or wrongly, with zeros.
+    ``border`` chooses how the padding between is written: in place, by lifting the batch norm, before the 1x1 layer, or
+    wrongly, with zeros.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1, border: str = "shift") -> None:
@@ -95,10 +109,10 @@ class Diverse(nn.Module):
         self.point = conv_bn(inputs, outputs, 1, stride=stride)
         self.border = border
         self.squeeze = nn.Conv2d(inputs, inputs, 1, bias=False)
-        self.middle: nn.Module = BatchNormAndPad(inputs, 1) if border == "shift" else nn.BatchNorm2d(inputs)
+        self.middle: nn.Module = _BORDERS[border](inputs, 1) if border in _BORDERS else nn.BatchNorm2d(inputs)
         self.expand = conv_bn(inputs, outputs, 3, stride=stride)
         self.before_pool = nn.Conv2d(inputs, outputs, 1, bias=False)
-        self.pool_middle: nn.Module = BatchNormAndPad(outputs, 1) if border == "shift" else nn.BatchNorm2d(outputs)
+        self.pool_middle: nn.Module = _BORDERS[border](outputs, 1) if border in _BORDERS else nn.BatchNorm2d(outputs)
         self.pool = nn.Sequential(nn.AvgPool2d(3, stride), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,7 +125,7 @@ class Diverse(nn.Module):
         return cast(Tensor, self.expand(functional.pad(y, [1] * 4) if self.border == "zeros" else y))
 
     def _pooled(self, x: Tensor) -> Tensor:
-        if self.border != "shift":
+        if self.border not in _BORDERS:
             x = functional.pad(x, [1] * 4)
         return cast(Tensor, self.pool(self.pool_middle(self.before_pool(x))))
 

@@ -65,6 +65,7 @@ def reasons(fused: FusedProgram) -> str:
         (Asymmetric(6, 8), "silu"),
         (Asymmetric(6, 6, kernel=5, stride=2, groups=6), "silu"),
         (Diverse(6, 6, stride=2), "relu"),
+        (Diverse(6, 8, border="lifted"), "relu"),
         (Diverse(6, 8, border="before"), "relu"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
