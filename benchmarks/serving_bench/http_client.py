@@ -46,7 +46,7 @@ class Connection:
         # A server may answer before it has read the body: reading and writing go on at the same time.
         sending = asyncio.ensure_future(_send(writer, data))
         try:
-            answer = await asyncio.wait_for(_read(reader), timeout_s)
+            answer = await asyncio.wait_for(_read(reader, bodiless=data.startswith(b"HEAD ")), timeout_s)
         except TimeoutError:
             answer = Answer("late")
         except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, ValueError):
@@ -72,11 +72,13 @@ async def _send(writer: asyncio.StreamWriter, data: bytes) -> None:
         await writer.drain()
 
 
-async def _read(reader: asyncio.StreamReader) -> Answer:
+async def _read(reader: asyncio.StreamReader, *, bodiless: bool) -> Answer:
     status, fields = await _head(reader)
     while 100 <= status < 200:
         status, fields = await _head(reader)
-    if fields.get("transfer-encoding", "").lower() == "chunked":
+    if bodiless or status in (204, 304):
+        body = b""
+    elif fields.get("transfer-encoding", "").lower() == "chunked":
         parts = []
         while size := int(await reader.readuntil(b"\r\n"), 16):
             parts.append((await reader.readexactly(size + 2))[:-2])

@@ -1,7 +1,4 @@
-"""Slow headers, slow bodies and slow readers on many connections, with health probes from a process of their own.
-
-python slow.py probe PORT SECONDS
-"""
+"""Slow headers, slow bodies and slow readers on many connections, with health probes from a process of their own."""
 
 import asyncio
 import contextlib
@@ -10,7 +7,6 @@ import resource
 import subprocess
 import sys
 import time
-import urllib.request
 from pathlib import Path
 
 from serving_bench.http_client import encode
@@ -20,6 +16,8 @@ from serving_bench.records import Records
 from serving_bench.servers import Arm
 
 MODES = ("header", "body", "reader")
+_LONG_ANSWER = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n"
+_PROBE = Path(__file__).with_name("probe.py")
 
 
 def slow(arm: Arm, records: Records, *, connections: int, seconds: float, logs: Path) -> None:
@@ -30,7 +28,7 @@ def slow(arm: Arm, records: Records, *, connections: int, seconds: float, logs: 
         with running(arm.command, logs / "slow.log", descriptors=1024) as server:
             payload = arm.payloads["FP32 binary"]()
             probe = subprocess.Popen(
-                [sys.executable, __file__, "probe", str(server.port), str(seconds)], stdout=subprocess.PIPE, text=True
+                [sys.executable, str(_PROBE), str(server.port), str(seconds)], stdout=subprocess.PIPE, text=True
             )
             opened = asyncio.run(_attack(mode, server.port, payload, connections, seconds))
             out, _ = probe.communicate(timeout=seconds + 60)
@@ -73,9 +71,9 @@ async def _trickle(
     head = data.index(b"\r\n\r\n") + 4
     position = 1 if mode == "header" else head
     if mode == "reader":
-        # Many whole requests and never a look at the answers.
+        # Small requests with long answers, ten at a time, and never a look at what comes back.
         while time.monotonic() < deadline and not writer.is_closing():
-            writer.write(data)
+            writer.write(_LONG_ANSWER * 10)
             await asyncio.wait_for(writer.drain(), max(0.1, deadline - time.monotonic()))
             await asyncio.sleep(1)
         return
@@ -86,20 +84,3 @@ async def _trickle(
         await asyncio.sleep(1)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(reader.read(1024), 0.01)
-
-
-def _probe(port: int, seconds: float) -> dict[str, int]:
-    deadline = time.monotonic() + seconds
-    probes = answered = 0
-    while time.monotonic() < deadline:
-        started = time.monotonic()
-        probes += 1
-        url = f"http://127.0.0.1:{port}/v2/health/live"
-        with contextlib.suppress(OSError, ValueError), urllib.request.urlopen(url, timeout=2) as reply:
-            answered += reply.status == 200
-        time.sleep(max(0.0, 0.25 - (time.monotonic() - started)))
-    return {"probes": probes, "answered": answered}
-
-
-if __name__ == "__main__":
-    print(json.dumps(_probe(int(sys.argv[2]), float(sys.argv[3]))))
