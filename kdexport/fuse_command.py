@@ -119,6 +119,8 @@ def show(fused: "FusedProgram", out: Path) -> None:
     )
     console.print(costs)
     console.print()
+    for hazard in fused.certificate.hazards:
+        console.print(f"Warning: {hazard}", soft_wrap=True)
     error, limit = fused.certificate.whole_relative_error, fused.certificate.limit
     console.print(f"Verdict: the whole differs by {error:.1e} of its largest output in float64 (up to {limit:.0e}).")
     console.print(f"Written: {out}  ({PROGRAM}, {MODEL}, {CERTIFICATE})", soft_wrap=True)

@@ -35,25 +35,26 @@ class Hazard:
         return f"{self.layer}: {self.kind}, {self.detail}"
 
 
-def dead_channels(name: str, batch_norm: _BatchNorm) -> list[Hazard]:
+def dead_channels(name: str, variance: Tensor | None, gain: Tensor | None, epsilon: float) -> list[Hazard]:
     """Channels whose variance is near zero while their gain is not: the epsilon, not the data, sets their scale.
+
+    ``variance`` and ``gain`` are a batch norm's, (C,); without one of them there is nothing to say.
 
     Such a channel is almost constant on the training data; its folded weights are gamma / sqrt(var + eps) times the
     trained ones, so that one row dwarfs the others and the least change of its input becomes a large output.
     """
-    variance = batch_norm.running_var
-    if variance is None or batch_norm.weight is None:
+    if variance is None or gain is None:
         return []
-    variance, gain = variance.detach().double(), batch_norm.weight.detach().double().abs()
-    share = batch_norm.eps / (variance + batch_norm.eps)
+    variance, gain = variance.detach().double(), gain.detach().double().abs()
+    share = epsilon / (variance + epsilon)
     dead = (share >= EPSILON_SHARE) & (gain > GAIN_SHARE * gain.median())
     if not dead.any():
         return []
-    scale = gain / torch.sqrt(variance + batch_norm.eps)
+    scale = gain / torch.sqrt(variance + epsilon)
     worst = int(torch.where(dead, scale, -1.0).argmax())
     detail = (
         f"{int(dead.sum())} of {dead.numel()} channels; channel {worst} has variance {variance[worst]:.1e}, epsilon "
-        f"{batch_norm.eps:.0e} and gain {gain[worst]:.2g}: its weights grow by {scale[worst]:.0f}, the median "
+        f"{epsilon:.0e} and gain {gain[worst]:.2g}: its weights grow by {scale[worst]:.3g}, the median "
         f"channel's by {scale.median():.2g}"
     )
     return [
@@ -98,7 +99,7 @@ def find_hazards(original: nn.Module, fused: nn.Module, layers: dict[str, tuple[
     hazards: list[Hazard] = []
     for name, module in original.named_modules():
         if isinstance(module, _BatchNorm):
-            hazards += dead_channels(name, module)
+            hazards += dead_channels(name, module.running_var, module.weight, module.eps)
     for name, sources in layers.items():
         weight = fused.get_submodule(name).weight
         trained = (original.get_submodule(source).weight for source in sources)

@@ -67,7 +67,7 @@ def fuse_module(source: nn.Module | ExportedProgram, example_inputs: Sequence[Te
     reference = evaluation.evaluate(inputs)
     before = _size(evaluation)
     plan = find_merges(evaluation)
-    blocks = rewrite(evaluation, plan)
+    blocks, hazards = rewrite(evaluation, plan)
     roundings = settle(module)
     errors = [relative_error(*pair) for pair in zip(evaluation.evaluate(inputs), reference, strict=True)]
     after = _size(evaluation)
@@ -77,6 +77,7 @@ def fuse_module(source: nn.Module | ExportedProgram, example_inputs: Sequence[Te
         input_shape=tuple(inputs[0].shape),
         unfused_parameters=before.parameters,
         fused_parameters=after.parameters,
+        hazards=tuple(hazards),
     )
     certificate.require()
     round_merged(module, roundings)

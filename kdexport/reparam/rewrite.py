@@ -10,7 +10,8 @@ from torch import Tensor, fx
 from kdexport.reparam.certificate import BlockCertificate, hostile_input, relative_error
 from kdexport.reparam.dataflow import Plan, Rewrite, is_rewritten
 from kdexport.reparam.evaluation import Evaluation
-from kdexport.reparam.operators import CONVS, LINEARS, Surroundings, module_paths
+from kdexport.reparam.hazards import Hazard, dead_channels, range_hazards
+from kdexport.reparam.operators import CONVS, LINEARS, NORMS, Surroundings, arguments, module_paths
 from kdexport.reparam.paths import Stage, describe
 from kdexport.reparam.settling import Merged
 
@@ -18,8 +19,8 @@ _ATEN = torch.ops.aten
 _CALLS = (_ATEN.linear.default, _ATEN.conv1d.default, _ATEN.conv2d.default, _ATEN.conv3d.default)
 
 
-def rewrite(evaluation: Evaluation, plan: Plan) -> list[BlockCertificate]:
-    """Carry out ``plan`` in the graph of ``evaluation``, in place; the float64 error of each merged block.
+def rewrite(evaluation: Evaluation, plan: Plan) -> tuple[list[BlockCertificate], list[Hazard]]:
+    """Carry out ``plan`` in the graph of ``evaluation``, in place; the float64 error of each block, and warnings.
 
     New weights are float64 until ``settle``.
     """
@@ -28,7 +29,7 @@ def rewrite(evaluation: Evaluation, plan: Plan) -> list[BlockCertificate]:
         writer.write(item)
     evaluation.graph.eliminate_dead_code()
     evaluation.graph.lint()
-    return writer.blocks
+    return writer.blocks, writer.hazards
 
 
 class _Writer:
@@ -39,6 +40,7 @@ class _Writer:
         self._shapes = dict(evaluation.shapes)
         self._replaced: dict[fx.Node, fx.Node] = {}
         self.blocks: list[BlockCertificate] = []
+        self.hazards: list[Hazard] = []
 
     def write(self, item: Rewrite) -> None:
         if not any(is_rewritten(stage) for path in item.paths for stage in path.stages):
@@ -67,7 +69,21 @@ class _Writer:
         assert isinstance(reference, Tensor)
         error = relative_error(candidate, reference)
         self.blocks.append(BlockCertificate(name=name, kind=describe(stage), relative_error=error))
+        self._warn(stage, name)
         return written
+
+    def _warn(self, stage: Stage, name: str) -> None:
+        constant, trained = self._around.constant, []
+        for node in stage.nodes:
+            given = arguments(node) if node.target in CONVS | LINEARS | NORMS else {}
+            if node.target in NORMS:
+                place = self._paths([node])[0]
+                variance, gain = constant(given["running_var"]), constant(given["weight"])
+                self.hazards += dead_channels(place, variance, gain, given["eps"])
+            elif "weight" in given:
+                trained.append(constant(given["weight"]))
+        if trained:
+            self.hazards += range_hazards(name, stage.conv.weight, trained)
 
     def _given(self, stage: Stage, noise: Tensor) -> dict[fx.Node, Tensor]:
         # What the entry was replaced by is what the old nodes read now.

@@ -409,3 +409,22 @@ def test_weights_are_rounded_once_to_the_type_of_the_original_and_overflow_is_re
     cast(nn.Conv2d, half[0]).weight.data.fill_(50)
     with pytest.raises(ReparamError, match=r"exceeds the range of torch\.float16"):
         fuse_module(half.half(), (torch.zeros(2, 2, 3, 3).half(),))
+
+
+def test_a_merge_warns_of_dead_channels_and_of_the_range_that_they_blow_up() -> None:
+    net = ready(nn.Sequential(RepVgg(6, 6)))
+    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        cast(Tensor, norm.running_var).uniform_(0.4, 1.7)
+    assert fuse(net).certificate.hazards == ()
+    norm = norms[1]
+    path = next(name for name, module in net.named_modules() if module is norm)
+    assert norm.running_var is not None
+    norm.running_var[2] = 1e-11
+    with torch.no_grad():
+        norm.weight[2] = 6.0
+    dead, blown = fuse(net).certificate.hazards
+    assert (dead.layer, dead.kind, dead.measured) == (path, "dead channels", 1)
+    assert "channel 2 has variance 1.0e-11" in dead.detail
+    assert (blown.layer, blown.kind) == ("0", "int8 range")
+    assert blown.measured > 16

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kdexport.reparam import hazards
 from kdexport.reparam.blocks import ParallelBranches
 from kdexport.reparam.fuse import fuse_student
-from kdexport.reparam.hazards import Hazard, dead_channels, range_hazards
+from kdexport.reparam.hazards import Hazard, range_hazards
 from kdexport.students import STUDENTS
 from tests.kdexport.reparam.nets import Net, pair
 
@@ -20,6 +21,10 @@ def batch_norm(variance: list[float], gain: list[float], eps: float = 1e-5) -> n
     with torch.no_grad():
         norm.weight.copy_(torch.tensor(gain))
     return norm
+
+
+def dead_channels(name: str, norm: nn.BatchNorm2d) -> list[Hazard]:
+    return hazards.dead_channels(name, norm.running_var, norm.weight, norm.eps)
 
 
 def weight(*per_channel: float, fill: float = 0.3) -> Tensor:
@@ -114,8 +119,8 @@ def test_a_fold_carries_its_warnings_into_the_certificate() -> None:
 def test_a_dead_channel_in_one_branch_is_named_by_the_branch() -> None:
     norms = [batch_norm([1.0] * 4, [1.0] * 4), batch_norm([1.0, 1e-12, 1.0, 1.0], [1.0] * 4)]
     parallel = ParallelBranches([nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), norm) for norm in norms])
-    hazards = fuse_student(Net(lambda m, x: m.parallel(x), parallel=parallel).eval()).certificate.hazards
-    assert [(h.layer, h.kind) for h in hazards] == [
+    found = fuse_student(Net(lambda m, x: m.parallel(x), parallel=parallel).eval()).certificate.hazards
+    assert [(h.layer, h.kind) for h in found] == [
         ("parallel.branches.1.1", "dead channels"),
         ("parallel", "int8 range"),
     ]
