@@ -267,8 +267,6 @@ def test_the_check_would_notice_any_misspelt_field(name: str) -> None:
 
 
 def test_the_runtime_starts_a_command_whose_options_exist() -> None:
-    if "serve" not in COMMANDS:
-        pytest.skip("kdexport serve is not part of this version")
     (container,) = read("kserve/runtime.yaml")["spec"]["containers"]
     assert container["command"] == ["kdexport", COMMANDS["serve"].name]
     options = {name for parameter in COMMANDS["serve"].params for name in parameter.opts}
@@ -289,9 +287,8 @@ def test_ports_names_and_deadlines_of_the_runtime_agree_with_each_other() -> Non
     assert service["model"]["modelFormat"] == {key: supported[key] for key in ("name", "version")}
     # 5 s of drain and 20 s of grace are the server's defaults.
     assert service["terminationGracePeriodSeconds"] > 25
-    if "serve" in COMMANDS:
-        defaults = {parameter.name: parameter.default for parameter in COMMANDS["serve"].params}
-        assert service["terminationGracePeriodSeconds"] > defaults["drain"] + defaults["grace"]
+    defaults = {parameter.name: parameter.default for parameter in COMMANDS["serve"].params}
+    assert service["terminationGracePeriodSeconds"] > defaults["drain"] + defaults["grace"]
 
 
 def test_the_ray_application_is_the_one_that_lies_beside_its_configuration() -> None:
