@@ -94,8 +94,8 @@ class OutputError(KdexportError):
     code = "KDX202"
     exit_code = 2
     explanation = (
-        "kdexport replaces what it wrote itself (bundles, results of fuse, models in a Triton repository), and only once "
-        "the new one is complete. It does not replace or delete anything else."
+        "kdexport replaces what it wrote itself (bundles, results of fuse, models in a Triton repository), and only "
+        "once the new one is complete. It does not replace or delete anything else."
     )
 
 
