@@ -4,6 +4,8 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
+# Test processes, of one thread each: a file's tests share one, so that what they build is built once or twice.
+JOBS ?= 2
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
 
@@ -32,7 +34,7 @@ types: setup  ## mypy --strict
 	@$(BIN)/mypy
 
 unit: setup  ## pytest
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test: lint types unit  ## Everything that CI checks
 

@@ -32,7 +32,7 @@ from tests.kdexport.reparam.layers import (
 
 SEEDS = st.integers(0, 2**32 - 1)
 DIMS = st.sampled_from([1, 2, 2, 2, 3])
-MANY = settings(max_examples=40, deadline=None, derandomize=True)
+MANY = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 
 
 def padded(branch: nn.Module) -> Convolution:
@@ -148,9 +148,9 @@ def test_a_pointwise_layer_without_shift_may_be_padded_afterwards(seed: int, dim
     )
     second = random_conv(rng, dims, inputs=6, outputs=12, padding_mode="zeros")
     net = hostile(nn.Sequential(first, second), seed)
-    assert_same(
-        compose(from_layer(first), from_layer(second)), net, [tuple(s + 9 for s in size) for size in sizes(rng, dims)]
-    )
+    # A stride of 3 must leave the widest kernel its room.
+    inputs = [tuple(side + 14 for side in size) for size in sizes(rng, dims)]
+    assert_same(compose(from_layer(first), from_layer(second)), net, inputs)
 
 
 @MANY
