@@ -171,6 +171,7 @@ def test_a_decompression_bomb_is_413_at_the_limit(server: Running, encoding: str
         (b"{}", "br", 415),
         (gzip.compress(gzip.compress(b"{}")), "gzip, gzip", 415),
     ],
+    ids=["foreign", "cut", "tail", "two streams", "unknown", "two layers"],
 )
 def test_damaged_and_foreign_encodings_are_refused(server: Running, body: bytes, encoding: str, status: int) -> None:
     refused(server, post(server, body, Content_Encoding=encoding), status)
