@@ -34,7 +34,7 @@ types: setup  ## mypy --strict
 	@$(BIN)/mypy
 
 unit: setup  ## pytest
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 test: lint types unit  ## Everything that CI checks
 

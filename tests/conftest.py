@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 
+#: Files of few tests that take minutes: first, so that no process is left alone with one of them at the end.
+_SLOW_FILES = ("test_pipeline.py", "test_readme.py")
+
 CONFIG = """
 student = "mobilenetv2"
 targets = ["onnx-fp32"]
@@ -36,6 +39,10 @@ sessions = 3
 pairs = 10
 max_slowdown = 0.9
 """
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in _SLOW_FILES)
 
 
 @dataclass(frozen=True)
