@@ -60,7 +60,7 @@ def float32_error(student: Student, fused: FusedStudent) -> float:
 def compare(reference: Path, candidate: Path, sessions: int) -> LatencyResult:
     """Batch 1, one thread, interleaved, a fresh process per session."""
     comparison = Comparison(
-        reference=str(reference), candidate=str(candidate), image_size=SIZE, batch=1, threads=1, pairs=40
+        reference=str(reference), candidate=str(candidate), image_size=SIZE, batch=1, threads=1, pairs=15
     )
     return compare_latency(comparison, max_slowdown=0.02, max_sessions=sessions)
 
