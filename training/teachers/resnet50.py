@@ -85,7 +85,7 @@ class SmallResNet50(Teacher):
             for block in blocks:
                 x = block(x)
             preactivation = _preactivate(last, cast(_Bottleneck, last).shortcut, x)
-        return Stage(functional.relu(preactivation), lambda: preactivation)
+        return Stage.rectified(preactivation)
 
     def predict(self, pooled: Tensor) -> Tensor:
         return cast(Tensor, self.linear(pooled))
@@ -116,7 +116,7 @@ class ResNet50(Teacher):
             for block in blocks:
                 x = block(x)
             preactivation = _preactivate(last, cast(nn.Module | None, last.downsample), x)
-        return Stage(functional.relu(preactivation), lambda: preactivation)
+        return Stage.rectified(preactivation)
 
     def predict(self, pooled: Tensor) -> Tensor:
         return cast(Tensor, self.fc(pooled))

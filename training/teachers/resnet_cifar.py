@@ -72,7 +72,7 @@ class ResNetCifar(Teacher):
             for block in blocks:
                 x = block(x)
             preactivation = cast(_BasicBlock, last).preactivate(x)
-        return Stage(functional.relu(preactivation), lambda: preactivation)
+        return Stage.rectified(preactivation)
 
     def predict(self, pooled: Tensor) -> Tensor:
         return cast(Tensor, self.fc(pooled))

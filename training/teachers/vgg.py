@@ -69,7 +69,7 @@ class SmallVgg(Teacher):
         if 0 < index <= self._poolings:
             x = functional.max_pool2d(x, 2, ceil_mode=True)
         preactivation = self.get_submodule(f"block{index}")(x)
-        return Stage(functional.relu(preactivation), lambda: preactivation)
+        return Stage.rectified(preactivation)
 
     def predict(self, pooled: Tensor) -> Tensor:
         return cast(Tensor, self.classifier(pooled))
