@@ -17,6 +17,11 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
+    @classmethod
+    def model_of(cls, data: Mapping[str, Any]) -> type["Settings"]:  # noqa: ARG003
+        """The model that reads ``data``: this one, unless a key of it chooses among several."""
+        return cls
+
 
 class ExportSettings(Settings):
     """``[export]``: the ONNX graph and the shapes that an engine is built for."""
@@ -82,24 +87,28 @@ def parse(model: type[M], data: Mapping[str, Any], source: str) -> M:
     try:
         return model.model_validate(dict(data))
     except ValidationError as error:
-        problems = [_problem(model, item["type"], item["loc"], item["msg"], item["input"]) for item in error.errors()]
+        problems = [
+            _problem(model, data, item["type"], item["loc"], item["msg"], item["input"]) for item in error.errors()
+        ]
         raise ConfigError(
             f"{source}: {problems[0]}" if len(problems) == 1 else f"{source}:\n  " + "\n  ".join(problems),
             remedy="Correct the file or the option; nothing was started.",
         ) from None
 
 
-def _problem(model: type[BaseModel], kind: str, location: tuple[int | str, ...], text: str, value: Any) -> str:
+def _problem(
+    model: type[BaseModel], data: Any, kind: str, location: tuple[int | str, ...], text: str, value: Any
+) -> str:
     key = ".".join(str(part) for part in location)
     if kind == "extra_forbidden":
-        known = _fields_at(model, location[:-1])
+        known = _fields_at(model, data, location[:-1])
         return f"unknown key {key!r}. {nearest(str(location[-1]), known)}" if known else f"unknown key {key!r}."
     if kind == "missing":
         return f"the key {key!r} is missing."
     return f"{key} = {value!r} ({type(value).__name__}): {text[:1].lower()}{text[1:]}."
 
 
-def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+def _fields_at(model: type[BaseModel], data: Any, location: tuple[int | str, ...]) -> list[str]:
     current: Any = model
     for part in location:
         field = current.model_fields.get(str(part)) if isinstance(part, str) else None
@@ -111,6 +120,9 @@ def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[
         )
         if current is None:
             return []
+        data = data.get(part) if isinstance(data, Mapping) else None
+        if issubclass(current, Settings) and isinstance(data, Mapping):
+            current = current.model_of(data)
     return list(current.model_fields)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -16,7 +16,16 @@ from training.recipe import DataSettings
 #: Decoded sets up to this size live on the device; larger ones are streamed from their files.
 _RESIDENT_BYTES = 4 * 2**30
 
-Batch = tuple[Tensor, Tensor]
+#: Normalised images (B,3,S,S) and their classes (B,).
+Labelled = tuple[Tensor, Tensor]
+
+
+class Batch(NamedTuple):
+    """Normalised images (B,3,S,S), their classes (B,) and their places in the training set (B,)."""
+
+    images: Tensor
+    labels: Tensor
+    samples: Tensor
 
 
 def preprocessing_of(settings: DataSettings) -> Preprocessing:
@@ -36,7 +45,7 @@ class Batches(Protocol):
     steps: int
 
     def epoch(self, index: int) -> Iterator[Batch]:
-        """Normalised images (B,3,S,S) and labels (B,) of epoch ``index``, on the device."""
+        """The batches of epoch ``index``, on the device."""
 
 
 class Normaliser:
@@ -87,7 +96,8 @@ class ResidentBatches:
         for step in range(self.steps):
             share = slice(step * self._batch_size + self._rank, (step + 1) * self._batch_size, self._world)
             chosen = order[share]
-            yield self._normalise(self._crop(chosen, offsets[share], flips[share])), self._labels[chosen]
+            images = self._normalise(self._crop(chosen, offsets[share], flips[share]))
+            yield Batch(images, self._labels[chosen], chosen)
 
     def _crop(self, chosen: Tensor, offsets: Tensor, flips: Tensor) -> Tensor:
         span = torch.arange(self._size, device=chosen.device)
@@ -132,7 +142,9 @@ class StreamedBatches:
                 if step + 1 < self.steps:
                     pending = [pool.submit(self._augmented, int(i), index) for i in shares[step + 1]]
                 pixels = torch.from_numpy(np.stack([item.result() for item in ready])).permute(0, 3, 1, 2)
-                yield self._normalise(pixels.to(self._device)), self._labels[share].to(self._device)
+                samples = torch.from_numpy(share)
+                labels = self._labels[samples].to(self._device)
+                yield Batch(self._normalise(pixels.to(self._device)), labels, samples.to(self._device))
 
     def _augmented(self, sample: int, epoch: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
         from PIL import Image
@@ -218,7 +230,7 @@ class EvaluationBatches:
         small = is_resident(images, settings)
         self._pixels = decode_all(images, self._preprocessing) if small else None
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Labelled]:
         for start in range(0, len(self._images), self._batch_size):
             indices = range(start, min(start + self._batch_size, len(self._images)))
             if self._pixels is None:

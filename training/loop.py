@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kdexport.errors import TrainingError
 from kdexport.students import Tapped
-from training.data import Batch, Batches, epoch_generator
+from training.data import Batches, Labelled, epoch_generator
 from training.distillers.distiller import StepContext
 from training.progress import EpochProgress
 from training.recipe import TrainSettings
@@ -36,11 +36,12 @@ class Run:
     directory: Path
     title: str
     settings: TrainSettings
-    num_branches: int
+    #: Branched layers, and the branches of each.
+    branches: tuple[int, int]
     task: nn.Module
     network: nn.Module
     batches: Batches
-    evaluation: Iterable[Batch]
+    evaluation: Iterable[Labelled]
     teach: Teach
 
 
@@ -55,7 +56,7 @@ def learning_rate(settings: TrainSettings, epoch: float) -> float:
 
 
 @torch.no_grad()
-def top1(network: nn.Module, batches: Iterable[Batch]) -> float:
+def top1(network: nn.Module, batches: Iterable[Labelled]) -> float:
     """Share of images whose largest logit is their label, in evaluation mode; the mode is put back."""
     was_training = network.training
     network.eval()
@@ -115,19 +116,18 @@ def _epoch(
     settings, steps = job.settings, job.batches.steps
     # Dropout draws from the global generator: seeded per epoch, a resumed run draws the same.
     torch.manual_seed(settings.seed * 1_000_003 + epoch)
-    orders = (
-        torch.rand(steps, job.num_branches, generator=epoch_generator(settings.seed + 1, epoch)).argsort(1).tolist()
-    )
+    drawn = torch.rand(steps, *job.branches, generator=epoch_generator(settings.seed + 1, epoch))
+    orders = drawn.argsort(2).to(accelerator.device)
+    positions = (epoch + torch.arange(steps, dtype=torch.float64) / steps).float().to(accelerator.device)
     sums: dict[str, Tensor] = {}
     started = time.monotonic()
     task.train()
-    for step, (images, labels) in enumerate(job.batches.epoch(epoch)):
-        position = epoch + step / steps
+    for step, batch in enumerate(job.batches.epoch(epoch)):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(settings, position)
-        context = StepContext(epoch=position, order=tuple(orders[step]))
+            group["lr"] = learning_rate(settings, epoch + step / steps)
+        context = StepContext(epoch=positions[step], orders=orders[step], labels=batch.labels, samples=batch.samples)
         with accelerator.autocast():
-            losses = task(images, labels, job.teach(images), context).losses
+            losses = task(batch.images, job.teach(batch.images), context).losses
         optimizer.zero_grad(set_to_none=True)
         accelerator.backward(torch.stack(list(losses.values())).sum())
         optimizer.step()

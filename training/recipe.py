@@ -10,10 +10,9 @@ from kdexport.config import Settings, parse, read_toml
 from kdexport.data import DatasetSpec, dataset_spec
 from kdexport.errors import ConfigError
 from kdexport.registry import nearest
+from training.methods import AnyDistiller, KDiffusionSettings, NonNegative, Positive
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class DataSettings(Settings):
@@ -59,29 +58,6 @@ class StudentSettings(Settings):
     name: str
 
 
-class DistillerSettings(Settings):
-    """``[distiller]``: the method and each of its open choices."""
-
-    name: str = "kdiffusion"
-    placement: Literal["R1", "R2"] = "R1"
-    #: ``single`` branches the last stage, ``multi`` every stage that has a partner in the teacher.
-    layers: Literal["single", "multi"] = "single"
-    num_branches: Annotated[int, Field(ge=1, le=16)] = 4
-    schedule: Literal["cosine", "ddpm_linear", "linear"] = "cosine"
-    permutation: Literal["shuffle", "fixed", "expected"] = "shuffle"
-    trajectory: Literal["shared_noise", "marginal"] = "shared_noise"
-    standardise_teacher: bool = True
-    #: Weight of the diffusion loss beside cross-entropy, reached after ``ramp_epochs``.
-    weight: NonNegative = 4.0
-    ramp_epochs: NonNegative = 20.0
-
-    @model_validator(mode="after")
-    def _has_a_closed_form(self) -> "DistillerSettings":
-        if self.permutation == "expected" and self.trajectory == "marginal":
-            raise ValueError("permutation 'expected' has a closed form for trajectory 'shared_noise' only")
-        return self
-
-
 class TrainSettings(Settings):
     """``[train]``: the optimiser and its schedule; the defaults are the CRD protocol for mobile students."""
 
@@ -107,7 +83,7 @@ class Recipe(Settings):
     data: DataSettings
     teacher: TeacherSettings
     student: StudentSettings
-    distiller: DistillerSettings = DistillerSettings()
+    distiller: AnyDistiller = KDiffusionSettings()
     train: TrainSettings = TrainSettings()
 
 

@@ -44,16 +44,17 @@ class BranchTaps:
 
 
 class DistillationTask(nn.Module):
-    """Student and distiller: cross-entropy on the mean of the branches plus the distiller's losses."""
+    """Student and distiller: weighted cross-entropy on the mean of the branches plus the distiller's losses."""
 
     def __init__(self, student: Classifier, distiller: Distiller, layers: Mapping[str, ParallelBranches]) -> None:
         super().__init__()
         self.student, self.distiller = student, distiller
         self._taps = BranchTaps(layers)
 
-    def forward(self, images: Tensor, labels: Tensor, teacher: Tapped, step: StepContext) -> StepResult:
+    def forward(self, images: Tensor, teacher: Tapped, step: StepContext) -> StepResult:
         tapped = self.student.tapped(images)
-        losses = {"cross_entropy": functional.cross_entropy(tapped.logits.float(), labels)}
+        entropy = functional.cross_entropy(tapped.logits.float(), step.labels)
+        losses = {"cross_entropy": self.distiller.settings.cross_entropy * entropy}
         losses.update(self.distiller(tapped, self._taps.take(), teacher, step))
         return StepResult(losses, tapped.logits)
 
@@ -65,9 +66,9 @@ class SupervisedTask(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, images: Tensor, labels: Tensor, _teacher: None, _step: StepContext) -> StepResult:
+    def forward(self, images: Tensor, _teacher: None, step: StepContext) -> StepResult:
         logits = self.network(images)
-        return StepResult({"cross_entropy": functional.cross_entropy(logits.float(), labels)}, logits)
+        return StepResult({"cross_entropy": functional.cross_entropy(logits.float(), step.labels)}, logits)
 
 
 class FrozenTeacher:

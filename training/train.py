@@ -73,7 +73,7 @@ def train_teacher(recipe: Recipe, directory: Path) -> Metrics:
         directory=directory,
         title=f"teacher {recipe.teacher.name}",
         settings=settings,
-        num_branches=1,
+        branches=(0, 1),
         task=SupervisedTask(teacher),
         network=teacher,
         batches=_batches(train, recipe, accelerator),
@@ -109,8 +109,9 @@ def train_student(recipe: Recipe, directory: Path, origin: Origin) -> Metrics:
     distiller = DISTILLERS.build(recipe.distiller.name, settings=recipe.distiller, student=student, teacher=teacher)
     branches = type(distiller).branch_spec(recipe.distiller, student, teacher)
     layers = _attach(student, branches)
+    distiller.prepare(torch.from_numpy(train.labels))
     calibration = zip(range(_CALIBRATION_BATCHES), batches.epoch(0), strict=False)
-    distiller.calibrate(frozen(images) for _, (images, _) in calibration)
+    distiller.calibrate(frozen(batch.images) for _, batch in calibration)
     task = DistillationTask(student, distiller, layers).to(device)
     task.to(memory_format=torch.channels_last)
     teacher_top1 = top1(_logits_only(frozen), evaluation)
@@ -118,7 +119,7 @@ def train_student(recipe: Recipe, directory: Path, origin: Origin) -> Metrics:
         directory=directory,
         title=f"student {recipe.student.name}",
         settings=settings,
-        num_branches=recipe.distiller.num_branches,
+        branches=(len(layers), branches.num_branches if branches else 1),
         task=task,
         network=student,
         batches=batches,

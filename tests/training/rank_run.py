@@ -46,7 +46,7 @@ def main(out: Path, kind: str) -> None:
         directory=out,
         title=kind,
         settings=settings,
-        num_branches=1,
+        branches=(0, 1),
         task=SupervisedTask(network),
         network=network,
         batches=batches,

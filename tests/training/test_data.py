@@ -55,7 +55,7 @@ def resident(images: ImageSet, *, seed: int = 5, rank: int = 0, world: int = 1, 
 def collected(batches: Batches, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
     parts = list(batches.epoch(epoch))
     assert len(parts) == batches.steps
-    return torch.cat([images for images, _ in parts]), torch.cat([labels for _, labels in parts])
+    return torch.cat([images for images, _, _ in parts]), torch.cat([labels for _, labels, _ in parts])
 
 
 def every_crop(images: ImageSet, chosen: DataSettings) -> dict[bytes, Origin]:
@@ -165,18 +165,31 @@ def test_processes_together_see_exactly_the_batches_of_one(world: int) -> None:
     whole = list(resident(images).epoch(1))
     shares = [list(resident(images, rank=rank, world=world).epoch(1)) for rank in range(world)]
     assert [len(share) for share in shares] == [len(whole)] * world
-    for step, (pixels, labels) in enumerate(whole):
+    for step, parts in enumerate(whole):
         for rank in range(world):
-            assert torch.equal(shares[rank][step][0], pixels[rank::world])
-            assert torch.equal(shares[rank][step][1], labels[rank::world])
+            for mine, part in zip(shares[rank][step], parts, strict=True):
+                assert torch.equal(mine, part[rank::world])
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_every_image_comes_with_its_place_in_the_set(streamed: bool, tmp_path: Path) -> None:
+    loader = StreamedBatches if streamed else ResidentBatches
+    images = write_gradients(tmp_path, [(110, 100), (97, 140)] * 6) if streamed else noise_images()
+    chosen = settings(image_size=96) if streamed else settings()
+    seen: list[int] = []
+    for batch in loader(images, chosen, batch_size=4, seed=9, device=CPU).epoch(3):
+        assert batch.labels.tolist() == [int(images.labels[place]) for place in batch.samples.tolist()]
+        seen += batch.samples.tolist()
+    assert len(seen) == len(set(seen)) == len(images) // 4 * 4
+    assert seen != sorted(seen)
 
 
 def test_batches_are_channels_last_and_of_the_evaluation_size() -> None:
-    images, labels = next(resident(noise_images()).epoch(0))
+    images, labels, samples = next(resident(noise_images()).epoch(0))
     assert images.shape == (8, 3, SIDE, SIDE)
     assert images.dtype == torch.float32
     assert images.is_contiguous(memory_format=torch.channels_last)
-    assert labels.dtype == torch.int64
+    assert labels.dtype == samples.dtype == torch.int64
 
 
 def test_images_of_another_size_are_resized_before_they_are_cropped(tmp_path: Path) -> None:
@@ -230,7 +243,7 @@ def test_streaming_processes_together_see_exactly_the_batches_of_one(tmp_path: P
         chosen = settings(image_size=96)
         return StreamedBatches(images, chosen, batch_size=4, seed=9, device=CPU, rank=rank, world=world)
 
-    for (whole, labels), (first, some), (second, others) in zip(
+    for (whole, labels, _), (first, some, _), (second, others, _) in zip(
         batches(0, 1).epoch(2), batches(0, 2).epoch(2), batches(1, 2).epoch(2), strict=True
     ):
         assert torch.equal(torch.stack([first, second], 1).flatten(0, 1), whole)

@@ -14,10 +14,11 @@ from kdexport.reparam.blocks import BranchSpec, ParallelBranches, attach_branche
 from kdexport.reparam.fuse import fuse_student
 from kdexport.students import STUDENTS, Student, Tapped
 from tests.kdexport.hostile import relative_difference
+from training.distillers.branched import LayerMatch
 from training.distillers.distiller import StepContext
-from training.distillers.kdiffusion import KDiffusion, LayerMatch
+from training.distillers.kdiffusion import KDiffusion
+from training.methods import KDiffusionSettings
 from training.pairs import paired_stages
-from training.recipe import DistillerSettings
 from training.task import DistillationTask, FrozenTeacher, StepResult
 from training.teachers import TEACHERS, Teacher
 
@@ -25,7 +26,17 @@ CLASSES, SIZE, BRANCHES, WIDTH = 5, 32, 3, 64
 PLACEMENTS = pytest.mark.parametrize("placement", ["R1", "R2"])
 #: A shift before a 1x1 convolution with batch norm is taken out again by the latter: its gradient is rounding noise.
 CANCELLED = "conv.7.bias"
-LATE = StepContext(epoch=99.5, order=(2, 0, 1))
+ORDER = (2, 0, 1)
+
+
+def context(epoch: float = 99.5, order: tuple[int, ...] = ORDER, labels: Tensor | None = None) -> StepContext:
+    """One order for each of three layers."""
+    return StepContext(
+        epoch=torch.tensor(epoch),
+        orders=torch.tensor([order] * 3),
+        labels=torch.zeros(1, dtype=torch.int64) if labels is None else labels,
+        samples=torch.arange(1 if labels is None else len(labels)),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +49,8 @@ class Parts:
     spec: BranchSpec
     task: DistillationTask
 
-    def step(self, images: Tensor, labels: Tensor, context: StepContext = LATE) -> StepResult:
-        return cast(StepResult, self.task(images, labels, self.frozen(images), context))
+    def step(self, images: Tensor, labels: Tensor) -> StepResult:
+        return cast(StepResult, self.task(images, self.frozen(images), context(labels=labels)))
 
 
 def hostile(module: nn.Module, seed: int) -> None:
@@ -56,7 +67,7 @@ def hostile(module: nn.Module, seed: int) -> None:
 
 def assemble(placement: str, **changes: object) -> Parts:
     torch.manual_seed(8)
-    settings = DistillerSettings.model_validate(
+    settings = KDiffusionSettings.model_validate(
         {"placement": placement, "num_branches": BRANCHES, "weight": 2.5, "ramp_epochs": 4.0, **changes}
     )
     teacher = TEACHERS.build("resnet8", num_classes=CLASSES, image_size=SIZE)
@@ -145,11 +156,11 @@ def test_the_loss_is_zero_where_every_bridged_branch_is_the_standardised_teacher
     scale = np.maximum(spread.std((0, 2, 3), ddof=1, keepdims=True), 1e-3)
     target = torch.from_numpy((pooled(feature) - centre) / scale).float()
     exact = hosts_of(target, match(parts.distiller))
-    assert diffusion(parts.distiller, [exact] * BRANCHES, feature, LATE).item() < 1e-9
+    assert diffusion(parts.distiller, [exact] * BRANCHES, feature, context()).item() < 1e-9
     for index in range(BRANCHES):
         branches = [exact] * BRANCHES
         branches[index] = hosts_of(target + 0.1, match(parts.distiller))
-        assert diffusion(parts.distiller, branches, feature, LATE).item() > 1e-4
+        assert diffusion(parts.distiller, branches, feature, context()).item() > 1e-4
 
 
 def test_without_standardisation_the_target_is_the_raw_teacher() -> None:
@@ -157,7 +168,7 @@ def test_without_standardisation_the_target_is_the_raw_teacher() -> None:
     parts.distiller.calibrate([tapped(teacher_features(40, seed=2))])
     feature = teacher_features(7, seed=1)
     exact = torch.from_numpy(pooled(feature)).float()
-    assert diffusion(parts.distiller, [exact] * BRANCHES, feature, LATE).item() < 1e-9
+    assert diffusion(parts.distiller, [exact] * BRANCHES, feature, context()).item() < 1e-9
 
 
 def test_calibration_gives_the_pooled_feature_zero_mean_and_unit_variance() -> None:
@@ -331,7 +342,7 @@ def test_the_diffusion_weight_ramps_up_over_its_epochs(epoch: float, share: floa
     branches = [torch.from_numpy(pooled(teacher_features(4, seed=seed))).float() for seed in range(BRANCHES)]
 
     def loss(distiller: KDiffusion, at: float) -> float:
-        return float(diffusion(distiller, branches, feature, StepContext(epoch=at, order=(1, 2, 0))))
+        return float(diffusion(distiller, branches, feature, context(at, (1, 2, 0))))
 
     full = loss(assemble("R2", ramp_epochs=0.0, weight=1.0).distiller, 0.0)
     assert full > 0.1
@@ -345,7 +356,7 @@ def test_each_permutation_mode_reads_the_order_it_is_named_after() -> None:
     def losses(permutation: str) -> list[float]:
         distiller = assemble("R2", permutation=permutation).distiller
         orders = [(0, 1, 2), (1, 2, 0), (2, 1, 0)]
-        return [float(diffusion(distiller, branches, feature, StepContext(epoch=9, order=o))) for o in orders]
+        return [float(diffusion(distiller, branches, feature, context(9, o))) for o in orders]
 
     shuffled, fixed, expected = losses("shuffle"), losses("fixed"), losses("expected")
     assert len(set(shuffled)) == 3
@@ -388,8 +399,8 @@ def test_stages_are_paired_from_the_deep_end(teacher: str, pairs: list[tuple[str
 
 
 @PLACEMENTS
-def test_several_layers_are_distilled_at_once_and_fold_exactly(placement: str) -> None:
-    settings = DistillerSettings.model_validate(
+def test_several_layers_are_distilled_at_once_and_fold_exactly(placement: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = KDiffusionSettings.model_validate(
         {"placement": placement, "num_branches": BRANCHES, "layers": "multi", "weight": 3.0, "ramp_epochs": 0.0}
     )
     torch.manual_seed(3)
@@ -406,9 +417,14 @@ def test_several_layers_are_distilled_at_once_and_fold_exactly(placement: str) -
     images, labels = batch()
     distiller.calibrate([frozen(images)])
     seen: dict[str, Tensor] = {}
-    for name in layers:
-        distiller.layers[name].register_forward_hook(lambda _m, _i, output, key=name: seen.update({key: output}))
-    result = task(images, labels, frozen(images), LATE)
+    measured = distiller.distance
+
+    def observed(branches: list[Tensor], target: Tensor, step: StepContext, layer: int) -> Tensor:
+        seen[list(layers)[layer]] = measured(branches, target, step, layer)
+        return seen[list(layers)[layer]]
+
+    monkeypatch.setattr(distiller, "distance", observed)
+    result = task(images, frozen(images), context(labels=labels))
     mean = sum(seen.values(), torch.zeros(())) / 3
     torch.testing.assert_close(result.losses["diffusion"], 3.0 * mean)
     result.losses["diffusion"].backward()

@@ -18,7 +18,7 @@ from kdexport.checkpoint import load_student, open_checkpoint
 from kdexport.errors import CheckpointError, ConfigError, TrainingError
 from tests.training.tiny import CLASSES, arguments, finish, start, tiny_recipe
 from training.__main__ import app
-from training.data import Batch
+from training.data import Batch, Labelled
 from training.distillers.distiller import StepContext
 from training.loop import Run, learning_rate, run, top1
 from training.recipe import TrainSettings
@@ -40,7 +40,11 @@ class FewBatches:
         generator = torch.Generator().manual_seed(index)
         for _ in range(STEPS):
             points = torch.randn(8, FEATURES, generator=generator).to(DEVICE)
-            yield points, (points.sum(1) > 0).long()
+            yield Batch(points, (points.sum(1) > 0).long(), torch.arange(8))
+
+
+def evaluation_set() -> list[Labelled]:
+    return [(batch.images, batch.labels) for batch in FewBatches().epoch(77)]
 
 
 class LinearTask(nn.Module):
@@ -50,12 +54,12 @@ class LinearTask(nn.Module):
         super().__init__()
         self.network = nn.Linear(FEATURES, 2)
         self.breaks_at = breaks_at
-        self.seen: list[tuple[float, tuple[int, ...]]] = []
+        self.seen: list[tuple[float, list[list[int]]]] = []
 
-    def forward(self, points: Tensor, labels: Tensor, _feature: Tensor, step: StepContext) -> StepResult:
-        self.seen.append((step.epoch, step.order))
+    def forward(self, points: Tensor, _feature: Tensor, step: StepContext) -> StepResult:
+        self.seen.append((step.epoch.item(), step.orders.tolist()))
         logits = self.network(points)
-        entropy = nn.functional.cross_entropy(logits, labels)
+        entropy = nn.functional.cross_entropy(logits, step.labels)
         if step.epoch >= self.breaks_at:
             entropy = entropy * float("inf")
         return StepResult({"cross_entropy": entropy, "penalty": self.network.weight.square().sum()}, logits)
@@ -71,11 +75,11 @@ def job(directory: Path, task: LinearTask, chosen: TrainSettings) -> Run:
         directory=directory,
         title="linear",
         settings=chosen,
-        num_branches=3,
+        branches=(2, 3),
         task=task,
         network=task.network,
         batches=FewBatches(),
-        evaluation=list(FewBatches().epoch(77)),
+        evaluation=evaluation_set(),
         teach=lambda _: None,
     )
 
@@ -146,7 +150,7 @@ def test_every_epoch_leaves_a_line_and_scalars_of_each_loss(tmp_path: Path) -> N
     assert written == list(history)
     assert set(written[0]) == {"loss/cross_entropy", "loss/penalty", "lr", "top1", "images_per_s"}
     assert [line["lr"] for line in written] == pytest.approx([0.1, 0.1, 0.01, 0.01])
-    assert written[-1]["top1"] == top1(task.network, list(FewBatches().epoch(77)))
+    assert written[-1]["top1"] == top1(task.network, evaluation_set())
     drawn = scalars(tmp_path)
     assert set(drawn) == set(written[0])
     for tag, points in drawn.items():
@@ -157,7 +161,7 @@ def test_every_epoch_leaves_a_line_and_scalars_of_each_loss(tmp_path: Path) -> N
 def test_the_losses_of_an_epoch_are_the_means_over_its_steps(tmp_path: Path) -> None:
     task, chosen = linear(), settings(epochs=1, learning_rate=1e-12)
     expected = [
-        nn.functional.cross_entropy(task.network(points), labels).item() for points, labels in FewBatches().epoch(0)
+        nn.functional.cross_entropy(task.network(points), labels).item() for points, labels, _ in FewBatches().epoch(0)
     ]
     penalty = task.network.weight.square().sum().item()
     (metrics,) = run(job(tmp_path, task, chosen), make_accelerator(chosen))
@@ -170,7 +174,7 @@ def test_a_step_is_sgd_with_momentum_and_weight_decay_on_the_sum_of_the_losses(t
     weight, bias = (p.detach().double().cpu().clone() for p in task.network.parameters())
     velocity = [torch.zeros_like(weight), torch.zeros_like(bias)]
     for epoch, rate in ((0, 0.1), (1, 0.01)):
-        for points, labels in FewBatches().epoch(epoch):
+        for points, labels, _ in FewBatches().epoch(epoch):
             x = points.double().cpu()
             error = torch.softmax(x @ weight.T + bias, 1) - nn.functional.one_hot(labels.cpu(), 2)
             gradients = (error.T @ x / 8 + 2 * weight + 0.05 * weight, error.mean(0) + 0.05 * bias)
@@ -189,9 +193,11 @@ def test_every_step_has_its_place_in_the_epoch_and_a_random_order_of_its_own(tmp
     assert [epoch for epoch, _ in first.seen] == pytest.approx([step / STEPS for step in range(8 * STEPS)])
     assert first.seen == second.seen
     orders = [order for _, order in first.seen]
-    assert all(sorted(order) == [0, 1, 2] for order in orders)
-    assert len(set(orders)) > 3
-    assert any(len(set(orders[start : start + STEPS])) > 1 for start in range(0, len(orders), STEPS))
+    assert all(len(order) == 2 and all(sorted(layer) == [0, 1, 2] for layer in order) for order in orders)
+    assert any(first != second for first, second in orders)
+    distinct = [tuple(order[0]) for order in orders]
+    assert len(set(distinct)) > 3
+    assert any(len(set(distinct[start : start + STEPS])) > 1 for start in range(0, len(orders), STEPS))
     other = linear()
     run(job(tmp_path / "other", other, settings(epochs=8, seed=1)), make_accelerator(chosen))
     assert [order for _, order in other.seen] != orders

@@ -7,19 +7,25 @@ from torch import Tensor, nn
 
 from kdexport.reparam.blocks import BranchSpec
 from kdexport.students import Student, Tapped
-from training.recipe import DistillerSettings
+from training.methods import DistillerSettings
 from training.teachers import Teacher
 
 #: What each branch of a layer wrote, (N,C,H,W), by the name of the student's tap.
 BranchFeatures = dict[str, list[Tensor]]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class StepContext:
-    """``epoch`` in fractions, and ``order``, this step's random permutation of the branches."""
+    """Where a step stands in the training, and what it has drawn; tensors, so that no step waits for the device.
 
-    epoch: float
-    order: tuple[int, ...]
+    ``epoch`` () counts in fractions. ``orders`` (L,m) is a random permutation of the m branches for each of L layers.
+    ``labels`` (N,) are the classes of the batch and ``samples`` (N,) its places in the training set.
+    """
+
+    epoch: Tensor
+    orders: Tensor
+    labels: Tensor
+    samples: Tensor
 
 
 class Distiller(nn.Module):
@@ -28,16 +34,32 @@ class Distiller(nn.Module):
     settings: DistillerSettings
 
     @classmethod
-    def branch_spec(cls, settings: DistillerSettings, student: Student, teacher: Teacher) -> BranchSpec | None:
+    def branch_spec(
+        cls,
+        settings: DistillerSettings,  # noqa: ARG003
+        student: Student,  # noqa: ARG003
+        teacher: Teacher,  # noqa: ARG003
+    ) -> BranchSpec | None:
         """The branches that the student must carry for this method, or None."""
-        raise NotImplementedError
+        return None
 
-    def calibrate(self, teacher_taps: Iterable[Tapped]) -> None:
+    def prepare(self, labels: Tensor) -> None:  # noqa: ARG002
+        """Learn the classes (n,) of all training images, before training and before any state is loaded."""
+        return
+
+    def calibrate(self, teacher_taps: Iterable[Tapped]) -> None:  # noqa: ARG002
         """Fix statistics of the teacher's features from a few batches, before training."""
-        raise NotImplementedError
+        return
 
     def forward(
         self, student: Tapped, branches: BranchFeatures, teacher: Tapped, step: StepContext
     ) -> dict[str, Tensor]:
         """Named scalar losses, weighted, to be added to cross-entropy."""
         raise NotImplementedError
+
+    def scale(self, step: StepContext) -> Tensor:
+        """The weight of the method's loss at this step, (), after its ramp."""
+        settings = self.settings
+        if settings.ramp_epochs == 0:
+            return step.epoch.new_full((), settings.weight)
+        return settings.weight * (step.epoch / settings.ramp_epochs).clamp(max=1.0)

@@ -1,115 +1,34 @@
 """KDiffusion (Yao et al., AAAI 2024): branches walk a diffusion reverse process towards the teacher's feature."""
 
-import math
-from collections.abc import Iterable
-from typing import cast
+from torch import Tensor
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
-
-from kdexport.reparam.blocks import BranchSpec
-from kdexport.students import Student, Tapped
+from kdexport.students import Student
 from training.diffusion import SCHEDULES, Permutation, reverse_process_loss
 from training.distillers import DISTILLERS
-from training.distillers.distiller import BranchFeatures, Distiller, StepContext
-from training.pairs import Pair, paired_stages
-from training.recipe import DistillerSettings
+from training.distillers.branched import BranchedDistiller
+from training.distillers.distiller import StepContext
+from training.methods import KDiffusionSettings
 from training.teachers import Teacher
 
 
-class LayerMatch(nn.Module):
-    """One pair of stages: a shared 1x1 bridge for R1 branches, the teacher's statistics, the reverse process.
+@DISTILLERS.register("kdiffusion")
+class KDiffusion(BranchedDistiller):
+    """Each branch serves one step of the reverse process."""
 
-    R1 branches keep the student's channels and reach the teacher's through the bridge, which is dropped after training;
-    R2 adapters write the teacher's channels themselves.
-    """
+    settings: KDiffusionSettings
+    loss_name = "diffusion"
 
-    teacher_mean: Tensor
-    teacher_std: Tensor
-
-    def __init__(self, settings: DistillerSettings, pair: Pair, *, student_size: int, teacher_size: int) -> None:
-        super().__init__()
-        self.settings = settings
+    def __init__(self, *, settings: KDiffusionSettings, student: Student, teacher: Teacher) -> None:
+        super().__init__(settings=settings, student=student, teacher=teacher)
         self._schedule = SCHEDULES[settings.schedule](settings.num_branches)
-        channels = pair.teacher_channels
-        self._side = min(math.ceil(student_size / pair.student_stride), math.ceil(teacher_size / pair.teacher_stride))
-        self.bridge: nn.Module = nn.Identity()
-        if settings.placement == "R1":
-            conv = nn.Conv2d(pair.student_channels, channels, 1, bias=False)
-            nn.init.kaiming_normal_(conv.weight, nonlinearity="linear")
-            self.bridge = nn.Sequential(conv, nn.BatchNorm2d(channels))
-        self.register_buffer("teacher_mean", torch.zeros(1, channels, 1, 1))
-        self.register_buffer("teacher_std", torch.ones(1, channels, 1, 1))
 
-    def calibrate(self, teacher_features: Iterable[Tensor]) -> None:
-        """Take mean and deviation of each channel from features (N,Ct,H,W)."""
-        features = torch.cat([self._pool(feature.double()).cpu() for feature in teacher_features])
-        variance, mean = torch.var_mean(features, dim=(0, 2, 3), keepdim=True)
-        self.teacher_mean.copy_(mean)
-        # A channel that is always zero after its ReLU has nothing to teach and must not be blown up.
-        self.teacher_std.copy_(variance.sqrt().clamp(min=1e-3))
+    def distance(self, branches: list[Tensor], target: Tensor, step: StepContext, layer: int) -> Tensor:
+        permutation = self._permutation(step, layer)
+        return reverse_process_loss(branches, target, self._schedule, permutation, self.settings.trajectory)
 
-    def forward(self, branch_features: list[Tensor], teacher_feature: Tensor, step: StepContext) -> Tensor:
-        """m branch features (N,C,H,W) and the teacher's (N,Ct,H',W') to the scalar loss."""
-        stacked = torch.stack(branch_features)
-        count, batch = stacked.shape[:2]
-        target = (self._pool(teacher_feature.float()) - self.teacher_mean) / self.teacher_std
-        bridged = cast(Tensor, self.bridge(self._pool(stacked.flatten(0, 1)))).float()
-        features = list(torch.unflatten(bridged, 0, (count, batch)).unbind(0))
-        return reverse_process_loss(features, target, self._schedule, self._permutation(step), self.settings.trajectory)
-
-    def _pool(self, feature: Tensor) -> Tensor:
-        # The larger map is averaged down to the smaller, the convention of AT and VID.
-        return functional.adaptive_avg_pool2d(feature, self._side)
-
-    def _permutation(self, step: StepContext) -> Permutation:
+    def _permutation(self, step: StepContext, layer: int) -> Permutation:
         if self.settings.permutation == "expected":
             return "expected"
-        return step.order if self.settings.permutation == "shuffle" else tuple(range(self.settings.num_branches))
-
-
-@DISTILLERS.register("kdiffusion")
-class KDiffusion(Distiller):
-    """The branches of each layer against the teacher's feature; the loss is the mean over the layers."""
-
-    def __init__(self, *, settings: DistillerSettings, student: Student, teacher: Teacher) -> None:
-        super().__init__()
-        self.settings = settings
-        self._pairs = paired_stages(student, teacher, settings.layers)
-        sizes = {"student_size": student.image_size, "teacher_size": teacher.image_size}
-        self.layers = nn.ModuleDict({pair.student: LayerMatch(settings, pair, **sizes) for pair in self._pairs})
-
-    @classmethod
-    def branch_spec(cls, settings: DistillerSettings, student: Student, teacher: Teacher) -> BranchSpec:
-        pairs = paired_stages(student, teacher, settings.layers)
-        channels = tuple(pair.teacher_channels for pair in pairs) if settings.placement == "R2" else None
-        return BranchSpec(
-            placement=settings.placement,
-            num_branches=settings.num_branches,
-            adapter_channels=channels,
-            layers=tuple(pair.student for pair in pairs),
-        )
-
-    def calibrate(self, teacher_taps: Iterable[Tapped]) -> None:
-        if not self.settings.standardise_teacher:
-            return
-        batches = list(teacher_taps)
-        for pair in self._pairs:
-            self._layer(pair).calibrate(batch.features[pair.teacher] for batch in batches)
-
-    def forward(
-        self,
-        student: Tapped,  # noqa: ARG002
-        branches: BranchFeatures,
-        teacher: Tapped,
-        step: StepContext,
-    ) -> dict[str, Tensor]:
-        losses = [
-            self._layer(pair)(branches[pair.student], teacher.features[pair.teacher], step) for pair in self._pairs
-        ]
-        ramp = min(step.epoch / self.settings.ramp_epochs, 1.0) if self.settings.ramp_epochs > 0 else 1.0
-        return {"diffusion": self.settings.weight * ramp * torch.stack(losses).mean()}
-
-    def _layer(self, pair: Pair) -> LayerMatch:
-        return cast(LayerMatch, self.layers[pair.student])
+        if self.settings.permutation == "fixed":
+            return tuple(range(self.settings.num_branches))
+        return [int(index) for index in step.orders[layer]]

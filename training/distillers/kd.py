@@ -1,0 +1,30 @@
+"""Knowledge distillation (Hinton et al., 2015): the teacher's softened probabilities."""
+
+from torch import Tensor
+
+from kdexport.students import Student, Tapped
+from training.distillers import DISTILLERS
+from training.distillers.distiller import BranchFeatures, Distiller, StepContext
+from training.losses import kd_loss
+from training.methods import KDSettings
+from training.teachers import Teacher
+
+
+@DISTILLERS.register("kd")
+class KD(Distiller):
+    """Divergence of the student's probabilities from the teacher's, both at one temperature."""
+
+    settings: KDSettings
+
+    def __init__(self, *, settings: KDSettings, student: Student, teacher: Teacher) -> None:  # noqa: ARG002
+        super().__init__()
+        self.settings = settings
+
+    def forward(
+        self,
+        student: Tapped,
+        branches: BranchFeatures,  # noqa: ARG002
+        teacher: Tapped,
+        step: StepContext,
+    ) -> dict[str, Tensor]:
+        return {"kd": self.scale(step) * kd_loss(student.logits, teacher.logits, self.settings.temperature)}
