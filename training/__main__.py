@@ -1,4 +1,4 @@
-"""``python -m training``: train a teacher, distil a student, evaluate a checkpoint, print a resolved recipe."""
+"""``python -m training``: train a teacher, distil a student, fill a table of results, evaluate, print a recipe."""
 
 import json
 import sys
@@ -7,9 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kdexport.checkpoint import sha256_file
 from kdexport.console import guarded
-from kdexport.fingerprint import dataset_digest
 from training import REVISION
 from training.recipe import Recipe, load_recipe, merge_overrides, parse_override, recipe_names
 
@@ -24,18 +22,35 @@ TeacherOption = Annotated[
 OutOption = Annotated[Path, typer.Option("--out", help="Run folder: state, metrics, result. Continues what is there.")]
 
 
-def _resolve(recipe: str, overrides: list[str] | None, data: str | None, teacher: str | None) -> Recipe:
+def _tables(overrides: list[str] | None, data: str | None, teacher: str | None) -> dict[str, Any]:
     tables: list[dict[str, Any]] = [parse_override(item) for item in overrides or []]
     if data is not None:
         tables.append({"data": {"root": data}})
     if teacher is not None:
         tables.append({"teacher": {"checkpoint": teacher}})
-    return load_recipe(recipe, merge_overrides(tables))
+    return merge_overrides(tables)
+
+
+def _resolve(recipe: str, overrides: list[str] | None, data: str | None, teacher: str | None) -> Recipe:
+    return load_recipe(recipe, _tables(overrides, data, teacher))
+
+
+def _numbers(text: str) -> list[int]:
+    from kdexport.errors import ConfigError
+
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or len(set(numbers)) < len(numbers) or min(numbers) < 0:
+        raise ConfigError(f"--seeds {text!r} is not a list of different numbers.", remedy="For example --seeds 0,1,2")
+    return numbers
 
 
 @app.command()
 def teacher(recipe: RecipeOption, out: OutOption, set_: SetOption = None, data: DataOption = None) -> None:
     """Train the recipe's teacher."""
+    from training.record import claim, device_name, note_environment
     from training.rehearsal import rehearse
     from training.train import make_accelerator, train_teacher
 
@@ -43,7 +58,9 @@ def teacher(recipe: RecipeOption, out: OutOption, set_: SetOption = None, data: 
     rehearse(resolved)
     accelerator = make_accelerator(resolved.train)
     with accelerator.main_process_first():
-        _claim(out, resolved, "teacher")
+        claim(out, resolved, "teacher")
+    if accelerator.is_main_process:
+        note_environment(out, device_name(), accelerator.num_processes)
     metrics = train_teacher(resolved, out)
     if accelerator.is_main_process:
         sys.stdout.write(json.dumps(metrics) + "\n")
@@ -58,27 +75,34 @@ def train(
     teacher_checkpoint: TeacherOption = None,
 ) -> None:
     """Distil the recipe's student; without teacher weights the teacher is trained first, in the same run."""
-    from training.rehearsal import rehearse
-    from training.train import Origin, make_accelerator, train_student, train_teacher
+    from training.distil import distil
+    from training.train import make_accelerator
 
     resolved = _resolve(recipe, set_, data, teacher_checkpoint)
-    rehearse(resolved)
-    accelerator = make_accelerator(resolved.train)
-    with accelerator.main_process_first():
-        _claim(out, resolved, "student")
-        dataset = dataset_digest(resolved.data.spec(), out / "dataset")
-    if not resolved.teacher.checkpoint:
-        weights = out / "teacher" / "model.safetensors"
-        if not weights.is_file():
-            train_teacher(resolved, out / "teacher")
-        resolved = resolved.model_copy(
-            update={"teacher": resolved.teacher.model_copy(update={"checkpoint": str(weights)})}
-        )
-    checkpoint = Path(resolved.teacher.checkpoint)
-    digest = sha256_file(checkpoint) if checkpoint.is_file() else ""
-    metrics = train_student(resolved, out, Origin(dataset_sha256=dataset, teacher_sha256=digest))
-    if accelerator.is_main_process:
+    metrics = distil(resolved, out)
+    if make_accelerator(resolved.train).is_main_process:
         sys.stdout.write(json.dumps(metrics) + "\n")
+
+
+@app.command()
+def table(
+    recipes: Annotated[list[str], typer.Option("--recipes", help="Names, TOML files, patterns: 'cifar100/*/*'.")],
+    out: Annotated[Path, typer.Option("--out", help="The page to write; a CSV of all runs lies beside it.")],
+    runs: Annotated[Path, typer.Option("--runs", help="Where the runs live; finished ones stay.")] = Path("runs"),
+    seeds: Annotated[str, typer.Option("--seeds", help="Seeds, separated by commas.")] = "0",
+    set_: SetOption = None,
+    data: DataOption = None,
+    teacher_checkpoint: TeacherOption = None,
+    title: Annotated[str, typer.Option("--title")] = "Distillation results",
+    report: Annotated[bool, typer.Option("--report", help="Write the table of what there is; run nothing.")] = False,
+) -> None:
+    """Run or continue every cell of a table, then write it; a cell that was not run says so."""
+    from training.tabulate import tabulate
+
+    tabulate(
+        recipes, out, runs=runs, seeds=_numbers(seeds), overrides=_tables(set_, data, teacher_checkpoint), title=title,
+        run=not report,
+    )  # fmt: skip
 
 
 @app.command()
@@ -131,31 +155,6 @@ def names(kind: Annotated[str, typer.Argument(help="teachers, distillers or reci
     if kind not in known:
         raise UnknownNameError(f"There is no list of {kind!r}.", remedy=nearest(kind, known))
     sys.stdout.write(json.dumps(list(known[kind]())) + "\n")
-
-
-def _claim(out: Path, recipe: Recipe, job: str) -> None:
-    """A run folder belongs to one recipe: continuing it with another would mix two runs."""
-    from kdexport.errors import ConfigError, StorageError
-
-    tables = recipe.model_dump(mode="json")
-    # Places may change between two calls; what lies there is the same by the digests of the caller.
-    tables["data"].update(root="", workers=0)
-    tables["teacher"].update(checkpoint="")
-    described = {"job": job, "recipe": tables}
-    record = out / "recipe.json"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if record.is_file():
-            if json.loads(record.read_text()) == described:
-                return
-            raise ConfigError(
-                f"{out} holds a run of another recipe.", remedy="Pass another --out, or remove the folder."
-            )
-        partial = out / ".recipe.json.partial"
-        partial.write_text(json.dumps(described, indent=2))
-        partial.replace(record)
-    except OSError as error:
-        raise StorageError(f"{out} cannot be written: {error.strerror}.", remedy="Pass another --out.") from error
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Recipes: what is trained, by what, on what, for how long; one TOML file each, resolved without importing torch."""
 
+import difflib
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,7 +10,6 @@ from pydantic import Field, model_validator
 from kdexport.config import Settings, parse, read_toml
 from kdexport.data import DatasetSpec, dataset_spec
 from kdexport.errors import ConfigError
-from kdexport.registry import nearest
 from training.methods import AnyDistiller, KDiffusionSettings, NonNegative, Positive
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -77,6 +77,14 @@ class TrainSettings(Settings):
     teacher_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
 
 
+class Published(Settings):
+    """``[published]``: top-1 in percent that others report, and who; nothing of it acts on the training."""
+
+    teacher: Annotated[float, Field(gt=0, le=100)] | None = None
+    top1: Annotated[float, Field(gt=0, le=100)] | None = None
+    source: str = ""
+
+
 class Recipe(Settings):
     """A training run, complete: the same recipe and data give the same weights on one kind of machine."""
 
@@ -85,15 +93,26 @@ class Recipe(Settings):
     student: StudentSettings
     distiller: AnyDistiller = KDiffusionSettings()
     train: TrainSettings = TrainSettings()
+    published: Published = Published()
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the weights, as JSON values: without places, threads and other people's numbers."""
+        tables = self.model_dump(mode="json", exclude={"published"})
+        # Places may change between two calls; what lies there is the same by the digests of the caller.
+        tables["data"].update(root="", workers=0)
+        tables["teacher"].update(checkpoint="")
+        return tables
 
 
 def recipe_names() -> list[str]:
-    """Recipes that ship with the package."""
-    return sorted(path.name.removesuffix(".toml") for path in _shipped().iterdir() if path.name.endswith(".toml"))
+    """Complete recipes that ship with the package; those of a table's cells are called SET/TEACHER-STUDENT/METHOD."""
+    root = _shipped()
+    names = (path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.toml"))
+    return sorted(name for name in names if not name.startswith(_PARTS))
 
 
 def load_recipe(source: str, overrides: dict[str, Any] | None = None) -> Recipe:
-    """Read a recipe by name or path, its ``extends`` chain first, then apply ``overrides`` (nested tables)."""
+    """Read a recipe by name or path: what it extends, in that order, then itself, then ``overrides`` (nested)."""
     data = _tables(source, ())
     return parse(Recipe, _tuples(_merged(data, overrides or {})), f"recipe {source}")
 
@@ -122,6 +141,10 @@ def merge_overrides(items: list[dict[str, Any]]) -> dict[str, Any]:
     return merged
 
 
+#: Tables that several recipes extend, none of them complete.
+_PARTS = "parts/"
+
+
 def _shipped() -> Path:
     return Path(str(resources.files("training"))) / "recipes"
 
@@ -130,17 +153,30 @@ def _tables(source: str, seen: tuple[str, ...]) -> dict[str, Any]:
     path = Path(source) if source.endswith(".toml") else _shipped() / f"{source}.toml"
     if not path.is_file():
         raise ConfigError(
-            f"There is no recipe {source!r}.", remedy=f"Pass a TOML file or a name. {nearest(source, recipe_names())}"
+            f"There is no recipe {source!r}.",
+            remedy=f"Pass a TOML file or a name; `python -m training names recipes` has all. {_similar(source)}",
         )
     identity = str(path.resolve())
     if identity in seen:
         raise ConfigError(f"Recipe {source!r} extends itself.", remedy=f"Break the chain {' -> '.join(seen)}.")
     data = read_toml(path)
-    base = data.pop("extends", None)
-    if base is None:
-        return data
-    parent = str(path.parent / base) if str(base).endswith(".toml") else str(base)
-    return _merged(_tables(parent, (*seen, identity)), data)
+    bases = data.pop("extends", [])
+    tables: dict[str, Any] = {}
+    for base in [bases] if isinstance(bases, str) else _names(bases, source):
+        parent = str(path.parent / base) if base.endswith(".toml") else base
+        tables = _merged(tables, _tables(parent, (*seen, identity)))
+    return _merged(tables, data)
+
+
+def _names(value: Any, source: str) -> list[str]:
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return value
+    raise ConfigError(f"extends = {value!r} in recipe {source!r}.", remedy="Give one recipe, or a list of them.")
+
+
+def _similar(name: str) -> str:
+    close = difflib.get_close_matches(name, recipe_names(), n=3, cutoff=0.5)
+    return f"Did you mean {' or '.join(close)}?" if close else ""
 
 
 def _merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

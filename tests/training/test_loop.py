@@ -370,7 +370,8 @@ def test_a_run_folder_of_another_recipe_is_refused_and_left_alone(tiny_images: P
     second = runner.invoke(app, arguments(tiny_images, tmp_path / "run", absent, "train.seed=1"))
     assert isinstance(second.exception, ConfigError)
     assert str(second.exception) == (
-        f"{tmp_path / 'run'} holds a run of another recipe.\nPass another --out, or remove the folder."
+        f"{tmp_path / 'run'} holds a run of another recipe, or of code that trains otherwise.\n"
+        "Pass another --out, or remove the folder."
     )
     assert (tmp_path / "run" / "recipe.json").read_bytes() == record
     # The same recipe continues, as far as the missing teacher lets it.

@@ -81,6 +81,7 @@ def test_two_processes_distil_a_student_together_and_one_of_them_writes(tiny_ima
     assert told.count("teacher resnet8: epoch 1/1") == 1
     assert sorted(path.name for path in out.iterdir()) == [
         "dataset",
+        "environment.json",
         "metrics.jsonl",
         "recipe.json",
         "resume.safetensors",

@@ -26,7 +26,9 @@ def refused(source: str, *overrides: str) -> str:
 
 
 def test_the_shipped_recipes_are_whole() -> None:
-    assert recipe_names() == ["cifar100", "digits"]
+    names = recipe_names()
+    assert [name for name in names if "/" not in name] == ["cifar100", "digits"]
+    assert not [name for name in names if name.startswith("parts")]
     cifar100, digits = load_recipe("cifar100"), load_recipe("digits")
     assert (cifar100.teacher.name, cifar100.student.name, cifar100.distiller.name) == (
         "resnet56",
@@ -75,10 +77,80 @@ def test_a_recipe_that_extends_itself_is_refused(tmp_path: Path) -> None:
 
 def test_a_missing_recipe_or_base_is_named_with_the_nearest(tmp_path: Path) -> None:
     assert refused("cifar10") == (
-        "There is no recipe 'cifar10'.\nPass a TOML file or a name. Did you mean cifar100? Known: cifar100, digits."
+        "There is no recipe 'cifar10'.\n"
+        "Pass a TOML file or a name; `python -m training names recipes` has all. Did you mean cifar100?"
     )
     absent = tmp_path / "absent.toml"
     assert f"There is no recipe '{absent}'." in refused(write(tmp_path / "top.toml", 'extends = "absent.toml"\n'))
+
+
+def test_of_several_bases_the_later_one_lies_on_top(tmp_path: Path) -> None:
+    write(tmp_path / "one.toml", 'extends = "digits"\n[train]\nepochs = 2\nseed = 5\n')
+    write(tmp_path / "two.toml", "[train]\nepochs = 3\nbatch_size = 7\n")
+    top = write(tmp_path / "top.toml", 'extends = ["one.toml", "two.toml"]\n[train]\nbatch_size = 9\n')
+    train = load_recipe(top).train
+    assert (train.epochs, train.seed, train.batch_size) == (3, 5, 9)
+
+
+@pytest.mark.parametrize("value", ["3", "[1]", "{a = 1}"])
+def test_bases_that_are_no_names_are_refused(value: str, tmp_path: Path) -> None:
+    message = refused(write(tmp_path / "top.toml", f"extends = {value}\n"))
+    assert "extends = " in message
+    assert "Give one recipe, or a list of them." in message
+
+
+def test_what_identifies_a_run_leaves_out_places_and_published_numbers() -> None:
+    base = load_recipe("cifar100")
+    same = ("data.root=elsewhere", "data.workers=7", "teacher.checkpoint=a.pt", "published.top1=12.5")
+    moved = load_recipe("cifar100", merge_overrides([parse_override(text) for text in same]))
+    assert moved.identity() == base.identity()
+    for text in ("train.seed=1", "distiller.weight=1.5", "data.flip=false", "teacher.name=resnet20"):
+        assert load_recipe("cifar100", parse_override(text)).identity() != base.identity()
+
+
+METHODS = tuple(
+    "at average crd dist dkd kd kdiffusion-multi kdiffusion-single norm ofd plain reviewkd vid".split()  # noqa: SIM905
+)
+PAIRS = {
+    "cifar100": "resnet32x4-shufflenetv1 wrn40_2-shufflenetv1 vgg13-mobilenetv2 resnet50-mobilenetv2 "
+    "resnet32x4-shufflenetv2 resnet56-mobilenetv2",
+    "imagenet100": "swin_t-mobilenetv2 swin_t-mobilenetv3 swin_t-resnet18 swin_t-shufflenetv1 swin_t-shufflenetv2",
+}
+CELLS = [(table, pair, method) for table, pairs in PAIRS.items() for pair in pairs.split() for method in METHODS]
+
+
+def test_there_is_a_recipe_for_every_cell_of_both_tables() -> None:
+    pairs = [f"{table}/{pair}" for table, names in PAIRS.items() for pair in names.split()]
+    cells = [f"{table}/{pair}/{method}" for table, pair, method in CELLS]
+    assert recipe_names() == sorted(["cifar100", "digits", *pairs, *cells])
+
+
+@pytest.mark.parametrize(("table", "pair"), [(t, p) for t, pairs in PAIRS.items() for p in pairs.split()])
+def test_a_cell_is_its_pair_with_its_method(table: str, pair: str) -> None:
+    base = load_recipe(f"{table}/{pair}")
+    assert f"{base.teacher.name}-{base.student.name}" == pair
+    assert base.data.image_size == (32 if table == "cifar100" else 224)
+    for method in METHODS:
+        cell = load_recipe(f"{table}/{pair}/{method}")
+        assert cell.distiller.name == method.partition("-")[0]
+        assert (cell.data, cell.teacher, cell.student, cell.train) == (
+            base.data,
+            base.teacher,
+            base.student,
+            base.train,
+        )
+
+
+def test_the_published_numbers_are_those_of_the_papers() -> None:
+    def row(table: str, method: str) -> list[float | None]:
+        names = [pair for pair in PAIRS[table].split() if pair != "resnet56-mobilenetv2"]
+        return [load_recipe(f"{table}/{pair}/{method}").published.top1 for pair in names]
+
+    assert row("cifar100", "kdiffusion-single") == [76.62, 75.83, 69.14, 69.2, 76.87]
+    assert row("cifar100", "average") == [75.01, 75.32, 66.45, 67.56, 75.46]
+    assert row("cifar100", "plain") == [70.5, 70.5, 64.6, 64.6, 71.82]
+    assert row("imagenet100", "kdiffusion-multi") == [86.2, 87.88, 86.3, 78.04, 80.68]
+    assert row("imagenet100", "crd") == [83.72, None, 84.26, None, 77.88]
 
 
 def test_a_syntax_error_is_named_with_its_line(tmp_path: Path) -> None:
