@@ -197,7 +197,9 @@ def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
 def _correlation(a: Tensor, b: Tensor) -> Tensor:
     """Mean over rows of the correlation of two matrices' rows."""
     a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
-    return ((a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + _CORRELATION_EPSILON)).mean()
+    product = torch.linalg.vector_norm(a, dim=1) * torch.linalg.vector_norm(b, dim=1)
+    correlations: Tensor = (a * b).sum(1) / (product + _CORRELATION_EPSILON)
+    return correlations.mean()
 
 
 def _attention(feature: Tensor, p: float) -> Tensor:

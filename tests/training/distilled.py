@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kdexport.reparam.blocks import BranchSpec, ParallelBranches, attach_branches, branch_paths
 from kdexport.students import STUDENTS, Classifier, Student, Tapped
 from training.distillers import DISTILLERS, Distiller
-from training.distillers.distiller import StepContext
+from training.distillers.distiller import BranchFeatures, StepContext
 from training.methods import DistillerSettings, settings_model
 from training.task import DistillationTask, FrozenTeacher, StepResult
 from training.teachers import TEACHERS, Teacher
@@ -34,6 +34,20 @@ class Parts:
         images, context = batch(seed, self.spec, epoch)
         torch.manual_seed(seed)
         return cast(StepResult, self.task(images, self.frozen(images), context))
+
+
+#: What a distiller is given in one step.
+Heard = tuple[Tapped, BranchFeatures, Tapped, StepContext]
+
+
+def heard(parts: Parts, seed: int = 0) -> Heard:
+    """What the distiller hears in the step ``seed``, without a gradient."""
+    calls: list[Heard] = []
+    handle = parts.distiller.register_forward_pre_hook(lambda _, inputs: calls.append(inputs))
+    with torch.no_grad():
+        parts.step(seed)
+    handle.remove()
+    return calls[0]
 
 
 def settings_of(name: str, **changes: object) -> DistillerSettings:
@@ -62,18 +76,19 @@ def hostile(module: nn.Module, seed: int) -> None:
     for norm in module.modules():
         if isinstance(norm, nn.BatchNorm2d):
             ranges = ((norm.weight, 0.5, 2), (norm.bias, -0.7, 0.9), (norm.running_mean, -0.6, 0.4))
-            for tensor, low, high in ((*ranges, (norm.running_var, 0.3, 3))):
+            for tensor, low, high in (*ranges, (norm.running_var, 0.3, 3)):
                 cast(Tensor, tensor).data.uniform_(low, high, generator=generator)
 
 
 def assemble(name: str, *, student: str = "mobilenetv2", seed: int = 8, **changes: object) -> Parts:
     """Method ``name`` from resnet8 to ``student``, as ``training.train`` puts them together."""
-    torch.manual_seed(seed)
     settings = settings_of(name, **changes)
-    teacher = TEACHERS.build("resnet8", num_classes=CLASSES, image_size=SIZE)
-    network = STUDENTS.build(student, num_classes=CLASSES, image_size=SIZE)
     # The teacher is one and the same for every seed.
-    hostile(teacher.load_state_dict and teacher, 1)
+    torch.manual_seed(4)
+    teacher = TEACHERS.build("resnet8", num_classes=CLASSES, image_size=SIZE)
+    torch.manual_seed(seed)
+    network = STUDENTS.build(student, num_classes=CLASSES, image_size=SIZE)
+    hostile(teacher, 1)
     frozen = FrozenTeacher(teacher, torch.device("cpu"), None)
     distiller = DISTILLERS.build(name, settings=settings, student=network, teacher=teacher)
     spec = type(distiller).branch_spec(settings, network, teacher)
@@ -83,7 +98,7 @@ def assemble(name: str, *, student: str = "mobilenetv2", seed: int = 8, **change
         paths = branch_paths(network, spec)
         layers = {tap: cast(ParallelBranches, network.get_submodule(path)) for tap, path in paths.items()}
     distiller.prepare(labels_of_all())
-    distiller.calibrate(frozen(batch(seed)[0]) for seed in (91, 92))
+    distiller.calibrate(frozen(batch(other)[0]) for other in (91, 92))
     for index, module in enumerate((network, distiller)):
         hostile(module, seed + index)
     task = DistillationTask(network, distiller, layers)
@@ -91,7 +106,7 @@ def assemble(name: str, *, student: str = "mobilenetv2", seed: int = 8, **change
 
 
 def random_tapped(network: Classifier, count: int, seed: int, *, classes: int = CLASSES) -> Tapped:
-    """What ``network``, which is not run, might say: float64 values of uneven spread, features unlike pre-activations."""
+    """What ``network``, which is not run, might say: float64 of uneven spread."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(channels: int, stride: int) -> Tensor:

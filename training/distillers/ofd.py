@@ -65,7 +65,7 @@ class OFD(Distiller):
     def calibrate(self, teacher_taps: Iterable[Tapped]) -> None:
         if not self._measured:
             return
-        totals = {}
+        totals: dict[StagePair, Tensor] = {}
         for taps in teacher_taps:
             for pair in self._measured:
                 moments = channel_moments(taps.preactivations[pair.teacher.name])
