@@ -25,6 +25,8 @@ def writing_batch_norms(network: Classifier) -> dict[str, str]:
     Of several that are added up it is the one with most of the network before it: the end of the residual branch, not
     the projected shortcut. ``network`` is not run: a copy without numbers is.
     """
+    if not any(isinstance(module, _BatchNorm) for module in network.modules()):
+        return {}
     twin = copy.deepcopy(network).to("meta").eval().requires_grad_(True)
     written: dict[Node, str] = {}
     for path, module in twin.named_modules():

@@ -42,6 +42,6 @@ class NORM(Distiller):
         theirs = teacher.last
         # The paper keeps the teacher's maxima; a student's map that is the larger one is averaged.
         smaller = (min(height, theirs.shape[2]), min(width, theirs.shape[3]))
-        peaks = functional.adaptive_max_pool2d(theirs.float(), smaller)
+        peaks = functional.adaptive_max_pool2d(theirs, smaller)
         ours = functional.adaptive_avg_pool2d(student.last, smaller)
         return {"norm": self.scale(step) * many_to_one_loss(self.expansion(ours), peaks)}
