@@ -16,9 +16,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 #: Sides of the pooled maps of the hierarchical context loss, and what each next one weighs less.
 _CONTEXT_SIDES, _CONTEXT_DECAY = (4, 2, 1), 0.5
 #: Below this share of negative values their mean is not estimated, and lies at three deviations.
-_MIN_NEGATIVE_SHARE, _RARE_MARGIN = 1e-3, 3.0
-_MIN_VARIANCE = 1e-5
+MIN_NEGATIVE_SHARE, RARE_MARGIN = 1e-3, 3.0
+MIN_VARIANCE = 1e-5
 _NCE_EPSILON = 1e-7
+_CORRELATION_EPSILON = 1e-8
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
@@ -53,6 +54,33 @@ def dkd_loss(
     (student_target, student_others), (teacher_target, teacher_others) = split(student_logits), split(teacher_logits)
     target, others = _divergence(student_target, teacher_target), _divergence(student_others, teacher_others)
     return temperature**2 * (alpha * target + beta * others)
+
+
+def dist_loss(
+    student_logits: Tensor, teacher_logits: Tensor, inter_class: float, intra_class: float, temperature: float
+) -> Tensor:
+    """T^2 (b (1 - r_rows) + g (1 - r_columns)) of logits (N,K), weights b, g (Huang et al., 2022).
+
+    r is the mean of Pearson's correlations between student and teacher of softmax(logits/T): of each image's classes,
+    and of each class's images. As in the authors' code 1e-8 is added to the product of the two deviations, so that a
+    class with hardly any probability in the batch counts as uncorrelated.
+    """
+    _check_logits(student_logits, teacher_logits, temperature)
+    student, teacher = (torch.softmax(_precise(x) / temperature, 1) for x in (student_logits, teacher_logits))
+    inter, intra = 1 - _correlation(student, teacher), 1 - _correlation(student.T, teacher.T)
+    return temperature**2 * (inter_class * inter + intra_class * intra)
+
+
+def many_to_one_loss(student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
+    """Sum over n segments of the mean squared error to one teacher feature (Liu et al., 2023, NORM).
+
+    The student's (N,n*C,H,W) holds n segments of C channels one after another, the teacher's is (N,C,H,W).
+    """
+    (count, wide, *size), channels = student_feature.shape, teacher_feature.shape[1]
+    if teacher_feature.shape != (count, channels, *size) or wide % channels:
+        raise ValueError(_differ(student_feature, teacher_feature))
+    segments = torch.unflatten(_precise(student_feature), 1, (wide // channels, channels))
+    return (segments - _precise(teacher_feature).unsqueeze(1)).square().mean((0, 2, 3, 4)).sum()
 
 
 def attention_transfer_loss(
@@ -124,7 +152,7 @@ def overhaul_margin(batch_norm: _BatchNorm) -> Tensor:
     ratio = mean / scale.clamp(min=1e-30)
     density = torch.exp(-ratio.square() / 2) / math.sqrt(2 * math.pi)
     share = torch.special.ndtr(-ratio)
-    margin = torch.where(share > _MIN_NEGATIVE_SHARE, mean - scale * density / share, -_RARE_MARGIN * scale)
+    margin = torch.where(share > MIN_NEGATIVE_SHARE, mean - scale * density / share, -RARE_MARGIN * scale)
     return margin.to(reference.dtype)
 
 
@@ -136,7 +164,7 @@ def variational_loss(predicted_mean: Tensor, target: Tensor, raw_scale: Tensor) 
     _check_same(predicted_mean, target)
     if raw_scale.shape != target.shape[1:2]:
         raise ValueError(f"raw_scale {tuple(raw_scale.shape)} is not one value for each of {target.shape[1]} channels")
-    variance = (functional.softplus(_precise(raw_scale)) + _MIN_VARIANCE).reshape(1, -1, 1, 1)
+    variance = (functional.softplus(_precise(raw_scale)) + MIN_VARIANCE).reshape(1, -1, 1, 1)
     error = _precise(predicted_mean) - _precise(target)
     return (error.square() / variance + variance.log()).mean() / 2
 
@@ -164,6 +192,14 @@ def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
     """KL(teacher || student) of scaled logits (N,K), mean over the batch."""
     own, given = torch.log_softmax(student, 1), torch.log_softmax(teacher, 1)
     return functional.kl_div(own, given, reduction="batchmean", log_target=True)
+
+
+def _correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Mean over rows of the correlation of two matrices' rows."""
+    a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
+    product = torch.linalg.vector_norm(a, dim=1) * torch.linalg.vector_norm(b, dim=1)
+    correlations: Tensor = (a * b).sum(1) / (product + _CORRELATION_EPSILON)
+    return correlations.mean()
 
 
 def _attention(feature: Tensor, p: float) -> Tensor:

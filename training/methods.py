@@ -74,8 +74,8 @@ class VIDSettings(DistillerSettings):
     """Ahn et al., 2019."""
 
     name: Literal["vid"] = "vid"
-    #: Variance of every channel at the start.
-    initial_variance: Positive = 5.0
+    #: Variance of every channel at the start; 1e-5 is its floor.
+    initial_variance: Annotated[float, Field(gt=1e-5, allow_inf_nan=False)] = 5.0
 
 
 class CRDSettings(DistillerSettings):
@@ -105,6 +105,20 @@ class ReviewKDSettings(DistillerSettings):
     weight: NonNegative = 5.0
     ramp_epochs: NonNegative = 20.0
     max_channels: Annotated[int, Field(ge=1)] = 512
+
+
+class NORMSettings(DistillerSettings):
+    """Liu et al., 2023; ``cross_entropy`` is tuned per pair there, from 0.0625 to 0.5.
+
+    Their weight goes in steps, 0.1, 0.5 and from epoch 20 on 1; the ramp here is a straight line to that point. They
+    lower it again from epoch 180 on, which a ramp does not.
+    """
+
+    name: Literal["norm"] = "norm"
+    cross_entropy: NonNegative = 0.5
+    ramp_epochs: NonNegative = 20.0
+    #: Segments that are matched with one teacher feature.
+    num_segments: Annotated[int, Field(ge=1, le=64)] = 8
 
 
 class BranchedSettings(DistillerSettings):
@@ -151,6 +165,7 @@ _LISTED: dict[str, type[DistillerSettings]] = {
         CRDSettings,
         OFDSettings,
         ReviewKDSettings,
+        NORMSettings,
         AverageSettings,
         KDiffusionSettings,
     )

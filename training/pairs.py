@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
-from kdexport.students import Classifier, Student
+from kdexport.students import Classifier, Student, Tap
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,3 +44,27 @@ def paired_stages(student: Student, teacher: Classifier, layers: str) -> tuple[P
         )
         for host, theirs in zip(hosts[-count:], teachers[-count:], strict=True)
     )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StagePair:
+    """The taps that end one stage of each network."""
+
+    student: Tap
+    teacher: Tap
+
+
+def stage_pairs(student: Classifier, teacher: Classifier) -> tuple[StagePair, ...]:
+    """Pairs from shallow to deep, as many as the shallower network has stages, counted from the deep end.
+
+    These are [1:] of the literature: without the stem, and without a convolution after the last stage.
+    """
+    count = min(len(student.stages), len(teacher.stages))
+    taps = zip(student.stages[-count:], teacher.stages[-count:], strict=True)
+    return tuple(StagePair(student=ours, teacher=theirs) for ours, theirs in taps)
+
+
+def average_to_smaller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Two maps (N,C,H,W), C at will, at one size: the larger averaged down to the smaller, in each direction."""
+    side = (min(a.shape[2], b.shape[2]), min(a.shape[3], b.shape[3]))
+    return functional.adaptive_avg_pool2d(a, side), functional.adaptive_avg_pool2d(b, side)

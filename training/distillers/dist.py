@@ -1,0 +1,32 @@
+"""DIST (Huang et al., 2022): correlation with the teacher's probabilities instead of equality."""
+
+from torch import Tensor
+
+from kdexport.students import Student, Tapped
+from training.distillers import DISTILLERS
+from training.distillers.distiller import BranchFeatures, Distiller, StepContext
+from training.losses import dist_loss
+from training.methods import DISTSettings
+from training.teachers import Teacher
+
+
+@DISTILLERS.register("dist")
+class DIST(Distiller):
+    """What is missing to full correlation, between the classes of an image and between the images of a class."""
+
+    settings: DISTSettings
+
+    def __init__(self, *, settings: DISTSettings, student: Student, teacher: Teacher) -> None:  # noqa: ARG002
+        super().__init__()
+        self.settings = settings
+
+    def forward(
+        self,
+        student: Tapped,
+        branches: BranchFeatures,  # noqa: ARG002
+        teacher: Tapped,
+        step: StepContext,
+    ) -> dict[str, Tensor]:
+        own = self.settings
+        loss = dist_loss(student.logits, teacher.logits, own.inter_class, own.intra_class, own.temperature)
+        return {"dist": self.scale(step) * loss}

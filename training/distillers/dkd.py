@@ -1,0 +1,32 @@
+"""Decoupled knowledge distillation (Zhao et al., 2022): the target's probability apart from those of the others."""
+
+from torch import Tensor
+
+from kdexport.students import Student, Tapped
+from training.distillers import DISTILLERS
+from training.distillers.distiller import BranchFeatures, Distiller, StepContext
+from training.losses import dkd_loss
+from training.methods import DKDSettings
+from training.teachers import Teacher
+
+
+@DISTILLERS.register("dkd")
+class DKD(Distiller):
+    """Two divergences of softened probabilities, each with its own weight."""
+
+    settings: DKDSettings
+
+    def __init__(self, *, settings: DKDSettings, student: Student, teacher: Teacher) -> None:  # noqa: ARG002
+        super().__init__()
+        self.settings = settings
+
+    def forward(
+        self,
+        student: Tapped,
+        branches: BranchFeatures,  # noqa: ARG002
+        teacher: Tapped,
+        step: StepContext,
+    ) -> dict[str, Tensor]:
+        own = self.settings
+        loss = dkd_loss(student.logits, teacher.logits, step.labels, own.alpha, own.beta, own.temperature)
+        return {"dkd": self.scale(step) * loss}
