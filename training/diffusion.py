@@ -27,9 +27,12 @@ from training.quadratic import (
 
 __all__ = [
     "SCHEDULES",
+    "Backpropagation",
     "MarginalReading",
     "NoiseSchedule",
     "Permutation",
+    "StepWeights",
+    "Trajectory",
     "expected_loss_coefficients",
     "expected_loss_form",
     "posterior_coefficients",
@@ -94,8 +97,7 @@ def reverse_process_loss(
 
     "shared_noise" lets teacher and student walk the same noise, so the loss is zero exactly when every branch equals
     x0; "marginal" draws the teacher's states from their marginals, as ``marginal`` says. Raises ``ValueError`` for
-    numbers and shapes that do not fit, no permutation, and what the shared noise cancels or the expectation lacks. The
-    shared-noise loss can be differentiated once.
+    numbers and shapes that do not fit, no permutation, and what the shared noise cancels or the expectation lacks.
     """
     count = len(branch_features)
     _check_shapes(branch_features, teacher_feature, schedule, marginal)

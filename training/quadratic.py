@@ -6,12 +6,12 @@ it belongs to no permutation yet, its rows and columns are steps.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from training.noise_schedule import Posterior
 
@@ -85,16 +85,22 @@ def _copied(form: Form, dtype: torch.dtype, device: torch.device) -> Tensor:
 def quadratic_mean(errors: Tensor, form: Tensor, gradient_form: Tensor | None = None) -> Tensor:
     """Mean over elements of e' F e, a scalar; errors (m,N,...), ``form`` (m,m), or (N,m,m) with one for each sample.
 
-    Its gradient is 2 T e / elements with T = ``gradient_form``, by default F, which is taken to be symmetric. It can
-    be differentiated once. Errors of less than float32 are summed in that.
+    Its gradient is 2 T e / elements with T = ``gradient_form``, by default F, which is taken to be symmetric. Errors of
+    less than float32 are summed in that.
     """
     precise = errors.to(torch.promote_types(errors.dtype, torch.float32))
     per_sample = form.ndim == 3
     # Autocast would run the product in half precision.
-    with torch.autocast(errors.device.type, enabled=False):
+    with full_precision(errors.device):
         flat = precise.flatten(2).transpose(0, 1) if per_sample else _in_memory_order(precise).flatten(1)
         total = _QuadraticForm.apply(flat, form, gradient_form)
     return cast(Tensor, total) / errors[0].numel()
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """No autocast on ``device``, where it has any."""
+    kind = device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def _in_memory_order(errors: Tensor) -> Tensor:
@@ -111,14 +117,15 @@ class _QuadraticForm(torch.autograd.Function):
         pull = form @ errors
         # A sum of products, not a Gram matrix: BLAS adds up half a million products in one float32.
         total = (errors * pull).sum()
-        ctx.save_for_backward(pull if gradient_form is None else gradient_form @ errors)
+        leading = form if gradient_form is None else gradient_form
+        ctx.save_for_backward(errors, leading, pull if gradient_form is None else leading @ errors)
         return total
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (pull,) = ctx.saved_tensors
-        return 2 * gradient * pull, None, None
+        errors, form, pull = ctx.saved_tensors
+        # For a second derivative the product has to be part of the graph.
+        return 2 * gradient * (form @ errors if torch.is_grad_enabled() else pull), None, None
 
 
 def _weighted(left: Form, right: Form, step_weights: Sequence[float]) -> Form:

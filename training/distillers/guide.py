@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from kdexport.errors import ConfigError
 from kdexport.students import Tapped
+from training.quadratic import full_precision
 from training.teachers import Teacher
 
 
@@ -58,7 +59,7 @@ class TargetGuide:
         """
         if self._rectified is None:
             raise ValueError("calibrate the guide first: whether the teacher's last stage ends with a ReLU is unknown")
-        with torch.autocast(teacher_feature.device.type, enabled=False):
+        with full_precision(teacher_feature.device):
             count, batch = student_features.shape[:2]
             pooled = torch.unflatten(self._pool(student_features.flatten(0, 1)), 0, (count, batch))
             difference = self._pool(teacher_feature) - pooled
