@@ -78,7 +78,7 @@ def plot_diversity(lines: Sequence[Line], path: Path, *, title: str = "") -> Non
         correlation.set(ylabel=f"{layer}: correlation of pairs")
         branches = [name for name in names if name.startswith(f"{layer}/squared_error/")]
         for index, name in enumerate(branches):
-            _curve(error, lines, name, name.rpartition("/")[2], color=f"C{index % 10}")
+            _curve(error, lines, name, name.rpartition("/")[2].replace("branch", "branch "), color=f"C{index % 10}")
         _curve(error, lines, f"{layer}/squared_error_of_mean", "their mean", color="black")
         error.set(ylabel="squared error", yscale=_scale(lines, [*branches, f"{layer}/squared_error_of_mean"]))
         shares = [name for name in names if name.startswith(f"{layer}/loss_share/")]

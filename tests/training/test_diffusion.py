@@ -2,6 +2,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import get_args
 
 import numpy as np
@@ -22,6 +23,7 @@ from training.diffusion import (
     reverse_process_loss,
     step_weights_of,
 )
+from training.methods import KDiffusionSettings
 
 Array = NDArray[np.float64]
 SHAPE = (2, 3, 2, 4)
@@ -578,3 +580,30 @@ def test_what_does_not_fit_the_schedule_is_refused() -> None:
         reverse_process_loss(branches, teacher, schedule, (0, 1, 2), "marginal", marginal=own)
     with pytest.raises(ValueError, match="one start, noise and target: others belong to the marginal"):
         reverse_process_loss(branches, teacher, schedule, (0, 1, 2), marginal=MarginalReading(noise="gaussian"))
+
+
+def test_the_documented_coefficients_are_those_of_the_code() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "method.md").read_text()
+    header, _, *rows = page.split("<!-- coefficients -->\n")[1].split("\n<!-- end -->")[0].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (header, *rows)]
+    counts = [int(cell.removeprefix("m = ")) for cell in cells[0][1:]]
+    assert counts == [1, 2, 4, 8]
+    assert [row[0] for row in cells[1:]] == sorted(SCHEDULES)
+    for name, *values in cells[1:]:
+        computed = [expected_loss_coefficients(SCHEDULES[name](count)) for count in counts]
+        assert values == [f"{alpha:.4f}, {beta:.4f}" for alpha, beta in computed]
+
+
+def test_every_key_and_value_of_the_method_is_documented() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "method.md").read_text()
+    for name, field_ in KDiffusionSettings.model_fields.items():
+        if name in ("name", "cross_entropy"):
+            continue
+        assert f"`{name}`" in page, name
+        for value in get_args(field_.annotation):
+            assert not isinstance(value, str) or f'`"{value}"`' in page, (name, value)
+        # The default comes first.
+        row = next(line for line in page.splitlines() if f"`{name}` = " in line or name in ("ramp_epochs",))
+        default = field_.default
+        if isinstance(default, str):
+            assert row.split(f"`{name}` = ")[1].startswith(f'`"{default}"`')
