@@ -5,7 +5,7 @@ CIFAR-100 where it has any; a key without a published value says so.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationInfo, model_validator
 
@@ -130,7 +130,24 @@ class BranchedSettings(DistillerSettings):
     #: ``single`` branches the last stage, ``multi`` every stage that has a partner in the teacher.
     layers: Layers = "single"
     num_branches: NumBranches = 4
-    standardise_teacher: bool = True
+    teacher_feature: Literal["post_activation", "pre_activation"] = "post_activation"
+    teacher_normalisation: Literal["standardised", "raw"] = "standardised"
+    #: Weight of the distance behind the teacher's own classifier, after the ramp; 0 leaves it out.
+    target_guide: NonNegative = 0.0
+    #: Weight of Hinton's loss on the logits beside the cross-entropy; 0 leaves it out.
+    kd_weight: NonNegative = 0.0
+    kd_temperature: Positive = 4.0
+
+    @model_validator(mode="after")
+    def _branched_keys_have_an_effect(self) -> Self:
+        self._needs(self.kd_weight > 0, "a kd_weight above 0", "kd_temperature")
+        return self
+
+    def _needs(self, holds: bool, needed: str, *keys: str) -> None:
+        """Refuse ``keys`` off their defaults, which would do nothing, unless ``holds``."""
+        for key in keys:
+            if not holds and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} = {getattr(self, key)!r} does nothing without {needed}")
 
 
 class AverageSettings(BranchedSettings):
@@ -140,17 +157,44 @@ class AverageSettings(BranchedSettings):
 
 
 class KDiffusionSettings(BranchedSettings):
-    """Yao et al., AAAI 2024, and each choice that the paper leaves open."""
+    """Yao et al., AAAI 2024, and each choice that the paper leaves open; docs/method.md has the reasons."""
 
     name: Literal["kdiffusion"] = "kdiffusion"
     schedule: Literal["cosine", "ddpm_linear", "linear"] = "cosine"
     permutation: Literal["shuffle", "fixed", "expected"] = "shuffle"
+    #: What a drawn order holds for, within one iteration.
+    shuffle_per: Literal["layer", "iteration", "sample"] = "layer"
     trajectory: Literal["shared_noise", "marginal"] = "shared_noise"
+    start: Literal["shared_branch", "own_branch", "teacher"] = "shared_branch"
+    noise: Literal["first_branch", "first_branch_attached", "gaussian", "step_branch"] = "first_branch"
+    target: Literal["posterior_mean", "sampled"] = "posterior_mean"
+    backpropagation: Literal["full", "truncated"] = "full"
+    step_weights: Literal["uniform", "inverse_v2", "kl"] = "uniform"
+    #: Upper bound of the weights "kl", the last of which is infinite.
+    kl_limit: Positive = 10.0
+    #: Deviation of the diffusion's noise.
+    sigma: Positive = 1.0
+    guide_feature: Literal["mean", "prediction", "all"] = "mean"
 
     @model_validator(mode="after")
-    def _has_a_closed_form(self) -> "KDiffusionSettings":
-        if self.permutation == "expected" and self.trajectory == "marginal":
-            raise ValueError("permutation 'expected' has a closed form for trajectory 'shared_noise' only")
+    def _has_a_meaning(self) -> Self:
+        if self.permutation == "expected":
+            if self.trajectory == "marginal":
+                raise ValueError("permutation 'expected' has a closed form for trajectory 'shared_noise' only")
+            if self.guide_feature == "prediction":
+                raise ValueError(
+                    "permutation 'expected' has no last branch; the mean over orders of 'prediction' is 'all'"
+                )
+        if self.start == "own_branch" and self.num_branches < 2:
+            raise ValueError("start 'own_branch' leaves no branch for a step; set num_branches to 2 or more")
+        self._needs(self.permutation == "shuffle", "permutation 'shuffle'", "shuffle_per")
+        # With shared noise the start, the noise and the sampled part of a target are in both walks and cancel.
+        self._needs(self.trajectory == "marginal", "trajectory 'marginal'", "start", "noise", "target")
+        self._needs(self.step_weights == "kl", "step_weights 'kl'", "kl_limit")
+        self._needs(
+            self.step_weights == "kl" or self.noise == "gaussian", "step_weights 'kl' or noise 'gaussian'", "sigma"
+        )
+        self._needs(self.target_guide > 0, "a target_guide above 0", "guide_feature")
         return self
 
 

@@ -1,5 +1,8 @@
 import copy
-from dataclasses import dataclass
+import itertools
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import cast
 
 import numpy as np
@@ -9,16 +12,28 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kdexport.checkpoint import StudentSpec, build_student
+from kdexport.errors import ConfigError
 from kdexport.preprocessing import Preprocessing
 from kdexport.reparam.blocks import BranchSpec, ParallelBranches, attach_branches, branch_paths
 from kdexport.reparam.fuse import fuse_student
 from kdexport.students import STUDENTS, Student, Tapped
 from tests.kdexport.hostile import relative_difference
+from training.diffusion import (
+    SCHEDULES,
+    Backpropagation,
+    MarginalReading,
+    StepWeights,
+    Trajectory,
+    reverse_process_loss,
+    step_weights_of,
+)
 from training.distillers.branched import LayerMatch
 from training.distillers.distiller import StepContext
+from training.distillers.guide import TargetGuide
 from training.distillers.kdiffusion import KDiffusion
 from training.methods import KDiffusionSettings
 from training.pairs import paired_stages
+from training.recipe import load_recipe
 from training.task import DistillationTask, FrozenTeacher, StepResult
 from training.teachers import TEACHERS, Teacher
 
@@ -88,6 +103,32 @@ def assemble(placement: str, **changes: object) -> Parts:
         spec=spec,
         task=DistillationTask(student, distiller, {"last": parallel}),
     )
+
+
+@cache
+def networks() -> tuple[Student, Teacher]:
+    """Networks that no test changes: without branches, and a frozen teacher of hostile statistics."""
+    torch.manual_seed(8)
+    teacher = TEACHERS.build("resnet8", num_classes=CLASSES, image_size=SIZE)
+    hostile(teacher, 0)
+    return STUDENTS.build("mobilenetv2", num_classes=CLASSES, image_size=SIZE), teacher.eval().requires_grad_(False)
+
+
+def bare(placement: object = "R2", **changes: object) -> KDiffusion:
+    """A distiller of three branches by itself, whose weight is 1 from the start."""
+    student, teacher = networks()
+    settings = KDiffusionSettings.model_validate(
+        {"placement": placement, "num_branches": BRANCHES, "weight": 1.0, "ramp_epochs": 0.0, **changes}
+    )
+    distiller = KDiffusion(settings=settings, student=student, teacher=teacher)
+    hostile(distiller, 2)
+    return distiller
+
+
+@cache
+def taught(count: int = 6) -> Tapped:
+    with torch.no_grad():
+        return networks()[1].tapped(batch(count)[0])
 
 
 def batch(count: int = 6, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -164,7 +205,7 @@ def test_the_loss_is_zero_where_every_bridged_branch_is_the_standardised_teacher
 
 
 def test_without_standardisation_the_target_is_the_raw_teacher() -> None:
-    parts = assemble("R2", standardise_teacher=False)
+    parts = assemble("R2", teacher_normalisation="raw")
     parts.distiller.calibrate([tapped(teacher_features(40, seed=2))])
     feature = teacher_features(7, seed=1)
     exact = torch.from_numpy(pooled(feature)).float()
@@ -344,7 +385,7 @@ def test_the_diffusion_weight_ramps_up_over_its_epochs(epoch: float, share: floa
     def loss(distiller: KDiffusion, at: float) -> float:
         return float(diffusion(distiller, branches, feature, context(at, (1, 2, 0))))
 
-    full = loss(assemble("R2", ramp_epochs=0.0, weight=1.0).distiller, 0.0)
+    full = loss(bare(), 0.0)
     assert full > 0.1
     assert loss(parts.distiller, epoch) == pytest.approx(2.5 * share * full, rel=1e-6)
 
@@ -354,7 +395,7 @@ def test_each_permutation_mode_reads_the_order_it_is_named_after() -> None:
     branches = [torch.from_numpy(pooled(teacher_features(4, seed=seed))).float() for seed in range(BRANCHES)]
 
     def losses(permutation: str) -> list[float]:
-        distiller = assemble("R2", permutation=permutation).distiller
+        distiller = bare(weight=2.5, permutation=permutation)
         orders = [(0, 1, 2), (1, 2, 0), (2, 1, 0)]
         return [float(diffusion(distiller, branches, feature, context(9, o))) for o in orders]
 
@@ -419,9 +460,10 @@ def test_several_layers_are_distilled_at_once_and_fold_exactly(placement: str, m
     seen: dict[str, Tensor] = {}
     measured = distiller.distance
 
-    def observed(branches: list[Tensor], target: Tensor, step: StepContext, layer: int) -> Tensor:
-        seen[list(layers)[layer]] = measured(branches, target, step, layer)
-        return seen[list(layers)[layer]]
+    def observed(branches: Tensor, target: Tensor, order: Tensor | None) -> Tensor:
+        name = list(layers)[len(seen)]
+        seen[name] = measured(branches, target, order)
+        return seen[name]
 
     monkeypatch.setattr(distiller, "distance", observed)
     result = task(images, frozen(images), context(labels=labels))
@@ -441,3 +483,279 @@ def test_several_layers_are_distilled_at_once_and_fold_exactly(placement: str, m
     plain = STUDENTS.build("mobilenetv2", num_classes=CLASSES, image_size=SIZE)
     weights = {name: value.shape for name, value in plain.state_dict().items() if value.dim() > 1}
     assert {name: value.shape for name, value in fused.module.state_dict().items() if value.dim() > 1} == weights
+
+
+def raw_branches(count: int = 4) -> list[Tensor]:
+    return [torch.from_numpy(pooled(teacher_features(count, seed=seed))).float() for seed in range(BRANCHES)]
+
+
+CHOICES: dict[str, tuple[dict[str, object], dict[str, object]]] = {
+    "schedule": ({"schedule": "linear"}, {}),
+    "weights": ({"step_weights": "inverse_v2"}, {"step_weights": "inverse_v2"}),
+    "kl": ({"step_weights": "kl", "sigma": 0.7, "kl_limit": 4.5}, {"step_weights": "kl"}),
+    "truncated": ({"backpropagation": "truncated"}, {"backpropagation": "truncated"}),
+    "marginal": ({"trajectory": "marginal"}, {}),
+    "own": ({"trajectory": "marginal", "start": "own_branch"}, {"start": "own_branch"}),
+    "teacher": ({"trajectory": "marginal", "start": "teacher"}, {"start": "teacher"}),
+    "attached": ({"trajectory": "marginal", "noise": "first_branch_attached"}, {"noise": "first_branch_attached"}),
+    "step": ({"trajectory": "marginal", "noise": "step_branch"}, {"noise": "step_branch"}),
+    "gaussian": (
+        {"trajectory": "marginal", "noise": "gaussian", "sigma": 0.7},
+        {"noise": "gaussian", "sigma": 0.7},
+    ),
+    "sampled": ({"trajectory": "marginal", "target": "sampled"}, {"target": "sampled"}),
+}
+
+
+@pytest.mark.parametrize("choice", sorted(CHOICES))
+def test_every_choice_of_the_recipe_reaches_the_loss(choice: str) -> None:
+    changes, options = CHOICES[choice]
+    feature, branches = teacher_features(4, seed=3), [branch.requires_grad_() for branch in raw_branches()]
+    steps = BRANCHES - (changes.get("start") == "own_branch")
+    schedule = SCHEDULES[str(changes.get("schedule", "cosine"))](steps)
+    weights = (
+        step_weights_of(schedule, cast(StepWeights, options["step_weights"]), sigma=0.7, limit=4.5)
+        if "step_weights" in options
+        else None
+    )
+    reading = MarginalReading(**{k: v for k, v in options.items() if k in MarginalReading.__dataclass_fields__})  # type: ignore[arg-type]
+    torch.manual_seed(1)
+    expected = reverse_process_loss(
+        branches,
+        torch.from_numpy(pooled(feature)).float(),
+        schedule,
+        ORDER,
+        cast(Trajectory, changes.get("trajectory", "shared_noise")),
+        step_weights=weights,
+        backpropagation=cast(Backpropagation, options.get("backpropagation", "full")),
+        marginal=reading,
+    )
+
+    def found(**changed: object) -> tuple[Tensor, Tensor]:
+        distiller = bare(**changed)
+        torch.manual_seed(1)
+        loss = diffusion(distiller, branches, feature, context())
+        return loss, torch.cat(torch.autograd.grad(loss, branches, allow_unused=True, materialize_grads=True))
+
+    loss, gradient = found(**changes)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    wanted = torch.autograd.grad(expected, branches, allow_unused=True, materialize_grads=True)
+    torch.testing.assert_close(gradient, torch.cat(wanted), rtol=1e-4, atol=1e-7)
+    assert (gradient - found()[1]).norm() > 0.01 * gradient.norm()
+
+
+def test_an_order_holds_for_a_layer_an_iteration_or_a_sample() -> None:
+    orders = torch.tensor([[0, 1, 2], [2, 0, 1], [1, 2, 0]])
+    step = replace(context(labels=torch.zeros(500, dtype=torch.int64)), orders=orders)
+
+    def drawn(layer: int, **changes: object) -> Tensor:
+        torch.manual_seed(4)
+        order = bare(**changes).order(step, layer)
+        assert order is not None
+        return order
+
+    assert [drawn(layer).tolist() for layer in range(3)] == orders.tolist()
+    assert [drawn(layer, shuffle_per="iteration").tolist() for layer in range(3)] == [[0, 1, 2]] * 3
+    distiller = bare(shuffle_per="sample")
+    torch.manual_seed(4)
+    first, second = (cast(Tensor, distiller.order(step, layer)) for layer in range(2))
+    assert not torch.equal(first, second)
+    # Each of the six orders of three branches comes as often as any other: 83 times, deviation 8.
+    counts = Counter(map(tuple, first.tolist()))
+    assert set(counts) == set(itertools.permutations(range(3)))
+    assert min(counts.values()) > 45
+    assert max(counts.values()) < 120
+    torch.manual_seed(4)
+    assert torch.equal(first, cast(Tensor, distiller.order(step, 0)))
+
+
+def test_with_an_order_for_each_sample_the_loss_is_the_mean_of_theirs() -> None:
+    distiller = bare(shuffle_per="sample")
+    feature, branches = teacher_features(4, seed=3), raw_branches()
+    step = context(labels=torch.zeros(4, dtype=torch.int64))
+    torch.manual_seed(6)
+    orders = cast(Tensor, distiller.order(step, 0)).tolist()
+    torch.manual_seed(6)
+    loss = diffusion(distiller, branches, feature, step)
+    alone = bare()
+    losses = [
+        diffusion(alone, [b[n : n + 1] for b in branches], feature[n : n + 1], context(order=tuple(orders[n])))
+        for n in range(4)
+    ]
+    torch.testing.assert_close(loss, torch.stack(losses).mean())
+    assert len({tuple(order) for order in orders}) > 1
+
+
+REFUSED: dict[str, tuple[dict[str, object], str]] = {
+    "expected marginal": (
+        {"permutation": "expected", "trajectory": "marginal"},
+        "permutation 'expected' has a closed form for trajectory 'shared_noise' only",
+    ),
+    "expected prediction": (
+        {"permutation": "expected", "target_guide": 1.0, "guide_feature": "prediction"},
+        "permutation 'expected' has no last branch; the mean over orders of 'prediction' is 'all'",
+    ),
+    "own start alone": (
+        {"num_branches": 1, "trajectory": "marginal", "start": "own_branch"},
+        "start 'own_branch' leaves no branch for a step; set num_branches to 2 or more",
+    ),
+    "fixed per sample": (
+        {"permutation": "fixed", "shuffle_per": "sample"},
+        "shuffle_per = 'sample' does nothing without permutation 'shuffle'",
+    ),
+    "start": ({"start": "teacher"}, "start = 'teacher' does nothing without trajectory 'marginal'"),
+    "noise": ({"noise": "gaussian"}, "noise = 'gaussian' does nothing without trajectory 'marginal'"),
+    "target": ({"target": "sampled"}, "target = 'sampled' does nothing without trajectory 'marginal'"),
+    "limit": ({"kl_limit": 3.0}, "kl_limit = 3.0 does nothing without step_weights 'kl'"),
+    "sigma": ({"sigma": 2.0}, "sigma = 2.0 does nothing without step_weights 'kl' or noise 'gaussian'"),
+    "guide": ({"guide_feature": "all"}, "guide_feature = 'all' does nothing without a target_guide above 0"),
+    "kd": ({"kd_temperature": 2.0}, "kd_temperature = 2.0 does nothing without a kd_weight above 0"),
+}
+
+
+@pytest.mark.parametrize("case", sorted(REFUSED))
+def test_a_choice_without_meaning_is_refused_with_its_reason(case: str) -> None:
+    changes, reason = REFUSED[case]
+    with pytest.raises(ConfigError) as caught:
+        load_recipe("digits", {"distiller": changes})
+    assert reason[1:] in caught.value.message
+
+
+@pytest.mark.parametrize(("weight", "temperature"), [(0.0, 4.0), (0.6, 2.5)])
+def test_hintons_loss_may_stand_beside_the_cross_entropy(weight: float, temperature: float) -> None:
+    parts = assemble("R1", kd_weight=weight, kd_temperature=temperature)
+    images, labels = batch()
+    result, taught = parts.step(images, labels), parts.frozen(images).logits
+    assert ("kd" in result.losses) == (weight > 0)
+    if weight > 0:
+        p, q = (functional.softmax(x.double() / temperature, 1) for x in (taught, result.logits))
+        divergence = (p * (p / q).log()).sum(1).mean()
+        torch.testing.assert_close(
+            result.losses["kd"].double(), weight * temperature**2 * divergence, rtol=1e-5, atol=0
+        )
+
+
+def guided(distiller: KDiffusion, branches: list[Tensor], taps: Tapped, epoch: float = 99.0) -> Tensor:
+    return cast(Tensor, distiller(taps, {"last": branches}, taps, context(epoch))["guide"])
+
+
+@pytest.mark.parametrize("guide_feature", ["mean", "prediction", "all"])
+@pytest.mark.parametrize("teacher_normalisation", ["standardised", "raw"])
+@pytest.mark.parametrize("teacher_feature", ["post_activation", "pre_activation"])
+def test_the_guide_is_the_distance_behind_the_teachers_classifier(
+    guide_feature: str, teacher_normalisation: str, teacher_feature: str
+) -> None:
+    distiller = bare(
+        ramp_epochs=4.0,
+        target_guide=0.3,
+        guide_feature=guide_feature,
+        teacher_normalisation=teacher_normalisation,
+        teacher_feature=teacher_feature,
+    )
+    taps = taught()
+    distiller.calibrate([taps])
+    source = (taps.features if teacher_feature == "post_activation" else taps.preactivations)["stage3"]
+    x0 = torch.from_numpy(pooled(source))
+    generator = torch.Generator().manual_seed(3)
+    branches = [0.8 * torch.randn(6, WIDTH, 2, 2, generator=generator) for _ in range(BRANCHES)]
+    scale, shift = torch.ones(1, WIDTH, 1, 1).double(), torch.zeros(1, WIDTH, 1, 1).double()
+    if teacher_normalisation == "standardised":
+        # A channel that is silent on these images keeps its scale.
+        scale, shift = x0.std((0, 2, 3), keepdim=True).clamp(min=1e-3), x0.mean((0, 2, 3), keepdim=True)
+    chosen = {"mean": [sum(branches, torch.zeros(())) / BRANCHES], "prediction": [branches[ORDER[0]]], "all": branches}
+    classifier = cast(nn.Linear, networks()[1].get_submodule("fc"))
+
+    def logits(feature: Tensor) -> Tensor:
+        return feature.clamp(min=0).mean((2, 3)) @ classifier.weight.double().T + classifier.bias.double()
+
+    distances = [(logits(x0) - logits(z.double() * scale + shift)).square().mean() for z in chosen[guide_feature]]
+    expected = 0.3 * sum(distances) / len(distances)
+    torch.testing.assert_close(guided(distiller, branches, taps).double(), expected, rtol=1e-5, atol=0)
+    # The ramp is that of the method's own loss: a quarter of it is done.
+    torch.testing.assert_close(guided(distiller, branches, taps, 1.0).double(), expected / 4, rtol=1e-5, atol=0)
+
+
+@PLACEMENTS
+@pytest.mark.parametrize("teacher_feature", ["post_activation", "pre_activation"])
+def test_the_guide_is_zero_where_the_branches_are_the_teacher(placement: str, teacher_feature: str) -> None:
+    distiller, taps = bare(placement, target_guide=0.5, teacher_feature=teacher_feature).eval(), taught()
+    distiller.calibrate([taps])
+    source = (taps.features if teacher_feature == "post_activation" else taps.preactivations)["stage3"]
+    layer = match(distiller)
+    target = (torch.from_numpy(pooled(source)).float() - layer.teacher_mean) / layer.teacher_std
+    exact = hosts_of(target, layer)
+    assert guided(distiller, [exact] * BRANCHES, taps).item() < 1e-8
+    assert guided(distiller, [hosts_of(target + 0.1, layer)] * BRANCHES, taps).item() > 1e-4
+
+
+@pytest.mark.parametrize("layers", ["single", "multi"])
+def test_the_guide_trains_the_branches_and_leaves_the_teacher_out(layers: str) -> None:
+    torch.manual_seed(8)
+    settings = KDiffusionSettings.model_validate({"num_branches": 3, "layers": layers, "target_guide": 0.7})
+    fresh = networks()[0]
+    teacher = TEACHERS.build("resnet8", num_classes=CLASSES, image_size=SIZE)
+    student = STUDENTS.build("mobilenetv2", num_classes=CLASSES, image_size=SIZE)
+    frozen = FrozenTeacher(teacher, torch.device("cpu"), None)
+    distiller = KDiffusion(settings=settings, student=student, teacher=teacher)
+    spec = KDiffusion.branch_spec(settings, student, teacher)
+    attach_branches(student, spec)
+    paths = branch_paths(student, spec)
+    found = {name: cast(ParallelBranches, student.get_submodule(path)) for name, path in paths.items()}
+    task = DistillationTask(student, distiller, found)
+    images, labels = batch()
+    distiller.calibrate([frozen(images)])
+    before = copy.deepcopy(teacher.state_dict())
+    task(images, frozen(images), context(labels=labels)).losses["guide"].backward()
+    # Of several pairs the deepest alone is guided.
+    reached = [n for n, parallel in found.items() if parallel.branches[0][0].weight.grad is not None]  # type: ignore[index]
+    assert reached[-1] == "last"
+    assert {id(p) for p in distiller.parameters()} == {id(p) for m in distiller.layers.values() for p in m.parameters()}
+    bridges = [name for name, p in distiller.layers.named_parameters() if p.grad is not None]
+    assert {name.split(".")[0] for name in bridges} == {"last"}
+    assert all(p.grad is None for p in teacher.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    unguided = KDiffusion(settings=settings.model_copy(update={"target_guide": 0.0}), student=fresh, teacher=teacher)
+    assert distiller.state_dict().keys() == unguided.state_dict().keys()
+
+
+def test_a_teacher_without_a_last_relu_is_pooled_as_it_pools_itself() -> None:
+    torch.manual_seed(2)
+    teacher = TEACHERS.build("wrn40_2", num_classes=CLASSES, image_size=SIZE)
+    hostile(teacher, 3)
+    teacher.eval()
+    guide, images = TargetGuide(teacher), batch(3)[0]
+    norm = cast(nn.BatchNorm2d, teacher.get_submodule("bn1"))
+    with torch.no_grad():
+        # Statistics of these very features, so that negative ones pass the pooling's own ReLU.
+        variance, mean = torch.var_mean(teacher.tapped(images).last, (0, 2, 3))
+        cast(Tensor, norm.running_mean).copy_(mean - variance.sqrt())
+        cast(Tensor, norm.running_var).copy_(variance)
+    with torch.no_grad():
+        taps = teacher.tapped(images)
+        with pytest.raises(ValueError, match="calibrate the guide first"):
+            guide.distance(taps.last[None], taps.last)
+        guide.calibrate([taps], "post_activation")
+        other = teacher.tapped(images.flip(0))
+        # At its own resolution the guide's distance is that of the logits.
+        expected = (taps.logits - other.logits).square().mean()
+        torch.testing.assert_close(guide.distance(other.last[None], taps.last), expected, rtol=1e-4, atol=0)
+        with pytest.raises(ConfigError, match="does not end with a ReLU"):
+            guide.calibrate([taps], "pre_activation")
+
+
+def test_a_classifier_that_reads_more_than_averages_is_refused_before_training() -> None:
+    with torch.device("meta"):
+        teacher = TEACHERS.build("vgg13", num_classes=2, image_size=128)
+    with pytest.raises(ConfigError, match="this one's reads 25088 values of 512 channels"):
+        TargetGuide(teacher)
+
+
+def test_the_loss_never_waits_for_the_device() -> None:
+    # Tensors of the meta device have no values: whoever asks for one fails.
+    distiller = bare("R1").to("meta")
+    branches = [torch.empty(4, 1280, 2, 2, device="meta", requires_grad=True) for _ in range(BRANCHES)]
+    step = StepContext(
+        **{name: getattr(context(), name).to("meta") for name in ("epoch", "orders", "labels", "samples")}
+    )
+    loss = diffusion(distiller, branches, torch.empty(4, WIDTH, 8, 8, device="meta"), step)
+    assert [g.shape for g in torch.autograd.grad(loss, branches)] == [branch.shape for branch in branches]

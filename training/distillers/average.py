@@ -1,12 +1,11 @@
 """The mean of parallel branches against the teacher's feature: what KDiffusion is without its diffusion process."""
 
-import torch
 from torch import Tensor
 
 from training.distillers import DISTILLERS
 from training.distillers.branched import BranchedDistiller
-from training.distillers.distiller import StepContext
 from training.methods import AverageSettings
+from training.quadratic import Form, symmetric_form
 
 
 @DISTILLERS.register("average")
@@ -16,11 +15,9 @@ class Average(BranchedDistiller):
     settings: AverageSettings
     loss_name = "average"
 
-    def distance(
-        self,
-        branches: list[Tensor],
-        target: Tensor,
-        step: StepContext,  # noqa: ARG002
-        layer: int,  # noqa: ARG002
-    ) -> Tensor:
-        return (torch.stack(branches).mean(0) - target).square().mean()
+    def distance(self, branches: Tensor, target: Tensor, order: Tensor | None) -> Tensor:  # noqa: ARG002
+        return (branches.mean(0) - target).square().mean()
+
+    def loss_form(self) -> Form:
+        count = self.settings.num_branches
+        return symmetric_form(0.0, 1 / count**2, count)

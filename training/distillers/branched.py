@@ -1,7 +1,8 @@
 """What methods with parallel branches have in common: bridges to the teacher's channels, its statistics, pairs."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -11,8 +12,12 @@ from torch.nn import functional
 from kdexport.reparam.blocks import BranchSpec
 from kdexport.students import Student, Tapped
 from training.distillers.distiller import BranchFeatures, Distiller, StepContext
+from training.distillers.guide import TargetGuide
+from training.diversity import branch_diversity
+from training.losses import kd_loss
 from training.methods import BranchedSettings, DistillerSettings
 from training.pairs import Pair, paired_stages
+from training.quadratic import Form, on_device
 from training.teachers import Teacher
 
 
@@ -46,16 +51,21 @@ class LayerMatch(nn.Module):
         # A channel that is always zero after its ReLU has nothing to teach and must not be blown up.
         self.teacher_std.copy_(variance.sqrt().clamp(min=1e-3))
 
-    def forward(self, branch_features: list[Tensor], teacher_feature: Tensor) -> tuple[list[Tensor], Tensor]:
-        """m branch features (N,C,H,W) and the teacher's (N,Ct,H',W') in one space: m of (N,Ct,h,w), and one."""
-        stacked = torch.stack(branch_features)
-        count, batch = stacked.shape[:2]
-        target = (self._pool(teacher_feature.float()) - self.teacher_mean) / self.teacher_std
-        bridged = cast(Tensor, self.bridge(self._pool(stacked.flatten(0, 1)))).float()
-        return list(torch.unflatten(bridged, 0, (count, batch)).unbind(0)), target
+    def forward(self, branch_features: list[Tensor], teacher_feature: Tensor) -> tuple[Tensor, Tensor]:
+        """m branch features (N,C,H,W) and the teacher's (N,Ct,H',W') in one space: (m,N,Ct,h,w) and (N,Ct,h,w)."""
+        together = torch.cat([self._pool(feature) for feature in branch_features])
+        target = (self._pool(_precise(teacher_feature)) - self.teacher_mean) / self.teacher_std
+        bridged = _precise(cast(Tensor, self.bridge(together)))
+        return torch.unflatten(bridged, 0, (len(branch_features), -1)), target
+
+    def in_teacher_scale(self, standardised: Tensor) -> Tensor:
+        """(..., Ct,h,w) in the space of ``forward`` back to what the teacher wrote."""
+        return standardised * self.teacher_std + self.teacher_mean
 
     def _pool(self, feature: Tensor) -> Tensor:
         # The larger map is averaged down to the smaller, the convention of AT and VID.
+        if feature.shape[-2:] == (self._side, self._side):
+            return feature
         return functional.adaptive_avg_pool2d(feature, self._side)
 
 
@@ -72,6 +82,7 @@ class BranchedDistiller(Distiller):
         self._pairs = paired_stages(student, teacher, settings.layers)
         sizes = {"student_size": student.image_size, "teacher_size": teacher.image_size}
         self.layers = nn.ModuleDict({pair.student: LayerMatch(settings, pair, **sizes) for pair in self._pairs})
+        self._guide = TargetGuide(teacher) if settings.target_guide > 0 else None
 
     @classmethod
     def branch_spec(cls, settings: DistillerSettings, student: Student, teacher: Teacher) -> BranchSpec:
@@ -86,28 +97,90 @@ class BranchedDistiller(Distiller):
         )
 
     def calibrate(self, teacher_taps: Iterable[Tapped]) -> None:
-        if not self.settings.standardise_teacher:
-            return
         batches = list(teacher_taps)
-        for pair in self._pairs:
-            self._layer(pair).calibrate(batch.features[pair.teacher] for batch in batches)
+        if self._guide is not None:
+            self._guide.calibrate(batches, self.settings.teacher_feature)
+        if self.settings.teacher_normalisation == "standardised":
+            for pair in self._pairs:
+                self._layer(pair).calibrate(self._target(batch, pair) for batch in batches)
 
-    def distance(self, branches: list[Tensor], target: Tensor, step: StepContext, layer: int) -> Tensor:
-        """m bridged branches and their target, each (N,Ct,h,w), to the scalar loss of layer number ``layer``."""
+    def order(self, step: StepContext, layer: int) -> Tensor | None:  # noqa: ARG002
+        """The branches by the step that they serve, (m,) or (N,m), for layer number ``layer``; None: in no order."""
+        return None
+
+    def distance(self, branches: Tensor, target: Tensor, order: Tensor | None) -> Tensor:
+        """m bridged branches (m,N,Ct,h,w) and their target (N,Ct,h,w) to the scalar loss of a layer."""
+        raise NotImplementedError
+
+    def guided(self, branches: Tensor, order: Tensor | None) -> Tensor:  # noqa: ARG002
+        """What of m bridged branches (m,N,Ct,h,w) the target guide compares, (k,N,Ct,h,w): their mean."""
+        return branches.mean(0, keepdim=True)
+
+    def loss_form(self) -> Form | None:
+        """The matrix F (m,m) of a loss e' F e of the branch errors, in expectation; None where it is no such form."""
         raise NotImplementedError
 
     def forward(
+        self, student: Tapped, branches: BranchFeatures, teacher: Tapped, step: StepContext
+    ) -> dict[str, Tensor]:
+        settings, losses = self.settings, []
+        for index, pair in enumerate(self._pairs):
+            bridged, target = self._layer(pair)(branches[pair.student], self._target(teacher, pair))
+            order = self.order(step, index)
+            losses.append(self.distance(bridged, target, order))
+        named = {self.loss_name: self.scale(step) * torch.stack(losses).mean()}
+        if self._guide is not None:
+            # The deepest pair comes last; its teacher's stage is the one that the classifier reads.
+            layer = self._layer(self._pairs[-1])
+            compared = layer.in_teacher_scale(self.guided(bridged, order))
+            guide = self._guide.distance(compared, layer.in_teacher_scale(target))
+            named["guide"] = settings.target_guide * self._ramp(step) * guide
+        if settings.kd_weight > 0:
+            named["kd"] = settings.kd_weight * kd_loss(student.logits, teacher.logits, settings.kd_temperature)
+        return named
+
+    @torch.no_grad()
+    def diversity(
         self,
         student: Tapped,  # noqa: ARG002
         branches: BranchFeatures,
         teacher: Tapped,
-        step: StepContext,
     ) -> dict[str, Tensor]:
-        losses = []
-        for index, pair in enumerate(self._pairs):
-            bridged, target = self._layer(pair)(branches[pair.student], teacher.features[pair.teacher])
-            losses.append(self.distance(bridged, target, step, index))
-        return {self.loss_name: self.scale(step) * torch.stack(losses).mean()}
+        """How the branches of each layer differ on one batch: scalars of ``BranchDiversity`` by layer and name.
+
+        Bridges are in evaluation mode meanwhile, and nothing of this module changes.
+        """
+        form, named = self.loss_form(), {}
+        with _evaluating(self):
+            for pair in self._pairs:
+                bridged, target = self._layer(pair)(branches[pair.student], self._target(teacher, pair))
+                measured = branch_diversity(bridged, target, None if form is None else on_device(form, bridged))
+                named.update({f"{pair.student}/{name}": value for name, value in measured.scalars().items()})
+        return named
+
+    def _ramp(self, step: StepContext) -> Tensor:
+        """The share of the ramp that is done, ()."""
+        epochs = self.settings.ramp_epochs
+        return step.epoch.new_ones(()) if epochs == 0 else (step.epoch / epochs).clamp(max=1.0)
+
+    def _target(self, teacher: Tapped, pair: Pair) -> Tensor:
+        after = self.settings.teacher_feature == "post_activation"
+        return (teacher.features if after else teacher.preactivations)[pair.teacher]
 
     def _layer(self, pair: Pair) -> LayerMatch:
         return cast(LayerMatch, self.layers[pair.student])
+
+
+def _precise(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
