@@ -1,19 +1,28 @@
 """What several processes that train one network owe each other."""
 
+import inspect
+from typing import Any
+
 from accelerate import DistributedDataParallelKwargs
 from torch import Tensor
 from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from kdexport.errors import ConfigError
 
 
-def wrapping() -> DistributedDataParallelKwargs:
-    """How a task is wrapped: gradients are exchanged at each step, buffers never.
+class BuffersStay(DistributedDataParallelKwargs):  # type: ignore[misc]
+    """How a task is wrapped: gradients are exchanged at each step, buffers are not.
 
-    Memories are equal in all processes by what they take in, and are too large to be sent at each step. The statistics
-    of a batch norm are each process's own; those that are evaluated, kept and exported are the first one's.
+    Memories are equal in all processes by what they take in, and too large to be sent at each step. The statistics of a
+    batch norm are each process's own; those that are evaluated, kept and exported are the first one's.
     """
-    return DistributedDataParallelKwargs(broadcast_buffers=False)
+
+    def to_kwargs(self) -> dict[str, Any]:
+        known = inspect.signature(DistributedDataParallel.__init__).parameters
+        # The name in later versions of torch, which warn of the other one.
+        name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        return {**super().to_kwargs(), name: False}
 
 
 def check_share(batch_size: int, processes: int) -> None:

@@ -19,7 +19,7 @@ from kdexport.students import STUDENTS, Student
 from training.data import Batches, EvaluationBatches, preprocessing_of, training_batches
 from training.distillers import DISTILLERS
 from training.loop import Metrics, Run, learning_rate, run, top1
-from training.processes import check_share, gathered, wrapping
+from training.processes import BuffersStay, check_share, gathered
 from training.recipe import Recipe, TrainSettings
 from training.task import DistillationTask, FrozenTeacher, SupervisedTask
 from training.teachers import TEACHERS, Teacher
@@ -42,12 +42,9 @@ class Origin:
 
 def make_accelerator(settings: TrainSettings) -> Accelerator:
     """CUDA where there is one, else the CPU; several processes under ``accelerate launch`` or ``torchrun``."""
-    accelerator = Accelerator(
-        # Unless told, accelerate does not join the processes of torchrun on a machine without a GPU.
-        cpu=not torch.cuda.is_available(),
-        mixed_precision=_precision(settings.mixed_precision),
-        kwargs_handlers=[wrapping()],
-    )
+    # Unless told, accelerate does not join the processes of torchrun on a machine without a GPU.
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=_precision(settings.mixed_precision))
+    accelerator.ddp_handler = BuffersStay()
     check_share(settings.batch_size, accelerator.num_processes)
     return accelerator
 
