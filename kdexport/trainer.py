@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kdexport.console import CHILD
+from kdexport.console import CHILD, end_with_parent
 from kdexport.errors import ForwardedError, TrainingError
 
 #: One child process per GPU when there are several.
@@ -36,7 +36,9 @@ def _call(arguments: list[str], *, processes: int = 1) -> str:
     if processes == 1:
         environment[CHILD] = str(os.getpid())
     command = [sys.executable, *launcher, "training", *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
+    # The launcher is not ours and would outlive us; what it starts ends with it.
+    ending = end_with_parent if processes > 1 and sys.platform == "linux" else None
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False, preexec_fn=ending)
     if done.returncode == 0:
         return done.stdout
     try:

@@ -83,7 +83,9 @@ def run(job: Run, accelerator: Accelerator) -> tuple[Metrics, ...]:
         weight_decay=settings.weight_decay,
         nesterov=settings.nesterov,
     )
-    resumed, _ = load_state(job.directory, job.task, optimizer)
+    resumed, extra = load_state(job.directory, job.task, optimizer)
+    if accelerator.scaler is not None and "scaler" in extra:
+        accelerator.scaler.load_state_dict(extra["scaler"])
     task, prepared = accelerator.prepare(job.task, optimizer)
     history = list(resumed.history)
     progress = EpochProgress(
@@ -100,7 +102,8 @@ def run(job: Run, accelerator: Accelerator) -> tuple[Metrics, ...]:
             if writer is not None:
                 # Before the state: a kill between the two repeats the epoch and writes its line again.
                 _log(job.directory, history, writer)
-                save_state(job.directory, job.task, optimizer, Resumed(epoch=epoch + 1, history=tuple(history)), {})
+                extra = {} if accelerator.scaler is None else {"scaler": accelerator.scaler.state_dict()}
+                save_state(job.directory, job.task, optimizer, Resumed(epoch=epoch + 1, history=tuple(history)), extra)
                 progress.epoch_done(epoch + 1, metrics)
     return tuple(history)
 

@@ -86,7 +86,8 @@ class CRDSettings(DistillerSettings):
     dimension: Annotated[int, Field(ge=1)] = 128
     #: Negatives per image, drawn from the other classes; at most as many as these have.
     negatives: Annotated[int, Field(ge=1)] = 16384
-    temperature: Positive = 0.07
+    #: Below 0.05 the quotient of two scores, up to exp(3.5 / temperature) times the number of images, leaves float32.
+    temperature: Annotated[float, Field(ge=0.05, allow_inf_nan=False)] = 0.07
     #: Share of the old entry that a memory keeps when its image is seen.
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5
 

@@ -19,6 +19,7 @@ from kdexport.students import STUDENTS, Student
 from training.data import Batches, EvaluationBatches, preprocessing_of, training_batches
 from training.distillers import DISTILLERS
 from training.loop import Metrics, Run, learning_rate, run, top1
+from training.processes import BuffersStay, check_share, gathered
 from training.recipe import Recipe, TrainSettings
 from training.task import DistillationTask, FrozenTeacher, SupervisedTask
 from training.teachers import TEACHERS, Teacher
@@ -42,7 +43,10 @@ class Origin:
 def make_accelerator(settings: TrainSettings) -> Accelerator:
     """CUDA where there is one, else the CPU; several processes under ``accelerate launch`` or ``torchrun``."""
     # Unless told, accelerate does not join the processes of torchrun on a machine without a GPU.
-    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=_precision(settings.mixed_precision))
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=_precision(settings.mixed_precision))
+    accelerator.ddp_handler = BuffersStay()
+    check_share(settings.batch_size, accelerator.num_processes)
+    return accelerator
 
 
 def _precision(asked: str) -> Precision:
@@ -111,7 +115,7 @@ def train_student(recipe: Recipe, directory: Path, origin: Origin) -> Metrics:
     layers = _attach(student, branches)
     distiller.prepare(torch.from_numpy(train.labels))
     calibration = zip(range(_CALIBRATION_BATCHES), batches.epoch(0), strict=False)
-    distiller.calibrate(frozen(batch.images) for _, batch in calibration)
+    distiller.calibrate(frozen(gathered(batch.images)) for _, batch in calibration)
     task = DistillationTask(student, distiller, layers).to(device)
     task.to(memory_format=torch.channels_last)
     teacher_top1 = top1(_logits_only(frozen), evaluation)

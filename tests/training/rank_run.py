@@ -5,58 +5,109 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from kdexport.checkpoint import save_tensors
 from kdexport.data import ImageSet
+from kdexport.errors import ConfigError
+from kdexport.students import Stage, Student, Tap
 from training.data import EvaluationBatches, ResidentBatches
-from training.loop import Run, run
+from training.distillers import DISTILLERS
+from training.loop import Run, Teach, run
+from training.methods import settings_model
 from training.recipe import DataSettings, TrainSettings
-from training.task import SupervisedTask
-from training.teachers import TEACHERS
+from training.task import DistillationTask, FrozenTeacher, SupervisedTask
+from training.teachers import TEACHERS, Teacher
 from training.train import make_accelerator
 
-IMAGE_SIZE, CLASSES = 12, 3
+IMAGE_SIZE, CLASSES, COUNT = 12, 3, 43
+#: Fewer negatives than there are others, so that it matters which are drawn.
+SETTINGS: dict[str, dict[str, object]] = {
+    "kd": {"cross_entropy": 1.0, "weight": 0.4},
+    "crd": {"negatives": 9, "dimension": 5, "weight": 0.3, "momentum": 0.4},
+}
+KINDS = ("plain", "batchnorm", *SETTINGS)
 
 
-def build(kind: str) -> nn.Module:
-    """``plain`` has no batch norm, so that its gradient is a mean over images."""
+class Plain(Student, Teacher):
+    """Without batch norm, so that its gradient is a mean over images."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(3, width, 3, 2), nn.Linear(4 * width, CLASSES)
+        taps = [Tap(name="stage1", channels=width, stride=2)]
+        sizes = {"num_classes": CLASSES, "image_size": IMAGE_SIZE}
+        self.describe(**sizes, taps=taps, hosts=(), classifier_path="linear")
+
+    def advance(self, index: int, x: Tensor) -> Stage:
+        return Stage.rectified(self.conv(x))
+
+    def pool(self, feature: Tensor) -> Tensor:
+        return functional.adaptive_avg_pool2d(feature, 2).flatten(1)
+
+    def predict(self, pooled: Tensor) -> Tensor:
+        return self.linear(pooled)  # type: ignore[no-any-return]
+
+
+def build(kind: str, labels: Tensor) -> tuple[nn.Module, nn.Module, Teach]:
+    """The network, the task that trains it and its teacher."""
     torch.manual_seed(4)
-    if kind == "batchnorm":
-        return TEACHERS.build("resnet8", num_classes=CLASSES, image_size=IMAGE_SIZE)
-    layers = (nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, CLASSES))
-    return nn.Sequential(*layers)
+    if kind not in SETTINGS:
+        batch_norm = kind == "batchnorm"
+        network = TEACHERS.build("resnet8", num_classes=CLASSES, image_size=IMAGE_SIZE) if batch_norm else Plain(8)
+        return network, SupervisedTask(network), lambda _: None
+    student, teacher = Plain(8), Plain(6)
+    settings = settings_model(kind).model_validate({"name": kind, **SETTINGS[kind]})
+    distiller = DISTILLERS.build(kind, settings=settings, student=student, teacher=teacher)
+    distiller.prepare(labels)
+    return student, DistillationTask(student, distiller, {}), FrozenTeacher(teacher, torch.device("cpu"), None)
+
+
+def data() -> ImageSet:
+    rng = np.random.default_rng(0)
+    labels = rng.choice(CLASSES, COUNT, p=(0.5, 0.3, 0.2))
+    pixels = rng.integers(0, 150, (COUNT, IMAGE_SIZE, IMAGE_SIZE, 3))
+    pixels[np.arange(COUNT), :, :, labels] += 60
+    return ImageSet(classes=tuple("abc"), labels=labels, pixels=pixels.astype(np.uint8), files=())
 
 
 def main(out: Path, kind: str) -> None:
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, CLASSES, 40)
-    pixels = rng.integers(0, 150, (40, IMAGE_SIZE, IMAGE_SIZE, 3))
-    pixels[np.arange(40), :, :, labels] += 60
-    images = ImageSet(classes=tuple("abc"), labels=labels, pixels=pixels.astype(np.uint8), files=())
-    data = DataSettings(name="digits", image_size=IMAGE_SIZE, crop_padding=2)
+    images, described = data(), DataSettings(name="digits", image_size=IMAGE_SIZE, crop_padding=2)
     settings = TrainSettings(epochs=3, batch_size=8, learning_rate=0.1, mixed_precision="no", warmup_epochs=1.0)
     accelerator = make_accelerator(settings)
     rank, device = accelerator.process_index, accelerator.device
-    network = build(kind).to(device)
+    network, task, teach = build(kind, torch.from_numpy(images.labels))
     batches = ResidentBatches(
-        images, data, batch_size=8, seed=settings.seed, device=device, rank=rank, world=accelerator.num_processes
+        images, described, batch_size=8, seed=settings.seed, device=device, rank=rank, world=accelerator.num_processes
     )
     job = Run(
         directory=out,
         title=kind,
         settings=settings,
         branches=(0, 1),
-        task=SupervisedTask(network),
+        task=task.to(device),
         network=network,
         batches=batches,
-        evaluation=EvaluationBatches(images, data, device=device),
-        teach=lambda _: None,
+        evaluation=EvaluationBatches(images, described, device=device),
+        teach=teach,
     )
     run(job, accelerator)
-    save_tensors(out / f"rank{rank}.safetensors", network.state_dict())
+    save_tensors(out / f"rank{rank}.safetensors", task.state_dict())
+
+
+def refuse(out: Path) -> None:
+    """Ask for a batch that two processes cannot share, and write what came of it."""
+    try:
+        make_accelerator(TrainSettings(batch_size=9, mixed_precision="no"))
+        answer = "accepted"
+    except ConfigError as error:
+        answer = str(error)
+    (out / "uneven").write_text(answer)
 
 
 if __name__ == "__main__":
-    for name in ("plain", "batchnorm"):
-        main(Path(sys.argv[1]) / name, name)
+    root = Path(sys.argv[1])
+    for name in KINDS:
+        main(root / name, name)
+    refuse(root)

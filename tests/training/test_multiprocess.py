@@ -1,4 +1,9 @@
 import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -7,7 +12,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kdexport.checkpoint import load_student, open_checkpoint
+from kdexport.data import open_dataset
+from tests.training.rank_run import KINDS
 from tests.training.tiny import arguments, finish, start, tiny_recipe
+from training.data import training_batches
+from training.recipe import Recipe
+from training.task import FrozenTeacher
+from training.teachers import TEACHERS
+from training.teachers.teacher import load_teacher_weights
 from training.train import evaluate_student
 
 SCRIPT = str(Path(__file__).with_name("rank_run.py"))
@@ -22,51 +34,136 @@ def is_statistic(name: str) -> bool:
     return name.rpartition(".")[2] in ("running_mean", "running_var", "num_batches_tracked")
 
 
-def weights(directory: Path, rank: int) -> dict[str, Tensor]:
-    tensors = load_file(directory / f"rank{rank}.safetensors")
-    return {name: tensor for name, tensor in tensors.items() if not is_statistic(name)}
+def tensors(directory: Path, rank: int) -> dict[str, Tensor]:
+    """The task of one process at the end of its run."""
+    return load_file(directory / f"rank{rank}.safetensors")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same training by one process and by two, of a network without batch norm and of one with it."""
+    """The same trainings by one process and by two, of networks without batch norm and of one with it."""
     root = tmp_path_factory.mktemp("ranks")
     finish(start([SCRIPT, str(root / "one")], OMP_NUM_THREADS="1"))
     finish(start([*TWO, SCRIPT, str(root / "two")], OMP_NUM_THREADS="1"))
     return root
 
 
-def test_two_processes_walk_the_loss_curve_of_one_with_the_same_global_batch(runs: Path) -> None:
-    alone, together = lines(runs / "one" / "plain"), lines(runs / "two" / "plain")
+@pytest.mark.parametrize("kind", ["plain", "kd", "crd"])
+def test_two_processes_walk_the_loss_curve_of_one_with_the_same_global_batch(kind: str, runs: Path) -> None:
+    alone, together = lines(runs / "one" / kind), lines(runs / "two" / kind)
     assert len(alone) == len(together) == 3
     for one, two in zip(alone, together, strict=True):
-        assert two["loss/cross_entropy"] == pytest.approx(one["loss/cross_entropy"], rel=1e-5)
+        assert one.keys() == two.keys()
+        assert "loss/cross_entropy" in one
+        assert ("loss/" + kind in one) == (kind != "plain")
+        for name in one:
+            if name.startswith("loss/"):
+                assert two[name] == pytest.approx(one[name], rel=1e-5)
         assert (two["lr"], two["top1"]) == (one["lr"], one["top1"])
-    expected = weights(runs / "one" / "plain", 0)
-    for name, tensor in weights(runs / "two" / "plain", 0).items():
+    expected, reached = tensors(runs / "one" / kind, 0), tensors(runs / "two" / kind, 0)
+    assert expected.keys() == reached.keys()
+    for name, tensor in reached.items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["plain", "batchnorm"])
-def test_all_processes_end_with_identical_weights(kind: str, runs: Path) -> None:
-    first, second = (weights(runs / "two" / kind, rank) for rank in (0, 1))
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_processes_end_with_identical_weights_and_memories(kind: str, runs: Path) -> None:
+    first, second = (tensors(runs / "two" / kind, rank) for rank in (0, 1))
     assert first.keys() == second.keys()
-    assert [name for name, tensor in first.items() if not torch.equal(tensor, second[name])] == []
-    alone = weights(runs / "one" / kind, 0)
-    assert first.keys() == alone.keys()
+    unlike = {name for name, tensor in first.items() if not torch.equal(tensor, second[name])}
+    # Statistics of batch norms are of the images that a process has seen.
+    assert unlike <= {name for name in first if is_statistic(name)}
+    assert bool(unlike) == (kind == "batchnorm")
+    memories = {name for name in first if ".memory." in name}
+    assert bool(memories) == (kind == "crd")
     # Otherwise the second process would not have taken part.
-    assert any(not torch.equal(tensor, alone[name]) for name, tensor in first.items())
+    alone = tensors(runs / "one" / kind, 0)
+    assert any(not torch.equal(first[name], alone[name]) for name in first if not is_statistic(name))
 
 
-@pytest.mark.parametrize("kind", ["plain", "batchnorm"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_state_on_disk_is_that_of_the_first_process(kind: str, runs: Path) -> None:
     folder = runs / "two" / kind
     assert len(list(folder.glob("rank*.safetensors"))) == 2
-    state, own = load_file(folder / "resume.safetensors"), load_file(folder / "rank0.safetensors")
-    kept = {name.removeprefix("task.network."): value for name, value in state.items() if name.startswith("task.")}
+    state, own = load_file(folder / "resume.safetensors"), tensors(folder, 0)
+    kept = {name.removeprefix("task."): value for name, value in state.items() if name.startswith("task.")}
     assert kept.keys() == own.keys()
     assert all(torch.equal(value, own[name]) for name, value in kept.items())
     assert [line["epoch"] for line in lines(folder)] == [1, 2, 3]
+
+
+def test_a_batch_that_the_processes_cannot_share_evenly_is_refused(runs: Path) -> None:
+    assert (runs / "one" / "uneven").read_text() == "accepted"
+    assert (runs / "two" / "uneven").read_text() == (
+        "train.batch_size = 9 is not a multiple of the 2 processes that share a batch.\n"
+        "Set train.batch_size=8, or start another number of processes."
+    )
+
+
+#: Stands for the training package: says who it is and waits.
+WAITING = """
+import os, time
+from pathlib import Path
+from kdexport.console import guarded
+
+def app():
+    partial = Path(os.environ["PLACES"], "partial" + os.environ["RANK"])
+    partial.write_text(str(os.getpid()))
+    partial.rename(partial.with_name("rank" + os.environ["RANK"]))
+    time.sleep(200)
+
+guarded(app)
+"""
+
+
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a process learns of its parent's death on Linux")
+def test_processes_end_when_the_command_that_wanted_them_is_killed(tmp_path: Path) -> None:
+    package = tmp_path / "training"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "__main__.py").write_text(WAITING)
+    code = "import sys; from pathlib import Path; from kdexport.trainer import train_student as train; "
+    code += "train('digits', {}, Path(sys.argv[1]), processes=2)"
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    command = start(["-c", code, str(tmp_path / "out")], PYTHONPATH=path, PYTHONSAFEPATH="1", PLACES=str(tmp_path))
+    ranks = [tmp_path / "rank0", tmp_path / "rank1"]
+    wait_until(lambda: all(rank.exists() for rank in ranks) or command.poll() is not None, 120)
+    pids = [int(rank.read_text()) for rank in ranks]
+    assert all(is_running(pid) for pid in pids)
+    command.kill()
+    try:
+        wait_until(lambda: not any(is_running(pid) for pid in pids), 10)
+    finally:
+        for pid in filter(is_running, pids):
+            os.kill(pid, signal.SIGKILL)
+        command.communicate()
+
+
+def teacher_mean(recipe: Recipe, out: Path) -> Tensor:
+    """Means of the channels (1,C,1,1) that a teacher writes for the images of all processes."""
+    train = open_dataset(recipe.data.spec(), "train")
+    device, batch_size = torch.device("cpu"), recipe.train.batch_size
+    batches = training_batches(train, recipe.data, batch_size=batch_size, seed=recipe.train.seed, device=device)
+    network = TEACHERS.build("resnet8", num_classes=3, image_size=16)
+    load_teacher_weights(network, out / "teacher" / "model.safetensors")
+    frozen = FrozenTeacher(network, device, None)
+    features = torch.cat([frozen(batch.images).features["stage3"].double() for batch in batches.epoch(0)])
+    return features.mean((0, 2, 3), keepdim=True)
 
 
 def test_two_processes_distil_a_student_together_and_one_of_them_writes(tiny_images: Path, tmp_path: Path) -> None:
@@ -93,7 +190,11 @@ def test_two_processes_distil_a_student_together_and_one_of_them_writes(tiny_ima
     state = load_file(out / "resume.safetensors")
     for name, value in load_student(trained).state_dict().items():
         assert torch.equal(value, state[f"task.student.{name}"])
-    assert evaluate_student(tiny_recipe(tiny_images), out / "student") == result["top1"]
+    recipe = tiny_recipe(tiny_images)
+    assert evaluate_student(recipe, out / "student") == result["top1"]
+    kept = {name: value for name, value in state.items() if name.endswith("teacher_mean")}
+    (mean,) = kept.values()
+    torch.testing.assert_close(mean.double(), teacher_mean(recipe, out), rtol=1e-4, atol=1e-6)
     assert not list(out.rglob("*.partial"))
     # A second call finds everything done and changes nothing.
     before = {path: path.read_bytes() for path in out.rglob("*.safetensors")}
