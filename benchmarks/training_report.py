@@ -9,24 +9,14 @@ import platform
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from kdexport.fingerprint import tool_versions
+from training.record import device_name
 
 
 def machine() -> str:
     """Processor, cores and versions in one line; no name or path of the machine."""
-    model = next((line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")), "unknown")
-    device = (
-        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{model}, {torch.get_num_threads()} threads"
-    )
     versions = ", ".join(f"{name} {version}" for name, version in tool_versions("torch", "torchvision").items())
-    return f"{device}; Python {platform.python_version()}, {versions}"
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.is_file() else []
+    return f"{device_name()}; Python {platform.python_version()}, {versions}"
 
 
 def page(run: Path, title: str) -> str:

@@ -98,6 +98,13 @@ def test_the_wheel_holds_both_packages_their_recipes_and_configurations(tmp_path
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]
 
 
+@pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]), ids=lambda p: p.name)
+def test_every_link_of_a_page_leads_to_a_file(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL))
+    places = [target for target in targets if not target.startswith(("http://", "https://", "mailto:"))]
+    assert [target for target in places if not (page.parent / target).exists()] == []
+
+
 def test_kdexport_never_imports_training() -> None:
     for path in sorted((ROOT / "kdexport").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):

@@ -81,10 +81,10 @@ def _matching(pattern: str) -> list[str]:
 
 
 def teacher_directory(cell: Cell, runs: Path) -> Path:
-    """One folder for all cells whose teacher, data and training are the same, whatever the seed."""
-    tables = cell.recipe.identity()
-    tables["train"].update(seed=0)
-    parts = {key: tables[key] for key in ("data", "teacher", "train")}
+    """One folder for all cells whose teacher, data and protocol are the same, whatever the seed and student."""
+    parts = {key: table for key, table in cell.recipe.identity().items() if key in ("data", "teacher", "train")}
+    # The student's own seed, length and rate do not reach a teacher that several share.
+    parts["train"] = {k: v for k, v in parts["train"].items() if k not in ("seed", "epochs", "learning_rate")}
     return runs / "teachers" / f"{cell.recipe.teacher.name}-{digest(parts)[:12]}"
 
 

@@ -35,10 +35,9 @@ class OtherClasses(nn.Module):
                 f"All {len(labels)} training images are of one class, and crd contrasts images of several.",
                 remedy="Train on two classes or more, or choose another distiller.",
             )
-        # Functions of the data set: not part of a run's state.
-        self.register_buffer("labels", labels, persistent=False)
-        self.register_buffer("sizes", sizes, persistent=False)
-        self.register_buffer("firsts", sizes.cumsum(0) - sizes, persistent=False)
+        self.register_buffer("labels", labels)
+        self.register_buffer("sizes", sizes)
+        self.register_buffer("firsts", sizes.cumsum(0) - sizes)
 
     def forward(self, samples: Tensor) -> Tensor:
         """Places (B,) in the set to those of their negatives (B,K), in random order."""

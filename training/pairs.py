@@ -68,3 +68,8 @@ def average_to_smaller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Two maps (N,C,H,W), C at will, at one size: the larger averaged down to the smaller, in each direction."""
     side = (min(a.shape[2], b.shape[2]), min(a.shape[3], b.shape[3]))
     return functional.adaptive_avg_pool2d(a, side), functional.adaptive_avg_pool2d(b, side)
+
+
+def pooled_width(network: Classifier) -> int:
+    """D of the vector (N,D) that the classifier of ``network`` reads."""
+    return cast(nn.Linear, network.get_submodule(network.classifier_path)).in_features

@@ -31,7 +31,7 @@ def claim(directory: Path, recipe: Recipe, job: str) -> None:
             )
         if not (directory / "recipe.json").is_file():
             described = {"job": job, "revision": REVISION, "recipe": recipe.identity()}
-            _write(directory / "recipe.json", json.dumps(described, indent=2))
+            write_whole(directory / "recipe.json", json.dumps(described, indent=2))
     except OSError as error:
         raise StorageError(f"{directory} cannot be written: {error.strerror}.", remedy="Pass another --out.") from error
 
@@ -62,7 +62,7 @@ def note_environment(directory: Path, device: str, processes: int) -> None:
             "commit": source_commit(),
         }
     )
-    _write(path, json.dumps(entries, indent=2))
+    write_whole(path, json.dumps(entries, indent=2))
 
 
 def read_environment(directory: Path) -> list[dict[str, Any]]:
@@ -99,7 +99,8 @@ def device_name() -> str:
     return f"{model}, {torch.get_num_threads()} threads"
 
 
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """Write ``text`` so that it appears by rename, whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)

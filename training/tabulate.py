@@ -8,6 +8,7 @@ from typing import Any
 
 from kdexport.errors import StorageError
 from training.cells import plan, read, run_cell
+from training.record import write_whole
 from training.table import to_csv, to_markdown
 
 
@@ -30,13 +31,16 @@ def tabulate(
         _replace(out, to_markdown(results, title=title, command=command))
         _replace(out.with_suffix(".csv"), to_csv(results))
 
-    write()
     if not run:
+        write()
         return
     from training.distil import distil
     from training.train import make_accelerator
 
+    # Of several processes one writes; what cannot be written is told before hours of training.
     leads = make_accelerator(cells[0].recipe.train).is_main_process
+    if leads:
+        write()
     for cell in cells:
         run_cell(cell, runs, distil)
         if leads:
@@ -46,8 +50,6 @@ def tabulate(
 def _replace(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, text)
     except OSError as error:
         raise StorageError(f"{path} cannot be written: {error.strerror}.", remedy="Pass another --out.") from error

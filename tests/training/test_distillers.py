@@ -171,13 +171,7 @@ def test_bf16_and_images_of_any_magnitude_leave_losses_and_gradients_finite(name
     assert all(p.grad is not None and p.grad.isfinite().all() for p in parts.task.parameters())
 
 
-def waits(name: str) -> object:
-    """``name`` as a case; one method is known to fetch its permutation."""
-    reason = "the permutation of a step is read off the device"
-    return pytest.param(name, marks=pytest.mark.xfail(reason=reason, strict=False)) if name == "kdiffusion" else name
-
-
-@pytest.mark.parametrize("name", [waits(name) for name in NAMES])
+@METHODS
 def test_a_step_never_waits_for_the_device(name: str) -> None:
     # Tensors on the meta device have no values: whatever would fetch one, or branch on it, raises.
     told = heard(trained(name))

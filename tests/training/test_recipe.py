@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from kdexport.errors import ConfigError
+from kdexport.students import STUDENTS
 from tests.conftest import run_command
 from tests.training.tiny import environment
 from training.recipe import load_recipe, merge_overrides, parse_override, recipe_names
@@ -108,8 +109,9 @@ def test_what_identifies_a_run_leaves_out_places_and_published_numbers() -> None
         assert load_recipe("cifar100", parse_override(text)).identity() != base.identity()
 
 
-METHODS = tuple(
-    "at average crd dist dkd kd kdiffusion-multi kdiffusion-single norm ofd plain reviewkd vid".split()  # noqa: SIM905
+METHODS = (
+    *("plain", "kd", "dkd", "dist", "at", "vid", "crd", "ofd", "reviewkd", "norm", "average"),
+    *("kdiffusion-single", "kdiffusion-multi", "kdiffusion-multi-guide"),
 )
 PAIRS = {
     "cifar100": "resnet32x4-shufflenetv1 wrn40_2-shufflenetv1 vgg13-mobilenetv2 resnet50-mobilenetv2 "
@@ -146,11 +148,31 @@ def test_the_published_numbers_are_those_of_the_papers() -> None:
         names = [pair for pair in PAIRS[table].split() if pair != "resnet56-mobilenetv2"]
         return [load_recipe(f"{table}/{pair}/{method}").published.top1 for pair in names]
 
+    assert row("cifar100", "kdiffusion-multi-guide") == [78.14, 77.26, 70.49, 71.14, 77.84]
     assert row("cifar100", "kdiffusion-single") == [76.62, 75.83, 69.14, 69.2, 76.87]
     assert row("cifar100", "average") == [75.01, 75.32, 66.45, 67.56, 75.46]
     assert row("cifar100", "plain") == [70.5, 70.5, 64.6, 64.6, 71.82]
     assert row("imagenet100", "kdiffusion-multi") == [86.2, 87.88, 86.3, 78.04, 80.68]
     assert row("imagenet100", "crd") == [83.72, None, 84.26, None, 77.88]
+    assert row("imagenet100", "kdiffusion-multi-guide") == [None] * 5
+
+
+def test_what_the_recipes_name_is_there() -> None:
+    from training.distillers import DISTILLERS
+    from training.teachers import TEACHERS
+
+    recipes = [load_recipe(name) for name in recipe_names()]
+    assert {recipe.distiller.name for recipe in recipes} == set(DISTILLERS.names())
+    assert {recipe.teacher.name for recipe in recipes} <= set(TEACHERS.names())
+    assert {recipe.student.name for recipe in recipes} == set(STUDENTS.names())
+
+
+def test_the_rows_of_kdiffusion_differ_in_what_they_are_named_after() -> None:
+    rows = {name: load_recipe(f"cifar100/vgg13-mobilenetv2/kdiffusion-{name}").distiller.model_dump() for name in
+            ("single", "multi", "multi-guide")}  # fmt: skip
+    assert (rows["single"]["layers"], rows["single"]["target_guide"]) == ("single", 0.0)
+    assert rows["multi"] == {**rows["single"], "layers": "multi"}
+    assert rows["multi-guide"] == {**rows["multi"], "target_guide": 1.0}
 
 
 def test_a_syntax_error_is_named_with_its_line(tmp_path: Path) -> None:

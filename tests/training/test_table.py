@@ -62,7 +62,7 @@ def test_cells_are_planned_seed_by_seed_each_in_a_folder_of_its_own(tmp_path: Pa
 
 
 def test_a_pattern_takes_all_that_match_it_and_none_is_an_error(tmp_path: Path) -> None:
-    assert len(plan(["cifar100/*/*"], [0], tmp_path, {"distiller": {}})) == 6 * 13
+    assert len(plan(["cifar100/*/*"], [0], tmp_path, {"distiller": {}})) == 6 * 14
     with pytest.raises(ConfigError, match=r"No recipe matches 'cifar/\*'"):
         plan(["cifar/*"], [0], tmp_path, {})
     with pytest.raises(ConfigError, match="named twice"):
@@ -72,6 +72,8 @@ def test_a_pattern_takes_all_that_match_it_and_none_is_an_error(tmp_path: Path) 
 def test_cells_share_a_teacher_whatever_their_method_and_seed(tmp_path: Path) -> None:
     folders = {teacher_directory(cell, tmp_path) for cell in cells(tmp_path)}
     assert len(folders) == 1
+    # Its own length and rate are keys of [teacher]; those of the student do not reach it.
+    assert {teacher_directory(cell, tmp_path) for cell in cells(tmp_path, epochs=7, learning_rate=0.3)} == folders
     assert folders.pop().parent == tmp_path / "teachers"
     others = [cells(tmp_path, batch_size=32)[0], plan(["cifar100/vgg13-mobilenetv2/kd"], [0], tmp_path, {})[0]]
     assert len({teacher_directory(cell, tmp_path) for cell in [*others, cells(tmp_path)[0]]}) == 3

@@ -18,8 +18,7 @@ class AT(Distiller):
     settings: ATSettings
 
     def __init__(self, *, settings: ATSettings, student: Student, teacher: Teacher) -> None:
-        super().__init__()
-        self.settings = settings
+        super().__init__(settings=settings, student=student, teacher=teacher)
         self._pairs = stage_pairs(student, teacher)
 
     def forward(

@@ -77,8 +77,7 @@ class BranchedDistiller(Distiller):
     loss_name: str
 
     def __init__(self, *, settings: BranchedSettings, student: Student, teacher: Teacher) -> None:
-        super().__init__()
-        self.settings = settings
+        super().__init__(settings=settings, student=student, teacher=teacher)
         self._pairs = paired_stages(student, teacher, settings.layers)
         sizes = {"student_size": student.image_size, "teacher_size": teacher.image_size}
         self.layers = nn.ModuleDict({pair.student: LayerMatch(settings, pair, **sizes) for pair in self._pairs})
@@ -134,7 +133,7 @@ class BranchedDistiller(Distiller):
             layer = self._layer(self._pairs[-1])
             compared = layer.in_teacher_scale(self.guided(bridged, order))
             guide = self._guide.distance(compared, layer.in_teacher_scale(target))
-            named["guide"] = settings.target_guide * self._ramp(step) * guide
+            named["guide"] = settings.target_guide * self.ramp(step) * guide
         if settings.kd_weight > 0:
             named["kd"] = settings.kd_weight * kd_loss(student.logits, teacher.logits, settings.kd_temperature)
         return named
@@ -157,11 +156,6 @@ class BranchedDistiller(Distiller):
                 measured = branch_diversity(bridged, target, None if form is None else on_device(form, bridged))
                 named.update({f"{pair.student}/{name}": value for name, value in measured.scalars().items()})
         return named
-
-    def _ramp(self, step: StepContext) -> Tensor:
-        """The share of the ramp that is done, ()."""
-        epochs = self.settings.ramp_epochs
-        return step.epoch.new_ones(()) if epochs == 0 else (step.epoch / epochs).clamp(max=1.0)
 
     def _target(self, teacher: Tapped, pair: Pair) -> Tensor:
         after = self.settings.teacher_feature == "post_activation"

@@ -1,16 +1,15 @@
 """Contrastive representation distillation (Tian et al., 2020): which image a pooled vector is of, among many."""
 
-from typing import cast
-
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kdexport.students import Classifier, Student, Tapped
+from kdexport.students import Student, Tapped
 from training.contrast import ContrastMemory
 from training.distillers import DISTILLERS
 from training.distillers.distiller import BranchFeatures, Distiller, StepContext
 from training.methods import CRDSettings
+from training.pairs import pooled_width
+from training.quadratic import full_precision
 from training.teachers import Teacher
 
 
@@ -25,10 +24,9 @@ class CRD(Distiller):
     memory: ContrastMemory
 
     def __init__(self, *, settings: CRDSettings, student: Student, teacher: Teacher) -> None:
-        super().__init__()
-        self.settings = settings
-        self.student_projection = nn.Linear(_pooled_channels(student), settings.dimension)
-        self.teacher_projection = nn.Linear(_pooled_channels(teacher), settings.dimension)
+        super().__init__(settings=settings, student=student, teacher=teacher)
+        self.student_projection = nn.Linear(pooled_width(student), settings.dimension)
+        self.teacher_projection = nn.Linear(pooled_width(teacher), settings.dimension)
 
     def prepare(self, labels: Tensor) -> None:
         settings = self.settings
@@ -48,7 +46,7 @@ class CRD(Distiller):
         step: StepContext,
     ) -> dict[str, Tensor]:
         # Exponentials of 1/T times a rounding error: low precision would end in other probabilities.
-        with torch.autocast(student.pooled.device.type, enabled=False):
+        with full_precision(student.pooled.device):
             own = _embedded(self.student_projection, student.pooled)
             given = _embedded(self.teacher_projection, teacher.pooled)
             loss = self.memory(own, given, step.samples)
@@ -57,7 +55,3 @@ class CRD(Distiller):
 
 def _embedded(projection: nn.Linear, pooled: Tensor) -> Tensor:
     return functional.normalize(projection(pooled.to(projection.weight.dtype)))
-
-
-def _pooled_channels(network: Classifier) -> int:
-    return cast(nn.Linear, network.get_submodule(network.classifier_path)).in_features

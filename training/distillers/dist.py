@@ -2,12 +2,11 @@
 
 from torch import Tensor
 
-from kdexport.students import Student, Tapped
+from kdexport.students import Tapped
 from training.distillers import DISTILLERS
 from training.distillers.distiller import BranchFeatures, Distiller, StepContext
 from training.losses import dist_loss
 from training.methods import DISTSettings
-from training.teachers import Teacher
 
 
 @DISTILLERS.register("dist")
@@ -15,10 +14,6 @@ class DIST(Distiller):
     """What is missing to full correlation, between the classes of an image and between the images of a class."""
 
     settings: DISTSettings
-
-    def __init__(self, *, settings: DISTSettings, student: Student, teacher: Teacher) -> None:  # noqa: ARG002
-        super().__init__()
-        self.settings = settings
 
     def forward(
         self,

@@ -33,6 +33,10 @@ class Distiller(nn.Module):
 
     settings: DistillerSettings
 
+    def __init__(self, *, settings: DistillerSettings, student: Student, teacher: Teacher) -> None:  # noqa: ARG002
+        super().__init__()
+        self.settings = settings
+
     @classmethod
     def branch_spec(
         cls,
@@ -59,7 +63,9 @@ class Distiller(nn.Module):
 
     def scale(self, step: StepContext) -> Tensor:
         """The weight of the method's loss at this step, (), after its ramp."""
-        settings = self.settings
-        if settings.ramp_epochs == 0:
-            return step.epoch.new_full((), settings.weight)
-        return settings.weight * (step.epoch / settings.ramp_epochs).clamp(max=1.0)
+        return self.settings.weight * self.ramp(step)
+
+    def ramp(self, step: StepContext) -> Tensor:
+        """The share of the ramp that is done, ()."""
+        epochs = self.settings.ramp_epochs
+        return step.epoch.new_ones(()) if epochs == 0 else (step.epoch / epochs).clamp(max=1.0)

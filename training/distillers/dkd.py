@@ -2,12 +2,11 @@
 
 from torch import Tensor
 
-from kdexport.students import Student, Tapped
+from kdexport.students import Tapped
 from training.distillers import DISTILLERS
 from training.distillers.distiller import BranchFeatures, Distiller, StepContext
 from training.losses import dkd_loss
 from training.methods import DKDSettings
-from training.teachers import Teacher
 
 
 @DISTILLERS.register("dkd")
@@ -15,10 +14,6 @@ class DKD(Distiller):
     """Two divergences of softened probabilities, each with its own weight."""
 
     settings: DKDSettings
-
-    def __init__(self, *, settings: DKDSettings, student: Student, teacher: Teacher) -> None:  # noqa: ARG002
-        super().__init__()
-        self.settings = settings
 
     def forward(
         self,

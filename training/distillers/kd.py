@@ -2,12 +2,11 @@
 
 from torch import Tensor
 
-from kdexport.students import Student, Tapped
+from kdexport.students import Tapped
 from training.distillers import DISTILLERS
 from training.distillers.distiller import BranchFeatures, Distiller, StepContext
 from training.losses import kd_loss
 from training.methods import KDSettings
-from training.teachers import Teacher
 
 
 @DISTILLERS.register("kd")
@@ -15,10 +14,6 @@ class KD(Distiller):
     """Divergence of the student's probabilities from the teacher's, both at one temperature."""
 
     settings: KDSettings
-
-    def __init__(self, *, settings: KDSettings, student: Student, teacher: Teacher) -> None:  # noqa: ARG002
-        super().__init__()
-        self.settings = settings
 
     def forward(
         self,

@@ -25,8 +25,7 @@ class NORM(Distiller):
     settings: NORMSettings
 
     def __init__(self, *, settings: NORMSettings, student: Student, teacher: Teacher) -> None:
-        super().__init__()
-        self.settings = settings
+        super().__init__(settings=settings, student=student, teacher=teacher)
         width = settings.num_segments * teacher.taps[-1].channels
         conv = nn.Conv2d(student.taps[-1].channels, width, 1, bias=False)
         self.expansion = nn.Sequential(conv, nn.BatchNorm2d(width))

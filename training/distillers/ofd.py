@@ -51,8 +51,7 @@ class OFD(Distiller):
     settings: OFDSettings
 
     def __init__(self, *, settings: OFDSettings, student: Student, teacher: Teacher) -> None:
-        super().__init__()
-        self.settings = settings
+        super().__init__(settings=settings, student=student, teacher=teacher)
         self._pairs = stage_pairs(student, teacher)
         self.matches = nn.ModuleDict({pair.student.name: MarginMatch(pair) for pair in self._pairs})
         writers = writing_batch_norms(teacher)

@@ -2,20 +2,14 @@
 
 from torch import Tensor
 
-from kdexport.students import Student, Tapped
+from kdexport.students import Tapped
 from training.distillers import DISTILLERS
 from training.distillers.distiller import BranchFeatures, Distiller, StepContext
-from training.methods import DistillerSettings
-from training.teachers import Teacher
 
 
 @DISTILLERS.register("plain")
 class Plain(Distiller):
     """No loss beside the cross-entropy with the labels."""
-
-    def __init__(self, *, settings: DistillerSettings, student: Student, teacher: Teacher) -> None:  # noqa: ARG002
-        super().__init__()
-        self.settings = settings
 
     def forward(
         self,

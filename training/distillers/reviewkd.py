@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kdexport.students import Classifier, Student, Tapped
+from kdexport.students import Student, Tapped
 from training.distillers import DISTILLERS
 from training.distillers.distiller import BranchFeatures, Distiller, StepContext
 from training.losses import hierarchical_context_loss
 from training.methods import ReviewKDSettings
-from training.pairs import stage_pairs
+from training.pairs import pooled_width, stage_pairs
 from training.teachers import Teacher
 
 
@@ -49,12 +49,11 @@ class ReviewKD(Distiller):
     settings: ReviewKDSettings
 
     def __init__(self, *, settings: ReviewKDSettings, student: Student, teacher: Teacher) -> None:
-        super().__init__()
-        self.settings = settings
+        super().__init__(settings=settings, student=student, teacher=teacher)
         self._pairs = stage_pairs(student, teacher)[::-1]
-        pooled = _pooled_width(student)
+        pooled = pooled_width(student)
         middle = min(settings.max_channels, pooled)
-        widths = [(pooled, _pooled_width(teacher))]
+        widths = [(pooled, pooled_width(teacher))]
         widths += [(pair.student.channels, pair.teacher.channels) for pair in self._pairs]
         # Deep to shallow.
         self.links = nn.ModuleList(
@@ -90,7 +89,3 @@ def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
 def _as_map(vector: Tensor) -> Tensor:
     """(N,D) to (N,D,1,1)."""
     return vector[:, :, None, None]
-
-
-def _pooled_width(network: Classifier) -> int:
-    return cast(nn.Linear, network.get_submodule(network.classifier_path)).in_features

@@ -49,8 +49,7 @@ class VID(Distiller):
     settings: VIDSettings
 
     def __init__(self, *, settings: VIDSettings, student: Student, teacher: Teacher) -> None:
-        super().__init__()
-        self.settings = settings
+        super().__init__(settings=settings, student=student, teacher=teacher)
         self._pairs = stage_pairs(student, teacher)
         matches = {pair.student.name: GaussianMatch(pair, settings.initial_variance) for pair in self._pairs}
         self.matches = nn.ModuleDict(matches)
