@@ -99,10 +99,22 @@ def verify(
         str | None,
         typer.Option(help="Only this rung of the ladder: A (algebra; block by block, without running a file)."),
     ] = None,
+    rethreshold: Annotated[
+        Path | None,
+        typer.Option(metavar="POLICY", help="Decide from the stored numbers under this policy; nothing is run."),
+    ] = None,
+    allow_looser: Annotated[
+        bool, typer.Option("--allow-looser", help="Let the policy raise limits above those of the build.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Check a bundle again: its files, its algebra, its graphs, its logits on the golden images."""
+    if rethreshold is not None:
+        if rung is not None:
+            raise ConfigError("--rung and --rethreshold exclude each other.", remedy="Pass one of them.")
+        _rethreshold(bundle, rethreshold, allow_looser=allow_looser, as_json=as_json)
+        return
     from kdexport.bundle import read_manifest
     from kdexport.reporter import Reporter
     from kdexport.verify.replay import replay, replay_algebra
@@ -207,6 +219,27 @@ def explain(
 app.command()(fuse)
 app.command()(serve)
 app.command()(triton)
+
+
+def _rethreshold(bundle: Path, policy: Path, *, allow_looser: bool, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from kdexport.bundle import read_manifest
+    from kdexport.verify.rethreshold import rethreshold
+
+    manifest = read_manifest(bundle)
+    result = rethreshold(bundle, manifest, policy, allow_looser=allow_looser)
+    failed = bool(result.verdict.failures)
+    if as_json:
+        changes = [asdict(change) for change in result.changes]
+        checks = [check.to_json() for check in result.verdict.checks]
+        _print_json({"ok": not failed, "exit_code": int(failed), "changes": changes, "checks": checks})
+        raise typer.Exit(int(failed))
+    from kdexport.screen import show_changes, show_verdict
+
+    show_changes(result.changes)
+    show_verdict(bundle, manifest, result.verdict)
+    result.verdict.require("The bundle does not keep this policy; nothing was run and nothing was changed.")
 
 
 def _summary(data: dict[str, Any]) -> dict[str, Any]:

@@ -170,6 +170,7 @@ def _bundle_key(request: BuildRequest, plan: _Plan, trained: TrainedStudent) -> 
     models = {str(t): stages.cast_key(exported, t.precision) for t in request.targets}
     engines = {str(t): stages.compile_key(models[str(t)], t, config.export) for t in request.targets if t.needs_engine}
     settings = [table.model_dump(mode="json") for table in (config.export, config.verify, config.latency)]
+    settings.append(config.policy)
     engines["executed"] = str([str(t) for t in request.targets if t.needs_engine and gpu_fingerprint()])
     inputs = [config.student, exported, models, engines, settings, plan.dataset_sha256, source_digest()]
     return digest(["bundle", *inputs])

@@ -1,8 +1,7 @@
 """The one reference that every stage is compared with: the unfused student, in float64 and in float32."""
 
 import copy
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,9 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdexport.preprocessing import Preprocessing
+from kdexport.verify.simulation import SimulatedPrecision, Simulation
 
 #: Images of one pass through a torch model.
 _CHUNK = 64
@@ -33,16 +32,14 @@ class Probes:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Reference:
-    """Logits (N,K) of the unfused student, and of the fp16 simulation of the fused one.
+    """Logits (N,K) of the unfused student, ``exact`` in float64, ``unfused`` in float32.
 
-    ``exact`` is float64; ``unfused`` float32; ``simulated_fp16`` has weights and activations rounded to float16 with
-    float32 accumulation; ``fp16_peak`` is the largest activation that the simulation met.
+    ``simulated`` holds, by precision, what the fused student gives where that precision alone is to blame.
     """
 
     exact: NDArray[np.float64]
     unfused: NDArray[np.float32]
-    simulated_fp16: NDArray[np.float32]
-    fp16_peak: float
+    simulated: Mapping[str, Simulation]
 
 
 def make_probes(pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> Probes:
@@ -64,15 +61,21 @@ def make_probes(pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> Prob
     return Probes(images=preprocessing.normalise(everything), real=len(pixels), edges=tuple(edges))
 
 
-def make_reference(unfused: nn.Module, fused: nn.Module, probes: Probes) -> Reference:
-    """Run the unfused student (eval mode, float32 weights) and the simulation of its fused form."""
-    simulation = SimulatedFp16(fused)
+def make_reference(
+    unfused: nn.Module, fused: nn.Module, probes: Probes, *, precisions: Sequence[str] = ("fp16",)
+) -> Reference:
+    """Run the unfused student (eval mode, float32 weights) and simulations of its fused form."""
     return Reference(
         exact=run_torch(copy.deepcopy(unfused).double(), probes.images.astype(np.float64)),
         unfused=run_torch(unfused, probes.images).astype(np.float32),
-        simulated_fp16=run_torch(simulation, probes.images).astype(np.float32),
-        fp16_peak=simulation.peak,
+        simulated={precision: _simulate(fused, precision, probes) for precision in precisions},
     )
+
+
+def _simulate(fused: nn.Module, precision: str, probes: Probes) -> Simulation:
+    module = SimulatedPrecision(fused, precision)
+    logits = run_torch(module, probes.images).astype(np.float32)
+    return Simulation(logits=logits, peak=module.peak)
 
 
 def run_torch(module: nn.Module, images: NDArray[Any]) -> NDArray[np.float64]:
@@ -85,42 +88,3 @@ def run_torch(module: nn.Module, images: NDArray[Any]) -> NDArray[np.float64]:
 def _chunks(images: NDArray[Any]) -> Iterator[NDArray[Any]]:
     for start in range(0, len(images), _CHUNK):
         yield images[start : start + _CHUNK]
-
-
-class SimulatedFp16(nn.Module):
-    """A float32 module whose weights and every intermediate result are rounded to float16."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self._module = copy.deepcopy(module).float()
-        with torch.no_grad():
-            for parameter in self._module.parameters():
-                parameter.copy_(parameter.half().float())
-        self._rounding = _Rounding()  # type: ignore[no-untyped-call]
-
-    @property
-    def peak(self) -> float:
-        """Largest absolute activation so far, before rounding."""
-        return self._rounding.peak
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(N,3,S,S) to logits (N,K)."""
-        with self._rounding:
-            return cast(Tensor, self._module(images.half().float()))
-
-
-class _Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Rounds what each operator returns, and what an in-place operator leaves behind."""
-
-    peak = 0.0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if not isinstance(result, Tensor) or result.dtype != torch.float32:
-            return result
-        if result.numel():
-            largest = result.abs().max().item()
-            # NaN compares as smaller than any peak; it comes from an overflow and is one.
-            self.peak = math.inf if math.isnan(largest) else max(self.peak, largest)
-        rounded = result.half().float()
-        return result.copy_(rounded) if func._schema.is_mutable else rounded

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+#: The rungs of the ladder, in their order; other checks are audits.
+RUNGS = ("A", "B", "C", "D")
+
 
 @dataclass(frozen=True, slots=True)
 class Table:
@@ -45,6 +48,9 @@ def verdict_sentence(data: dict[str, Any]) -> str:
             if "slower" in latency["verdict"]
             else "latency inconclusive"
         )
+    undecided = sum(bool(check.get("undecided")) for check in data["parity"])
+    if undecided:
+        parts.append(f"{undecided} statements about the task undecided by {data['task']['images']:,} images")
     if waiting:
         parts.append(f"{', '.join(waiting)} built, not executed")
     return "; ".join(parts)
@@ -52,7 +58,7 @@ def verdict_sentence(data: dict[str, Any]) -> str:
 
 def report_tables(data: dict[str, Any]) -> list[Table]:
     """Everything a reader of the bundle wants to know, as tables."""
-    measured = (*_latency(data), *_targets(data), *_ladder(data), *_hazards(data))
+    measured = (*_task(data), *_latency(data), *_targets(data), *_ladder(data), *_hazards(data))
     return [_summary(data), *measured, _certificate(data), _origin(data)]
 
 
@@ -60,7 +66,7 @@ def rung_rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
     """One row per rung and file: the check nearest to its limit."""
     worst: dict[tuple[str, str], dict[str, Any]] = {}
     for check in data["parity"]:
-        if check["rung"] not in ("A", "B", "C"):
+        if check["rung"] not in RUNGS:
             continue
         key = (check["rung"], check["subject"])
         if key not in worst or _closeness(check) > _closeness(worst[key]):
@@ -71,6 +77,9 @@ def rung_rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
 def _closeness(check: dict[str, Any]) -> float:
     if not check["holds"]:
         return float("inf")
+    if check["rung"] == "D":
+        # What rung D is about, unless something else fails.
+        return float(check["name"] == "flips")
     return float(check["measured"] / check["allowed"]) if check["allowed"] else 0.0
 
 
@@ -78,6 +87,10 @@ def _measured(check: dict[str, Any]) -> tuple[str, str, str]:
     word = "holds" if check["holds"] else "FAILS"
     if check["unit"] == "faults":
         return check["name"], "", word
+    if check.get("undecided"):
+        word = f"{word}, undecided"
+    if check["unit"] == "of images":
+        return f"{check['name']}: {check['measured']:.2%} of images", f"{check['allowed']:.2%}", word
     value = "not finite" if check["measured"] is None else f"{check['measured']:.3g}"
     allowed = f"{check['allowed']:.3g}"
     return f"{check['name']}: {value} {check['unit']}", allowed, word
@@ -113,9 +126,51 @@ def _ladder(data: dict[str, Any]) -> Iterable[Table]:
     rows = [(check["rung"], check["subject"], *_measured(check), str(check["detail"])) for check in data["parity"]]
     note = (
         f"{data['parity_images']} validation images and edge inputs. A: algebra in float64. B: error against the "
-        "float64 oracle in multiples of the unfused fp32 model's own. C: the same in multiples of a simulated fp16."
+        "float64 oracle in multiples of the unfused fp32 model's own. C: the same in multiples of the simulated "
+        "precision. D: the task."
     )
     yield Table("Checks", ("rung", "subject", "measured", "allowed", "", "detail"), tuple(rows), note)
+
+
+def task_rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
+    """One row per file that ran on the validation set; bundles of earlier versions have none."""
+    task = data.get("task") or {"files": {}}
+    checks = {(check["subject"], check["name"]): check for check in data["parity"] if check["rung"] == "D"}
+    return [
+        (
+            name,
+            entry["precision"],
+            f"{entry['top1']:.2%}",
+            *(_claim(checks.get((name, key))) for key in ("top-1 lost", "flips", "unexplained flips")),
+            f"{entry['mean_divergence']:.2g}",
+        )
+        for name, entry in task["files"].items()
+    ]
+
+
+def _claim(check: dict[str, Any] | None) -> str:
+    if check is None:
+        return ""
+    word = "FAILS" if not check["holds"] else "undecided" if check.get("undecided") else "holds"
+    counted = check["unit"] == "images"
+    value = f"{check['measured']:.0f}" if counted else f"{check['measured']:.3%}"
+    allowed = f"{check['allowed']:.0f}" if counted else f"{check['allowed']:.2%}"
+    return f"{value} of {allowed} allowed: {word}"
+
+
+def _task(data: dict[str, Any]) -> Iterable[Table]:
+    rows = task_rows(data)
+    if not rows:
+        return
+    task = data["task"]
+    note = (
+        f"{task['images']:,} validation images, paired with the unfused fp32 student (top-1 "
+        f"{task['reference_top1']:.2%}). A flip is an image with another answer; it is unexplained where the reference "
+        "was surer than any error that rungs B and C allow can overturn. 'undecided': so few images show neither that "
+        "the limit is kept nor that it is broken."
+    )
+    header = ("file", "precision", "top-1", "top-1 lost", "flips", "unexplained", "mean KL, nats")
+    yield Table("Task", header, tuple(rows), note)
 
 
 def _latency(data: dict[str, Any]) -> Iterable[Table]:
@@ -219,4 +274,4 @@ def _html_table(table: Table) -> str:
 
 
 def _mark(cell: str) -> str:
-    return ' class="bad"' if cell == "FAILS" else ""
+    return ' class="bad"' if cell == "FAILS" or cell.endswith(": FAILS") else ""

@@ -17,6 +17,7 @@ from kdexport.bundle import (
     FUSED,
     GOLDEN_LOGITS,
     LAYERS,
+    MODEL,
     NOT_EXECUTED,
     PLAN,
     TARGETS,
@@ -28,6 +29,7 @@ from kdexport.checkpoint import StudentSpec, build_student, load_strictly, load_
 from kdexport.errors import AuditError, CheckpointError, KdexportError
 from kdexport.graph.audit import Finding, audit_graph
 from kdexport.graph.export import read_metadata
+from kdexport.policy import Policy, stored_policy
 from kdexport.reparam.fuse import certify_fold, fuse_student
 from kdexport.stages import model_metadata
 from kdexport.targets import parse_target
@@ -42,6 +44,7 @@ from kdexport.verify.parity import (
     rung_c,
 )
 from kdexport.verify.reference import Probes, Reference, make_probes, make_reference, run_torch
+from kdexport.verify.simulation import SIMULATED, Simulation
 
 #: Folding in float64 and rounding once may differ by the last bit between machines, and by nothing more.
 _WEIGHT_LIMIT = 3e-7
@@ -57,6 +60,14 @@ class Subject:
     probes: Probes
     reference: Reference
     weights: dict[str, NDArray[np.float32]]
+    policy: Policy
+
+    def simulation(self, name: str, precision: str) -> Simulation | None:
+        """What ``precision`` alone makes of the student; None for float32. int8 takes its scales from file ``name``."""
+        if precision == "int8":
+            logits = run_in_batches(load_model(self.folder / name, optimise=False).logits, self.probes.images, (64,))
+            return Simulation(logits=logits, peak=0.0)
+        return None if precision == "fp32" else self.reference.simulated[precision]
 
 
 def check_integrity(folder: Path, manifest: Manifest) -> list[Check]:
@@ -107,16 +118,19 @@ def student_checks(folder: Path, manifest: Manifest, pixels: NDArray[np.uint8]) 
     except KdexportError as error:
         return [_broken("A", "student", error.message)], None
     probes = make_probes(pixels, spec.preprocessing)
-    reference = make_reference(load_unfused(folder, spec), fused, probes)
+    policy = stored_policy(manifest.data)
+    asked = {str(entry["precision"]) for entry in manifest.targets.values()}
+    precisions = [precision for precision in SIMULATED if precision in asked]
+    reference = make_reference(load_unfused(folder, spec), fused, probes, precisions=precisions)
     merged = run_torch(exact.module, probes.images.astype(np.float64))
-    checks = [weights, *rung_a(exact.certificate, merged, reference, probes)]
+    checks = [weights, *rung_a(exact.certificate, merged, reference, probes, policy.A)]
     eager = run_torch(fused, probes.images).astype(np.float32)
-    checks += rung_b("fused student, torch", eager, reference, probes)
+    checks += rung_b("fused student, torch", eager, reference, probes, policy.B)
     arrays = {name: tensor.numpy() for name, tensor in stored.items()}
     export = manifest.data["export"]
     batches = (int(export["min_batch"]), int(export["opt_batch"]), 7, int(export["max_batch"]))
     sizes = tuple(dict.fromkeys(min(batch, int(export["max_batch"])) for batch in batches))
-    return checks, Subject(folder, manifest, sizes, probes, reference, arrays)
+    return checks, Subject(folder, manifest, sizes, probes, reference, arrays, policy)
 
 
 def check_algebra(folder: Path, manifest: Manifest, pixels: NDArray[np.uint8]) -> list[Check]:
@@ -172,9 +186,8 @@ def onnx_checks(subject: Subject, name: str, precision: str) -> list[Check]:
     fact = ", ".join(f"{count} nodes on {key}" for key, count in model.nodes_by_provider.items())
     checks.append(_from_finding(name, Finding("provider of each node", not elsewhere, fact)))
     candidate = run_in_batches(model.logits, subject.probes.images, subject.batches)
-    rung = rung_b if precision == "fp32" else rung_c
     where = f"{name} on onnxruntime CPU"
-    checks += rung(where, candidate, subject.reference, subject.probes)
+    checks += _parity(subject, where, candidate, subject.simulation(name, precision), precision)
     return [*checks, *check_repeatable(where, model.logits, subject.probes, min(8, subject.batches[-1]))]
 
 
@@ -205,8 +218,17 @@ def engine_checks(subject: Subject, name: str) -> list[Check]:
         candidate = run_engine(engine.plan, target, subject.probes.images, subject.batches)
     except KdexportError as error:
         return [*checks, _broken("run", where, error.message)]
-    rung = rung_b if target.precision == "fp32" else rung_c
-    return [*checks, *rung(where, candidate, subject.reference, subject.probes)]
+    simulation = subject.simulation(f"{TARGETS}/{name}/{MODEL}", target.precision)
+    return [*checks, *_parity(subject, where, candidate, simulation, target.precision)]
+
+
+def _parity(
+    subject: Subject, where: str, candidate: NDArray[np.float32], simulation: Simulation | None, precision: str
+) -> list[Check]:
+    reference, probes, policy = subject.reference, subject.probes, subject.policy
+    if simulation is None:
+        return rung_b(where, candidate, reference, probes, policy.B)
+    return rung_c(where, candidate, simulation, reference, probes, precision=precision, policy=policy.C)
 
 
 def load_engine(folder: Path) -> Engine:

@@ -13,7 +13,8 @@ from torch import nn
 
 from kdexport.reparam.certificate import BlockCertificate
 from kdexport.verify.parity import Check, check_at_most, check_repeatable, run_in_batches, rung_a, rung_b, rung_c
-from kdexport.verify.reference import Probes, Reference, SimulatedFp16, run_torch
+from kdexport.verify.reference import Probes, Reference, run_torch
+from kdexport.verify.simulation import SimulatedPrecision, Simulation
 from tests.kdexport.verify.conftest import Ladder
 
 # Infinities are subtracted from each other on purpose.
@@ -53,7 +54,17 @@ def b(ladder: Ladder, candidate: NDArray[np.float32]) -> list[Check]:
 
 
 def c(ladder: Ladder, candidate: NDArray[np.float32]) -> list[Check]:
-    return rung_c("file", candidate, ladder.reference, ladder.probes)
+    return rung_c("file", candidate, fp16(ladder.reference), ladder.reference, ladder.probes)
+
+
+def fp16(reference: Reference) -> Simulation:
+    return reference.simulated["fp16"]
+
+
+def with_fp16(reference: Reference, logits: NDArray[np.float32], peak: float | None = None) -> Reference:
+    """``reference`` with another simulation."""
+    simulation = Simulation(logits=logits, peak=fp16(reference).peak if peak is None else peak)
+    return replace(reference, simulated={"fp16": simulation})
 
 
 def test_every_rung_holds_for_a_correct_student(ladder: Ladder) -> None:
@@ -69,6 +80,7 @@ def test_every_rung_holds_for_a_correct_student(ladder: Ladder) -> None:
         ("B", "rms error"),
         ("B", "max error"),
         ("C", "rms error"),
+        ("C", "max error"),
         ("C", "largest activation"),
     ]
     # Measured, and not zero by accident.
@@ -172,25 +184,44 @@ def test_weights_scaled_by_a_hundredth_fail_in_float32_and_in_float16(ladder: La
     assert "rms error" in failed(c(ladder, candidate))
 
 
-def test_rung_c_measures_multiples_of_the_simulated_error(ladder: Ladder) -> None:
-    predicted = ladder.reference.simulated_fp16 - ladder.reference.exact
-    for factor, expected in ((0.0, set()), (2.9, set()), (3.1, {"rms error"})):
-        candidate: Any = ladder.reference.exact + factor * predicted
-        checks = c(ladder, candidate)
+@pytest.mark.parametrize(
+    ("factor", "expected"), [(0.0, set()), (2.9, set()), (3.1, {"rms error"}), (4.1, {"rms error", "max error"})]
+)
+def test_rung_c_measures_multiples_of_the_simulated_error(ladder: Ladder, factor: float, expected: set[str]) -> None:
+    predicted = fp16(ladder.reference).logits - ladder.reference.exact
+    candidate: Any = ladder.reference.exact + factor * predicted
+    checks = c(ladder, candidate)
+    assert failed(checks) == expected
+    assert checks[0].measured == pytest.approx(factor)
+    assert checks[1].measured == pytest.approx(factor)
+
+
+def test_one_wrong_logit_that_the_mean_hides_fails_in_float16(ladder: Ladder) -> None:
+    candidate: Any = ladder.reference.exact.copy()
+    largest = np.abs(fp16(ladder.reference).logits - candidate).max()
+    candidate[4, 2] += 4.2 * largest
+    assert failed(c(ladder, candidate)) == {"max error"}
+
+
+def test_only_float16_needs_headroom(ladder: Ladder) -> None:
+    huge = Simulation(logits=fp16(ladder.reference).logits, peak=1e30)
+    for precision, expected in (("fp16", {"largest activation"}), ("bf16", set()), ("tf32", set()), ("int8", set())):
+        checks = rung_c("file", half_logits(ladder), huge, ladder.reference, ladder.probes, precision=precision)
         assert failed(checks) == expected
-        assert checks[0].measured == pytest.approx(factor)
+        assert f"; {precision} alone costs " in checks[0].detail
 
 
 def test_one_image_that_is_shifted_fails_in_float16(ladder: Ladder) -> None:
     candidate = half_logits(ladder)
     candidate[5] = candidate[6]
     checks = c(ladder, candidate)
-    assert failed(checks) == {"rms error"}
+    assert failed(checks) == {"rms error", "max error"}
     assert checks[0].detail.startswith("worst input image 5;")
 
 
 @pytest.mark.parametrize(
-    ("gain", "expected"), [(1.0, set()), (9e3, {"largest activation"}), (1e6, {"largest activation", "rms error"})]
+    ("gain", "expected"),
+    [(1.0, set()), (9e3, {"largest activation"}), (1e6, {"largest activation", "rms error", "max error"})],
 )
 def test_rung_c_wants_headroom_and_finds_an_overflow(ladder: Ladder, gain: float, expected: set[str]) -> None:
     # The gain is taken back by the next layer: float32 does not mind, float16 has nothing left above 65504.
@@ -202,20 +233,20 @@ def test_rung_c_wants_headroom_and_finds_an_overflow(ladder: Ladder, gain: float
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
         conv.weight.clamp_(-0.3, 0.3).mul_(gain)
         linear.weight.div_(gain)
-    simulation = SimulatedFp16(net)
+    simulation = SimulatedPrecision(net, "fp16")
     exact = run_torch(copy.deepcopy(net).double(), ladder.probes.images.astype(np.float64))
+    simulated = run_torch(simulation, ladder.probes.images).astype(np.float32)
     reference = Reference(
         exact=exact,
         unfused=logits32(net, ladder.probes),
-        simulated_fp16=run_torch(simulation, ladder.probes.images).astype(np.float32),
-        fp16_peak=simulation.peak,
+        simulated={"fp16": Simulation(logits=simulated, peak=simulation.peak)},
     )
     assert np.isfinite(reference.unfused).all()
-    candidate: Any = reference.simulated_fp16
-    checks = rung_c("file", candidate, reference, ladder.probes)
+    candidate: Any = fp16(reference).logits
+    checks = rung_c("file", candidate, fp16(reference), reference, ladder.probes)
     assert failed(checks) == expected
     # A file that overflows nowhere is no better judged by a simulation that did.
-    assert failed(rung_c("file", reference.unfused, reference, ladder.probes)) == expected
+    assert failed(rung_c("file", reference.unfused, fp16(reference), reference, ladder.probes)) == expected
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -228,21 +259,22 @@ def test_a_value_that_is_not_finite_never_passes(
     arrays: dict[str, Any] = {
         "exact": ladder.reference.exact.copy(),
         "unfused": ladder.reference.unfused.copy(),
-        "simulated_fp16": ladder.reference.simulated_fp16.copy(),
+        "simulated": fp16(ladder.reference).logits.copy(),
     }
     # A candidate without any error is the easiest to let pass.
     candidate: Any = ladder.reference.exact.copy()
-    base = {"A": "exact", "B": "unfused", "C": "simulated_fp16"}[rung]
+    base = {"A": "exact", "B": "unfused", "C": "simulated"}[rung]
     spoiled = candidate if place == "candidate" else arrays["exact" if place == "exact" else base]
     spoiled[slice(None) if everywhere else (4, 1)] = bad
-    reference = replace(ladder.reference, **arrays)
+    simulated = arrays.pop("simulated")
+    reference = with_fp16(replace(ladder.reference, **arrays), simulated)
     run = {
         "A": lambda: rung_a(ladder.certificate, candidate, reference, ladder.probes),
         "B": lambda: rung_b("file", candidate, reference, ladder.probes),
-        "C": lambda: rung_c("file", candidate, reference, ladder.probes),
+        "C": lambda: rung_c("file", candidate, fp16(reference), reference, ladder.probes),
     }
     names = failed(run[rung]())
-    assert {"A": {"whole"}, "B": {"rms error", "max error"}, "C": {"rms error"}}[rung] == names
+    assert {"A": {"whole"}, "B": {"rms error", "max error"}, "C": {"rms error", "max error"}}[rung] == names
 
 
 def test_the_input_that_is_not_a_number_is_the_worst_one(ladder: Ladder) -> None:
@@ -254,21 +286,21 @@ def test_the_input_that_is_not_a_number_is_the_worst_one(ladder: Ladder) -> None
 
 @pytest.mark.parametrize("peak", [math.nan, math.inf, 8188.5])
 def test_a_peak_without_headroom_fails(ladder: Ladder, peak: float) -> None:
-    reference = replace(ladder.reference, fp16_peak=peak)
-    assert failed(rung_c("file", half_logits(ladder), reference, ladder.probes)) == {"largest activation"}
-    reference = replace(ladder.reference, fp16_peak=8188.0)
-    assert failed(rung_c("file", half_logits(ladder), reference, ladder.probes)) == set()
+    candidate = half_logits(ladder)
+    for largest, expected in ((peak, {"largest activation"}), (8188.0, set())):
+        simulation = Simulation(logits=fp16(ladder.reference).logits, peak=largest)
+        assert failed(rung_c("file", candidate, simulation, ladder.reference, ladder.probes)) == expected
 
 
 def test_a_baseline_of_zero_error_allows_zero_error_and_nothing_more(ladder: Ladder) -> None:
     zero = np.zeros_like(ladder.reference.exact)
     same = zero.astype(np.float32)
-    reference = replace(ladder.reference, exact=zero, unfused=same.copy(), simulated_fp16=same.copy())
+    reference = with_fp16(replace(ladder.reference, exact=zero, unfused=same.copy()), same.copy())
     assert failed(rung_b("file", same, reference, ladder.probes)) == set()
-    assert failed(rung_c("file", same, reference, ladder.probes)) == set()
+    assert failed(rung_c("file", same, fp16(reference), reference, ladder.probes)) == set()
     same[8, 1] = 1e-30
     assert failed(rung_b("file", same, reference, ladder.probes)) == {"rms error", "max error"}
-    assert failed(rung_c("file", same, reference, ladder.probes)) == {"rms error"}
+    assert failed(rung_c("file", same, fp16(reference), reference, ladder.probes)) == {"rms error", "max error"}
 
 
 def test_logits_of_zero_are_compared_like_any_other(ladder: Ladder) -> None:
@@ -356,4 +388,5 @@ def test_json_has_no_number_that_is_none(bad: float) -> None:
         "allowed": 3.0,
         "unit": "x",
         "detail": "d",
+        "undecided": False,
     }
