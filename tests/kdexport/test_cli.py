@@ -133,7 +133,7 @@ def test_the_options_of_each_command_are_frozen() -> None:
             "--checkpoint", "--config", "--data", "--debug", "--fresh", "--json", "--out", "--processes", "--resume",
             "--student", "--target", "--teacher-checkpoint", "--workspace",
         ],
-        "verify": ["--debug", "--json", "--rung", "bundle"],
+        "verify": ["--allow-looser", "--debug", "--json", "--rethreshold", "--rung", "bundle"],
         "inspect": ["--debug", "--json", "bundle"],
         "list": ["--debug", "--json", "kind"],
         "doctor": ["--debug", "--json", "bundle"],
