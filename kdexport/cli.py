@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from kdexport import __version__
+from kdexport.blame_command import explain_failure
 from kdexport.errors import ConfigError, UnknownNameError, error_codes
 from kdexport.fuse_command import fuse
 from kdexport.registry import nearest
@@ -56,6 +57,9 @@ def build(
     workspace: Annotated[Path, typer.Option(help="Where finished stages are kept.")] = Path(".kdexport"),
     processes: Annotated[int, typer.Option(min=1, help="Training processes, one per GPU.")] = 1,
     fresh: Annotated[bool, typer.Option("--fresh/--resume", help="Forget earlier results, or use them.")] = False,
+    blame: Annotated[
+        bool, typer.Option("--blame", help="Where a check fails, find the node that is to blame.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -82,6 +86,7 @@ def build(
         teacher_checkpoint=teacher_checkpoint,
         processes=processes,
         fresh=fresh,
+        blame=blame,
     )
     result = run(request, Reporter())
     if as_json:
@@ -216,6 +221,7 @@ def explain(
         sys.stdout.write(f"{cls.code} (exit {cls.exit_code}): {cls.__doc__}\n{cls.explanation}\n")
 
 
+app.command()(explain_failure)
 app.command()(fuse)
 app.command()(serve)
 app.command()(triton)

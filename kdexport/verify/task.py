@@ -11,9 +11,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from kdexport.gate.bounds import trials_needed
 from kdexport.policy import Policy, TaskPolicy
 from kdexport.verify.parity import Check, check_at_most
-from kdexport.verify.statistics import Interval, images_to_show, paired_accuracy, proportion_interval
+from kdexport.verify.statistics import Interval, paired_accuracy, proportion_interval
 
 Claim = Literal["shown", "refuted", "open"]
 
@@ -107,14 +108,14 @@ def rung_d(subject: str, metrics: TaskMetrics, reference: TaskReference, limits:
     rate = proportion_interval(flips, total, error=error)
     divergence = float(np.max(metrics.divergences))
     return [
-        _budgeted("flips", subject, flips / total, rate, budget.flips, policy, f"{flips} of {total}", error),
+        _budgeted("flips", subject, flips / total, rate, budget.flips, policy, f"{flips} of {total}"),
         check_at_most(
             "D", subject, "unexplained flips", int(unexplained.sum()), policy.unexplained_flips, unit="images",
             detail=_widest(flipped, reference, 2 * allowed),
         ),
         _budgeted(
             "top-1 lost", subject, paired.drop, paired.interval, budget.top1_drop, policy,
-            f"{paired.lost} lost, {paired.won} won, McNemar p {paired.p_value:.2g}", error,
+            f"{paired.lost} lost, {paired.won} won, McNemar p {paired.p_value:.2g}",
         ),
         check_at_most(
             "D", subject, "largest KL divergence", divergence, allowed**2 / 2, unit="nats",
@@ -139,13 +140,13 @@ def _budgeted(
     limit: float,
     policy: TaskPolicy,
     counts: str,
-    error: float,
 ) -> Check:
     claim = judge_claim(interval, limit)
     bounds = f"{policy.confidence:.0%} bounds {interval.low:.3%} and {interval.high:.3%}"
     detail = f"{counts}; {bounds}"
     if claim == "open":
-        detail += f": undecided; a rate of {limit:.1%} takes {images_to_show(limit, error=error):,} images to show"
+        needed = f"takes {trials_needed(limit, policy.confidence):,} images to show" if limit else "cannot be shown"
+        detail += f": undecided; a rate of {limit:.1%} {needed}"
     return Check(
         rung="D",
         subject=subject,

@@ -130,9 +130,10 @@ def test_the_options_of_each_command_are_frozen() -> None:
     }
     assert options == {
         "build": [
-            "--checkpoint", "--config", "--data", "--debug", "--fresh", "--json", "--out", "--processes", "--resume",
-            "--student", "--target", "--teacher-checkpoint", "--workspace",
+            "--blame", "--checkpoint", "--config", "--data", "--debug", "--fresh", "--json", "--out", "--processes",
+            "--resume", "--student", "--target", "--teacher-checkpoint", "--workspace",
         ],
+        "explain-failure": ["--debug", "--json", "--out", "bundle"],
         "verify": ["--allow-looser", "--debug", "--json", "--rethreshold", "--rung", "bundle"],
         "inspect": ["--debug", "--json", "bundle"],
         "list": ["--debug", "--json", "kind"],

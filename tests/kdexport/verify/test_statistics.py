@@ -8,7 +8,8 @@ import pytest
 from scipy import stats
 
 from kdexport.errors import ConfigError
-from kdexport.verify.statistics import images_to_show, paired_accuracy, proportion_interval
+from kdexport.gate.bounds import trials_needed
+from kdexport.verify.statistics import paired_accuracy, proportion_interval
 
 
 def tail(count: int, total: int, rate: float, *, upper: bool) -> float:
@@ -37,8 +38,8 @@ def test_no_flip_in_n_images_bounds_the_rate_by_the_rule_of_three(total: int, pu
     high = proportion_interval(0, total, error=0.05).high
     assert high == pytest.approx(1 - 0.05 ** (1 / total), rel=1e-9)
     assert high == pytest.approx(published, rel=0.01)
-    assert images_to_show(high * (1 + 1e-6), error=0.05) == total
-    assert images_to_show(high * (1 - 1e-6), error=0.05) == total + 1
+    assert trials_needed(high * (1 + 1e-6), 0.95) == total
+    assert trials_needed(high * (1 - 1e-6), 0.95) == total + 1
 
 
 @pytest.mark.parametrize(("lost", "won"), [(0, 0), (1, 0), (0, 9), (7, 7), (30, 11)])
