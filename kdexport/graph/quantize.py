@@ -8,6 +8,7 @@ the residual side of an addition only. TensorRT and TensorRT-RTX take nothing el
 behind a convolution themselves as long as no Q/DQ lies between.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -26,10 +27,11 @@ FORMS: tuple[Form, ...] = ("int8-u8", "int8-s8")
 _COMPUTING = ["Conv", "Gemm"]
 
 
-def quantize(source: Path, ranges: Path, path: Path, *, form: Form) -> onnx.ModelProto:
+def quantize(source: Path, ranges: Path, path: Path, *, form: Form, keep: Sequence[str] = ()) -> onnx.ModelProto:
     """Write ``source`` (float32) quantized in ``form``, with activation scales from ``ranges`` (``calibrate``).
 
-    Weight scales come from the weights alone: largest value of the output channel / 127.
+    Nodes of ``keep`` stay float32. Weight scales come from the weights alone: largest value of the output channel
+    / 127.
     """
     import_onnxruntime()
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
@@ -52,6 +54,7 @@ def quantize(source: Path, ranges: Path, path: Path, *, form: Form) -> onnx.Mode
             activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             op_types_to_quantize=_COMPUTING if symmetric else None,
+            nodes_to_exclude=list(keep),
             calibration_cache_path=_write_cache(ranges, Path(folder) / "ranges.json"),
             extra_options=options,
         )
