@@ -1,0 +1,153 @@
+"""Two callables timed against each other inside one process: blocks, pairs in random order, warm-up."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Run = Callable[[], object]
+
+#: A block is long enough for the clock's own cost to vanish in it.
+BLOCK_S, BLOCK_RUNS = 0.005, 10
+DROPPED_PAIRS = 5
+_WARMUP_S = 0.2
+#: Clocks of the two blocks of a pair may differ by this much, and this share of a session's pairs may be dropped.
+CLOCK_TOLERANCE, MAX_DROPPED = 0.01, 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A GPU's state right after a block: SM clock in MHz, and whether it is held back by power or heat."""
+
+    sm_mhz: float
+    throttled: bool
+
+
+class Guard(Protocol):
+    """Reads the state of the device that is timed."""
+
+    def __call__(self) -> Reading:
+        """The state now."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pairing:
+    """How a session is measured: pairs that count, the seed of their order, and when the warm-up is over.
+
+    Where the median log ratios of both halves differ by more than ``settle``, the session is measured once more and
+    only the second measurement counts; None never repeats. ``tails`` keeps every run of the candidate.
+    """
+
+    pairs: int
+    seed: int
+    settle: float | None = None
+    tails: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Measured:
+    """Pairs (P,2) of block medians, reference and candidate, in seconds; what was left out; the runs of a block."""
+
+    pairs_s: NDArray[np.float64]
+    candidate_first: tuple[bool, ...]
+    dropped: int
+    repeated: bool
+    runs: int
+    tails_s: NDArray[np.float64]
+
+
+@dataclass(slots=True)
+class _Pass:
+    pairs: list[tuple[float, float]]
+    order: list[bool]
+    tails: list[NDArray[np.float64]]
+    dropped: int = 0
+
+
+def measure(reference: Run, candidate: Run, pairing: Pairing, guard: Guard | None = None) -> Measured:
+    """Time both in pairs of blocks whose order a seeded coin decides."""
+    rng = np.random.default_rng(pairing.seed)
+    runs = max(_warm(reference), _warm(candidate))
+    once = _measure_pairs(reference, candidate, pairing, runs, rng, guard)
+    repeated = pairing.settle is not None and not _settled(once.pairs, pairing.settle)
+    if repeated:
+        once = _measure_pairs(reference, candidate, pairing, runs, rng, guard)
+    return Measured(
+        pairs_s=np.asarray(once.pairs, np.float64).reshape(-1, 2),
+        candidate_first=tuple(once.order),
+        dropped=once.dropped,
+        repeated=repeated,
+        runs=runs,
+        tails_s=np.concatenate(once.tails) if once.tails else np.empty(0),
+    )
+
+
+def must_drop(first: Reading, second: Reading) -> bool:
+    """Whether the device changed under a pair: only whole pairs are dropped, never single runs."""
+    apart = abs(first.sm_mhz - second.sm_mhz) > CLOCK_TOLERANCE * max(first.sm_mhz, second.sm_mhz)
+    return first.throttled or second.throttled or apart
+
+
+def slowed(run: Run, share: float) -> Run:
+    """``run`` made slower by ``share`` of the time that it takes: a change of known size, to validate the gate with."""
+
+    def longer() -> None:
+        started = time.perf_counter()
+        run()
+        until = started + (time.perf_counter() - started) * (1 + share)
+        while time.perf_counter() < until:
+            pass
+
+    return longer
+
+
+def _measure_pairs(
+    reference: Run, candidate: Run, pairing: Pairing, runs: int, rng: np.random.Generator, guard: Guard | None
+) -> _Pass:
+    found = _Pass([], [], [])
+    for index in range(pairing.pairs + DROPPED_PAIRS):
+        candidate_first = bool(rng.random() < 0.5)
+        times: dict[bool, NDArray[np.float64]] = {}
+        readings = []
+        for is_candidate in (candidate_first, not candidate_first):
+            times[is_candidate] = _block(candidate if is_candidate else reference, runs)
+            readings += [] if guard is None else [guard()]
+        if index < DROPPED_PAIRS:
+            continue
+        if readings and must_drop(*readings):
+            found.dropped += 1
+            continue
+        found.pairs.append((float(np.median(times[False])), float(np.median(times[True]))))
+        found.order.append(candidate_first)
+        found.tails += [times[True]] if pairing.tails else []
+    return found
+
+
+def _settled(pairs: list[tuple[float, float]], tolerance: float) -> bool:
+    ratios = np.log([later / earlier for earlier, later in pairs])
+    middle = len(ratios) // 2
+    return middle < 1 or bool(abs(np.median(ratios[:middle]) - np.median(ratios[middle:])) <= tolerance)
+
+
+def _warm(run: Run) -> int:
+    """Run until warm; returns how many runs fill a block."""
+    started, count = time.perf_counter(), 0
+    while time.perf_counter() - started < _WARMUP_S or count < BLOCK_RUNS:
+        run()
+        count += 1
+    each = (time.perf_counter() - started) / count
+    return max(BLOCK_RUNS, math.ceil(BLOCK_S / each))
+
+
+def _block(run: Run, runs: int) -> NDArray[np.float64]:
+    """Seconds of each of ``runs`` back-to-back runs."""
+    times = np.empty(runs)
+    for index in range(runs):
+        started = time.perf_counter()
+        run()
+        times[index] = time.perf_counter() - started
+    return times

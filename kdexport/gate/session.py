@@ -1,0 +1,173 @@
+"""One session: a fresh process that times two arms against each other; JSON in, JSON out.
+
+    python -m kdexport.gate.session '{"clock": "host", ...}'
+
+It imports what it times and nothing else, so that a session of a small model takes a second or two.
+"""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdexport.console import end_with_parent
+from kdexport.errors import ConfigError, KdexportError
+from kdexport.gate.measure import Guard, Measured, Pairing, Run, measure, slowed
+from kdexport.gate.statistics import session_statistic
+
+CLOCKS = ("host", "serve", "gpu")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Arm:
+    """What one arm runs: an ONNX file, or for the clock ``serve`` a bundle folder.
+
+    ``slowdown`` makes every run longer by that share: a known change, for validating the gate itself.
+    """
+
+    path: str
+    slowdown: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """A session to run. ``cpus`` are those that it is held on; ``settle`` and ``tails`` as in ``Pairing``."""
+
+    reference: Arm
+    candidate: Arm
+    clock: str
+    image_size: int
+    batch: int
+    threads: int
+    cpus: tuple[int, ...]
+    pairs: int
+    seed: int
+    settle: float | None = None
+    tails: bool = False
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Request":
+        """Inverse of ``dataclasses.asdict`` through JSON."""
+        arms = {name: Arm(**data[name]) for name in ("reference", "candidate")}
+        return cls(**{**data, **arms, "cpus": tuple(data["cpus"])})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Session:
+    """What a session found: the median log ratio candidate / reference of its pairs, and all that it rests on.
+
+    ``pairs_ms`` holds reference and candidate of each pair that counts; ``load`` the machine's load average before and
+    after; ``created_first`` the arm that was loaded first; ``tails_ms`` every run of the candidate where asked for.
+    """
+
+    log_ratio: float
+    reference_ms: float
+    candidate_ms: float
+    pairs_ms: tuple[tuple[float, float], ...] = ()
+    candidate_first: tuple[bool, ...] = ()
+    dropped: int = 0
+    repeated: bool = False
+    runs: int = 0
+    seed: int = 0
+    created_first: str = ""
+    cpus: tuple[int, ...] = ()
+    threads: int = 0
+    load: tuple[float, float] = (0.0, 0.0)
+    tails_ms: tuple[float, ...] = ()
+    gpu: dict[str, Any] | None = None
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Session":
+        """Inverse of ``dataclasses.asdict`` through JSON."""
+        tuples = {name: tuple(value) for name, value in data.items() if isinstance(value, list)}
+        return cls(**{**data, **tuples, "pairs_ms": tuple((a, b) for a, b in data["pairs_ms"])})
+
+
+def run(request: Request) -> Session:
+    """Measure in this process, which is pinned to ``request.cpus`` for good."""
+    if request.cpus:
+        os.sched_setaffinity(0, request.cpus)
+    rng = np.random.default_rng([request.seed, 1])
+    order = [str(name) for name in rng.permutation(["reference", "candidate"])]
+    pairing = Pairing(pairs=request.pairs, seed=request.seed, settle=request.settle, tails=request.tails)
+    before = os.getloadavg()[0]
+    with _opened(request, order) as (runs, guard, facts):
+        arms = {"reference": request.reference, "candidate": request.candidate}
+        timed = {name: slowed(runs[name], arm.slowdown) if arm.slowdown else runs[name] for name, arm in arms.items()}
+        measured = measure(timed["reference"], timed["candidate"], pairing, guard)
+    return _session(request, measured, order[0], (before, os.getloadavg()[0]), facts)
+
+
+def _session(
+    request: Request, measured: Measured, created_first: str, load: tuple[float, float], facts: dict[str, Any] | None
+) -> Session:
+    pairs_ms = measured.pairs_s * 1e3
+    valid = len(pairs_ms) > 0
+    return Session(
+        log_ratio=session_statistic(measured.pairs_s) if valid else float("nan"),
+        reference_ms=float(np.median(pairs_ms[:, 0])) if valid else float("nan"),
+        candidate_ms=float(np.median(pairs_ms[:, 1])) if valid else float("nan"),
+        pairs_ms=tuple((round(float(a), 6), round(float(b), 6)) for a, b in pairs_ms),
+        candidate_first=measured.candidate_first,
+        dropped=measured.dropped,
+        repeated=measured.repeated,
+        runs=measured.runs,
+        seed=request.seed,
+        created_first=created_first,
+        cpus=tuple(sorted(os.sched_getaffinity(0))),
+        threads=request.threads,
+        load=load,
+        tails_ms=tuple(round(float(value), 6) for value in measured.tails_s * 1e3),
+        gpu=facts,
+    )
+
+
+_Opened = tuple[dict[str, Run], Guard | None, dict[str, Any] | None]
+
+
+@contextlib.contextmanager
+def _opened(request: Request, order: list[str]) -> Iterator[_Opened]:
+    """Both arms as callables, created in ``order``: the one that comes first may get the better memory."""
+    rng = np.random.default_rng([request.seed, 2])
+    size = request.image_size
+    images = rng.standard_normal((request.batch, 3, size, size), dtype=np.float32)
+    paths = {"reference": request.reference.path, "candidate": request.candidate.path}
+    if request.clock == "host":
+        from kdexport.backends.ort import load_model
+
+        models = {name: load_model(Path(paths[name]), threads=request.threads) for name in order}
+        yield {name: _bound(model.logits, images) for name, model in models.items()}, None, None
+    elif request.clock == "serve":
+        from kdexport.gate.client import serving
+
+        with serving({name: paths[name] for name in order}) as client:
+            yield {name: client.request(name, images) for name in order}, None, None
+    else:
+        raise ConfigError(f"There is no clock {request.clock!r} in a session.", remedy=f"Known: {', '.join(CLOCKS)}.")
+
+
+def _bound(function: Callable[[Any], object], images: Any) -> Run:
+    return lambda: function(images)
+
+
+def _main() -> int:
+    # Nobody reads the result of a session whose gate is gone.
+    end_with_parent()
+    try:
+        answer: dict[str, Any] = asdict(run(Request.from_json(json.loads(sys.argv[1]))))
+    except KdexportError as error:
+        described = {"code": error.code, "exit_code": error.exit_code, "message": error.message}
+        sys.stdout.write(json.dumps({"error": {**described, "remedy": error.remedy}}) + "\n")
+        return error.exit_code
+    sys.stdout.write(json.dumps(answer) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main())
