@@ -1,23 +1,23 @@
 """The three jobs of ``python -m training``: train a teacher, distil a student, evaluate either."""
 
 import json
-import shutil
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal, cast
 
 import torch
 from accelerate import Accelerator
 
-from kdexport.checkpoint import StudentSpec, open_checkpoint, save_checkpoint, save_tensors
 from kdexport.checkpoint import load_student as load_trained_student
+from kdexport.checkpoint import open_checkpoint, save_tensors
 from kdexport.data import ImageSet, open_dataset
 from kdexport.errors import BackendUnavailableError, CheckpointError
-from kdexport.preprocessing import Preprocessing
 from kdexport.reparam.blocks import BranchSpec, ParallelBranches, attach_branches, branch_paths
 from kdexport.students import STUDENTS, Student
 from training.data import Batches, EvaluationBatches, preprocessing_of, training_batches
 from training.distillers import DISTILLERS
+from training.handover import Origin, hand_over, student_spec
 from training.loop import Metrics, Run, learning_rate, run, top1
 from training.processes import BuffersStay, check_share, gathered
 from training.recipe import Recipe, TrainSettings
@@ -25,19 +25,11 @@ from training.task import DistillationTask, FrozenTeacher, SupervisedTask
 from training.teachers import TEACHERS, Teacher
 from training.teachers.teacher import load_teacher_weights
 
-__all__ = ["evaluate_student", "evaluate_teacher", "learning_rate", "train_student", "train_teacher"]
+__all__ = ["Origin", "evaluate_student", "evaluate_teacher", "learning_rate", "train_student", "train_teacher"]
 
 _CALIBRATION_BATCHES = 8
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 Precision = Literal["no", "bf16", "fp16"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Origin:
-    """Where a run's inputs come from, as digests: part of the provenance of its student."""
-
-    dataset_sha256: str
-    teacher_sha256: str
 
 
 def make_accelerator(settings: TrainSettings) -> Accelerator:
@@ -96,17 +88,64 @@ def train_teacher(recipe: Recipe, directory: Path) -> Metrics:
     return history[-1]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Lesson:
+    """Networks and method, ready to train; ``observed`` (N,3,S,S) is the batch on which branches are compared."""
+
+    student: Student
+    frozen: FrozenTeacher
+    branches: BranchSpec | None
+    layers: int
+    task: DistillationTask
+    observed: torch.Tensor
+
+    def diversity(self) -> Metrics:
+        """How the branches differ now."""
+        return self.task.diversity(self.observed, self.frozen(self.observed))
+
+
 def train_student(recipe: Recipe, directory: Path, origin: Origin) -> Metrics:
     """Distil the recipe's student into ``directory``/student; returns the metrics of the last epoch."""
-    settings = recipe.train
-    accelerator = make_accelerator(settings)
-    device = accelerator.device
+    accelerator = make_accelerator(recipe.train)
     train, test = open_dataset(recipe.data.spec(), "train"), open_dataset(recipe.data.spec(), "test")
-    evaluation = EvaluationBatches(test, recipe.data, device=device)
+    evaluation = EvaluationBatches(test, recipe.data, device=accelerator.device)
     batches = _batches(train, recipe, accelerator)
+    lesson = _prepare(recipe, train, batches, accelerator.device)
+    teacher_top1 = top1(_logits_only(lesson.frozen), evaluation)
+
+    def keep(name: str, metrics: Metrics) -> None:
+        spec = student_spec(recipe, train, lesson.branches, metrics, origin)
+        hand_over(directory / name, lesson.student, spec)
+
+    def keep_best(metrics: Metrics) -> None:
+        keep("best", {**metrics, "teacher_top1": teacher_top1, "best_epoch_top1": metrics["top1"]})
+
+    job = Run(
+        directory=directory,
+        title=f"student {recipe.student.name}",
+        settings=recipe.train,
+        branches=(lesson.layers, lesson.branches.num_branches if lesson.branches else 1),
+        task=lesson.task,
+        network=lesson.student,
+        batches=batches,
+        evaluation=evaluation,
+        teach=lesson.frozen,
+        diversity=lesson.diversity if lesson.branches else None,
+        keep_best=keep_best,
+        teacher_top1=teacher_top1,
+    )
+    history = run(job, accelerator)
+    best = max(epoch["top1"] for epoch in history)
+    metrics = {**history[-1], "teacher_top1": teacher_top1, "best_epoch_top1": best}
+    if accelerator.is_main_process:
+        keep("student", metrics)
+    return metrics
+
+
+def _prepare(recipe: Recipe, train: ImageSet, batches: Batches, device: torch.device) -> _Lesson:
     teacher = _build_teacher(recipe, train)
     load_teacher_weights(teacher, Path(recipe.teacher.checkpoint))
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(recipe.train.seed)
     student = STUDENTS.build(recipe.student.name, num_classes=len(train.classes), image_size=recipe.data.image_size)
     DISTILLERS.check(recipe.distiller.name)
     frozen = _freeze(teacher, recipe, device)
@@ -114,35 +153,13 @@ def train_student(recipe: Recipe, directory: Path, origin: Origin) -> Metrics:
     branches = type(distiller).branch_spec(recipe.distiller, student, teacher)
     layers = _attach(student, branches)
     distiller.prepare(torch.from_numpy(train.labels))
-    calibration = zip(range(_CALIBRATION_BATCHES), batches.epoch(0), strict=False)
-    distiller.calibrate(frozen(gathered(batch.images)) for _, batch in calibration)
+    calibration = [gathered(batch.images) for batch in islice(batches.epoch(0), _CALIBRATION_BATCHES)]
+    distiller.calibrate(map(frozen, calibration))
     task = DistillationTask(student, distiller, layers).to(device)
     task.to(memory_format=torch.channels_last)
-    teacher_top1 = top1(_logits_only(frozen), evaluation)
-    job = Run(
-        directory=directory,
-        title=f"student {recipe.student.name}",
-        settings=settings,
-        branches=(len(layers), branches.num_branches if branches else 1),
-        task=task,
-        network=student,
-        batches=batches,
-        evaluation=evaluation,
-        teach=frozen,
+    return _Lesson(
+        student=student, frozen=frozen, branches=branches, layers=len(layers), task=task, observed=calibration[0]
     )
-    history = run(job, accelerator)
-    metrics = {
-        **history[-1],
-        "teacher_top1": teacher_top1,
-        "best_epoch_top1": max(epoch["top1"] for epoch in history),
-    }
-    if accelerator.is_main_process:
-        spec = _student_spec(recipe, train, branches, metrics, origin)
-        partial, final = directory / ".student.partial", directory / "student"
-        save_checkpoint(partial, student, spec)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.replace(final)
-    return metrics
 
 
 def evaluate_teacher(recipe: Recipe) -> float:
@@ -191,7 +208,7 @@ def _batches(train: ImageSet, recipe: Recipe, accelerator: Accelerator) -> Batch
 def _freeze(teacher: Teacher, recipe: Recipe, device: torch.device) -> FrozenTeacher:
     settings = recipe.train
     asked = settings.mixed_precision if settings.teacher_precision == "auto" else settings.teacher_precision
-    frozen = FrozenTeacher(teacher, device, _PRECISIONS.get(_precision(asked)))
+    frozen = FrozenTeacher(teacher, device, _PRECISIONS.get(_precision(asked)), settings.compile)
     own = preprocessing_of(recipe.data)
     mean, std = recipe.teacher.mean or own.mean, recipe.teacher.std or own.std
     student_mean, student_std = _column(own.mean), _column(own.std)
@@ -217,28 +234,3 @@ def _logits_only(frozen: FrozenTeacher) -> torch.nn.Module:
             return frozen(images).logits
 
     return Logits()
-
-
-def _student_spec(
-    recipe: Recipe, train: ImageSet, branches: BranchSpec | None, metrics: Metrics, origin: Origin
-) -> StudentSpec:
-    # Places on the training machine tell nothing about the weights and do not leave it.
-    described = recipe.model_dump(mode="json")
-    described["data"].pop("root")
-    described["teacher"].pop("checkpoint")
-    if described["data"]["name"].startswith("folder:"):
-        described["data"]["name"] = "folder"
-    preprocessing: Preprocessing = preprocessing_of(recipe.data)
-    return StudentSpec(
-        student=recipe.student.name,
-        classes=train.classes,
-        preprocessing=preprocessing,
-        branches=branches,
-        provenance={
-            "recipe": described,
-            "dataset_sha256": origin.dataset_sha256,
-            "teacher_sha256": origin.teacher_sha256,
-            "seed": recipe.train.seed,
-            "metrics": metrics,
-        },
-    )
