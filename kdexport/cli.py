@@ -14,6 +14,7 @@ from kdexport.fuse_command import fuse
 from kdexport.registry import nearest
 from kdexport.serving.command import serve
 from kdexport.serving.triton_command import triton
+from kdexport.verify_command import verify
 
 app = typer.Typer(
     add_completion=False,
@@ -57,9 +58,7 @@ def build(
     workspace: Annotated[Path, typer.Option(help="Where finished stages are kept.")] = Path(".kdexport"),
     processes: Annotated[int, typer.Option(min=1, help="Training processes, one per GPU.")] = 1,
     fresh: Annotated[bool, typer.Option("--fresh/--resume", help="Forget earlier results, or use them.")] = False,
-    blame: Annotated[
-        bool, typer.Option("--blame", help="Where a check fails, find the node that is to blame.")
-    ] = False,
+    blame: Annotated[bool, typer.Option("--blame", help="Name the node where a check fails.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -95,53 +94,6 @@ def build(
         from kdexport.screen import show_build
 
         show_build(result)
-
-
-@app.command()
-def verify(
-    bundle: Annotated[Path, typer.Argument(help="A folder that `kdexport build` wrote.")],
-    rung: Annotated[
-        str | None,
-        typer.Option(help="Only this rung of the ladder: A (algebra; block by block, without running a file)."),
-    ] = None,
-    rethreshold: Annotated[
-        Path | None,
-        typer.Option(metavar="POLICY", help="Decide from the stored numbers under this policy; nothing is run."),
-    ] = None,
-    allow_looser: Annotated[
-        bool, typer.Option("--allow-looser", help="Let the policy raise limits above those of the build.")
-    ] = False,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Check a bundle again: its files, its algebra, its graphs, its logits on the golden images."""
-    if rethreshold is not None:
-        if rung is not None:
-            raise ConfigError("--rung and --rethreshold exclude each other.", remedy="Pass one of them.")
-        _rethreshold(bundle, rethreshold, allow_looser=allow_looser, as_json=as_json)
-        return
-    from kdexport.bundle import read_manifest
-    from kdexport.reporter import Reporter
-    from kdexport.verify.replay import replay, replay_algebra
-
-    if rung not in (None, "A", "a"):
-        raise UnknownNameError(f"Rung {rung!r} cannot be verified by itself.", remedy="Pass --rung A, or no --rung.")
-    manifest = read_manifest(bundle)
-    with Reporter().stage("verify") as progress:
-        verdict = (replay if rung is None else replay_algebra)(bundle, manifest, progress)
-    if as_json:
-        _print_json(
-            {
-                "ok": not verdict.failures,
-                "exit_code": 1 if verdict.failures else 0,
-                "checks": [check.to_json() for check in verdict.checks],
-            }
-        )
-        raise typer.Exit(1 if verdict.failures else 0)
-    from kdexport.screen import show_verdict
-
-    show_verdict(bundle, manifest, verdict)
-    verdict.require()
 
 
 @app.command()
@@ -221,31 +173,11 @@ def explain(
         sys.stdout.write(f"{cls.code} (exit {cls.exit_code}): {cls.__doc__}\n{cls.explanation}\n")
 
 
+app.command()(verify)
 app.command()(explain_failure)
 app.command()(fuse)
 app.command()(serve)
 app.command()(triton)
-
-
-def _rethreshold(bundle: Path, policy: Path, *, allow_looser: bool, as_json: bool) -> None:
-    from dataclasses import asdict
-
-    from kdexport.bundle import read_manifest
-    from kdexport.verify.rethreshold import rethreshold
-
-    manifest = read_manifest(bundle)
-    result = rethreshold(bundle, manifest, policy, allow_looser=allow_looser)
-    failed = bool(result.verdict.failures)
-    if as_json:
-        changes = [asdict(change) for change in result.changes]
-        checks = [check.to_json() for check in result.verdict.checks]
-        _print_json({"ok": not failed, "exit_code": int(failed), "changes": changes, "checks": checks})
-        raise typer.Exit(int(failed))
-    from kdexport.screen import show_changes, show_verdict
-
-    show_changes(result.changes)
-    show_verdict(bundle, manifest, result.verdict)
-    result.verdict.require("The bundle does not keep this policy; nothing was run and nothing was changed.")
 
 
 def _summary(data: dict[str, Any]) -> dict[str, Any]:

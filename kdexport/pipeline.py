@@ -1,7 +1,5 @@
 """`kdexport build`: from a recipe or a checkpoint to a verified bundle, doing only what is not done yet."""
 
-import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,8 @@ from kdexport.bundle import FUSED, MANIFEST, UNFUSED, Manifest, changed_files, r
 from kdexport.checkpoint import TrainedStudent, open_checkpoint, sha256_file
 from kdexport.config import BuildConfig
 from kdexport.data import DatasetSpec, dataset_spec, open_dataset
-from kdexport.errors import BundleError, CheckpointError, KdexportError, VerificationError
+from kdexport.errors import BundleError, CheckpointError, VerificationError
+from kdexport.failures import keep_failed
 from kdexport.fingerprint import dataset_digest, digest, source_digest
 from kdexport.reporter import Reporter
 from kdexport.targets import Target, gpu_fingerprint, require_available
@@ -22,7 +21,8 @@ from kdexport.workspace import Workspace, replace_folder, require_replaceable, r
 class BuildRequest:
     """What `kdexport build` was asked for. ``checkpoint`` skips training; ``fresh`` forgets earlier results.
 
-    ``blame`` bisects a bundle whose verification failed."""
+    ``blame`` bisects a bundle whose verification failed.
+    """
 
     config: BuildConfig
     targets: tuple[Target, ...]
@@ -240,26 +240,6 @@ def _make_bundle(
             try:
                 package(folder, parts, progress)
             except VerificationError as error:
-                _keep_failed(folder, failed)
-                message = f"{error.message}\nReport: {failed / 'report.md'}"
-                if request.blame:
-                    message = "\n".join([message, *_blame(failed, progress)])
-                raise VerificationError(message, remedy=error.remedy) from error
+                raise keep_failed(error, folder, failed, blame=request.blame, progress=progress) from error
 
     workspace.produce("bundle", key, make)
-
-
-def _blame(failed: Path, progress: Callable[[str], None]) -> list[str]:
-    from kdexport.blame_command import blame_bundle, blame_lines
-
-    try:
-        return blame_lines(blame_bundle(failed, failed.with_name(f"{failed.name}-blame"), progress))
-    except KdexportError as error:
-        # The failure itself must be told even where its cause cannot be found.
-        return [f"Blame: {error.message}"]
-
-
-def _keep_failed(folder: Path, place: Path) -> None:
-    shutil.rmtree(place, ignore_errors=True)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(folder, place)

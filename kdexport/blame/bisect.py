@@ -25,7 +25,7 @@ from kdexport.graph.export import INPUT, export_onnx
 from kdexport.reparam.fuse import fuse_student
 from kdexport.verify.parity import rung_b
 from kdexport.verify.reference import Probes, make_probes, make_reference, run_torch
-from kdexport.verify.subjects import check_golden, check_weights, load_unfused
+from kdexport.verify.stored import check_golden, check_weights, load_unfused
 
 Progress = Callable[[str], None]
 

@@ -86,15 +86,23 @@ class SearchImages:
 
 
 def find_plan(
-    source: Path, cast: Cast, data: SearchImages, budget: Budget, folder: Path, *, max_trials: int = 24
+    source: Path,
+    cast: Cast,
+    data: SearchImages,
+    budget: Budget,
+    folder: Path,
+    *,
+    max_trials: int = 24,
+    as_written: bool = False,
 ) -> PrecisionPlan:
     """Plain, then equalised, then with the fewest layers kept; files are written into ``folder``.
 
-    Deterministic but for ``latency_ms``. The search stops after ``max_trials`` casts; its best plan may then be outside
+    ``as_written`` judges the graph without optimisation: CPU kernels otherwise widen float16 between nodes, and hide an
+    overflow that a GPU has. Deterministic but for ``latency_ms``. The search stops after ``max_trials`` casts; its best plan may then be outside
     the budget, which ``chosen.within`` says.
     """
     exact = run_in_batches(load_model(source).logits, data.images, (_BATCH,))
-    judge = _Judge(exact, data, budget)
+    judge = _Judge(exact, data, budget, as_written)
     trades = [judge.measure("fp32", source, (), 0)]
     plain = folder / "plain.onnx"
     cast(source, (), plain)
@@ -147,10 +155,12 @@ class _Judge:
     exact: NDArray[np.float32]
     data: SearchImages
     budget: Budget
+    as_written: bool
 
     def measure(self, plan: str, path: Path, kept: tuple[str, ...], equalised: int) -> Trade:
         model = load_model(path, threads=1)
-        logits = run_in_batches(model.logits, self.data.images, (_BATCH,))
+        judged = load_model(path, threads=1, optimise=False) if self.as_written else model
+        logits = run_in_batches(judged.logits, self.data.images, (_BATCH,))
         labels, before, after = self.data.labels, self.exact.argmax(axis=1), logits.argmax(axis=1)
         flips = float(np.mean(before != after))
         drop = float(np.mean(before == labels) - np.mean(after == labels))

@@ -1,7 +1,6 @@
 """Checks on each file of a bundle: its weights, its graph, and what it computes."""
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,13 +8,11 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
 from kdexport.backends.ort import CPU, load_model
 from kdexport.backends.trt import Engine, EngineLayer, can_execute, require_precision, run_engine
 from kdexport.bundle import (
     FUSED,
-    GOLDEN_LOGITS,
     LAYERS,
     MODEL,
     NOT_EXECUTED,
@@ -23,21 +20,19 @@ from kdexport.bundle import (
     TARGETS,
     UNFUSED,
     Manifest,
-    changed_files,
 )
-from kdexport.checkpoint import StudentSpec, build_student, load_strictly, load_tensors, sha256_file
-from kdexport.errors import AuditError, CheckpointError, KdexportError
+from kdexport.checkpoint import load_strictly, load_tensors, sha256_file
+from kdexport.errors import AuditError, KdexportError
 from kdexport.graph.audit import Finding, audit_graph
 from kdexport.graph.export import read_metadata
 from kdexport.policy import Policy, stored_policy
-from kdexport.reparam.fuse import certify_fold, fuse_student
+from kdexport.reparam.fuse import fuse_student
 from kdexport.stages import model_metadata
 from kdexport.targets import parse_target
+from kdexport.verify.findings import broken, from_finding
 from kdexport.verify.parity import (
     Check,
-    check_at_most,
     check_repeatable,
-    check_whole,
     run_in_batches,
     rung_a,
     rung_b,
@@ -45,9 +40,7 @@ from kdexport.verify.parity import (
 )
 from kdexport.verify.reference import Probes, Reference, make_probes, make_reference, run_torch
 from kdexport.verify.simulation import SIMULATED, Simulation
-
-#: Folding in float64 and rounding once may differ by the last bit between machines, and by nothing more.
-_WEIGHT_LIMIT = 3e-7
+from kdexport.verify.stored import check_weights, load_unfused
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,41 +63,6 @@ class Subject:
         return None if precision == "fp32" else self.reference.simulated[precision]
 
 
-def check_integrity(folder: Path, manifest: Manifest) -> list[Check]:
-    """Every file is there and has the sha256 of the manifest."""
-    changes = changed_files(folder, manifest.files)
-    detail = ", ".join(f"{name} {what}" for name, what in changes.items()) or f"{len(manifest.files)} files"
-    targets = folder / TARGETS
-    present = {path.name for path in targets.iterdir()} if targets.is_dir() else set()
-    fact = f"on disk {sorted(present)}, in the manifest {sorted(manifest.targets)}"
-    return [
-        check_at_most("files", "bundle", "sha256", len(changes), 0, unit="files", detail=detail),
-        _from_finding("bundle", Finding("targets", present == set(manifest.targets), fact)),
-    ]
-
-
-def check_golden(folder: Path, manifest: Manifest, pixels: NDArray[np.uint8]) -> list[Check]:
-    """The golden images still give the stored reference logits, through decoding, preprocessing and float64."""
-    try:
-        stored = load_tensors(folder / GOLDEN_LOGITS)["logits"].numpy()
-        unfused = load_unfused(folder, manifest.spec).double()
-    except (KeyError, CheckpointError) as error:
-        return [_broken("golden", GOLDEN_LOGITS, str(error))]
-    images = manifest.spec.preprocessing.normalise(pixels).astype(np.float64)
-    exact = run_torch(unfused, images)
-    if stored.shape != exact.shape:
-        return [_broken("golden", GOLDEN_LOGITS, f"shape {stored.shape}, expected {exact.shape}")]
-    difference = np.abs(exact - stored).max() / np.abs(stored).max()
-    return [check_at_most("golden", "images", "reference logits", difference, 1e-9, unit="of max")]
-
-
-def load_unfused(folder: Path, spec: StudentSpec) -> nn.Module:
-    """The unfused student of a bundle, in evaluation mode."""
-    student = build_student(spec)
-    load_strictly(student, load_tensors(folder / UNFUSED), UNFUSED)
-    return student.eval()
-
-
 def student_checks(folder: Path, manifest: Manifest, pixels: NDArray[np.uint8]) -> tuple[list[Check], Subject | None]:
     """Weights and rungs A and B of the student itself, and what its files are compared with, None if it is damaged."""
     spec = manifest.spec
@@ -116,7 +74,7 @@ def student_checks(folder: Path, manifest: Manifest, pixels: NDArray[np.uint8]) 
         weights = check_weights(stored, fused.state_dict())
         load_strictly(fused, stored, FUSED)
     except KdexportError as error:
-        return [_broken("A", "student", error.message)], None
+        return [broken("A", "student", error.message)], None
     probes = make_probes(pixels, spec.preprocessing)
     policy = stored_policy(manifest.data)
     asked = {str(entry["precision"]) for entry in manifest.targets.values()}
@@ -133,58 +91,21 @@ def student_checks(folder: Path, manifest: Manifest, pixels: NDArray[np.uint8]) 
     return checks, Subject(folder, manifest, sizes, probes, reference, arrays, policy)
 
 
-def check_algebra(folder: Path, manifest: Manifest, pixels: NDArray[np.uint8]) -> list[Check]:
-    """Rung A block by block: the stored unfused student folded again in float64, and the weights that came of it.
-
-    Nothing that was exported is run. Golden images (N,S,S,3) uint8 judge the whole beside the certificate's noise.
-    """
-    spec = manifest.spec
-    try:
-        unfused = load_unfused(folder, spec).double()
-        module, certificate = certify_fold(unfused)
-        rounded = {name: tensor.float() for name, tensor in module.state_dict().items()}
-        weights = check_weights(load_tensors(folder / FUSED), rounded)
-    except KdexportError as error:
-        return [_broken("A", "student", error.message)]
-    probes = make_probes(pixels, spec.preprocessing)
-    images = probes.images.astype(np.float64)
-    exact, merged = run_torch(unfused, images), run_torch(module, images)
-    blocks = [
-        check_at_most("A", block.name, block.kind, block.relative_error, certificate.limit, unit="of max")
-        for block in certificate.blocks
-    ]
-    return [weights, *blocks, check_whole(merged, exact, certificate.limit, probes)]
-
-
-def check_weights(stored: dict[str, Tensor], fused: dict[str, Tensor]) -> Check:
-    """The stored weights are the folded ones but for the last bit; the layer that differs most is named."""
-    worst, where = 0.0, ""
-    for name, expected in fused.items():
-        tensor = stored.get(name)
-        if tensor is None or tensor.shape != expected.shape:
-            return _broken("A", FUSED, f"layer {name} is missing or of another shape")
-        scale = expected.abs().clamp(min=expected.abs().max().item() * 1e-6 + 1e-30)
-        error = ((tensor - expected).abs() / scale).max().item()
-        if not error <= worst and not math.isnan(worst):
-            worst, where = error, f"layer {name}"
-    return check_at_most("A", FUSED, "weights are the folded ones", worst, _WEIGHT_LIMIT, unit="relative", detail=where)
-
-
 def onnx_checks(subject: Subject, name: str, precision: str) -> list[Check]:
     """Audit and rung B or C of the ONNX file ``name``."""
     path = subject.folder / name
     findings = audit_graph(path, subject.weights, precision=precision, opset=subject.manifest.opset)
-    checks = [_from_finding(name, finding) for finding in findings]
+    checks = [from_finding(name, finding) for finding in findings]
     if not findings[0].holds:
         return checks
-    checks.append(_from_finding(name, _metadata(subject, path)))
+    checks.append(from_finding(name, _metadata(subject, path)))
     try:
         model = load_model(path)
     except AuditError as error:
-        return [*checks, _broken("audit", name, error.message)]
+        return [*checks, broken("audit", name, error.message)]
     elsewhere = {key: count for key, count in model.nodes_by_provider.items() if key != CPU}
     fact = ", ".join(f"{count} nodes on {key}" for key, count in model.nodes_by_provider.items())
-    checks.append(_from_finding(name, Finding("provider of each node", not elsewhere, fact)))
+    checks.append(from_finding(name, Finding("provider of each node", not elsewhere, fact)))
     candidate = run_in_batches(model.logits, subject.probes.images, subject.batches)
     where = f"{name} on onnxruntime CPU"
     checks += _parity(subject, where, candidate, subject.simulation(name, precision), precision)
@@ -207,17 +128,17 @@ def engine_checks(subject: Subject, name: str) -> list[Check]:
         engine = load_engine(subject.folder / TARGETS / name)
         require_precision(engine, target)
     except AuditError as error:
-        return [_broken("audit", where, error.message)]
+        return [broken("audit", where, error.message)]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return [_broken("audit", where, f"{LAYERS}: {type(error).__name__}: {error}")]
+        return [broken("audit", where, f"{LAYERS}: {type(error).__name__}: {error}")]
     fact = f"{len(engine.layers)} layers listed by the build"
-    checks = [_from_finding(where, Finding(f"every kernel in {target.precision}", True, fact))]
+    checks = [from_finding(where, Finding(f"every kernel in {target.precision}", True, fact))]
     if subject.manifest.targets[name]["status"] == NOT_EXECUTED or not can_execute(target):
-        return [*checks, _from_finding(where, Finding("execution", True, "not executed on this machine"))]
+        return [*checks, from_finding(where, Finding("execution", True, "not executed on this machine"))]
     try:
         candidate = run_engine(engine.plan, target, subject.probes.images, subject.batches)
     except KdexportError as error:
-        return [*checks, _broken("run", where, error.message)]
+        return [*checks, broken("run", where, error.message)]
     simulation = subject.simulation(f"{TARGETS}/{name}/{MODEL}", target.precision)
     return [*checks, *_parity(subject, where, candidate, simulation, target.precision)]
 
@@ -238,33 +159,3 @@ def load_engine(folder: Path) -> Engine:
         EngineLayer(name=row["name"], kind=row["kind"], datatypes=tuple(row["datatypes"])) for row in data["layers"]
     )
     return Engine(plan=folder / PLAN, layers=layers, version=str(data["version"]))
-
-
-def _from_finding(subject: str, finding: Finding) -> Check:
-    return Check(
-        rung="audit",
-        subject=subject,
-        name=finding.check,
-        holds=finding.holds,
-        measured=float(not finding.holds),
-        allowed=0.0,
-        unit="faults",
-        detail=finding.fact,
-    )
-
-
-def _broken(rung: str, subject: str, fact: str) -> Check:
-    return (
-        _from_finding(subject, Finding("readable", False, fact))
-        if rung == "audit"
-        else Check(
-            rung=rung,
-            subject=subject,
-            name="readable",
-            holds=False,
-            measured=1.0,
-            allowed=0.0,
-            unit="faults",
-            detail=fact,
-        )
-    )

@@ -18,7 +18,8 @@ from kdexport.policy import PRECISIONS, Policy
 from kdexport.targets import Target, parse_target
 from kdexport.verify.parity import Check, Logits, check_at_most, run_in_batches, unit_error
 from kdexport.verify.reference import run_torch
-from kdexport.verify.subjects import Subject, load_unfused
+from kdexport.verify.stored import load_unfused
+from kdexport.verify.subjects import Subject
 from kdexport.verify.task import TaskMetrics, TaskReference, rung_d, task_metrics, task_reference
 
 #: Pixels of one pass over all files: large enough that an engine is loaded a few times only.

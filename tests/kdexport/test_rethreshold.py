@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from safetensors.numpy import load_file, save_file
+from typer.testing import CliRunner
 
 from kdexport.bundle import TASK, read_manifest
+from kdexport.cli import app
 from kdexport.data import DatasetSpec, open_dataset
 from kdexport.errors import BundleError, ConfigError
 from kdexport.policy import Policy, policy_changes, stored_policy
@@ -173,10 +176,17 @@ def test_the_command_exits_with_what_it_found(bundle_copy: Path, kdexport: Comma
     done = kdexport("verify", bundle_copy, "--rethreshold", policy, "--json")
     assert done.exit_code == 1
     assert done.data["changes"] == [{"key": "B.rms_error", "old": 2.0, "new": 0.01, "loosens": False}]
+
+
+def test_the_command_shows_old_and_new_limits(bundle_copy: Path) -> None:
+    policy = bundle_copy.parent / "policy.toml"
     policy.write_text("[B]\nrms_error = 3.0\n")
-    done = kdexport("verify", bundle_copy, "--rethreshold", policy)
-    assert done.exit_code == 2
-    assert "B.rms_error: 2 -> 3" in done.stderr
-    done = kdexport("verify", bundle_copy, "--rethreshold", policy, "--allow-looser")
+    options = ["verify", str(bundle_copy), "--rethreshold", str(policy)]
+    refused = CliRunner().invoke(app, options)
+    assert isinstance(refused.exception, ConfigError)
+    assert "B.rms_error: 2 -> 3" in refused.exception.message
+    done = CliRunner().invoke(app, [*options, "--allow-looser"])
     assert done.exit_code == 0
-    assert "looser" in done.stdout
+    assert re.search(r"B\.rms_error +2\.0 +3\.0 +looser", done.stdout)
+    with pytest.raises(ConfigError, match="exclude each other"):
+        CliRunner().invoke(app, [*options, "--rung", "A"], catch_exceptions=False)

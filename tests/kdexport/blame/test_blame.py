@@ -15,7 +15,8 @@ from onnx import numpy_helper
 
 from kdexport.blame.bisect import Blame, Trusted, file_fault
 from kdexport.blame.trace import LIMITS, extract, run, trace
-from kdexport.errors import AuditError
+from kdexport.blame_command import blame_bundle
+from kdexport.errors import AuditError, OutputError
 from kdexport.graph.calibration import calibrate
 from kdexport.graph.precision import cast_to_bf16, cast_to_fp16
 from kdexport.graph.quantize import quantize
@@ -239,13 +240,13 @@ def test_the_command_names_stage_and_node_of_a_bundle(bundle_copy: Path, kdexpor
     assert reproduce(out / "reproduction").returncode == 1
 
 
-def test_an_intact_bundle_has_nothing_to_blame(built: Built, kdexport: Command, tmp_path: Path) -> None:
-    out = tmp_path / "finding"
-    out.mkdir()
-    (out / "thesis.tex").write_text("unsaved")
-    done = kdexport("explain-failure", built.bundle, "--out", out)
-    assert done.exit_code == 2
-    assert "KDX202" in done.stderr
-    done = kdexport("explain-failure", built.bundle, "--out", tmp_path / "none")
-    assert (done.exit_code, "right" in done.stdout) == (0, True)
+def test_an_intact_bundle_has_nothing_to_blame(built: Built, tmp_path: Path) -> None:
+    assert blame_bundle(built.bundle, tmp_path / "none", lambda _: None) is None
     assert not (tmp_path / "none").exists()
+
+
+def test_a_folder_of_somebody_else_is_not_replaced(built: Built, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("unsaved")
+    with pytest.raises(OutputError, match="not written by"):
+        blame_bundle(built.bundle, tmp_path, lambda _: None)
+    assert (tmp_path / "thesis.tex").read_text() == "unsaved"

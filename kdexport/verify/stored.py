@@ -1,0 +1,92 @@
+"""Checks on what a bundle stores of its student: files, golden images, the fold and its weights."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from kdexport.bundle import FUSED, GOLDEN_LOGITS, TARGETS, UNFUSED, Manifest, changed_files
+from kdexport.checkpoint import StudentSpec, build_student, load_strictly, load_tensors
+from kdexport.errors import CheckpointError, KdexportError
+from kdexport.graph.audit import Finding
+from kdexport.reparam.fuse import certify_fold
+from kdexport.verify.findings import broken, from_finding
+from kdexport.verify.parity import Check, check_at_most, check_whole
+from kdexport.verify.reference import make_probes, run_torch
+
+#: Folding in float64 and rounding once may differ by the last bit between machines, and by nothing more.
+_WEIGHT_LIMIT = 3e-7
+
+
+def check_integrity(folder: Path, manifest: Manifest) -> list[Check]:
+    """Every file is there and has the sha256 of the manifest."""
+    changes = changed_files(folder, manifest.files)
+    detail = ", ".join(f"{name} {what}" for name, what in changes.items()) or f"{len(manifest.files)} files"
+    targets = folder / TARGETS
+    present = {path.name for path in targets.iterdir()} if targets.is_dir() else set()
+    fact = f"on disk {sorted(present)}, in the manifest {sorted(manifest.targets)}"
+    return [
+        check_at_most("files", "bundle", "sha256", len(changes), 0, unit="files", detail=detail),
+        from_finding("bundle", Finding("targets", present == set(manifest.targets), fact)),
+    ]
+
+
+def check_golden(folder: Path, manifest: Manifest, pixels: NDArray[np.uint8]) -> list[Check]:
+    """The golden images still give the stored reference logits, through decoding, preprocessing and float64."""
+    try:
+        stored = load_tensors(folder / GOLDEN_LOGITS)["logits"].numpy()
+        unfused = load_unfused(folder, manifest.spec).double()
+    except (KeyError, CheckpointError) as error:
+        return [broken("golden", GOLDEN_LOGITS, str(error))]
+    images = manifest.spec.preprocessing.normalise(pixels).astype(np.float64)
+    exact = run_torch(unfused, images)
+    if stored.shape != exact.shape:
+        return [broken("golden", GOLDEN_LOGITS, f"shape {stored.shape}, expected {exact.shape}")]
+    difference = np.abs(exact - stored).max() / np.abs(stored).max()
+    return [check_at_most("golden", "images", "reference logits", difference, 1e-9, unit="of max")]
+
+
+def load_unfused(folder: Path, spec: StudentSpec) -> nn.Module:
+    """The unfused student of a bundle, in evaluation mode."""
+    student = build_student(spec)
+    load_strictly(student, load_tensors(folder / UNFUSED), UNFUSED)
+    return student.eval()
+
+
+def check_algebra(folder: Path, manifest: Manifest, pixels: NDArray[np.uint8]) -> list[Check]:
+    """Rung A block by block: the stored unfused student folded again in float64, and the weights that came of it.
+
+    Nothing that was exported is run. Golden images (N,S,S,3) uint8 judge the whole beside the certificate's noise.
+    """
+    spec = manifest.spec
+    try:
+        unfused = load_unfused(folder, spec).double()
+        module, certificate = certify_fold(unfused)
+        rounded = {name: tensor.float() for name, tensor in module.state_dict().items()}
+        weights = check_weights(load_tensors(folder / FUSED), rounded)
+    except KdexportError as error:
+        return [broken("A", "student", error.message)]
+    probes = make_probes(pixels, spec.preprocessing)
+    images = probes.images.astype(np.float64)
+    exact, merged = run_torch(unfused, images), run_torch(module, images)
+    blocks = [
+        check_at_most("A", block.name, block.kind, block.relative_error, certificate.limit, unit="of max")
+        for block in certificate.blocks
+    ]
+    return [weights, *blocks, check_whole(merged, exact, certificate.limit, probes)]
+
+
+def check_weights(stored: dict[str, Tensor], fused: dict[str, Tensor]) -> Check:
+    """The stored weights are the folded ones but for the last bit; the layer that differs most is named."""
+    worst, where = 0.0, ""
+    for name, expected in fused.items():
+        tensor = stored.get(name)
+        if tensor is None or tensor.shape != expected.shape:
+            return broken("A", FUSED, f"layer {name} is missing or of another shape")
+        scale = expected.abs().clamp(min=expected.abs().max().item() * 1e-6 + 1e-30)
+        error = ((tensor - expected).abs() / scale).max().item()
+        if not error <= worst and not math.isnan(worst):
+            worst, where = error, f"layer {name}"
+    return check_at_most("A", FUSED, "weights are the folded ones", worst, _WEIGHT_LIMIT, unit="relative", detail=where)
