@@ -98,8 +98,8 @@ def find_plan(
     """Plain, then equalised, then with the fewest layers kept; files are written into ``folder``.
 
     ``as_written`` judges the graph without optimisation: CPU kernels otherwise widen float16 between nodes, and hide an
-    overflow that a GPU has. Deterministic but for ``latency_ms``. The search stops after ``max_trials`` casts; its best plan may then be outside
-    the budget, which ``chosen.within`` says.
+    overflow that a GPU has. Deterministic but for ``latency_ms``. The search stops after ``max_trials`` casts; its best
+    plan may then be outside the budget, which ``chosen.within`` says.
     """
     exact = run_in_batches(load_model(source).logits, data.images, (_BATCH,))
     judge = _Judge(exact, data, budget, as_written)
