@@ -22,7 +22,9 @@ from kdexport.errors import AuditError, EngineBuildError
 from kdexport.targets import Target, unavailable
 
 _MODULES = {"trt": "tensorrt", "trt-rtx": "tensorrt_rtx"}
-_DATATYPES = {"fp32": "Float", "fp16": "Half"}
+#: What kernels may read and write; those that multiply must have the first.
+_DATATYPES = {"fp32": ("Float",), "fp16": ("Half",), "bf16": ("BFloat16",), "int8": ("Int8", "Float")}
+_MULTIPLYING = {"correlation", "gemm", "runtime_fusion"}
 _BOOKKEEPING = {"shape_call", "signal", "wait"}
 _UNREADABLE = "unreadable"
 _TIMEOUT_S = 1800
@@ -91,16 +93,24 @@ def _run_child(
 
 
 def require_precision(engine: Engine, target: Target) -> None:
-    """Raise ``AuditError`` unless every kernel computes in the target's precision, by the build's own layer table."""
-    wanted = _DATATYPES[target.precision]
+    """Raise ``AuditError`` unless every kernel computes in the target's precision, by the build's own layer table.
+
+    int8 means that every convolution and linear layer reads int8; what is between them runs in float32.
+    """
+    allowed = _DATATYPES[target.precision]
     kernels = [layer for layer in engine.layers if layer.kind not in _BOOKKEEPING]
-    wrong = [layer for layer in kernels if any(kind != wanted for kind in layer.datatypes)]
+    wrong = [layer for layer in kernels if not _runs_in(layer, allowed)]
     if wrong or not any(layer.datatypes for layer in kernels):
         first = f"{wrong[0].name} reads or writes {', '.join(wrong[0].datatypes)}" if wrong else "no kernel listed"
         raise AuditError(
-            f"{len(wrong)} of {len(kernels)} kernels of {target} do not run in {wanted}: {first}.",
+            f"{len(wrong)} of {len(kernels)} kernels of {target} do not run in {allowed[0]}: {first}.",
             remedy="The engine is not what was asked for and is not packaged. Report the layer table.",
         )
+
+
+def _runs_in(layer: EngineLayer, allowed: tuple[str, ...]) -> bool:
+    multiplies = layer.kind in _MULTIPLYING and bool(layer.datatypes)
+    return set(layer.datatypes) <= set(allowed) and (allowed[0] in layer.datatypes or not multiplies)
 
 
 def parse_layer_table(messages: list[str], interface: set[str]) -> list[EngineLayer]:

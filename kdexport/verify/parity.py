@@ -2,7 +2,7 @@
 
 A  algebra: fused against unfused in float64, per block and whole.
 B  fp32: the error against the float64 oracle, relative to the unfused float32 model's own error.
-C  fp16: the error against the oracle, relative to a simulation of float16, with headroom in the activations.
+C  fp16, bf16, int8: the error against the oracle, relative to a simulation of that precision; fp16 with headroom.
 """
 
 import math
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kdexport.errors import first_line
 from kdexport.graph.precision import FLOAT16_MAX
 from kdexport.reparam.certificate import Certificate
 from kdexport.verify.reference import Probes, Reference
@@ -103,24 +104,42 @@ def rung_b(subject: str, candidate: NDArray[np.float32], reference: Reference, p
     ]
 
 
-def rung_c(subject: str, candidate: NDArray[np.float32], reference: Reference, probes: Probes) -> list[Check]:
-    """float16 logits against the oracle, in multiples of the simulated error; and the headroom of the activations."""
-    predicted = np.abs(reference.simulated_fp16.astype(np.float64) - reference.exact)
-    error = np.abs(candidate.astype(np.float64) - reference.exact)
-    detail = f"worst input {probes.name(_worst(error))}; fp16 alone costs {_rms(predicted):.1e} rms"
-    limit = FLOAT16_MAX / _HEADROOM
-    return [
-        check_at_most(
-            "C",
-            subject,
-            "rms error",
-            _ratio(_rms(error), _rms(predicted)),
-            C_RMS_FACTOR,
-            unit="x simulated",
-            detail=detail,
-        ),
-        check_at_most("C", subject, "largest activation", reference.fp16_peak, limit, unit="of 65504"),
-    ]
+def rung_c(
+    subject: str, candidate: NDArray[np.float32], reference: Reference, probes: Probes, *, form: str = "fp16"
+) -> list[Check]:
+    """Low-precision logits against the oracle, in multiples of the simulated error of ``form``; finite everywhere.
+
+    float16 also needs headroom in its activations. int8 is measured on the real images: its levels end where the
+    calibrated range ends, and edge inputs lie beyond.
+    """
+    simulated = reference.simulated[form]
+    count = len(simulated.logits)
+    predicted = np.abs(simulated.logits.astype(np.float64) - reference.exact[:count])
+    error = np.abs(candidate.astype(np.float64)[:count] - reference.exact[:count])
+    detail = f"worst input {probes.name(_worst(error))}; {form} alone costs {_rms(predicted):.1e} rms"
+    ratio = _ratio(_rms(error), _rms(predicted))
+    checks = [check_at_most("C", subject, "rms error", ratio, C_RMS_FACTOR, unit="x simulated", detail=detail)]
+    if form == "fp16":
+        limit = FLOAT16_MAX / _HEADROOM
+        checks.append(check_at_most("C", subject, "largest activation", simulated.peak, limit, unit="of 65504"))
+    if count < len(candidate):
+        wild = int(np.sum(~np.isfinite(candidate[count:]).all(axis=1)))
+        checks.append(check_at_most("C", subject, "edge inputs not finite", wild, 0, unit="inputs"))
+    return checks
+
+
+def check_batches(subject: str, logits: Logits, probes: Probes) -> Check:
+    """Batches of one and three images both run and answer one row an image: the batch is dynamic in fact."""
+    found = []
+    for count in (1, 3):
+        try:
+            found.append(len(logits(probes.images[:count])))
+        # Each runtime has its own error for a shape that it was not built for.
+        except Exception as error:  # noqa: BLE001
+            fact = f"a batch of {count}: {first_line(error)}"
+            return check_at_most("audit", subject, "dynamic batch", 1, 0, unit="faults", detail=fact)
+    fact = f"batches of 1 and 3 gave {found[0]} and {found[1]} rows"
+    return check_at_most("audit", subject, "dynamic batch", float(found != [1, 3]), 0, unit="faults", detail=fact)
 
 
 def check_repeatable(subject: str, logits: Logits, probes: Probes, batch: int) -> list[Check]:

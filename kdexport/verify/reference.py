@@ -1,8 +1,7 @@
 """The one reference that every stage is compared with: the unfused student, in float64 and in float32."""
 
 import copy
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,9 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdexport.preprocessing import Preprocessing
+from kdexport.verify.simulation import Simulation
 
 #: Images of one pass through a torch model.
 _CHUNK = 64
@@ -31,18 +30,25 @@ class Probes:
         return f"image {index}" if index < self.real else self.edges[index - self.real]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Simulated:
+    """What a precision costs at best: its logits (n,K), n <= N, and the largest activation on the way to them."""
+
+    logits: NDArray[np.float32]
+    peak: float
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Reference:
-    """Logits (N,K) of the unfused student, and of the fp16 simulation of the fused one.
+    """Logits (N,K) of the unfused student, and simulations of the fused one by form (``targets.FORMS``).
 
-    ``exact`` is float64; ``unfused`` float32; ``simulated_fp16`` has weights and activations rounded to float16 with
-    float32 accumulation; ``fp16_peak`` is the largest activation that the simulation met.
+    ``exact`` is float64; ``unfused`` float32. An int8 simulation holds the real images alone: edge inputs lie outside
+    of what int8 was calibrated for.
     """
 
     exact: NDArray[np.float64]
     unfused: NDArray[np.float32]
-    simulated_fp16: NDArray[np.float32]
-    fp16_peak: float
+    simulated: Mapping[str, Simulated]
 
 
 def make_probes(pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> Probes:
@@ -64,15 +70,23 @@ def make_probes(pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> Prob
     return Probes(images=preprocessing.normalise(everything), real=len(pixels), edges=tuple(edges))
 
 
-def make_reference(unfused: nn.Module, fused: nn.Module, probes: Probes) -> Reference:
-    """Run the unfused student (eval mode, float32 weights) and the simulation of its fused form."""
-    simulation = SimulatedFp16(fused)
+def make_reference(
+    unfused: nn.Module, fused: nn.Module, probes: Probes, *, forms: Sequence[str] = ("fp16",), weight_bits: int = 8
+) -> Reference:
+    """Run the unfused student (eval mode, float32 weights) and simulations of its fused form in ``forms``."""
     return Reference(
         exact=run_torch(copy.deepcopy(unfused).double(), probes.images.astype(np.float64)),
         unfused=run_torch(unfused, probes.images).astype(np.float32),
-        simulated_fp16=run_torch(simulation, probes.images).astype(np.float32),
-        fp16_peak=simulation.peak,
+        simulated={form: _simulate(fused, form, probes, weight_bits) for form in forms if form != "fp32"},
     )
+
+
+def _simulate(fused: nn.Module, form: str, probes: Probes, weight_bits: int) -> Simulated:
+    integer = form.startswith("int8")
+    # Weight bits are a matter of CPUs: TensorRT has no 16-bit sums to save.
+    simulation = Simulation(fused, form, weight_bits=weight_bits if form == "int8-u8" else 8)
+    logits = run_torch(simulation, probes.images[: probes.real] if integer else probes.images)
+    return Simulated(logits.astype(np.float32), simulation.peak)
 
 
 def run_torch(module: nn.Module, images: NDArray[Any]) -> NDArray[np.float64]:
@@ -85,42 +99,3 @@ def run_torch(module: nn.Module, images: NDArray[Any]) -> NDArray[np.float64]:
 def _chunks(images: NDArray[Any]) -> Iterator[NDArray[Any]]:
     for start in range(0, len(images), _CHUNK):
         yield images[start : start + _CHUNK]
-
-
-class SimulatedFp16(nn.Module):
-    """A float32 module whose weights and every intermediate result are rounded to float16."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self._module = copy.deepcopy(module).float()
-        with torch.no_grad():
-            for parameter in self._module.parameters():
-                parameter.copy_(parameter.half().float())
-        self._rounding = _Rounding()  # type: ignore[no-untyped-call]
-
-    @property
-    def peak(self) -> float:
-        """Largest absolute activation so far, before rounding."""
-        return self._rounding.peak
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(N,3,S,S) to logits (N,K)."""
-        with self._rounding:
-            return cast(Tensor, self._module(images.half().float()))
-
-
-class _Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Rounds what each operator returns, and what an in-place operator leaves behind."""
-
-    peak = 0.0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if not isinstance(result, Tensor) or result.dtype != torch.float32:
-            return result
-        if result.numel():
-            largest = result.abs().max().item()
-            # NaN compares as smaller than any peak; it comes from an overflow and is one.
-            self.peak = math.inf if math.isnan(largest) else max(self.peak, largest)
-        rounded = result.half().float()
-        return result.copy_(rounded) if func._schema.is_mutable else rounded

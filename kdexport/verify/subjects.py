@@ -1,62 +1,24 @@
-"""Checks on each file of a bundle: its weights, its graph, and what it computes."""
+"""Checks on a bundle as a whole and on its student: files, golden images, weights, algebra."""
 
-import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kdexport.backends.ort import CPU, load_model
-from kdexport.backends.trt import Engine, EngineLayer, can_execute, require_precision, run_engine
-from kdexport.bundle import (
-    FUSED,
-    GOLDEN_LOGITS,
-    LAYERS,
-    NOT_EXECUTED,
-    PLAN,
-    TARGETS,
-    UNFUSED,
-    Manifest,
-    changed_files,
-)
-from kdexport.checkpoint import StudentSpec, build_student, load_strictly, load_tensors, sha256_file
-from kdexport.errors import AuditError, CheckpointError, KdexportError
-from kdexport.graph.audit import Finding, audit_graph
-from kdexport.graph.export import read_metadata
+from kdexport.bundle import FUSED, GOLDEN_LOGITS, TARGETS, UNFUSED, Manifest, changed_files
+from kdexport.checkpoint import StudentSpec, build_student, load_strictly, load_tensors
+from kdexport.errors import CheckpointError, KdexportError
+from kdexport.graph.findings import Finding
 from kdexport.reparam.fuse import certify_fold, fuse_student
-from kdexport.stages import model_metadata
 from kdexport.targets import parse_target
-from kdexport.verify.parity import (
-    Check,
-    check_at_most,
-    check_repeatable,
-    check_whole,
-    run_in_batches,
-    rung_a,
-    rung_b,
-    rung_c,
-)
-from kdexport.verify.reference import Probes, Reference, make_probes, make_reference, run_torch
+from kdexport.verify.parity import Check, check_at_most, check_whole, rung_a, rung_b
+from kdexport.verify.reference import make_probes, make_reference, run_torch
+from kdexport.verify.subject import Subject, broken, from_finding
 
 #: Folding in float64 and rounding once may differ by the last bit between machines, and by nothing more.
 _WEIGHT_LIMIT = 3e-7
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Subject:
-    """What all files of a bundle are compared with."""
-
-    folder: Path
-    manifest: Manifest
-    batches: tuple[int, ...]
-    probes: Probes
-    reference: Reference
-    weights: dict[str, NDArray[np.float32]]
 
 
 def check_integrity(folder: Path, manifest: Manifest) -> list[Check]:
@@ -68,7 +30,7 @@ def check_integrity(folder: Path, manifest: Manifest) -> list[Check]:
     fact = f"on disk {sorted(present)}, in the manifest {sorted(manifest.targets)}"
     return [
         check_at_most("files", "bundle", "sha256", len(changes), 0, unit="files", detail=detail),
-        _from_finding("bundle", Finding("targets", present == set(manifest.targets), fact)),
+        from_finding("bundle", Finding("targets", present == set(manifest.targets), fact)),
     ]
 
 
@@ -78,11 +40,11 @@ def check_golden(folder: Path, manifest: Manifest, pixels: NDArray[np.uint8]) ->
         stored = load_tensors(folder / GOLDEN_LOGITS)["logits"].numpy()
         unfused = load_unfused(folder, manifest.spec).double()
     except (KeyError, CheckpointError) as error:
-        return [_broken("golden", GOLDEN_LOGITS, str(error))]
+        return [broken("golden", GOLDEN_LOGITS, str(error))]
     images = manifest.spec.preprocessing.normalise(pixels).astype(np.float64)
     exact = run_torch(unfused, images)
     if stored.shape != exact.shape:
-        return [_broken("golden", GOLDEN_LOGITS, f"shape {stored.shape}, expected {exact.shape}")]
+        return [broken("golden", GOLDEN_LOGITS, f"shape {stored.shape}, expected {exact.shape}")]
     difference = np.abs(exact - stored).max() / np.abs(stored).max()
     return [check_at_most("golden", "images", "reference logits", difference, 1e-9, unit="of max")]
 
@@ -105,9 +67,11 @@ def student_checks(folder: Path, manifest: Manifest, pixels: NDArray[np.uint8]) 
         weights = check_weights(stored, fused.state_dict())
         load_strictly(fused, stored, FUSED)
     except KdexportError as error:
-        return [_broken("A", "student", error.message)], None
+        return [broken("A", "student", error.message)], None
     probes = make_probes(pixels, spec.preprocessing)
-    reference = make_reference(load_unfused(folder, spec), fused, probes)
+    reference = make_reference(
+        load_unfused(folder, spec), fused, probes, forms=_forms(manifest), weight_bits=_weight_bits(manifest)
+    )
     merged = run_torch(exact.module, probes.images.astype(np.float64))
     checks = [weights, *rung_a(exact.certificate, merged, reference, probes)]
     eager = run_torch(fused, probes.images).astype(np.float32)
@@ -117,6 +81,16 @@ def student_checks(folder: Path, manifest: Manifest, pixels: NDArray[np.uint8]) 
     batches = (int(export["min_batch"]), int(export["opt_batch"]), 7, int(export["max_batch"]))
     sizes = tuple(dict.fromkeys(min(batch, int(export["max_batch"])) for batch in batches))
     return checks, Subject(folder, manifest, sizes, probes, reference, arrays)
+
+
+def _forms(manifest: Manifest) -> list[str]:
+    return list(dict.fromkeys(parse_target(name).form for name in manifest.targets))
+
+
+def _weight_bits(manifest: Manifest) -> int:
+    """What the targets of a bundle were quantized with; one build has one setting."""
+    found = (entry["calibration"]["weight_bits"] for entry in manifest.targets.values() if "calibration" in entry)
+    return int(next(found, 8))
 
 
 def check_algebra(folder: Path, manifest: Manifest, pixels: NDArray[np.uint8]) -> list[Check]:
@@ -131,7 +105,7 @@ def check_algebra(folder: Path, manifest: Manifest, pixels: NDArray[np.uint8]) -
         rounded = {name: tensor.float() for name, tensor in module.state_dict().items()}
         weights = check_weights(load_tensors(folder / FUSED), rounded)
     except KdexportError as error:
-        return [_broken("A", "student", error.message)]
+        return [broken("A", "student", error.message)]
     probes = make_probes(pixels, spec.preprocessing)
     images = probes.images.astype(np.float64)
     exact, merged = run_torch(unfused, images), run_torch(module, images)
@@ -148,101 +122,9 @@ def check_weights(stored: dict[str, Tensor], fused: dict[str, Tensor]) -> Check:
     for name, expected in fused.items():
         tensor = stored.get(name)
         if tensor is None or tensor.shape != expected.shape:
-            return _broken("A", FUSED, f"layer {name} is missing or of another shape")
+            return broken("A", FUSED, f"layer {name} is missing or of another shape")
         scale = expected.abs().clamp(min=expected.abs().max().item() * 1e-6 + 1e-30)
         error = ((tensor - expected).abs() / scale).max().item()
         if not error <= worst and not math.isnan(worst):
             worst, where = error, f"layer {name}"
     return check_at_most("A", FUSED, "weights are the folded ones", worst, _WEIGHT_LIMIT, unit="relative", detail=where)
-
-
-def onnx_checks(subject: Subject, name: str, precision: str) -> list[Check]:
-    """Audit and rung B or C of the ONNX file ``name``."""
-    path = subject.folder / name
-    findings = audit_graph(path, subject.weights, precision=precision, opset=subject.manifest.opset)
-    checks = [_from_finding(name, finding) for finding in findings]
-    if not findings[0].holds:
-        return checks
-    checks.append(_from_finding(name, _metadata(subject, path)))
-    try:
-        model = load_model(path)
-    except AuditError as error:
-        return [*checks, _broken("audit", name, error.message)]
-    elsewhere = {key: count for key, count in model.nodes_by_provider.items() if key != CPU}
-    fact = ", ".join(f"{count} nodes on {key}" for key, count in model.nodes_by_provider.items())
-    checks.append(_from_finding(name, Finding("provider of each node", not elsewhere, fact)))
-    candidate = run_in_batches(model.logits, subject.probes.images, subject.batches)
-    rung = rung_b if precision == "fp32" else rung_c
-    where = f"{name} on onnxruntime CPU"
-    checks += rung(where, candidate, subject.reference, subject.probes)
-    return [*checks, *check_repeatable(where, model.logits, subject.probes, min(8, subject.batches[-1]))]
-
-
-def _metadata(subject: Subject, path: Path) -> Finding:
-    """The file and the manifest say the same about classes, preprocessing and origin; each is read by somebody."""
-    written = read_metadata(onnx.load(str(path), load_external_data=False))
-    # As JSON, because that is what was written: tuples are lists there.
-    expected = json.loads(json.dumps(model_metadata(subject.manifest.spec, sha256_file(subject.folder / UNFUSED))))
-    wrong = [key for key in expected if key != "version" and written.get(key) != expected[key]]
-    return Finding("metadata", not wrong, f"{', '.join(wrong) or 'all'} {'differ' if wrong else 'as'} in the manifest")
-
-
-def engine_checks(subject: Subject, name: str) -> list[Check]:
-    """Precision of each kernel of the engine of target ``name``, and its rung where this machine can run it."""
-    target, where = parse_target(name), f"{TARGETS}/{name}/{PLAN}"
-    try:
-        engine = load_engine(subject.folder / TARGETS / name)
-        require_precision(engine, target)
-    except AuditError as error:
-        return [_broken("audit", where, error.message)]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return [_broken("audit", where, f"{LAYERS}: {type(error).__name__}: {error}")]
-    fact = f"{len(engine.layers)} layers listed by the build"
-    checks = [_from_finding(where, Finding(f"every kernel in {target.precision}", True, fact))]
-    if subject.manifest.targets[name]["status"] == NOT_EXECUTED or not can_execute(target):
-        return [*checks, _from_finding(where, Finding("execution", True, "not executed on this machine"))]
-    try:
-        candidate = run_engine(engine.plan, target, subject.probes.images, subject.batches)
-    except KdexportError as error:
-        return [*checks, _broken("run", where, error.message)]
-    rung = rung_b if target.precision == "fp32" else rung_c
-    return [*checks, *rung(where, candidate, subject.reference, subject.probes)]
-
-
-def load_engine(folder: Path) -> Engine:
-    """An engine and the layer table of its build, from a target's folder."""
-    data: dict[str, Any] = json.loads((folder / LAYERS).read_text())
-    layers = tuple(
-        EngineLayer(name=row["name"], kind=row["kind"], datatypes=tuple(row["datatypes"])) for row in data["layers"]
-    )
-    return Engine(plan=folder / PLAN, layers=layers, version=str(data["version"]))
-
-
-def _from_finding(subject: str, finding: Finding) -> Check:
-    return Check(
-        rung="audit",
-        subject=subject,
-        name=finding.check,
-        holds=finding.holds,
-        measured=float(not finding.holds),
-        allowed=0.0,
-        unit="faults",
-        detail=finding.fact,
-    )
-
-
-def _broken(rung: str, subject: str, fact: str) -> Check:
-    return (
-        _from_finding(subject, Finding("readable", False, fact))
-        if rung == "audit"
-        else Check(
-            rung=rung,
-            subject=subject,
-            name="readable",
-            holds=False,
-            measured=1.0,
-            allowed=0.0,
-            unit="faults",
-            detail=fact,
-        )
-    )

@@ -13,7 +13,8 @@ from torch import nn
 
 from kdexport.reparam.certificate import BlockCertificate
 from kdexport.verify.parity import Check, check_at_most, check_repeatable, run_in_batches, rung_a, rung_b, rung_c
-from kdexport.verify.reference import Probes, Reference, SimulatedFp16, run_torch
+from kdexport.verify.reference import Probes, Reference, Simulated, run_torch
+from kdexport.verify.simulation import Simulation
 from tests.kdexport.verify.conftest import Ladder
 
 # Infinities are subtracted from each other on purpose.
@@ -173,7 +174,7 @@ def test_weights_scaled_by_a_hundredth_fail_in_float32_and_in_float16(ladder: La
 
 
 def test_rung_c_measures_multiples_of_the_simulated_error(ladder: Ladder) -> None:
-    predicted = ladder.reference.simulated_fp16 - ladder.reference.exact
+    predicted = ladder.reference.simulated["fp16"].logits - ladder.reference.exact
     for factor, expected in ((0.0, set()), (2.9, set()), (3.1, {"rms error"})):
         candidate: Any = ladder.reference.exact + factor * predicted
         checks = c(ladder, candidate)
@@ -202,16 +203,15 @@ def test_rung_c_wants_headroom_and_finds_an_overflow(ladder: Ladder, gain: float
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
         conv.weight.clamp_(-0.3, 0.3).mul_(gain)
         linear.weight.div_(gain)
-    simulation = SimulatedFp16(net)
+    simulation = Simulation(net, "fp16")
     exact = run_torch(copy.deepcopy(net).double(), ladder.probes.images.astype(np.float64))
     reference = Reference(
         exact=exact,
         unfused=logits32(net, ladder.probes),
-        simulated_fp16=run_torch(simulation, ladder.probes.images).astype(np.float32),
-        fp16_peak=simulation.peak,
+        simulated={"fp16": Simulated(run_torch(simulation, ladder.probes.images).astype(np.float32), simulation.peak)},
     )
     assert np.isfinite(reference.unfused).all()
-    candidate: Any = reference.simulated_fp16
+    candidate: Any = reference.simulated["fp16"].logits
     checks = rung_c("file", candidate, reference, ladder.probes)
     assert failed(checks) == expected
     # A file that overflows nowhere is no better judged by a simulation that did.
@@ -228,13 +228,14 @@ def test_a_value_that_is_not_finite_never_passes(
     arrays: dict[str, Any] = {
         "exact": ladder.reference.exact.copy(),
         "unfused": ladder.reference.unfused.copy(),
-        "simulated_fp16": ladder.reference.simulated_fp16.copy(),
+        "simulated": ladder.reference.simulated["fp16"].logits.copy(),
     }
     # A candidate without any error is the easiest to let pass.
     candidate: Any = ladder.reference.exact.copy()
-    base = {"A": "exact", "B": "unfused", "C": "simulated_fp16"}[rung]
+    base = {"A": "exact", "B": "unfused", "C": "simulated"}[rung]
     spoiled = candidate if place == "candidate" else arrays["exact" if place == "exact" else base]
     spoiled[slice(None) if everywhere else (4, 1)] = bad
+    arrays["simulated"] = {"fp16": Simulated(arrays["simulated"], 1.0)}
     reference = replace(ladder.reference, **arrays)
     run = {
         "A": lambda: rung_a(ladder.certificate, candidate, reference, ladder.probes),
@@ -254,16 +255,22 @@ def test_the_input_that_is_not_a_number_is_the_worst_one(ladder: Ladder) -> None
 
 @pytest.mark.parametrize("peak", [math.nan, math.inf, 8188.5])
 def test_a_peak_without_headroom_fails(ladder: Ladder, peak: float) -> None:
-    reference = replace(ladder.reference, fp16_peak=peak)
+    reference = with_peak(ladder, peak)
     assert failed(rung_c("file", half_logits(ladder), reference, ladder.probes)) == {"largest activation"}
-    reference = replace(ladder.reference, fp16_peak=8188.0)
+    reference = with_peak(ladder, 8188.0)
     assert failed(rung_c("file", half_logits(ladder), reference, ladder.probes)) == set()
+
+
+def with_peak(ladder: Ladder, peak: float) -> Reference:
+    return replace(ladder.reference, simulated={"fp16": replace(ladder.reference.simulated["fp16"], peak=peak)})
 
 
 def test_a_baseline_of_zero_error_allows_zero_error_and_nothing_more(ladder: Ladder) -> None:
     zero = np.zeros_like(ladder.reference.exact)
     same = zero.astype(np.float32)
-    reference = replace(ladder.reference, exact=zero, unfused=same.copy(), simulated_fp16=same.copy())
+    reference = replace(
+        ladder.reference, exact=zero, unfused=same.copy(), simulated={"fp16": Simulated(same.copy(), 1.0)}
+    )
     assert failed(rung_b("file", same, reference, ladder.probes)) == set()
     assert failed(rung_c("file", same, reference, ladder.probes)) == set()
     same[8, 1] = 1e-30

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kdexport.preprocessing import Preprocessing
-from kdexport.verify.reference import Probes, SimulatedFp16, make_probes, make_reference, run_torch
+from kdexport.verify.reference import Probes, make_probes, make_reference, run_torch
+from kdexport.verify.simulation import Simulation
 from tests.kdexport.verify.conftest import PREPROCESSING, Ladder, SmallNet, pixels
 
 MEAN, STD = np.asarray(PREPROCESSING.mean), np.asarray(PREPROCESSING.std)
@@ -128,7 +129,7 @@ def test_the_float16_simulation_is_the_one_written_out_by_layers(ladder: Ladder)
     images = torch.from_numpy(ladder.probes.images)
     with torch.no_grad():
         expected, peak = by_layers(ladder.fused, images)
-        simulation = SimulatedFp16(ladder.fused)
+        simulation = Simulation(ladder.fused, "fp16")
         got = simulation(images)
         exact = ladder.fused(images)
     assert torch.equal(got, rounded(got))
@@ -146,10 +147,10 @@ def test_weights_are_rounded_too() -> None:
     with torch.no_grad():
         linear.weight.fill_(1 + 2**-12)
         linear.bias.fill_(2**-26)
-        assert SimulatedFp16(linear)(torch.ones(1, 1)).item() == 1.0
+        assert Simulation(linear, "fp16")(torch.ones(1, 1)).item() == 1.0
         # 1.0006 is no float16; the input is rounded before it is multiplied.
         linear.weight.fill_(1024.0)
-        assert SimulatedFp16(linear)(torch.full((1, 1), 1 + 2**-12)).item() == 1024.0
+        assert Simulation(linear, "fp16")(torch.full((1, 1), 1 + 2**-12)).item() == 1024.0
         assert linear.weight.item() == 1024.0
         assert linear(torch.full((1, 1), 1 + 2**-12)).item() == 1024.25
 
@@ -159,7 +160,7 @@ def test_the_peak_is_the_largest_value_of_any_layer_and_of_any_run() -> None:
     with torch.no_grad():
         first.weight.fill_(-3000.0)
         second.weight.fill_(0.001)
-        simulation = SimulatedFp16(nn.Sequential(first, second))
+        simulation = Simulation(nn.Sequential(first, second), "fp16")
         assert simulation.peak == 0
         simulation(torch.full((1, 1), 4.0))
         assert simulation.peak == 12000.0
@@ -171,7 +172,7 @@ def test_an_activation_that_overflows_float16_is_visible() -> None:
     linear = nn.Linear(1, 1, bias=False)
     with torch.no_grad():
         linear.weight.fill_(300.0)
-        simulation = SimulatedFp16(linear)
+        simulation = Simulation(linear, "fp16")
         assert simulation(torch.full((1, 1), 250.0)).item() == np.inf
     assert simulation.peak == 75_000
 
@@ -180,14 +181,14 @@ def test_a_weight_that_overflows_float16_is_visible() -> None:
     linear = nn.Linear(2, 1, bias=False)
     with torch.no_grad():
         linear.weight.copy_(torch.tensor([[1e5, -1e5]]))
-        simulation = SimulatedFp16(linear)
+        simulation = Simulation(linear, "fp16")
         assert np.isnan(simulation(torch.ones(1, 2)).item())
     assert simulation.peak == np.inf
 
 
 def test_a_value_that_is_not_a_number_stays_visible_after_later_layers() -> None:
     with torch.no_grad():
-        simulation = SimulatedFp16(nn.Sequential(nn.Identity(), nn.ReLU(), nn.Linear(2, 2)))
+        simulation = Simulation(nn.Sequential(nn.Identity(), nn.ReLU(), nn.Linear(2, 2)), "fp16")
         assert simulation(torch.tensor([[1.0, np.nan]])).isnan().any()
         simulation(torch.ones(1, 2))
     assert simulation.peak == np.inf
@@ -198,7 +199,7 @@ def test_the_simulation_keeps_its_hands_off_module_and_input() -> None:
     before = copy.deepcopy(net.state_dict())
     images = torch.full((2, 3, 16, 16), 1 / 3)
     with torch.no_grad():
-        SimulatedFp16(net)(images)
+        Simulation(net, "fp16")(images)
     assert torch.equal(images, torch.full((2, 3, 16, 16), 1 / 3))
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     # Outside of the simulation nothing is rounded.

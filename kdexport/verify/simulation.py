@@ -1,0 +1,131 @@
+"""What a low precision costs at best: the folded student in torch, rounded where hardware of that precision rounds.
+
+Nothing here reads an exported file: a wrong scale or a lost weight of one cannot hide in what it is compared with.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_ATEN = torch.ops.aten
+_MULTIPLYING = {_ATEN.convolution.default, _ATEN.addmm.default, _ATEN.mm.default}
+#: What int8 kernels of a CPU also take their inputs in int8 for.
+_COMBINING = {
+    _ATEN.add.Tensor, _ATEN.add_.Tensor, _ATEN.mul.Tensor, _ATEN.mul_.Tensor, _ATEN.cat.default, _ATEN.mean.dim,
+}  # fmt: skip
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Simulation(nn.Module):
+    """A float32 module in ``form``, one of ``targets.FORMS`` but fp32.
+
+    fp16 and bf16: weights and every intermediate result rounded, sums in float32. int8-u8: what convolutions, linear
+    layers, sums and concatenations read has 256 levels between its extremes in this batch, and so have the logits.
+    int8-s8: what convolutions and linear layers read has 127 levels on each side of zero. Weights of both have
+    ``weight_bits`` around zero, one scale an output channel.
+    """
+
+    def __init__(self, module: nn.Module, form: str, *, weight_bits: int = 8) -> None:
+        super().__init__()
+        self._module = copy.deepcopy(module).float()
+        self._form = form
+        self._mode: _Rounding | _Quantizing
+        if form in _DTYPES:
+            self._mode = _Rounding(_DTYPES[form])
+            _replace(self._module.parameters(), lambda weight: weight.to(_DTYPES[form]).float())
+        else:
+            self._mode = _Quantizing(symmetric=form == "int8-s8")
+            weights = (weight for weight in self._module.parameters() if weight.dim() > 1)
+            _replace(weights, lambda weight: _per_channel(weight, 2 ** (weight_bits - 1) - 1))
+
+    @property
+    def peak(self) -> float:
+        """Largest absolute activation so far, before rounding."""
+        return self._mode.peak
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N,3,S,S) to logits (N,K)."""
+        with self._mode:
+            if self._form in _DTYPES:
+                return cast(Tensor, self._module(images.to(_DTYPES[self._form]).float()))
+            logits = cast(Tensor, self._module(images))
+        return _asymmetric(logits) if self._form == "int8-u8" else logits
+
+
+def _replace(parameters: Iterable[Tensor], change: Callable[[Tensor], Tensor]) -> None:
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.copy_(change(parameter))
+
+
+def _per_channel(weight: Tensor, levels: int) -> Tensor:
+    scale = weight.abs().flatten(1).amax(1).reshape(-1, *[1] * (weight.dim() - 1)).clamp(min=1e-30) / levels
+    return (weight / scale).round() * scale
+
+
+def _symmetric(values: Tensor) -> Tensor:
+    scale = values.abs().max().clamp(min=1e-30) / 127
+    return (values / scale).round() * scale
+
+
+def _asymmetric(values: Tensor) -> Tensor:
+    low, high = values.min().clamp(max=0), values.max().clamp(min=0)
+    scale = (high - low).clamp(min=1e-30) / 255
+    zero = (-low / scale).round()
+    return ((values / scale).round() + zero).clamp(0, 255).sub(zero) * scale
+
+
+class _Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Rounds what each operator returns, and what an in-place operator leaves behind."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = 0.0
+        self._dtype = dtype
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not isinstance(result, Tensor) or result.dtype != torch.float32:
+            return result
+        self.peak = _larger(self.peak, result)
+        rounded = result.to(self._dtype).float()
+        return result.copy_(rounded) if func._schema.is_mutable else rounded
+
+
+class _Quantizing(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Quantizes what layers that multiply or combine read; parameters have been quantized before."""
+
+    def __init__(self, *, symmetric: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = 0.0
+        self._symmetric = symmetric
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _MULTIPLYING:
+            # Convolutions and products read (input, weight), a linear layer with bias (bias, input, weight).
+            place = 1 if func is _ATEN.addmm.default else 0
+            args = (*args[:place], self._read(args[place]), *args[place + 1 :])
+        elif func in _COMBINING and not self._symmetric:
+            args = tuple(self._read(value) for value in args)
+        return func(*args, **(kwargs or {}))
+
+    def _read(self, value: Any) -> Any:
+        if isinstance(value, list) and value and isinstance(value[0], Tensor):
+            return [self._read(item) for item in value]
+        if not isinstance(value, Tensor) or value.dtype != torch.float32 or value.dim() < 2:
+            return value
+        self.peak = _larger(self.peak, value)
+        return _symmetric(value) if self._symmetric else _asymmetric(value)
+
+
+def _larger(peak: float, values: Tensor) -> float:
+    if not values.numel():
+        return peak
+    largest = values.abs().max().item()
+    # NaN compares as smaller than any peak; it comes from an overflow and is one.
+    return math.inf if math.isnan(largest) else max(peak, largest)
