@@ -32,6 +32,10 @@ class ExportSettings(Settings):
     max_batch: Annotated[int, Field(ge=1, le=4096)] = 64
     #: GPU generations a TensorRT-RTX engine is built for; its default is every one it knows from Ampere on.
     compute_capabilities: list[str] = []
+    #: Memory that an engine's kernels may use beside its weights and activations, MiB; 0 leaves it to the builder.
+    workspace_mb: Annotated[int, Field(ge=0)] = 0
+    #: Let float32 engines multiply with 10 bits of mantissa; rung B then says what that costs.
+    tf32: bool = False
 
 
 class CalibrationSettings(Settings):

@@ -3,6 +3,7 @@
 import json
 import platform
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -171,6 +172,7 @@ def _target_entry(target: Target, parts: Parts) -> dict[str, Any]:
         table = json.loads((parts.engines[target].folder / LAYERS).read_text())
         entry["version"] = table["version"]
         entry["kernels"] = sum(bool(layer["datatypes"]) for layer in table["layers"])
+        entry["layers"] = dict(sorted(Counter(layer["kind"] for layer in table["layers"]).items()))
     return entry
 
 

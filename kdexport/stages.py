@@ -68,6 +68,11 @@ def compile_key(model: str, target: Target, settings: ExportSettings) -> str:
     return digest(["compile", model, str(target), settings.model_dump(mode="json"), tools, gpu])
 
 
+def timing_key(target: Target) -> str:
+    """Digest of what measured kernel times hold for: the builder's version, GPU and driver."""
+    return digest(["timing", tool_versions(*_ENGINE_TOOLS[target.backend]), gpu_fingerprint()])
+
+
 def stage_keys(
     trained: TrainedStudent, targets: Sequence[Target], config: BuildConfig, calibration: Calibration
 ) -> list[tuple[str, str]]:
@@ -192,6 +197,9 @@ def compile_engine(
             shape=(3, image_size, image_size),
             batches=(settings.min_batch, settings.opt_batch, settings.max_batch),
             compute_capabilities=tuple(settings.compute_capabilities),
+            workspace_mb=settings.workspace_mb,
+            tf32=settings.tf32,
+            timing_cache=str(workspace.root / "timing" / f"{timing_key(target)}.cache"),
         )
         engine = build_engine(request)
         require_precision(engine, target)
