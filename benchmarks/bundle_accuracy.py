@@ -15,7 +15,7 @@ from kdexport.bundle import onnx_files, read_manifest
 from kdexport.data import DatasetSpec, ImageSet, open_dataset
 from kdexport.preprocessing import Preprocessing
 from kdexport.verify.reference import run_torch
-from kdexport.verify.stored import load_unfused
+from kdexport.verify.subjects import load_unfused
 
 
 def batches(images: ImageSet, preprocessing: Preprocessing, size: int = 500) -> Iterator[NDArray[np.float32]]:

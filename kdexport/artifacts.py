@@ -20,10 +20,10 @@ class FusedFiles:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OnnxModel:
-    """A checked ONNX file; its graph, not the engine builder, carries the precision."""
+    """A checked ONNX file; its graph, not the engine builder, carries the precision: one of ``targets.FORMS``."""
 
     path: Path
-    precision: str
+    form: str
     key: str
 
 

@@ -27,6 +27,8 @@ GOLDEN_LOGITS = "golden/logits.safetensors"
 #: Per-image results of rung D.
 TASK = "metrics/validation.safetensors"
 LAYERS = "layers.json"
+#: The calibrated range of each tensor, beside an int8 model.
+RANGES = "ranges.json"
 PLAN = "model.plan"
 
 VERIFIED, NOT_EXECUTED = "verified", "built, not executed"
@@ -142,8 +144,8 @@ def read_golden(folder: Path, manifest: Manifest) -> "NDArray[np.uint8]":
 
 
 def onnx_files(manifest: Manifest) -> dict[str, str]:
-    """ONNX files of a bundle by relative path, with their precision."""
+    """ONNX files of a bundle by relative path, with the form that their precision is written in."""
     files = {MODEL: "fp32"}
-    for name, entry in manifest.targets.items():
-        files[f"{TARGETS}/{name}/{MODEL}"] = str(entry["precision"])
+    for name in manifest.targets:
+        files[f"{TARGETS}/{name}/{MODEL}"] = parse_target(name).form
     return files

@@ -4,7 +4,7 @@ import tomllib
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -32,6 +32,21 @@ class ExportSettings(Settings):
     max_batch: Annotated[int, Field(ge=1, le=4096)] = 64
     #: GPU generations a TensorRT-RTX engine is built for; its default is every one it knows from Ampere on.
     compute_capabilities: list[str] = []
+    #: Memory that an engine's kernels may use beside its weights and activations, MiB; 0 leaves it to the builder.
+    workspace_mb: Annotated[int, Field(ge=0)] = 0
+    #: Let float32 engines multiply with 10 bits of mantissa; rung B then says what that costs.
+    tf32: bool = False
+
+
+class CalibrationSettings(Settings):
+    """``[calibration]``: how int8 finds the range of each tensor, always on training images."""
+
+    method: Literal["minmax", "entropy", "percentile"] = "minmax"
+    images: Annotated[int, Field(ge=1, le=100_000)] = 256
+    #: For ``percentile``: how many per cent of the values an activation's levels hold.
+    percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
+    #: Bits of a weight for CPUs. With 8, processors without VNNI saturate inside OpenVINO and in Triton.
+    weight_bits: Literal[7, 8] = 7
 
 
 class VerifySettings(Settings):
@@ -63,6 +78,7 @@ class BuildConfig(Settings):
     #: Overrides of recipe keys, as in ``[overrides.train] epochs = 30``.
     overrides: dict[str, dict[str, Any]] = {}
     export: ExportSettings = ExportSettings()
+    calibration: CalibrationSettings = CalibrationSettings()
     verify: VerifySettings = VerifySettings()
     latency: LatencySettings = LatencySettings()
     #: Limits of the ladder that differ from the defaults, as in ``[policy.D.int8] flips = 0.05``.

@@ -22,7 +22,7 @@ def _targets() -> Rows:
     for name in target_names():
         target = parse_target(name)
         missing = unavailable(target)
-        rows.append((name, BACKENDS[target.backend][0] + (f" (not here: {missing[0]})" if missing else "")))
+        rows.append((name, BACKENDS[target.backend] + (f" (not here: {missing[0]})" if missing else "")))
     return rows
 
 

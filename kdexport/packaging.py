@@ -3,8 +3,9 @@
 import json
 import platform
 import shutil
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from kdexport.bundle import (
     MODEL,
     NOT_EXECUTED,
     PLAN,
+    RANGES,
     SCHEMA_VERSION,
     TARGETS,
     UNFUSED,
@@ -35,7 +37,7 @@ from kdexport.errors import CheckpointError, DataError, VerificationError
 from kdexport.fingerprint import tool_versions
 from kdexport.graph.audit import operator_counts
 from kdexport.policy import parse_policy
-from kdexport.stages import UNFUSED_MODEL
+from kdexport.stages import UNFUSED_MODEL, is_int8
 from kdexport.targets import Target
 from kdexport.verify.golden import allowed_error
 from kdexport.verify.latency import Comparison, LatencyResult, compare_latency
@@ -46,7 +48,7 @@ from kdexport.verify.verdict import VerifiedBundle, seal, verify_folder
 
 _VERSIONS = (
     "torch", "torchvision", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime", "numpy", "tensorrt_rtx_cu13",
-    "tensorrt", "polygraphy",
+    "tensorrt", "openvino", "polygraphy",
 )  # fmt: skip
 
 Progress = Callable[[str], None]
@@ -64,6 +66,8 @@ class Parts:
     engines: dict[Target, EngineFile]
     validation: ImageSet
     build_key: str
+    #: How int8 was calibrated, for the manifest.
+    calibration: dict[str, Any] = field(default_factory=dict)
 
 
 def package(folder: Path, parts: Parts, progress: Progress) -> VerifiedBundle:
@@ -108,6 +112,8 @@ def _copy_files(folder: Path, parts: Parts) -> None:
         place = folder / TARGETS / str(target)
         place.mkdir(parents=True)
         shutil.copyfile(model.path, place / MODEL)
+        if is_int8(model.form):
+            shutil.copyfile(model.path.with_name(RANGES), place / RANGES)
         if target in parts.engines:
             for name in (PLAN, LAYERS):
                 shutil.copyfile(parts.engines[target].folder / name, place / name)
@@ -169,11 +175,15 @@ def _target_entry(target: Target, parts: Parts) -> dict[str, Any]:
         "backend": target.backend,
         "engine": target.needs_engine,
         "status": VERIFIED if executed else NOT_EXECUTED,
+        "form": target.form,
     }
+    if is_int8(target.form):
+        entry["calibration"] = parts.calibration
     if target in parts.engines:
         table = json.loads((parts.engines[target].folder / LAYERS).read_text())
         entry["version"] = table["version"]
         entry["kernels"] = sum(bool(layer["datatypes"]) for layer in table["layers"])
+        entry["layers"] = dict(sorted(Counter(layer["kind"] for layer in table["layers"]).items()))
     return entry
 
 

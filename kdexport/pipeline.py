@@ -6,6 +6,7 @@ from typing import Any
 
 from kdexport import stages, trainer
 from kdexport.bundle import FUSED, MANIFEST, UNFUSED, Manifest, changed_files, read_manifest
+from kdexport.calibration import Calibration
 from kdexport.checkpoint import TrainedStudent, open_checkpoint, sha256_file
 from kdexport.config import BuildConfig
 from kdexport.data import DatasetSpec, dataset_spec, open_dataset
@@ -71,7 +72,8 @@ def build(request: BuildRequest, reporter: Reporter) -> BuildResult:
     trained = _trained(request, plan, workspace, reporter)
     key = _bundle_key(request, plan, trained)
     if request.fresh:
-        _forget_stages(request, trained, workspace, key)
+        for stage, name in (("bundle", key), *_stage_keys(request, plan, trained)):
+            workspace.forget(stage, name)
     elif _is_up_to_date(request.out, key):
         return BuildResult(out=request.out, manifest=read_manifest(request.out), up_to_date=True)
     _make_bundle(request, plan, trained, key, workspace, reporter)
@@ -168,28 +170,26 @@ def _portable(recipe: dict[str, Any]) -> dict[str, Any]:
     return {**recipe, "data": data, "teacher": teacher}
 
 
+def _calibration(request: BuildRequest, plan: _Plan, trained: TrainedStudent) -> Calibration:
+    return Calibration(
+        settings=request.config.calibration,
+        dataset=plan.dataset,
+        dataset_sha256=plan.dataset_sha256,
+        preprocessing=trained.spec.preprocessing,
+    )
+
+
+def _stage_keys(request: BuildRequest, plan: _Plan, trained: TrainedStudent) -> list[tuple[str, str]]:
+    return stages.stage_keys(trained, request.targets, request.config, _calibration(request, plan, trained))
+
+
 def _bundle_key(request: BuildRequest, plan: _Plan, trained: TrainedStudent) -> str:
     config = request.config
-    exported = stages.export_key(stages.fuse_key(trained), config.export)
-    models = {str(t): stages.cast_key(exported, t.precision) for t in request.targets}
-    engines = {str(t): stages.compile_key(models[str(t)], t, config.export) for t in request.targets if t.needs_engine}
     settings = [table.model_dump(mode="json") for table in (config.export, config.verify, config.latency)]
     settings.append(config.policy)
-    engines["executed"] = str([str(t) for t in request.targets if t.needs_engine and gpu_fingerprint()])
-    inputs = [config.student, exported, models, engines, settings, plan.dataset_sha256, source_digest()]
-    return digest(["bundle", *inputs])
-
-
-def _forget_stages(request: BuildRequest, trained: TrainedStudent, workspace: Workspace, key: str) -> None:
-    fused = stages.fuse_key(trained)
-    exported = stages.export_key(fused, request.config.export)
-    for stage, name in (("bundle", key), ("fuse", fused), ("export", exported)):
-        workspace.forget(stage, name)
-    for target in request.targets:
-        model = stages.cast_key(exported, target.precision)
-        workspace.forget("cast", model)
-        if target.needs_engine:
-            workspace.forget("compile", stages.compile_key(model, target, request.config.export))
+    targets = [(str(target), target.needs_engine and bool(gpu_fingerprint())) for target in request.targets]
+    made = _stage_keys(request, plan, trained)
+    return digest(["bundle", config.student, made, targets, settings, plan.dataset_sha256, source_digest()])
 
 
 def _is_up_to_date(out: Path, key: str) -> bool:
@@ -216,7 +216,8 @@ def _make_bundle(
     with reporter.stage("export"):
         model = stages.export(workspace, trained, fused, config.export)
     with reporter.stage("cast"):
-        casts = {target: stages.cast(workspace, model, target.precision) for target in request.targets}
+        calibration = _calibration(request, plan, trained)
+        casts = {target: stages.cast(workspace, model, target.form, calibration) for target in request.targets}
     engines = {}
     for target in (target for target in request.targets if target.needs_engine):
         with reporter.stage("compile") as progress:
@@ -231,6 +232,7 @@ def _make_bundle(
         casts=casts,
         engines=engines,
         validation=validation,
+        calibration=calibration.to_json(),
         build_key=key,
     )
     failed = workspace.path("failed", key)

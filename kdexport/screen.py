@@ -114,9 +114,9 @@ def _print_build(console: Console, data: dict[str, Any]) -> None:
     console.print()
     targets = _table("target", "status", "kernels")
     for name, entry in data["targets"].items():
-        targets.add_row(
-            name, entry["status"], f"{entry['kernels']}, all {entry['precision']}" if "kernels" in entry else ""
-        )
+        told = "multiplying in" if entry["precision"] == "int8" else "all"
+        kernels = f"{entry['kernels']}, {told} {entry['precision']}" if "kernels" in entry else ""
+        targets.add_row(name, entry["status"], kernels)
     console.print(targets)
     console.print()
     _print_hazards(console, data)

@@ -1,14 +1,17 @@
 """The stages of a build, each a function from finished input to a folder of finished output."""
 
 import json
+import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from kdexport.artifacts import EngineFile, FusedFiles, OnnxModel
 from kdexport.backends.trt import EngineRequest, build_engine, require_precision
-from kdexport.bundle import FUSED, LAYERS, MODEL, PLAN
+from kdexport.bundle import FUSED, LAYERS, MODEL, PLAN, RANGES
+from kdexport.calibration import Calibration
 from kdexport.checkpoint import StudentSpec, TrainedStudent, load_student, load_tensors, save_tensors
-from kdexport.config import ExportSettings
+from kdexport.config import BuildConfig, ExportSettings
 from kdexport.errors import ExportError
 from kdexport.fingerprint import digest, source_digest, tool_versions
 from kdexport.targets import Target, gpu_fingerprint
@@ -17,6 +20,7 @@ from kdexport.workspace import Workspace
 CERTIFICATE = "certificate.json"
 UNFUSED_MODEL = "unfused.onnx"
 _EXPORT_TOOLS = ("torch", "torchvision", "onnx", "onnx-ir", "onnxscript", "numpy")
+_CAST_TOOLS = ("onnx", "onnx-ir", "ml_dtypes", "onnxruntime-gpu", "onnxruntime", "numpy")
 _ENGINE_TOOLS = {"trt": ("tensorrt", "tensorrt-cu13"), "trt-rtx": ("tensorrt_rtx_cu13",)}
 
 
@@ -33,9 +37,28 @@ def export_key(fused: str, settings: ExportSettings) -> str:
     return digest(["export", fused, settings.opset, tool_versions(*_EXPORT_TOOLS)])
 
 
-def cast_key(exported: str, precision: str) -> str:
-    """Digest of all that a cast ONNX file depends on."""
-    return digest(["cast", exported, precision, tool_versions("onnx", "onnxruntime-gpu", "onnxruntime")])
+def calibrate_key(exported: str, calibration: Calibration) -> str:
+    """Digest of all that the ranges of activations depend on: the graph, the training images, the method."""
+    settings = calibration.settings.model_dump(mode="json", exclude={"weight_bits"})
+    return digest(["calibrate", exported, calibration.dataset_sha256, settings, tool_versions(*_CAST_TOOLS)])
+
+
+def cast_key(exported: str, form: str, calibration: Calibration) -> str:
+    """Digest of all that a cast ONNX file depends on; float32 is the exported file itself."""
+    if form == "fp32":
+        return exported
+    quantized = [calibrate_key(exported, calibration), weight_bits(form, calibration)] if is_int8(form) else []
+    return digest(["cast", exported, form, quantized, tool_versions(*_CAST_TOOLS)])
+
+
+def is_int8(form: str) -> bool:
+    """Whether a form needs calibration."""
+    return form.startswith("int8")
+
+
+def weight_bits(form: str, calibration: Calibration) -> int:
+    """Bits of a weight; only CPUs have a reason to save one."""
+    return calibration.settings.weight_bits if form == "int8-u8" else 8
 
 
 def compile_key(model: str, target: Target, settings: ExportSettings) -> str:
@@ -43,6 +66,27 @@ def compile_key(model: str, target: Target, settings: ExportSettings) -> str:
     gpu = [] if target.backend == "trt-rtx" else gpu_fingerprint()
     tools = tool_versions(*_ENGINE_TOOLS[target.backend])
     return digest(["compile", model, str(target), settings.model_dump(mode="json"), tools, gpu])
+
+
+def timing_key(target: Target) -> str:
+    """Digest of what measured kernel times hold for: the builder's version, GPU and driver."""
+    return digest(["timing", tool_versions(*_ENGINE_TOOLS[target.backend]), gpu_fingerprint()])
+
+
+def stage_keys(
+    trained: TrainedStudent, targets: Sequence[Target], config: BuildConfig, calibration: Calibration
+) -> list[tuple[str, str]]:
+    """(stage, key) of every result that a build of ``targets`` makes or takes from the workspace."""
+    fused = fuse_key(trained)
+    exported = export_key(fused, config.export)
+    keys = [("fuse", fused), ("export", exported), ("calibrate", calibrate_key(exported, calibration))]
+    for target in targets:
+        model = cast_key(exported, target.form, calibration)
+        if target.form != "fp32":
+            keys.append(("cast", model))
+        if target.needs_engine:
+            keys.append(("compile", compile_key(model, target, config.export)))
+    return keys
 
 
 def fuse(workspace: Workspace, trained: TrainedStudent) -> FusedFiles:
@@ -76,7 +120,7 @@ def export(workspace: Workspace, trained: TrainedStudent, fused: FusedFiles, set
         export_onnx(module, folder / MODEL, image_size=size, opset=opset, metadata=metadata)
         export_onnx(unfused, folder / UNFUSED_MODEL, image_size=size, opset=opset, metadata={})
         weights = {name: tensor.numpy() for name, tensor in module.state_dict().items()}
-        faults = [f for f in audit_graph(folder / MODEL, weights, precision="fp32", opset=opset) if not f.holds]
+        faults = [f for f in audit_graph(folder / MODEL, weights, form="fp32", opset=opset) if not f.holds]
         if faults:
             raise ExportError(
                 f"The exported graph is not the folded student: {faults[0].check}: {faults[0].fact}.",
@@ -85,7 +129,7 @@ def export(workspace: Workspace, trained: TrainedStudent, fused: FusedFiles, set
 
     key = export_key(fused.key, settings)
     folder = workspace.produce("export", key, make)
-    return OnnxModel(path=folder / MODEL, precision="fp32", key=key)
+    return OnnxModel(path=folder / MODEL, form="fp32", key=key)
 
 
 def model_metadata(spec: StudentSpec, checkpoint_sha256: str) -> dict[str, object]:
@@ -107,15 +151,37 @@ def model_metadata(spec: StudentSpec, checkpoint_sha256: str) -> dict[str, objec
     }
 
 
-def cast(workspace: Workspace, model: OnnxModel, precision: str) -> OnnxModel:
-    """The model in ``precision``; float32 is the model itself."""
-    if precision == model.precision:
-        return model
-    from kdexport.graph.precision import cast_to_fp16
+def calibrate(workspace: Workspace, model: OnnxModel, calibration: Calibration) -> Path:
+    """The file with the range of each tensor of the float32 ``model`` on training images."""
+    from kdexport.graph.calibration import calibrate as measure
 
-    key = cast_key(model.key, precision)
-    folder = workspace.produce("cast", key, lambda folder: void(cast_to_fp16(model.path, folder / MODEL)))
-    return OnnxModel(path=folder / MODEL, precision=precision, key=key)
+    settings = calibration.settings
+
+    def make(folder: Path) -> None:
+        batches = calibration.batches()
+        measure(model.path, batches, folder / RANGES, method=settings.method, percentile=settings.percentile)
+
+    return workspace.produce("calibrate", calibrate_key(model.key, calibration), make) / RANGES
+
+
+def cast(workspace: Workspace, model: OnnxModel, form: str, calibration: Calibration) -> OnnxModel:
+    """The float32 ``model`` in ``form``; float32 is the model itself. int8 has its ranges beside it."""
+    if form == model.form:
+        return model
+    from kdexport.graph.precision import cast_to_bf16, cast_to_fp16
+    from kdexport.graph.quantize import parse_form, quantize
+
+    def make(folder: Path) -> None:
+        if not is_int8(form):
+            {"fp16": cast_to_fp16, "bf16": cast_to_bf16}[form](model.path, folder / MODEL)
+            return
+        ranges = calibrate(workspace, model, calibration)
+        bits = weight_bits(form, calibration)
+        quantize(model.path, ranges, folder / MODEL, form=parse_form(form), weight_bits=bits)
+        shutil.copyfile(ranges, folder / RANGES)
+
+    key = cast_key(model.key, form, calibration)
+    return OnnxModel(path=workspace.produce("cast", key, make) / MODEL, form=form, key=key)
 
 
 def compile_engine(
@@ -131,6 +197,9 @@ def compile_engine(
             shape=(3, image_size, image_size),
             batches=(settings.min_batch, settings.opt_batch, settings.max_batch),
             compute_capabilities=tuple(settings.compute_capabilities),
+            workspace_mb=settings.workspace_mb,
+            tf32=settings.tf32,
+            timing_cache=str(workspace.root / "timing" / f"{timing_key(target)}.cache"),
         )
         engine = build_engine(request)
         require_precision(engine, target)
@@ -139,7 +208,3 @@ def compile_engine(
 
     key = compile_key(model.key, target, settings)
     return EngineFile(folder=workspace.produce("compile", key, make), target=target, key=key)
-
-
-def void(_value: object) -> None:
-    """Drop a result."""

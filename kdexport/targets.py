@@ -7,12 +7,16 @@ from pathlib import Path
 from kdexport.errors import BackendUnavailableError, ConfigError, UnknownNameError
 from kdexport.registry import nearest
 
-#: Backends with what they are; their precisions are those that are built and audited today.
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+#: Backends with what they are.
 BACKENDS = {
-    "onnx": ("onnxruntime", ("fp32",)),
-    "trt": ("TensorRT, needs a GPU", ("fp32", "fp16")),
-    "trt-rtx": ("TensorRT-RTX, builds without a GPU", ("fp32", "fp16")),
+    "onnx": "onnxruntime",
+    "openvino": "OpenVINO on a CPU",
+    "trt": "TensorRT, needs a GPU",
+    "trt-rtx": "TensorRT-RTX, builds without a GPU",
 }
+#: The ONNX graphs that precisions are written into: int8 has two, because no runtime executes the other's.
+FORMS = ("fp32", "fp16", "bf16", "int8-u8", "int8-s8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +32,19 @@ class Target:
     @property
     def needs_engine(self) -> bool:
         """Whether a plan is compiled from the ONNX file."""
-        return self.backend != "onnx"
+        return self.backend in ("trt", "trt-rtx")
+
+    @property
+    def form(self) -> str:
+        """The ONNX graph that this target is made of, one of ``FORMS``."""
+        if self.precision != "int8":
+            return self.precision
+        return "int8-s8" if self.needs_engine else "int8-u8"
 
 
 def target_names() -> tuple[str, ...]:
     """All targets that can be asked for."""
-    return tuple(f"{backend}-{precision}" for backend, (_, kinds) in BACKENDS.items() for precision in kinds)
+    return tuple(f"{backend}-{precision}" for backend in BACKENDS for precision in PRECISIONS)
 
 
 def parse_target(name: str) -> Target:
@@ -65,17 +76,57 @@ def gpu_fingerprint() -> list[str]:
 
 def unavailable(target: Target) -> tuple[str, str] | None:
     """(what is missing, what to do) where ``target`` cannot be built on this machine, else None."""
-    if target.backend == "trt-rtx" and importlib.util.find_spec("tensorrt_rtx") is None:
+    return {"onnx": _onnx_lacks, "openvino": _openvino_lacks, "trt": _trt_lacks, "trt-rtx": _rtx_lacks}[target.backend](
+        target
+    )
+
+
+def _onnx_lacks(target: Target) -> tuple[str, str] | None:
+    if target.precision == "bf16":
+        return (
+            "onnxruntime has no bfloat16 convolution",
+            "Build openvino-bf16 for a CPU with AMX or AVX512-BF16, or trt-rtx-bf16 for a GPU",
+        )
+    if target.precision == "fp16" and not gpu_fingerprint():
+        return (
+            "onnxruntime computes a float16 graph in float32 on a CPU, and this machine has no GPU",
+            "Build onnx-fp32 or onnx-int8 for a CPU",
+        )
+    return None
+
+
+def _openvino_lacks(target: Target) -> tuple[str, str] | None:
+    if importlib.util.find_spec("openvino") is None:
+        return "OpenVINO is not installed", "pip install 'kdexport[openvino]'"
+    if target.precision == "fp32":
+        return None
+    from kdexport.backends.openvino import capabilities
+
+    here = capabilities()
+    if target.precision.upper() in here:
+        return None
+    # Asked all the same, OpenVINO would run float32 and not say so.
+    return (
+        f"OpenVINO has no {target.precision} on this CPU, only {', '.join(name.lower() for name in here)}",
+        "Build on a machine whose CPU has it, or for another precision",
+    )
+
+
+def _rtx_lacks(_target: Target) -> tuple[str, str] | None:
+    if importlib.util.find_spec("tensorrt_rtx") is None:
         return "TensorRT-RTX is not installed", "pip install 'kdexport[trt-rtx]'"
-    if target.backend == "trt":
-        if importlib.util.find_spec("tensorrt") is None:
-            return (
-                "TensorRT is not installed",
-                "Install it from NVIDIA's package index (the packages tensorrt-cu13 or tensorrt, 10.13 to 11), or "
-                "build for trt-rtx instead, which needs no GPU at build time",
-            )
-        if not gpu_fingerprint():
-            return "TensorRT builds engines on a GPU, and this machine has none", "Run on a machine with an NVIDIA GPU"
+    return None
+
+
+def _trt_lacks(_target: Target) -> tuple[str, str] | None:
+    if importlib.util.find_spec("tensorrt") is None:
+        return (
+            "TensorRT is not installed",
+            "Install it from NVIDIA's package index (the packages tensorrt-cu13 or tensorrt, 10.13 to 11), or "
+            "build for trt-rtx instead, which needs no GPU at build time",
+        )
+    if not gpu_fingerprint():
+        return "TensorRT builds engines on a GPU, and this machine has none", "Run on a machine with an NVIDIA GPU"
     return None
 
 

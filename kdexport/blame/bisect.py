@@ -25,7 +25,7 @@ from kdexport.graph.export import INPUT, export_onnx
 from kdexport.reparam.fuse import fuse_student
 from kdexport.verify.parity import rung_b
 from kdexport.verify.reference import Probes, make_probes, make_reference, run_torch
-from kdexport.verify.stored import check_golden, check_weights, load_unfused
+from kdexport.verify.subjects import check_golden, check_weights, load_unfused
 
 Progress = Callable[[str], None]
 
@@ -86,7 +86,8 @@ def explain(folder: Path, manifest: Manifest, out: Path, progress: Progress) -> 
     if isinstance(trusted, Blame):
         return trusted
     folded = _fold_fault(folder, manifest)
-    for name, precision in onnx_files(manifest).items():
+    for name, form in onnx_files(manifest).items():
+        precision = form.partition("-")[0]
         progress(name)
         found = file_fault(folder / name, name, precision, trusted, out)
         if found is not None:
@@ -111,7 +112,7 @@ def _trust(folder: Path, manifest: Manifest, pixels: NDArray[np.uint8]) -> "Trus
         path = Path(place) / MODEL
         model = export_onnx(fused, path, image_size=spec.image_size, opset=manifest.opset, metadata={})
         probes = make_probes(pixels, spec.preprocessing)
-        reference = make_reference(load_unfused(folder, spec), fused, probes, precisions=())
+        reference = make_reference(load_unfused(folder, spec), fused, probes, forms=())
         from kdexport.backends.ort import load_model
 
         checks = rung_b(MODEL, load_model(path).logits(probes.images), reference, probes)

@@ -2,30 +2,26 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from onnx import TensorProto, numpy_helper
 
 from kdexport.errors import first_line
+from kdexport.graph.audit_int8 import quantized_findings
+from kdexport.graph.calibration import Range
 from kdexport.graph.export import INPUT, LOGITS
+from kdexport.graph.findings import Finding, Weights
+from kdexport.graph.precision import BF16_OPSET
 
-Weights = Mapping[str, NDArray[np.float32]]
+__all__ = ["Finding", "Weights", "audit_graph", "operator_counts"]
 
 _FORBIDDEN = {"BatchNormalization", "InstanceNormalization"}
-_TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16}
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One checked statement about a file: whether it holds, and the measured fact."""
-
-    check: str
-    holds: bool
-    fact: str
+_TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+_DTYPES: dict[str, DTypeLike] = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
 
 
 def operator_counts(model: onnx.ModelProto) -> dict[str, int]:
@@ -33,8 +29,13 @@ def operator_counts(model: onnx.ModelProto) -> dict[str, int]:
     return dict(sorted(Counter(node.op_type for node in model.graph.node).items()))
 
 
-def audit_graph(path: Path, weights: Weights, *, precision: str, opset: int) -> list[Finding]:
-    """All findings on one ONNX file of a folded student whose float32 weights by name are ``weights``."""
+def audit_graph(
+    path: Path, weights: Weights, *, form: str, opset: int, ranges: Mapping[str, Range] | None = None
+) -> list[Finding]:
+    """All findings on one ONNX file, in one of ``targets.FORMS``, of a folded student.
+
+    ``weights`` are its float32 weights by name; ``ranges`` what the scales of an int8 file must come from.
+    """
     try:
         model = onnx.load(str(path), load_external_data=False)
         outside = [item.name for item in model.graph.initializer if item.data_location == TensorProto.EXTERNAL]
@@ -48,19 +49,25 @@ def audit_graph(path: Path, weights: Weights, *, precision: str, opset: int) -> 
     layers = sum(values.ndim > 1 for values in weights.values())
     found = counts.get("Conv", 0) + counts.get("Gemm", 0) + counts.get("MatMul", 0)
     written = {entry.domain: entry.version for entry in model.opset_import}
+    wanted = max(opset, BF16_OPSET) if form == "bf16" else opset
     normalisation = sum(counts.get(name, 0) for name in _FORBIDDEN)
     return [
         Finding("valid ONNX", True, f"{len(model.graph.node)} nodes"),
-        Finding("opset", written.get("") == opset, f"opset {written.get('')}, asked {opset}"),
+        Finding("opset", written.get("") == wanted, f"opset {written.get('')}, asked {wanted}"),
         Finding("no batch norm", normalisation == 0, f"{normalisation} normalisation nodes"),
         Finding(
             "no branch", found == layers, f"{found} convolutions and linear layers, the plain student has {layers}"
         ),
         _interface(model),
-        *_weight_findings(model, weights, precision),
-        _precision(model, precision),
+        *_content(model, weights, form, ranges),
         _portable(path),
     ]
+
+
+def _content(model: onnx.ModelProto, weights: Weights, form: str, ranges: Mapping[str, Range] | None) -> list[Finding]:
+    if form in _TYPES:
+        return [*_weight_findings(model, weights, form), _precision(model, form)]
+    return quantized_findings(model, weights, form=form, ranges=ranges or {})
 
 
 def _interface(model: onnx.ModelProto) -> Finding:
@@ -81,8 +88,8 @@ def _interface(model: onnx.ModelProto) -> Finding:
     return Finding("dynamic float32 input and logits", holds, fact)
 
 
-def _weight_findings(model: onnx.ModelProto, weights: Weights, precision: str) -> list[Finding]:
-    dtype = np.float16 if precision == "fp16" else np.float32
+def _weight_findings(model: onnx.ModelProto, weights: Weights, form: str) -> list[Finding]:
+    dtype = _DTYPES[form]
     stored = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
     wrong: list[str] = []
     for name, values in weights.items():
@@ -109,14 +116,14 @@ def _difference(stored: NDArray[np.generic], expected: NDArray[np.generic]) -> s
     return f"{int(unequal.sum())} of {unequal.size} values differ, most by {change[index]:.3g} at {list(index)}"
 
 
-def _precision(model: onnx.ModelProto, precision: str) -> Finding:
-    wanted = _TYPES[precision]
-    floats = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.DOUBLE, TensorProto.BFLOAT16}
+def _precision(model: onnx.ModelProto, form: str) -> Finding:
+    wanted = _TYPES[form]
+    floats = {*_TYPES.values(), TensorProto.DOUBLE}
     leftovers = [i.name for i in model.graph.initializer if i.data_type in floats and i.data_type != wanted]
     casts = sum(node.op_type == "Cast" for node in model.graph.node)
-    allowed = 2 if precision == "fp16" else 0
+    allowed = 0 if form == "fp32" else 2
     fact = f"{casts} casts, {len(leftovers)} weights in another precision" + (f": {leftovers[0]}" if leftovers else "")
-    return Finding(f"precision {precision}", not leftovers and casts <= allowed, fact)
+    return Finding(f"precision {form}", not leftovers and casts <= allowed, fact)
 
 
 def _portable(path: Path) -> Finding:

@@ -11,7 +11,7 @@ import onnx
 from numpy.typing import NDArray
 
 from kdexport.backends.ort import OrtModel, load_model
-from kdexport.blame.trace import trace
+from kdexport.blame.trace import Arrays, trace
 from kdexport.graph.export import INPUT
 from kdexport.policy import Budget
 from kdexport.search.equalise import equalise
@@ -86,58 +86,58 @@ class SearchImages:
 
 
 def find_plan(
-    source: Path,
-    cast: Cast,
-    data: SearchImages,
-    budget: Budget,
-    folder: Path,
-    *,
-    max_trials: int = 24,
-    as_written: bool = False,
+    source: Path, cast: Cast, data: SearchImages, budget: Budget, folder: Path, *, max_trials: int = 24
 ) -> PrecisionPlan:
     """Plain, then equalised, then with the fewest layers kept; files are written into ``folder``.
 
-    ``as_written`` judges the graph without optimisation: CPU kernels otherwise widen float16 between nodes, and hide an
-    overflow that a GPU has. Deterministic but for ``latency_ms``. The search stops after ``max_trials`` casts; its best
-    plan may then be outside the budget, which ``chosen.within`` says.
+    Deterministic but for ``latency_ms``. The search stops after ``max_trials`` casts; its best plan may then be outside
+    the budget, which ``chosen.within`` says.
     """
-    exact = run_in_batches(load_model(source).logits, data.images, (_BATCH,))
-    judge = _Judge(exact, data, budget, as_written)
-    trades = [judge.measure("fp32", source, (), 0)]
+    judge = _Judge(run_in_batches(load_model(source).logits, data.images, (_BATCH,)), data, budget)
     plain = folder / "plain.onnx"
     cast(source, (), plain)
-    trades.append(judge.measure("plain", plain, (), 0))
-    if trades[-1].within:
-        return PrecisionPlan(plain, trades[-1], tuple(trades), ())
-    model = onnx.load(str(source))
+    trades = [judge.measure("fp32", source), judge.measure("plain", plain)]
+    if trades[1].within:
+        return PrecisionPlan(plain, trades[1], tuple(trades), ())
     feeds = {INPUT: data.images[:_PROBES]}
-    reasons = tuple(explain_ranges(layer_ranges(model, feeds)))
-    balanced = equalise(model, feeds)
-    base, base_file = source, plain
-    pairs = 0
-    if balanced.pairs:
-        base, base_file = folder / "equalised-fp32.onnx", folder / "equalised.onnx"
-        onnx.save(balanced.model, str(base))
-        cast(base, (), base_file)
-        trade = judge.measure("equalised", base_file, (), balanced.pairs)
-        trades.append(trade)
-        if trade.within:
-            return PrecisionPlan(base_file, trade, tuple(trades), reasons)
-        if trade.noise <= trades[1].noise:
-            pairs = balanced.pairs
-        else:
-            base, base_file = source, plain
+    reasons = tuple(explain_ranges(layer_ranges(onnx.load(str(source)), feeds)))
+    base = _equalised(source, cast, feeds, judge, folder)
+    if base is not None:
+        trades.append(base.trade)
+    if base is None or base.trade.noise > trades[1].noise:
+        base = _Base(source, plain, trades[1])
+    if base.trade.within:
+        return PrecisionPlan(base.file, base.trade, tuple(trades), reasons)
+    files: dict[tuple[str, ...], Path] = {}
 
     def attempt(kept: tuple[str, ...]) -> Trade:
-        path = folder / f"kept-{len(trades)}.onnx"
-        cast(base, kept, path)
-        trades.append(judge.measure(f"{len(kept)} kept", path, kept, pairs))
-        files[kept] = path
+        files[kept] = folder / f"kept-{len(files)}.onnx"
+        cast(base.source, kept, files[kept])
+        trades.append(judge.measure(f"{len(kept)} kept", files[kept], kept, base.trade.equalised))
         return trades[-1]
 
-    files: dict[tuple[str, ...], Path] = {}
-    found = keep_fewest(sensitivities(onnx.load(str(base)), base_file, feeds), attempt, max_trials=max_trials)
+    ranked = sensitivities(onnx.load(str(base.source)), base.file, feeds)
+    found = keep_fewest(ranked, attempt, max_trials=max_trials)
     return PrecisionPlan(files[found.kept], found.trial, tuple(trades), reasons)
+
+
+@dataclass(frozen=True, slots=True)
+class _Base:
+    """A float32 graph, its plain cast, and what that costs."""
+
+    source: Path
+    file: Path
+    trade: Trade
+
+
+def _equalised(source: Path, cast: Cast, feeds: Arrays, judge: "_Judge", folder: Path) -> _Base | None:
+    balanced = equalise(onnx.load(str(source)), feeds)
+    if not balanced.pairs:
+        return None
+    exact, file = folder / "equalised-fp32.onnx", folder / "equalised.onnx"
+    onnx.save(balanced.model, str(exact))
+    cast(exact, (), file)
+    return _Base(exact, file, judge.measure("equalised", file, (), balanced.pairs))
 
 
 def sensitivities(model: onnx.ModelProto, cast_file: Path, feeds: dict[str, Any]) -> list[str]:
@@ -155,12 +155,10 @@ class _Judge:
     exact: NDArray[np.float32]
     data: SearchImages
     budget: Budget
-    as_written: bool
 
-    def measure(self, plan: str, path: Path, kept: tuple[str, ...], equalised: int) -> Trade:
+    def measure(self, plan: str, path: Path, kept: tuple[str, ...] = (), equalised: int = 0) -> Trade:
         model = load_model(path, threads=1)
-        judged = load_model(path, threads=1, optimise=False) if self.as_written else model
-        logits = run_in_batches(judged.logits, self.data.images, (_BATCH,))
+        logits = run_in_batches(model.logits, self.data.images, (_BATCH,))
         labels, before, after = self.data.labels, self.exact.argmax(axis=1), logits.argmax(axis=1)
         flips = float(np.mean(before != after))
         drop = float(np.mean(before == labels) - np.mean(after == labels))

@@ -56,7 +56,7 @@ def allowed_error(folder: Path, manifest: Manifest) -> float:
     from kdexport.bundle import read_golden
     from kdexport.verify.golden import allowed_error as from_unfused
     from kdexport.verify.reference import run_torch
-    from kdexport.verify.stored import load_unfused
+    from kdexport.verify.subjects import load_unfused
 
     images = manifest.spec.preprocessing.normalise(read_golden(folder, manifest))
     return from_unfused(tensors["logits"], run_torch(load_unfused(folder, manifest.spec), images))

@@ -52,7 +52,7 @@ def triton(
     from kdexport.serving.triton_config import import_messages
     from kdexport.serving.triton_plan import TritonRequest, plan_export
     from kdexport.verify.replay import replay
-    from kdexport.verify.stored import check_integrity
+    from kdexport.verify.subjects import check_integrity
     from kdexport.verify.verdict import Verdict, seal
 
     import_messages()

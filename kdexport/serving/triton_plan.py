@@ -103,6 +103,11 @@ def _target_entry(manifest: Manifest, name: str) -> dict[str, Any]:
             f"{name} is a TensorRT-RTX plan, and Triton's TensorRT backend loads plans of TensorRT alone.",
             remedy="Pass --target onnx-fp32, or build the bundle with a trt-... target on a machine with a GPU.",
         )
+    if target.backend == "openvino":
+        raise ConfigError(
+            f"{name} was verified in OpenVINO, and a model repository is written for onnxruntime and TensorRT alone.",
+            remedy="Pass --target onnx-fp32 or onnx-int8; build the bundle with it where it is missing.",
+        )
     if entry["status"] != VERIFIED:
         raise BundleError(
             f"The engine of {name} was built and never run, so nothing says that it computes the right logits.",

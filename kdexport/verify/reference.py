@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kdexport.preprocessing import Preprocessing
-from kdexport.verify.simulation import SimulatedPrecision, Simulation
+from kdexport.verify.simulation import Simulation
 
 #: Images of one pass through a torch model.
 _CHUNK = 64
@@ -30,16 +30,25 @@ class Probes:
         return f"image {index}" if index < self.real else self.edges[index - self.real]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Simulated:
+    """What a precision costs at best: its logits (n,K), n <= N, and the largest activation on the way to them."""
+
+    logits: NDArray[np.float32]
+    peak: float
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Reference:
-    """Logits (N,K) of the unfused student, ``exact`` in float64, ``unfused`` in float32.
+    """Logits (N,K) of the unfused student, and simulations of the fused one by form (``targets.FORMS``).
 
-    ``simulated`` holds, by precision, what the fused student gives where that precision alone is to blame.
+    ``exact`` is float64; ``unfused`` float32. An int8 simulation holds the real images alone: edge inputs lie outside
+    of what int8 was calibrated for.
     """
 
     exact: NDArray[np.float64]
     unfused: NDArray[np.float32]
-    simulated: Mapping[str, Simulation]
+    simulated: Mapping[str, Simulated]
 
 
 def make_probes(pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> Probes:
@@ -62,20 +71,22 @@ def make_probes(pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> Prob
 
 
 def make_reference(
-    unfused: nn.Module, fused: nn.Module, probes: Probes, *, precisions: Sequence[str] = ("fp16",)
+    unfused: nn.Module, fused: nn.Module, probes: Probes, *, forms: Sequence[str] = ("fp16",), weight_bits: int = 8
 ) -> Reference:
-    """Run the unfused student (eval mode, float32 weights) and simulations of its fused form."""
+    """Run the unfused student (eval mode, float32 weights) and simulations of its fused form in ``forms``."""
     return Reference(
         exact=run_torch(copy.deepcopy(unfused).double(), probes.images.astype(np.float64)),
         unfused=run_torch(unfused, probes.images).astype(np.float32),
-        simulated={precision: _simulate(fused, precision, probes) for precision in precisions},
+        simulated={form: _simulate(fused, form, probes, weight_bits) for form in forms if form != "fp32"},
     )
 
 
-def _simulate(fused: nn.Module, precision: str, probes: Probes) -> Simulation:
-    module = SimulatedPrecision(fused, precision)
-    logits = run_torch(module, probes.images).astype(np.float32)
-    return Simulation(logits=logits, peak=module.peak)
+def _simulate(fused: nn.Module, form: str, probes: Probes, weight_bits: int) -> Simulated:
+    integer = form.startswith("int8")
+    # Weight bits are a matter of CPUs: TensorRT has no 16-bit sums to save.
+    simulation = Simulation(fused, form, weight_bits=weight_bits if form == "int8-u8" else 8)
+    logits = run_torch(simulation, probes.images[: probes.real] if integer else probes.images)
+    return Simulated(logits.astype(np.float32), simulation.peak)
 
 
 def run_torch(module: nn.Module, images: NDArray[Any]) -> NDArray[np.float64]:

@@ -10,7 +10,7 @@ from kdexport.bundle import TASK, Manifest, read_golden
 from kdexport.errors import BundleError, DataError
 from kdexport.policy import Policy, stored_policy
 from kdexport.verify.parity import Check, check_at_most
-from kdexport.verify.stored import check_algebra, check_golden, check_integrity
+from kdexport.verify.subjects import check_algebra, check_golden, check_integrity
 from kdexport.verify.validation import load_record, task_checks
 from kdexport.verify.verdict import Verdict, verify_folder
 

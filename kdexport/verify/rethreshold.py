@@ -12,7 +12,7 @@ from kdexport.graph.precision import FLOAT16_MAX
 from kdexport.policy import Change, Policy, load_policy, policy_changes, stored_policy
 from kdexport.verify.parity import Check
 from kdexport.verify.replay import stored_task
-from kdexport.verify.stored import check_integrity
+from kdexport.verify.subjects import check_integrity
 from kdexport.verify.verdict import Verdict
 
 

@@ -1,58 +1,90 @@
-"""What a low precision costs by itself: a float32 module with its numbers rounded as that precision rounds them."""
+"""What a low precision costs at best: the folded student in torch, rounded where hardware of that precision rounds.
+
+Nothing here reads an exported file: a wrong scale or a lost weight of one cannot hide in what it is compared with.
+"""
 
 import copy
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-#: Precisions that can be simulated from the student alone; int8 also needs the scales, which are in its file.
-SIMULATED = ("tf32", "fp16", "bf16")
-
 _ATEN = torch.ops.aten
-_PRODUCTS = {_ATEN.convolution.default, _ATEN.addmm.default, _ATEN.mm.default, _ATEN.bmm.default}
+_MULTIPLYING = {_ATEN.convolution.default, _ATEN.addmm.default, _ATEN.mm.default}
+#: What int8 kernels of a CPU also take their inputs in int8 for.
+_COMBINING = {
+    _ATEN.add.Tensor, _ATEN.add_.Tensor, _ATEN.mul.Tensor, _ATEN.mul_.Tensor, _ATEN.cat.default, _ATEN.mean.dim,
+}  # fmt: skip
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+#: Not a form of a file: a float32 graph whose products a GPU reads with 10 bits of mantissa.
+TF32 = "tf32"
 #: float32 keeps 23 bits of the mantissa, TF32 the upper 10 of them.
 _TF32_DROPPED = 13
 
 
-@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Simulation:
-    """Logits (N,K) of a simulated precision, and the largest activation met on the way, before rounding."""
+class Simulation(nn.Module):
+    """A float32 module in ``form``, one of ``targets.FORMS`` but fp32, or TF32.
 
-    logits: NDArray[np.float32]
-    peak: float
-
-
-class SimulatedPrecision(nn.Module):
-    """A float32 module computed as ``precision`` would, products accumulated in float32.
-
-    float16 and bfloat16 round weights and every intermediate result; TF32 rounds the operands of products alone.
+    tf32: what convolutions and linear layers read is rounded, biases and sums are not.
+    fp16 and bf16: weights and every intermediate result rounded, sums in float32. int8-u8: what convolutions, linear
+    layers, sums and concatenations read has 256 levels between its extremes in this batch, and so have the logits.
+    int8-s8: what convolutions and linear layers read has 127 levels on each side of zero. Weights of both have
+    ``weight_bits`` around zero, one scale an output channel.
     """
 
-    def __init__(self, module: nn.Module, precision: str) -> None:
+    def __init__(self, module: nn.Module, form: str, *, weight_bits: int = 8) -> None:
         super().__init__()
         self._module = copy.deepcopy(module).float()
-        self._rounding = _Rounding(precision)
-        if precision != "tf32":
-            with torch.no_grad():
-                for parameter in self._module.parameters():
-                    parameter.copy_(_ROUND[precision](parameter))
+        self._form = form
+        self._mode: _Rounding | _Quantizing | _Tf32
+        if form == TF32:
+            self._mode = _Tf32()  # type: ignore[no-untyped-call]
+        elif form in _DTYPES:
+            self._mode = _Rounding(_DTYPES[form])
+            _replace(self._module.parameters(), lambda weight: weight.to(_DTYPES[form]).float())
+        else:
+            self._mode = _Quantizing(symmetric=form == "int8-s8")
+            weights = (weight for weight in self._module.parameters() if weight.dim() > 1)
+            _replace(weights, lambda weight: _per_channel(weight, 2 ** (weight_bits - 1) - 1))
 
     @property
     def peak(self) -> float:
         """Largest absolute activation so far, before rounding."""
-        return self._rounding.peak
+        return self._mode.peak
 
     def forward(self, images: Tensor) -> Tensor:
         """(N,3,S,S) to logits (N,K)."""
-        with self._rounding:
-            return cast(Tensor, self._module(self._rounding.results(images)))
+        with self._mode:
+            if self._form in _DTYPES:
+                return cast(Tensor, self._module(images.to(_DTYPES[self._form]).float()))
+            logits = cast(Tensor, self._module(images))
+        return _asymmetric(logits) if self._form == "int8-u8" else logits
+
+
+def _replace(parameters: Iterable[Tensor], change: Callable[[Tensor], Tensor]) -> None:
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.copy_(change(parameter))
+
+
+def _per_channel(weight: Tensor, levels: int) -> Tensor:
+    scale = weight.abs().flatten(1).amax(1).reshape(-1, *[1] * (weight.dim() - 1)).clamp(min=1e-30) / levels
+    return (weight / scale).round() * scale
+
+
+def _symmetric(values: Tensor) -> Tensor:
+    scale = values.abs().max().clamp(min=1e-30) / 127
+    return (values / scale).round() * scale
+
+
+def _asymmetric(values: Tensor) -> Tensor:
+    low, high = values.min().clamp(max=0), values.max().clamp(min=0)
+    scale = (high - low).clamp(min=1e-30) / 255
+    zero = (-low / scale).round()
+    return ((values / scale).round() + zero).clamp(0, 255).sub(zero) * scale
 
 
 def round_tf32(values: Tensor) -> Tensor:
@@ -63,39 +95,65 @@ def round_tf32(values: Tensor) -> Tensor:
     return torch.where(torch.isfinite(values), rounded.view(torch.float32), values)
 
 
-_ROUND: dict[str, Callable[[Tensor], Tensor]] = {
-    "tf32": round_tf32,
-    "fp16": lambda values: values.half().float(),
-    "bf16": lambda values: values.bfloat16().float(),
-}
+class _Tf32(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Rounds what products read."""
+
+    peak = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _MULTIPLYING:
+            # A bias has one dimension and is added in float32.
+            read = (round_tf32(v) if isinstance(v, Tensor) and v.dim() > 1 else v for v in args)
+            args = tuple(read)
+        return func(*args, **(kwargs or {}))
 
 
 class _Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Rounds what each operator returns, and what an in-place operator leaves behind; for TF32, what products read."""
+    """Rounds what each operator returns, and what an in-place operator leaves behind."""
 
-    def __init__(self, precision: str) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0.0
-        self._operands = precision == "tf32"
-        self._round = _ROUND[precision]
-
-    def results(self, values: Tensor) -> Tensor:
-        """Values as this precision stores them."""
-        return values if self._operands else self._round(values)
+        self._dtype = dtype
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._operands and func in _PRODUCTS:
-            args = tuple(self._operand(value) for value in args)
         result = func(*args, **(kwargs or {}))
         if not isinstance(result, Tensor) or result.dtype != torch.float32:
             return result
-        if result.numel():
-            largest = result.abs().max().item()
-            # NaN compares as smaller than any peak; it comes from an overflow and is one.
-            self.peak = math.inf if math.isnan(largest) else max(self.peak, largest)
-        rounded = self.results(result)
+        self.peak = _larger(self.peak, result)
+        rounded = result.to(self._dtype).float()
         return result.copy_(rounded) if func._schema.is_mutable else rounded
 
-    def _operand(self, value: Any) -> Any:
-        # A bias (one dimension) is added in float32.
-        return self._round(value) if isinstance(value, Tensor) and value.dim() > 1 else value
+
+class _Quantizing(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Quantizes what layers that multiply or combine read; parameters have been quantized before."""
+
+    def __init__(self, *, symmetric: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = 0.0
+        self._symmetric = symmetric
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _MULTIPLYING:
+            # Convolutions and products read (input, weight), a linear layer with bias (bias, input, weight).
+            place = 1 if func is _ATEN.addmm.default else 0
+            args = (*args[:place], self._read(args[place]), *args[place + 1 :])
+        elif func in _COMBINING and not self._symmetric:
+            args = tuple(self._read(value) for value in args)
+        return func(*args, **(kwargs or {}))
+
+    def _read(self, value: Any) -> Any:
+        if isinstance(value, list) and value and isinstance(value[0], Tensor):
+            return [self._read(item) for item in value]
+        if not isinstance(value, Tensor) or value.dtype != torch.float32 or value.dim() < 2:
+            return value
+        self.peak = _larger(self.peak, value)
+        return _symmetric(value) if self._symmetric else _asymmetric(value)
+
+
+def _larger(peak: float, values: Tensor) -> float:
+    if not values.numel():
+        return peak
+    largest = values.abs().max().item()
+    # NaN compares as smaller than any peak; it comes from an overflow and is one.
+    return math.inf if math.isnan(largest) else max(peak, largest)

@@ -1,66 +1,61 @@
-"""Checks on each file of a bundle: its weights, its graph, and what it computes."""
+"""Checks on a bundle as a whole and on its student: files, golden images, weights, algebra."""
 
-import json
-from dataclasses import dataclass
+import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from kdexport.backends.ort import CPU, load_model
-from kdexport.backends.trt import Engine, EngineLayer, can_execute, require_precision, run_engine
-from kdexport.bundle import (
-    FUSED,
-    LAYERS,
-    MODEL,
-    NOT_EXECUTED,
-    PLAN,
-    TARGETS,
-    UNFUSED,
-    Manifest,
-)
-from kdexport.checkpoint import load_strictly, load_tensors, sha256_file
-from kdexport.errors import AuditError, KdexportError
-from kdexport.graph.audit import Finding, audit_graph
-from kdexport.graph.export import read_metadata
-from kdexport.policy import Policy, stored_policy
-from kdexport.reparam.fuse import fuse_student
-from kdexport.stages import model_metadata
+from kdexport.bundle import FUSED, GOLDEN_LOGITS, TARGETS, UNFUSED, Manifest, changed_files
+from kdexport.checkpoint import StudentSpec, build_student, load_strictly, load_tensors
+from kdexport.errors import CheckpointError, KdexportError
+from kdexport.graph.findings import Finding
+from kdexport.policy import stored_policy
+from kdexport.reparam.fuse import certify_fold, fuse_student
 from kdexport.targets import parse_target
-from kdexport.verify.findings import broken, from_finding
-from kdexport.verify.parity import (
-    Check,
-    check_repeatable,
-    run_in_batches,
-    rung_a,
-    rung_b,
-    rung_c,
-)
-from kdexport.verify.reference import Probes, Reference, make_probes, make_reference, run_torch
-from kdexport.verify.simulation import SIMULATED, Simulation
-from kdexport.verify.stored import check_weights, load_unfused
+from kdexport.verify.parity import Check, check_at_most, check_whole, rung_a, rung_b
+from kdexport.verify.reference import make_probes, make_reference, run_torch
+from kdexport.verify.simulation import TF32
+from kdexport.verify.subject import Subject, broken, from_finding
+
+#: Folding in float64 and rounding once may differ by the last bit between machines, and by nothing more.
+_WEIGHT_LIMIT = 3e-7
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Subject:
-    """What all files of a bundle are compared with."""
+def check_integrity(folder: Path, manifest: Manifest) -> list[Check]:
+    """Every file is there and has the sha256 of the manifest."""
+    changes = changed_files(folder, manifest.files)
+    detail = ", ".join(f"{name} {what}" for name, what in changes.items()) or f"{len(manifest.files)} files"
+    targets = folder / TARGETS
+    present = {path.name for path in targets.iterdir()} if targets.is_dir() else set()
+    fact = f"on disk {sorted(present)}, in the manifest {sorted(manifest.targets)}"
+    return [
+        check_at_most("files", "bundle", "sha256", len(changes), 0, unit="files", detail=detail),
+        from_finding("bundle", Finding("targets", present == set(manifest.targets), fact)),
+    ]
 
-    folder: Path
-    manifest: Manifest
-    batches: tuple[int, ...]
-    probes: Probes
-    reference: Reference
-    weights: dict[str, NDArray[np.float32]]
-    policy: Policy
 
-    def simulation(self, name: str, precision: str) -> Simulation | None:
-        """What ``precision`` alone makes of the student; None for float32. int8 takes its scales from file ``name``."""
-        if precision == "int8":
-            logits = run_in_batches(load_model(self.folder / name, optimise=False).logits, self.probes.images, (64,))
-            return Simulation(logits=logits, peak=0.0)
-        return None if precision == "fp32" else self.reference.simulated[precision]
+def check_golden(folder: Path, manifest: Manifest, pixels: NDArray[np.uint8]) -> list[Check]:
+    """The golden images still give the stored reference logits, through decoding, preprocessing and float64."""
+    try:
+        stored = load_tensors(folder / GOLDEN_LOGITS)["logits"].numpy()
+        unfused = load_unfused(folder, manifest.spec).double()
+    except (KeyError, CheckpointError) as error:
+        return [broken("golden", GOLDEN_LOGITS, str(error))]
+    images = manifest.spec.preprocessing.normalise(pixels).astype(np.float64)
+    exact = run_torch(unfused, images)
+    if stored.shape != exact.shape:
+        return [broken("golden", GOLDEN_LOGITS, f"shape {stored.shape}, expected {exact.shape}")]
+    difference = np.abs(exact - stored).max() / np.abs(stored).max()
+    return [check_at_most("golden", "images", "reference logits", difference, 1e-9, unit="of max")]
+
+
+def load_unfused(folder: Path, spec: StudentSpec) -> nn.Module:
+    """The unfused student of a bundle, in evaluation mode."""
+    student = build_student(spec)
+    load_strictly(student, load_tensors(folder / UNFUSED), UNFUSED)
+    return student.eval()
 
 
 def student_checks(folder: Path, manifest: Manifest, pixels: NDArray[np.uint8]) -> tuple[list[Check], Subject | None]:
@@ -75,11 +70,10 @@ def student_checks(folder: Path, manifest: Manifest, pixels: NDArray[np.uint8]) 
         load_strictly(fused, stored, FUSED)
     except KdexportError as error:
         return [broken("A", "student", error.message)], None
-    probes = make_probes(pixels, spec.preprocessing)
-    policy = stored_policy(manifest.data)
-    asked = {str(entry["precision"]) for entry in manifest.targets.values()}
-    precisions = [precision for precision in SIMULATED if precision in asked]
-    reference = make_reference(load_unfused(folder, spec), fused, probes, precisions=precisions)
+    policy, probes = stored_policy(manifest.data), make_probes(pixels, spec.preprocessing)
+    reference = make_reference(
+        load_unfused(folder, spec), fused, probes, forms=_forms(manifest), weight_bits=_weight_bits(manifest)
+    )
     merged = run_torch(exact.module, probes.images.astype(np.float64))
     checks = [weights, *rung_a(exact.certificate, merged, reference, probes, policy.A)]
     eager = run_torch(fused, probes.images).astype(np.float32)
@@ -91,71 +85,49 @@ def student_checks(folder: Path, manifest: Manifest, pixels: NDArray[np.uint8]) 
     return checks, Subject(folder, manifest, sizes, probes, reference, arrays, policy)
 
 
-def onnx_checks(subject: Subject, name: str, precision: str) -> list[Check]:
-    """Audit and rung B or C of the ONNX file ``name``."""
-    path = subject.folder / name
-    findings = audit_graph(path, subject.weights, precision=precision, opset=subject.manifest.opset)
-    checks = [from_finding(name, finding) for finding in findings]
-    if not findings[0].holds:
-        return checks
-    checks.append(from_finding(name, _metadata(subject, path)))
+def _forms(manifest: Manifest) -> list[str]:
+    tf32 = [TF32] if manifest.data["export"].get("tf32", False) else []
+    return list(dict.fromkeys([*(parse_target(name).form for name in manifest.targets), *tf32]))
+
+
+def _weight_bits(manifest: Manifest) -> int:
+    """What the targets of a bundle were quantized with; one build has one setting."""
+    found = (entry["calibration"]["weight_bits"] for entry in manifest.targets.values() if "calibration" in entry)
+    return int(next(found, 8))
+
+
+def check_algebra(folder: Path, manifest: Manifest, pixels: NDArray[np.uint8]) -> list[Check]:
+    """Rung A block by block: the stored unfused student folded again in float64, and the weights that came of it.
+
+    Nothing that was exported is run. Golden images (N,S,S,3) uint8 judge the whole beside the certificate's noise.
+    """
+    spec = manifest.spec
     try:
-        model = load_model(path)
-    except AuditError as error:
-        return [*checks, broken("audit", name, error.message)]
-    elsewhere = {key: count for key, count in model.nodes_by_provider.items() if key != CPU}
-    fact = ", ".join(f"{count} nodes on {key}" for key, count in model.nodes_by_provider.items())
-    checks.append(from_finding(name, Finding("provider of each node", not elsewhere, fact)))
-    candidate = run_in_batches(model.logits, subject.probes.images, subject.batches)
-    where = f"{name} on onnxruntime CPU"
-    checks += _parity(subject, where, candidate, subject.simulation(name, precision), precision)
-    return [*checks, *check_repeatable(where, model.logits, subject.probes, min(8, subject.batches[-1]))]
-
-
-def _metadata(subject: Subject, path: Path) -> Finding:
-    """The file and the manifest say the same about classes, preprocessing and origin; each is read by somebody."""
-    written = read_metadata(onnx.load(str(path), load_external_data=False))
-    # As JSON, because that is what was written: tuples are lists there.
-    expected = json.loads(json.dumps(model_metadata(subject.manifest.spec, sha256_file(subject.folder / UNFUSED))))
-    wrong = [key for key in expected if key != "version" and written.get(key) != expected[key]]
-    return Finding("metadata", not wrong, f"{', '.join(wrong) or 'all'} {'differ' if wrong else 'as'} in the manifest")
-
-
-def engine_checks(subject: Subject, name: str) -> list[Check]:
-    """Precision of each kernel of the engine of target ``name``, and its rung where this machine can run it."""
-    target, where = parse_target(name), f"{TARGETS}/{name}/{PLAN}"
-    try:
-        engine = load_engine(subject.folder / TARGETS / name)
-        require_precision(engine, target)
-    except AuditError as error:
-        return [broken("audit", where, error.message)]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return [broken("audit", where, f"{LAYERS}: {type(error).__name__}: {error}")]
-    fact = f"{len(engine.layers)} layers listed by the build"
-    checks = [from_finding(where, Finding(f"every kernel in {target.precision}", True, fact))]
-    if subject.manifest.targets[name]["status"] == NOT_EXECUTED or not can_execute(target):
-        return [*checks, from_finding(where, Finding("execution", True, "not executed on this machine"))]
-    try:
-        candidate = run_engine(engine.plan, target, subject.probes.images, subject.batches)
+        unfused = load_unfused(folder, spec).double()
+        module, certificate = certify_fold(unfused)
+        rounded = {name: tensor.float() for name, tensor in module.state_dict().items()}
+        weights = check_weights(load_tensors(folder / FUSED), rounded)
     except KdexportError as error:
-        return [*checks, broken("run", where, error.message)]
-    simulation = subject.simulation(f"{TARGETS}/{name}/{MODEL}", target.precision)
-    return [*checks, *_parity(subject, where, candidate, simulation, target.precision)]
+        return [broken("A", "student", error.message)]
+    probes = make_probes(pixels, spec.preprocessing)
+    images = probes.images.astype(np.float64)
+    exact, merged = run_torch(unfused, images), run_torch(module, images)
+    blocks = [
+        check_at_most("A", block.name, block.kind, block.relative_error, certificate.limit, unit="of max")
+        for block in certificate.blocks
+    ]
+    return [weights, *blocks, check_whole(merged, exact, certificate.limit, probes)]
 
 
-def _parity(
-    subject: Subject, where: str, candidate: NDArray[np.float32], simulation: Simulation | None, precision: str
-) -> list[Check]:
-    reference, probes, policy = subject.reference, subject.probes, subject.policy
-    if simulation is None:
-        return rung_b(where, candidate, reference, probes, policy.B)
-    return rung_c(where, candidate, simulation, reference, probes, precision=precision, policy=policy.C)
-
-
-def load_engine(folder: Path) -> Engine:
-    """An engine and the layer table of its build, from a target's folder."""
-    data: dict[str, Any] = json.loads((folder / LAYERS).read_text())
-    layers = tuple(
-        EngineLayer(name=row["name"], kind=row["kind"], datatypes=tuple(row["datatypes"])) for row in data["layers"]
-    )
-    return Engine(plan=folder / PLAN, layers=layers, version=str(data["version"]))
+def check_weights(stored: dict[str, Tensor], fused: dict[str, Tensor]) -> Check:
+    """The stored weights are the folded ones but for the last bit; the layer that differs most is named."""
+    worst, where = 0.0, ""
+    for name, expected in fused.items():
+        tensor = stored.get(name)
+        if tensor is None or tensor.shape != expected.shape:
+            return broken("A", FUSED, f"layer {name} is missing or of another shape")
+        scale = expected.abs().clamp(min=expected.abs().max().item() * 1e-6 + 1e-30)
+        error = ((tensor - expected).abs() / scale).max().item()
+        if not error <= worst and not math.isnan(worst):
+            worst, where = error, f"layer {name}"
+    return check_at_most("A", FUSED, "weights are the folded ones", worst, _WEIGHT_LIMIT, unit="relative", detail=where)

@@ -8,18 +8,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kdexport.backends.ort import load_model
+from kdexport.backends.openvino import load_openvino
 from kdexport.backends.trt import can_execute, run_engine
 from kdexport.bundle import MODEL, NOT_EXECUTED, PLAN, TARGETS, TASK, Manifest, onnx_files
 from kdexport.checkpoint import load_tensors, save_tensors, sha256_file
 from kdexport.data import ImageSet
 from kdexport.errors import BundleError, KdexportError
 from kdexport.policy import PRECISIONS, Policy
-from kdexport.targets import Target, parse_target
+from kdexport.targets import Target, parse_target, unavailable
+from kdexport.verify.files import open_file
 from kdexport.verify.parity import Check, Logits, check_at_most, run_in_batches, unit_error
 from kdexport.verify.reference import run_torch
-from kdexport.verify.stored import load_unfused
-from kdexport.verify.subjects import Subject
+from kdexport.verify.subject import Subject
+from kdexport.verify.subjects import load_unfused
 from kdexport.verify.task import TaskMetrics, TaskReference, rung_d, task_metrics, task_reference
 
 #: Pixels of one pass over all files: large enough that an engine is loaded a few times only.
@@ -67,7 +68,7 @@ def measure_task(subject: Subject, task: TaskImages, progress: Callable[[str], N
         done += len(chosen)
         progress(f"task, {done:,} of {len(indices):,} images")
     exact = np.concatenate(reference)
-    own = unit_error("fp32", subject.reference, None)
+    own = unit_error("fp32", subject.reference)
     places = np.asarray(indices, np.int64)
     record = TaskRecord(
         task_reference(exact, images.labels[places], places, own),
@@ -165,31 +166,40 @@ def _chunks(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 
 
 def _runners(subject: Subject) -> tuple[dict[str, _Runner], list[Check]]:
-    """Each distinct file once: a target of float32 is the exported model itself."""
+    """Each distinct file once on onnxruntime (a float32 target is the exported model itself), and what else runs it."""
     found: dict[str, _Runner] = {}
     faults: list[Check] = []
     seen: set[str] = set()
     batch = (min(_BATCH, subject.batches[-1]),)
-    for name, precision in onnx_files(subject.manifest).items():
+    for name, form in onnx_files(subject.manifest).items():
+        path = subject.folder / name
         try:
-            content = sha256_file(subject.folder / name)
+            content = sha256_file(path)
             if content not in seen:
-                logits = load_model(subject.folder / name).logits
-                found[name] = _runner(subject, name, precision, _batched(logits, batch))
+                found[name] = _runner(subject, form, _batched(open_file(path, form).logits, batch))
             seen.add(content)
         except (KdexportError, OSError) as error:
-            faults.append(check_at_most("D", name, "runs", 1, 0, unit="faults", detail=str(error).partition("\n")[0]))
+            faults.append(_silent(name, str(error).partition("\n")[0]))
     for name, entry in subject.manifest.targets.items():
         target = parse_target(name)
         if entry["engine"] and entry["status"] != NOT_EXECUTED and can_execute(target):
-            runner = _runner(subject, f"{TARGETS}/{name}/{MODEL}", target.precision, _engine(subject, target, batch))
-            found[f"{TARGETS}/{name}/{PLAN}"] = runner
+            found[f"{TARGETS}/{name}/{PLAN}"] = _runner(subject, subject.form(target), _engine(subject, target, batch))
+        elif target.backend == "openvino" and unavailable(target) is None:
+            path = subject.folder / TARGETS / name / MODEL
+            try:
+                logits = _batched(load_openvino(path, precision=target.precision).logits, batch)
+                found[f"{TARGETS}/{name}/{MODEL} on OpenVINO"] = _runner(subject, target.form, logits)
+            except KdexportError as error:
+                faults.append(_silent(name, error.message))
     return found, faults
 
 
-def _runner(subject: Subject, name: str, precision: str, logits: Logits) -> _Runner:
-    simulation = subject.simulation(name, precision)
-    return _Runner(precision, unit_error(precision, subject.reference, simulation), logits)
+def _silent(name: str, fact: str) -> Check:
+    return check_at_most("D", name, "runs", 1, 0, unit="faults", detail=fact)
+
+
+def _runner(subject: Subject, form: str, logits: Logits) -> _Runner:
+    return _Runner(form.partition("-")[0], unit_error(form, subject.reference), logits)
 
 
 def _engine(subject: Subject, target: Target, batch: tuple[int, ...]) -> Logits:

@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 
 from kdexport.bundle import Manifest, onnx_files
 from kdexport.errors import VerificationError
+from kdexport.verify.files import engine_checks, onnx_checks, openvino_checks
 from kdexport.verify.parity import Check
-from kdexport.verify.subjects import engine_checks, onnx_checks, student_checks
+from kdexport.verify.subjects import student_checks
 from kdexport.verify.validation import TaskImages, TaskRecord, measure_task, task_checks
 
 _SEAL = object()
@@ -82,13 +83,16 @@ def verify_folder(
     checks, subject = student_checks(folder, manifest, pixels)
     if subject is None:
         return Verdict(tuple(checks))
-    for name, precision in onnx_files(manifest).items():
+    for name, form in onnx_files(manifest).items():
         progress(name)
-        checks += onnx_checks(subject, name, precision)
+        checks += onnx_checks(subject, name, form)
     for name, entry in manifest.targets.items():
         if entry["engine"]:
             progress(f"{name} engine")
             checks += engine_checks(subject, name)
+        elif entry["backend"] == "openvino":
+            progress(f"{name} on OpenVINO")
+            checks += openvino_checks(subject, name)
     if task is None:
         return Verdict(tuple(checks))
     record, faults = measure_task(subject, task, progress)

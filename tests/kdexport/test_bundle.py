@@ -18,7 +18,7 @@ from kdexport.errors import BundleError
 from kdexport.reparam import fuse
 from kdexport.reparam.algebra import fold_batch_norm
 from kdexport.verify.replay import replay
-from kdexport.verify.stored import check_algebra
+from kdexport.verify.subjects import check_algebra
 from kdexport.verify.verdict import VerifiedBundle
 from tests.conftest import Built, Command
 

@@ -1,7 +1,17 @@
 import pytest
 
 from kdexport.errors import BackendUnavailableError, ConfigError, UnknownNameError
-from kdexport.targets import Target, parse_target, parse_targets, require_available, target_names, unavailable
+from kdexport.targets import (
+    BACKENDS,
+    FORMS,
+    PRECISIONS,
+    Target,
+    parse_target,
+    parse_targets,
+    require_available,
+    target_names,
+    unavailable,
+)
 
 
 @pytest.mark.parametrize(
@@ -12,12 +22,51 @@ from kdexport.targets import Target, parse_target, parse_targets, require_availa
         ("trt-fp16", "trt", "fp16", True),
         ("trt-rtx-fp32", "trt-rtx", "fp32", True),
         ("trt-rtx-fp16", "trt-rtx", "fp16", True),
+        ("onnx-int8", "onnx", "int8", False),
+        ("openvino-bf16", "openvino", "bf16", False),
+        ("trt-rtx-int8", "trt-rtx", "int8", True),
     ],
 )
 def test_a_target_is_a_backend_and_a_precision(name: str, backend: str, precision: str, engine: bool) -> None:
     target = parse_target(name)
     assert (target.backend, target.precision, target.needs_engine) == (backend, precision, engine)
     assert str(target) == name
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        ("onnx-fp32", "fp32"), ("openvino-fp16", "fp16"), ("trt-rtx-bf16", "bf16"),
+        ("onnx-int8", "int8-u8"), ("openvino-int8", "int8-u8"), ("trt-int8", "int8-s8"), ("trt-rtx-int8", "int8-s8"),
+    ],
+)  # fmt: skip
+def test_a_target_is_made_of_the_graph_that_its_runtime_executes(name: str, form: str) -> None:
+    assert parse_target(name).form == form
+    assert form in FORMS
+
+
+def test_every_backend_has_every_precision_by_name() -> None:
+    assert len(target_names()) == len(BACKENDS) * len(PRECISIONS) == 16
+
+
+def test_onnxruntime_refuses_what_it_would_compute_in_another_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kdexport.targets.gpu_fingerprint", list)
+    for precision, words in (("bf16", "no bfloat16 convolution"), ("fp16", "float16 graph in float32 on a CPU")):
+        with pytest.raises(BackendUnavailableError, match=words) as caught:
+            require_available((Target("onnx", precision),))
+        assert caught.value.exit_code == 4
+    assert unavailable(Target("onnx", "int8")) is None
+    monkeypatch.setattr("kdexport.targets.gpu_fingerprint", lambda: ["driver", "Model: H100"])
+    assert unavailable(Target("onnx", "fp16")) is None
+
+
+def test_openvino_refuses_a_precision_that_this_processor_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    monkeypatch.setattr("kdexport.backends.openvino.capabilities", lambda: ("FP32", "BF16"))
+    assert unavailable(Target("openvino", "bf16")) is None
+    with pytest.raises(BackendUnavailableError, match=r"no fp16 on this CPU, only fp32, bf16") as caught:
+        require_available((Target("openvino", "fp32"), Target("openvino", "fp16")))
+    assert caught.value.exit_code == 4
 
 
 def test_every_listed_target_parses_to_itself() -> None:
@@ -59,7 +108,7 @@ def test_onnx_is_available_everywhere() -> None:
     require_available((Target("onnx", "fp32"),))
 
 
-@pytest.mark.parametrize("backend", ["trt", "trt-rtx"])
+@pytest.mark.parametrize("backend", ["trt", "trt-rtx", "openvino"])
 def test_a_missing_package_is_told_with_the_way_to_get_it(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # What the import system would say on a machine without the packages.
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
@@ -67,5 +116,5 @@ def test_a_missing_package_is_told_with_the_way_to_get_it(backend: str, monkeypa
         BackendUnavailableError, match=f"Target {backend}-fp16 cannot be built: .* is not installed"
     ) as caught:
         require_available((Target("onnx", "fp32"), Target(backend, "fp16")))
-    assert "tensorrt" in caught.value.remedy or "trt-rtx" in caught.value.remedy
+    assert {"trt": "tensorrt", "trt-rtx": "[trt-rtx]", "openvino": "[openvino]"}[backend] in caught.value.remedy
     assert caught.value.exit_code == 4

@@ -15,9 +15,13 @@ from onnx import TensorProto, helper, numpy_helper
 from kdexport.backends import trt
 from kdexport.backends.trt import Engine, EngineLayer, EngineRequest, build_engine, parse_layer_table, require_precision
 from kdexport.errors import AuditError, BackendUnavailableError, EngineBuildError
-from kdexport.graph.precision import cast_to_fp16
+from kdexport.graph.calibration import calibrate
+from kdexport.graph.precision import cast_to_bf16, cast_to_fp16
+from kdexport.graph.quantize import quantize
 from kdexport.targets import Target, parse_target, require_available
 from tests.kdexport.exported import SIZE, exported, exported_fp16, exported_unfused, small_graph, small_weights
+from tests.kdexport.graph.test_quantize import CALIBRATION, block_graph, block_weights
+from tests.kdexport.graph.test_quantize import SIZE as BLOCK
 
 FP16, FP32 = Target("trt-rtx", "fp16"), Target("trt-rtx", "fp32")
 
@@ -352,3 +356,39 @@ def test_importing_the_backend_imports_no_tensorrt() -> None:
     script = "import sys, kdexport.backends.trt; print(sorted(m for m in sys.modules if m.startswith('tensorrt')))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300)
     assert done.stdout.strip() == "[]"
+
+
+def test_bfloat16_and_int8_build_and_every_kernel_is_what_was_asked(build: Build, tmp_path: Path) -> None:
+    source = block_graph(tmp_path / "a.onnx")
+    cast_to_bf16(source, tmp_path / "bf16.onnx")
+    engine = build(tmp_path / "bf16.onnx", size=BLOCK)
+    require_precision(engine, Target("trt-rtx", "bf16"))
+    assert {kind for layer in engine.layers for kind in layer.datatypes} == {"BFloat16"}
+    calibrate(source, [CALIBRATION], tmp_path / "r.json", method="minmax", percentile=99.9)
+    quantize(source, tmp_path / "r.json", tmp_path / "int8.onnx", form="int8-s8")
+    engine = build(tmp_path / "int8.onnx", size=BLOCK)
+    require_precision(engine, Target("trt-rtx", "int8"))
+    assert sum("Int8" in layer.datatypes and layer.kind in ("correlation", "gemm") for layer in engine.layers) == 3
+    for asked in ("fp32", "bf16", "fp16"):
+        with pytest.raises(AuditError, match="do not run in"):
+            require_precision(engine, Target("trt-rtx", asked))
+
+
+def test_a_float32_convolution_left_in_an_int8_graph_is_found_in_the_engine(build: Build, tmp_path: Path) -> None:
+    source = block_graph(tmp_path / "a.onnx")
+    calibrate(source, [CALIBRATION], tmp_path / "r.json", method="minmax", percentile=99.9)
+    model = quantize(source, tmp_path / "r.json", tmp_path / "int8.onnx", form="int8-s8")
+    model.graph.initializer.append(numpy_helper.from_array(block_weights()["inner.weight"], "left over"))
+    inner = next(node for node in model.graph.node if node.name == "inner")
+    inner.input[0], inner.input[1] = "x", "left over"
+    onnx.save(model, str(tmp_path / "mixed.onnx"))
+    with pytest.raises(AuditError, match=r"1 of \d+ kernels of trt-rtx-int8 do not run in Int8: .*inner"):
+        require_precision(build(tmp_path / "mixed.onnx", size=BLOCK), Target("trt-rtx", "int8"))
+
+
+def test_the_form_for_cpus_is_refused_in_the_words_of_the_builder(build: Build, tmp_path: Path) -> None:
+    source = block_graph(tmp_path / "a.onnx")
+    calibrate(source, [CALIBRATION], tmp_path / "r.json", method="minmax", percentile=99.9)
+    quantize(source, tmp_path / "r.json", tmp_path / "u8.onnx", form="int8-u8")
+    with pytest.raises(EngineBuildError, match=r"(?s)did not build u8\.onnx: .*(Int32|UInt8|INT32|UINT8)"):
+        build(tmp_path / "u8.onnx", size=BLOCK)

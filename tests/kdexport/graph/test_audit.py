@@ -18,7 +18,7 @@ Mutation = Callable[[ModelProto], None]
 
 
 def audit(path: Path, precision: str = "fp32") -> list[Finding]:
-    return audit_graph(path, exported("R1").weights, precision=precision, opset=OPSET)
+    return audit_graph(path, exported("R1").weights, form=precision, opset=OPSET)
 
 
 def audit_mutated(folder: Path, mutate: Mutation, precision: str = "fp32") -> dict[str, str]:
@@ -56,7 +56,7 @@ def retype(model: ModelProto, name: str) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_a_clean_file_holds_in_every_finding(variant: str, precision: str) -> None:
     path = exported(variant).path if precision == "fp32" else exported_fp16(variant)
-    findings = audit_graph(path, exported(variant).weights, precision=precision, opset=OPSET)
+    findings = audit_graph(path, exported(variant).weights, form=precision, opset=OPSET)
     assert [finding.check for finding in findings if not finding.holds] == []
     assert {finding.check for finding in findings} == {
         "valid ONNX",

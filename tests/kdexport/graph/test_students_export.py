@@ -48,7 +48,7 @@ def test_onnxruntime_computes_the_student_before_its_branches_were_folded(name: 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_the_audit_finds_no_fault(name: str, precision: str) -> None:
     path = exported("multi", name).path if precision == "fp32" else exported_fp16("multi", name)
-    findings = audit_graph(path, exported("multi", name).weights, precision=precision, opset=OPSET)
+    findings = audit_graph(path, exported("multi", name).weights, form=precision, opset=OPSET)
     assert [finding for finding in findings if not finding.holds] == []
 
 
@@ -56,7 +56,7 @@ def test_the_audit_finds_no_fault(name: str, precision: str) -> None:
 def test_the_audit_notices_one_layer_too_many(name: str) -> None:
     weights = dict(exported("multi", name).weights)
     del weights[next(key for key, values in reversed(weights.items()) if values.ndim == 4)]
-    findings = audit_graph(exported("multi", name).path, weights, precision="fp32", opset=OPSET)
+    findings = audit_graph(exported("multi", name).path, weights, form="fp32", opset=OPSET)
     assert [finding.check for finding in findings if not finding.holds] == ["no branch"]
 
 

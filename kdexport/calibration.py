@@ -1,0 +1,36 @@
+"""The images that int8 is calibrated on: of the training split, without augmentation, spread over all classes."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdexport.config import CalibrationSettings
+from kdexport.data import DatasetSpec, open_dataset
+from kdexport.preprocessing import Preprocessing
+
+_BATCH = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Calibration:
+    """What is measured on: a data set, of which only the training split is ever opened, and how many images of it."""
+
+    settings: CalibrationSettings
+    dataset: DatasetSpec
+    dataset_sha256: str
+    preprocessing: Preprocessing
+
+    def batches(self) -> Iterator[NDArray[np.float32]]:
+        """Normalised images (16,3,S,S), evenly spread over the set; fewer where the set has fewer."""
+        images = open_dataset(self.dataset, "train")
+        count = min(self.settings.images, len(images))
+        # A set is often sorted by class, and some classes have a smaller range than others.
+        chosen = [int(index) for index in np.linspace(0, len(images) - 1, count).round()]
+        for start in range(0, count, _BATCH):
+            yield self.preprocessing.normalise(images.read(chosen[start : start + _BATCH], self.preprocessing))
+
+    def to_json(self) -> dict[str, object]:
+        """What the manifest says about it."""
+        return {**self.settings.model_dump(mode="json"), "split": "train", "dataset_sha256": self.dataset_sha256}

@@ -1,0 +1,75 @@
+"""A TensorRT plan behind onnxruntime: a model of one node that hands the plan, as it is, to the TensorRT provider."""
+
+import re
+from pathlib import Path
+
+import onnx
+from onnx import TensorProto, helper
+
+from kdexport.errors import AuditError, BackendUnavailableError, BundleError
+from kdexport.graph.export import BATCH, INPUT, LOGITS
+
+_SOURCES = {"trt": "TensorrtExecutionProvider", "trt-rtx": "NvTensorRTRTXExecutionProvider"}
+_DOMAIN = "com.microsoft"
+
+
+def write_context(
+    plan: Path, path: Path, *, backend: str, image_size: int, classes: int, built_with: str
+) -> onnx.ModelProto:
+    """Write ``path`` beside ``plan``: input (batch,3,S,S) to logits (batch,K), both float32, by the plan's own kernels.
+
+    The plan stays a file of its own, named relative to ``path``; ``built_with`` is the TensorRT version it needs.
+    """
+    if plan.parent != path.parent:
+        raise BundleError(
+            f"{plan} and {path} lie in different folders.", remedy="onnxruntime reads a plan beside its model alone."
+        )
+    node = helper.make_node(
+        "EPContext",
+        [INPUT],
+        [LOGITS],
+        "plan",
+        domain=_DOMAIN,
+        main_context=1,
+        embed_mode=0,
+        ep_cache_context=plan.name,
+        ep_sdk_version=built_with,
+        source=_SOURCES[backend],
+    )
+    shapes: dict[str, list[str | int | None]] = {INPUT: [BATCH, 3, image_size, image_size], LOGITS: [BATCH, classes]}
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()]
+    graph = helper.make_graph([node], "student", ends[:1], ends[1:])
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid(_DOMAIN, 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10, producer_name="kdexport")
+    onnx.save(model, str(path))
+    return model
+
+
+def provider_tensorrt_major() -> int | None:
+    """The TensorRT that onnxruntime's provider is linked with, by its first number; None where it has no provider."""
+    from kdexport.backends.ort import import_onnxruntime
+
+    library = Path(import_onnxruntime().__file__).parent / "capi" / "libonnxruntime_providers_tensorrt.so"
+    if not library.is_file():
+        return None
+    found = re.search(rb"libnvinfer\.so\.(\d+)", library.read_bytes())
+    return None if found is None else int(found[1])
+
+
+def require_servable(built_with: str, provider_major: int | None) -> None:
+    """Raise where a plan of TensorRT ``built_with`` (such as 10.16.1.11) cannot be opened by onnxruntime's provider.
+
+    The provider opens plans of the very TensorRT that it loads, and it loads the major version that it was linked with.
+    """
+    if provider_major is None:
+        raise BackendUnavailableError(
+            "This onnxruntime has no TensorRT provider.", remedy="Install onnxruntime-gpu, or serve the ONNX file."
+        )
+    major = int(built_with.partition(".")[0])
+    if major != provider_major:
+        raise AuditError(
+            f"The plan was built with TensorRT {built_with}, and onnxruntime's provider loads TensorRT "
+            f"{provider_major}: a plan opens in the version that built it and in no other.",
+            remedy=f"Build with TensorRT {provider_major} to serve behind onnxruntime, or serve the plan with Triton's "
+            f"TensorRT {major} backend.",
+        )

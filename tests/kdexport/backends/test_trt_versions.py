@@ -1,0 +1,229 @@
+"""The builder against the recorded surface of the real bindings of TensorRT 10 and 11, which need a GPU to run.
+
+``surfaces/`` holds the public names and members of tensorrt-cu13-bindings as the wheels have them. A fake that knows
+nothing else stands in for the library: whatever this code asks of it and the real one lacks is an error here too.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdexport.backends.trt_build import EngineRequest, build
+from kdexport.backends.trt_layers import Engine, EngineLayer, parse_inspector, require_precision
+from kdexport.errors import AuditError
+from kdexport.targets import Target
+
+SURFACES = sorted((Path(__file__).parent / "surfaces").glob("tensorrt-*.json"))
+#: What methods return, by class and method.
+MAKES = {
+    ("Builder", "create_network"): "INetworkDefinition",
+    ("Builder", "create_builder_config"): "IBuilderConfig",
+    ("Builder", "create_optimization_profile"): "IOptimizationProfile",
+    ("INetworkDefinition", "get_input"): "ITensor",
+    ("INetworkDefinition", "get_output"): "ITensor",
+    ("IBuilderConfig", "create_timing_cache"): "ITimingCache",
+    ("IBuilderConfig", "get_timing_cache"): "ITimingCache",
+    ("Runtime", "deserialize_cuda_engine"): "ICudaEngine",
+    ("ICudaEngine", "create_engine_inspector"): "EngineInspector",
+    ("ICudaEngine", "create_execution_context"): "IExecutionContext",
+}
+INSPECTED = json.dumps({"Layers": [{"Name": "conv", "LayerType": "CaskConvolution", "Inputs": [
+    {"Name": "x", "Format/Datatype": "Channel major FP16 format"}], "Outputs": []}]})  # fmt: skip
+VALUES = {
+    ("Builder", "build_serialized_network"): b"plan",
+    ("OnnxParser", "parse_from_file"): True,
+    ("INetworkDefinition", "num_inputs"): 1,
+    ("INetworkDefinition", "num_outputs"): 1,
+    ("ITensor", "name"): "input",
+    ("ITimingCache", "serialize"): b"times",
+    ("ICudaEngine", "num_io_tensors"): 1,
+    ("ICudaEngine", "get_tensor_name"): "input",
+    ("ICudaEngine", "get_tensor_mode"): "TensorIOMode.INPUT",
+    ("EngineInspector", "get_engine_information"): INSPECTED,
+}
+#: Members that are values and no methods.
+PROPERTIES = {"num_inputs", "num_outputs", "name", "num_io_tensors", "num_errors"}
+
+
+class Library:
+    """A module with the names of a recorded one; ``calls`` is what it was asked."""
+
+    def __init__(self, surface: dict[str, Any]) -> None:
+        self.surface = surface
+        self.calls: list[tuple[str, str, tuple[Any, ...]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "__version__":
+            return self.surface["version"]
+        if name not in self.surface["names"]:
+            raise AttributeError(f"TensorRT {self.surface['version']} has no {name}")
+        if name == "ILogger":
+            return type("ILogger", (), {"__init__": lambda self: None})
+        return Thing(self, name)
+
+
+class Thing:
+    """A class of the library, or an object of it."""
+
+    def __init__(self, library: Library, kind: str) -> None:
+        self.__dict__.update(_library=library, _kind=kind, _kept={})
+
+    def _require(self, name: str) -> None:
+        members = self._library.surface["members"].get(self._kind)
+        if members is not None and name not in members:
+            raise AttributeError(f"{self._kind} of TensorRT {self._library.surface['version']} has no {name}")
+
+    def __getattr__(self, name: str) -> Any:
+        self._require(name)
+        if name in self._kept:
+            return self._kept[name]
+        if name in PROPERTIES:
+            return VALUES[(self._kind, name)]
+        if self._kind in ("NetworkDefinitionCreationFlag",):
+            return 1
+        if self._kind[0] != "I" and name.isupper():
+            return f"{self._kind}.{name}"
+
+        def method(*arguments: Any) -> Any:
+            self._library.calls.append((self._kind, name, arguments))
+            if (self._kind, name) in MAKES:
+                return Thing(self._library, MAKES[(self._kind, name)])
+            return VALUES.get((self._kind, name))
+
+        return method
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._require(name)
+        self._kept[name] = value
+        self._library.calls.append((self._kind, f"{name} =", (value,)))
+
+    def __call__(self, *arguments: Any) -> "Thing":
+        return Thing(self._library, self._kind)
+
+
+@pytest.fixture(params=SURFACES, ids=lambda path: path.stem)
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Library:
+    found = Library(json.loads(request.param.read_text()))
+    monkeypatch.setitem(sys.modules, "tensorrt", found)
+    return found
+
+
+def request_for(tmp_path: Path, **changes: Any) -> EngineRequest:
+    base = EngineRequest(
+        backend="trt",
+        onnx=str(tmp_path / "a.onnx"),
+        plan=str(tmp_path / "a.plan"),
+        shape=(3, 32, 32),
+        batches=(1, 8, 64),
+        compute_capabilities=("SM89",),
+        workspace_mb=256,
+        timing_cache=str(tmp_path / "timing" / "shared.cache"),
+    )
+    return replace(base, **changes)
+
+
+def asked(library: Library, kind: str, name: str) -> list[tuple[Any, ...]]:
+    return [arguments for found, method, arguments in library.calls if (found, method) == (kind, name)]
+
+
+def test_both_recorded_versions_differ_where_the_code_must_not_care() -> None:
+    old, new = (json.loads(path.read_text()) for path in SURFACES)
+    assert (old["version"].split(".")[0], new["version"].split(".")[0]) == ("10", "11")
+    assert "FP16" in old["members"]["BuilderFlag"]
+    assert "FP16" not in new["members"]["BuilderFlag"]
+    assert "int8_calibrator" in old["members"]["IBuilderConfig"]
+    assert "int8_calibrator" not in new["members"]["IBuilderConfig"]
+
+
+def test_an_engine_is_built_with_what_both_versions_have(library: Library, tmp_path: Path) -> None:
+    answer = build(request_for(tmp_path))
+    assert answer["version"] == library.surface["version"]
+    assert answer["layers"] == [{"name": "conv", "kind": "CaskConvolution", "datatypes": ("Half",)}]
+    assert (tmp_path / "a.plan").read_bytes() == b"plan"
+    assert asked(library, "Builder", "create_network") == [(2,)]
+    assert asked(library, "IBuilderConfig", "clear_flag") == [("BuilderFlag.TF32",)]
+    assert asked(library, "IBuilderConfig", "set_flag") == []
+    assert asked(library, "IBuilderConfig", "profiling_verbosity =") == [("ProfilingVerbosity.DETAILED",)]
+    assert asked(library, "IBuilderConfig", "set_memory_pool_limit") == [("MemoryPoolType.WORKSPACE", 256 * 2**20)]
+    shapes = asked(library, "IOptimizationProfile", "set_shape")
+    assert shapes == [("input", (1, 3, 32, 32), (8, 3, 32, 32), (64, 3, 32, 32))]
+    # The shape at which layers are told; the capabilities of TensorRT-RTX are not asked of TensorRT.
+    assert asked(library, "IExecutionContext", "set_input_shape") == [("input", (8, 3, 32, 32))]
+
+
+def test_tf32_is_on_only_where_it_was_asked_for(library: Library, tmp_path: Path) -> None:
+    build(request_for(tmp_path, tf32=True, workspace_mb=0))
+    assert asked(library, "IBuilderConfig", "set_flag") == [("BuilderFlag.TF32",)]
+    assert asked(library, "IBuilderConfig", "clear_flag") == []
+    assert asked(library, "IBuilderConfig", "set_memory_pool_limit") == []
+
+
+def test_measured_times_are_shared_and_those_of_others_are_kept(library: Library, tmp_path: Path) -> None:
+    build(request_for(tmp_path))
+    cache = tmp_path / "timing" / "shared.cache"
+    assert cache.read_bytes() == b"times"
+    assert asked(library, "IBuilderConfig", "create_timing_cache") == [(b"",)]
+    cache.write_bytes(b"of another build")
+    build(request_for(tmp_path))
+    # Read before the build, and read again when it is saved, because another build may have ended in between.
+    assert asked(library, "IBuilderConfig", "create_timing_cache")[1:] == [(b"of another build",)] * 2
+    assert len(asked(library, "ITimingCache", "combine")) == 1
+    assert [path.suffix for path in sorted(cache.parent.iterdir())] == [".cache", ".lock"]
+
+
+def test_a_name_that_only_one_version_has_is_refused_by_the_other(library: Library) -> None:
+    config = Thing(library, "IBuilderConfig")
+    if library.surface["version"].startswith("11"):
+        with pytest.raises(AttributeError, match="has no int8_calibrator"):
+            _ = config.int8_calibrator
+    with pytest.raises(AttributeError, match="has no num_compute_capabilities"):
+        config.num_compute_capabilities = 1
+
+
+def inspected(kind: str, *tensors: dict[str, str]) -> EngineLayer:
+    row = {"Name": "a", "LayerType": kind, "Inputs": list(tensors), "Outputs": []}
+    (layer,) = parse_inspector(json.dumps({"Layers": [row], "Bindings": ["input"]}), {"input", "logits"})
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("tensor", "name"),
+    [
+        ({"Format/Datatype": "Channel major FP16 format where channel % 8 == 0"}, "Half"),
+        ({"Format/Datatype": "Row major linear FP32"}, "Float"),
+        ({"Format/Datatype": "Thirty-two wide channel vectorized row major Int8 format"}, "Int8"),
+        ({"Format": "Row major linear", "DataType": "BF16"}, "BFloat16"),
+        ({"Format": "Row major linear", "DataType": "Half"}, "Half"),
+        ({"Format/Datatype": "N/A due to dynamic shapes"}, "unreadable"),
+        ({}, "unreadable"),
+    ],
+)
+def test_types_are_read_as_either_version_writes_them(tensor: dict[str, str], name: str) -> None:
+    assert inspected("CaskConvolution", {"Name": "x", **tensor}).datatypes == (name,)
+    assert inspected("CaskConvolution", {"Name": "input", **tensor}, {"Name": "y", **tensor}).datatypes == (name,)
+
+
+def test_an_engine_that_tells_names_alone_is_no_proof() -> None:
+    (layer,) = parse_inspector('{"Layers": ["conv + relu"]}', set())
+    with pytest.raises(AuditError, match="conv \\+ relu reads or writes unreadable"):
+        require_precision(Engine(plan=Path("a"), layers=(layer,), version="11"), Target("trt", "fp16"))
+
+
+@pytest.mark.parametrize("kind", ["CaskConvolution", "correlation", "gemm", "CaskGemmConvolution"])
+def test_int8_means_that_what_multiplies_reads_int8(kind: str) -> None:
+    def engine(*types: str) -> Engine:
+        rows = ((kind, types), ("kgen", ("Float",)), ("Reformat", ("Float", "Int8")))
+        layers = tuple(EngineLayer(name=f"{k} {i}", kind=k, datatypes=t) for i, (k, t) in enumerate(rows))
+        return Engine(plan=Path("a"), layers=layers, version="10")
+
+    require_precision(engine("Float", "Int8"), Target("trt", "int8"))
+    with pytest.raises(
+        AuditError, match=rf"1 of 3 kernels of trt-int8 do not run in Int8: {kind} 0 reads or writes Float"
+    ):
+        require_precision(engine("Float"), Target("trt", "int8"))
+    with pytest.raises(AuditError, match="Half"):
+        require_precision(engine("Half", "Int8"), Target("trt", "int8"))

@@ -1,0 +1,132 @@
+"""Simulations of low precisions, each written out again layer by layer for the small network."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from kdexport.backends.ort import load_model
+from kdexport.graph.precision import cast_to_bf16
+from kdexport.verify.emulation import emulate_bf16
+from kdexport.verify.parity import rung_c
+from kdexport.verify.simulation import Simulation
+from tests.kdexport.exported import images, small_graph, small_weights
+from tests.kdexport.verify.conftest import Ladder
+
+
+def weight_levels(weight: Tensor, top: int) -> Tensor:
+    """Each output channel on its own grid of 2 * top + 1 levels."""
+    rows = []
+    for row in weight:
+        step = row.abs().max() / top
+        rows.append(torch.round(row / step) * step)
+    return torch.stack(rows)
+
+
+def grid(x: Tensor, form: str) -> Tensor:
+    values = x.numpy().astype(np.float64)
+    if form == "int8-s8":
+        step = np.abs(values).max() / 127
+        rounded = np.rint(values / step) * step
+    else:
+        low, high = min(values.min(), 0.0), max(values.max(), 0.0)
+        step = (high - low) / 255
+        zero = np.rint(-low / step)
+        rounded = (np.clip(np.rint(values / step) + zero, 0, 255) - zero) * step
+    return torch.from_numpy(rounded.astype(np.float32))
+
+
+def by_layers(ladder: Ladder, form: str, bits: int) -> NDArray[np.float64]:
+    """SmallNet folded, with the roundings of int8 written out."""
+    w = {
+        name: weight_levels(value, 2 ** (bits - 1) - 1) if value.dim() > 1 else value
+        for name, value in ladder.fused.state_dict().items()
+    }
+    both = (lambda x: grid(x, form)) if form == "int8-u8" else (lambda x: x)
+    x = torch.from_numpy(ladder.probes.images[: ladder.probes.real])
+    x = functional.conv2d(grid(x, form), w["stem.weight"], w["stem.bias"], stride=2, padding=1).relu()
+    y = functional.conv2d(grid(x, form), w["inner.weight"], w["inner.bias"], padding=1, groups=2)
+    x = (both(x) + both(y)).relu()
+    x = both(x).mean((2, 3))
+    logits: Tensor = functional.linear(grid(x, form), w["linear.weight"], w["linear.bias"])
+    return both(logits).double().numpy()
+
+
+@pytest.mark.parametrize("form", ["int8-u8", "int8-s8"])
+@pytest.mark.parametrize("bits", [7, 8])
+def test_the_int8_simulation_is_the_one_written_out_by_layers(ladder: Ladder, form: str, bits: int) -> None:
+    with torch.no_grad():
+        expected = by_layers(ladder, form, bits)
+        x = torch.from_numpy(ladder.probes.images[: ladder.probes.real])
+        got = Simulation(ladder.fused, form, weight_bits=bits)(x).double().numpy()
+    exact = ladder.reference.exact[: ladder.probes.real]
+    noise = np.sqrt(np.mean((expected - exact) ** 2))
+    assert 1e-3 < noise / np.abs(exact).max() < 0.2
+    assert np.sqrt(np.mean((got - expected) ** 2)) < 0.3 * noise
+
+
+def test_the_reference_simulates_int8_on_real_images_and_bf16_on_all(ladder: Ladder) -> None:
+    simulated = ladder.reference.simulated
+    assert len(simulated["int8-u8"].logits) == len(simulated["int8-s8"].logits) == ladder.probes.real
+    assert len(simulated["bf16"].logits) == len(ladder.probes.images)
+    errors = {
+        form: np.sqrt(np.mean((found.logits - ladder.reference.exact[: len(found.logits)]) ** 2))
+        for form, found in simulated.items()
+    }
+    assert errors["fp16"] < errors["bf16"] < 16 * errors["fp16"]
+    assert errors["bf16"] < errors["int8-s8"]
+
+
+def test_the_bf16_simulation_is_the_one_in_real_bfloat16(ladder: Ladder) -> None:
+    module = Simulation(ladder.fused, "bf16")
+    x = torch.from_numpy(ladder.probes.images)
+    with torch.no_grad():
+        real = copy.deepcopy(ladder.fused).bfloat16()(x.bfloat16()).double().numpy()
+        got = module(x).double().numpy()
+    exact = ladder.reference.exact
+    assert np.sqrt(np.mean((got - exact) ** 2)) < 1.7 * np.sqrt(np.mean((real - exact) ** 2))
+    assert np.sqrt(np.mean((real - exact) ** 2)) < 1.7 * np.sqrt(np.mean((got - exact) ** 2))
+    assert np.array_equal(got, got.astype(ml_dtypes.bfloat16).astype(np.float64))
+
+
+def test_weights_rounded_to_other_channels_scales_fail_in_int8(ladder: Ladder) -> None:
+    found = ladder.reference.simulated["int8-u8"].logits
+    everywhere: Any = np.concatenate([found, ladder.reference.unfused[len(found) :]])
+    assert all(c.holds for c in rung_c("f", everywhere, ladder.reference, ladder.probes, form="int8-u8"))
+    exact = ladder.reference.exact
+    for factor, holds in ((2.9, True), (3.1, False)):
+        candidate = everywhere.astype(np.float64)
+        candidate[: len(found)] = exact[: len(found)] + factor * (found - exact[: len(found)])
+        assert rung_c("f", candidate, ladder.reference, ladder.probes, form="int8-u8")[0].holds is holds
+    everywhere[-1, 0] = np.nan
+    checks = rung_c("f", everywhere, ladder.reference, ladder.probes, form="int8-u8")
+    assert [check.name for check in checks if not check.holds] == ["edge inputs not finite"]
+
+
+def test_a_bfloat16_file_is_emulated_with_its_own_weights_and_every_result_rounded(tmp_path: Path) -> None:
+    weights = small_weights()
+    cast_to_bf16(small_graph(tmp_path / "a.onnx", weights), tmp_path / "b.onnx")
+    x = images(6, size=16)
+    got = load_model(tmp_path / "b.onnx", content=emulate_bf16(tmp_path / "b.onnx"), optimise=False).logits(x)
+
+    def half(values: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(values.astype(ml_dtypes.bfloat16).astype(np.float32))
+
+    w = {name: half(values) for name, values in weights.items()}
+    y = functional.conv2d(half(x), w["conv.weight"], w["conv.bias"], padding=1).bfloat16().float()
+    y = y.relu().mean((2, 3)).bfloat16().float()
+    expected = functional.linear(y, w["linear.weight"], w["linear.bias"]).bfloat16().float().numpy()
+    # A sum in another order may fall to the other side of a rounding boundary, once in a while.
+    assert np.mean(got == expected) > 0.9
+    np.testing.assert_allclose(got, expected, rtol=2**-7)
+    assert not [
+        i for i in onnx.load_from_string(emulate_bf16(tmp_path / "b.onnx")).graph.initializer if i.data_type == 16
+    ]
