@@ -198,16 +198,26 @@ class Connection(HttpToolsProtocol):
         self.transport.abort()
 
     def _refuse(self, status: int, message: str) -> None:
-        """Answer without the application, unless it already answers, and close."""
+        """Answer without the application, unless it still answers an earlier request, and close."""
         self._disarm()
         if self.transport.is_closing():
             return
-        if self.cycle is None or self.cycle.response_complete:
+        if self._nothing_before():
             body = json.dumps({"error": message}).encode()
             head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
             self.transport.write(STATUS_LINE[status] + head + body)
         self.transport.close()
         self._start_write_deadline()
+
+    def _nothing_before(self) -> bool:
+        """Whether an answer sent now is the answer to what is refused; the application then leaves that request."""
+        if self.cycle is None or self.cycle.response_complete:
+            return True
+        if not self._body_open or self.cycle.response_started or self.pipeline:
+            return False
+        self.cycle.disconnected = True
+        self.cycle.message_event.set()
+        return True
 
     def _arm(self, seconds: float, status: int, message: str) -> None:
         self._disarm()

@@ -248,3 +248,22 @@ def test_pipelined_requests_are_answered_in_order(server: Running) -> None:
         stream.sendall("".join(last).encode())
         data = received(stream)
     assert [int(part[:3]) for part in data.split(b"HTTP/1.1 ")[1:]] == [200, 200, 404, 200]
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_chunk_that_is_none_is_400_and_frees_its_place(server: Running, together: bool) -> None:
+    opening = f"POST {INFER} HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n".encode()
+    for _ in range(PLACES + 1):
+        with server.connect() as stream:
+            if together:
+                stream.sendall(opening + b"xyz\r\n")
+            else:
+                stream.sendall(opening)
+                time.sleep(0.05)
+                stream.sendall(b"xyz\r\n")
+            answer = reply(stream)
+            assert (answer.status, answer.headers["connection"]) == (400, "close")
+            assert answer.error
+            assert received(stream) == b""
+    body, headers = binary_request(ZEROS)
+    assert server.ask("POST", INFER, body, headers).status == 200
