@@ -95,8 +95,7 @@ def run_trial(
                 found.append(run(request(number, plan, len(found))))
         if any(_throttled(session) for found in sessions for session in found):
             break
-        now = statistics.decide([[session.log_ratio for session in found] for found in sessions], plan.limit)
-        verdicts = [old if old == "PASS" else new for old, new in zip(verdicts, now, strict=True)]
+        verdicts = statistics.decide([[session.log_ratio for session in found] for found in sessions], plan.limit)
         if "FAIL" in verdicts or all(verdict == "PASS" for verdict in verdicts):
             break
     return tuple(
