@@ -39,8 +39,8 @@ def draws(noise: str, count: int, sd: float) -> NDArray[np.float64]:
         # Student's t with 3 degrees of freedom has a variance of 3.
         return sd * rng.standard_t(3, shape) / math.sqrt(3)
     # Which of two equal arms is called the candidate is a coin flip.
-    drawn = rng.choice(MEASURED, shape) * rng.choice([-1.0, 1.0], shape)
-    return sd * drawn / math.sqrt(np.mean(MEASURED**2))
+    drawn: NDArray[np.float64] = rng.choice(MEASURED, shape) * rng.choice([-1.0, 1.0], shape)
+    return drawn * (sd / math.sqrt(float(np.mean(MEASURED**2))))
 
 
 def shares(noise: str, effect: float, sd: float, count: int = 10_000) -> dict[str, float]:
