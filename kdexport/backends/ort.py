@@ -60,6 +60,8 @@ def load_model(
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     # A worker that spins between runs takes the core that the other arm of a comparison needs.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Without VNNI the fast int8 kernels add pairs of products in 16 bits and saturate; this takes those that do not.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     if not optimise:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:

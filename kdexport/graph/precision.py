@@ -2,15 +2,22 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
-from onnx import numpy_helper
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
 
 from kdexport.backends.ort import import_onnxruntime
 from kdexport.errors import AuditError
+from kdexport.graph.export import quiet
 
 FLOAT16_MAX = 65504.0
+BFLOAT16_MAX = (2 - 2**-7) * 2.0**127
+#: The first opset whose convolution takes bfloat16.
+BF16_OPSET = 22
 
 
 def cast_to_fp16(source: Path, path: Path) -> onnx.ModelProto:
@@ -23,19 +30,14 @@ def cast_to_fp16(source: Path, path: Path) -> onnx.ModelProto:
 
     exact = onnx.load(str(source))
     weights = {item.name: numpy_helper.to_array(item) for item in exact.graph.initializer}
-    for name, values in weights.items():
-        if values.dtype == np.float32 and np.abs(values).max(initial=0) > FLOAT16_MAX:
-            raise AuditError(
-                f"Weight {name} reaches {np.abs(values).max():.3g}; float16 ends at {FLOAT16_MAX:.0f}.",
-                remedy="A batch norm channel with a vanishing variance blows weights up; use fp32 for this student.",
-            )
+    _require_range(weights, "float16", FLOAT16_MAX)
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         model = convert_float_to_float16(exact, keep_io_types=True)
     finally:
         logging.disable(level)
-    model = _sorted(model)
+    model = sorted_model(model)
     for item in model.graph.initializer:
         if item.data_type == onnx.TensorProto.FLOAT16 and item.name in weights:
             # The converter lifts small values to its own minimum; the nearest float16 keeps them.
@@ -45,8 +47,90 @@ def cast_to_fp16(source: Path, path: Path) -> onnx.ModelProto:
     return model
 
 
-def _sorted(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The converter appends its casts at the end of the node list; the standard asks for topological order."""
+def cast_to_bf16(source: Path, path: Path) -> onnx.ModelProto:
+    """Write ``source`` (float32) with bfloat16 weights and arithmetic, input and logits staying float32.
+
+    Every weight is the nearest bfloat16 of the float32 one, ties to even. The opset becomes 22 where it was lower,
+    because no convolution before that takes bfloat16. Raises ``AuditError`` for a weight that is not finite in it.
+    """
+    exact = onnx.load(str(source))
+    weights = {item.name: numpy_helper.to_array(item) for item in exact.graph.initializer}
+    _require_range(weights, "bfloat16", BFLOAT16_MAX)
+    model = _raised(exact, BF16_OPSET)
+    # Inferred types of the values between are those of float32.
+    del model.graph.value_info[:]
+    for item in model.graph.initializer:
+        if item.data_type == TensorProto.FLOAT:
+            item.CopyFrom(_as_bf16(item))
+    for node in model.graph.node:
+        _retype(node)
+    _keep_interface(model.graph)
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, str(path))
+    return model
+
+
+def _require_range(weights: dict[str, NDArray[Any]], kind: str, largest: float) -> None:
+    for name, values in weights.items():
+        peak = np.abs(values).max(initial=0) if values.dtype == np.float32 else 0.0
+        if not peak <= largest:
+            raise AuditError(
+                f"Weight {name} reaches {peak:.3g}; {kind} ends at {largest:.6g}.",
+                remedy="A batch norm channel with a vanishing variance blows weights up; use fp32 for this student.",
+            )
+
+
+def _raised(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
+    """``model`` in ``opset`` or later, its nodes keeping their names."""
+    if next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")) >= opset:
+        return model
+    with quiet():
+        raised = onnx.version_converter.convert_version(model, opset)
+    names = {node.output[0]: node.name for node in model.graph.node}
+    for node in raised.graph.node:
+        # The converter numbers all nodes anew; what a backend refuses would have no name that means something.
+        node.name = names.get(node.output[0], node.name)
+    return raised
+
+
+def _as_bf16(item: TensorProto) -> TensorProto:
+    values = numpy_helper.to_array(item).astype(ml_dtypes.bfloat16)
+    # numpy_helper has no bfloat16 of its own; the bytes are the standard's.
+    return helper.make_tensor(item.name, TensorProto.BFLOAT16, list(values.shape), values.tobytes(), raw=True)
+
+
+def _retype(node: onnx.NodeProto) -> None:
+    """Constants and casts inside the graph become bfloat16 as well."""
+    for attribute in node.attribute:
+        if attribute.name == "value" and attribute.t.data_type == TensorProto.FLOAT:
+            attribute.t.CopyFrom(_as_bf16(attribute.t))
+        if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT:
+            attribute.i = TensorProto.BFLOAT16
+
+
+def _keep_interface(graph: onnx.GraphProto) -> None:
+    """Cast the input to bfloat16 once, and the logits back to float32."""
+    stored = {item.name for item in graph.initializer}
+    ends = [value.name for value in graph.input if value.name not in stored]
+    inside = {name: f"{name}_bf16" for name in (*ends, *(value.name for value in graph.output))}
+    for node in graph.node:
+        node.input[:] = [inside.get(name, name) for name in node.input]
+        node.output[:] = [inside.get(name, name) for name in node.output]
+    entering = [
+        helper.make_node("Cast", [name], [inside[name]], f"graph_input_cast{i}", to=TensorProto.BFLOAT16)
+        for i, name in enumerate(ends)
+    ]
+    leaving = [
+        helper.make_node("Cast", [inside[value.name]], [value.name], f"graph_output_cast{i}", to=TensorProto.FLOAT)
+        for i, value in enumerate(graph.output)
+    ]
+    nodes = [*entering, *graph.node, *leaving]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def sorted_model(model: onnx.ModelProto) -> onnx.ModelProto:
+    """``model`` in topological order; converters append nodes at the end, and the standard asks for the order."""
     import onnx_ir
     import onnx_ir.passes.common as passes
 
