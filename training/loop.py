@@ -1,13 +1,11 @@
 """The loop: epochs of steps, a metric line for each, a state on disk after each."""
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -15,14 +13,14 @@ from torch import Tensor, nn
 
 from kdexport.errors import TrainingError
 from kdexport.students import Tapped
+from training.compiled import compiled
 from training.data import Batches, Labelled, epoch_generator
 from training.distillers.distiller import StepContext
+from training.journal import Journal
 from training.progress import EpochProgress
 from training.recipe import TrainSettings
 from training.state import Resumed, load_state, save_state
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+from training.watch import REMEDY, LossWatch
 
 Metrics = dict[str, float]
 #: The frozen teacher on the student's images; None where nothing is distilled.
@@ -43,6 +41,13 @@ class Run:
     batches: Batches
     evaluation: Iterable[Labelled]
     teach: Teach
+    #: How the branches differ after an epoch, by name; nothing where there are none.
+    diversity: Callable[[], Metrics] | None = None
+    #: Takes the metrics of an epoch whose top-1 is above all before it, and keeps the network.
+    keep_best: Callable[[Metrics], None] | None = None
+    teacher_top1: float | None = None
+    #: Whether curves are drawn beside the numbers.
+    draws: bool = True
 
 
 def learning_rate(settings: TrainSettings, epoch: float) -> float:
@@ -60,51 +65,62 @@ def top1(network: nn.Module, batches: Iterable[Labelled]) -> float:
     """Share of images whose largest logit is their label, in evaluation mode; the mode is put back."""
     was_training = network.training
     network.eval()
-    correct, total = 0, 0
+    correct, total = torch.zeros((), dtype=torch.int64), 0
     for images, labels in batches:
-        correct += int((network(images).argmax(1) == labels).sum())
+        correct = correct.to(labels.device) + (network(images).argmax(1) == labels).sum()
         total += len(labels)
     network.train(was_training)
-    return correct / total
+    return correct.item() / total
 
 
 def run(job: Run, accelerator: Accelerator) -> tuple[Metrics, ...]:
     """Train ``job.network`` to the end, continuing from the state in its directory; returns a metric line per epoch.
 
-    Raises ``TrainingError`` where a loss or a weight is no longer finite; the state before that epoch is kept.
+    Raises ``TrainingError`` where a loss explodes, or a loss or a weight is no longer finite; the state before that
+    epoch is kept.
     """
     settings = job.settings
     job.directory.mkdir(parents=True, exist_ok=True)
-    parameters = [p for p in job.task.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(
-        parameters,
+        [p for p in job.task.parameters() if p.requires_grad],
         lr=settings.learning_rate,
         momentum=settings.momentum,
         weight_decay=settings.weight_decay,
         nesterov=settings.nesterov,
+        # One pass over all weights; with a scaler it needs no answer from the device about infinite gradients either.
+        fused=True,
     )
     resumed, extra = load_state(job.directory, job.task, optimizer)
     if accelerator.scaler is not None and "scaler" in extra:
         accelerator.scaler.load_state_dict(extra["scaler"])
     task, prepared = accelerator.prepare(job.task, optimizer)
-    history = list(resumed.history)
+    task = compiled(task, settings.compile, accelerator.device)
+    history, diversity = list(resumed.history), list(extra.get("diversity", []))
     progress = EpochProgress(
         job.title,
         steps_per_epoch=job.batches.steps,
         epochs=settings.epochs,
         done_epochs=resumed.epoch,
+        batch_size=settings.batch_size,
         quiet=not accelerator.is_main_process,
     )
-    with progress, _scalars(job.directory, resumed.epoch, accelerator) as writer:
+    with progress, _journal(job, resumed.epoch, accelerator, progress) as journal:
         for epoch in range(resumed.epoch, settings.epochs):
-            metrics = _epoch(job, accelerator, task, prepared, epoch, progress)
+            metrics = _epoch(job, accelerator, task, prepared, epoch, progress, history)
             history.append(metrics)
-            if writer is not None:
-                # Before the state: a kill between the two repeats the epoch and writes its line again.
-                _log(job.directory, history, writer)
-                extra = {} if accelerator.scaler is None else {"scaler": accelerator.scaler.state_dict()}
-                save_state(job.directory, job.task, optimizer, Resumed(epoch=epoch + 1, history=tuple(history)), extra)
-                progress.epoch_done(epoch + 1, metrics)
+            if journal is None:
+                continue
+            if job.diversity is not None:
+                diversity.append({"epoch": epoch + 1, **job.diversity()})
+            if job.keep_best is not None and metrics["top1"] > max((e["top1"] for e in history[:-1]), default=-1.0):
+                job.keep_best(metrics)
+            # All before the state: a kill in between repeats the epoch and writes the same again.
+            journal.write(history, diversity, last=epoch + 1 == settings.epochs)
+            extra = {"diversity": diversity} if diversity else {}
+            if accelerator.scaler is not None:
+                extra["scaler"] = accelerator.scaler.state_dict()
+            save_state(job.directory, job.task, optimizer, Resumed(epoch=epoch + 1, history=tuple(history)), extra)
+            progress.epoch_done(epoch + 1, metrics)
     return tuple(history)
 
 
@@ -115,6 +131,7 @@ def _epoch(
     optimizer: torch.optim.Optimizer,
     epoch: int,
     progress: EpochProgress,
+    history: list[Metrics],
 ) -> Metrics:
     settings, steps = job.settings, job.batches.steps
     # Dropout draws from the global generator: seeded per epoch, a resumed run draws the same.
@@ -122,7 +139,8 @@ def _epoch(
     drawn = torch.rand(steps, *job.branches, generator=epoch_generator(settings.seed + 1, epoch))
     orders = drawn.argsort(2).to(accelerator.device)
     positions = (epoch + torch.arange(steps, dtype=torch.float64) / steps).float().to(accelerator.device)
-    sums: dict[str, Tensor] = {}
+    watch = LossWatch(epoch, max(map(_total, history), default=None), progress.window)
+    progress.epoch_begins(epoch + 1)
     started = time.monotonic()
     task.train()
     for step, batch in enumerate(job.batches.epoch(epoch)):
@@ -132,45 +150,36 @@ def _epoch(
         with accelerator.autocast():
             losses = task(batch.images, job.teach(batch.images), context).losses
         optimizer.zero_grad(set_to_none=True)
-        accelerator.backward(torch.stack(list(losses.values())).sum())
+        accelerator.backward(watch.add(losses))
         optimizer.step()
-        for name, value in losses.items():
-            sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value.detach()
         progress.step()
+    names, sums = watch.means()
+    reduced = accelerator.reduce(sums, "mean").tolist()
     seconds = time.monotonic() - started
-    means = {f"loss/{name}": accelerator.reduce(total / steps, "mean").item() for name, total in sums.items()}
+    means = {f"loss/{name}": value for name, value in zip(names, reduced, strict=True)}
     _check_finite(means, job.task, epoch)
     accuracy = top1(job.network, job.evaluation)
     speed = steps * settings.batch_size / seconds
     return {**means, "lr": learning_rate(settings, epoch), "top1": accuracy, "images_per_s": speed}
 
 
+def _total(metrics: Metrics) -> float:
+    return sum(abs(value) for name, value in metrics.items() if name.startswith("loss/"))
+
+
 def _check_finite(means: Metrics, task: nn.Module, epoch: int) -> None:
     bad = [name for name, value in means.items() if not math.isfinite(value)]
     # The last step may leave weights that no loss of this epoch has seen.
-    floating = ((name, value) for name, value in task.state_dict().items() if value.is_floating_point())
-    bad += [name for name, value in floating if not value.isfinite().all()]
+    floating = [(name, value) for name, value in task.state_dict().items() if value.is_floating_point()]
+    finite = torch.stack([value.isfinite().all() for _, value in floating]).tolist()
+    bad += [name for (name, _), holds in zip(floating, finite, strict=True) if not holds]
     if bad:
-        raise TrainingError(
-            f"{bad[0]} is not finite in epoch {epoch + 1}: the run diverged.",
-            remedy="Lower train.learning_rate, raise train.warmup_epochs, or lower distiller.weight.",
-        )
+        raise TrainingError(f"{bad[0]} is not finite in epoch {epoch + 1}: the run diverged.", remedy=REMEDY)
 
 
-def _scalars(directory: Path, done: int, accelerator: Accelerator) -> AbstractContextManager["SummaryWriter | None"]:
-    from torch.utils.tensorboard import SummaryWriter
-
-    # One file for all epochs: files that begin in one second are read in the order of their names, not of their age.
-    return (
-        SummaryWriter(str(directory / "tensorboard"), purge_step=done + 1)
-        if accelerator.is_main_process
-        else nullcontext()
+def _journal(job: Run, done: int, accelerator: Accelerator, progress: EpochProgress) -> "Journal | nullcontext[None]":
+    if not accelerator.is_main_process:
+        return nullcontext()
+    return Journal(
+        job.directory, job.title, done=done, draws=job.draws, teacher_top1=job.teacher_top1, say=progress.say
     )
-
-
-def _log(directory: Path, history: list[Metrics], writer: "SummaryWriter") -> None:
-    lines = "".join(json.dumps({"epoch": i + 1, **metrics}) + "\n" for i, metrics in enumerate(history))
-    (directory / "metrics.jsonl").write_text(lines)
-    for name, value in history[-1].items():
-        writer.add_scalar(name, value, len(history))
-    writer.flush()

@@ -1,29 +1,40 @@
-"""What a run says while it runs: live bars on a terminal, one plain line an epoch in a pipe."""
+"""What a run says while it runs: a live line on a terminal, one plain line an epoch in a pipe."""
 
 import sys
+import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 
 class EpochProgress:
-    """Steps of all epochs as one bar; ``epoch_done`` leaves one line per epoch in a pipe."""
+    """Steps of all epochs as one bar with its numbers; ``epoch_done`` leaves one line per epoch in a pipe."""
 
-    def __init__(self, title: str, *, steps_per_epoch: int, epochs: int, done_epochs: int, quiet: bool = False) -> None:
-        self._title, self._steps, self._epochs = title, steps_per_epoch, epochs
+    def __init__(
+        self,
+        title: str,
+        *,
+        steps_per_epoch: int,
+        epochs: int,
+        done_epochs: int,
+        batch_size: int,
+        quiet: bool = False,
+    ) -> None:
+        self._title, self._steps, self._epochs, self._batch_size = title, steps_per_epoch, epochs, batch_size
         self._console = Console(stderr=True, highlight=False, quiet=quiet)
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=16),
             TextColumn("{task.percentage:3.0f}% {task.fields[status]}"),
-            TimeRemainingColumn(compact=True),
         )
         self._live = Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
         self._bar = self._live.add_task(title, total=steps_per_epoch * epochs, status="")
         self._live.advance(self._bar, steps_per_epoch * done_epochs)
+        self._epoch, self._first, self._top1 = done_epochs + 1, done_epochs, ""
+        self._started = self._epoch_started = time.monotonic()
         if done_epochs:
-            self._line(f"{title}: continuing after epoch {done_epochs} of {epochs}")
+            self.say(f"{title}: continuing after epoch {done_epochs} of {epochs}")
 
     def __enter__(self) -> "EpochProgress":
         self._live.start()
@@ -34,22 +45,42 @@ class EpochProgress:
     ) -> None:
         self._live.stop()
 
+    def say(self, text: str) -> None:
+        """Print a line of its own."""
+        self._console.print(text, soft_wrap=True)
+        sys.stderr.flush()
+
+    def epoch_begins(self, epoch: int) -> None:
+        """Epoch ``epoch`` (from 1) takes its first step."""
+        self._epoch, self._epoch_started = epoch, time.monotonic()
+
     def step(self) -> None:
-        """One optimisation step is done."""
+        """One optimisation step is on its way."""
         self._live.advance(self._bar)
+
+    def window(self, losses: dict[str, float], steps: int) -> None:
+        """The device has done ``steps`` of this epoch; ``losses`` are the means of the last few."""
+        if not self._live.disable:
+            speed = steps * self._batch_size / max(time.monotonic() - self._epoch_started, 1e-9)
+            self._live.update(self._bar, status=self._status(losses, speed, self._epoch - 1 + steps / self._steps))
 
     def epoch_done(self, epoch: int, metrics: dict[str, float]) -> None:
         """Epoch ``epoch`` (from 1) ended with ``metrics``."""
-        losses = " ".join(
-            f"{key.removeprefix('loss/')} {v:.3f}" for key, v in metrics.items() if key.startswith("loss/")
-        )
-        status = (
-            f"epoch {epoch}/{self._epochs} top-1 {metrics['top1']:.2%} {losses} {metrics['images_per_s']:.0f} img/s"
-        )
+        self._top1 = f" top-1 {metrics['top1']:.2%}"
+        losses = {key.removeprefix("loss/"): v for key, v in metrics.items() if key.startswith("loss/")}
+        status = self._status(losses, metrics["images_per_s"], epoch)
         self._live.update(self._bar, status=status)
         if not self._console.is_terminal or epoch == self._epochs:
-            self._line(f"{self._title}: {status}")
+            self.say(f"{self._title}: {status}")
 
-    def _line(self, text: str) -> None:
-        self._console.print(text, soft_wrap=True)
-        sys.stderr.flush()
+    def _status(self, losses: dict[str, float], images_per_s: float, done: float) -> str:
+        named = " ".join(f"{name} {value:.3f}" for name, value in losses.items())
+        return f"epoch {self._epoch}/{self._epochs}{self._top1} {named} {images_per_s:.0f} img/s{self._left(done)}"
+
+    def _left(self, done: float) -> str:
+        """What the rest of the run takes at the pace, evaluation included, of this start of it."""
+        share = done - self._first
+        if done >= self._epochs or share <= 0:
+            return ""
+        seconds = round((time.monotonic() - self._started) / share * (self._epochs - done))
+        return f" {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"

@@ -75,6 +75,8 @@ class TrainSettings(Settings):
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     #: The frozen teacher's own precision; ``auto`` follows ``mixed_precision``.
     teacher_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    #: Whether teacher and step are compiled; ``auto`` compiles on CUDA.
+    compile: Literal["auto", "no", "yes"] = "auto"
 
 
 class Published(Settings):

@@ -1,23 +1,22 @@
 """The three jobs of ``python -m training``: train a teacher, distil a student, evaluate either."""
 
 import json
-import shutil
-from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal, cast
 
 import torch
 from accelerate import Accelerator
 
-from kdexport.checkpoint import StudentSpec, open_checkpoint, save_checkpoint, save_tensors
 from kdexport.checkpoint import load_student as load_trained_student
+from kdexport.checkpoint import open_checkpoint, save_tensors
 from kdexport.data import ImageSet, open_dataset
 from kdexport.errors import BackendUnavailableError, CheckpointError
-from kdexport.preprocessing import Preprocessing
 from kdexport.reparam.blocks import BranchSpec, ParallelBranches, attach_branches, branch_paths
 from kdexport.students import STUDENTS, Student
 from training.data import Batches, EvaluationBatches, preprocessing_of, training_batches
 from training.distillers import DISTILLERS
+from training.handover import Origin, hand_over, student_spec
 from training.loop import Metrics, Run, learning_rate, run, top1
 from training.processes import BuffersStay, check_share, gathered
 from training.recipe import Recipe, TrainSettings
@@ -25,19 +24,11 @@ from training.task import DistillationTask, FrozenTeacher, SupervisedTask
 from training.teachers import TEACHERS, Teacher
 from training.teachers.teacher import load_teacher_weights
 
-__all__ = ["evaluate_student", "evaluate_teacher", "learning_rate", "train_student", "train_teacher"]
+__all__ = ["Origin", "evaluate_student", "evaluate_teacher", "learning_rate", "train_student", "train_teacher"]
 
 _CALIBRATION_BATCHES = 8
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 Precision = Literal["no", "bf16", "fp16"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Origin:
-    """Where a run's inputs come from, as digests: part of the provenance of its student."""
-
-    dataset_sha256: str
-    teacher_sha256: str
 
 
 def make_accelerator(settings: TrainSettings) -> Accelerator:
@@ -114,11 +105,18 @@ def train_student(recipe: Recipe, directory: Path, origin: Origin) -> Metrics:
     branches = type(distiller).branch_spec(recipe.distiller, student, teacher)
     layers = _attach(student, branches)
     distiller.prepare(torch.from_numpy(train.labels))
-    calibration = zip(range(_CALIBRATION_BATCHES), batches.epoch(0), strict=False)
-    distiller.calibrate(frozen(gathered(batch.images)) for _, batch in calibration)
+    calibration = [gathered(batch.images) for batch in islice(batches.epoch(0), _CALIBRATION_BATCHES)]
+    distiller.calibrate(map(frozen, calibration))
+    observed = calibration[0]
+    del calibration
     task = DistillationTask(student, distiller, layers).to(device)
     task.to(memory_format=torch.channels_last)
     teacher_top1 = top1(_logits_only(frozen), evaluation)
+
+    def keep_best(metrics: Metrics) -> None:
+        measured = {**metrics, "teacher_top1": teacher_top1, "best_epoch_top1": metrics["top1"]}
+        hand_over(directory / "best", student, student_spec(recipe, train, branches, measured, origin))
+
     job = Run(
         directory=directory,
         title=f"student {recipe.student.name}",
@@ -129,6 +127,9 @@ def train_student(recipe: Recipe, directory: Path, origin: Origin) -> Metrics:
         batches=batches,
         evaluation=evaluation,
         teach=frozen,
+        diversity=(lambda: task.diversity(observed, frozen(observed))) if layers else None,
+        keep_best=keep_best,
+        teacher_top1=teacher_top1,
     )
     history = run(job, accelerator)
     metrics = {
@@ -137,11 +138,7 @@ def train_student(recipe: Recipe, directory: Path, origin: Origin) -> Metrics:
         "best_epoch_top1": max(epoch["top1"] for epoch in history),
     }
     if accelerator.is_main_process:
-        spec = _student_spec(recipe, train, branches, metrics, origin)
-        partial, final = directory / ".student.partial", directory / "student"
-        save_checkpoint(partial, student, spec)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.replace(final)
+        hand_over(directory / "student", student, student_spec(recipe, train, branches, metrics, origin))
     return metrics
 
 
@@ -191,7 +188,7 @@ def _batches(train: ImageSet, recipe: Recipe, accelerator: Accelerator) -> Batch
 def _freeze(teacher: Teacher, recipe: Recipe, device: torch.device) -> FrozenTeacher:
     settings = recipe.train
     asked = settings.mixed_precision if settings.teacher_precision == "auto" else settings.teacher_precision
-    frozen = FrozenTeacher(teacher, device, _PRECISIONS.get(_precision(asked)))
+    frozen = FrozenTeacher(teacher, device, _PRECISIONS.get(_precision(asked)), settings.compile)
     own = preprocessing_of(recipe.data)
     mean, std = recipe.teacher.mean or own.mean, recipe.teacher.std or own.std
     student_mean, student_std = _column(own.mean), _column(own.std)
@@ -217,28 +214,3 @@ def _logits_only(frozen: FrozenTeacher) -> torch.nn.Module:
             return frozen(images).logits
 
     return Logits()
-
-
-def _student_spec(
-    recipe: Recipe, train: ImageSet, branches: BranchSpec | None, metrics: Metrics, origin: Origin
-) -> StudentSpec:
-    # Places on the training machine tell nothing about the weights and do not leave it.
-    described = recipe.model_dump(mode="json")
-    described["data"].pop("root")
-    described["teacher"].pop("checkpoint")
-    if described["data"]["name"].startswith("folder:"):
-        described["data"]["name"] = "folder"
-    preprocessing: Preprocessing = preprocessing_of(recipe.data)
-    return StudentSpec(
-        student=recipe.student.name,
-        classes=train.classes,
-        preprocessing=preprocessing,
-        branches=branches,
-        provenance={
-            "recipe": described,
-            "dataset_sha256": origin.dataset_sha256,
-            "teacher_sha256": origin.teacher_sha256,
-            "seed": recipe.train.seed,
-            "metrics": metrics,
-        },
-    )

@@ -5,6 +5,7 @@ import random
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,7 @@ def job(directory: Path, task: LinearTask, chosen: TrainSettings) -> Run:
         batches=FewBatches(),
         evaluation=evaluation_set(),
         teach=lambda _: None,
+        draws=False,
     )
 
 
@@ -207,7 +209,7 @@ def test_a_diverged_run_is_refused_and_its_last_good_state_kept(tmp_path: Path) 
     task, chosen = linear(breaks_at=2.5), settings(epochs=5)
     with pytest.raises(TrainingError) as caught:
         run(job(tmp_path, task, chosen), make_accelerator(chosen))
-    assert caught.value.message == "loss/cross_entropy is not finite in epoch 3: the run diverged."
+    assert caught.value.message == "loss/cross_entropy is not finite in epoch 3, steps 1 to 3: the run diverged."
     assert "learning_rate" in caught.value.remedy
     assert [line["epoch"] for line in lines(tmp_path)] == [1, 2]
     sound = linear()
@@ -229,9 +231,8 @@ def test_weights_that_the_last_step_broke_are_no_result(tmp_path: Path) -> None:
     task, chosen = linear(), settings(epochs=1, learning_rate=3e38, warmup_epochs=0.0, milestones=(5,))
     task.network.weight.data.mul_(1e4)
     whole = job(tmp_path, task, chosen)
-    broken = Run(**{name: getattr(whole, name) for name in Run.__slots__} | {"batches": OneStep()})
     with pytest.raises(TrainingError, match=r"network\.weight is not finite in epoch 1"):
-        run(broken, make_accelerator(chosen))
+        run(replace(whole, batches=OneStep()), make_accelerator(chosen))
     assert not (tmp_path / "resume.safetensors").exists()
 
 
@@ -307,7 +308,9 @@ def test_a_distilled_student_reports_its_losses_and_says_where_it_comes_from(
     written = lines(distilled)
     assert [line["epoch"] for line in written] == [1, 2]
     tags = {"loss/cross_entropy", "loss/diffusion", "lr", "top1", "images_per_s"}
-    assert set(scalars(distilled)) == tags
+    measured = [json.loads(line) for line in (distilled / "diversity.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in measured] == [1, 2]
+    assert set(scalars(distilled)) == tags | {f"diversity/{name}" for name in measured[0] if name != "epoch"}
     assert set(written[0]) == tags | {"epoch"}
     trained = open_checkpoint(distilled / "student")
     assert trained.spec.classes == CLASSES
@@ -338,6 +341,10 @@ def test_a_distilled_student_is_the_trained_one_with_nothing_of_the_distiller(
 
 def test_nothing_half_written_is_left_behind(distilled: Path) -> None:
     assert sorted(path.name for path in distilled.iterdir()) == [
+        "best",
+        "curves.png",
+        "diversity.jsonl",
+        "diversity.png",
         "metrics.jsonl",
         "resume.safetensors",
         "student",
@@ -345,13 +352,36 @@ def test_nothing_half_written_is_left_behind(distilled: Path) -> None:
         "tensorboard",
     ]
     assert sorted(path.name for path in (distilled / "teacher").iterdir()) == [
+        "curves.png",
         "metrics.jsonl",
         "model.safetensors",
         "resume.safetensors",
         "teacher.json",
         "tensorboard",
     ]
-    assert sorted(path.name for path in (distilled / "student").iterdir()) == ["model.safetensors", "student.json"]
+    for name in ("best", "student"):
+        assert sorted(path.name for path in (distilled / name).iterdir()) == ["model.safetensors", "student.json"]
+
+
+def test_the_best_epoch_is_kept_beside_the_last_one(distilled: Path, tiny_images: Path) -> None:
+    reached = [line["top1"] for line in lines(distilled)]
+    kept = open_checkpoint(distilled / "best").spec.provenance["metrics"]
+    assert kept["top1"] == kept["best_epoch_top1"] == max(reached)
+    # Of equal epochs the first one.
+    assert kept["loss/diffusion"] == lines(distilled)[reached.index(max(reached))]["loss/diffusion"]
+    assert evaluate_student(tiny_recipe(tiny_images), distilled / "best") == max(reached)
+
+
+def test_only_an_epoch_above_all_before_it_is_kept_as_the_best(tmp_path: Path) -> None:
+    kept: list[dict[str, float]] = []
+    for epochs in (3, 7):
+        chosen = settings(epochs=epochs, milestones=(50,), learning_rate=0.3)
+        whole = replace(job(tmp_path, linear(), chosen), keep_best=kept.append)
+        history = run(whole, make_accelerator(chosen))
+    reached = [line["top1"] for line in history]
+    firsts = [index for index, value in enumerate(reached) if value > max(reached[:index], default=-1)]
+    assert 1 < len(firsts) < len(reached)
+    assert kept == [history[index] for index in firsts]
 
 
 def test_a_student_is_not_evaluated_on_other_classes(distilled: Path, tmp_path: Path, tiny_images: Path) -> None:

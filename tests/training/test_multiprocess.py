@@ -177,7 +177,11 @@ def test_two_processes_distil_a_student_together_and_one_of_them_writes(tiny_ima
     assert told.count("student mobilenetv2: epoch 1/2") == 1
     assert told.count("teacher resnet8: epoch 1/1") == 1
     assert sorted(path.name for path in out.iterdir()) == [
+        "best",
+        "curves.png",
         "dataset",
+        "diversity.jsonl",
+        "diversity.png",
         "environment.json",
         "metrics.jsonl",
         "recipe.json",

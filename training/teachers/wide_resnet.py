@@ -78,13 +78,21 @@ class WideResNet(Teacher):
         feature = self.conv1(x) if index == 0 else self.get_submodule(f"block{index}")(x)
         last = index + 1 == len(self.taps)
         reader = self.bn1 if last else self.get_submodule(f"block{index + 1}.layer.0.bn1")
-        return Stage(feature, lambda: cast(Tensor, reader(feature)))
+        return Stage(feature, lambda: _read(cast(nn.BatchNorm2d, reader), feature))
 
     def pool(self, feature: Tensor) -> Tensor:
         return super().pool(functional.relu(self.bn1(feature)))
 
     def predict(self, pooled: Tensor) -> Tensor:
         return cast(Tensor, self.fc(pooled))
+
+
+def _read(batch_norm: nn.BatchNorm2d, feature: Tensor) -> Tensor:
+    """What ``batch_norm`` makes of (N,C,h,w), without a second update of its statistics in training mode."""
+    if not batch_norm.training:
+        return cast(Tensor, batch_norm(feature))
+    scale, shift = batch_norm.weight, batch_norm.bias
+    return functional.batch_norm(feature, None, None, scale, shift, training=True, eps=batch_norm.eps)
 
 
 TEACHERS.register("wrn40_2")(partial(WideResNet, 40, 2))

@@ -1,0 +1,110 @@
+"""The losses of an epoch: added up on the device, and judged without a step that waits for it."""
+
+import math
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kdexport.errors import TrainingError
+
+#: Steps whose losses are read together. No step waits for them: on CUDA they are judged when their copy has arrived.
+WINDOW = 8
+#: How much larger than ever at an epoch's start a loss may become. Runs that come back from there are not known.
+EXPLODED = 1000.0
+REMEDY = "Lower train.learning_rate, raise train.warmup_epochs, or lower distiller.weight."
+
+#: Means of a window's losses by name, and the steps that are done.
+Report = Callable[[dict[str, float], int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """The sum of some steps' losses on its way to the host."""
+
+    values: Tensor
+    steps: int
+    end: int
+    arrived: torch.cuda.Event | None
+
+
+class LossWatch:
+    """Takes the losses of each step of one epoch (counted from 0); ``report`` hears the means of each window.
+
+    ``reference`` is the mean of the total of an earlier epoch, None for the first one, which is compared with its own
+    first window.
+    """
+
+    def __init__(self, epoch: int, reference: float | None, report: Report) -> None:
+        self._epoch, self._reference, self._report = epoch, reference, report
+        self._names: tuple[str, ...] = ()
+        self._total, self._window = torch.zeros(()), torch.zeros(())
+        self._steps, self._open = 0, 0
+        self._sent: deque[_Window] = deque()
+
+    def add(self, losses: dict[str, Tensor]) -> Tensor:
+        """Note the losses of a step; returns their sum, with its gradient.
+
+        Raises ``TrainingError`` where a window that has arrived meanwhile holds a loss that is not finite or exploded.
+        """
+        stacked = torch.stack([value.float() for value in losses.values()])
+        detached = stacked.detach()
+        if not self._names:
+            self._names = tuple(losses)
+            self._total, self._window = torch.zeros_like(detached), torch.zeros_like(detached)
+        self._total += detached
+        self._window += detached
+        self._steps += 1
+        self._open += 1
+        if self._open == WINDOW:
+            self._send()
+        return stacked.sum()
+
+    def means(self) -> tuple[tuple[str, ...], Tensor]:
+        """Names and means (k,) of the losses of all steps so far; waits for the device and judges every window."""
+        if self._open:
+            self._send()
+        self._judge(wait=True)
+        return self._names, self._total / self._steps
+
+    def _send(self) -> None:
+        window, self._window = self._window, torch.zeros_like(self._window)
+        if window.device.type == "cuda":
+            host = torch.empty(window.shape, dtype=window.dtype, pin_memory=True).copy_(window, non_blocking=True)
+            arrived: torch.cuda.Event | None = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            assert arrived is not None
+            arrived.record()
+        else:
+            host, arrived = window, None
+        self._sent.append(_Window(host, self._open, self._steps, arrived))
+        self._open = 0
+        self._judge(wait=False)
+
+    def _judge(self, *, wait: bool) -> None:
+        while self._sent:
+            arrived = self._sent[0].arrived
+            if arrived is not None:
+                if wait:
+                    arrived.synchronize()
+                elif not arrived.query():  # type: ignore[no-untyped-call]
+                    return
+            self._check(self._sent.popleft())
+
+    def _check(self, window: _Window) -> None:
+        means = dict(zip(self._names, (window.values.double() / window.steps).tolist(), strict=True))
+        where = f"in epoch {self._epoch + 1}, steps {window.end - window.steps + 1} to {window.end}"
+        for name, value in means.items():
+            if not math.isfinite(value):
+                raise TrainingError(f"loss/{name} is not finite {where}: the run diverged.", remedy=REMEDY)
+        total = sum(map(abs, means.values()))
+        if self._reference is None:
+            self._reference = total
+        if total > EXPLODED * max(self._reference, 1.0):
+            raise TrainingError(
+                f"The loss exploded {where}: {total:.3g}, more than {EXPLODED:.0f} times the {self._reference:.3g} "
+                "that it was.",
+                remedy=REMEDY,
+            )
+        self._report(means, window.end)
