@@ -11,6 +11,7 @@ from kdexport import __version__
 from kdexport.blame_command import explain_failure
 from kdexport.errors import ConfigError, UnknownNameError, error_codes
 from kdexport.fuse_command import fuse
+from kdexport.gate.command import bench, calibrate_runner, gate
 from kdexport.registry import nearest
 from kdexport.serving.command import serve
 from kdexport.serving.triton_command import triton
@@ -176,6 +177,9 @@ def explain(
 app.command()(verify)
 app.command()(explain_failure)
 app.command()(fuse)
+app.command()(bench)
+app.command()(gate)
+app.command(name="calibrate-runner")(calibrate_runner)
 app.command()(serve)
 app.command()(triton)
 
