@@ -250,8 +250,9 @@ Nothing here was measured on a GPU: none was available.
 """
 CLOCKED = {
     "wall": "Seconds are those of the clock on the wall.",
-    "cpu": "Other programs used the same processors meanwhile. Seconds are therefore those that processors spent on an\n"
-    "arm, loader workers included; images/s are per processor, and waiting is not seen.",
+    "cpu": "Other programs used the same processors\n"
+    "meanwhile. Seconds are therefore those that processors spent on an arm, loader workers included; images/s are\n"
+    "those of one processor, and waiting is not seen.",
 }
 MEMORY_STEPS = 3
 
