@@ -89,7 +89,7 @@ def train_teacher(recipe: Recipe, directory: Path) -> Metrics:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class _Lesson:
+class Lesson:
     """Networks and method, ready to train; ``observed`` (N,3,S,S) is the batch on which branches are compared."""
 
     student: Student
@@ -110,7 +110,7 @@ def train_student(recipe: Recipe, directory: Path, origin: Origin) -> Metrics:
     train, test = open_dataset(recipe.data.spec(), "train"), open_dataset(recipe.data.spec(), "test")
     evaluation = EvaluationBatches(test, recipe.data, device=accelerator.device)
     batches = _batches(train, recipe, accelerator)
-    lesson = _prepare(recipe, train, batches, accelerator.device)
+    lesson = prepare_lesson(recipe, train, batches, accelerator.device)
     teacher_top1 = top1(_logits_only(lesson.frozen), evaluation)
 
     def keep(name: str, metrics: Metrics) -> None:
@@ -142,7 +142,8 @@ def train_student(recipe: Recipe, directory: Path, origin: Origin) -> Metrics:
     return metrics
 
 
-def _prepare(recipe: Recipe, train: ImageSet, batches: Batches, device: torch.device) -> _Lesson:
+def prepare_lesson(recipe: Recipe, train: ImageSet, batches: Batches, device: torch.device) -> Lesson:
+    """Build the networks and the method of ``recipe``, with the seed of its run, and calibrate the method."""
     teacher = _build_teacher(recipe, train)
     load_teacher_weights(teacher, Path(recipe.teacher.checkpoint))
     torch.manual_seed(recipe.train.seed)
@@ -157,7 +158,7 @@ def _prepare(recipe: Recipe, train: ImageSet, batches: Batches, device: torch.de
     distiller.calibrate(map(frozen, calibration))
     task = DistillationTask(student, distiller, layers).to(device)
     task.to(memory_format=torch.channels_last)
-    return _Lesson(
+    return Lesson(
         student=student, frozen=frozen, branches=branches, layers=len(layers), task=task, observed=calibration[0]
     )
 
