@@ -124,8 +124,8 @@ def minimum_detectable_effect(
 def sentinel_holds(log_ratios: Sequence[float], limit: float) -> bool:
     """Whether sessions of one artifact against itself see no more than ``limit`` (a log ratio): their median does not.
 
-    One session decides where it holds. Where it does not, two more are taken: on a machine whose deviation is as large
-    as the limit, a single one would call every third measurement invalid.
+    The gate takes one session, and two and again two more where it does not hold: on a machine whose deviation is as
+    large as the limit, a single one would call every third measurement invalid. The test itself bears such noise.
     """
     if not log_ratios:
         raise ValueError("a sentinel needs at least one session")

@@ -14,7 +14,8 @@ from kdexport.gate.sessions import pinned_cpus, run_session
 from kdexport.gate.statistics import Interval, Verdict
 
 Runner = Callable[[Request], Session]
-_SENTINELS = 3
+#: Sessions of the candidate against itself: one where it holds, else three, else five.
+_SENTINELS = (1, 3, 5)
 #: Seeds of sentinels lie beside those of sessions.
 _SENTINEL_SEED = 1_000_000
 
@@ -124,10 +125,11 @@ def request(number: Number, plan: Plan, index: int, *, itself: bool = False) -> 
 
 def _sentinels(number: Number, plan: Plan, progress: Callable[[str], None], run: Runner) -> tuple[float, ...]:
     found: list[float] = []
-    for index in range(_SENTINELS):
-        progress(f"{number.name}, the candidate against itself")
-        found.append(run(request(number, plan, _SENTINEL_SEED + index, itself=True)).log_ratio)
-        if index == 0 and statistics.sentinel_holds(found, plan.limit):
+    for count in _SENTINELS:
+        while len(found) < count:
+            progress(f"{number.name}, the candidate against itself")
+            found.append(run(request(number, plan, _SENTINEL_SEED + len(found), itself=True)).log_ratio)
+        if statistics.sentinel_holds(found, plan.limit):
             break
     return tuple(found)
 

@@ -84,7 +84,7 @@ def test_a_machine_that_was_too_noisy_is_null_not_nan() -> None:
     assert data["verdict"] == "INCONCLUSIVE"
     assert data["latency"][0]["ratio"] is None
     assert data["latency"][0]["reference_ms"] is None
-    assert len(data["latency"][0]["sentinels"]) == 3
+    assert len(data["latency"][0]["sentinels"]) == 5
 
 
 @pytest.mark.parametrize(("effect", "word"), [(0.0, "PASS"), (0.2, "FAIL"), (UNDECIDED, "INCONCLUSIVE")])
