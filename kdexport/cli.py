@@ -10,6 +10,7 @@ import typer
 from kdexport import __version__
 from kdexport.errors import ConfigError, UnknownNameError, error_codes
 from kdexport.fuse_command import fuse
+from kdexport.gate.command import bench, calibrate_runner, gate
 from kdexport.registry import nearest
 from kdexport.serving.command import serve
 from kdexport.serving.triton_command import triton
@@ -205,6 +206,9 @@ def explain(
 
 
 app.command()(fuse)
+app.command()(bench)
+app.command()(gate)
+app.command(name="calibrate-runner")(calibrate_runner)
 app.command()(serve)
 app.command()(triton)
 

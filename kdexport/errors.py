@@ -7,6 +7,7 @@ KdexportError
 |- DataError                KDX201  exit 2   a data set or an image cannot be used
 |- OutputError              KDX202  exit 2   the output folder holds something that is not ours
 |- BundleError              KDX203  exit 2   a folder is not a readable bundle
+|- MismatchError            KDX204  exit 2   two bundles cannot be compared with each other
 |- RequestError             KDX210  exit 2   the server refused a request; it answers with its HTTP status
 |- ReparamError             KDX300  exit 2   a module cannot be folded without changing what it computes
 |- CheckError                       exit 1   something was measured and is not allowed
@@ -16,10 +17,12 @@ KdexportError
 |  |- EngineBuildError      KDX320           a backend refused the graph
 |  |- VerificationError     KDX330           a rung of the parity ladder or the latency test failed
 |  `- TrainingError         KDX340           the training run diverged or died
+|- ResolutionError          KDX350  exit 3   this machine cannot see what a gate was asked to enforce
 |- MachineError                     exit 4   this machine lacks something
 |  |- BackendUnavailableError  KDX400        a package, driver or GPU is missing
 |  |- StorageError             KDX401        no space or no permission
-|  `- ServerError              KDX402        the server cannot run with these limits or on this address
+|  |- ServerError              KDX402        the server cannot run with these limits or on this address
+|  `- RunnerError              KDX403        this machine has fewer processors than a measurement asks for
 `- UnexpectedError             KDX900  exit 2   an input that no check had foreseen
 """
 
@@ -177,9 +180,7 @@ class TrainingError(CheckError):
     """The training run diverged or died."""
 
     code = "KDX340"
-    explanation = (
-        "The training process ended early. Its checkpoints are kept: the same command continues from the last."
-    )
+    explanation = "The training process ended early. Its checkpoints stay: the same command continues from the last."
 
 
 class MachineError(KdexportError):
@@ -202,9 +203,7 @@ class StorageError(MachineError):
     """No space or no permission to write."""
 
     code = "KDX401"
-    explanation = (
-        "A file could not be written. Nothing half-written is left behind and an existing bundle is untouched."
-    )
+    explanation = "A file could not be written. Nothing half-written is left and an existing bundle is untouched."
 
 
 class UnexpectedError(KdexportError):
@@ -240,7 +239,8 @@ def first_line(error: BaseException) -> str:
 
 
 def error_codes() -> dict[str, type[KdexportError]]:
-    """All stable codes with their classes, those of the server included."""
+    """All stable codes with their classes, those of the server and the gate included."""
+    import kdexport.gate.errors
     import kdexport.serving.errors  # noqa: F401
 
     found: dict[str, type[KdexportError]] = {}

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
-#: Files of few tests that take minutes: first, so that no process is left alone with one of them at the end.
-_SLOW_FILES = ("test_pipeline.py", "test_readme.py")
+#: Files of few tests that take minutes: first, so that no process is left alone with one of them at the end. The second
+#: one needs no bundle, so that two processes do not both begin by waiting for it.
+_SLOW_FILES = ("test_pipeline.py", "test_lifecycle.py", "test_readme.py")
 
 CONFIG = """
 student = "mobilenetv2"
@@ -42,7 +44,8 @@ max_slowdown = 0.9
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in _SLOW_FILES)
+    order = {name: place for place, name in enumerate(_SLOW_FILES)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @dataclass(frozen=True)
@@ -86,10 +89,30 @@ class Built:
     checkpoint: Path
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that ``make`` fills for all test processes: the first one does, the others wait for it."""
+    base = factory.getbasetemp()
+    # pytest-xdist gives each of its processes a folder of its own in one that they share.
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder, done = shared / name, shared / f"{name}.done"
+    with FileLock(shared / f"{name}.lock"):
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     """A bundle of a one-epoch student, built by the real command."""
-    root = tmp_path_factory.mktemp("built")
+    root = made_once(tmp_path_factory, "built", _build)
+    checkpoint = next((root / "ws" / "train").glob("[!.]*/student"))
+    return Built(root / "bundle", root / "tiny.toml", root / "ws", checkpoint)
+
+
+def _build(root: Path) -> None:
     config = root / "tiny.toml"
     config.write_text(CONFIG)
     done = run_command(
@@ -97,8 +120,6 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
         "onnx-fp32,trt-rtx-fp16",
     )  # fmt: skip
     assert done.exit_code == 0, done.stderr
-    checkpoint = next((root / "ws" / "train").glob("[!.]*/student"))
-    return Built(root / "bundle", config, root / "ws", checkpoint)
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +60,19 @@ def learning_rate(settings: TrainSettings, epoch: float) -> float:
     return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * (epoch - settings.warmup_epochs) / span))
 
 
+def sgd(task: nn.Module, settings: TrainSettings) -> torch.optim.SGD:
+    """The optimiser of every parameter of ``task`` that is trained."""
+    return torch.optim.SGD(
+        [p for p in task.parameters() if p.requires_grad],
+        lr=settings.learning_rate,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        nesterov=settings.nesterov,
+        # One pass over all weights; with a scaler it needs no answer from the device about infinite gradients either.
+        fused=True,
+    )
+
+
 @torch.no_grad()
 def top1(network: nn.Module, batches: Iterable[Labelled]) -> float:
     """Share of images whose largest logit is their label, in evaluation mode; the mode is put back."""
@@ -81,15 +94,7 @@ def run(job: Run, accelerator: Accelerator) -> tuple[Metrics, ...]:
     """
     settings = job.settings
     job.directory.mkdir(parents=True, exist_ok=True)
-    optimizer = torch.optim.SGD(
-        [p for p in job.task.parameters() if p.requires_grad],
-        lr=settings.learning_rate,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-        nesterov=settings.nesterov,
-        # One pass over all weights; with a scaler it needs no answer from the device about infinite gradients either.
-        fused=True,
-    )
+    optimizer = sgd(job.task, settings)
     resumed, extra = load_state(job.directory, job.task, optimizer)
     if accelerator.scaler is not None and "scaler" in extra:
         accelerator.scaler.load_state_dict(extra["scaler"])
@@ -106,7 +111,7 @@ def run(job: Run, accelerator: Accelerator) -> tuple[Metrics, ...]:
     )
     with progress, _journal(job, resumed.epoch, accelerator, progress) as journal:
         for epoch in range(resumed.epoch, settings.epochs):
-            metrics = _epoch(job, accelerator, task, prepared, epoch, progress, history)
+            metrics = train_epoch(job, accelerator, task, prepared, epoch, progress, history)
             history.append(metrics)
             if journal is None:
                 continue
@@ -124,15 +129,16 @@ def run(job: Run, accelerator: Accelerator) -> tuple[Metrics, ...]:
     return tuple(history)
 
 
-def _epoch(
+def train_epoch(
     job: Run,
     accelerator: Accelerator,
     task: nn.Module,
     optimizer: torch.optim.Optimizer,
     epoch: int,
     progress: EpochProgress,
-    history: list[Metrics],
+    history: Sequence[Metrics],
 ) -> Metrics:
+    """Take the steps of one epoch (from 0) and measure what came of it; ``history`` has the epochs before it."""
     settings, steps = job.settings, job.batches.steps
     # Dropout draws from the global generator: seeded per epoch, a resumed run draws the same.
     torch.manual_seed(settings.seed * 1_000_003 + epoch)

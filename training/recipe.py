@@ -116,7 +116,7 @@ def recipe_names() -> list[str]:
 def load_recipe(source: str, overrides: dict[str, Any] | None = None) -> Recipe:
     """Read a recipe by name or path: what it extends, in that order, then itself, then ``overrides`` (nested)."""
     data = _tables(source, ())
-    return parse(Recipe, _tuples(_merged(data, overrides or {})), f"recipe {source}")
+    return parse(Recipe, _tuples(_laid_over(data, overrides or {})), f"recipe {source}")
 
 
 def parse_override(text: str) -> dict[str, Any]:
@@ -166,8 +166,8 @@ def _tables(source: str, seen: tuple[str, ...]) -> dict[str, Any]:
     tables: dict[str, Any] = {}
     for base in [bases] if isinstance(bases, str) else _names(bases, source):
         parent = str(path.parent / base) if base.endswith(".toml") else base
-        tables = _merged(tables, _tables(parent, (*seen, identity)))
-    return _merged(tables, data)
+        tables = _laid_over(tables, _tables(parent, (*seen, identity)))
+    return _laid_over(tables, data)
 
 
 def _names(value: Any, source: str) -> list[str]:
@@ -179,6 +179,14 @@ def _names(value: Any, source: str) -> list[str]:
 def _similar(name: str) -> str:
     close = difflib.get_close_matches(name, recipe_names(), n=3, cutoff=0.5)
     return f"Did you mean {' or '.join(close)}?" if close else ""
+
+
+def _laid_over(below: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """``top`` over what it extends or overrides. Another data set does not lie where the one below does."""
+    data, named = below.get("data"), top.get("data")
+    if isinstance(data, dict) and isinstance(named, dict) and named.get("name", data.get("name")) != data.get("name"):
+        below = {**below, "data": {key: value for key, value in data.items() if key != "root"}}
+    return _merged(below, top)
 
 
 def _merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

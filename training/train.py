@@ -1,6 +1,7 @@
 """The three jobs of ``python -m training``: train a teacher, distil a student, evaluate either."""
 
 import json
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Literal, cast
@@ -87,17 +88,65 @@ def train_teacher(recipe: Recipe, directory: Path) -> Metrics:
     return history[-1]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Lesson:
+    """Networks and method, ready to train; ``observed`` (N,3,S,S) is the batch on which branches are compared."""
+
+    student: Student
+    frozen: FrozenTeacher
+    branches: BranchSpec | None
+    layers: int
+    task: DistillationTask
+    observed: torch.Tensor
+
+    def diversity(self) -> Metrics:
+        """How the branches differ now."""
+        return self.task.diversity(self.observed, self.frozen(self.observed))
+
+
 def train_student(recipe: Recipe, directory: Path, origin: Origin) -> Metrics:
     """Distil the recipe's student into ``directory``/student; returns the metrics of the last epoch."""
-    settings = recipe.train
-    accelerator = make_accelerator(settings)
-    device = accelerator.device
+    accelerator = make_accelerator(recipe.train)
     train, test = open_dataset(recipe.data.spec(), "train"), open_dataset(recipe.data.spec(), "test")
-    evaluation = EvaluationBatches(test, recipe.data, device=device)
+    evaluation = EvaluationBatches(test, recipe.data, device=accelerator.device)
     batches = _batches(train, recipe, accelerator)
+    lesson = prepare_lesson(recipe, train, batches, accelerator.device)
+    teacher_top1 = top1(_logits_only(lesson.frozen), evaluation)
+
+    def keep(name: str, metrics: Metrics) -> None:
+        spec = student_spec(recipe, train, lesson.branches, metrics, origin)
+        hand_over(directory / name, lesson.student, spec)
+
+    def keep_best(metrics: Metrics) -> None:
+        keep("best", {**metrics, "teacher_top1": teacher_top1, "best_epoch_top1": metrics["top1"]})
+
+    job = Run(
+        directory=directory,
+        title=f"student {recipe.student.name}",
+        settings=recipe.train,
+        branches=(lesson.layers, lesson.branches.num_branches if lesson.branches else 1),
+        task=lesson.task,
+        network=lesson.student,
+        batches=batches,
+        evaluation=evaluation,
+        teach=lesson.frozen,
+        diversity=lesson.diversity if lesson.branches else None,
+        keep_best=keep_best,
+        teacher_top1=teacher_top1,
+    )
+    history = run(job, accelerator)
+    best = max(epoch["top1"] for epoch in history)
+    metrics = {**history[-1], "teacher_top1": teacher_top1, "best_epoch_top1": best}
+    if accelerator.is_main_process:
+        keep("student", metrics)
+    return metrics
+
+
+def prepare_lesson(recipe: Recipe, train: ImageSet, batches: Batches, device: torch.device) -> Lesson:
+    """Build the networks and the method of ``recipe``, with the seed of its run, and calibrate the method."""
     teacher = _build_teacher(recipe, train)
     load_teacher_weights(teacher, Path(recipe.teacher.checkpoint))
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(recipe.train.seed)
     student = STUDENTS.build(recipe.student.name, num_classes=len(train.classes), image_size=recipe.data.image_size)
     DISTILLERS.check(recipe.distiller.name)
     frozen = _freeze(teacher, recipe, device)
@@ -107,39 +156,11 @@ def train_student(recipe: Recipe, directory: Path, origin: Origin) -> Metrics:
     distiller.prepare(torch.from_numpy(train.labels))
     calibration = [gathered(batch.images) for batch in islice(batches.epoch(0), _CALIBRATION_BATCHES)]
     distiller.calibrate(map(frozen, calibration))
-    observed = calibration[0]
-    del calibration
     task = DistillationTask(student, distiller, layers).to(device)
     task.to(memory_format=torch.channels_last)
-    teacher_top1 = top1(_logits_only(frozen), evaluation)
-
-    def keep_best(metrics: Metrics) -> None:
-        measured = {**metrics, "teacher_top1": teacher_top1, "best_epoch_top1": metrics["top1"]}
-        hand_over(directory / "best", student, student_spec(recipe, train, branches, measured, origin))
-
-    job = Run(
-        directory=directory,
-        title=f"student {recipe.student.name}",
-        settings=settings,
-        branches=(len(layers), branches.num_branches if branches else 1),
-        task=task,
-        network=student,
-        batches=batches,
-        evaluation=evaluation,
-        teach=frozen,
-        diversity=(lambda: task.diversity(observed, frozen(observed))) if layers else None,
-        keep_best=keep_best,
-        teacher_top1=teacher_top1,
+    return Lesson(
+        student=student, frozen=frozen, branches=branches, layers=len(layers), task=task, observed=calibration[0]
     )
-    history = run(job, accelerator)
-    metrics = {
-        **history[-1],
-        "teacher_top1": teacher_top1,
-        "best_epoch_top1": max(epoch["top1"] for epoch in history),
-    }
-    if accelerator.is_main_process:
-        hand_over(directory / "student", student, student_spec(recipe, train, branches, metrics, origin))
-    return metrics
 
 
 def evaluate_teacher(recipe: Recipe) -> float:

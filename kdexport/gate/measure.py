@@ -38,8 +38,8 @@ class Guard(Protocol):
 class Pairing:
     """How a session is measured: pairs that count, the seed of their order, and when the warm-up is over.
 
-    Where the median log ratios of both halves differ by more than ``settle``, the session is measured once more and
-    only the second measurement counts; None never repeats. ``tails`` keeps every run of the candidate.
+    Where the median log ratios of both halves differ by more than ``settle``, the first half is forgotten and as many
+    pairs are measured again; None never extends. ``tails`` keeps every single run.
     """
 
     pairs: int
@@ -50,12 +50,15 @@ class Pairing:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Measured:
-    """Pairs (P,2) of block medians, reference and candidate, in seconds; what was left out; the runs of a block."""
+    """Pairs (P,2) of block medians, reference and candidate, in seconds; what was left out; the runs of a block.
+
+    ``tails_s`` (2,N) holds every run of the reference and of the candidate, N = 0 where they were not asked for.
+    """
 
     pairs_s: NDArray[np.float64]
     candidate_first: tuple[bool, ...]
     dropped: int
-    repeated: bool
+    extended: bool
     runs: int
     tails_s: NDArray[np.float64]
 
@@ -73,16 +76,16 @@ def measure(reference: Run, candidate: Run, pairing: Pairing, guard: Guard | Non
     rng = np.random.default_rng(pairing.seed)
     runs = max(_warm(reference), _warm(candidate))
     once = _measure_pairs(reference, candidate, pairing, runs, rng, guard)
-    repeated = pairing.settle is not None and not _settled(once.pairs, pairing.settle)
-    if repeated:
-        once = _measure_pairs(reference, candidate, pairing, runs, rng, guard)
+    extended = pairing.settle is not None and not _settled(once.pairs, pairing.settle)
+    if extended:
+        once = _joined(once, _measure_pairs(reference, candidate, pairing, runs, rng, guard))
     return Measured(
         pairs_s=np.asarray(once.pairs, np.float64).reshape(-1, 2),
         candidate_first=tuple(once.order),
         dropped=once.dropped,
-        repeated=repeated,
+        extended=extended,
         runs=runs,
-        tails_s=np.concatenate(once.tails) if once.tails else np.empty(0),
+        tails_s=np.concatenate(once.tails, axis=1) if once.tails else np.empty((2, 0)),
     )
 
 
@@ -123,8 +126,18 @@ def _measure_pairs(
             continue
         found.pairs.append((float(np.median(times[False])), float(np.median(times[True]))))
         found.order.append(candidate_first)
-        found.tails += [times[True]] if pairing.tails else []
+        found.tails += [np.stack([times[False], times[True]])] if pairing.tails else []
     return found
+
+
+def _joined(first: _Pass, second: _Pass) -> _Pass:
+    half = len(first.pairs) // 2
+    return _Pass(
+        pairs=first.pairs[half:] + second.pairs,
+        order=first.order[half:] + second.order,
+        tails=first.tails[half:] + second.tails,
+        dropped=first.dropped + second.dropped,
+    )
 
 
 def _settled(pairs: list[tuple[float, float]], tolerance: float) -> bool:

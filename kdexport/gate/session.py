@@ -63,7 +63,8 @@ class Session:
     """What a session found: the median log ratio candidate / reference of its pairs, and all that it rests on.
 
     ``pairs_ms`` holds reference and candidate of each pair that counts; ``load`` the machine's load average before and
-    after; ``created_first`` the arm that was loaded first; ``tails_ms`` every run of the candidate where asked for.
+    after; ``created_first`` the arm that was loaded first; ``tails_ms`` every run of the candidate where asked for, and
+    ``reference_tails_ms`` those of the reference.
     """
 
     log_ratio: float
@@ -72,7 +73,7 @@ class Session:
     pairs_ms: tuple[tuple[float, float], ...] = ()
     candidate_first: tuple[bool, ...] = ()
     dropped: int = 0
-    repeated: bool = False
+    extended: bool = False
     runs: int = 0
     seed: int = 0
     created_first: str = ""
@@ -80,6 +81,7 @@ class Session:
     threads: int = 0
     load: tuple[float, float] = (0.0, 0.0)
     tails_ms: tuple[float, ...] = ()
+    reference_tails_ms: tuple[float, ...] = ()
     gpu: dict[str, Any] | None = None
 
     @classmethod
@@ -99,8 +101,10 @@ def run(request: Request) -> Session:
     before = os.getloadavg()[0]
     with _opened(request, order) as (runs, guard, facts):
         arms = {"reference": request.reference, "candidate": request.candidate}
-        timed = {name: slowed(runs[name], arm.slowdown) if arm.slowdown else runs[name] for name, arm in arms.items()}
-        measured = measure(timed["reference"], timed["candidate"], pairing, guard)
+        if any(arm.slowdown for arm in arms.values()):
+            # Both arms, so that what the waiting itself costs is no part of the difference.
+            runs = {name: slowed(runs[name], arm.slowdown) for name, arm in arms.items()}
+        measured = measure(runs["reference"], runs["candidate"], pairing, guard)
     return _session(request, measured, order[0], (before, os.getloadavg()[0]), facts)
 
 
@@ -116,14 +120,15 @@ def _session(
         pairs_ms=tuple((round(float(a), 6), round(float(b), 6)) for a, b in pairs_ms),
         candidate_first=measured.candidate_first,
         dropped=measured.dropped,
-        repeated=measured.repeated,
+        extended=measured.extended,
         runs=measured.runs,
         seed=request.seed,
         created_first=created_first,
         cpus=tuple(sorted(os.sched_getaffinity(0))),
         threads=request.threads,
         load=load,
-        tails_ms=tuple(round(float(value), 6) for value in measured.tails_s * 1e3),
+        tails_ms=tuple(round(float(value), 6) for value in measured.tails_s[1] * 1e3),
+        reference_tails_ms=tuple(round(float(value), 6) for value in measured.tails_s[0] * 1e3),
         gpu=facts,
     )
 

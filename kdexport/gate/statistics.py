@@ -65,14 +65,10 @@ def p_not_slower(log_ratios: ArrayLike, limit: float) -> NDArray[np.float64]:
     return _p_value(log_ratios, limit, sign=-1.0)
 
 
-def holm(p_values: Sequence[float], alpha: float, *, rejected_before: int = 0) -> list[bool]:
-    """Which hypotheses Holm's procedure rejects with a family-wise error of ``alpha``.
-
-    ``rejected_before`` of the family are rejected already (at earlier looks) and not among ``p_values``. They leave the
-    family: the smallest remaining p is held to alpha / len(p_values), the next to alpha / (len - 1), and so on.
+def holm(p_values: Sequence[float], alpha: float) -> list[bool]:
+    """Which hypotheses Holm's procedure rejects with a family-wise error of ``alpha``: the smallest p is held to
+    alpha / m, the next to alpha / (m - 1), and so on until one is not rejected.
     """
-    if rejected_before < 0:
-        raise ValueError("rejected_before is a count")
     order = np.argsort(np.asarray(p_values, dtype=np.float64), kind="stable")
     rejected = [False] * len(p_values)
     for rank, index in enumerate(order):
@@ -128,8 +124,8 @@ def minimum_detectable_effect(
 def sentinel_holds(log_ratios: Sequence[float], limit: float) -> bool:
     """Whether sessions of one artifact against itself see no more than ``limit`` (a log ratio): their median does not.
 
-    One session decides where it holds. Where it does not, two more are taken: on a machine whose deviation is as large
-    as the limit, a single one would call every third measurement invalid.
+    The gate takes one session, and two and again two more where it does not hold: on a machine whose deviation is as
+    large as the limit, a single one would call every third measurement invalid. The test itself bears such noise.
     """
     if not log_ratios:
         raise ValueError("a sentinel needs at least one session")

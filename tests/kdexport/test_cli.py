@@ -138,6 +138,19 @@ def test_the_options_of_each_command_are_frozen() -> None:
         "list": ["--debug", "--json", "kind"],
         "doctor": ["--debug", "--json", "bundle"],
         "explain": ["--debug", "--json", "code"],
+        "bench": [
+            "--arms", "--batch", "--clock", "--debug", "--json", "--seed", "--sessions", "--target", "--threads",
+            "bundle",
+        ],
+        "gate": [
+            "--baseline", "--batch", "--clock", "--data", "--debug", "--json", "--junit", "--markdown", "--max-flips",
+            "--max-slowdown", "--max-top1-drop", "--on-inconclusive", "--plot", "--runner", "--seed", "--slo-p99",
+            "--target", "--threads", "bundle",
+        ],
+        "calibrate-runner": [
+            "--batch", "--clock", "--debug", "--gates", "--json", "--max-slowdown", "--out", "--seed", "--threads",
+            "bundle",
+        ],
         "fuse": ["--debug", "--input", "--json", "--out", "source"],
         "serve": [
             "--body-timeout", "--connections", "--debug", "--drain", "--grace", "--header-timeout", "--host",

@@ -2,6 +2,7 @@ import pytest
 
 from kdexport import errors
 from kdexport.errors import KdexportError, error_codes
+from kdexport.gate import errors as gate_errors
 from kdexport.serving import errors as serving_errors
 
 # Scripts and CI branch on these: a code is never given to another error, and its exit code never changes.
@@ -12,6 +13,7 @@ FROZEN = {
     "KDX201": ("DataError", 2),
     "KDX202": ("OutputError", 2),
     "KDX203": ("BundleError", 2),
+    "KDX204": ("MismatchError", 2),
     "KDX210": ("RequestError", 2),
     "KDX300": ("ReparamError", 2),
     "KDX301": ("CertificateError", 1),
@@ -20,9 +22,11 @@ FROZEN = {
     "KDX320": ("EngineBuildError", 1),
     "KDX330": ("VerificationError", 1),
     "KDX340": ("TrainingError", 1),
+    "KDX350": ("ResolutionError", 3),
     "KDX400": ("BackendUnavailableError", 4),
     "KDX401": ("StorageError", 4),
     "KDX402": ("ServerError", 4),
+    "KDX403": ("RunnerError", 4),
     "KDX900": ("UnexpectedError", 2),
 }
 # Bases, and the error of a child process, which brings the code that the child gave it.
@@ -30,7 +34,7 @@ GROUPS = {"KdexportError", "CheckError", "MachineError", "ForwardedError"}
 
 
 def public_errors() -> list[type[KdexportError]]:
-    found = {**vars(errors), **vars(serving_errors)}
+    found = {**vars(errors), **vars(serving_errors), **vars(gate_errors)}
     return [cls for cls in found.values() if isinstance(cls, type) and issubclass(cls, KdexportError)]
 
 

@@ -34,7 +34,7 @@ def test_a_session_says_what_it_rests_on(session: Session, request_: Request) ->
     assert session.log_ratio == pytest.approx(session_statistic(session.pairs_ms), abs=1e-4)
     assert len(session.pairs_ms) == len(session.candidate_first) == 12
     assert (session.cpus, session.threads, session.seed) == (request_.cpus, 1, 5)
-    assert len(session.tails_ms) == 12 * session.runs
+    assert len(session.tails_ms) == len(session.reference_tails_ms) == 12 * session.runs
     assert min(session.tails_ms) > 0
     assert session.created_first in ("reference", "candidate")
     assert all(value >= 0 for value in session.load)

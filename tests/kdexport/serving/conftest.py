@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import made_once
 from tests.kdexport.serving.bundles import make_bundle
 from tests.kdexport.serving.running import Running, running
 
@@ -13,7 +14,7 @@ from tests.kdexport.serving.running import Running, running
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A verified bundle that nobody changes."""
-    return make_bundle(tmp_path_factory.mktemp("zoo"))
+    return made_once(tmp_path_factory, "zoo", make_bundle) / "bundle"
 
 
 @pytest.fixture

@@ -1,0 +1,305 @@
+"""The speed and memory of a training step beside a plain loop as public code writes it, interleaved in one process.
+
+python benchmarks/training_speed.py --to docs/results/training.md [--rounds 12] [--steps 4] [--batch 128]
+
+Images are noise and the teacher is fresh: neither changes the work of a step.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision.transforms as transforms
+from PIL import Image
+from scipy import stats
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from training_report import machine
+
+from kdexport.checkpoint import save_tensors
+from kdexport.data import ImageSet
+from kdexport.students import STUDENTS
+from training.data import EvaluationBatches, training_batches
+from training.loop import Run, sgd, train_epoch
+from training.progress import EpochProgress
+from training.recipe import Recipe, load_recipe
+from training.teachers import TEACHERS
+from training.train import Lesson, make_accelerator, prepare_lesson
+
+CLASSES, SIZE, WORKERS = 100, 32, 2
+#: Seconds of one step.
+Arm = Callable[[], float]
+
+
+def recipe_of(method: str, batch: int, weights: Path) -> Recipe:
+    """resnet56 teaches mobilenetv2."""
+    changes = {
+        "teacher": {"checkpoint": str(weights)},
+        "distiller": {"name": method},
+        "train": {"batch_size": batch, "learning_rate": 1e-3, "nesterov": True},
+    }
+    return load_recipe("cifar100", changes)
+
+
+def noise(count: int) -> ImageSet:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (count, SIZE, SIZE, 3), dtype=np.uint8)
+    names = tuple(str(index) for index in range(CLASSES))
+    return ImageSet(classes=names, labels=rng.integers(0, CLASSES, count), pixels=pixels, files=())
+
+
+def teacher_weights(folder: Path) -> Path:
+    torch.manual_seed(0)
+    path = folder / "teacher.safetensors"
+    save_tensors(path, TEACHERS.build("resnet56", num_classes=CLASSES, image_size=SIZE).state_dict())
+    return path
+
+
+class Arrays(Dataset[tuple[Tensor, int]]):
+    """A small-image set as public code has it: arrays to PIL images, transformed one by one."""
+
+    def __init__(self, images: ImageSet, recipe: Recipe) -> None:
+        self.images = images
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomCrop(SIZE, padding=4),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(recipe.data.mean, recipe.data.std),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        assert self.images.pixels is not None
+        return self.transform(Image.fromarray(self.images.pixels[index])), int(self.images.labels[index])
+
+
+def plain_reference(images: ImageSet, recipe: Recipe) -> Arm:
+    """Supervised steps beside the teacher's forward pass: loader workers, NCHW, eager, a number read at each step."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loader = DataLoader(
+        Arrays(images, recipe),
+        batch_size=recipe.train.batch_size,
+        shuffle=True,
+        num_workers=WORKERS,
+        drop_last=True,
+        persistent_workers=True,
+        pin_memory=device.type == "cuda",
+    )
+    student = STUDENTS.build("mobilenetv2", num_classes=CLASSES, image_size=SIZE).to(device).train()
+    teacher = TEACHERS.build("resnet56", num_classes=CLASSES, image_size=SIZE).to(device).eval()
+    settings = recipe.train
+    optimizer = torch.optim.SGD(student.parameters(), lr=settings.learning_rate, momentum=0.9, weight_decay=5e-4)
+
+    def steps() -> Iterator[None]:
+        running, correct = 0.0, 0
+        for x, y in loader:
+            x, y = x.to(device), y.to(device)
+            with torch.no_grad():
+                teacher.tapped(x)
+            logits = student(x)
+            loss = nn.functional.cross_entropy(logits, y)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            running += loss.item()
+            correct += int((logits.argmax(1) == y).sum().item())
+            yield
+
+    def epoch() -> float:
+        moments = [time.perf_counter() for _ in steps()]
+        # From the first step on: workers fill their queues before it.
+        return (moments[-1] - moments[0]) / (len(moments) - 1)
+
+    return epoch
+
+
+def lesson_of(images: ImageSet, recipe: Recipe) -> tuple[Lesson, Arm]:
+    """Our loop with the method of ``recipe``."""
+    accelerator = make_accelerator(recipe.train)
+    settings, device = recipe.train, accelerator.device
+    batches = training_batches(images, recipe.data, batch_size=settings.batch_size, seed=0, device=device)
+    lesson = prepare_lesson(recipe, images, batches, device)
+    job = Run(
+        directory=Path(),
+        title=recipe.distiller.name,
+        settings=settings,
+        branches=(lesson.layers, lesson.branches.num_branches if lesson.branches else 1),
+        task=lesson.task,
+        network=lesson.student,
+        batches=batches,
+        evaluation=list(EvaluationBatches(noise(10), recipe.data, device=device)),
+        teach=lesson.frozen,
+    )
+    task, optimizer = accelerator.prepare(lesson.task, sgd(lesson.task, settings))
+    progress = EpochProgress(
+        "", steps_per_epoch=batches.steps, epochs=1000, done_epochs=0, batch_size=settings.batch_size, quiet=True
+    )
+    epochs = iter(range(1000))
+
+    def epoch() -> float:
+        metrics = train_epoch(job, accelerator, task, optimizer, next(epochs), progress, ())
+        return settings.batch_size / metrics["images_per_s"]
+
+    return lesson, epoch
+
+
+def interval(ratios: list[float]) -> tuple[float, float, float]:
+    """Geometric mean and its 95 % interval by Student's t on logarithms."""
+    logs = np.log(ratios)
+    half = stats.t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / math.sqrt(len(logs))
+    return math.exp(logs.mean()), math.exp(logs.mean() - half), math.exp(logs.mean() + half)
+
+
+def memory(method: str, batch: int) -> None:
+    """Print the bytes that training steps add to what is there before the first one."""
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = recipe_of(method, batch, teacher_weights(Path(folder)))
+        _, epoch = lesson_of(noise(MEMORY_STEPS * batch), recipe)
+        # From here on the peak is counted anew.
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status("VmRSS")
+        epoch()
+    print(json.dumps({"before": before, "peak": _status("VmHWM")}))
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def measured_memory(method: str, batch: int) -> dict[str, int]:
+    command = [sys.executable, __file__, "--memory", method, "--batch", str(batch)]
+    answer = subprocess.run(command, check=True, capture_output=True, text=True)
+    return dict(json.loads(answer.stdout))
+
+
+def measure(rounds: int, steps: int, batch: int) -> dict[str, list[float]]:
+    """Seconds a step of each arm, a value for each round."""
+    with tempfile.TemporaryDirectory() as folder:
+        weights = teacher_weights(Path(folder))
+        images = noise(steps * batch)
+        arms: dict[str, Arm] = {"reference": plain_reference(images, recipe_of("plain", batch, weights))}
+        for method in ("plain", "kdiffusion"):
+            arms[method] = lesson_of(images, recipe_of(method, batch, weights))[1]
+        for arm in arms.values():
+            arm()
+        seconds: dict[str, list[float]] = {name: [] for name in arms}
+        for index in range(rounds):
+            names = list(arms)
+            for name in names[index % 3 :] + names[: index % 3]:
+                seconds[name].append(arms[name]())
+            print({name: round(values[-1], 3) for name, values in seconds.items()}, file=sys.stderr, flush=True)
+    return seconds
+
+
+TEMPLATE = """# The speed of training
+
+    python benchmarks/training_speed.py --rounds {rounds} --steps {steps} --batch {batch} --to docs/results/training.md
+
+resnet56 teaches MobileNetV2 on CIFAR-sized noise, batch {batch}. Machine: {machine}.
+{rounds} rounds; in each, every arm takes {steps} steps, one arm after the other in one process, in rotating order.
+Ratios are of the same round: geometric mean and 95 % interval. Other programs ran on the machine meanwhile (load at the
+end, over 15 minutes: {load:.1f}), so that images/s are low and differ a lot from round to round, and ratios less.
+
+The reference loop is ours, written as public distillation code is: `DataLoader` with two workers, PIL images
+cropped, flipped and normalised one by one, NCHW, eager, default SGD, the teacher as it is, and `.item()` of the loss
+and of the correct answers at each step. It trains the same student with cross-entropy beside the same teacher's forward
+pass, as the arm *plain* of our loop does. The first step of a round does not count for it: its workers fill their
+queues before.
+
+| what | goal | measured | |
+|---|---|---|---|
+{rows}
+
+| arm | images/s, median round | best round |
+|---|---|---|
+{arms}
+
+Memory is the peak of the resident set during {memory_steps} steps of a fresh process, less what was there before them:
+{memories}.
+
+Nothing here was measured on a GPU: none was available.
+"""
+MEMORY_STEPS = 3
+
+
+def page(seconds: dict[str, list[float]], peaks: dict[str, dict[str, int]], steps: int, batch: int) -> str:
+    def ratio(above: str, below: str) -> tuple[float, float, float]:
+        return interval([a / b for a, b in zip(seconds[above], seconds[below], strict=True)])
+
+    cost, gain = ratio("kdiffusion", "plain"), ratio("reference", "plain")
+    added = {name: peak["peak"] - peak["before"] for name, peak in peaks.items()}
+    more = added["kdiffusion"] / added["plain"]
+    rows = [
+        f"| step, KDiffusion (m = 4, one layer) / plain | at most 1.15 | {_shown(cost)} | {_verdict(cost, 1.15, -1)} |",
+        f"| images/s, plain / reference loop | at least 1.5 | {_shown(gain)} | {_verdict(gain, 1.5, 1)} |",
+        f"| memory that steps add, KDiffusion / plain | at most 1.3 | {more:.2f} | {_met(more <= 1.3)} |",
+    ]
+    arms = [
+        f"| {name} | {batch / float(np.median(values)):.0f} | {batch / min(values):.0f} |"
+        for name, values in seconds.items()
+    ]
+    memories = ", ".join(f"{name} {value / 2**20:.0f} MiB" for name, value in added.items())
+    return TEMPLATE.format(
+        rounds=len(seconds["plain"]),
+        steps=steps,
+        batch=batch,
+        machine=machine(),
+        load=os.getloadavg()[2],
+        rows="\n".join(rows),
+        arms="\n".join(arms),
+        memory_steps=MEMORY_STEPS,
+        memories=memories,
+    )
+
+
+def _shown(estimate: tuple[float, float, float]) -> str:
+    return f"{estimate[0]:.3f} ({estimate[1]:.3f} to {estimate[2]:.3f})"
+
+
+def _verdict(estimate: tuple[float, float, float], limit: float, sign: int) -> str:
+    """``sign`` 1: at least ``limit``; -1: at most."""
+    mean, low, high = estimate
+    if low < limit < high:
+        return "undecided: the limit lies in the interval"
+    return _met(sign * (mean - limit) >= 0)
+
+
+def _met(holds: bool) -> str:
+    return "met" if holds else "not met"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--to", type=Path)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--memory", help="print the memory of one method and stop")
+    options = parser.parse_args()
+    if options.memory:
+        memory(options.memory, options.batch)
+        return
+    peaks = {method: measured_memory(method, options.batch) for method in ("plain", "kdiffusion")}
+    text = page(measure(options.rounds, options.steps, options.batch), peaks, options.steps, options.batch)
+    if options.to:
+        options.to.write_text(text)
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

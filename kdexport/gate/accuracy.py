@@ -1,0 +1,131 @@
+"""Does the candidate still give the reference's labels, and as many right ones? On real images, with exact bounds."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdexport.backends.ort import load_model
+from kdexport.bundle import GOLDEN_LOGITS
+from kdexport.data import ImageSet, dataset_spec, open_dataset
+from kdexport.errors import BundleError, VerificationError
+from kdexport.gate.artifacts import Artifact, Bundle
+from kdexport.gate.bounds import ACCURACY_CONFIDENCE, Bound, bounded_share, top1_drop, trials_needed
+from kdexport.gate.errors import MismatchError
+from kdexport.preprocessing import Preprocessing
+
+_CHUNK = 256
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Labelled:
+    """Images with their labels, read a chunk at a time by the preprocessing of whoever looks at them."""
+
+    images: ImageSet
+    source: str
+
+    def chunks(self, preprocessing: Preprocessing) -> Iterator[NDArray[np.float32]]:
+        """(n,3,S,S) float32, in order."""
+        for start in range(0, len(self.images), _CHUNK):
+            indices = range(start, min(start + _CHUNK, len(self.images)))
+            yield preprocessing.normalise(self.images.read(indices, preprocessing))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AccuracyResult:
+    """One accuracy gate: a share of images between its bounds, and why it is not PASS."""
+
+    name: str
+    bound: Bound
+    images: int
+    source: str
+    reason: str
+
+
+def labelled_images(bundle: Bundle, data: str | None) -> Labelled:
+    """The bundle's golden images, or the test split at ``data``: an image folder, a CIFAR-100 folder, or ``digits``."""
+    if data is None:
+        from safetensors.numpy import load_file
+
+        try:
+            labels = load_file(bundle.folder / GOLDEN_LOGITS)["labels"].astype(np.int64)
+        except KeyError:
+            raise BundleError(
+                f"{bundle.folder} holds no labels of its golden images.", remedy="Build it again, or pass --data DIR."
+            ) from None
+        spec = bundle.manifest.spec
+        files = tuple(bundle.folder / name for name in bundle.manifest.golden)
+        golden = ImageSet(classes=spec.classes, labels=labels, pixels=None, files=files)
+        return Labelled(images=golden, source="golden images")
+    root = Path(data)
+    is_cifar = any((folder / "meta").is_file() for folder in (root, root / "cifar-100-python"))
+    name = "digits" if data == "digits" else "cifar100" if is_cifar else "folder:"
+    images = open_dataset(dataset_spec(name, "" if data == "digits" else data), "test")
+    if images.classes != bundle.manifest.spec.classes:
+        raise MismatchError(
+            f"{data} has {len(images.classes)} classes, {bundle.folder} has "
+            f"{bundle.manifest.spec.num_classes}, or they have other names or another order.",
+            remedy="Pass the validation set of the classes that the bundle was trained for.",
+        )
+    return Labelled(images=images, source=data)
+
+
+def predictions(model: Artifact, bundle: Bundle, images: Labelled, threads: int) -> NDArray[np.int64]:
+    """(N,) labels that an ONNX file gives; raises ``VerificationError`` where logits are not finite."""
+    loaded = load_model(model.model, threads=threads)
+    max_batch = int(bundle.manifest.data["export"]["max_batch"])
+    found: list[NDArray[np.int64]] = []
+    for inputs in images.chunks(bundle.manifest.spec.preprocessing):
+        for at in range(0, len(inputs), max_batch):
+            logits = loaded.logits(inputs[at : at + max_batch])
+            if not np.isfinite(logits).all():
+                first = sum(map(len, found)) + int(np.flatnonzero(~np.isfinite(logits).all(axis=1))[0])
+                raise VerificationError(
+                    f"{model.label} gives logits that are not finite on image {first} of {images.source}.",
+                    remedy="`kdexport verify` on its bundle says more.",
+                )
+            found.append(logits.argmax(axis=1).astype(np.int64))
+    return np.concatenate(found)
+
+
+def judge_accuracy(
+    reference: NDArray[np.int64],
+    candidate: NDArray[np.int64],
+    labels: NDArray[np.int64],
+    limits: tuple[float | None, float | None],
+    source: str,
+) -> list[AccuracyResult]:
+    """Gates on (N,) predictions; ``limits`` are the largest share of flips and the largest drop of top-1, or None."""
+    max_flips, max_drop = limits
+    results = []
+    if max_flips is not None:
+        flips = int((reference != candidate).sum())
+        bound = bounded_share(flips, len(labels), max_flips, ACCURACY_CONFIDENCE)
+        results.append(_result("flips", bound, len(labels), source))
+    if max_drop is not None:
+        right, still = reference == labels, candidate == labels
+        lost, gained = int((right & ~still).sum()), int((~right & still).sum())
+        results.append(_result("top-1 drop", top1_drop(lost, gained, len(labels), max_drop), len(labels), source))
+    return results
+
+
+def _result(name: str, bound: Bound, images: int, source: str) -> AccuracyResult:
+    said = f"{bound.value:.2%} of {images} images, bounds {bound.low:.2%} to {bound.high:.2%}"
+    said += f" (up to {bound.limit:.2%} allowed)"
+    if bound.verdict == "INCONCLUSIVE":
+        needed = trials_needed(bound.limit, ACCURACY_CONFIDENCE) if bound.limit > 0 else 0
+        said += f"; it takes {needed} images without a change to prove that" if images < needed else ""
+    return AccuracyResult(name=name, bound=bound, images=images, source=source, reason=said)
+
+
+def accuracy_gates(
+    arms: Sequence[tuple[Artifact, Bundle]], limits: tuple[float | None, float | None], data: str | None, threads: int
+) -> list[AccuracyResult]:
+    """Reference and candidate on the same images; nothing is run where no limit was given."""
+    if limits == (None, None):
+        return []
+    images = labelled_images(arms[-1][1], data)
+    reference, candidate = (predictions(arm, bundle, images, threads) for arm, bundle in arms)
+    return judge_accuracy(reference, candidate, images.images.labels, limits, images.source)

@@ -1,0 +1,100 @@
+"""A baseline of which only numbers are left: they may warn, and nothing else.
+
+Latencies of another day differ by whatever the machine did that day. So the numbers must come from the same machine and
+the same kind of measurement, from ten or more sessions, and all they give is a prediction interval for one more.
+"""
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kdexport.errors import ConfigError
+from kdexport.gate import statistics
+from kdexport.gate.artifacts import Bundle
+from kdexport.gate.errors import MismatchError
+from kdexport.gate.machine import Machine
+from kdexport.gate.result import Check
+from kdexport.gate.trial import Outcome, Plan
+
+BENCH_SCHEMA = "kdexport.bench/1"
+MIN_SESSIONS = 10
+
+
+def read_numbers(path: Path, bundle: Bundle, machine: Machine) -> dict[str, Any]:
+    """What ``kdexport bench --json`` wrote; raises where it is not that, or of another student or machine."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["schema"] != BENCH_SCHEMA:
+            raise ValueError(f"its schema is {data['schema']!r}")
+        facts = (data["student"], list(data["classes"]), data["machine"])
+        rows = [
+            (row["clock"], row["batch"], row["threads"], [float(s["candidate_ms"]) for s in row["sessions"]])
+            for row in data["latency"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(
+            f"{path} is neither a bundle nor numbers of `kdexport bench --json`: {type(error).__name__}: {error}.",
+            remedy="Pass the folder of the baseline bundle; a gate on its files is worth more than one on numbers.",
+        ) from None
+    spec = bundle.manifest.spec
+    if facts[:2] != (spec.student, list(spec.classes)):
+        raise MismatchError(
+            f"{path} has numbers of a {facts[0]} with {len(facts[1])} classes, {bundle.folder} is a {spec.student} "
+            f"with {spec.num_classes}, or its classes differ.",
+            remedy="Pass numbers of the same student and classes.",
+        )
+    if facts[2] != asdict(machine):
+        differ = [key for key, value in asdict(machine).items() if facts[2].get(key) != value]
+        raise MismatchError(
+            f"{path} was measured on another machine ({', '.join(differ)} differ); its numbers say nothing about this.",
+            remedy="Pass the baseline bundle itself: it is then timed here, beside the candidate.",
+        )
+    return {"rows": rows, "path": str(path)}
+
+
+def number_checks(numbers: dict[str, Any], outcomes: tuple[Outcome, ...], plan: Plan) -> list[Check]:
+    """One check per outcome, PASS or WARN: the candidate's median against the interval that the numbers predict."""
+    checks = []
+    for outcome in outcomes:
+        wanted = (outcome.number.clock, outcome.number.batch, plan.threads)
+        stored: list[float] = next((row[3] for row in numbers["rows"] if tuple(row[:3]) == wanted), [])
+        name = f"{outcome.number.name} against stored numbers"
+        if not outcome.sessions:
+            checks.append(
+                Check(name=name, verdict="INCONCLUSIVE", measured="not measured", allowed="", reason=outcome.reason)
+            )
+            continue
+        if len(stored) < MIN_SESSIONS or not all(value > 0 and math.isfinite(value) for value in stored):
+            reason = f"{len(stored)} usable sessions of this clock, batch and threads, {MIN_SESSIONS} needed"
+            checks.append(Check(name=name, verdict="WARN", measured="none", allowed="", reason=reason))
+            continue
+        checks.append(_check(name, stored, [s.candidate_ms for s in outcome.sessions], plan))
+    return checks
+
+
+def _check(name: str, stored_ms: list[float], candidate_ms: list[float], plan: Plan) -> Check:
+    low, ratio, high = prediction(stored_ms, candidate_ms)
+    slower = high > 1 + plan.max_slowdown
+    reason = f"{ratio:.3f}x of the stored numbers, {low:.3f} to {high:.3f} with the noise between sessions"
+    return Check(
+        name=name,
+        verdict="WARN" if slower else "PASS",
+        measured=f"{ratio:.3f}x, {low:.3f} to {high:.3f}",
+        allowed=f"{1 + plan.max_slowdown:.3f}x",
+        reason=f"{reason}; numbers alone never fail a gate",
+    )
+
+
+def prediction(stored_ms: list[float], candidate_ms: list[float]) -> tuple[float, float, float]:
+    """(low, ratio, high) of the candidate's median session over the mean stored one, as one new observation of them."""
+    from scipy.special import stdtrit
+
+    logs = np.log(stored_ms)
+    count = len(logs)
+    centre = float(np.median(np.log(candidate_ms))) - float(logs.mean())
+    half = float(stdtrit(count - 1, 1 - statistics.ALPHA_PER_LOOK)) * float(logs.std(ddof=1)) * math.sqrt(1 + 1 / count)
+    return math.exp(centre - half), math.exp(centre), math.exp(centre + half)

@@ -1,0 +1,180 @@
+"""What a gate found, as one frozen object and as JSON; the verdict of the whole and its exit code."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from kdexport.gate.accuracy import AccuracyResult
+from kdexport.gate.bounds import TAIL_CONFIDENCE, Bound, bounded_share, quantile_bounds, trials_needed
+from kdexport.gate.machine import Machine
+from kdexport.gate.trial import Outcome, Plan
+
+SCHEMA = "kdexport.gate/1"
+Word = Literal["PASS", "FAIL", "INCONCLUSIVE", "WARN"]
+Policy = Literal["exit", "warn", "fail"]
+
+_EXIT: dict[Word, int] = {"PASS": 0, "WARN": 0, "FAIL": 1, "INCONCLUSIVE": 3}
+_TAIL = 0.99
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Check:
+    """One line of a gate's report."""
+
+    name: str
+    verdict: Word
+    measured: str
+    allowed: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GateResult:
+    """A finished gate. ``policy`` says what an undecided gate exits with: 3, 0 with a warning, or 1."""
+
+    question: str
+    candidate: str
+    reference: str
+    plan: Plan
+    outcomes: tuple[Outcome, ...]
+    checks: tuple[Check, ...]
+    machine: Machine
+    seconds: float
+    policy: Policy = "exit"
+    calibration: str = "not calibrated"
+
+    @property
+    def verdict(self) -> Word:
+        """The worst of all checks."""
+        words = [check.verdict for check in self.checks]
+        order: tuple[Word, ...] = ("FAIL", "INCONCLUSIVE", "WARN")
+        return next((word for word in order if word in words), "PASS")
+
+    @property
+    def exit_code(self) -> int:
+        """0 pass, 1 fail, 3 inconclusive; the policy decides about the last."""
+        if self.verdict == "INCONCLUSIVE" and self.policy != "exit":
+            return 0 if self.policy == "warn" else 1
+        return _EXIT[self.verdict]
+
+    def to_json(self) -> dict[str, Any]:
+        """One JSON object; numbers that are not finite are null."""
+        return {
+            "schema": SCHEMA,
+            "ok": self.exit_code == 0,
+            "exit_code": self.exit_code,
+            "verdict": self.verdict,
+            "question": self.question,
+            "candidate": self.candidate,
+            "reference": self.reference,
+            "checks": [asdict(check) for check in self.checks],
+            "latency": [latency_json(outcome, self.plan) for outcome in self.outcomes],
+            "machine": asdict(self.machine),
+            "calibration": self.calibration,
+            "on_inconclusive": self.policy,
+            "seconds": round(self.seconds, 2),
+        }
+
+
+def latency_check(outcome: Outcome, plan: Plan) -> Check:
+    """The line of one gated ratio."""
+    interval = outcome.interval
+    measured = "not measured"
+    if interval is not None:
+        measured = f"{math.exp(interval.mean):.3f}x, {math.exp(interval.low):.3f} to {math.exp(interval.high):.3f}"
+    return Check(
+        name=outcome.number.name,
+        verdict=outcome.verdict,
+        measured=measured,
+        allowed=f"{1 + plan.max_slowdown:.3f}x",
+        reason=outcome.reason,
+    )
+
+
+def accuracy_check(result: AccuracyResult) -> Check:
+    """The line of one accuracy gate."""
+    bound = result.bound
+    return Check(
+        name=f"{result.name}, {result.source}",
+        verdict=bound.verdict,
+        measured=f"{bound.value:.2%}, {bound.low:.2%} to {bound.high:.2%}",
+        allowed=f"{bound.limit:.2%}",
+        reason=result.reason,
+    )
+
+
+def tail_check(outcome: Outcome, limit_ms: float) -> Check:
+    """Is the 99th percentile of the candidate at most ``limit_ms``? By the binomial count of runs above it."""
+    name = f"p99 on {outcome.number.name}"
+    times = tails_ms(outcome)
+    if not times.size:
+        return Check(
+            name=name, verdict="INCONCLUSIVE", measured="not measured", allowed=f"{limit_ms:g} ms", reason="no run"
+        )
+    above = int((times > limit_ms).sum())
+    bound: Bound = bounded_share(above, len(times), 1 - _TAIL, TAIL_CONFIDENCE)
+    estimate, low, high = quantile_bounds(times, _TAIL)
+    upper = "unbounded" if high is None else f"{high:.3f}"
+    reason = f"{above} of {len(times)} runs above {limit_ms:g} ms: {bound.low:.2%} to {bound.high:.2%}, 1 % allowed"
+    if len(times) < trials_needed(1 - _TAIL, TAIL_CONFIDENCE):
+        reason += f"; it takes {trials_needed(1 - _TAIL, TAIL_CONFIDENCE)} runs to prove a p99"
+    return Check(
+        name=name,
+        verdict=bound.verdict,
+        measured=f"{estimate:.3f} ms, {low:.3f} to {upper}",
+        allowed=f"{limit_ms:g} ms",
+        reason=reason,
+    )
+
+
+def tails_ms(outcome: Outcome) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Every run of the candidate that was kept."""
+    return np.asarray([value for session in outcome.sessions for value in session.tails_ms], np.float64)
+
+
+def latency_json(outcome: Outcome, plan: Plan) -> dict[str, Any]:
+    """One gated ratio with everything that it rests on, paired ratios of each session included."""
+    interval, sessions = outcome.interval, outcome.sessions
+    times = tails_ms(outcome)
+    p99 = quantile_bounds(times, _TAIL) if times.size else (None, None, None)
+    return {
+        "clock": outcome.number.clock,
+        "batch": outcome.number.batch,
+        "threads": plan.threads,
+        "verdict": outcome.verdict,
+        "reason": outcome.reason,
+        "max_slowdown": plan.max_slowdown,
+        "ratio": math.exp(interval.mean) if interval is not None else None,
+        "low": math.exp(interval.low) if interval is not None else None,
+        "high": math.exp(interval.high) if interval is not None else None,
+        "session_deviation": interval.deviation if interval is not None else None,
+        "mde": None if outcome.mde is None else math.expm1(outcome.mde),
+        "reference_ms": _median([session.reference_ms for session in sessions]),
+        "candidate_ms": _median([session.candidate_ms for session in sessions]),
+        "p99_ms": {"estimate": p99[0], "low": p99[1], "high": p99[2], "runs": int(times.size)},
+        "sentinels": list(outcome.sentinels),
+        "sessions": [
+            {
+                "log_ratio": session.log_ratio if math.isfinite(session.log_ratio) else None,
+                "reference_ms": session.reference_ms if math.isfinite(session.reference_ms) else None,
+                "candidate_ms": session.candidate_ms if math.isfinite(session.candidate_ms) else None,
+                "seed": session.seed,
+                "cpus": list(session.cpus),
+                "load": list(session.load),
+                "created_first": session.created_first,
+                "dropped_pairs": session.dropped,
+                "extended": session.extended,
+                "runs_per_block": session.runs,
+                "ratios": [round(b / a, 5) for a, b in session.pairs_ms],
+                "gpu": session.gpu,
+            }
+            for session in sessions
+        ],
+    }
+
+
+def _median(values: list[float]) -> float | None:
+    finite = [value for value in values if math.isfinite(value)]
+    return float(np.median(finite)) if finite else None

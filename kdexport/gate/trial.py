@@ -1,0 +1,193 @@
+"""The gate's course: a sentinel, then sessions look by look until every number is decided or one fails."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kdexport.gate import statistics
+from kdexport.gate.artifacts import Artifact
+from kdexport.gate.measure import MAX_DROPPED
+from kdexport.gate.session import Arm, Request, Session
+from kdexport.gate.sessions import pinned_cpus, run_session
+from kdexport.gate.statistics import Interval, Verdict
+
+Runner = Callable[[Request], Session]
+#: Sessions of the candidate against itself: one where it holds, else three, else five.
+_SENTINELS = (1, 3, 5)
+#: Seeds of sentinels lie beside those of sessions.
+_SENTINEL_SEED = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Number:
+    """One gated number: both arms on one clock at one batch size."""
+
+    reference: Artifact
+    candidate: Artifact
+    clock: str
+    batch: int
+    image_size: int
+
+    @property
+    def name(self) -> str:
+        """As tables name it."""
+        return f"{self.clock}, batch {self.batch}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """How numbers are measured. ``slowdown`` lengthens the candidate's runs by a known share, to validate the gate."""
+
+    max_slowdown: float
+    threads: int = 1
+    pairs: int = 40
+    max_sessions: int = statistics.LOOKS[-1]
+    seed: int = 0
+    tails: bool = False
+    sentinel: bool = True
+    slowdown: float = 0.0
+
+    @property
+    def limit(self) -> float:
+        """The allowed log ratio."""
+        return math.log1p(self.max_slowdown)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """What became of one number. ``interval`` is None where fewer than two sessions ran; ``reason`` says why not PASS.
+
+    ``sentinels`` are log ratios of the candidate against itself; ``mde`` the log ratio above the limit that 20 sessions
+    on this machine find with 90 % power.
+    """
+
+    number: Number
+    verdict: Verdict
+    sessions: tuple[Session, ...]
+    interval: Interval | None
+    sentinels: tuple[float, ...]
+    mde: float | None
+    reason: str
+
+
+def run_trial(
+    numbers: Sequence[Number],
+    plan: Plan,
+    *,
+    progress: Callable[[str], None] = lambda _: None,
+    run: Runner = run_session,
+) -> tuple[Outcome, ...]:
+    """Measure all numbers; every one has a verdict. A machine whose sentinel does not hold measures nothing else."""
+    sentinels = [_sentinels(number, plan, progress, run) if plan.sentinel else () for number in numbers]
+    noisy = [bool(found) and not statistics.sentinel_holds(found, plan.limit) for found in sentinels]
+    if any(noisy):
+        return tuple(
+            _outcome(number, "INCONCLUSIVE", (), found, plan, _noise(found, plan) if bad else "not measured")
+            for number, found, bad in zip(numbers, sentinels, noisy, strict=True)
+        )
+    sessions: list[list[Session]] = [[] for _ in numbers]
+    verdicts: list[Verdict] = ["INCONCLUSIVE"] * len(numbers)
+    for look in statistics.looks_until(plan.max_sessions):
+        for number, found, verdict in zip(numbers, sessions, verdicts, strict=True):
+            while verdict == "INCONCLUSIVE" and len(found) < look:
+                progress(f"{number.name}, session {len(found) + 1} of up to {plan.max_sessions}")
+                found.append(run(request(number, plan, len(found))))
+        if any(_throttled(session) for found in sessions for session in found):
+            break
+        verdicts = statistics.decide([[session.log_ratio for session in found] for found in sessions], plan.limit)
+        if "FAIL" in verdicts or all(verdict == "PASS" for verdict in verdicts):
+            break
+    return tuple(
+        _outcome(number, verdict, tuple(found), sentinel, plan, "")
+        for number, verdict, found, sentinel in zip(numbers, verdicts, sessions, sentinels, strict=True)
+    )
+
+
+def request(number: Number, plan: Plan, index: int, *, itself: bool = False) -> Request:
+    """The session ``index`` of a number; ``itself`` times the candidate against itself."""
+    candidate = number.candidate.path(number.clock)
+    return Request(
+        reference=Arm(path=candidate if itself else number.reference.path(number.clock)),
+        candidate=Arm(path=candidate, slowdown=0.0 if itself else plan.slowdown),
+        clock=number.clock,
+        image_size=number.image_size,
+        batch=number.batch,
+        threads=plan.threads,
+        cpus=pinned_cpus(plan.threads),
+        pairs=plan.pairs,
+        seed=plan.seed * 10_000_019 + index,
+        settle=plan.limit / 2,
+        tails=plan.tails and not itself,
+    )
+
+
+def _sentinels(number: Number, plan: Plan, progress: Callable[[str], None], run: Runner) -> tuple[float, ...]:
+    found: list[float] = []
+    for count in _SENTINELS:
+        while len(found) < count:
+            progress(f"{number.name}, the candidate against itself")
+            found.append(run(request(number, plan, _SENTINEL_SEED + len(found), itself=True)).log_ratio)
+        if statistics.sentinel_holds(found, plan.limit):
+            break
+    return tuple(found)
+
+
+def _throttled(session: Session) -> bool:
+    return session.dropped > MAX_DROPPED * (session.dropped + len(session.pairs_ms))
+
+
+def _noise(found: tuple[float, ...], plan: Plan) -> str:
+    seen = math.expm1(abs(float(np.median(found))))
+    return (
+        f"the machine is too noisy: the candidate differs from itself by {seen:.1%} "
+        f"(up to {plan.max_slowdown:.1%} allowed)"
+    )
+
+
+def _outcome(
+    number: Number,
+    verdict: Verdict,
+    sessions: tuple[Session, ...],
+    sentinels: tuple[float, ...],
+    plan: Plan,
+    reason: str,
+) -> Outcome:
+    interval = mde = None
+    if len(sessions) > 1 and not any(_throttled(session) for session in sessions):
+        interval = statistics.t_interval([session.log_ratio for session in sessions])
+        mde = statistics.minimum_detectable_effect(interval.deviation)
+    return Outcome(
+        number=number,
+        verdict=verdict,
+        sessions=sessions,
+        interval=interval,
+        sentinels=sentinels,
+        mde=mde,
+        reason=reason or _reason(verdict, interval, mde, plan),
+    )
+
+
+def _reason(verdict: Verdict, interval: Interval | None, mde: float | None, plan: Plan) -> str:
+    if interval is None or mde is None:
+        return "more than a fifth of a session's pairs were throttled or changed their clock"
+    low, high, limit = math.exp(interval.low), math.exp(interval.high), 1 + plan.max_slowdown
+    if verdict == "FAIL":
+        return f"slower: at least {low:.3f}x (up to {limit:.3f}x allowed)"
+    if verdict == "PASS":
+        faster = "; faster" if high < 1 else ""
+        return f"not slower: at most {high:.3f}x (up to {limit:.3f}x allowed){faster}"
+    undecided = f"the interval {low:.3f} to {high:.3f} holds the limit {limit:.3f} after {interval.sessions} sessions"
+    if mde <= plan.limit:
+        return undecided
+    return f"{undecided}; this runner cannot enforce {plan.max_slowdown:.1%}, it can enforce {math.expm1(mde):.1%}"
+
+
+def measure_all(number: Number, plan: Plan, count: int, progress: Callable[[str], None]) -> Outcome:
+    """``count`` sessions of one number, without looks and without a verdict."""
+    sessions = []
+    for index in range(count):
+        progress(f"{number.name}, session {index + 1} of {count}")
+        sessions.append(run_session(request(number, plan, index)))
+    return _outcome(number, "INCONCLUSIVE", tuple(sessions), (), plan, "no verdict was asked for")

@@ -1,0 +1,44 @@
+"""Sessions that were never run: their ratios are drawn, everything else is as a session says it."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from kdexport.gate.artifacts import Artifact
+from kdexport.gate.session import Request, Session
+from kdexport.gate.trial import Number
+
+FUSED = Artifact(label="new|<bundle>", model=Path("new.onnx"), folder=Path("new"), sha256="a" * 64)
+OLD = Artifact(label="old", model=Path("old.onnx"), folder=Path("old"), sha256="b" * 64)
+
+
+def number(clock: str = "host", batch: int = 1) -> Number:
+    return Number(reference=OLD, candidate=FUSED, clock=clock, batch=batch, image_size=32)
+
+
+def session(log_ratio: float, seed: int = 0, *, dropped: int = 0, tails_ms: tuple[float, ...] = ()) -> Session:
+    spread = np.linspace(-0.02, 0.02, 9)
+    pairs = tuple((2.0, 2.0 * math.exp(log_ratio + shift)) for shift in spread)
+    return Session(
+        log_ratio=log_ratio, reference_ms=2.0, candidate_ms=2.0 * math.exp(log_ratio), pairs_ms=pairs,
+        candidate_first=(True,) * 9, dropped=dropped, runs=10, seed=seed, created_first="candidate", cpus=(1,),
+        threads=1, load=(0.5, 1.5), tails_ms=tails_ms,
+    )  # fmt: skip
+
+
+def machine(
+    effect: float, deviation: float, *, dropped: int = 0, tails_ms: tuple[float, ...] = ()
+) -> tuple[Callable[[Request], Session], list[Request]]:
+    """A runner whose sessions differ by ``deviation`` around ``effect``, and the requests that it was sent."""
+    asked: list[Request] = []
+
+    def run(request: Request) -> Session:
+        asked.append(request)
+        itself = request.reference.path == request.candidate.path
+        rng = np.random.default_rng([request.seed, request.batch])
+        drawn = (0.0 if itself else effect) + deviation * float(rng.standard_normal())
+        return session(drawn, request.seed, dropped=dropped, tails_ms=tails_ms if request.tails else ())
+
+    return run, asked

@@ -1,0 +1,111 @@
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdexport.bundle import MANIFEST, MODEL
+from kdexport.errors import BackendUnavailableError, BundleError, ConfigError, UnknownNameError
+from kdexport.gate.accuracy import accuracy_gates, labelled_images
+from kdexport.gate.artifacts import (
+    artifact,
+    choose_target,
+    open_bundle,
+    require_batches,
+    require_comparable,
+    require_runnable,
+)
+from kdexport.gate.errors import MismatchError
+from kdexport.gate.session import Arm, Request
+from kdexport.gate.sessions import pinned_cpus, run_session
+from tests.conftest import Built
+
+
+def rewritten(bundle: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    data = json.loads((bundle / MANIFEST).read_text())
+    change(data)
+    (bundle / MANIFEST).write_text(json.dumps(data))
+    return bundle
+
+
+def test_files_that_are_not_those_of_the_manifest_are_refused(bundle_copy: Path) -> None:
+    open_bundle(bundle_copy)
+    with (bundle_copy / MODEL).open("ab") as stream:
+        stream.write(b"\0")
+    (bundle_copy / "report.md").unlink()
+    with pytest.raises(
+        BundleError, match=r"2 files of .* do not match its manifest: model.onnx changed, report.md mis"
+    ):
+        open_bundle(bundle_copy)
+
+
+def test_a_bundle_whose_checks_failed_is_refused(bundle_copy: Path) -> None:
+    rewritten(bundle_copy, lambda data: data["parity"][3].update(holds=False))
+    with pytest.raises(BundleError, match="was not verified: 1 of "):
+        open_bundle(bundle_copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda data: data["student"].update(student="resnet18"), "different students: .* has mobilenetv2"),
+        (lambda data: data["student"]["classes"].pop(), "different numbers of classes: .* has 10, .* has 9"),
+        (lambda data: data["student"]["classes"].reverse(), "class 0 is '0' in .* and '9' in"),
+        (lambda data: data["student"]["preprocessing"].update(image_size=24), "different image sizes"),
+    ],
+)
+def test_bundles_of_different_things_are_not_compared(
+    change: Callable[[dict[str, Any]], None], words: str, built: Built, bundle_copy: Path
+) -> None:
+    other = open_bundle(rewritten(bundle_copy, change))
+    with pytest.raises(MismatchError, match=words):
+        require_comparable(open_bundle(built.bundle), other)
+
+
+def test_targets_and_clocks_that_cannot_run_here_are_named(built: Built) -> None:
+    bundle = open_bundle(built.bundle)
+    assert choose_target(bundle, None) == "onnx-fp32"
+    with pytest.raises(UnknownNameError, match="has no target 'trt-fp16'"):
+        choose_target(bundle, "trt-fp16")
+    with pytest.raises(UnknownNameError, match="no target named 'onnx-fp61'"):
+        choose_target(bundle, "onnx-fp61")
+    for target, clock in (("onnx-fp32", "gpu"), (choose_target(bundle, "trt-rtx-fp16"), "host")):
+        with pytest.raises(BackendUnavailableError) as caught:
+            require_runnable(target, clock)
+        assert caught.value.exit_code == 4
+    require_runnable("onnx-fp32", "serve")
+    require_batches(bundle, [1, 64])
+    with pytest.raises(ConfigError, match=r"Batch 65 is outside of what .* was exported for: 1 to 64"):
+        require_batches(bundle, [1, 65])
+
+
+def test_the_unfused_twin_is_served_beside_the_fused_student(built: Built, tmp_path: Path) -> None:
+    """The clock ``serve`` through two real models in one server, and both arms' labels on the golden images."""
+    bundle = open_bundle(built.bundle)
+    fused, unfused = (artifact(bundle, "onnx-fp32", variant, tmp_path) for variant in ("fused", "unfused"))
+    assert fused.sha256 != unfused.sha256
+    assert fused.sha256 == bundle.manifest.files["targets/onnx-fp32/model.onnx"]
+    session = run_session(
+        Request(
+            reference=Arm(path=unfused.path("serve")), candidate=Arm(path=fused.path("serve")), clock="serve",
+            image_size=32, batch=2, threads=1, cpus=pinned_cpus(1), pairs=5, seed=1,
+        )
+    )  # fmt: skip
+    assert len(session.pairs_ms) == 5
+    # A request through HTTP takes longer than a microsecond and shorter than a second.
+    assert all(1e-3 < value < 1e3 for pair in session.pairs_ms for value in pair)
+    flips, drop = accuracy_gates([(unfused, bundle), (fused, bundle)], (0.5, 0.5), None, 1)
+    assert (flips.images, flips.bound.value, drop.bound.value) == (9, 0.0, 0.0)
+
+
+def test_validation_images_must_be_of_the_same_classes(built: Built, tmp_path: Path) -> None:
+    bundle = open_bundle(built.bundle)
+    assert labelled_images(bundle, None).source == "golden images"
+    assert len(labelled_images(bundle, "digits").images) == 360
+    for name in "01":
+        (tmp_path / "set" / "val" / name).mkdir(parents=True)
+        shutil.copy(built.bundle / bundle.manifest.golden[0], tmp_path / "set" / "val" / name / "a.png")
+    with pytest.raises(MismatchError, match="has 2 classes"):
+        labelled_images(bundle, str(tmp_path / "set"))

@@ -1,0 +1,171 @@
+"""Gates as CI runs them: real bundles, real sessions, exit codes."""
+
+import functools
+import hashlib
+import json
+import shutil
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+from typer.testing import CliRunner
+
+from kdexport.bundle import MANIFEST
+from kdexport.gate import gate as gate_module
+from kdexport.gate.calibrate import calibrate
+from kdexport.gate.machine import read_calibration
+from kdexport.gate.trial import run_trial
+from tests.conftest import Built, Command
+from tests.kdexport.gate.fakes import machine
+
+FILES = ("model.onnx", "targets/onnx-fp32/model.onnx")
+
+
+@pytest.fixture(scope="module")
+def slower(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same student behind a dozen convolutions that change nothing: identical labels, much more time."""
+    folder = Path(shutil.copytree(built.bundle, tmp_path_factory.mktemp("slower") / "bundle"))
+    data = json.loads((folder / MANIFEST).read_text())
+    for name in FILES:
+        model = onnx.load(str(folder / name))
+        (given,) = (value.name for value in model.graph.input)
+        kernel = np.zeros((3, 3, 5, 5), np.float32)
+        kernel[range(3), range(3), 2, 2] = 1
+        model.graph.initializer.append(numpy_helper.from_array(kernel, "nothing"))
+        for node in model.graph.node:
+            node.input[:] = ["delayed11" if value == given else value for value in node.input]
+        delays = [
+            helper.make_node("Conv", [f"delayed{i - 1}" if i else given, "nothing"], [f"delayed{i}"], pads=[2] * 4)
+            for i in range(12)
+        ]
+        for node in reversed(delays):
+            model.graph.node.insert(0, node)
+        onnx.save(model, str(folder / name))
+        data["files"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    (folder / MANIFEST).write_text(json.dumps(data))
+    return folder
+
+
+def test_a_gate_passes_and_writes_every_report(built: Built, kdexport: Command, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    done = kdexport(
+        "gate", built.bundle, "--baseline", built.bundle, "--max-slowdown", "60%", "--max-flips", "50%",
+        "--max-top1-drop", "90%", "--slo-p99", "2000", "--junit", tmp_path / "j.xml", "--markdown", tmp_path / "m.md",
+        "--plot", tmp_path / "p.png", "--json", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    data = done.data
+    assert (data["verdict"], data["exit_code"]) == ("PASS", 0)
+    assert [check["name"] for check in data["checks"]] == [
+        "flips, golden images", "top-1 drop, golden images", "host, batch 1", "p99 on host, batch 1",
+    ]  # fmt: skip
+    (row,) = data["latency"]
+    # One file against itself.
+    assert 1 / 1.6 < row["ratio"] < 1.6
+    assert row["low"] < row["ratio"] < row["high"] < 1.6
+    assert row["p99_ms"]["runs"] >= 459
+    assert len({session["seed"] for session in row["sessions"]}) == len(row["sessions"]) >= 6
+    assert ET.parse(tmp_path / "j.xml").getroot().get("tests") == "4"
+    assert "PASS" in (tmp_path / "m.md").read_text().splitlines()[0]
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["j.xml", "m.md", "p.png"]
+
+
+def test_a_slower_candidate_fails_with_exit_1(slower: Path, built: Built, kdexport: Command, tmp_path: Path) -> None:
+    done = kdexport("gate", slower, "--baseline", built.bundle, "--max-slowdown", "20%", cwd=tmp_path)
+    assert done.exit_code == 1, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1].startswith("Verdict: FAIL (exit 1). host, batch 1: slower: at least ")
+    assert "Traceback" not in done.stderr
+
+
+def test_numbers_of_bench_are_a_baseline_that_only_warns(
+    built: Built, kdexport: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kdexport.cli import app
+
+    done = kdexport("bench", built.bundle, "--arms", "fused", "--sessions", "2", "--json", cwd=tmp_path)
+    assert done.exit_code == 0, done.stderr
+    data = done.data
+    (row,) = data["latency"]
+    assert len(row["sessions"]) == 2
+    assert 0 < row["p99_ms"]["low"] <= row["p99_ms"]["estimate"]
+    # Ten sessions of a machine that was a hundred times faster.
+    row["sessions"] = [{"candidate_ms": 0.02 + 1e-5 * index} for index in range(10)]
+    numbers = tmp_path / "numbers.json"
+    numbers.write_text(json.dumps(data))
+    monkeypatch.setattr(gate_module, "run_trial", functools.partial(run_trial, run=machine(0.0, 0.002)[0]))
+    done_ = CliRunner().invoke(app, ["gate", str(built.bundle), "--baseline", str(numbers)])
+    assert done_.exit_code == 0, done_.output
+    assert "Verdict: WARN (exit 0). host, batch 1 against stored numbers: 9" in done_.output
+    refused = kdexport("gate", built.bundle, "--baseline", numbers, "--max-flips", "1%", cwd=tmp_path)
+    assert (refused.exit_code, "need the baseline's files" in refused.stderr) == (2, True)
+
+
+def test_a_calibration_is_written_and_then_obeyed(
+    built: Built, kdexport: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kdexport.cli import app
+
+    # A machine whose equal arms differ by 8 %.
+    monkeypatch.setattr(gate_module, "calibrate", functools.partial(calibrate, run=machine(0.0, 0.08)[0]))
+    done = CliRunner().invoke(app, ["calibrate-runner", "--out", str(tmp_path / "runner.toml"), "--gates", "2"])
+    assert done.exit_code == 0, done.output
+    assert "smallest slowdown a gate can enforce" in done.output
+    seen = read_calibration(tmp_path / "runner.toml")
+    assert seen.model == "built-in network"
+    assert 0.04 < seen.smallest_slowdown < 0.15
+    refused = kdexport("gate", built.bundle, "--baseline", built.bundle, "--json", cwd=tmp_path)
+    assert refused.exit_code == 3
+    assert refused.data["error"]["code"] == "KDX350"
+    assert f"it can enforce {seen.smallest_slowdown:.1%}" in refused.data["error"]["message"]
+    assert f"--max-slowdown {seen.smallest_slowdown:.1%}" in refused.data["error"]["remedy"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "exit_code", "words"),
+    [
+        (("--max-slowdown", "2"), 2, ["KDX100", "percent sign"]),
+        (("--batch", "1,x"), 2, ["KDX100", "--batch"]),
+        (("--clock", "sundial"), 2, ["KDX101", "host"]),
+        (("--clock", "gpu"), 4, ["KDX400", "CUDA"]),
+        (("--target", "trt-fp16"), 2, ["KDX101", "onnx-fp32"]),
+        (("--target", "trt-rtx-fp16"), 4, ["KDX400", "engine"]),
+        (("--threads", "4000"), 4, ["KDX403", "4000 threads"]),
+        (("--batch", "4000"), 2, ["KDX100", "1 to 64"]),
+        (("--baseline", "nowhere"), 2, ["KDX203", "nowhere"]),
+        (("--runner", "nowhere.toml"), 2, ["KDX100", "nowhere.toml"]),
+        (("--junit", "missing/j.xml"), 2, ["KDX202", "missing"]),
+        (("--on-inconclusive", "maybe"), 2, ["KDX101", "warn"]),
+        (("--max-flips", "1%", "--data", "nowhere"), 2, ["KDX201", "nowhere"]),
+    ],
+)
+def test_bad_input_gets_a_code_and_a_sentence_before_anything_is_timed(
+    arguments: tuple[str, ...], exit_code: int, words: list[str], built: Built, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    from kdexport.cli import app
+    from kdexport.console import guarded
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["kdexport", "gate", str(built.bundle), *arguments])
+    baseline = () if "--baseline" in arguments else ("--baseline", str(built.bundle))
+    with pytest.raises(SystemExit) as ended:
+        guarded(functools.partial(app, ["gate", str(built.bundle), *baseline, *arguments]))
+    said = capsys.readouterr()
+    assert ended.value.code == exit_code, said.err
+    assert said.out == ""
+    for word in words:
+        assert word in said.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_changed_baseline_is_refused(built: Built, bundle_copy: Path, kdexport: Command, tmp_path: Path) -> None:
+    with (bundle_copy / FILES[1]).open("ab") as stream:
+        stream.write(b"\0")
+    done = kdexport("gate", built.bundle, "--baseline", bundle_copy, "--json", cwd=tmp_path)
+    assert done.exit_code == 2
+    assert done.data["error"]["code"] == "KDX203"
+    assert f"{FILES[1]} changed" in done.data["error"]["message"]

@@ -1,0 +1,88 @@
+import json
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from kdexport.errors import ConfigError
+from kdexport.gate.artifacts import Bundle
+from kdexport.gate.errors import MismatchError
+from kdexport.gate.machine import this_machine
+from kdexport.gate.numbers import number_checks, prediction, read_numbers
+from kdexport.gate.trial import Plan, run_trial
+from tests.conftest import Built
+from tests.kdexport.gate.fakes import FUSED, machine, number
+
+PLAN = Plan(max_slowdown=0.02)
+
+
+def numbers(built: Built, medians_ms: list[float], **changes: Any) -> dict[str, Any]:
+    manifest = json.loads((built.bundle / "manifest.json").read_text())
+    row = {"clock": "host", "batch": 1, "threads": 1, "sessions": [{"candidate_ms": value} for value in medians_ms]}
+    return {
+        "schema": "kdexport.bench/1", "student": "mobilenetv2", "classes": manifest["student"]["classes"],
+        "machine": asdict(this_machine()), "latency": [row], **changes,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def bundle(built: Built) -> Bundle:
+    from kdexport.gate.artifacts import open_bundle
+
+    return open_bundle(built.bundle)
+
+
+def checks(path: Path, data: dict[str, Any], bundle: Bundle, deviation: float = 0.002) -> list[Any]:
+    path.write_text(json.dumps(data))
+    run, _ = machine(0.0, deviation)
+    outcomes = run_trial([replace(number(), reference=FUSED)], PLAN, run=run)
+    return number_checks(read_numbers(path, bundle, this_machine()), outcomes, PLAN)
+
+
+def test_the_prediction_is_the_t_interval_of_one_more_observation() -> None:
+    stored = np.random.default_rng(1).lognormal(0.3, 0.1, 12)
+    low, ratio, high = prediction(list(stored), [2.0, 1.9, 40.0])
+    centre = math.log(2.0) - np.log(stored).mean()
+    half = stats.t.ppf(0.995, 11) * np.log(stored).std(ddof=1) * math.sqrt(1 + 1 / 12)
+    assert (low, ratio, high) == pytest.approx((math.exp(centre - half), math.exp(centre), math.exp(centre + half)))
+
+
+@pytest.mark.parametrize(
+    ("medians", "verdict"),
+    # The candidate's sessions take 2 ms.
+    [([2.0, 2.001] * 6, "PASS"), ([1.8, 1.81] * 6, "WARN"), ([1.5, 2.5] * 6, "WARN"), ([2.0] * 9, "WARN")],
+)
+def test_numbers_pass_or_warn_and_never_fail(
+    medians: list[float], verdict: str, built: Built, bundle: Bundle, tmp_path: Path
+) -> None:
+    (check,) = checks(tmp_path / "n.json", numbers(built, medians), bundle)
+    assert check.verdict == verdict
+    if len(medians) < 10:
+        assert "9 usable sessions" in check.reason
+
+
+def test_too_noisy_a_machine_says_nothing_about_numbers(built: Built, bundle: Bundle, tmp_path: Path) -> None:
+    (check,) = checks(tmp_path / "n.json", numbers(built, [2.0, 2.001] * 6), bundle, deviation=0.5)
+    assert check.verdict == "INCONCLUSIVE"
+    assert "too noisy" in check.reason
+
+
+def test_numbers_of_another_thing_are_refused(built: Built, bundle: Bundle, tmp_path: Path) -> None:
+    elsewhere = {**asdict(this_machine()), "cpu": "another"}
+    with pytest.raises(MismatchError, match="another machine \\(cpu differ\\)"):
+        checks(tmp_path / "n.json", numbers(built, [2.0] * 12, machine=elsewhere), bundle)
+    with pytest.raises(MismatchError, match="numbers of a resnet18"):
+        checks(tmp_path / "n.json", numbers(built, [2.0] * 12, student="resnet18"), bundle)
+    with pytest.raises(MismatchError):
+        checks(tmp_path / "n.json", numbers(built, [2.0] * 12, classes=["a", "b"]), bundle)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": "kdexport.gate/1"}', "[" * 100_000, "\x00"])
+def test_what_holds_no_numbers_is_refused(text: str, bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "n.json").write_text(text)
+    with pytest.raises(ConfigError, match="neither a bundle nor numbers"):
+        read_numbers(tmp_path / "n.json", bundle, this_machine())

@@ -1,0 +1,179 @@
+import io
+import json
+import math
+import xml.etree.ElementTree as ET
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from kdexport.errors import BackendUnavailableError
+from kdexport.gate import pages
+from kdexport.gate.accuracy import judge_accuracy
+from kdexport.gate.machine import Machine
+from kdexport.gate.result import Check, GateResult, accuracy_check, latency_check, tail_check
+from kdexport.gate.trial import Outcome, Plan, run_trial
+from tests.kdexport.gate.fakes import machine, number
+
+MACHINE = Machine(cpu="A & B <CPU>", cores=2, system="Linux x86_64", onnxruntime="1.31.1")
+
+
+def trial(effect: float, deviation: float = 0.002, *, tails_ms: tuple[float, ...] = ()) -> tuple[Outcome, Plan]:
+    plan = Plan(max_slowdown=0.02, tails=True)
+    run, _ = machine(effect, deviation, tails_ms=tails_ms)
+    return run_trial([number()], plan, run=run)[0], plan
+
+
+def result(effect: float, deviation: float = 0.002, **changes: Any) -> GateResult:
+    outcome, plan = trial(effect, deviation)
+    return GateResult(
+        question="Is it slower?", candidate="new|<bundle>", reference="old", plan=plan, outcomes=(outcome,),
+        checks=(latency_check(outcome, plan),), machine=MACHINE, seconds=12.3, **changes,
+    )  # fmt: skip
+
+
+UNDECIDED = math.log(1.02)
+
+
+@pytest.mark.parametrize(
+    ("effect", "policy", "verdict", "exit_code"),
+    [
+        (0.0, "exit", "PASS", 0),
+        (0.2, "exit", "FAIL", 1),
+        (0.2, "warn", "FAIL", 1),
+        (UNDECIDED, "exit", "INCONCLUSIVE", 3),
+        (UNDECIDED, "warn", "INCONCLUSIVE", 0),
+        (UNDECIDED, "fail", "INCONCLUSIVE", 1),
+    ],
+)
+def test_verdicts_and_exit_codes(effect: float, policy: Any, verdict: str, exit_code: int) -> None:
+    found = result(effect, policy=policy)
+    assert (found.verdict, found.exit_code) == (verdict, exit_code)
+    data = found.to_json()
+    assert (data["verdict"], data["exit_code"], data["ok"]) == (verdict, exit_code, exit_code == 0)
+
+
+def test_the_worst_check_decides() -> None:
+    base = result(0.0)
+    words = [Check(name=v, verdict=v, measured="", allowed="", reason="") for v in ("PASS", "WARN", "INCONCLUSIVE")]
+    assert replace(base, checks=tuple(words[:2])).verdict == "WARN"
+    assert replace(base, checks=tuple(words[:2])).exit_code == 0
+    assert replace(base, checks=tuple(words)).verdict == "INCONCLUSIVE"
+    assert replace(base, checks=(*words, *result(0.2).checks)).verdict == "FAIL"
+
+
+def test_json_is_strict_and_holds_what_the_verdict_rests_on() -> None:
+    data = json.loads(json.dumps(result(0.2).to_json(), allow_nan=False))
+    (row,) = data["latency"]
+    assert (row["clock"], row["batch"], row["threads"], row["verdict"]) == ("host", 1, 1, "FAIL")
+    assert row["low"] < row["ratio"] < row["high"]
+    assert row["ratio"] == pytest.approx(math.exp(np.mean([s["log_ratio"] for s in row["sessions"]])))
+    for session in row["sessions"]:
+        assert math.log(np.median(session["ratios"])) == pytest.approx(session["log_ratio"], abs=1e-4)
+        assert session["cpus"] == [1]
+        assert session["load"] == [0.5, 1.5]
+    assert data["machine"]["cpu"] == "A & B <CPU>"
+
+
+def test_a_machine_that_was_too_noisy_is_null_not_nan() -> None:
+    data = json.loads(json.dumps(result(0.0, 0.5).to_json(), allow_nan=False))
+    assert data["verdict"] == "INCONCLUSIVE"
+    assert data["latency"][0]["ratio"] is None
+    assert data["latency"][0]["reference_ms"] is None
+    assert len(data["latency"][0]["sentinels"]) == 5
+
+
+@pytest.mark.parametrize(("effect", "word"), [(0.0, "PASS"), (0.2, "FAIL"), (UNDECIDED, "INCONCLUSIVE")])
+def test_the_terminal_says_everything_on_its_lines(effect: float, word: str) -> None:
+    screen = io.StringIO()
+    console = Console(width=160, file=screen, highlight=False)
+    pages.show(result(effect), console)
+    lines = screen.getvalue().splitlines()
+    assert lines[0] == "Is it slower? new|<bundle> against old"
+    assert lines[2].split()[0:3] == ["host,", "batch", "1"]
+    assert lines[2].split()[-1] == word
+    assert "load 0.5 to 1.5" in screen.getvalue()
+    assert lines[-1].startswith(f"Verdict: {word} (exit ")
+
+
+@pytest.mark.parametrize(
+    ("effect", "policy", "kind", "counts"),
+    [
+        (0.0, "exit", None, ("0", "0", "0")),
+        (0.2, "exit", "failure", ("1", "0", "0")),
+        (UNDECIDED, "exit", "error", ("0", "1", "0")),
+        (UNDECIDED, "warn", "skipped", ("0", "0", "1")),
+        (UNDECIDED, "fail", "failure", ("1", "0", "0")),
+    ],
+)
+def test_junit_is_what_ci_reads(effect: float, policy: Any, kind: str | None, counts: tuple[str, ...]) -> None:
+    suite = ET.fromstring(pages.junit(result(effect, policy=policy)).encode())
+    assert (suite.get("failures"), suite.get("errors"), suite.get("skipped")) == counts
+    assert suite.get("tests") == "1"
+    (case,) = suite.findall("testcase")
+    assert case.get("name") == "host, batch 1"
+    assert [child.tag for child in case] == [*([kind] if kind else []), "system-out"]
+
+
+def test_markdown_is_a_table_whatever_the_names_are() -> None:
+    page = pages.markdown(result(0.2))
+    rows = [line for line in page.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in rows} == {5}
+    assert "FAIL" in page.splitlines()[0]
+    assert "A & B &lt;CPU>" in page
+
+
+def test_a_plot_is_a_picture_also_where_nothing_was_timed(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for name, found in (("fail", result(0.2)), ("noise", result(0.0, 0.5))):
+        pages.plot(found, tmp_path / name)
+        with Image.open(tmp_path / name) as picture:
+            assert picture.format == "PNG"
+            assert len(np.unique(np.asarray(picture.convert("L")))) > 10
+
+
+def test_a_plot_without_matplotlib_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(BackendUnavailableError) as caught:
+        pages.require_plots()
+    assert (caught.value.exit_code, caught.value.remedy) == (4, "pip install 'kdexport[plots]'")
+
+
+def test_a_p99_counts_every_run_and_never_claims_more_than_they_prove() -> None:
+    fast, slow = (1.0,) * 100, (1.0,) * 90 + (9.0,) * 10
+    outcome, _ = trial(0.0, tails_ms=fast)
+    # Six sessions of 100 runs.
+    assert tail_check(outcome, 2.0).verdict == "PASS"
+    assert "0 of 600 runs above 2 ms" in tail_check(outcome, 2.0).reason
+    outcome, _ = trial(0.0, tails_ms=slow)
+    check = tail_check(outcome, 2.0)
+    assert (check.verdict, check.allowed) == ("FAIL", "2 ms")
+    outcome, _ = trial(0.0, tails_ms=(1.0,) * 70)
+    check = tail_check(outcome, 2.0)
+    assert check.verdict == "INCONCLUSIVE"
+    assert "it takes 459 runs to prove a p99" in check.reason
+    assert "unbounded" in check.measured
+    assert tail_check(trial(0.0, 0.5)[0], 2.0).verdict == "INCONCLUSIVE"
+
+
+def test_accuracy_gates_count_flips_and_lost_answers() -> None:
+    labels = np.arange(4000) % 5
+    reference = labels.copy()
+    reference[:400] = (labels[:400] + 1) % 5
+    candidate = reference.copy()
+    candidate[300:420] = (labels[300:420] + 2) % 5
+    flips, drop = judge_accuracy(reference, candidate, labels, (0.05, 0.001), "set")
+    # 300 to 399 are wrong either way, 400 to 419 are lost; all 120 are flips.
+    assert flips.bound.value == pytest.approx(120 / 4000)
+    assert drop.bound.value == pytest.approx(20 / 4000)
+    assert flips.bound.verdict == "PASS"
+    assert drop.bound.verdict == "FAIL"
+    assert accuracy_check(drop).name == "top-1 drop, set"
+    same = judge_accuracy(reference, reference, labels, (0.0001, None), "set")
+    assert same[0].bound.verdict == "INCONCLUSIVE"
+    assert "it takes 29956 images without a change to prove that" in same[0].reason
+    assert judge_accuracy(reference, candidate, labels, (None, None), "set") == []
