@@ -30,6 +30,8 @@ LAYERS = "layers.json"
 #: The calibrated range of each tensor, beside an int8 model.
 RANGES = "ranges.json"
 PLAN = "model.plan"
+#: A TensorRT plan as a model that onnxruntime opens.
+SERVED = "served.onnx"
 
 VERIFIED, NOT_EXECUTED = "verified", "built, not executed"
 

@@ -9,7 +9,17 @@ from pathlib import Path
 from kdexport.fingerprint import tool_versions
 from kdexport.targets import gpu_fingerprint, parse_target, target_names, unavailable
 
-_PACKAGES = ("torch", "torchvision", "onnx", "onnxscript", "safetensors", "accelerate", "polygraphy", "scikit-learn")
+_PACKAGES = (
+    "torch",
+    "torchvision",
+    "onnx",
+    "onnxscript",
+    "safetensors",
+    "accelerate",
+    "polygraphy",
+    "openvino",
+    "scikit-learn",
+)
 _MIN_FREE_GB = 2
 
 

@@ -152,7 +152,10 @@ class AuditError(CheckError):
     """What was built is not what was asked for."""
 
     code = "KDX311"
-    explanation = "A layer runs in another precision, on another provider or in another form than the target asks for."
+    explanation = (
+        "A layer runs in another precision, on another provider or in another form than the target asks for, or a "
+        "weight or scale cannot be written in that precision. docs/targets.md lists what each target is checked for."
+    )
 
 
 class EngineBuildError(CheckError):

@@ -23,6 +23,7 @@ from kdexport.bundle import (
     PLAN,
     RANGES,
     SCHEMA_VERSION,
+    SERVED,
     TARGETS,
     UNFUSED,
     VERIFIED,
@@ -117,6 +118,19 @@ def _copy_files(folder: Path, parts: Parts) -> None:
         if target in parts.engines:
             for name in (PLAN, LAYERS):
                 shutil.copyfile(parts.engines[target].folder / name, place / name)
+            if target.backend == "trt":
+                _wrap(place, parts)
+
+
+def _wrap(place: Path, parts: Parts) -> None:
+    from kdexport.graph.epcontext import wrap_plan
+
+    version = str(json.loads((place / LAYERS).read_text())["version"])
+    spec = parts.trained.spec
+    reason = wrap_plan(place, built_with=version, image_size=spec.image_size, classes=spec.num_classes)
+    if reason:
+        # No fault of the plan: trtexec, Polygraphy and Triton open it as it is.
+        (place / "served.txt").write_text(f"There is no {SERVED} here. {reason}\n", encoding="utf-8")
 
 
 def _write_golden(folder: Path, parts: Parts) -> list[str]:

@@ -14,6 +14,7 @@ from kdexport.errors import AuditError, BackendUnavailableError, first_line
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
+TENSORRT = "TensorrtExecutionProvider"
 #: TF32 keeps 10 bits of the mantissa: a float32 graph would run in another precision than it says.
 _OPTIONS = {CUDA: {"use_tf32": "0"}}
 
@@ -65,6 +66,9 @@ def load_model(
     options.add_session_config_entry("session.x64quantprecision", "1")
     if not optimise:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if provider == TENSORRT:
+        # The provider has no option of its own for it, and TensorRT computes float32 in TF32 unless told.
+        os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
     try:
         source = str(path) if content is None else content
         session = ort.InferenceSession(source, options, providers=[(provider, _OPTIONS.get(provider, {}))])

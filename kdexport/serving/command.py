@@ -37,7 +37,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="Port of /metrics.")] = 8002,
-    provider: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    provider: Annotated[str, typer.Option(help="cpu, cuda or tensorrt.")] = "cpu",
     instances: Annotated[int, typer.Option(min=0, max=256, help="Parallel runs; 0: as many as processors.")] = 0,
     queue: Annotated[int, typer.Option(min=0, help="Requests that may wait.")] = 32,
     connections: Annotated[int, typer.Option(min=8, help="Open connections.")] = 512,
@@ -146,9 +146,9 @@ def _loop_factory() -> Any:
 
 
 def _provider(name: str) -> str:
-    from kdexport.backends.ort import CPU, CUDA
+    from kdexport.backends.ort import CPU, CUDA, TENSORRT
 
-    providers = {"cpu": CPU, "cuda": CUDA}
+    providers = {"cpu": CPU, "cuda": CUDA, "tensorrt": TENSORRT}
     if name not in providers:
         raise ConfigError(f"There is no provider {name!r}.", remedy=f"Known: {', '.join(providers)}.")
     return providers[name]

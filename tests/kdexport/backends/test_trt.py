@@ -1,4 +1,5 @@
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -392,3 +393,23 @@ def test_the_form_for_cpus_is_refused_in_the_words_of_the_builder(build: Build, 
     quantize(source, tmp_path / "r.json", tmp_path / "u8.onnx", form="int8-u8")
     with pytest.raises(EngineBuildError, match=r"(?s)did not build u8\.onnx: .*(Int32|UInt8|INT32|UINT8)"):
         build(tmp_path / "u8.onnx", size=BLOCK)
+
+
+def test_polygraphy_reads_each_form_that_tensorrt_takes_as_it_is(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+    source = block_graph(tmp_path / "a.onnx")
+    calibrate(source, [CALIBRATION], tmp_path / "r.json", method="minmax", percentile=99.9)
+    quantize(source, tmp_path / "r.json", tmp_path / "int8.onnx", form="int8-s8")
+    cast_to_bf16(source, tmp_path / "bf16.onnx")
+    script = (
+        "import sys; from polygraphy.backend.onnx import InferShapes, OnnxFromPath\n"
+        "from polygraphy.backend.trt import NetworkFromOnnxPath\n"
+        "for path in sys.argv[1:]:\n"
+        "    assert InferShapes(OnnxFromPath(path))().graph.output[0].name == 'logits'\n"
+        "    builder, network, *_ = NetworkFromOnnxPath(path, strongly_typed=True)()\n"
+        "    print(network.num_layers > 8, network.get_output(0).name)\n"
+    )
+    files = [str(tmp_path / name) for name in ("int8.onnx", "bf16.onnx")]
+    environment = {**os.environ, "POLYGRAPHY_USE_TENSORRT_RTX": "1"}
+    done = subprocess.run([sys.executable, "-c", script, *files], capture_output=True, text=True, env=environment)
+    assert [line for line in done.stdout.splitlines() if "Loading" not in line] == ["True logits"] * 2, done.stderr

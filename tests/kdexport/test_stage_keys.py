@@ -1,0 +1,100 @@
+"""What a cached result is found by: everything that it depends on, and nothing else."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kdexport import stages
+from kdexport.calibration import Calibration
+from kdexport.checkpoint import StudentSpec, TrainedStudent, open_checkpoint, save_checkpoint
+from kdexport.config import BuildConfig, CalibrationSettings, ExportSettings
+from kdexport.data import DatasetSpec
+from kdexport.preprocessing import Preprocessing
+from kdexport.students import STUDENTS
+from kdexport.targets import Target, parse_targets
+
+PREPROCESSING = Preprocessing(image_size=32, resize=32, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
+TARGETS = parse_targets(["trt-rtx-fp32", "trt-fp16", "trt-bf16", "trt-rtx-int8"])
+CALIBRATION = Calibration(
+    settings=CalibrationSettings(),
+    dataset=DatasetSpec(name="digits"),
+    dataset_sha256="0",
+    preprocessing=PREPROCESSING,
+)
+
+
+def student(folder: Path, seed: int) -> TrainedStudent:
+    """One architecture, other weights."""
+    torch.manual_seed(seed)
+    spec = StudentSpec(
+        student="mobilenetv2", classes=("a", "b"), preprocessing=PREPROCESSING, branches=None, provenance={}
+    )
+    save_checkpoint(folder, STUDENTS.build("mobilenetv2", num_classes=2, image_size=32), spec)
+    return open_checkpoint(folder)
+
+
+def keys(trained: TrainedStudent) -> list[tuple[str, str]]:
+    config = BuildConfig(student="mobilenetv2", recipe="digits")
+    return stages.stage_keys(trained, TARGETS, config, CALIBRATION)
+
+
+def test_two_students_of_one_architecture_share_no_result_and_no_engine(tmp_path: Path) -> None:
+    first, second = keys(student(tmp_path / "a", 1)), keys(student(tmp_path / "b", 2))
+    assert [stage for stage, _ in first].count("compile") == len(TARGETS)
+    assert [stage for stage, _ in first] == [stage for stage, _ in second]
+    assert not {key for _, key in first} & {key for _, key in second}
+    assert keys(student(tmp_path / "c", 1)) == first
+
+
+def test_one_changed_bit_of_a_weight_is_another_engine(tmp_path: Path) -> None:
+    first = student(tmp_path / "a", 1)
+    changed = bytearray(first.weights.read_bytes())
+    changed[-1] ^= 1
+    first.weights.write_bytes(bytes(changed))
+    second = open_checkpoint(tmp_path / "a")
+    compiled = [{key for stage, key in keys(each) if stage == "compile"} for each in (first, second)]
+    assert len(compiled[0]) == len(compiled[1]) == len(TARGETS)
+    assert not compiled[0] & compiled[1]
+
+
+def engine_key(**changes: Any) -> str:
+    settings = ExportSettings.model_validate({k: v for k, v in changes.items() if k in ExportSettings.model_fields})
+    return stages.compile_key(changes.get("model", "m"), changes.get("target", Target("trt", "fp16")), settings)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": "n"},
+        {"target": Target("trt", "bf16")},
+        {"target": Target("trt-rtx", "fp16")},
+        {"opt_batch": 4},
+        {"max_batch": 65},
+        {"workspace_mb": 64},
+        {"tf32": True},
+        {"compute_capabilities": ["SM89"]},
+    ],
+)
+def test_an_engine_depends_on_model_precision_shapes_and_builder_settings(changes: dict[str, Any]) -> None:
+    assert engine_key() == engine_key(model="m")
+    assert engine_key(**changes) != engine_key()
+
+
+@pytest.mark.parametrize("key", [engine_key, lambda: stages.timing_key(Target("trt", "fp16"))])
+def test_an_engine_and_kernel_times_depend_on_gpu_driver_and_builder(monkeypatch: pytest.MonkeyPatch, key: Any) -> None:
+    found = [key()]
+    for gpu in (["NVRM 580.1", "Model: H100"], ["NVRM 580.2", "Model: H100"], ["NVRM 580.2", "Model: L4"]):
+        monkeypatch.setattr(stages, "gpu_fingerprint", lambda gpu=gpu: gpu)
+        found.append(key())
+    for version in ("10.16.1", "11.4.0"):
+        monkeypatch.setattr(stages, "tool_versions", lambda *names, version=version: dict.fromkeys(names, version))
+        found.append(key())
+    assert len(set(found)) == len(found) == 6
+
+
+def test_an_engine_that_is_built_without_a_gpu_does_not_depend_on_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = engine_key(target=Target("trt-rtx", "fp16"))
+    monkeypatch.setattr(stages, "gpu_fingerprint", lambda: ["NVRM 580.1", "Model: L4"])
+    assert engine_key(target=Target("trt-rtx", "fp16")) == before
