@@ -142,8 +142,9 @@ def _resolution(request: GateRequest) -> str:
     if path is None:
         return "not calibrated"
     calibration = read_calibration(path)
-    if calibration.machine != this_machine() or calibration.threads != request.threads:
-        return f"{path} is of another machine or number of threads and was not used"
+    fits = calibration.machine == this_machine() and calibration.threads == request.threads
+    if not fits or calibration.clock not in request.clocks:
+        return f"{path} is of another machine, clock or number of threads and was not used"
     require_resolution(calibration, request.limits.slowdown)
     return f"calibrated {calibration.measured}: {calibration.smallest_slowdown:.1%} or more can be enforced here"
 

@@ -63,7 +63,7 @@ def number_checks(numbers: dict[str, Any], outcomes: tuple[Outcome, ...], plan: 
         wanted = (outcome.number.clock, outcome.number.batch, plan.threads)
         stored: list[float] = next((row[3] for row in numbers["rows"] if tuple(row[:3]) == wanted), [])
         name = f"{outcome.number.name} against stored numbers"
-        if not outcome.sessions:
+        if outcome.margin or not outcome.sessions:
             checks.append(
                 Check(name=name, verdict="INCONCLUSIVE", measured="not measured", allowed="", reason=outcome.reason)
             )

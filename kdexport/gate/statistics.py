@@ -78,16 +78,21 @@ def holm(p_values: Sequence[float], alpha: float) -> list[bool]:
     return rejected
 
 
-def decide(samples: Sequence[ArrayLike], limit: float, alpha: float = ALPHA_PER_LOOK) -> list[Verdict]:
+def decide(
+    samples: Sequence[ArrayLike], limit: float, alpha: float = ALPHA_PER_LOOK, *, margins: Sequence[float] = ()
+) -> list[Verdict]:
     """Verdicts of one look over a family of numbers, each a sample (K,) of sessions; ``limit`` is a log ratio.
 
     FAIL is controlled over the family by Holm: one false FAIL anywhere fails the build. PASS needs no correction,
-    because a gate passes only if every number does (an intersection-union test).
+    because a gate passes only if every number does (an intersection-union test). A margin per number, 0 where none is
+    given, is a bias that the machine showed between equal arms: FAIL and PASS must hold in spite of it.
     """
-    slower = holm([float(p_slower(sample, limit)) for sample in samples], alpha)
+    each = list(margins) or [0.0] * len(samples)
+    pairs = list(zip(samples, each, strict=True))
+    slower = holm([float(p_slower(sample, limit + margin)) for sample, margin in pairs], alpha)
     verdicts: list[Verdict] = []
-    for sample, fails in zip(samples, slower, strict=True):
-        passes = float(p_not_slower(sample, limit)) < alpha
+    for (sample, margin), fails in zip(pairs, slower, strict=True):
+        passes = float(p_not_slower(sample, limit - margin)) < alpha
         verdicts.append("FAIL" if fails else "PASS" if passes else "INCONCLUSIVE")
     return verdicts
 
@@ -121,15 +126,15 @@ def minimum_detectable_effect(
     return quantiles * deviation / float(np.sqrt(sessions))
 
 
-def sentinel_holds(log_ratios: Sequence[float], limit: float) -> bool:
-    """Whether sessions of one artifact against itself see no more than ``limit`` (a log ratio): their median does not.
+def sentinel_bias(log_ratios: Sequence[float]) -> float:
+    """What sessions of one artifact against itself see: the absolute median log ratio. It should be below the limit.
 
-    The gate takes one session, and two and again two more where it does not hold: on a machine whose deviation is as
-    large as the limit, a single one would call every third measurement invalid. The test itself bears such noise.
+    The gate takes one session, and two and again two more where it is not: on a machine whose deviation is as large as
+    the limit, a single one would call every third measurement invalid.
     """
     if not log_ratios:
         raise ValueError("a sentinel needs at least one session")
-    return bool(abs(float(np.median(np.asarray(log_ratios)))) <= limit)
+    return abs(float(np.median(np.asarray(log_ratios))))
 
 
 def _moments(log_ratios: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], int]:

@@ -4,8 +4,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from kdexport.gate import statistics
 from kdexport.gate.artifacts import Artifact
 from kdexport.gate.measure import MAX_DROPPED
@@ -59,8 +57,8 @@ class Plan:
 class Outcome:
     """What became of one number. ``interval`` is None where fewer than two sessions ran; ``reason`` says why not PASS.
 
-    ``sentinels`` are log ratios of the candidate against itself; ``mde`` the log ratio above the limit that 20 sessions
-    on this machine find with 90 % power.
+    ``sentinels`` are log ratios of the candidate against itself, and ``margin`` is their median where it lies beyond
+    the limit, else 0; ``mde`` is the log ratio above the limit that 20 sessions on this machine find with 90 % power.
     """
 
     number: Number
@@ -68,6 +66,7 @@ class Outcome:
     sessions: tuple[Session, ...]
     interval: Interval | None
     sentinels: tuple[float, ...]
+    margin: float
     mde: float | None
     reason: str
 
@@ -79,28 +78,30 @@ def run_trial(
     progress: Callable[[str], None] = lambda _: None,
     run: Runner = run_session,
 ) -> tuple[Outcome, ...]:
-    """Measure all numbers; every one has a verdict. A machine whose sentinel does not hold measures nothing else."""
+    """Measure all numbers; every one has a verdict.
+
+    Where a sentinel stays beyond the limit, the machine is too noisy for a verdict near it: there is one look, and only
+    what lies beyond the limit by more than the sentinel's own error is called FAIL or PASS.
+    """
     sentinels = [_sentinels(number, plan, progress, run) if plan.sentinel else () for number in numbers]
-    noisy = [bool(found) and not statistics.sentinel_holds(found, plan.limit) for found in sentinels]
-    if any(noisy):
-        return tuple(
-            _outcome(number, "INCONCLUSIVE", (), found, plan, _noise(found, plan) if bad else "not measured")
-            for number, found, bad in zip(numbers, sentinels, noisy, strict=True)
-        )
+    margins = [_margin(found, plan) for found in sentinels]
     sessions: list[list[Session]] = [[] for _ in numbers]
     verdicts: list[Verdict] = ["INCONCLUSIVE"] * len(numbers)
-    for look in statistics.looks_until(plan.max_sessions):
-        for number, found, verdict in zip(numbers, sessions, verdicts, strict=True):
-            while verdict == "INCONCLUSIVE" and len(found) < look:
+    looks = statistics.looks_until(plan.max_sessions)
+    for look in looks[:1] if all(margins) else looks:
+        for number, found, verdict, margin in zip(numbers, sessions, verdicts, margins, strict=True):
+            while verdict == "INCONCLUSIVE" and len(found) < (looks[0] if margin else look):
                 progress(f"{number.name}, session {len(found) + 1} of up to {plan.max_sessions}")
                 found.append(run(request(number, plan, len(found))))
         if any(_throttled(session) for found in sessions for session in found):
             break
-        verdicts = statistics.decide([[session.log_ratio for session in found] for found in sessions], plan.limit)
-        if "FAIL" in verdicts or all(verdict == "PASS" for verdict in verdicts):
+        samples = [[session.log_ratio for session in found] for found in sessions]
+        verdicts = statistics.decide(samples, plan.limit, margins=margins)
+        open_ones = [v == "INCONCLUSIVE" and not margin for v, margin in zip(verdicts, margins, strict=True)]
+        if "FAIL" in verdicts or not any(open_ones):
             break
     return tuple(
-        _outcome(number, verdict, tuple(found), sentinel, plan, "")
+        _outcome(number, verdict, tuple(found), sentinel, plan)
         for number, verdict, found, sentinel in zip(numbers, verdicts, sessions, sentinels, strict=True)
     )
 
@@ -129,43 +130,43 @@ def _sentinels(number: Number, plan: Plan, progress: Callable[[str], None], run:
         while len(found) < count:
             progress(f"{number.name}, the candidate against itself")
             found.append(run(request(number, plan, _SENTINEL_SEED + len(found), itself=True)).log_ratio)
-        if statistics.sentinel_holds(found, plan.limit):
+        if statistics.sentinel_bias(found) <= plan.limit:
             break
     return tuple(found)
+
+
+def _margin(sentinels: tuple[float, ...], plan: Plan) -> float:
+    """By how much the sentinel missed: 0 where it held, else the bias that it saw."""
+    bias = statistics.sentinel_bias(sentinels) if sentinels else 0.0
+    return bias if bias > plan.limit else 0.0
 
 
 def _throttled(session: Session) -> bool:
     return session.dropped > MAX_DROPPED * (session.dropped + len(session.pairs_ms))
 
 
-def _noise(found: tuple[float, ...], plan: Plan) -> str:
-    seen = math.expm1(abs(float(np.median(found))))
-    return (
-        f"the machine is too noisy: the candidate differs from itself by {seen:.1%} "
-        f"(up to {plan.max_slowdown:.1%} allowed)"
-    )
-
-
 def _outcome(
-    number: Number,
-    verdict: Verdict,
-    sessions: tuple[Session, ...],
-    sentinels: tuple[float, ...],
-    plan: Plan,
-    reason: str,
+    number: Number, verdict: Verdict, sessions: tuple[Session, ...], sentinels: tuple[float, ...], plan: Plan
 ) -> Outcome:
     interval = mde = None
     if len(sessions) > 1 and not any(_throttled(session) for session in sessions):
         interval = statistics.t_interval([session.log_ratio for session in sessions])
         mde = statistics.minimum_detectable_effect(interval.deviation)
+    margin = _margin(sentinels, plan)
+    noise = (
+        f"the machine is too noisy: the candidate differs from itself by {math.expm1(margin):.1%} "
+        f"(up to {plan.max_slowdown:.1%} allowed)"
+    )
+    noisy = margin > 0 and verdict == "INCONCLUSIVE"
     return Outcome(
         number=number,
         verdict=verdict,
         sessions=sessions,
         interval=interval,
         sentinels=sentinels,
+        margin=margin,
         mde=mde,
-        reason=reason or _reason(verdict, interval, mde, plan),
+        reason=noise if noisy else _reason(verdict, interval, mde, plan),
     )
 
 
@@ -190,4 +191,4 @@ def measure_all(number: Number, plan: Plan, count: int, progress: Callable[[str]
     for index in range(count):
         progress(f"{number.name}, session {index + 1} of {count}")
         sessions.append(run_session(request(number, plan, index)))
-    return _outcome(number, "INCONCLUSIVE", tuple(sessions), (), plan, "no verdict was asked for")
+    return _outcome(number, "INCONCLUSIVE", tuple(sessions), (), plan)

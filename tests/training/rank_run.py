@@ -1,4 +1,7 @@
-"""Trains small networks with the loop, alone or as one of several processes; each writes what it ended with."""
+"""Trains small networks with the loop, alone or as one of several processes; each writes what it ended with.
+
+python rank_run.py DIR [arguments of `python -m training`, which is run last]
+"""
 
 import sys
 from pathlib import Path
@@ -12,6 +15,7 @@ from kdexport.checkpoint import save_tensors
 from kdexport.data import ImageSet
 from kdexport.errors import ConfigError
 from kdexport.students import Stage, Student, Tap
+from training.__main__ import app
 from training.data import EvaluationBatches, ResidentBatches
 from training.distillers import DISTILLERS
 from training.loop import Run, Teach, run
@@ -106,8 +110,13 @@ def refuse(out: Path) -> None:
     (out / "uneven").write_text(answer)
 
 
-if __name__ == "__main__":
-    root = Path(sys.argv[1])
-    for name in KINDS:
-        main(root / name, name)
+def everything(root: Path) -> None:
+    for kind in KINDS:
+        main(root / kind, kind)
     refuse(root)
+
+
+if __name__ == "__main__":
+    everything(Path(sys.argv[1]))
+    # In the same processes, because each takes seconds to start.
+    app(sys.argv[2:])

@@ -4,6 +4,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from typer.testing import CliRunner
 
 from kdexport.checkpoint import load_student, open_checkpoint
 from kdexport.data import open_dataset
-from tests.training.rank_run import KINDS
+from tests.training.rank_run import KINDS, everything
 from tests.training.tiny import arguments, finish, start, tiny_recipe
 from training.__main__ import app
 from training.data import training_batches
@@ -41,20 +42,35 @@ def tensors(directory: Path, rank: int) -> dict[str, Tensor]:
     return load_file(directory / f"rank{rank}.safetensors")
 
 
+@dataclass(frozen=True)
+class Told:
+    """What two processes wrote to both streams while they ran the command ``train`` in ``folder``."""
+
+    folder: Path
+    stdout: str
+    stderr: str
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same trainings by one process and by two, of networks without batch norm and of one with it."""
+def together(tmp_path_factory: pytest.TempPathFactory, tiny_images: Path) -> Told:
+    """Two processes train some networks, then one by the command line."""
     root = tmp_path_factory.mktemp("ranks")
-    finish(start([SCRIPT, str(root / "one")], OMP_NUM_THREADS="1"))
-    finish(start([*TWO, SCRIPT, str(root / "two")], OMP_NUM_THREADS="1"))
-    return root
+    command = arguments(tiny_images, root / "run", "train.epochs=2")
+    return Told(root / "run", *finish(start([*TWO, SCRIPT, str(root / "two"), *command], OMP_NUM_THREADS="1")))
+
+
+@pytest.fixture(scope="module")
+def runs(together: Told) -> Path:
+    """The same trainings by one process and by two, of networks without batch norm and of one with it."""
+    everything(together.folder.parent / "one")
+    return together.folder.parent
 
 
 @pytest.mark.parametrize("kind", ["plain", "kd", "crd"])
 def test_two_processes_walk_the_loss_curve_of_one_with_the_same_global_batch(kind: str, runs: Path) -> None:
-    alone, together = lines(runs / "one" / kind), lines(runs / "two" / kind)
-    assert len(alone) == len(together) == 3
-    for one, two in zip(alone, together, strict=True):
+    alone, shared = lines(runs / "one" / kind), lines(runs / "two" / kind)
+    assert len(alone) == len(shared) == 3
+    for one, two in zip(alone, shared, strict=True):
         assert one.keys() == two.keys()
         assert "loss/cross_entropy" in one
         assert ("loss/" + kind in one) == (kind != "plain")
@@ -168,11 +184,9 @@ def teacher_mean(recipe: Recipe, out: Path) -> Tensor:
     return features.mean((0, 2, 3), keepdim=True)
 
 
-def test_two_processes_distil_a_student_together_and_one_of_them_writes(tiny_images: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    command = [*TWO, "-m", "training", *arguments(tiny_images, out, "train.epochs=2")]
-    printed, told = finish(start(command, OMP_NUM_THREADS="1"))
-    (result,) = [json.loads(line) for line in printed.splitlines()]
+def test_two_processes_distil_a_student_together_and_one_of_them_writes(tiny_images: Path, together: Told) -> None:
+    out, told = together.folder, together.stderr
+    (result,) = [json.loads(line) for line in together.stdout.splitlines()]
     written = lines(out)
     assert [line["epoch"] for line in written] == [1, 2]
     assert all(result[key] == value for key, value in written[-1].items() if key != "epoch")

@@ -122,6 +122,11 @@ def test_a_calibration_is_written_and_then_obeyed(
     assert refused.data["error"]["code"] == "KDX350"
     assert f"it can enforce {seen.smallest_slowdown:.1%}" in refused.data["error"]["message"]
     assert f"--max-slowdown {seen.smallest_slowdown:.1%}" in refused.data["error"]["remedy"]
+    other = tmp_path / "other.toml"
+    other.write_text((tmp_path / "runner.toml").read_text().replace("cores = ", "cores = 9"))
+    limits = gate_module.Limits(slowdown=0.02)
+    request = gate_module.GateRequest(bundle=built.bundle, baseline=None, limits=limits, runner=other)
+    assert "of another machine, clock or number of threads and was not used" in gate_module._resolution(request)
 
 
 @pytest.mark.parametrize(

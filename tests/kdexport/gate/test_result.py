@@ -79,11 +79,10 @@ def test_json_is_strict_and_holds_what_the_verdict_rests_on() -> None:
     assert data["machine"]["cpu"] == "A & B <CPU>"
 
 
-def test_a_machine_that_was_too_noisy_is_null_not_nan() -> None:
+def test_a_machine_that_was_too_noisy_says_so_in_json() -> None:
     data = json.loads(json.dumps(result(0.0, 0.5).to_json(), allow_nan=False))
     assert data["verdict"] == "INCONCLUSIVE"
-    assert data["latency"][0]["ratio"] is None
-    assert data["latency"][0]["reference_ms"] is None
+    assert "too noisy" in data["checks"][0]["reason"]
     assert len(data["latency"][0]["sentinels"]) == 5
 
 
@@ -129,7 +128,9 @@ def test_markdown_is_a_table_whatever_the_names_are() -> None:
 
 def test_a_plot_is_a_picture_also_where_nothing_was_timed(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    for name, found in (("fail", result(0.2)), ("noise", result(0.0, 0.5))):
+    full = result(0.0)
+    nothing = replace(full, outcomes=(replace(full.outcomes[0], sessions=(), interval=None),))
+    for name, found in (("fail", result(0.2)), ("nothing", nothing)):
         pages.plot(found, tmp_path / name)
         with Image.open(tmp_path / name) as picture:
             assert picture.format == "PNG"
@@ -157,7 +158,7 @@ def test_a_p99_counts_every_run_and_never_claims_more_than_they_prove() -> None:
     assert check.verdict == "INCONCLUSIVE"
     assert "it takes 459 runs to prove a p99" in check.reason
     assert "unbounded" in check.measured
-    assert tail_check(trial(0.0, 0.5)[0], 2.0).verdict == "INCONCLUSIVE"
+    assert tail_check(replace(outcome, sessions=()), 2.0).verdict == "INCONCLUSIVE"
 
 
 def test_accuracy_gates_count_flips_and_lost_answers() -> None:

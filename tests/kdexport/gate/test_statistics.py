@@ -14,7 +14,7 @@ from kdexport.gate.statistics import (
     minimum_detectable_effect,
     p_not_slower,
     p_slower,
-    sentinel_holds,
+    sentinel_bias,
     sequential,
     session_statistic,
     t_interval,
@@ -188,10 +188,15 @@ def test_an_interval_needs_two_finite_values() -> None:
 
 
 def test_a_sentinel_is_the_median_of_what_it_was_given() -> None:
-    assert sentinel_holds([0.02], 0.02)
-    assert not sentinel_holds([-0.021], 0.02)
-    assert sentinel_holds([0.03, -0.01, 0.015], 0.02)
-    assert not sentinel_holds([0.03, -0.01, 0.025], 0.02)
-    assert not sentinel_holds([float("nan")], 0.02)
+    assert sentinel_bias([-0.021]) == 0.021
+    assert sentinel_bias([0.03, -0.01, 0.015]) == 0.015
     with pytest.raises(ValueError, match="at least one"):
-        sentinel_holds([], 0.02)
+        sentinel_bias([])
+
+
+def test_a_margin_is_asked_of_both_verdicts() -> None:
+    near = np.asarray([-1, 1, -0.5, 0.5, 0.2, -0.2]) * 0.002
+    assert decide([LIMIT + 0.03 + near], LIMIT, margins=[0.02]) == ["FAIL"]
+    assert decide([LIMIT + 0.03 + near], LIMIT, margins=[0.03]) == ["INCONCLUSIVE"]
+    assert decide([LIMIT - 0.03 + near], LIMIT, margins=[0.02]) == ["PASS"]
+    assert decide([LIMIT - 0.03 + near], LIMIT, margins=[0.03]) == ["INCONCLUSIVE"]

@@ -38,18 +38,48 @@ def test_the_candidate_is_timed_against_itself_first() -> None:
     assert {(request.reference.path, request.candidate.path) for request in asked[1:]} == {("old.onnx", "new.onnx")}
 
 
-def test_a_machine_that_cannot_tell_the_candidate_from_itself_measures_nothing_else() -> None:
-    asked: list[Request] = []
+@pytest.mark.parametrize(
+    ("effect", "verdict", "words"),
+    [
+        (
+            0.0,
+            "INCONCLUSIVE",
+            "the machine is too noisy: the candidate differs from itself by 5.1% (up to 2.0% allowed)",
+        ),
+        # 1.02 x 1.051 = 1.072: what is further away than the machine's own error is a verdict all the same.
+        (math.log(1.06), "INCONCLUSIVE", "too noisy"),
+        (math.log(1.09), "FAIL", "slower: at least 1.08"),
+        (math.log(0.9), "PASS", "faster"),
+    ],
+)
+def test_a_machine_that_cannot_tell_the_candidate_from_itself_decides_only_what_is_further_away(
+    effect: float, verdict: str, words: str
+) -> None:
+    calm, asked = machine(effect, 0.001)
 
     def run(request: Request) -> Session:
-        asked.append(request)
-        return session(0.05)
+        found = calm(request)
+        return session(0.05) if request.reference.path == request.candidate.path else found
 
     (outcome,) = run_trial([number()], PLAN, run=run)
-    assert (outcome.verdict, outcome.interval, outcome.sessions) == ("INCONCLUSIVE", None, ())
-    assert outcome.reason == "the machine is too noisy: the candidate differs from itself by 5.1% (up to 2.0% allowed)"
-    assert len(asked) == 5
-    assert len({request.seed for request in asked}) == 5
+    assert outcome.verdict == verdict
+    assert words in outcome.reason
+    # Five sentinels and one look: more sessions would not make the machine better.
+    assert len(asked) == 5 + 6
+    assert len({request.seed for request in asked}) == 11
+
+
+def test_a_number_of_a_bad_sentinel_does_not_keep_others_from_their_verdicts() -> None:
+    unclear, asked = machine(math.log(1.02), 0.005)
+
+    def run(request: Request) -> Session:
+        itself = request.reference.path == request.candidate.path
+        return session(0.05) if itself and request.batch == 8 else unclear(request)
+
+    outcomes = run_trial([number(batch=1), number(batch=8)], PLAN, run=run)
+    assert [len(outcome.sessions) for outcome in outcomes] == [20, 6]
+    assert ["too noisy" in outcome.reason for outcome in outcomes] == [False, True]
+    assert asked
 
 
 @pytest.mark.parametrize("sentinels", [(0.01,), (0.05, 0.01, -0.01), (0.05, 0.04, 0.01, -0.01, 0.0)])
