@@ -170,8 +170,8 @@ class VerificationError(CheckError):
 
     code = "KDX330"
     explanation = (
-        "Rung A compares the algebra in float64; B fp32 and C low precision with the float64 oracle, in multiples of the "
-        "error that the unfused model or a simulation has itself; D flips and accuracy on the validation set with a "
+        "Rung A compares the algebra in float64; B fp32 and C low precision with the float64 oracle, in multiples of "
+        "the error that the unfused model or a simulation has itself; D flips and accuracy on the validation set with a "
         "policy (docs/verification.md). `kdexport explain-failure` names the node that is to blame."
     )
 
@@ -211,9 +211,7 @@ class UnexpectedError(KdexportError):
 
     code = "KDX900"
     exit_code = 2
-    explanation = (
-        "No check had foreseen this. Nothing was replaced. `--debug` shows where; please report it with the input."
-    )
+    explanation = "No check had foreseen this; nothing was replaced. `--debug` shows where; please report it."
 
     def __init__(self, error: Exception) -> None:
         super().__init__(
