@@ -116,10 +116,6 @@ def test_a_dropped_bias_is_caught_and_named(damaged: Callable[[str, Edit], list[
     found = damaged("openvino-int8", drop)
     named = next(check for check in found if check.name == "weights")
     assert f"layer {dropped[0]} (absent)" in named.detail
-    # It is not the student any more, in either runtime.
-    assert {c.subject for c in found if c.rung == "C"} == {
-        "targets/openvino-int8/model.onnx on onnxruntime CPU", "targets/openvino-int8/model.onnx on OpenVINO CPU",
-    }  # fmt: skip
 
 
 def test_a_swapped_class_order_is_caught_and_named(damaged: Callable[[str, Edit], list[Check]]) -> None:
