@@ -171,7 +171,7 @@ class VerificationError(CheckError):
     code = "KDX330"
     explanation = (
         "Rung A compares the algebra in float64; B fp32 and C low precision with the float64 oracle, in multiples of "
-        "the error that the unfused model or a simulation has itself; D flips and accuracy on the validation set with a "
+        "the error that the unfused model or a simulation has itself; D flips and accuracy on the validation set by a "
         "policy (docs/verification.md). `kdexport explain-failure` names the node that is to blame."
     )
 
