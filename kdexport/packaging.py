@@ -44,7 +44,7 @@ from kdexport.verify.golden import allowed_error
 from kdexport.verify.latency import Comparison, LatencyResult, compare_latency
 from kdexport.verify.reference import run_torch
 from kdexport.verify.report import write_reports
-from kdexport.verify.validation import TaskImages, save_record
+from kdexport.verify.validation import TaskImages, TaskRecord, save_record
 from kdexport.verify.verdict import VerifiedBundle, seal, verify_folder
 
 _VERSIONS = (
@@ -82,7 +82,7 @@ def package(folder: Path, parts: Parts, progress: Progress) -> VerifiedBundle:
     pixels = parts.validation.read(chosen, parts.trained.spec.preprocessing)
     task = TaskImages(parts.validation, _task_indices(parts))
     verdict = verify_folder(folder, manifest, pixels, task=task, progress=progress)
-    data["task"] = None if verdict.record is None else save_record(folder, verdict.record)
+    data["task"] = None if verdict.record is None else _save_task(folder, verdict.record, parts)
     latency = _compare_latency(parts, progress) if not verdict.failures else None
     data["parity"] = [check.to_json() for check in verdict.checks]
     data["parity_images"] = count
@@ -93,6 +93,12 @@ def package(folder: Path, parts: Parts, progress: Progress) -> VerifiedBundle:
     bundle = seal(folder, Manifest.from_json(data), verdict)
     _require_not_slower(latency)
     return bundle
+
+
+def _save_task(folder: Path, record: TaskRecord, parts: Parts) -> dict[str, object]:
+    """With the fingerprint and the size of the whole split, for results of another bundle to be laid beside them."""
+    images = parts.validation
+    return {**save_record(folder, record), "data_sha256": images.fingerprint(), "data_images": len(images)}
 
 
 def _task_indices(parts: Parts) -> list[int]:

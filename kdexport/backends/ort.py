@@ -2,9 +2,11 @@
 
 import os
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -42,11 +44,18 @@ class OrtModel:
 
 
 def load_model(
-    path: Path, *, provider: str = CPU, threads: int = 0, optimise: bool = True, content: bytes | None = None
+    path: Path,
+    *,
+    provider: str = CPU,
+    threads: int = 0,
+    optimise: bool = True,
+    content: bytes | None = None,
+    provider_options: Mapping[str, str] = MappingProxyType({}),
 ) -> OrtModel:
     """Open an ONNX file on exactly ``provider``. ``threads`` 0 leaves their number to onnxruntime.
 
-    ``content`` is the file as it was read and checked; it is then not read a second time.
+    ``content`` is the file as it was read and checked; it is then not read a second time. ``provider_options`` are
+    added to those that keep float32 what it says.
 
     Raises ``BackendUnavailableError`` where onnxruntime would have fallen back to another provider, and ``AuditError``
     where the file is not a valid model.
@@ -71,7 +80,8 @@ def load_model(
         os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
     try:
         source = str(path) if content is None else content
-        session = ort.InferenceSession(source, options, providers=[(provider, _OPTIONS.get(provider, {}))])
+        chosen = {**_OPTIONS.get(provider, {}), **provider_options}
+        session = ort.InferenceSession(source, options, providers=[(provider, chosen)])
     # onnxruntime raises a dozen exception types of its own without a common base.
     except Exception as error:
         raise AuditError(

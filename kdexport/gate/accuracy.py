@@ -1,22 +1,28 @@
 """Does the candidate still give the reference's labels, and as many right ones? On real images, with exact bounds."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kdexport.backends.ort import load_model
+from kdexport.backends.ort import CUDA, load_model
+from kdexport.backends.trt import run_engine
 from kdexport.bundle import GOLDEN_LOGITS
 from kdexport.data import ImageSet, dataset_spec, open_dataset
 from kdexport.errors import BundleError, VerificationError
 from kdexport.gate.artifacts import Artifact, Bundle
 from kdexport.gate.bounds import ACCURACY_CONFIDENCE, Bound, bounded_share, top1_drop, trials_needed
 from kdexport.gate.errors import MismatchError
+from kdexport.gate.runnable import open_on_host
 from kdexport.preprocessing import Preprocessing
+from kdexport.targets import parse_target
+from kdexport.verify.parity import run_in_batches
 
 _CHUNK = 256
+_Logits = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -72,28 +78,37 @@ def labelled_images(bundle: Bundle, data: str | None) -> Labelled:
     return Labelled(images=images, source=data)
 
 
-def predictions(model: Artifact, bundle: Bundle, images: Labelled, threads: int) -> NDArray[np.int64]:
-    """(N,) labels that an ONNX file gives; raises ``VerificationError`` where logits are not finite."""
-    loaded = load_model(model.model, threads=threads)
-    max_batch = int(bundle.manifest.data["export"]["max_batch"])
+def predictions(
+    model: Artifact, bundle: Bundle, images: Labelled, threads: int, *, on_gpu: bool = False
+) -> NDArray[np.int64]:
+    """(N,) labels that an arm gives where it is timed; raises ``VerificationError`` where logits are not finite."""
+    run = _opened(model, (int(bundle.manifest.data["export"]["max_batch"]),), threads, on_gpu)
     found: list[NDArray[np.int64]] = []
     for inputs in images.chunks(bundle.manifest.spec.preprocessing):
-        for at in range(0, len(inputs), max_batch):
-            logits = loaded.logits(inputs[at : at + max_batch])
-            if not np.isfinite(logits).all():
-                first = sum(map(len, found)) + int(np.flatnonzero(~np.isfinite(logits).all(axis=1))[0])
-                raise VerificationError(
-                    f"{model.label} gives logits that are not finite on image {first} of {images.source}.",
-                    remedy="`kdexport verify` on its bundle says more.",
-                )
-            found.append(logits.argmax(axis=1).astype(np.int64))
+        logits = run(inputs)
+        if not np.isfinite(logits).all():
+            first = sum(map(len, found)) + int(np.flatnonzero(~np.isfinite(logits).all(axis=1))[0])
+            raise VerificationError(
+                f"{model.label} gives logits that are not finite on image {first} of {images.source}.",
+                remedy="`kdexport verify` on its bundle says more.",
+            )
+        found.append(logits.argmax(axis=1).astype(np.int64))
     return np.concatenate(found)
 
 
+def _opened(model: Artifact, batches: tuple[int, ...], threads: int, on_gpu: bool) -> _Logits:
+    target = parse_target(model.target)
+    if target.needs_engine:
+        return lambda images: run_engine(model.model, target, images, batches)
+    on_host = None if on_gpu else open_on_host(model.model, model.target, threads=threads)
+    logits = on_host or load_model(model.model, provider=CUDA).logits
+    return lambda images: run_in_batches(logits, images, batches)
+
+
 def judge_accuracy(
-    reference: NDArray[np.int64],
-    candidate: NDArray[np.int64],
-    labels: NDArray[np.int64],
+    reference: NDArray[np.integer[Any]],
+    candidate: NDArray[np.integer[Any]],
+    labels: NDArray[np.integer[Any]],
     limits: tuple[float | None, float | None],
     source: str,
 ) -> list[AccuracyResult]:
@@ -121,11 +136,27 @@ def _result(name: str, bound: Bound, images: int, source: str) -> AccuracyResult
 
 
 def accuracy_gates(
-    arms: Sequence[tuple[Artifact, Bundle]], limits: tuple[float | None, float | None], data: str | None, threads: int
+    arms: Sequence[tuple[Artifact, Bundle]],
+    limits: tuple[float | None, float | None],
+    data: str | None,
+    threads: int,
+    *,
+    on_gpu: bool = False,
 ) -> list[AccuracyResult]:
-    """Reference and candidate on the same images; nothing is run where no limit was given."""
+    """Reference and candidate on the same images; nothing is run where no limit was given.
+
+    Outputs that both bundles hold of the same images are taken as they are: without ``data``, or where ``data`` has
+    the fingerprint of those images. Those of ONNX files are of a CPU and say nothing about a GPU.
+    """
     if limits == (None, None):
         return []
-    images = labelled_images(arms[-1][1], data)
-    reference, candidate = (predictions(arm, bundle, images, threads) for arm, bundle in arms)
+    images = None if data is None else labelled_images(arms[-1][1], data)
+    if not on_gpu or all(parse_target(arm.target).needs_engine for arm, _ in arms):
+        from kdexport.gate.stored import stored_outputs
+
+        stored = stored_outputs(arms, None if images is None else images.images.fingerprint())
+        if stored is not None:
+            return judge_accuracy(stored.reference, stored.candidate, stored.labels, limits, "stored outputs")
+    images = images or labelled_images(arms[-1][1], None)
+    reference, candidate = (predictions(arm, bundle, images, threads, on_gpu=on_gpu) for arm, bundle in arms)
     return judge_accuracy(reference, candidate, images.images.labels, limits, images.source)

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from kdexport.bundle import MANIFEST, MODEL, TARGETS, Manifest, changed_files, read_manifest
+from kdexport.bundle import MANIFEST, MODEL, PLAN, TARGETS, Manifest, changed_files, read_manifest
 from kdexport.checkpoint import sha256_file
-from kdexport.errors import BackendUnavailableError, BundleError, ConfigError, UnknownNameError
+from kdexport.errors import BundleError, ConfigError, UnknownNameError
 from kdexport.gate.errors import MismatchError
+from kdexport.gate.runnable import DEFAULT_TARGET
 from kdexport.registry import nearest
 from kdexport.targets import parse_target
 
 Variant = Literal["fused", "unfused"]
-DEFAULT_TARGET = "onnx-fp32"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,12 +33,14 @@ class Bundle:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Artifact:
-    """One arm: the ONNX file that runs, and the bundle folder that a server would be given for it."""
+    """One arm: the file that runs as ``target``, and the bundle folder that a server would be given for it."""
 
     label: str
     model: Path
     folder: Path
     sha256: str
+    target: str = DEFAULT_TARGET
+    variant: Variant = "fused"
 
     def path(self, clock: str) -> str:
         """What a session of ``clock`` opens."""
@@ -88,28 +90,15 @@ def require_comparable(candidate: Bundle, baseline: Bundle) -> None:
 
 
 def choose_target(bundle: Bundle, name: str | None) -> str:
-    """The target that is timed: ``name``, or onnx-fp32 where the bundle has it, or its first."""
-    targets = bundle.manifest.targets
-    if name is None:
-        return DEFAULT_TARGET if DEFAULT_TARGET in targets or not targets else next(iter(targets))
+    """The target that is timed: ``name``, or onnx-fp32, which every bundle holds as its exported model."""
+    if name is None or name == DEFAULT_TARGET:
+        return DEFAULT_TARGET
     parse_target(name)
-    if name not in targets:
-        raise UnknownNameError(f"{bundle.folder} has no target {name!r}.", remedy=nearest(name, targets))
+    if name not in bundle.manifest.targets:
+        raise UnknownNameError(
+            f"{bundle.folder} has no target {name!r}.", remedy=nearest(name, bundle.manifest.targets)
+        )
     return name
-
-
-def require_runnable(target: str, clock: str) -> None:
-    """Raise where this machine cannot run ``target`` on ``clock``."""
-    if clock == "gpu":
-        raise BackendUnavailableError(
-            "The clock gpu is not available: no CUDA device was found that events could be recorded on.",
-            remedy="Use --clock host or --clock serve on this machine.",
-        )
-    if parse_target(target).needs_engine:
-        raise BackendUnavailableError(
-            f"Target {target} is an engine, and the clock {clock} times onnxruntime on the CPU.",
-            remedy="Pass --target onnx-fp32.",
-        )
 
 
 def require_batches(bundle: Bundle, batches: Sequence[int]) -> None:
@@ -125,19 +114,30 @@ def require_batches(bundle: Bundle, batches: Sequence[int]) -> None:
 
 
 def artifact(bundle: Bundle, target: str, variant: Variant, scratch: Path) -> Artifact:
-    """The file of one arm; the unfused student is exported into ``scratch`` as `build` exports it."""
-    if variant == "fused":
-        placed = bundle.folder / TARGETS / target / MODEL
-        model = placed if placed.is_file() else bundle.folder / MODEL
-        return Artifact(
-            label=f"{bundle.folder} fused {target}",
-            model=model,
-            folder=bundle.folder,
-            sha256=sha256_file(model),
+    """The file of one arm. The unfused student is exported into ``scratch`` as `build` exports it, and runs in float32
+    in the runtime of ``target``.
+    """
+    wanted = parse_target(target)
+    if variant == "unfused":
+        if wanted.needs_engine:
+            raise ConfigError(
+                f"No engine of the unfused student is kept that {target} could be compared with.",
+                remedy="Pass --against with another target, or a baseline bundle.",
+            )
+        folder = _unfused_twin(bundle, scratch)
+        return _artifact(f"{bundle.folder} unfused fp32", folder, folder / MODEL, f"{wanted.backend}-fp32", variant)
+    placed = bundle.folder / TARGETS / target / (PLAN if wanted.needs_engine else MODEL)
+    # The float32 target of onnxruntime is the exported model itself.
+    model = bundle.folder / MODEL if target == DEFAULT_TARGET and not placed.is_file() else placed
+    if not model.is_file():
+        raise BundleError(
+            f"{bundle.folder} holds no {placed.name} of {target}.", remedy="Build it again with --target."
         )
-    folder = _unfused_twin(bundle, scratch)
-    model = folder / MODEL
-    return Artifact(label=f"{bundle.folder} unfused fp32", model=model, folder=folder, sha256=sha256_file(model))
+    return _artifact(f"{bundle.folder} fused {target}", bundle.folder, model, target, variant)
+
+
+def _artifact(label: str, folder: Path, model: Path, target: str, variant: Variant) -> Artifact:
+    return Artifact(label=label, model=model, folder=folder, sha256=sha256_file(model), target=target, variant=variant)
 
 
 def _unfused_twin(bundle: Bundle, scratch: Path) -> Path:

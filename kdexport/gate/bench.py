@@ -7,18 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from kdexport.errors import ConfigError
-from kdexport.gate.artifacts import artifact, choose_target, open_bundle, require_batches, require_runnable
+from kdexport.gate.artifacts import Artifact, Bundle, artifact, choose_target, open_bundle, require_batches
 from kdexport.gate.machine import require_cores, this_machine
 from kdexport.gate.numbers import BENCH_SCHEMA
 from kdexport.gate.result import latency_json
+from kdexport.gate.runnable import require_runnable
 from kdexport.gate.trial import Number, Outcome, Plan, measure_all
 
-_ARMS = ("fused", "unfused")
+_VARIANTS = ("fused", "unfused")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchRequest:
-    """What `kdexport bench` was asked; the ratio is that of the first arm over the second."""
+    """What `kdexport bench` was asked; the ratio is that of the first arm over the second.
+
+    An arm is ``fused`` or ``unfused``, both as ``target``, or the name of another target.
+    """
 
     bundle: Path
     arms: tuple[str, ...]
@@ -32,24 +36,22 @@ class BenchRequest:
 
 def run_bench(request: BenchRequest, progress: Callable[[str], None]) -> dict[str, Any]:
     """Time every clock and batch size; one JSON object, which a later gate can read as a baseline of numbers."""
-    if (
-        not 1 <= len(request.arms) <= 2
-        or not set(request.arms) <= set(_ARMS)
-        or len(set(request.arms)) < len(request.arms)
-    ):
-        raise ConfigError(f"--arms {','.join(request.arms)} is not known.", remedy="Known: fused, unfused, or both.")
+    if not 1 <= len(request.arms) <= 2 or len(set(request.arms)) < len(request.arms):
+        raise ConfigError(
+            f"--arms {','.join(request.arms)} is not one or two different arms.",
+            remedy="For example: --arms fused,unfused, or two targets of the bundle.",
+        )
     require_cores(request.threads)
     bundle = open_bundle(request.bundle)
-    target = choose_target(bundle, request.target)
+    targets = [choose_target(bundle, request.target if arm in _VARIANTS else arm) for arm in request.arms]
     for clock in request.clocks:
-        require_runnable(target, clock)
+        for target in targets:
+            require_runnable(target, clock)
     require_batches(bundle, request.batches)
     plan = Plan(max_slowdown=0.02, threads=request.threads, seed=request.seed, tails=True)
     with tempfile.TemporaryDirectory(prefix="kdexport-bench-") as folder:
         progress("files")
-        sides = [
-            artifact(bundle, target, "fused" if arm == "fused" else "unfused", Path(folder)) for arm in request.arms
-        ]
+        sides = _sides(bundle, request.arms, targets, Path(folder))
         outcomes = [
             measure_all(
                 Number(reference=sides[-1], candidate=sides[0], clock=clock, batch=batch, image_size=bundle.image_size),
@@ -67,11 +69,22 @@ def run_bench(request: BenchRequest, progress: Callable[[str], None]) -> dict[st
         "bundle": str(request.bundle),
         "student": bundle.manifest.spec.student,
         "classes": list(bundle.manifest.spec.classes),
-        "target": target,
+        "target": sides[0].target,
+        "variant": sides[0].variant,
         "arms": list(request.arms),
         "latency": [_row(outcome, plan) for outcome in outcomes],
         "machine": asdict(this_machine()),
     }
+
+
+def _sides(bundle: Bundle, arms: tuple[str, ...], targets: list[str], scratch: Path) -> list[Artifact]:
+    sides = [
+        artifact(bundle, target, "unfused" if arm == "unfused" else "fused", scratch)
+        for arm, target in zip(arms, targets, strict=True)
+    ]
+    if len(sides) == 2 and (sides[0].target, sides[0].variant) == (sides[1].target, sides[1].variant):
+        raise ConfigError(f"Both arms are {sides[0].label}.", remedy="Pass two different arms.")
+    return sides
 
 
 def _row(outcome: Outcome, plan: Plan) -> dict[str, Any]:

@@ -17,7 +17,7 @@ Seed = Annotated[int, typer.Option(min=0, help="Of the order in which arms and b
 
 def bench(
     bundle: Annotated[Path, typer.Argument(help="A folder that `kdexport build` wrote.")],
-    arms: Annotated[str, typer.Option(help="What is timed: fused, unfused, or fused,unfused.")] = "fused,unfused",
+    arms: Annotated[str, typer.Option(help="One or two of fused, unfused and the bundle's targets.")] = "fused,unfused",
     clock: Clock = "host",
     batch: Batch = "1",
     target: Annotated[str | None, typer.Option(help="Target; default onnx-fp32.")] = None,
@@ -60,6 +60,9 @@ def gate(
     clock: Clock = "host",
     batch: Batch = "1",
     target: Annotated[str | None, typer.Option(help="Target; default onnx-fp32.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Target to compare with: of the baseline, else of the same bundle.")
+    ] = None,
     threads: Threads = 1,
     runner: Annotated[Path | None, typer.Option(help="Calibration; default runner.toml where there is one.")] = None,
     on_inconclusive: Annotated[str | None, typer.Option(help="warn: exit 0; fail: exit 1; default exit 3.")] = None,
@@ -86,8 +89,8 @@ def gate(
             top1_drop=None if max_top1_drop is None else parse_share("--max-top1-drop", max_top1_drop),
             p99_ms=slo_p99,
         ),
-        data=data, clocks=parse_clocks(clock), batches=parse_batches(batch), target=target, threads=threads,
-        runner=runner, policy=parse_policy(on_inconclusive), seed=seed,
+        data=data, clocks=parse_clocks(clock), batches=parse_batches(batch), target=target, against=against,
+        threads=threads, runner=runner, policy=parse_policy(on_inconclusive), seed=seed,
     )  # fmt: skip
     require_files(files)
     with Reporter().stage("gate") as progress:
@@ -101,7 +104,7 @@ def calibrate_runner(
     out: Annotated[Path, typer.Option(help="Where to write what was seen.")] = Path("runner.toml"),
     gates: Annotated[int, typer.Option(min=1, max=1000, help="A/A gates to run.")] = 5,
     max_slowdown: Annotated[str, typer.Option(help="Limit of those gates.")] = "2%",
-    clock: Annotated[str, typer.Option(help="host or serve.")] = "host",
+    clock: Annotated[str, typer.Option(help="host, serve or gpu.")] = "host",
     batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 1,
     threads: Threads = 1,
     seed: Seed = 0,

@@ -18,7 +18,6 @@ from kdexport.gate.artifacts import (
     open_bundle,
     require_batches,
     require_comparable,
-    require_runnable,
 )
 from kdexport.gate.calibrate import calibrate
 from kdexport.gate.machine import (
@@ -33,6 +32,7 @@ from kdexport.gate.network import SIZE, write_network
 from kdexport.gate.numbers import number_checks, read_numbers
 from kdexport.gate.options import parse_clocks, require_writable_file
 from kdexport.gate.result import Check, GateResult, Policy, accuracy_check, latency_check, tail_check
+from kdexport.gate.runnable import DEFAULT_TARGET, require_runnable
 from kdexport.gate.trial import Number, Plan, run_trial
 
 Progress = Callable[[str], None]
@@ -60,6 +60,7 @@ class GateRequest:
     clocks: tuple[str, ...] = ("host",)
     batches: tuple[int, ...] = (1,)
     target: str | None = None
+    against: str | None = None
     threads: int = 1
     runner: Path | None = None
     policy: Policy = "exit"
@@ -105,7 +106,9 @@ def run_gate(request: GateRequest, progress: Progress) -> GateResult:
         arms = [(sides.reference, sides.reference_bundle), (sides.candidate, sides.candidate_bundle)]
         if sides.numbers is None:
             progress("accuracy")
-            accuracy = accuracy_gates(arms, (limits.flips, limits.top1_drop), request.data, request.threads)
+            on_gpu = request.clocks == ("gpu",)
+            wanted = (limits.flips, limits.top1_drop)
+            accuracy = accuracy_gates(arms, wanted, request.data, request.threads, on_gpu=on_gpu)
         else:
             accuracy = []
         size = sides.candidate_bundle.image_size
@@ -154,53 +157,65 @@ def _sides(request: GateRequest, progress: Progress) -> Iterator[_Sides]:
     progress("files")
     bundle = open_bundle(request.bundle)
     target = choose_target(bundle, request.target)
-    for clock in request.clocks:
-        require_runnable(target, clock)
-    require_batches(bundle, request.batches)
+    _require_timed(bundle, target, request)
     with tempfile.TemporaryDirectory(prefix="kdexport-gate-") as folder:
-        scratch = Path(folder)
-        candidate = artifact(bundle, target, "fused", scratch)
-        if request.baseline is None:
+        candidate = artifact(bundle, target, "fused", Path(folder))
+        if request.baseline is None and request.against is None:
             progress("exporting the unfused student")
             yield _Sides(
                 question="Is the fused student slower than the unfused one?",
                 candidate=candidate,
-                reference=artifact(bundle, target, "unfused", scratch),
+                reference=artifact(bundle, target, "unfused", Path(folder)),
                 candidate_bundle=bundle,
                 reference_bundle=bundle,
             )
-        elif request.baseline.is_file():
-            if (request.limits.flips, request.limits.top1_drop) != (None, None):
-                raise ConfigError(
-                    f"{request.baseline} holds numbers, and accuracy gates need the baseline's files.",
-                    remedy="Pass the baseline bundle, or leave --max-flips and --max-top1-drop away.",
-                )
-            yield _Sides(
-                question="Is the candidate slower than stored numbers?",
-                candidate=candidate,
-                reference=candidate,
-                candidate_bundle=bundle,
-                reference_bundle=bundle,
-                numbers=read_numbers(request.baseline, bundle, this_machine()),
-            )
+        elif request.baseline is not None and request.baseline.is_file():
+            yield _numbers(request, bundle, candidate, request.baseline)
         else:
-            yield _against(request, bundle, candidate, request.baseline)
+            yield _against(request, bundle, candidate)
 
 
-def _against(request: GateRequest, bundle: Bundle, candidate: Artifact, baseline: Path) -> _Sides:
-    stored = open_bundle(baseline)
-    require_comparable(bundle, stored)
-    target = choose_target(stored, request.target)
-    require_batches(stored, request.batches)
-    for clock in request.clocks:
-        require_runnable(target, clock)
+def _numbers(request: GateRequest, bundle: Bundle, candidate: Artifact, path: Path) -> _Sides:
+    if (request.limits.flips, request.limits.top1_drop, request.against) != (None, None, None):
+        raise ConfigError(
+            f"{path} holds numbers, and accuracy gates and --against need the baseline's files.",
+            remedy="Pass the baseline bundle, or leave --max-flips, --max-top1-drop and --against away.",
+        )
     return _Sides(
-        question="Is the candidate slower than the baseline?",
+        question="Is the candidate slower than stored numbers?",
         candidate=candidate,
-        reference=artifact(stored, target, "fused", baseline),
+        reference=candidate,
+        candidate_bundle=bundle,
+        reference_bundle=bundle,
+        numbers=read_numbers(path, bundle, candidate.target, this_machine()),
+    )
+
+
+def _against(request: GateRequest, bundle: Bundle, candidate: Artifact) -> _Sides:
+    """Another bundle, another target of this one, or both at once."""
+    stored, question = bundle, f"Is {candidate.target} slower than {request.against}?"
+    if request.baseline is not None:
+        stored, question = open_bundle(request.baseline), "Is the candidate slower than the baseline?"
+        require_comparable(bundle, stored)
+    target = choose_target(stored, request.against or request.target)
+    if stored is bundle and target == candidate.target:
+        raise ConfigError(
+            f"Both arms are {target} of {bundle.folder}.", remedy="Pass --against with another target than --target."
+        )
+    _require_timed(stored, target, request)
+    return _Sides(
+        question=question,
+        candidate=candidate,
+        reference=artifact(stored, target, "fused", stored.folder),
         candidate_bundle=bundle,
         reference_bundle=stored,
     )
+
+
+def _require_timed(bundle: Bundle, target: str, request: GateRequest) -> None:
+    for clock in request.clocks:
+        require_runnable(target, clock)
+    require_batches(bundle, request.batches)
 
 
 def run_calibration(request: CalibrationRequest, progress: Progress) -> Calibration:
@@ -209,12 +224,12 @@ def run_calibration(request: CalibrationRequest, progress: Progress) -> Calibrat
     require_writable_file(request.out)
     (clock,) = parse_clocks(request.clock) if "," not in request.clock else ("",)
     if not clock:
-        raise ConfigError("A machine is calibrated for one clock at a time.", remedy="Pass --clock host or serve.")
-    require_runnable("onnx-fp32", clock)
+        raise ConfigError("A machine is calibrated for one clock at a time.", remedy="Pass --clock host, serve or gpu.")
+    require_runnable(DEFAULT_TARGET, clock)
     plan = Plan(max_slowdown=request.max_slowdown, threads=request.threads, seed=request.seed)
     with tempfile.TemporaryDirectory(prefix="kdexport-gate-") as folder:
         if request.bundle is None:
-            if clock != "host":
+            if clock == "serve":
                 raise ConfigError(f"The clock {clock} needs a bundle.", remedy="Pass a bundle, or --clock host.")
             model = write_network(Path(folder) / "network.onnx")
             arm = Artifact(label="built-in network", model=model, folder=Path(folder), sha256="")
@@ -222,7 +237,7 @@ def run_calibration(request: CalibrationRequest, progress: Progress) -> Calibrat
         else:
             bundle = open_bundle(request.bundle)
             require_batches(bundle, [request.batch])
-            arm = artifact(bundle, choose_target(bundle, "onnx-fp32"), "fused", Path(folder))
+            arm = artifact(bundle, DEFAULT_TARGET, "fused", Path(folder))
             size = bundle.image_size
         number = Number(reference=arm, candidate=arm, clock=clock, batch=request.batch, image_size=size)
         calibration = calibrate(number, plan, request.gates, progress=progress)

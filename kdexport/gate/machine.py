@@ -13,6 +13,7 @@ from kdexport.errors import ConfigError
 from kdexport.fingerprint import tool_versions
 from kdexport.gate.errors import ResolutionError, RunnerError
 from kdexport.gate.sessions import usable_cpus
+from kdexport.targets import gpu_fingerprint
 
 SCHEMA = "kdexport.runner/1"
 
@@ -25,6 +26,7 @@ class Machine:
     cores: int
     system: str
     onnxruntime: str
+    gpu: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +71,7 @@ def this_machine() -> Machine:
         cores=len(usable_cpus()),
         system=f"{platform.system()} {platform.machine()}",
         onnxruntime=next((version for version in versions.values() if version != "absent"), "absent"),
+        gpu="; ".join(gpu_fingerprint()),
     )
 
 

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Run = Callable[[], object]
+#: Seconds of each of a number of back-to-back runs.
+Block = Callable[[Run, int], NDArray[np.float64]]
 
 #: A block is long enough for the clock's own cost to vanish in it.
 BLOCK_S, BLOCK_RUNS = 0.005, 10
@@ -21,10 +23,12 @@ CLOCK_TOLERANCE, MAX_DROPPED = 0.01, 0.2
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """A GPU's state right after a block: SM clock in MHz, and whether it is held back by power or heat."""
+    """A GPU's state right after a block: SM clock in MHz, whether power or heat hold it back, heat, processes on it."""
 
     sm_mhz: float
     throttled: bool
+    celsius: float = 0.0
+    processes: int = 1
 
 
 class Guard(Protocol):
@@ -71,14 +75,30 @@ class _Pass:
     dropped: int = 0
 
 
-def measure(reference: Run, candidate: Run, pairing: Pairing, guard: Guard | None = None) -> Measured:
-    """Time both in pairs of blocks whose order a seeded coin decides."""
+def host_block(run: Run, runs: int) -> NDArray[np.float64]:
+    """Seconds of each of ``runs`` back-to-back runs, by this process's clock."""
+    times = np.empty(runs)
+    for index in range(runs):
+        started = time.perf_counter()
+        run()
+        times[index] = time.perf_counter() - started
+    return times
+
+
+def measure(
+    reference: Run, candidate: Run, pairing: Pairing, guard: Guard | None = None, *, block: Block = host_block
+) -> Measured:
+    """Time both in pairs of blocks whose order a seeded coin decides; ``block`` is the clock."""
     rng = np.random.default_rng(pairing.seed)
     runs = max(_warm(reference), _warm(candidate))
-    once = _measure_pairs(reference, candidate, pairing, runs, rng, guard)
+
+    def pairs() -> _Pass:
+        return _measure_pairs((reference, candidate), pairing, lambda run: block(run, runs), rng, guard)
+
+    once = pairs()
     extended = pairing.settle is not None and not _settled(once.pairs, pairing.settle)
     if extended:
-        once = _joined(once, _measure_pairs(reference, candidate, pairing, runs, rng, guard))
+        once = _joined(once, pairs())
     return Measured(
         pairs_s=np.asarray(once.pairs, np.float64).reshape(-1, 2),
         candidate_first=tuple(once.order),
@@ -90,9 +110,12 @@ def measure(reference: Run, candidate: Run, pairing: Pairing, guard: Guard | Non
 
 
 def must_drop(first: Reading, second: Reading) -> bool:
-    """Whether the device changed under a pair: only whole pairs are dropped, never single runs."""
+    """Whether the device changed under a pair: only whole pairs are dropped, never single runs.
+
+    A process that came or went between its blocks is such a change; one that stays hits both alike and is recorded.
+    """
     apart = abs(first.sm_mhz - second.sm_mhz) > CLOCK_TOLERANCE * max(first.sm_mhz, second.sm_mhz)
-    return first.throttled or second.throttled or apart
+    return first.throttled or second.throttled or apart or first.processes != second.processes
 
 
 def slowed(run: Run, share: float) -> Run:
@@ -109,7 +132,11 @@ def slowed(run: Run, share: float) -> Run:
 
 
 def _measure_pairs(
-    reference: Run, candidate: Run, pairing: Pairing, runs: int, rng: np.random.Generator, guard: Guard | None
+    arms: tuple[Run, Run],
+    pairing: Pairing,
+    block: Callable[[Run], NDArray[np.float64]],
+    rng: np.random.Generator,
+    guard: Guard | None,
 ) -> _Pass:
     found = _Pass([], [], [])
     for index in range(pairing.pairs + DROPPED_PAIRS):
@@ -117,7 +144,7 @@ def _measure_pairs(
         times: dict[bool, NDArray[np.float64]] = {}
         readings = []
         for is_candidate in (candidate_first, not candidate_first):
-            times[is_candidate] = _block(candidate if is_candidate else reference, runs)
+            times[is_candidate] = block(arms[is_candidate])
             readings += [] if guard is None else [guard()]
         if index < DROPPED_PAIRS:
             continue
@@ -154,13 +181,3 @@ def _warm(run: Run) -> int:
         count += 1
     each = (time.perf_counter() - started) / count
     return max(BLOCK_RUNS, math.ceil(BLOCK_S / each))
-
-
-def _block(run: Run, runs: int) -> NDArray[np.float64]:
-    """Seconds of each of ``runs`` back-to-back runs."""
-    times = np.empty(runs)
-    for index in range(runs):
-        started = time.perf_counter()
-        run()
-        times[index] = time.perf_counter() - started
-    return times

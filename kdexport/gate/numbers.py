@@ -24,13 +24,14 @@ BENCH_SCHEMA = "kdexport.bench/1"
 MIN_SESSIONS = 10
 
 
-def read_numbers(path: Path, bundle: Bundle, machine: Machine) -> dict[str, Any]:
+def read_numbers(path: Path, bundle: Bundle, target: str, machine: Machine) -> dict[str, Any]:
     """What ``kdexport bench --json`` wrote; raises where it is not that, or of another student or machine."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data["schema"] != BENCH_SCHEMA:
             raise ValueError(f"its schema is {data['schema']!r}")
         facts = (data["student"], list(data["classes"]), data["machine"])
+        timed = f"{data['variant']} {data['target']}"
         rows = [
             (row["clock"], row["batch"], row["threads"], [float(s["candidate_ms"]) for s in row["sessions"]])
             for row in data["latency"]
@@ -46,6 +47,11 @@ def read_numbers(path: Path, bundle: Bundle, machine: Machine) -> dict[str, Any]
             f"{path} has numbers of a {facts[0]} with {len(facts[1])} classes, {bundle.folder} is a {spec.student} "
             f"with {spec.num_classes}, or its classes differ.",
             remedy="Pass numbers of the same student and classes.",
+        )
+    if timed != f"fused {target}":
+        raise MismatchError(
+            f"{path} has numbers of {timed}, and fused {target} is gated.",
+            remedy="Pass --target, or numbers whose first arm is what is gated.",
         )
     if facts[2] != asdict(machine):
         differ = [key for key, value in asdict(machine).items() if facts[2].get(key) != value]

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kdexport.console import end_with_parent
 from kdexport.errors import ConfigError, KdexportError
-from kdexport.gate.measure import Guard, Measured, Pairing, Run, measure, slowed
+from kdexport.gate.measure import Block, Guard, Measured, Pairing, Run, host_block, measure, slowed
+from kdexport.gate.runnable import DEFAULT_TARGET, open_on_host
 from kdexport.gate.statistics import session_statistic
 
 CLOCKS = ("host", "serve", "gpu")
@@ -26,12 +28,13 @@ CLOCKS = ("host", "serve", "gpu")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arm:
-    """What one arm runs: an ONNX file, or for the clock ``serve`` a bundle folder.
+    """What one arm runs: the file of a target, or for the clock ``serve`` a bundle folder.
 
     ``slowdown`` makes every run longer by that share: a known change, for validating the gate itself.
     """
 
     path: str
+    target: str = DEFAULT_TARGET
     slowdown: float = 0.0
 
 
@@ -99,12 +102,14 @@ def run(request: Request) -> Session:
     order = [str(name) for name in rng.permutation(["reference", "candidate"])]
     pairing = Pairing(pairs=request.pairs, seed=request.seed, settle=request.settle, tails=request.tails)
     before = os.getloadavg()[0]
-    with _opened(request, order) as (runs, guard, facts):
+    with _opened(request, order) as opened:
+        runs = opened.runs
         arms = {"reference": request.reference, "candidate": request.candidate}
         if any(arm.slowdown for arm in arms.values()):
             # Both arms, so that what the waiting itself costs is no part of the difference.
             runs = {name: slowed(runs[name], arm.slowdown) for name, arm in arms.items()}
-        measured = measure(runs["reference"], runs["candidate"], pairing, guard)
+        measured = measure(runs["reference"], runs["candidate"], pairing, opened.guard, block=opened.block)
+        facts = opened.facts()
     return _session(request, measured, order[0], (before, os.getloadavg()[0]), facts)
 
 
@@ -133,7 +138,14 @@ def _session(
     )
 
 
-_Opened = tuple[dict[str, Run], Guard | None, dict[str, Any] | None]
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class _Opened:
+    """Both arms, ready to run, and the clock that times them."""
+
+    runs: dict[str, Run]
+    block: Block = host_block
+    guard: Guard | None = None
+    facts: Callable[[], dict[str, Any] | None] = lambda: None
 
 
 @contextlib.contextmanager
@@ -142,19 +154,38 @@ def _opened(request: Request, order: list[str]) -> Iterator[_Opened]:
     rng = np.random.default_rng([request.seed, 2])
     size = request.image_size
     images = rng.standard_normal((request.batch, 3, size, size), dtype=np.float32)
-    paths = {"reference": request.reference.path, "candidate": request.candidate.path}
+    arms = {"reference": request.reference, "candidate": request.candidate}
     if request.clock == "host":
-        from kdexport.backends.ort import load_model
-
-        models = {name: load_model(Path(paths[name]), threads=request.threads) for name in order}
-        yield {name: _bound(model.logits, images) for name, model in models.items()}, None, None
+        opened = {
+            name: open_on_host(Path(arms[name].path), arms[name].target, threads=request.threads) for name in order
+        }
+        yield _Opened(runs={name: _bound(logits, images) for name, logits in opened.items()})
     elif request.clock == "serve":
         from kdexport.gate.client import serving
 
-        with serving({name: paths[name] for name in order}) as client:
-            yield {name: client.request(name, images) for name in order}, None, None
+        with serving({name: arms[name].path for name in order}) as client:
+            yield _Opened(runs={name: client.request(name, images) for name in order})
+    elif request.clock == "gpu":
+        yield _on_gpu(arms, order, images)
     else:
         raise ConfigError(f"There is no clock {request.clock!r} in a session.", remedy=f"Known: {', '.join(CLOCKS)}.")
+
+
+def _on_gpu(arms: dict[str, Arm], order: list[str], images: NDArray[np.float32]) -> _Opened:
+    from kdexport.gate.cuda import device_facts, event_block, open_on_gpu
+    from kdexport.gate.nvml import open_nvml
+
+    if any(arm.slowdown for arm in arms.values()):
+        raise ConfigError("A known slowdown cannot be injected on a GPU.", remedy="Use the clock host for it.")
+    runs: dict[str, Run] = {name: open_on_gpu(Path(arms[name].path), arms[name].target, images) for name in order}
+    facts = device_facts()
+    guard = open_nvml(facts["uuid"])
+    return _Opened(
+        runs=runs,
+        block=event_block,
+        guard=guard,
+        facts=lambda: {**facts, "nvml": None if guard is None else guard.facts()},
+    )
 
 
 def _bound(function: Callable[[Any], object], images: Any) -> Run:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kdexport.gate import statistics
 from kdexport.gate.artifacts import Artifact
@@ -108,10 +108,11 @@ def run_trial(
 
 def request(number: Number, plan: Plan, index: int, *, itself: bool = False) -> Request:
     """The session ``index`` of a number; ``itself`` times the candidate against itself."""
-    candidate = number.candidate.path(number.clock)
+    candidate = Arm(path=number.candidate.path(number.clock), target=number.candidate.target)
+    reference = Arm(path=number.reference.path(number.clock), target=number.reference.target)
     return Request(
-        reference=Arm(path=candidate if itself else number.reference.path(number.clock)),
-        candidate=Arm(path=candidate, slowdown=0.0 if itself else plan.slowdown),
+        reference=candidate if itself else reference,
+        candidate=candidate if itself else replace(candidate, slowdown=plan.slowdown),
         clock=number.clock,
         image_size=number.image_size,
         batch=number.batch,

@@ -15,6 +15,7 @@ from tests.conftest import Built
 
 yaml = pytest.importorskip("yaml")
 ROOT = Path(__file__).parents[3]
+QUICK = Path(__file__).with_name("quick.py")
 ACTION: dict[str, Any] = yaml.safe_load((ROOT / "action.yml").read_text())
 CI = (ROOT / "docs" / "ci.md").read_text()
 
@@ -34,7 +35,7 @@ class Runner:
         self.inputs = {**defaults, **inputs}
         commands = folder / "bin"
         commands.mkdir()
-        (commands / "kdexport").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m kdexport "$@"\n')
+        (commands / "kdexport").write_text(f'#!/bin/sh\nexec "{sys.executable}" "{QUICK}" "$@"\n')
         (commands / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
         for command in commands.iterdir():
             command.chmod(0o755)

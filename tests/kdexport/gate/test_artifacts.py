@@ -15,9 +15,9 @@ from kdexport.gate.artifacts import (
     open_bundle,
     require_batches,
     require_comparable,
-    require_runnable,
 )
 from kdexport.gate.errors import MismatchError
+from kdexport.gate.runnable import require_runnable
 from kdexport.gate.session import Arm, Request
 from kdexport.gate.sessions import pinned_cpus, run_session
 from tests.conftest import Built
@@ -81,10 +81,12 @@ def test_targets_and_clocks_that_cannot_run_here_are_named(built: Built) -> None
         require_batches(bundle, [1, 65])
 
 
-def test_the_unfused_twin_is_served_beside_the_fused_student(built: Built, tmp_path: Path) -> None:
+def test_the_unfused_twin_is_served_beside_the_fused_student(
+    built: Built, twin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The clock ``serve`` through two real models in one server, and both arms' labels on the golden images."""
     bundle = open_bundle(built.bundle)
-    fused, unfused = (artifact(bundle, "onnx-fp32", variant, tmp_path) for variant in ("fused", "unfused"))
+    fused, unfused = (artifact(bundle, "onnx-fp32", variant, twin) for variant in ("fused", "unfused"))
     assert fused.sha256 != unfused.sha256
     assert fused.sha256 == bundle.manifest.files["targets/onnx-fp32/model.onnx"]
     session = run_session(
@@ -96,6 +98,9 @@ def test_the_unfused_twin_is_served_beside_the_fused_student(built: Built, tmp_p
     assert len(session.pairs_ms) == 5
     # A request through HTTP takes longer than a microsecond and shorter than a second.
     assert all(1e-3 < value < 1e3 for pair in session.pairs_ms for value in pair)
+    flips, drop = accuracy_gates([(unfused, bundle), (fused, bundle)], (0.5, 0.5), None, 1)
+    assert (flips.images, flips.source, drop.bound.value) == (360, "stored outputs", 0.0)
+    monkeypatch.setattr("kdexport.gate.stored.stored_outputs", lambda *_: None)
     flips, drop = accuracy_gates([(unfused, bundle), (fused, bundle)], (0.5, 0.5), None, 1)
     assert (flips.images, flips.bound.value, drop.bound.value) == (9, 0.0, 0.0)
 

@@ -24,7 +24,8 @@ def numbers(built: Built, medians_ms: list[float], **changes: Any) -> dict[str, 
     manifest = json.loads((built.bundle / "manifest.json").read_text())
     row = {"clock": "host", "batch": 1, "threads": 1, "sessions": [{"candidate_ms": value} for value in medians_ms]}
     return {
-        "schema": "kdexport.bench/1", "student": "mobilenetv2", "classes": manifest["student"]["classes"],
+        "schema": "kdexport.bench/1", "variant": "fused", "target": "onnx-fp32",
+        "student": "mobilenetv2", "classes": manifest["student"]["classes"],
         "machine": asdict(this_machine()), "latency": [row], **changes,
     }  # fmt: skip
 
@@ -40,7 +41,7 @@ def checks(path: Path, data: dict[str, Any], bundle: Bundle, deviation: float = 
     path.write_text(json.dumps(data))
     run, _ = machine(0.0, deviation)
     outcomes = run_trial([replace(number(), reference=FUSED)], PLAN, run=run)
-    return number_checks(read_numbers(path, bundle, this_machine()), outcomes, PLAN)
+    return number_checks(read_numbers(path, bundle, "onnx-fp32", this_machine()), outcomes, PLAN)
 
 
 def test_the_prediction_is_the_t_interval_of_one_more_observation() -> None:
@@ -85,4 +86,4 @@ def test_numbers_of_another_thing_are_refused(built: Built, bundle: Bundle, tmp_
 def test_what_holds_no_numbers_is_refused(text: str, bundle: Bundle, tmp_path: Path) -> None:
     (tmp_path / "n.json").write_text(text)
     with pytest.raises(ConfigError, match="neither a bundle nor numbers"):
-        read_numbers(tmp_path / "n.json", bundle, this_machine())
+        read_numbers(tmp_path / "n.json", bundle, "onnx-fp32", this_machine())
