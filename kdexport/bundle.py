@@ -24,6 +24,8 @@ MODEL = "model.onnx"
 TARGETS = "targets"
 GOLDEN = "golden"
 GOLDEN_LOGITS = "golden/logits.safetensors"
+#: Per-image results of rung D.
+TASK = "metrics/validation.safetensors"
 LAYERS = "layers.json"
 #: The calibrated range of each tensor, beside an int8 model.
 RANGES = "ranges.json"

@@ -8,12 +8,14 @@ from typing import Annotated, Any
 import typer
 
 from kdexport import __version__
+from kdexport.blame_command import explain_failure
 from kdexport.errors import ConfigError, UnknownNameError, error_codes
 from kdexport.fuse_command import fuse
 from kdexport.gate.command import bench, calibrate_runner, gate
 from kdexport.registry import nearest
 from kdexport.serving.command import serve
 from kdexport.serving.triton_command import triton
+from kdexport.verify_command import verify
 
 app = typer.Typer(
     add_completion=False,
@@ -57,6 +59,7 @@ def build(
     workspace: Annotated[Path, typer.Option(help="Where finished stages are kept.")] = Path(".kdexport"),
     processes: Annotated[int, typer.Option(min=1, help="Training processes, one per GPU.")] = 1,
     fresh: Annotated[bool, typer.Option("--fresh/--resume", help="Forget earlier results, or use them.")] = False,
+    blame: Annotated[bool, typer.Option("--blame", help="Name the node where a check fails.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -83,6 +86,7 @@ def build(
         teacher_checkpoint=teacher_checkpoint,
         processes=processes,
         fresh=fresh,
+        blame=blame,
     )
     result = run(request, Reporter())
     if as_json:
@@ -91,41 +95,6 @@ def build(
         from kdexport.screen import show_build
 
         show_build(result)
-
-
-@app.command()
-def verify(
-    bundle: Annotated[Path, typer.Argument(help="A folder that `kdexport build` wrote.")],
-    rung: Annotated[
-        str | None,
-        typer.Option(help="Only this rung of the ladder: A (algebra; block by block, without running a file)."),
-    ] = None,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Check a bundle again: its files, its algebra, its graphs, its logits on the golden images."""
-    from kdexport.bundle import read_manifest
-    from kdexport.reporter import Reporter
-    from kdexport.verify.replay import replay, replay_algebra
-
-    if rung not in (None, "A", "a"):
-        raise UnknownNameError(f"Rung {rung!r} cannot be verified by itself.", remedy="Pass --rung A, or no --rung.")
-    manifest = read_manifest(bundle)
-    with Reporter().stage("verify") as progress:
-        verdict = (replay if rung is None else replay_algebra)(bundle, manifest, progress)
-    if as_json:
-        _print_json(
-            {
-                "ok": not verdict.failures,
-                "exit_code": 1 if verdict.failures else 0,
-                "checks": [check.to_json() for check in verdict.checks],
-            }
-        )
-        raise typer.Exit(1 if verdict.failures else 0)
-    from kdexport.screen import show_verdict
-
-    show_verdict(bundle, manifest, verdict)
-    verdict.require()
 
 
 @app.command()
@@ -205,6 +174,8 @@ def explain(
         sys.stdout.write(f"{cls.code} (exit {cls.exit_code}): {cls.__doc__}\n{cls.explanation}\n")
 
 
+app.command()(verify)
+app.command()(explain_failure)
 app.command()(fuse)
 app.command()(bench)
 app.command()(gate)

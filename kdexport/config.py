@@ -50,9 +50,10 @@ class CalibrationSettings(Settings):
 
 
 class VerifySettings(Settings):
-    """``[verify]``: how many validation images the parity ladder and the golden set take."""
+    """``[verify]``: how many validation images rungs A to C, rung D and the golden set take."""
 
     images: Annotated[int, Field(ge=8)] = 512
+    task_images: Annotated[int, Field(ge=1)] = 10_000
     golden: Annotated[int, Field(ge=1, le=1024)] = 64
 
 
@@ -80,6 +81,8 @@ class BuildConfig(Settings):
     calibration: CalibrationSettings = CalibrationSettings()
     verify: VerifySettings = VerifySettings()
     latency: LatencySettings = LatencySettings()
+    #: Limits of the ladder that differ from the defaults, as in ``[policy.D.int8] flips = 0.05``.
+    policy: dict[str, Any] = {}
 
 
 M = TypeVar("M", bound=BaseModel)
@@ -165,6 +168,8 @@ def find_config(student: str, folder: Path = Path("export_configs")) -> Path:
 
 def load_config(path: Path) -> BuildConfig:
     """Read an export configuration."""
+    from kdexport.policy import parse_policy
+
     config = parse(BuildConfig, read_toml(path), str(path))
     export = config.export
     if not export.min_batch <= export.opt_batch <= export.max_batch:
@@ -173,4 +178,5 @@ def load_config(path: Path) -> BuildConfig:
             f"{export.max_batch}.",
             remedy="Correct the three batch sizes.",
         )
+    parse_policy(config.policy, f"{path}: [policy]")
     return config

@@ -170,9 +170,9 @@ class VerificationError(CheckError):
 
     code = "KDX330"
     explanation = (
-        "Rung A compares the algebra in float64, B fp32 with the float64 oracle relative to the unfused model's own "
-        "error, C low precision relative to a simulation of it. No limit is a typed-in tolerance: each is a small "
-        "multiple of an error that the unfused model has itself."
+        "Rung A compares the algebra in float64; B fp32 and C low precision with the float64 oracle, in multiples of "
+        "the error that the unfused model or a simulation has itself; D flips and accuracy on the validation set by a "
+        "policy (docs/verification.md). `kdexport explain-failure` names the node that is to blame."
     )
 
 
@@ -211,10 +211,7 @@ class UnexpectedError(KdexportError):
 
     code = "KDX900"
     exit_code = 2
-    explanation = (
-        "An input led to an error that no check had foreseen. Nothing was replaced. `--debug` shows where; please "
-        "report it together with the input."
-    )
+    explanation = "No check had foreseen this; nothing was replaced. `--debug` shows where; please report it."
 
     def __init__(self, error: Exception) -> None:
         super().__init__(

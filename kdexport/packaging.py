@@ -37,12 +37,14 @@ from kdexport.data import ImageSet
 from kdexport.errors import CheckpointError, DataError, VerificationError
 from kdexport.fingerprint import tool_versions
 from kdexport.graph.audit import operator_counts
+from kdexport.policy import parse_policy
 from kdexport.stages import UNFUSED_MODEL, is_int8
 from kdexport.targets import Target
 from kdexport.verify.golden import allowed_error
 from kdexport.verify.latency import Comparison, LatencyResult, compare_latency
 from kdexport.verify.reference import run_torch
 from kdexport.verify.report import write_reports
+from kdexport.verify.validation import TaskImages, save_record
 from kdexport.verify.verdict import VerifiedBundle, seal, verify_folder
 
 _VERSIONS = (
@@ -78,7 +80,9 @@ def package(folder: Path, parts: Parts, progress: Progress) -> VerifiedBundle:
     count = min(parts.config.verify.images, len(parts.validation))
     chosen = spread(len(parts.validation), count)
     pixels = parts.validation.read(chosen, parts.trained.spec.preprocessing)
-    verdict = verify_folder(folder, manifest, pixels, progress=progress)
+    task = TaskImages(parts.validation, _task_indices(parts))
+    verdict = verify_folder(folder, manifest, pixels, task=task, progress=progress)
+    data["task"] = None if verdict.record is None else save_record(folder, verdict.record)
     latency = _compare_latency(parts, progress) if not verdict.failures else None
     data["parity"] = [check.to_json() for check in verdict.checks]
     data["parity_images"] = count
@@ -89,6 +93,11 @@ def package(folder: Path, parts: Parts, progress: Progress) -> VerifiedBundle:
     bundle = seal(folder, Manifest.from_json(data), verdict)
     _require_not_slower(latency)
     return bundle
+
+
+def _task_indices(parts: Parts) -> list[int]:
+    total = len(parts.validation)
+    return spread(total, min(total, parts.config.verify.task_images))
 
 
 def spread(total: int, count: int) -> list[int]:
@@ -160,7 +169,9 @@ def _describe(parts: Parts, golden: list[str]) -> dict[str, Any]:
         "targets": {str(target): _target_entry(target, parts) for target in parts.casts},
         "golden": golden,
         "certificate": certificate,
+        "policy": parse_policy(parts.config.policy, "[policy]").model_dump(mode="json"),
         "parity": [],
+        "task": None,
         "parity_images": 0,
         "latency": None,
         "operators": {"unfused": operator_counts(unfused), "fused": operator_counts(onnx.load(str(parts.model.path)))},

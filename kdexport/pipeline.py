@@ -1,6 +1,5 @@
 """`kdexport build`: from a recipe or a checkpoint to a verified bundle, doing only what is not done yet."""
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from kdexport.checkpoint import TrainedStudent, open_checkpoint, sha256_file
 from kdexport.config import BuildConfig
 from kdexport.data import DatasetSpec, dataset_spec, open_dataset
 from kdexport.errors import BundleError, CheckpointError, VerificationError
+from kdexport.failures import keep_failed
 from kdexport.fingerprint import dataset_digest, digest, source_digest
 from kdexport.reporter import Reporter
 from kdexport.targets import Target, gpu_fingerprint, require_available
@@ -20,7 +20,10 @@ from kdexport.workspace import Workspace, replace_folder, require_replaceable, r
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildRequest:
-    """What `kdexport build` was asked for. ``checkpoint`` skips training; ``fresh`` forgets earlier results."""
+    """What `kdexport build` was asked for. ``checkpoint`` skips training; ``fresh`` forgets earlier results.
+
+    ``blame`` bisects a bundle whose verification failed.
+    """
 
     config: BuildConfig
     targets: tuple[Target, ...]
@@ -31,6 +34,7 @@ class BuildRequest:
     teacher_checkpoint: str | None = None
     processes: int = 1
     fresh: bool = False
+    blame: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,6 +186,7 @@ def _stage_keys(request: BuildRequest, plan: _Plan, trained: TrainedStudent) -> 
 def _bundle_key(request: BuildRequest, plan: _Plan, trained: TrainedStudent) -> str:
     config = request.config
     settings = [table.model_dump(mode="json") for table in (config.export, config.verify, config.latency)]
+    settings.append(config.policy)
     targets = [(str(target), target.needs_engine and bool(gpu_fingerprint())) for target in request.targets]
     made = _stage_keys(request, plan, trained)
     return digest(["bundle", config.student, made, targets, settings, plan.dataset_sha256, source_digest()])
@@ -237,15 +242,6 @@ def _make_bundle(
             try:
                 package(folder, parts, progress)
             except VerificationError as error:
-                _keep_failed(folder, failed)
-                raise VerificationError(
-                    f"{error.message}\nReport: {failed / 'report.md'}", remedy=error.remedy
-                ) from error
+                raise keep_failed(error, folder, failed, blame=request.blame, progress=progress) from error
 
     workspace.produce("bundle", key, make)
-
-
-def _keep_failed(folder: Path, place: Path) -> None:
-    shutil.rmtree(place, ignore_errors=True)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(folder, place)

@@ -11,11 +11,14 @@ from rich.console import Console
 from rich.table import Table
 
 from kdexport.bundle import Manifest
-from kdexport.verify.report import hazard_rows, rung_rows, verdict_sentence
+from kdexport.verify.report import RUNGS, hazard_rows, rung_rows, verdict_sentence
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from kdexport.doctor import Fact
     from kdexport.pipeline import BuildResult
+    from kdexport.policy import Change
     from kdexport.verify.verdict import Verdict
 
 
@@ -69,7 +72,7 @@ def show_verdict(folder: Path, manifest: Manifest, verdict: "Verdict") -> None:
     table = _table("rung", "subject", "nearest to its limit", "allowed", "")
     for row in rung_rows(data):
         table.add_row(*row)
-    others = [check for check in verdict.checks if check.rung not in ("A", "B", "C")]
+    others = [check for check in verdict.checks if check.rung not in RUNGS]
     held = sum(check.holds for check in others)
     table.add_row(
         "audit", "files, graphs, golden images", f"{held} of {len(others)} hold", "", _word(held == len(others))
@@ -77,6 +80,19 @@ def show_verdict(folder: Path, manifest: Manifest, verdict: "Verdict") -> None:
     console.print(table)
     if not verdict.failures:
         console.print(f"Verdict: {verdict_sentence(data)}: {folder} is what was trained.", soft_wrap=True)
+
+
+def show_changes(changes: "Sequence[Change]") -> None:
+    """Which limits a policy changes, and in which direction."""
+    console = _console()
+    if not changes:
+        console.print("The policy changes no limit.")
+        return
+    table = _table("limit", "at the build", "now", "")
+    for change in changes:
+        table.add_row(change.key, f"{change.old}", f"{change.new}", "looser" if change.loosens else "stricter")
+    console.print(table)
+    console.print()
 
 
 def show_facts(facts: "list[Fact]") -> None:

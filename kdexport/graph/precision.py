@@ -1,6 +1,7 @@
 """ONNX to ONNX: the precision is written into the graph, where every backend reads the same thing."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +21,24 @@ BFLOAT16_MAX = (2 - 2**-7) * 2.0**127
 BF16_OPSET = 22
 
 
-def cast_to_fp16(source: Path, path: Path) -> onnx.ModelProto:
+def cast_to_fp16(source: Path, path: Path, *, keep: Sequence[str] = ()) -> onnx.ModelProto:
     """Write ``source`` (float32) with float16 weights and arithmetic, input and logits staying float32.
 
-    Every weight is the nearest float16 of the float32 one. Raises ``AuditError`` for a weight beyond float16's range.
+    Nodes of ``keep`` stay float32, with casts around them. Every other weight is the nearest float16 of the float32
+    one. Raises ``AuditError`` for a weight beyond float16's range.
     """
     import_onnxruntime()
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     exact = onnx.load(str(source))
-    weights = {item.name: numpy_helper.to_array(item) for item in exact.graph.initializer}
+    reduced = {name for node in exact.graph.node if node.name not in keep for name in node.input}
+    stored = {item.name: numpy_helper.to_array(item) for item in exact.graph.initializer}
+    weights = {name: values for name, values in stored.items() if name in reduced}
     _require_range(weights, "float16", FLOAT16_MAX)
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        model = convert_float_to_float16(exact, keep_io_types=True)
+        model = convert_float_to_float16(exact, keep_io_types=True, node_block_list=list(keep) or None)
     finally:
         logging.disable(level)
     model = sorted_model(model)

@@ -8,6 +8,7 @@ the residual side of an addition only. TensorRT and TensorRT-RTX take nothing el
 behind a convolution themselves as long as no Q/DQ lies between.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -31,11 +32,13 @@ def parse_form(name: str) -> Form:
     return next(form for form in FORMS if form == name)
 
 
-def quantize(source: Path, ranges: Path, path: Path, *, form: Form, weight_bits: int = 8) -> onnx.ModelProto:
+def quantize(
+    source: Path, ranges: Path, path: Path, *, form: Form, weight_bits: int = 8, keep: Sequence[str] = ()
+) -> onnx.ModelProto:
     """Write ``source`` (float32) quantized in ``form``, with activation scales from ``ranges`` (``calibrate``).
 
-    Weight scales come from the weights alone: the largest value of an output channel is the largest level. With 7 bits
-    the sum of two products stays within 16 bits, where processors without VNNI add them.
+    Nodes of ``keep`` stay float32. Weight scales come from the weights alone: the largest value of an output channel is
+    the largest level. With 7 bits the sum of two products stays within 16 bits, where processors without VNNI add them.
     """
     import_onnxruntime()
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
@@ -59,6 +62,7 @@ def quantize(source: Path, ranges: Path, path: Path, *, form: Form, weight_bits:
             activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             op_types_to_quantize=_COMPUTING if symmetric else None,
+            nodes_to_exclude=list(keep),
             calibration_cache_path=_write_cache(ranges, Path(folder) / "ranges.json"),
             extra_options=options,
         )

@@ -40,7 +40,7 @@ def onnx_checks(subject: Subject, name: str, form: str) -> list[Check]:
         return checks
     checks.append(from_finding(name, _metadata(subject, path)))
     try:
-        model = _open(path, form)
+        model = open_file(path, form)
         if form == "int8-u8":
             checks.append(from_finding(name, _integer_operators(path)))
     except AuditError as error:
@@ -66,15 +66,15 @@ def _computed(subject: Subject, where: str, logits: Logits, form: str) -> list[C
 
 def _rung(subject: Subject, where: str, candidate: NDArray[np.float32], form: str) -> list[Check]:
     if form == "fp32":
-        return rung_b(where, candidate, subject.reference, subject.probes)
-    return rung_c(where, candidate, subject.reference, subject.probes, form=form)
+        return rung_b(where, candidate, subject.reference, subject.probes, subject.policy.B)
+    return rung_c(where, candidate, subject.reference, subject.probes, form=form, policy=subject.policy.C)
 
 
 def _ranges(path: Path, form: str) -> dict[str, Range]:
     return read_ranges(path.with_name(RANGES)) if form.startswith("int8") else {}
 
 
-def _open(path: Path, form: str) -> OrtModel:
+def open_file(path: Path, form: str) -> OrtModel:
     """The file as what it says: where this CPU has no kernels of its precision, its own arithmetic step by step."""
     if form == "bf16":
         return load_model(path, content=emulate_bf16(path), optimise=False)
@@ -147,7 +147,7 @@ def engine_checks(subject: Subject, name: str) -> list[Check]:
         candidate = run_engine(engine.plan, target, subject.probes.images, subject.batches)
     except KdexportError as error:
         return [*checks, broken("run", where, error.message)]
-    return [*checks, *_rung(subject, where, candidate, target.form)]
+    return [*checks, *_rung(subject, where, candidate, subject.form(target))]
 
 
 def load_engine(folder: Path) -> Engine:

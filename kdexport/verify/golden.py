@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdexport.verify.parity import B_MAX_FACTOR
+from kdexport.policy import Fp32Policy
 
 
 def allowed_error(exact: NDArray[np.float64], unfused: NDArray[np.floating[Any]]) -> float:
@@ -15,4 +15,4 @@ def allowed_error(exact: NDArray[np.float64], unfused: NDArray[np.floating[Any]]
     """
     own = np.abs(unfused.astype(np.float64) - exact).max()
     ulp = float(np.finfo(np.float32).eps) * np.abs(exact).max()
-    return float(B_MAX_FACTOR * max(own, ulp))
+    return float(Fp32Policy().max_error * max(own, ulp))

@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kdexport.bundle import Manifest, read_golden
-from kdexport.errors import DataError
+from kdexport.bundle import TASK, Manifest, read_golden
+from kdexport.errors import BundleError, DataError
+from kdexport.policy import Policy, stored_policy
 from kdexport.verify.parity import Check, check_at_most
 from kdexport.verify.subjects import check_algebra, check_golden, check_integrity
+from kdexport.verify.validation import load_record, task_checks
 from kdexport.verify.verdict import Verdict, verify_folder
 
 
@@ -20,7 +22,18 @@ def replay(folder: Path, manifest: Manifest, progress: Callable[[str], None]) ->
         return Verdict(tuple(checks))
     progress("golden images")
     checks += check_golden(folder, manifest, pixels)
-    return Verdict((*checks, *verify_folder(folder, manifest, pixels, progress=progress).checks))
+    checks += verify_folder(folder, manifest, pixels, progress=progress).checks
+    progress("task, as stored")
+    return Verdict((*checks, *stored_task(folder, manifest, stored_policy(manifest.data))))
+
+
+def stored_task(folder: Path, manifest: Manifest, policy: Policy) -> list[Check]:
+    """Rung D decided again from the per-image results in the bundle, without the images and without a model."""
+    try:
+        record = load_record(folder, manifest)
+    except BundleError as error:
+        return [check_at_most("D", TASK, "readable", 1, 0, unit="faults", detail=error.message)]
+    return [] if record is None else task_checks(record, policy)
 
 
 def replay_algebra(folder: Path, manifest: Manifest, progress: Callable[[str], None]) -> Verdict:

@@ -19,11 +19,16 @@ _COMBINING = {
     _ATEN.add.Tensor, _ATEN.add_.Tensor, _ATEN.mul.Tensor, _ATEN.mul_.Tensor, _ATEN.cat.default, _ATEN.mean.dim,
 }  # fmt: skip
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+#: Not a form of a file: a float32 graph whose products a GPU reads with 10 bits of mantissa.
+TF32 = "tf32"
+#: float32 keeps 23 bits of the mantissa, TF32 the upper 10 of them.
+_TF32_DROPPED = 13
 
 
 class Simulation(nn.Module):
-    """A float32 module in ``form``, one of ``targets.FORMS`` but fp32.
+    """A float32 module in ``form``, one of ``targets.FORMS`` but fp32, or TF32.
 
+    tf32: what convolutions and linear layers read is rounded, biases and sums are not.
     fp16 and bf16: weights and every intermediate result rounded, sums in float32. int8-u8: what convolutions, linear
     layers, sums and concatenations read has 256 levels between its extremes in this batch, and so have the logits.
     int8-s8: what convolutions and linear layers read has 127 levels on each side of zero. Weights of both have
@@ -34,8 +39,10 @@ class Simulation(nn.Module):
         super().__init__()
         self._module = copy.deepcopy(module).float()
         self._form = form
-        self._mode: _Rounding | _Quantizing
-        if form in _DTYPES:
+        self._mode: _Rounding | _Quantizing | _Tf32
+        if form == TF32:
+            self._mode = _Tf32()  # type: ignore[no-untyped-call]
+        elif form in _DTYPES:
             self._mode = _Rounding(_DTYPES[form])
             _replace(self._module.parameters(), lambda weight: weight.to(_DTYPES[form]).float())
         else:
@@ -78,6 +85,27 @@ def _asymmetric(values: Tensor) -> Tensor:
     scale = (high - low).clamp(min=1e-30) / 255
     zero = (-low / scale).round()
     return ((values / scale).round() + zero).clamp(0, 255).sub(zero) * scale
+
+
+def round_tf32(values: Tensor) -> Tensor:
+    """float32 values at TF32's 10 bits of mantissa, to nearest, ties to even; what is not finite stays."""
+    bits = values.contiguous().view(torch.int32)
+    half = (1 << (_TF32_DROPPED - 1)) - 1
+    rounded = (bits + half + ((bits >> _TF32_DROPPED) & 1)) & -(1 << _TF32_DROPPED)
+    return torch.where(torch.isfinite(values), rounded.view(torch.float32), values)
+
+
+class _Tf32(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Rounds what products read."""
+
+    peak = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _MULTIPLYING:
+            # A bias has one dimension and is added in float32.
+            read = (round_tf32(v) if isinstance(v, Tensor) and v.dim() > 1 else v for v in args)
+            args = tuple(read)
+        return func(*args, **(kwargs or {}))
 
 
 class _Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]

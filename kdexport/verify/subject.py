@@ -8,8 +8,11 @@ from numpy.typing import NDArray
 
 from kdexport.bundle import Manifest
 from kdexport.graph.findings import Finding
+from kdexport.policy import DEFAULT, Policy
+from kdexport.targets import Target
 from kdexport.verify.parity import Check
 from kdexport.verify.reference import Probes, Reference
+from kdexport.verify.simulation import TF32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -22,6 +25,12 @@ class Subject:
     probes: Probes
     reference: Reference
     weights: dict[str, NDArray[np.float32]]
+    policy: Policy = DEFAULT
+
+    def form(self, target: Target) -> str:
+        """What ``target`` computes in: TF32 is a form of its own, though its graph says float32."""
+        tf32 = target.needs_engine and target.precision == "fp32" and self.manifest.data["export"].get("tf32", False)
+        return TF32 if tf32 else target.form
 
 
 def from_finding(subject: str, finding: Finding, *, rung: str = "audit") -> Check:

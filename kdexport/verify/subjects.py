@@ -11,10 +11,12 @@ from kdexport.bundle import FUSED, GOLDEN_LOGITS, TARGETS, UNFUSED, Manifest, ch
 from kdexport.checkpoint import StudentSpec, build_student, load_strictly, load_tensors
 from kdexport.errors import CheckpointError, KdexportError
 from kdexport.graph.findings import Finding
+from kdexport.policy import stored_policy
 from kdexport.reparam.fuse import certify_fold, fuse_student
 from kdexport.targets import parse_target
 from kdexport.verify.parity import Check, check_at_most, check_whole, rung_a, rung_b
 from kdexport.verify.reference import make_probes, make_reference, run_torch
+from kdexport.verify.simulation import TF32
 from kdexport.verify.subject import Subject, broken, from_finding
 
 #: Folding in float64 and rounding once may differ by the last bit between machines, and by nothing more.
@@ -68,23 +70,24 @@ def student_checks(folder: Path, manifest: Manifest, pixels: NDArray[np.uint8]) 
         load_strictly(fused, stored, FUSED)
     except KdexportError as error:
         return [broken("A", "student", error.message)], None
-    probes = make_probes(pixels, spec.preprocessing)
+    policy, probes = stored_policy(manifest.data), make_probes(pixels, spec.preprocessing)
     reference = make_reference(
         load_unfused(folder, spec), fused, probes, forms=_forms(manifest), weight_bits=_weight_bits(manifest)
     )
     merged = run_torch(exact.module, probes.images.astype(np.float64))
-    checks = [weights, *rung_a(exact.certificate, merged, reference, probes)]
+    checks = [weights, *rung_a(exact.certificate, merged, reference, probes, policy.A)]
     eager = run_torch(fused, probes.images).astype(np.float32)
-    checks += rung_b("fused student, torch", eager, reference, probes)
+    checks += rung_b("fused student, torch", eager, reference, probes, policy.B)
     arrays = {name: tensor.numpy() for name, tensor in stored.items()}
     export = manifest.data["export"]
     batches = (int(export["min_batch"]), int(export["opt_batch"]), 7, int(export["max_batch"]))
     sizes = tuple(dict.fromkeys(min(batch, int(export["max_batch"])) for batch in batches))
-    return checks, Subject(folder, manifest, sizes, probes, reference, arrays)
+    return checks, Subject(folder, manifest, sizes, probes, reference, arrays, policy)
 
 
 def _forms(manifest: Manifest) -> list[str]:
-    return list(dict.fromkeys(parse_target(name).form for name in manifest.targets))
+    tf32 = [TF32] if manifest.data["export"].get("tf32", False) else []
+    return list(dict.fromkeys([*(parse_target(name).form for name in manifest.targets), *tf32]))
 
 
 def _weight_bits(manifest: Manifest) -> int:

@@ -12,22 +12,28 @@ from kdexport.errors import VerificationError
 from kdexport.verify.files import engine_checks, onnx_checks, openvino_checks
 from kdexport.verify.parity import Check
 from kdexport.verify.subjects import student_checks
+from kdexport.verify.validation import TaskImages, TaskRecord, measure_task, task_checks
 
 _SEAL = object()
+_BUILD_AGAIN = (
+    "This is not the student that was trained. `kdexport explain-failure` names the place; `kdexport explain KDX330` "
+    "says what the rungs mean."
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """All checks of one verification."""
+    """All checks of one verification, and the per-image results that rung D was decided on."""
 
     checks: tuple[Check, ...]
+    record: TaskRecord | None = None
 
     @property
     def failures(self) -> tuple[Check, ...]:
         """Checks that do not hold."""
         return tuple(check for check in self.checks if not check.holds)
 
-    def require(self) -> None:
+    def require(self, remedy: str = _BUILD_AGAIN) -> None:
         """Raise ``VerificationError`` that lists what failed, measured against allowed."""
         if not self.failures:
             return
@@ -38,7 +44,7 @@ class Verdict:
         ]
         raise VerificationError(
             "\n".join([f"{len(lines)} of {len(self.checks)} checks failed:", *lines]),
-            remedy="This is not the student that was trained. Build it again; `kdexport explain KDX330` says more.",
+            remedy=remedy,
         )
 
 
@@ -66,9 +72,13 @@ def verify_folder(
     manifest: Manifest,
     pixels: NDArray[np.uint8],
     *,
+    task: TaskImages | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Verdict:
-    """Check every file of a bundle against its unfused student on real images (N,S,S,3) uint8 and edge inputs."""
+    """Check every file of a bundle against its unfused student on real images (N,S,S,3) uint8 and edge inputs.
+
+    With ``task`` its files also run on the validation set, which is rung D.
+    """
     progress("reference in float64")
     checks, subject = student_checks(folder, manifest, pixels)
     if subject is None:
@@ -83,4 +93,7 @@ def verify_folder(
         elif entry["backend"] == "openvino":
             progress(f"{name} on OpenVINO")
             checks += openvino_checks(subject, name)
-    return Verdict(tuple(checks))
+    if task is None:
+        return Verdict(tuple(checks))
+    record, faults = measure_task(subject, task, progress)
+    return Verdict((*checks, *faults, *task_checks(record, subject.policy)), record)

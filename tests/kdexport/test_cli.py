@@ -130,10 +130,11 @@ def test_the_options_of_each_command_are_frozen() -> None:
     }
     assert options == {
         "build": [
-            "--checkpoint", "--config", "--data", "--debug", "--fresh", "--json", "--out", "--processes", "--resume",
-            "--student", "--target", "--teacher-checkpoint", "--workspace",
+            "--blame", "--checkpoint", "--config", "--data", "--debug", "--fresh", "--json", "--out", "--processes",
+            "--resume", "--student", "--target", "--teacher-checkpoint", "--workspace",
         ],
-        "verify": ["--debug", "--json", "--rung", "bundle"],
+        "explain-failure": ["--debug", "--json", "--out", "bundle"],
+        "verify": ["--allow-looser", "--debug", "--json", "--rethreshold", "--rung", "bundle"],
         "inspect": ["--debug", "--json", "bundle"],
         "list": ["--debug", "--json", "kind"],
         "doctor": ["--debug", "--json", "bundle"],

@@ -99,9 +99,11 @@ def test_a_wrong_graph_in_the_workspace_is_never_published(built: Built, kdexpor
     item.CopyFrom(numpy_helper.from_array(changed, item.name))
     onnx.save(model, exported)
     out = tmp_path / "out"
-    done = kdexport("build", "--config", built.config, "--out", out, "--workspace", workspace)
+    done = kdexport("build", "--config", built.config, "--out", out, "--workspace", workspace, "--blame")
     assert done.exit_code == 1
     assert "layer blocks.2.1.conv.0.weight (1 of " in done.stderr
+    assert "Blamed: stage export: Conv node" in done.stderr
+    assert "values of blocks.2.1.conv.0.weight differ" in done.stderr
     assert not out.exists()
     report = next((workspace / "failed").glob("*/report.md"))
     assert str(report) in done.stderr

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from kdexport.preprocessing import Preprocessing
 from kdexport.verify.reference import Probes, make_probes, make_reference, run_torch
-from kdexport.verify.simulation import Simulation
+from kdexport.verify.simulation import TF32, Simulation, round_tf32
 from tests.kdexport.verify.conftest import PREPROCESSING, Ladder, SmallNet, pixels
 
 MEAN, STD = np.asarray(PREPROCESSING.mean), np.asarray(PREPROCESSING.std)
@@ -204,3 +204,41 @@ def test_the_simulation_keeps_its_hands_off_module_and_input() -> None:
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     # Outside of the simulation nothing is rounded.
     assert (torch.ones(1) / 3).item() != rounded(torch.ones(1) / 3).item()
+
+
+def bits(values: Tensor, mantissa: int) -> Tensor:
+    """float32 values at ``mantissa`` bits by scaling in float64, to nearest, ties to even."""
+    exact = values.double()
+    step = torch.pow(2.0, torch.floor(torch.log2(exact.abs())) - mantissa)
+    return (torch.round(exact / step) * step).float()
+
+
+def test_tf32_keeps_ten_bits() -> None:
+    values = torch.randn(5000) * torch.logspace(-20, 20, 5000)
+    assert torch.equal(round_tf32(values), bits(values, 10))
+    odd = torch.tensor([np.nan, np.inf, -np.inf, 0.0, -0.0])
+    assert torch.equal(round_tf32(odd).nan_to_num(7.0), odd.nan_to_num(7.0))
+
+
+def test_tf32_rounds_what_products_read_and_nothing_else() -> None:
+    linear = nn.Linear(1, 1)
+    fine = 1 + 2**-12
+    with torch.no_grad():
+        linear.weight.fill_(1.0)
+        linear.bias.fill_(fine)
+        # The input loses its last bits, the bias and the sum keep theirs.
+        assert Simulation(linear, TF32)(torch.full((1, 1), fine)).item() == 1 + fine
+        conv = nn.Conv2d(1, 1, 1, bias=False)
+        conv.weight.fill_(fine)
+        assert Simulation(conv, TF32)(torch.full((1, 1, 1, 1), 3.0)).item() == 3.0
+        assert conv.weight.item() == np.float32(fine)
+
+
+def test_a_simulation_costs_what_its_mantissa_says(ladder: Ladder) -> None:
+    images, errors = ladder.probes.images, {}
+    for form in (TF32, "fp16", "bf16"):
+        simulated = run_torch(Simulation(ladder.fused, form), images)
+        errors[form] = np.sqrt(np.mean((simulated - ladder.reference.exact) ** 2))
+    assert 4 < errors["bf16"] / errors["fp16"] < 16
+    assert errors[TF32] < errors["fp16"]
+    assert errors[TF32] > 100 * np.abs(ladder.reference.unfused - ladder.reference.exact).mean()

@@ -1,0 +1,168 @@
+"""Rung D: what a file's errors cost on the task, image by image, paired with the unfused float32 student.
+
+Two limits follow from the largest difference e between their logits that rungs B and C allow, and are nobody's choice:
+a flip needs a reference margin of at most 2 e, and by Hoeffding's lemma the KL divergence is at most e^2 / 2. The
+budgets for flips and lost accuracy are a policy, because only the user knows what an answer is worth.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdexport.gate.bounds import trials_needed
+from kdexport.policy import Policy, TaskPolicy
+from kdexport.verify.parity import Check, check_at_most
+from kdexport.verify.statistics import Interval, paired_accuracy, proportion_interval
+
+Claim = Literal["shown", "refuted", "open"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class TaskReference:
+    """N validation images: labels (N,), and the unfused student's prediction and top1 - top2 margin of each.
+
+    ``indices`` are their places in the validation split; ``own_error`` is the largest error of its own logits.
+    """
+
+    indices: NDArray[np.int32]
+    labels: NDArray[np.int32]
+    predictions: NDArray[np.int32]
+    margins: NDArray[np.float32]
+    own_error: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class TaskMetrics:
+    """One file on the same N images: its predictions, KL(reference || file) in nats, largest error of a logit.
+
+    ``unit_error`` is the largest error of a logit that its precision has by itself: the unit of rungs B and C.
+    """
+
+    precision: str
+    predictions: NDArray[np.int32]
+    divergences: NDArray[np.float32]
+    errors: NDArray[np.float32]
+    unit_error: float
+
+
+def task_reference(
+    logits: NDArray[np.float32], labels: NDArray[np.int64], indices: NDArray[np.int64], own_error: float
+) -> TaskReference:
+    """What rung D keeps of the reference's logits (N,K)."""
+    top = np.partition(logits.astype(np.float64), -2, axis=1)[:, -2:]
+    return TaskReference(
+        indices=indices.astype(np.int32),
+        labels=labels.astype(np.int32),
+        predictions=logits.argmax(axis=1).astype(np.int32),
+        margins=(top[:, 1] - top[:, 0]).astype(np.float32),
+        own_error=own_error,
+    )
+
+
+def task_metrics(
+    logits: NDArray[np.float32], reference: NDArray[np.float32], *, precision: str, unit_error: float
+) -> TaskMetrics:
+    """What rung D keeps of a file's logits (N,K) beside the reference's."""
+    exact, other = reference.astype(np.float64), logits.astype(np.float64)
+    return TaskMetrics(
+        precision=precision,
+        # argmax takes NaN for the largest, so that such an answer is a flip unless the class is right by luck; the
+        # error is NaN then and fails by itself.
+        predictions=other.argmax(axis=1).astype(np.int32),
+        divergences=kl_divergence(exact, other).astype(np.float32),
+        errors=np.abs(other - exact).max(axis=1).astype(np.float32),
+        unit_error=unit_error,
+    )
+
+
+def kl_divergence(reference: NDArray[np.float64], other: NDArray[np.float64]) -> NDArray[np.float64]:
+    """KL(softmax(reference) || softmax(other)) per row of logits (N,K), in nats; never below zero."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        log_p, log_q = _log_softmax(reference), _log_softmax(other)
+        divergence = np.sum(np.exp(log_p) * (log_p - log_q), axis=1)
+    result: NDArray[np.float64] = np.maximum(divergence, 0.0)
+    return result
+
+
+def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return result
+
+
+def rung_d(subject: str, metrics: TaskMetrics, reference: TaskReference, limits: Policy) -> list[Check]:
+    """The task's checks of one file."""
+    policy = limits.D
+    budget, error = policy.budget(metrics.precision), 1 - policy.confidence
+    factor = limits.B.max_error if metrics.precision == "fp32" else limits.C.max_error
+    # Both sides of the comparison are off the oracle: the file as far as its rung allows, the reference by its own.
+    allowed = factor * metrics.unit_error + reference.own_error
+    flipped = metrics.predictions != reference.predictions
+    flips, total = int(flipped.sum()), len(flipped)
+    # Read in float64: the stored margin is rounded, and a limit of exactly 2 e is met by ties alone.
+    unexplained = flipped & ~(reference.margins.astype(np.float64) <= 2 * allowed)
+    right, was_right = metrics.predictions == reference.labels, reference.predictions == reference.labels
+    paired = paired_accuracy(int((was_right & ~right).sum()), int((~was_right & right).sum()), total, error=error)
+    rate = proportion_interval(flips, total, error=error)
+    divergence = float(np.max(metrics.divergences))
+    return [
+        _budgeted("flips", subject, flips / total, rate, budget.flips, policy, f"{flips} of {total}"),
+        check_at_most(
+            "D", subject, "unexplained flips", int(unexplained.sum()), policy.unexplained_flips, unit="images",
+            detail=_widest(flipped, reference, 2 * allowed),
+        ),
+        _budgeted(
+            "top-1 lost", subject, paired.drop, paired.interval, budget.top1_drop, policy,
+            f"{paired.lost} lost, {paired.won} won, McNemar p {paired.p_value:.2g}",
+        ),
+        check_at_most(
+            "D", subject, "largest KL divergence", divergence, allowed**2 / 2, unit="nats",
+            detail=f"mean {float(np.mean(metrics.divergences)):.2g}; largest error of a logit "
+            f"{float(np.max(metrics.errors)):.2g}",
+        ),
+    ]  # fmt: skip
+
+
+def judge_claim(interval: Interval, limit: float) -> Claim:
+    """Whether a quantity with this interval is shown to be at most ``limit``, refuted, or neither."""
+    if interval.high <= limit:
+        return "shown"
+    return "refuted" if not interval.low <= limit else "open"
+
+
+def _budgeted(
+    name: str,
+    subject: str,
+    measured: float,
+    interval: Interval,
+    limit: float,
+    policy: TaskPolicy,
+    counts: str,
+) -> Check:
+    claim = judge_claim(interval, limit)
+    bounds = f"{policy.confidence:.0%} bounds {interval.low:.3%} and {interval.high:.3%}"
+    detail = f"{counts}; {bounds}"
+    if claim == "open":
+        needed = f"takes {trials_needed(limit, policy.confidence):,} images to show" if limit else "cannot be shown"
+        detail += f": undecided; a rate of {limit:.1%} {needed}"
+    return Check(
+        rung="D",
+        subject=subject,
+        name=name,
+        holds=claim == "shown" or (claim == "open" and policy.on_inconclusive == "pass"),
+        measured=measured,
+        allowed=limit,
+        unit="of images",
+        detail=detail,
+        undecided=claim == "open",
+    )
+
+
+def _widest(flipped: NDArray[np.bool_], reference: TaskReference, explained: float) -> str:
+    limit = f"a margin up to {explained:.2g} explains a flip"
+    if not flipped.any():
+        return limit
+    worst = int(np.argmax(np.where(flipped, reference.margins, -np.inf)))
+    return f"{limit}; widest {reference.margins[worst]:.2g} at image {reference.indices[worst]}"

@@ -1,0 +1,250 @@
+"""Hostile ranges are found, explained and repaired; as few layers are kept as the budget needs."""
+
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from kdexport.backends.ort import load_model
+from kdexport.graph.calibration import calibrate
+from kdexport.graph.precision import cast_to_fp16
+from kdexport.graph.quantize import quantize
+from kdexport.policy import Budget
+from kdexport.search.equalise import equalise
+from kdexport.search.greedy import keep_fewest
+from kdexport.search.plan import Cast, PrecisionPlan, SearchImages, find_plan, sensitivities
+from kdexport.search.ranges import explain_ranges, layer_ranges
+
+CLASSES, WIDTH, SIZE = 7, 12, 12
+
+
+def network(path: Path, *, hostile: float = 1.0, clip: bool = False) -> Path:
+    """Conv, ReLU, depthwise conv, ReLU, conv, ReLU, pool, linear. ``hostile`` blows one channel up where the next
+    layer takes it back, as a batch norm of a vanishing variance does when it is folded."""
+    rng = np.random.default_rng(11)
+    weights = {
+        "a.weight": rng.normal(0, 0.4, (WIDTH, 3, 3, 3)),
+        "a.bias": rng.normal(0, 0.3, WIDTH),
+        "b.weight": rng.normal(0, 0.5, (WIDTH, 1, 3, 3)),
+        "b.bias": rng.normal(0.2, 0.3, WIDTH),
+        "c.weight": rng.normal(0, 0.4, (WIDTH, WIDTH, 1, 1)),
+        "c.bias": rng.normal(0.1, 0.3, WIDTH),
+        "linear.weight": rng.normal(0, 1.2, (CLASSES, WIDTH)),
+        "linear.bias": rng.normal(0, 0.2, CLASSES),
+    }
+    for first, second, channel in (("a", "b", 5), ("b", "c", 2)):
+        weights[f"{first}.weight"][channel] *= hostile
+        weights[f"{first}.bias"][channel] *= hostile
+        if second == "b":
+            weights["b.weight"][channel] /= hostile
+        else:
+            weights["c.weight"][:, channel] /= hostile
+    kind, ends = ("Clip", ["low", "high"]) if clip else ("Relu", [])
+    nodes = [
+        helper.make_node("Conv", ["input", "a.weight", "a.bias"], ["ao"], "a", pads=[1, 1, 1, 1]),
+        helper.make_node(kind, ["ao", *ends], ["ar"], "a_relu"),
+        helper.make_node("Conv", ["ar", "b.weight", "b.bias"], ["bo"], "b", group=WIDTH, pads=[1, 1, 1, 1]),
+        helper.make_node(kind, ["bo", *ends], ["br"], "b_relu"),
+        helper.make_node("Conv", ["br", "c.weight", "c.bias"], ["co"], "c"),
+        helper.make_node("Relu", ["co"], ["cr"], "c_relu"),
+        helper.make_node("GlobalAveragePool", ["cr"], ["p"], "pool"),
+        helper.make_node("Flatten", ["p"], ["f"], "flatten"),
+        helper.make_node("Gemm", ["f", "linear.weight", "linear.bias"], ["logits"], "linear", transB=1),
+    ]
+    stored = [numpy_helper.from_array(values.astype(np.float32), name) for name, values in weights.items()]
+    if clip:
+        stored += [numpy_helper.from_array(np.asarray(v, np.float32), n) for n, v in (("low", 0), ("high", 1e6))]
+    graph = helper.make_graph(
+        nodes,
+        "hostile",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 3, SIZE, SIZE])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", CLASSES])],
+        stored,
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.checker.check_model(model, full_check=True)
+    onnx.save(model, str(path))
+    return path
+
+
+def pictures(count: int = 160) -> NDArray[np.float32]:
+    """Images that differ in brightness and contrast, so that the classes do too."""
+    rng = np.random.default_rng(4)
+    shift, gain = rng.normal(0, 1, (count, 3, 1, 1)), rng.uniform(0.3, 1.5, (count, 1, 1, 1))
+    return (shift + gain * rng.normal(0, 1, (count, 3, SIZE, SIZE))).astype(np.float32)
+
+
+def int8(folder: Path) -> Cast:
+    def cast(source: Path, kept: tuple[str, ...], path: Path) -> None:
+        calibrate(source, [pictures(64)], folder / "ranges.json", method="minmax", percentile=99.9)
+        quantize(source, folder / "ranges.json", path, form="int8-u8", keep=kept)
+
+    return cast
+
+
+def data(source: Path) -> SearchImages:
+    return SearchImages(pictures(), load_model(source).logits(pictures()).argmax(axis=1).astype(np.int64))
+
+
+def plan(source: Path, folder: Path, budget: Budget, *, max_trials: int = 24) -> PrecisionPlan:
+    return find_plan(source, int8(folder), data(source), budget, folder, max_trials=max_trials)
+
+
+def test_a_tame_network_is_taken_as_it_is(tmp_path: Path) -> None:
+    found = plan(network(tmp_path / "m.onnx"), tmp_path, Budget(flips=0.1, top1_drop=0.1))
+    assert found.chosen.plan == "plain"
+    assert [trade.plan for trade in found.trades] == ["fp32", "plain"]
+    assert (found.collapsed, found.reasons) == (False, ())
+    assert found.chosen.bytes == (tmp_path / "plain.onnx").stat().st_size
+    assert found.trades[0].flips == found.trades[0].noise == 0
+    assert found.chosen.noise > 0
+
+
+def test_a_hostile_channel_is_detected_explained_and_repaired_by_equalising(tmp_path: Path) -> None:
+    source = network(tmp_path / "m.onnx", hostile=3000.0)
+    found = plan(source, tmp_path, Budget(flips=0.1, top1_drop=0.1))
+    plain = found.trades[1]
+    assert found.collapsed
+    assert plain.flips > 0.1
+    assert not plain.within
+    assert found.chosen.plan == "equalised"
+    assert found.chosen.equalised == 2
+    assert found.chosen.noise < plain.noise / 5
+    assert found.chosen.within
+    assert found.chosen.kept == ()
+    assert any(reason.startswith("a: channel 5 reaches ") and "of 8 bits" in reason for reason in found.reasons)
+    assert any(reason.startswith("b: channel 2 reaches ") for reason in found.reasons)
+    # What was chosen is in the file, by a run of its own.
+    logits = load_model(found.path).logits(pictures())
+    assert np.mean(logits.argmax(axis=1) != data(source).labels) == found.chosen.flips
+    stored = json.loads(json.dumps(found.to_json(), allow_nan=False))
+    assert stored["collapsed"] is True
+    assert stored["chosen"]["flips"] == found.chosen.flips
+
+
+def test_where_nothing_can_be_equalised_the_offending_layers_are_kept_and_no_other(tmp_path: Path) -> None:
+    # A Clip passes no factor on.
+    source = network(tmp_path / "m.onnx", hostile=3000.0, clip=True)
+    found = plan(source, tmp_path, Budget(flips=0.06, top1_drop=0.06))
+    assert found.chosen.within
+    assert 0 < len(found.chosen.kept) < 4
+    assert len([trade for trade in found.trades if trade.kept == found.chosen.kept]) == 1
+    for layer in found.chosen.kept:
+        fewer = tuple(name for name in found.chosen.kept if name != layer)
+        assert any(trade.kept == fewer and not trade.within for trade in found.trades), layer
+    again = plan(source, tmp_path, Budget(flips=0.06, top1_drop=0.06))
+    assert again.chosen.kept == found.chosen.kept
+    model = onnx.load(str(found.path))
+    for node in model.graph.node:
+        if node.name in found.chosen.kept:
+            assert node.input[1] == f"{node.name}.weight"
+
+
+def test_a_budget_that_no_plan_keeps_is_said(tmp_path: Path) -> None:
+    source = network(tmp_path / "m.onnx", hostile=3000.0, clip=True)
+    found = plan(source, tmp_path, Budget(flips=0.0, top1_drop=0.0), max_trials=2)
+    assert not found.chosen.within
+    assert len(found.trades) <= 2 + 1 + 2
+
+
+def test_equalising_changes_no_logit_by_one_bit(tmp_path: Path) -> None:
+    source = network(tmp_path / "m.onnx", hostile=777.0)
+    found = equalise(onnx.load(str(source)), {"input": pictures(16)})
+    onnx.save(found.model, str(tmp_path / "equal.onnx"))
+    before, after = load_model(source, optimise=False), load_model(tmp_path / "equal.onnx", optimise=False)
+    assert found.pairs == 2
+    assert found.largest_factor >= 256
+    assert before.logits(pictures()).tobytes() == after.logits(pictures()).tobytes()
+    hostile = {item.layer: item.lost_bits for item in layer_ranges(onnx.load(str(source)), {"input": pictures(16)})}
+    tame = {item.layer: item.lost_bits for item in layer_ranges(found.model, {"input": pictures(16)})}
+    assert hostile["a"] > 6
+    assert tame["a"] < 2
+    assert hostile["b"] > 6
+    assert tame["b"] < 3
+
+
+@pytest.mark.parametrize("spoil", ["second reader", "shared weight", "graph output"])
+def test_a_layer_that_somebody_else_reads_is_not_scaled(spoil: str, tmp_path: Path) -> None:
+    model = onnx.load(str(network(tmp_path / "m.onnx", hostile=100.0)))
+    if spoil == "second reader":
+        model.graph.node.insert(2, helper.make_node("Identity", ["ao"], ["copy"], "copy"))
+        model.graph.output.append(helper.make_tensor_value_info("copy", TensorProto.FLOAT, None))
+    elif spoil == "shared weight":
+        next(node for node in model.graph.node if node.name == "b").input[2] = "a.bias"
+    else:
+        model.graph.output.append(helper.make_tensor_value_info("ar", TensorProto.FLOAT, None))
+    found = equalise(model, {"input": pictures(8)})
+    assert found.pairs == (0 if spoil == "shared weight" else 1)
+    assert _array(found.model, "a.weight").tobytes() == _array(model, "a.weight").tobytes()
+
+
+def _array(model: onnx.ModelProto, name: str) -> NDArray[np.float32]:
+    values: NDArray[np.float32] = numpy_helper.to_array(next(i for i in model.graph.initializer if i.name == name))
+    return values
+
+
+def test_the_layer_that_the_cast_hurts_most_is_the_most_sensitive(tmp_path: Path) -> None:
+    source = network(tmp_path / "m.onnx", hostile=3000.0, clip=True)
+    int8(tmp_path)(source, (), tmp_path / "q.onnx")
+    ranked = sensitivities(onnx.load(str(source)), tmp_path / "q.onnx", {"input": pictures(16)})
+    assert sorted(ranked) == ["a", "b", "c", "linear"]
+    assert ranked.index("c") < ranked.index("linear")
+
+
+def test_a_layer_that_float16_keeps_is_computed_in_float32(tmp_path: Path) -> None:
+    source = network(tmp_path / "m.onnx")
+    kept = cast_to_fp16(source, tmp_path / "kept.onnx", keep=["c", "linear"])
+    types = {item.name: item.data_type for item in kept.graph.initializer}
+    assert {types[name] for name in ("a.weight", "a.bias", "b.weight", "b.bias")} == {TensorProto.FLOAT16}
+    assert {types[name] for name in ("c.weight", "c.bias", "linear.weight", "linear.bias")} == {TensorProto.FLOAT}
+    whole = cast_to_fp16(source, tmp_path / "all.onnx", keep=[node.name for node in onnx.load(str(source)).graph.node])
+    assert TensorProto.FLOAT16 not in {item.data_type for item in whole.graph.initializer}
+    exact = load_model(source).logits(pictures())
+    assert np.abs(load_model(tmp_path / "kept.onnx").logits(pictures()) - exact).max() > 0
+
+
+@dataclass(frozen=True)
+class Fake:
+    within: bool
+
+
+def needing(needed: set[str], seen: list[tuple[str, ...]]) -> Callable[[tuple[str, ...]], Fake]:
+    def evaluate(kept: tuple[str, ...]) -> Fake:
+        seen.append(kept)
+        return Fake(needed <= set(kept))
+
+    return evaluate
+
+
+@pytest.mark.parametrize("needed", [set(c) for n in range(4) for c in itertools.combinations("abcdef", n)])
+def test_exactly_the_layers_that_are_needed_are_kept(needed: set[str]) -> None:
+    seen: list[tuple[str, ...]] = []
+    found = keep_fewest("abcdef", needing(needed, seen), max_trials=40)
+    assert set(found.kept) == needed
+    assert found.trial.within
+    assert len(seen) == len(set(seen)) == len(found.trials)
+    assert len(seen) <= 4 + 3 + 6
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 5])
+def test_the_number_of_trials_is_bounded(most: int) -> None:
+    seen: list[tuple[str, ...]] = []
+    found = keep_fewest([str(i) for i in range(64)], needing({"40", "63"}, seen), max_trials=most)
+    assert len(seen) == most
+    assert not found.trial.within
+
+
+def test_layers_of_equal_channels_are_not_called_hostile(tmp_path: Path) -> None:
+    ranges = layer_ranges(onnx.load(str(network(tmp_path / "m.onnx"))), {"input": pictures(16)})
+    assert explain_ranges(ranges) == []
+    assert [item.layer for item in ranges] == ["a", "b", "c"]
+    values = pictures(16)
+    assert ranges[0].widest > ranges[0].median > 0
+    assert np.isfinite(values).all()
