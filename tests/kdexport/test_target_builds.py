@@ -15,8 +15,9 @@ from kdexport.bundle import MANIFEST, hash_files, read_manifest
 from kdexport.verify.parity import Check
 from kdexport.verify.replay import replay
 from tests.conftest import Built, Command, run_command
+from tests.kdexport.optional import require_openvino
 
-pytest.importorskip("openvino", reason="OpenVINO is not installed")
+require_openvino()
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
 TARGETS = ("onnx-int8", "openvino-fp32", "openvino-int8", "trt-rtx-bf16", "trt-rtx-int8")
