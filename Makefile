@@ -19,6 +19,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV) || { echo "Creating $(VENV) failed; on Debian: apt-get install python3-venv"; exit 4; }
 	@echo "Installing into $(VENV): torch, onnxruntime, TensorRT-RTX, a few minutes once ..."
 	@$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[demo,trt-rtx,openvino,serve,dev]'
+	@# pip compiles on one processor. Templates that are no modules cannot be compiled, and need not be.
+	@$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null 2>&1 || true
 	@touch $@
 
 setup: $(VENV)/.ready  ## Create .venv with everything that development needs

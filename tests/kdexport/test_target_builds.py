@@ -15,11 +15,12 @@ from kdexport.bundle import MANIFEST, hash_files, read_manifest
 from kdexport.verify.parity import Check
 from kdexport.verify.replay import replay
 from tests.conftest import Built, Command, run_command
+from tests.kdexport.optional import require_openvino
 
-pytest.importorskip("openvino", reason="OpenVINO is not installed")
+require_openvino()
 pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
 
-TARGETS = ("onnx-int8", "openvino-fp32", "openvino-int8", "trt-rtx-bf16", "trt-rtx-int8")
+TARGETS = ("onnx-int8", "openvino-int8", "trt-rtx-bf16", "trt-rtx-int8")
 Edit = Callable[[onnx.ModelProto], None]
 
 
@@ -81,12 +82,11 @@ def test_every_target_is_verified_or_says_that_it_was_not_run(bundle: Path) -> N
         "targets/trt-rtx-bf16/model.onnx on onnxruntime CPU", "targets/trt-rtx-int8/model.onnx on onnxruntime CPU",
     ):  # fmt: skip
         assert ("C", subject) in rungs
-    assert ("B", "targets/openvino-fp32/model.onnx on OpenVINO CPU") in rungs
     facts = {(c["subject"], c["name"]): c["detail"] for c in data["parity"]}
     assert facts["targets/onnx-int8/model.onnx", "integer kernels"].startswith(f"{layers['correlation']} QLinearConv")
     for subject in (
         "targets/onnx-int8/model.onnx on onnxruntime CPU",
-        "targets/openvino-fp32/model.onnx on OpenVINO CPU",
+        "targets/openvino-int8/model.onnx on OpenVINO CPU",
     ):
         assert facts[subject, "dynamic batch"] == "batches of 1 and 3 gave 1 and 3 rows"
 
@@ -166,7 +166,7 @@ def test_a_batch_that_is_not_dynamic_is_caught(damaged: Callable[[str, Edit], li
         for value in (*model.graph.input, *model.graph.output):
             value.type.tensor_type.shape.dim[0].dim_value = 2
 
-    found = damaged("openvino-fp32", fix)
+    found = damaged("openvino-int8", fix)
     assert {check.name for check in found} >= {"dynamic batch", "dynamic float32 input and logits"}
     assert "batch of 1: " in next(check for check in found if check.name == "dynamic batch").detail
 

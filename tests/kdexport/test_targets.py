@@ -12,6 +12,7 @@ from kdexport.targets import (
     target_names,
     unavailable,
 )
+from tests.kdexport.optional import require_openvino
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,7 @@ def test_onnxruntime_refuses_what_it_would_compute_in_another_precision(monkeypa
 
 
 def test_openvino_refuses_a_precision_that_this_processor_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    require_openvino()
     monkeypatch.setattr("kdexport.backends.openvino.capabilities", lambda: ("FP32", "BF16"))
     assert unavailable(Target("openvino", "bf16")) is None
     with pytest.raises(BackendUnavailableError, match=r"no fp16 on this CPU, only fp32, bf16") as caught:

@@ -14,8 +14,9 @@ from tests.kdexport.backends.test_ort import by_hand
 from tests.kdexport.exported import images, small_graph, small_weights
 from tests.kdexport.graph.test_quantize import CALIBRATION, SIZE, block_graph
 from tests.kdexport.graph.test_quantize import by_hand as block_by_hand
+from tests.kdexport.optional import require_openvino
 
-pytest.importorskip("openvino", reason="OpenVINO is not installed")
+require_openvino()
 
 
 @pytest.fixture(scope="module")
