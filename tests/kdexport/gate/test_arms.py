@@ -29,6 +29,7 @@ from kdexport.gate.stored import stored_outputs
 from kdexport.gate.trial import run_trial
 from tests.conftest import Built
 from tests.kdexport.gate.fakes import machine
+from tests.kdexport.optional import require_openvino
 
 
 def edited(bundle: Path, change: Callable[[dict[str, Any]], None]) -> Path:
@@ -57,7 +58,7 @@ def gated(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> tuple[Any,
 
 
 def test_two_targets_of_one_bundle_are_timed_each_in_its_runtime(two_targets: Path) -> None:
-    pytest.importorskip("openvino")
+    require_openvino()
     request = BenchRequest(
         bundle=two_targets, arms=("openvino-fp32", "onnx-fp32"), clocks=("host",), batches=(1,), target=None, threads=1,
         sessions=2, seed=0,
@@ -73,7 +74,7 @@ def test_two_targets_of_one_bundle_are_timed_each_in_its_runtime(two_targets: Pa
 def test_a_gate_compares_what_it_was_asked_to(
     two_targets: Path, built: Built, twin: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("openvino")
+    require_openvino()
     one = two_targets / "targets" / "openvino-fp32" / MODEL
     other = two_targets / "targets" / "onnx-fp32" / MODEL
     done, asked = gated(monkeypatch, two_targets, "--target", "openvino-fp32", "--against", "onnx-fp32")
