@@ -74,6 +74,7 @@ def read_ranges(path: Path) -> dict[str, Range]:
 
 
 def _reader(batch: NDArray[np.float32]) -> object:
+    import_onnxruntime()
     from onnxruntime.quantization import CalibrationDataReader
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]

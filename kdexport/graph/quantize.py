@@ -82,6 +82,7 @@ def quantize(
 
 def _write_cache(ranges: Path, path: Path) -> Path:
     """The ranges as the file that onnxruntime's quantizer reads; to it they are extremes, however they were found."""
+    import_onnxruntime()
     from onnxruntime.quantization import CalibrationMethod, TensorsData, save_tensors_data
 
     ends = {name: (np.float32(r.low), np.float32(r.high)) for name, r in read_ranges(ranges).items()}

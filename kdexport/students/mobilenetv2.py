@@ -3,7 +3,6 @@
 import math
 from typing import cast
 
-import torchvision
 from torch import Tensor, nn
 
 from kdexport.students import STUDENTS
@@ -110,7 +109,10 @@ class MobileNetV2(Student):
 
     def __init__(self, num_classes: int, image_size: int) -> None:
         super().__init__()
-        net = torchvision.models.mobilenet_v2(num_classes=num_classes)
+        # Not above: it takes as long to import as torch, and most commands build small students.
+        from torchvision import models
+
+        net = models.mobilenet_v2(num_classes=num_classes)
         # torchvision's own names, so that its checkpoints load unchanged.
         self.features, self.classifier = net.features, net.classifier
         for index in (0, len(self.features) - 1):

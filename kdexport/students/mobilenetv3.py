@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -85,7 +84,10 @@ class MobileNetV3(Student):
 
 def _small(num_classes: int, image_size: int) -> Student:
     """1,620,356 parameters at 100 classes; the stem and the first block keep the size, so that 32x32 ends at 4x4."""
-    net = torchvision.models.mobilenet_v3_small(num_classes=num_classes)
+    # Not above: it takes as long to import as torch, and most commands build small students.
+    from torchvision import models
+
+    net = models.mobilenet_v3_small(num_classes=num_classes)
     for path in ("features.0.0", "features.1.block.0.0"):
         net.get_submodule(path).stride = (1, 1)
     return MobileNetV3(net, _SMALL, num_classes, image_size)
@@ -93,7 +95,9 @@ def _small(num_classes: int, image_size: int) -> Student:
 
 def _large(num_classes: int, image_size: int) -> Student:
     """4,330,132 parameters at 100 classes."""
-    return MobileNetV3(torchvision.models.mobilenet_v3_large(num_classes=num_classes), _LARGE, num_classes, image_size)
+    from torchvision import models
+
+    return MobileNetV3(models.mobilenet_v3_large(num_classes=num_classes), _LARGE, num_classes, image_size)
 
 
 @STUDENTS.register("mobilenetv3")

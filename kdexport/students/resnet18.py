@@ -2,7 +2,6 @@
 
 from typing import cast
 
-import torchvision
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -80,7 +79,10 @@ class ResNet18(Student):
 
     def __init__(self, num_classes: int, image_size: int) -> None:
         super().__init__()
-        net = torchvision.models.resnet18(num_classes=num_classes)
+        # Not above: it takes as long to import as torch, and most commands build small students.
+        from torchvision import models
+
+        net = models.resnet18(num_classes=num_classes)
         # torchvision's own names, so that its checkpoints load unchanged.
         self.conv1, self.bn1, self.maxpool = net.conv1, net.bn1, net.maxpool
         self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4

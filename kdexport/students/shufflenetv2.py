@@ -8,7 +8,6 @@ so that the feature is its ReLU channel by channel; the public CIFAR code reads 
 from typing import cast
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -132,7 +131,10 @@ class ShuffleNetV2(Student):
 
     def __init__(self, num_classes: int, image_size: int) -> None:
         super().__init__()
-        net = torchvision.models.shufflenet_v2_x1_0(num_classes=num_classes)
+        # Not above: it takes as long to import as torch, and most commands build small students.
+        from torchvision import models
+
+        net = models.shufflenet_v2_x1_0(num_classes=num_classes)
         # torchvision's own names, so that its checkpoints load unchanged.
         self.conv1, self.maxpool = net.conv1, net.maxpool
         self.stage2, self.stage3, self.stage4 = net.stage2, net.stage3, net.stage4

@@ -21,3 +21,10 @@ def test_a_module_imports_no_heavy_library(module: str) -> None:
 
 def test_the_check_would_notice_torch() -> None:
     assert "torch" in imported_by("import kdexport.reparam.algebra")
+
+
+def test_torchvision_waits_for_a_network_that_needs_it() -> None:
+    """It takes as long to import as torch, and so would every command."""
+    assert "torchvision" not in imported_by("import kdexport.students, kdexport.pipeline, training.teachers")
+    large = "from kdexport.students import STUDENTS; STUDENTS.build('resnet18', num_classes=2, image_size=224)"
+    assert "torchvision" in imported_by(large)

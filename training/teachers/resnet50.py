@@ -5,7 +5,6 @@ Both have the stride of a stage on the 3x3 convolution of its first bottleneck.
 
 from typing import cast
 
-import torchvision
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -100,7 +99,10 @@ class ResNet50(Teacher):
     def __init__(self, *, num_classes: int, image_size: int) -> None:
         super().__init__()
         self.num_classes, self.image_size = num_classes, image_size
-        net = torchvision.models.resnet50(num_classes=num_classes)
+        # Not above: it takes as long to import as torch, and most commands build small students.
+        from torchvision import models
+
+        net = models.resnet50(num_classes=num_classes)
         # torchvision's own names, so that its checkpoints load unchanged.
         self.conv1, self.bn1, self.maxpool = net.conv1, net.bn1, net.maxpool
         self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4

@@ -1,10 +1,8 @@
 """Swin transformers (Liu et al., 2021) from torchvision, with taps in the (N,C,H,W) of convolutional networks."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import cast
 
-import torchvision
 from torch import Tensor, nn
 
 from kdexport.errors import ConfigError
@@ -25,11 +23,14 @@ class Swin(Teacher):
     between two stages belongs to the later one.
     """
 
-    def __init__(self, name: str, factory: Callable[..., nn.Module], *, num_classes: int, image_size: int) -> None:
+    def __init__(self, name: str, *, num_classes: int, image_size: int) -> None:
         super().__init__()
         _check_size(name, image_size)
         self.num_classes, self.image_size = num_classes, image_size
-        net = factory(num_classes=num_classes)
+        # Not above: it takes as long to import as torch, and most commands build small students.
+        from torchvision import models
+
+        net = getattr(models, name)(num_classes=num_classes)
         # torchvision's own names, so that its checkpoints load unchanged.
         self.features, self.norm = cast(nn.Sequential, net.features), cast(nn.LayerNorm, net.norm)
         self.head = cast(nn.Linear, net.head)
@@ -76,4 +77,4 @@ def _check_size(name: str, image_size: int) -> None:
 
 
 for _name in ("swin_t", "swin_s", "swin_b"):
-    TEACHERS.register(_name)(partial(Swin, _name, getattr(torchvision.models, _name)))
+    TEACHERS.register(_name)(partial(Swin, _name))

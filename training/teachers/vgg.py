@@ -11,7 +11,6 @@ from itertools import pairwise
 from typing import cast
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -92,7 +91,10 @@ class Vgg13(Teacher):
                 remedy=f"Set data.image_size to {image_size // 16 * 16} or {(image_size // 16 + 1) * 16}.",
             )
         self.num_classes, self.image_size = num_classes, image_size
-        net = torchvision.models.vgg13_bn(num_classes=num_classes)
+        # Not above: it takes as long to import as torch, and most commands build small students.
+        from torchvision import models
+
+        net = models.vgg13_bn(num_classes=num_classes)
         # torchvision's own names, so that its checkpoints load unchanged.
         self.features, self.avgpool, self.classifier = net.features, net.avgpool, net.classifier
         for index in _RELUS:

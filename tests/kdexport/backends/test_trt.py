@@ -412,4 +412,5 @@ def test_polygraphy_reads_each_form_that_tensorrt_takes_as_it_is(tmp_path: Path)
     files = [str(tmp_path / name) for name in ("int8.onnx", "bf16.onnx")]
     environment = {**os.environ, "POLYGRAPHY_USE_TENSORRT_RTX": "1"}
     done = subprocess.run([sys.executable, "-c", script, *files], capture_output=True, text=True, env=environment)
-    assert [line for line in done.stdout.splitlines() if "Loading" not in line] == ["True logits"] * 2, done.stderr
+    # Polygraphy talks of what it loads and misses in lines of its own.
+    assert [line for line in done.stdout.splitlines() if line.endswith(" logits")] == ["True logits"] * 2, done.stderr
