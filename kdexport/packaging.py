@@ -82,7 +82,7 @@ def package(folder: Path, parts: Parts, progress: Progress) -> VerifiedBundle:
     pixels = parts.validation.read(chosen, parts.trained.spec.preprocessing)
     task = TaskImages(parts.validation, _task_indices(parts))
     verdict = verify_folder(folder, manifest, pixels, task=task, progress=progress)
-    data["task"] = None if verdict.record is None else _save_task(folder, verdict.record, parts)
+    data["task"] = None if verdict.record is None else _save_task(folder, verdict.record, parts.validation)
     latency = _compare_latency(parts, progress) if not verdict.failures else None
     data["parity"] = [check.to_json() for check in verdict.checks]
     data["parity_images"] = count
@@ -95,10 +95,9 @@ def package(folder: Path, parts: Parts, progress: Progress) -> VerifiedBundle:
     return bundle
 
 
-def _save_task(folder: Path, record: TaskRecord, parts: Parts) -> dict[str, object]:
+def _save_task(folder: Path, record: TaskRecord, images: ImageSet) -> dict[str, object]:
     """With the fingerprint and the size of the whole split, for results of another bundle to be laid beside them."""
-    images = parts.validation
-    return {**save_record(folder, record), "data_sha256": images.fingerprint(), "data_images": len(images)}
+    return save_record(folder, record) | {"data_sha256": images.fingerprint(), "data_images": len(images)}
 
 
 def _task_indices(parts: Parts) -> list[int]:

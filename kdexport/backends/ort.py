@@ -66,15 +66,7 @@ def load_model(
             f"onnxruntime has no {provider} here, only {', '.join(ort.get_available_providers())}.",
             remedy="Install onnxruntime-gpu with its CUDA libraries, or choose another provider.",
         )
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    # A worker that spins between runs takes the core that the other arm of a comparison needs.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # Without VNNI the fast int8 kernels add pairs of products in 16 bits and saturate; this takes those that do not.
-    options.add_session_config_entry("session.x64quantprecision", "1")
-    if not optimise:
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options = _session_options(ort, threads, optimise)
     if provider == TENSORRT:
         # The provider has no option of its own for it, and TensorRT computes float32 in TF32 unless told.
         os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
@@ -98,6 +90,19 @@ def load_model(
     for graph in session.get_provider_graph_assignment_info():
         counts[graph.ep_name] += len(graph.get_nodes())
     return OrtModel(session, dict(counts))
+
+
+def _session_options(ort: Any, threads: int, optimise: bool) -> Any:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    # A worker that spins between runs takes the core that the other arm of a comparison needs.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Without VNNI the fast int8 kernels add pairs of products in 16 bits and saturate; this takes those that do not.
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    if not optimise:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return options
 
 
 def optimised_operators(path: Path) -> dict[str, int]:

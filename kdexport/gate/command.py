@@ -12,6 +12,11 @@ Debug = Annotated[bool, typer.Option("--debug", help="Print tracebacks of errors
 Clock = Annotated[str, typer.Option(help="host (session.run), serve (through the HTTP server), gpu; comma separated.")]
 Batch = Annotated[str, typer.Option(help="Batch sizes, comma separated.")]
 Threads = Annotated[int, typer.Option(min=1, help="onnxruntime threads, each held on a processor of its own.")]
+Images = Annotated[
+    str | None,
+    typer.Option(help="Validation images, a folder or digits; default what both bundles remember, or golden."),
+]
+Against = Annotated[str | None, typer.Option(help="Target to compare with: of the baseline, else of the same bundle.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of the order in which arms and blocks run.")]
 
 
@@ -54,15 +59,11 @@ def gate(
     max_flips: Annotated[str | None, typer.Option(help="Allowed share of images with another label.")] = None,
     max_top1_drop: Annotated[str | None, typer.Option(help="Allowed drop of top-1.")] = None,
     slo_p99: Annotated[float | None, typer.Option(min=0.0, help="Milliseconds that the p99 must stay below.")] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Validation images: a folder, or digits; default the golden images.")
-    ] = None,
+    data: Images = None,
     clock: Clock = "host",
     batch: Batch = "1",
     target: Annotated[str | None, typer.Option(help="Target; default onnx-fp32.")] = None,
-    against: Annotated[
-        str | None, typer.Option(help="Target to compare with: of the baseline, else of the same bundle.")
-    ] = None,
+    against: Against = None,
     threads: Threads = 1,
     runner: Annotated[Path | None, typer.Option(help="Calibration; default runner.toml where there is one.")] = None,
     on_inconclusive: Annotated[str | None, typer.Option(help="warn: exit 0; fail: exit 1; default exit 3.")] = None,
