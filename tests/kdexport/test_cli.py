@@ -144,9 +144,9 @@ def test_the_options_of_each_command_are_frozen() -> None:
             "bundle",
         ],
         "gate": [
-            "--baseline", "--batch", "--clock", "--data", "--debug", "--json", "--junit", "--markdown", "--max-flips",
-            "--max-slowdown", "--max-top1-drop", "--on-inconclusive", "--plot", "--runner", "--seed", "--slo-p99",
-            "--target", "--threads", "bundle",
+            "--against", "--baseline", "--batch", "--clock", "--data", "--debug", "--json", "--junit", "--markdown",
+            "--max-flips", "--max-slowdown", "--max-top1-drop", "--on-inconclusive", "--plot", "--runner", "--seed",
+            "--slo-p99", "--target", "--threads", "bundle",
         ],
         "calibrate-runner": [
             "--batch", "--clock", "--debug", "--gates", "--json", "--max-slowdown", "--out", "--seed", "--threads",

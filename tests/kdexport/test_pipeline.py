@@ -168,10 +168,10 @@ def test_a_killed_build_continues_and_ends_with_the_same_student(built: Built, t
     command = [sys.executable, "-m", "kdexport", "build", "--config", str(built.config), "--out", str(out),
                "--workspace", str(workspace), "--target", "onnx-fp32,trt-rtx-fp16"]  # fmt: skip
     rng = np.random.default_rng()
-    for attempt in range(4):
+    for attempt in range(3):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            process.wait(timeout=float(rng.uniform(1.0, 12.0)) if attempt < 3 else 600)
+            process.wait(timeout=float(rng.uniform(1.0, 12.0)) if attempt < 2 else 600)
         except subprocess.TimeoutExpired:
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
@@ -271,7 +271,7 @@ def test_an_image_folder_with_adapters_that_fold_into_the_classifier_builds_and_
     assert kdexport("verify", out).exit_code == 0
 
 
-@pytest.mark.parametrize("fault", ["corrupt", "empty class", "no folder", "no test split"])
+@pytest.mark.parametrize("fault", ["corrupt", "empty class"])
 def test_a_bad_image_folder_is_named(fault: str, image_folder: Path, kdexport: Command, tmp_path: Path) -> None:
     config = tmp_path / "folder.toml"
     config.write_text(FOLDER_CONFIG.format(root=image_folder))
@@ -279,14 +279,9 @@ def test_a_bad_image_folder_is_named(fault: str, image_folder: Path, kdexport: C
     if fault == "corrupt":
         victim = victim / "03.png"
         victim.write_bytes(victim.read_bytes()[:300])
-    elif fault == "empty class":
+    else:
         shutil.rmtree(victim)
         victim.mkdir()
-    elif fault == "no folder":
-        shutil.rmtree(victim := image_folder)
-    else:
-        shutil.rmtree(image_folder / "val")
-        victim = image_folder
     done = kdexport("build", "--config", config, "--out", tmp_path / "out", "--workspace", tmp_path / "ws")
     assert done.exit_code == 2, done.stderr
     assert "KDX201" in done.stderr
