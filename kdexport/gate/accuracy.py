@@ -14,7 +14,7 @@ from kdexport.bundle import GOLDEN_LOGITS
 from kdexport.data import ImageSet, dataset_spec, open_dataset
 from kdexport.errors import BundleError, VerificationError
 from kdexport.gate.artifacts import Artifact, Bundle
-from kdexport.gate.bounds import ACCURACY_CONFIDENCE, Bound, bounded_share, top1_drop, trials_needed
+from kdexport.gate.bounds import ACCURACY_CONFIDENCE, Bound, bounded_share, drop_trials_needed, top1_drop, trials_needed
 from kdexport.gate.errors import MismatchError
 from kdexport.gate.runnable import open_on_host
 from kdexport.preprocessing import Preprocessing
@@ -118,19 +118,21 @@ def judge_accuracy(
     if max_flips is not None:
         flips = int((reference != candidate).sum())
         bound = bounded_share(flips, len(labels), max_flips, ACCURACY_CONFIDENCE)
-        results.append(_result("flips", bound, len(labels), source))
+        needed = trials_needed(max_flips, ACCURACY_CONFIDENCE) if max_flips else 0
+        results.append(_result("flips", bound, len(labels), source, needed))
     if max_drop is not None:
         right, still = reference == labels, candidate == labels
         lost, gained = int((right & ~still).sum()), int((~right & still).sum())
-        results.append(_result("top-1 drop", top1_drop(lost, gained, len(labels), max_drop), len(labels), source))
+        bound = top1_drop(lost, gained, len(labels), max_drop)
+        needed = drop_trials_needed(max_drop) if max_drop else 0
+        results.append(_result("top-1 drop", bound, len(labels), source, needed))
     return results
 
 
-def _result(name: str, bound: Bound, images: int, source: str) -> AccuracyResult:
+def _result(name: str, bound: Bound, images: int, source: str, needed: int) -> AccuracyResult:
     said = f"{bound.value:.2%} of {images} images, bounds {bound.low:.2%} to {bound.high:.2%}"
     said += f" (up to {bound.limit:.2%} allowed)"
     if bound.verdict == "INCONCLUSIVE":
-        needed = trials_needed(bound.limit, ACCURACY_CONFIDENCE) if bound.limit > 0 else 0
         said += f"; it takes {needed} images without a change to prove that" if images < needed else ""
     return AccuracyResult(name=name, bound=bound, images=images, source=source, reason=said)
 

@@ -52,6 +52,16 @@ def trials_needed(limit: float, confidence: float) -> int:
     return math.ceil(math.log1p(-confidence) / math.log1p(-limit))
 
 
+def drop_trials_needed(limit: float, confidence: float = ACCURACY_CONFIDENCE) -> int:
+    """Images without a single change that prove a drop of at most ``limit`` by the bound of ``top1_drop``."""
+    return trials_needed(limit, _each(confidence))
+
+
+def _each(confidence: float) -> float:
+    """The confidence of each of two bounds of which one may err."""
+    return 1 - (1 - confidence) / 2
+
+
 def top1_drop(lost: int, gained: int, images: int, limit: float, confidence: float = ACCURACY_CONFIDENCE) -> Bound:
     """Does top-1 fall by at most ``limit``? ``lost`` images only the reference has right, ``gained`` the candidate.
 
@@ -59,7 +69,7 @@ def top1_drop(lost: int, gained: int, images: int, limit: float, confidence: flo
     holds whatever their correlation and also where no image changed at all.
     """
     _require_count(lost + gained, images)
-    each = 1 - (1 - confidence) / 2
+    each = _each(confidence)
     low = lower_share(lost, images, each) - upper_share(gained, images, each)
     high = upper_share(lost, images, each) - lower_share(gained, images, each)
     return Bound(value=(lost - gained) / images, low=low, high=high, limit=limit, verdict=_verdict(low, high, limit))

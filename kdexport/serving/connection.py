@@ -198,22 +198,31 @@ class Connection(HttpToolsProtocol):
         self.transport.abort()
 
     def _refuse(self, status: int, message: str) -> None:
-        """Answer without the application, unless it still answers an earlier request, and close."""
+        """Answer without the application and close; an earlier request that is whole still gets its own answer."""
         self._disarm()
         if self.transport.is_closing():
             return
-        if self._nothing_before():
+        if self._answers_earlier():
+            # What follows it is never read: nothing after it can be told apart.
+            self.cycle.keep_alive = False
+            self.flow.pause_reading()
+            return
+        if self._leave_unfinished():
             body = json.dumps({"error": message}).encode()
             head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
             self.transport.write(STATUS_LINE[status] + head + body)
         self.transport.close()
         self._start_write_deadline()
 
-    def _nothing_before(self) -> bool:
-        """Whether an answer sent now is the answer to what is refused; the application then leaves that request."""
+    def _answers_earlier(self) -> bool:
+        """Whether the newest request is whole and not answered yet, so that what is refused comes after it."""
+        return self.cycle is not None and not self.cycle.response_complete and not self._body_open
+
+    def _leave_unfinished(self) -> bool:
+        """Take the request under way from the application; False where its answer has begun, or others wait."""
         if self.cycle is None or self.cycle.response_complete:
             return True
-        if not self._body_open or self.cycle.response_started or self.pipeline:
+        if self.cycle.response_started or self.pipeline:
             return False
         self.cycle.disconnected = True
         self.cycle.message_event.set()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,14 @@ from torch.nn import functional
 
 #: Below this many pixels a side the small-image (CIFAR) definition of an architecture is built.
 IMAGENET_MIN_SIZE = 128
+
+
+def torchvision_network(name: str, *, num_classes: int) -> Any:
+    """torchvision's network of that name, with fresh weights and its own parameter names: its checkpoints load."""
+    # Not at the top: it takes as long to import as torch, and most commands build small students.
+    from torchvision import models
+
+    return getattr(models, name)(num_classes=num_classes)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

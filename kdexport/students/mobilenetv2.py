@@ -6,6 +6,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from kdexport.students import STUDENTS
+from kdexport.students.classifier import torchvision_network
 from kdexport.students.student import IMAGENET_MIN_SIZE, Host, Stage, Student, Tap
 
 # Expansion, output channels at width 0.5, blocks, first stride: Table 2 of the paper, halved.
@@ -109,10 +110,7 @@ class MobileNetV2(Student):
 
     def __init__(self, num_classes: int, image_size: int) -> None:
         super().__init__()
-        # Not above: it takes as long to import as torch, and most commands build small students.
-        from torchvision import models
-
-        net = models.mobilenet_v2(num_classes=num_classes)
+        net = torchvision_network("mobilenet_v2", num_classes=num_classes)
         # torchvision's own names, so that its checkpoints load unchanged.
         self.features, self.classifier = net.features, net.classifier
         for index in (0, len(self.features) - 1):

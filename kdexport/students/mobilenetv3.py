@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kdexport.students import STUDENTS
+from kdexport.students.classifier import torchvision_network
 from kdexport.students.student import IMAGENET_MIN_SIZE, Host, Stage, Student, Tap
 
 
@@ -84,10 +85,7 @@ class MobileNetV3(Student):
 
 def _small(num_classes: int, image_size: int) -> Student:
     """1,620,356 parameters at 100 classes; the stem and the first block keep the size, so that 32x32 ends at 4x4."""
-    # Not above: it takes as long to import as torch, and most commands build small students.
-    from torchvision import models
-
-    net = models.mobilenet_v3_small(num_classes=num_classes)
+    net = torchvision_network("mobilenet_v3_small", num_classes=num_classes)
     for path in ("features.0.0", "features.1.block.0.0"):
         net.get_submodule(path).stride = (1, 1)
     return MobileNetV3(net, _SMALL, num_classes, image_size)
@@ -95,9 +93,9 @@ def _small(num_classes: int, image_size: int) -> Student:
 
 def _large(num_classes: int, image_size: int) -> Student:
     """4,330,132 parameters at 100 classes."""
-    from torchvision import models
-
-    return MobileNetV3(models.mobilenet_v3_large(num_classes=num_classes), _LARGE, num_classes, image_size)
+    return MobileNetV3(
+        torchvision_network("mobilenet_v3_large", num_classes=num_classes), _LARGE, num_classes, image_size
+    )
 
 
 @STUDENTS.register("mobilenetv3")

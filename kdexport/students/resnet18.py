@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kdexport.students import STUDENTS
+from kdexport.students.classifier import torchvision_network
 from kdexport.students.student import IMAGENET_MIN_SIZE, Host, Stage, Student, Tap
 
 _WIDTHS = (64, 128, 256, 512)
@@ -79,10 +80,7 @@ class ResNet18(Student):
 
     def __init__(self, num_classes: int, image_size: int) -> None:
         super().__init__()
-        # Not above: it takes as long to import as torch, and most commands build small students.
-        from torchvision import models
-
-        net = models.resnet18(num_classes=num_classes)
+        net = torchvision_network("resnet18", num_classes=num_classes)
         # torchvision's own names, so that its checkpoints load unchanged.
         self.conv1, self.bn1, self.maxpool = net.conv1, net.bn1, net.maxpool
         self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4

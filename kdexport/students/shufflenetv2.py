@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from kdexport.students import STUDENTS
 from kdexport.students.channel_shuffle import shuffle_channels
+from kdexport.students.classifier import torchvision_network
 from kdexport.students.student import IMAGENET_MIN_SIZE, Host, Stage, Student, Tap
 
 _STEM, _LAST = 24, 1024
@@ -131,10 +132,7 @@ class ShuffleNetV2(Student):
 
     def __init__(self, num_classes: int, image_size: int) -> None:
         super().__init__()
-        # Not above: it takes as long to import as torch, and most commands build small students.
-        from torchvision import models
-
-        net = models.shufflenet_v2_x1_0(num_classes=num_classes)
+        net = torchvision_network("shufflenet_v2_x1_0", num_classes=num_classes)
         # torchvision's own names, so that its checkpoints load unchanged.
         self.conv1, self.maxpool = net.conv1, net.maxpool
         self.stage2, self.stage3, self.stage4 = net.stage2, net.stage3, net.stage4

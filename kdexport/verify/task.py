@@ -5,13 +5,14 @@ a flip needs a reference margin of at most 2 e, and by Hoeffding's lemma the KL 
 budgets for flips and lost accuracy are a policy, because only the user knows what an answer is worth.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kdexport.gate.bounds import trials_needed
+from kdexport.gate.bounds import drop_trials_needed, trials_needed
 from kdexport.policy import Policy, TaskPolicy
 from kdexport.verify.parity import Check, check_at_most
 from kdexport.verify.statistics import Interval, paired_accuracy, proportion_interval
@@ -108,14 +109,14 @@ def rung_d(subject: str, metrics: TaskMetrics, reference: TaskReference, limits:
     rate = proportion_interval(flips, total, error=error)
     divergence = float(np.max(metrics.divergences))
     return [
-        _budgeted("flips", subject, flips / total, rate, budget.flips, policy, f"{flips} of {total}"),
+        _budgeted("flips", subject, flips / total, rate, budget.flips, policy, f"{flips} of {total}", trials_needed),
         check_at_most(
             "D", subject, "unexplained flips", int(unexplained.sum()), policy.unexplained_flips, unit="images",
             detail=_widest(flipped, reference, 2 * allowed),
         ),
         _budgeted(
             "top-1 lost", subject, paired.drop, paired.interval, budget.top1_drop, policy,
-            f"{paired.lost} lost, {paired.won} won, McNemar p {paired.p_value:.2g}",
+            f"{paired.lost} lost, {paired.won} won, McNemar p {paired.p_value:.2g}", drop_trials_needed,
         ),
         check_at_most(
             "D", subject, "largest KL divergence", divergence, allowed**2 / 2, unit="nats",
@@ -140,12 +141,13 @@ def _budgeted(
     limit: float,
     policy: TaskPolicy,
     counts: str,
+    images_needed: Callable[[float, float], int],
 ) -> Check:
     claim = judge_claim(interval, limit)
     bounds = f"{policy.confidence:.0%} bounds {interval.low:.3%} and {interval.high:.3%}"
     detail = f"{counts}; {bounds}"
     if claim == "open":
-        needed = f"takes {trials_needed(limit, policy.confidence):,} images to show" if limit else "cannot be shown"
+        needed = f"takes {images_needed(limit, policy.confidence):,} images to show" if limit else "cannot be shown"
         detail += f": undecided; a rate of {limit:.1%} {needed}"
     return Check(
         rung="D",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kdexport.students import Stage, Tap
-from kdexport.students.classifier import IMAGENET_MIN_SIZE
+from kdexport.students.classifier import IMAGENET_MIN_SIZE, torchvision_network
 from training.teachers import TEACHERS
 from training.teachers.teacher import Teacher
 
@@ -99,10 +99,7 @@ class ResNet50(Teacher):
     def __init__(self, *, num_classes: int, image_size: int) -> None:
         super().__init__()
         self.num_classes, self.image_size = num_classes, image_size
-        # Not above: it takes as long to import as torch, and most commands build small students.
-        from torchvision import models
-
-        net = models.resnet50(num_classes=num_classes)
+        net = torchvision_network("resnet50", num_classes=num_classes)
         # torchvision's own names, so that its checkpoints load unchanged.
         self.conv1, self.bn1, self.maxpool = net.conv1, net.bn1, net.maxpool
         self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from kdexport.errors import ConfigError
 from kdexport.students import Stage, Tap
-from kdexport.students.classifier import IMAGENET_MIN_SIZE
+from kdexport.students.classifier import IMAGENET_MIN_SIZE, torchvision_network
 from training.teachers import TEACHERS
 from training.teachers.teacher import Teacher
 
@@ -27,10 +27,7 @@ class Swin(Teacher):
         super().__init__()
         _check_size(name, image_size)
         self.num_classes, self.image_size = num_classes, image_size
-        # Not above: it takes as long to import as torch, and most commands build small students.
-        from torchvision import models
-
-        net = getattr(models, name)(num_classes=num_classes)
+        net = torchvision_network(name, num_classes=num_classes)
         # torchvision's own names, so that its checkpoints load unchanged.
         self.features, self.norm = cast(nn.Sequential, net.features), cast(nn.LayerNorm, net.norm)
         self.head = cast(nn.Linear, net.head)

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from kdexport.errors import ConfigError
 from kdexport.students import Stage, Tap
-from kdexport.students.classifier import IMAGENET_MIN_SIZE
+from kdexport.students.classifier import IMAGENET_MIN_SIZE, torchvision_network
 from training.teachers import TEACHERS
 from training.teachers.teacher import Teacher
 
@@ -91,10 +91,7 @@ class Vgg13(Teacher):
                 remedy=f"Set data.image_size to {image_size // 16 * 16} or {(image_size // 16 + 1) * 16}.",
             )
         self.num_classes, self.image_size = num_classes, image_size
-        # Not above: it takes as long to import as torch, and most commands build small students.
-        from torchvision import models
-
-        net = models.vgg13_bn(num_classes=num_classes)
+        net = torchvision_network("vgg13_bn", num_classes=num_classes)
         # torchvision's own names, so that its checkpoints load unchanged.
         self.features, self.avgpool, self.classifier = net.features, net.avgpool, net.classifier
         for index in _RELUS:

@@ -2,7 +2,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from kdexport.gate.bounds import bounded_share, lower_share, quantile_bounds, top1_drop, trials_needed, upper_share
+from kdexport.gate.bounds import (
+    bounded_share,
+    drop_trials_needed,
+    lower_share,
+    quantile_bounds,
+    top1_drop,
+    trials_needed,
+    upper_share,
+)
 
 
 @pytest.mark.parametrize(("count", "trials"), [(0, 1), (0, 3000), (1, 10), (5, 5), (37, 10_000), (499, 500)])
@@ -75,3 +83,11 @@ def test_a_p99_of_too_few_runs_has_no_upper_bound() -> None:
     assert quantile_bounds([7.0], 0.5) == (7.0, 0.0, None)
     with pytest.raises(ValueError, match="finite"):
         quantile_bounds([1.0, float("nan")], 0.99)
+
+
+@pytest.mark.parametrize(("limit", "confidence"), [(0.001, 0.95), (0.013, 0.9), (0.2, 0.99)])
+def test_so_many_unchanged_images_prove_a_drop_and_one_less_does_not(limit: float, confidence: float) -> None:
+    needed = drop_trials_needed(limit, confidence)
+    assert top1_drop(0, 0, needed, limit, confidence).verdict == "PASS"
+    assert top1_drop(0, 0, needed - 1, limit, confidence).verdict == "INCONCLUSIVE"
+    assert needed > trials_needed(limit, confidence)

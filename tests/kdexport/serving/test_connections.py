@@ -267,3 +267,16 @@ def test_a_chunk_that_is_none_is_400_and_frees_its_place(server: Running, togeth
             assert received(stream) == b""
     body, headers = binary_request(ZEROS)
     assert server.ask("POST", INFER, body, headers).status == 200
+
+
+@pytest.mark.parametrize(
+    "junk", [b"\x00\x01 no request\r\n\r\n", b"G\xffT / HTTP/1.1\r\n\r\n", b"\r\n\r\nPOST /v2 HTTP/9.9\r\n\r\n"]
+)
+def test_what_follows_a_whole_request_does_not_cost_its_answer(server: Running, junk: bytes) -> None:
+    body, headers = binary_request(ZEROS)
+    for after in (junk, b"GET /v2 HTTP/1.1\r\nHost: a\r\n\r\n" + junk):
+        with server.connect() as stream:
+            stream.sendall(head(body, headers) + body + after)
+            answered = received(stream)
+            assert answered.startswith(b"HTTP/1.1 200")
+            assert answered.count(b"HTTP/1.1 ") == 1 + after.count(b"/v2 HTTP/1.1")
