@@ -1,0 +1,155 @@
+"""The loops whose steps are timed, on noise with a fresh teacher: a plain one as public code writes it, and ours."""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision.transforms as transforms
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from kdexport.checkpoint import save_tensors
+from kdexport.data import ImageSet
+from kdexport.students import STUDENTS
+from training.data import EvaluationBatches, training_batches
+from training.loop import Run, sgd, train_epoch
+from training.progress import EpochProgress
+from training.recipe import Recipe, load_recipe
+from training.teachers import TEACHERS
+from training.train import make_accelerator, prepare_lesson
+
+CLASSES, SIZE, WORKERS = 100, 32, 2
+#: Seconds of one step.
+Arm = Callable[[], float]
+Clock = Callable[[], float]
+
+
+def recipe_of(method: str, batch: int, weights: Path) -> Recipe:
+    """resnet56 teaches mobilenetv2."""
+    changes = {
+        "teacher": {"checkpoint": str(weights)},
+        "distiller": {"name": method},
+        "train": {"batch_size": batch, "learning_rate": 1e-3, "nesterov": True},
+    }
+    return load_recipe("cifar100", changes)
+
+
+def noise(count: int) -> ImageSet:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (count, SIZE, SIZE, 3), dtype=np.uint8)
+    names = tuple(str(index) for index in range(CLASSES))
+    return ImageSet(classes=names, labels=rng.integers(0, CLASSES, count), pixels=pixels, files=())
+
+
+def teacher_weights(folder: Path) -> Path:
+    torch.manual_seed(0)
+    path = folder / "teacher.safetensors"
+    save_tensors(path, TEACHERS.build("resnet56", num_classes=CLASSES, image_size=SIZE).state_dict())
+    return path
+
+
+class Arrays(Dataset[tuple[Tensor, int]]):
+    """A small-image set as public code has it: arrays to PIL images, transformed one by one."""
+
+    def __init__(self, images: ImageSet, recipe: Recipe) -> None:
+        self.images = images
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomCrop(SIZE, padding=4),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(recipe.data.mean, recipe.data.std),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        assert self.images.pixels is not None
+        return self.transform(Image.fromarray(self.images.pixels[index])), int(self.images.labels[index])
+
+
+def cpu_seconds() -> float:
+    """Of this process and its children, those that live included."""
+    times = os.times()
+    ticks = 0
+    for child in multiprocessing.active_children():
+        fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return times.user + times.system + times.children_user + times.children_system + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def plain_reference(images: ImageSet, recipe: Recipe, clock: Clock) -> Arm:
+    """Supervised steps beside the teacher's forward pass: loader workers, NCHW, eager, a number read at each step."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loader = DataLoader(
+        Arrays(images, recipe),
+        batch_size=recipe.train.batch_size,
+        shuffle=True,
+        num_workers=WORKERS,
+        drop_last=True,
+        persistent_workers=True,
+        pin_memory=device.type == "cuda",
+    )
+    student = STUDENTS.build("mobilenetv2", num_classes=CLASSES, image_size=SIZE).to(device).train()
+    teacher = TEACHERS.build("resnet56", num_classes=CLASSES, image_size=SIZE).to(device).eval()
+    settings = recipe.train
+    optimizer = torch.optim.SGD(student.parameters(), lr=settings.learning_rate, momentum=0.9, weight_decay=5e-4)
+
+    def steps() -> Iterator[None]:
+        running, correct = 0.0, 0
+        for x, y in loader:
+            x, y = x.to(device), y.to(device)
+            with torch.no_grad():
+                teacher.tapped(x)
+            logits = student(x)
+            loss = nn.functional.cross_entropy(logits, y)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            running += loss.item()
+            correct += int((logits.argmax(1) == y).sum().item())
+            yield
+
+    def epoch() -> float:
+        moments = [clock() for _ in steps()]
+        # From the first step on: workers fill their queues before it.
+        return (moments[-1] - moments[0]) / (len(moments) - 1)
+
+    return epoch
+
+
+def our_loop(images: ImageSet, recipe: Recipe, clock: Clock) -> Arm:
+    """Our loop with the method of ``recipe``; the one batch that it evaluates on counts too."""
+    accelerator = make_accelerator(recipe.train)
+    settings, device = recipe.train, accelerator.device
+    batches = training_batches(images, recipe.data, batch_size=settings.batch_size, seed=0, device=device)
+    lesson = prepare_lesson(recipe, images, batches, device)
+    job = Run(
+        directory=Path(),
+        title=recipe.distiller.name,
+        settings=settings,
+        branches=(lesson.layers, lesson.branches.num_branches if lesson.branches else 1),
+        task=lesson.task,
+        network=lesson.student,
+        batches=batches,
+        evaluation=list(EvaluationBatches(noise(10), recipe.data, device=device)),
+        teach=lesson.frozen,
+    )
+    task, optimizer = accelerator.prepare(lesson.task, sgd(lesson.task, settings))
+    progress = EpochProgress(
+        "", steps_per_epoch=batches.steps, epochs=1000, done_epochs=0, batch_size=settings.batch_size, quiet=True
+    )
+    epochs = iter(range(1000))
+
+    def epoch() -> float:
+        started = clock()
+        train_epoch(job, accelerator, task, optimizer, next(epochs), progress, ())
+        return (clock() - started) / batches.steps
+
+    return epoch
