@@ -56,6 +56,8 @@ class SearchSettings(Settings):
     #: Shares of the images against the float32 graph; those of rung D's policy where they are not given.
     flips: Annotated[float, Field(ge=0, le=1)] | None = None
     top1_drop: Annotated[float, Field(ge=0, le=1)] | None = None
+    #: rms error of the logits relative to their size; no limit where it is not given.
+    noise: Annotated[float, Field(gt=0)] | None = None
     #: At most this many plans are cast and run.
     evaluations: Annotated[int, Field(ge=3, le=1000)] = 24
     images: Annotated[int, Field(ge=16, le=100_000)] = 512

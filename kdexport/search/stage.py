@@ -32,6 +32,11 @@ class SearchRequest:
     flips: float
     top1_drop: float
 
+    @property
+    def noise(self) -> float:
+        """The largest noise of the logits, infinite where none was set."""
+        return float("inf") if self.settings.noise is None else self.settings.noise
+
 
 @dataclass(frozen=True, slots=True)
 class Searched:
@@ -91,7 +96,8 @@ def stage_keys(
 def search_key(exported: str, request: SearchRequest) -> str:
     """Digest of all that the outcome of a search depends on."""
     plain = stages.cast_key(exported, request.form, request.calibration)
-    limits = [request.flips, request.top1_drop, request.settings.images, request.settings.evaluations]
+    settings = request.settings
+    limits = [request.flips, request.top1_drop, settings.noise, settings.images, settings.evaluations]
     return digest(["search", plain, limits, source_digest()])
 
 
@@ -123,7 +129,7 @@ def search(workspace: Workspace, model: OnnxModel, request: SearchRequest, progr
             model.path,
             lambda plan, path: stages.quantize(workspace, model, request.form, request.calibration, plan, path),
             SearchImages(images, labels),
-            SearchBudget(flips=request.flips, top1_drop=request.top1_drop),
+            SearchBudget(flips=request.flips, top1_drop=request.top1_drop, noise=request.noise),
             folder,
             form=request.form,
             evaluations=request.settings.evaluations,
@@ -134,11 +140,12 @@ def search(workspace: Workspace, model: OnnxModel, request: SearchRequest, progr
             raise VerificationError(
                 f"No precision plan for {request.form} keeps the budget after {len(found.tried)} of at most "
                 f"{request.settings.evaluations} evaluations: with {len(trade.kept)} layers in float32 "
-                f"{trade.flips:.2%} flips and {trade.top1_drop:.2%} top-1 lost (up to {request.flips:.2%} and "
-                f"{request.top1_drop:.2%} allowed, {len(labels):,} images). {' '.join(found.reasons[:1])}".rstrip(),
-                remedy="Raise evaluations, flips or top1_drop under [precision_search], or build another precision.",
+                f"{trade.flips:.2%} flips, {trade.top1_drop:.2%} top-1 lost and noise {trade.noise:.3f} (up to "
+                f"{request.flips:.2%}, {request.top1_drop:.2%} and {request.noise:g} allowed, {len(labels):,} images). "
+                f"{' '.join(found.reasons[:1])}".rstrip(),
+                remedy="Raise evaluations or a limit under [precision_search], or build another precision.",
             )
-        budget = {"flips": request.flips, "top1_drop": request.top1_drop}
+        budget = {"flips": request.flips, "top1_drop": request.top1_drop, "noise": request.settings.noise}
         described = {**found.to_json(), "budget": budget, "images": len(labels), "split": "train"}
         (folder / _FOUND).write_text(json.dumps(described, indent=1, allow_nan=False))
         for path in folder.glob("*.onnx"):

@@ -21,8 +21,8 @@ _UNSEARCHED = (
     "and shows what that costs. Another precision is the other way."
 )
 _SEARCHED = (
-    "The precision plan kept its budget on training images and not here: lower flips or top1_drop under "
-    "[precision_search], raise its images, or build another precision."
+    "The precision plan kept its budget on training images and not here: lower flips, or noise where training "
+    "images are known by heart, under [precision_search], or build another precision."
 )
 #: Checks of rung D whose limits are a choice; the others follow from what int8 costs by itself.
 _BUDGETS = ("flips", "top-1 lost")

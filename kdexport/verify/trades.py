@@ -5,7 +5,7 @@ from typing import Any
 
 from kdexport.verify.pages import Table
 
-TRADE_HEADER = ("plan", "top-1", "flips", "mean KL, nats", "size", "latency")
+TRADE_HEADER = ("plan", "top-1", "flips", "noise", "mean KL, nats", "size", "latency")
 
 
 def plan_entries(data: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -35,10 +35,11 @@ def plan_tables(data: dict[str, Any]) -> Iterator[Table]:
 def plan_note(plan: dict[str, Any]) -> str:
     """What was searched, what was found, and why."""
     budget = plan["budget"]
+    noise = "" if budget["noise"] is None else f" and {budget['noise']:.1%} noise"
     parts = [
         f"{len(plan['trades'])} plans measured on {plan['images']:,} training images against the float32 graph (up to "
-        f"{budget['flips']:.2%} flips and {budget['top1_drop']:.2%} top-1 lost allowed); rung D judges the chosen one "
-        "on validation images. Latency: median of single images on one thread of onnxruntime."
+        f"{budget['flips']:.2%} flips and {budget['top1_drop']:.2%} top-1 lost{noise} allowed); rung D judges the "
+        "chosen one on validation images. Latency: median of single images on one thread of onnxruntime."
     ]
     if plan["collapsed"]:
         parts.append("Without a plan int8 is another network.")
@@ -52,6 +53,7 @@ def _costs(trade: dict[str, Any]) -> tuple[str, ...]:
     return (
         f"{trade['top1']:.2%}",
         f"{trade['flips']:.2%}",
+        "not finite" if trade["noise"] is None else f"{trade['noise']:.1%}",
         "not finite" if trade["divergence"] is None else f"{trade['divergence']:.2g}",
         f"{trade['bytes'] / 1e3:,.0f} kB",
         "not run" if trade["latency_ms"] is None else f"{trade['latency_ms']:.3f} ms",

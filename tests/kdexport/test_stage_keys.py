@@ -86,7 +86,8 @@ def test_scalings_are_told_apart_by_every_number() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"flips": 0.05}, {"top1_drop": 0.01}, {"evaluations": 9}, {"images": 99}, {"enabled": True}]
+    "changes",
+    [{"flips": 0.05}, {"top1_drop": 0.01}, {"noise": 0.1}, {"evaluations": 9}, {"images": 99}, {"enabled": True}],
 )
 def test_a_search_depends_on_its_limits_and_images(changes: dict[str, Any]) -> None:
     def key(**settings: Any) -> str:

@@ -159,6 +159,21 @@ def test_a_budget_that_no_plan_keeps_is_said(tmp_path: Path) -> None:
     assert len(found.tried) == 3
 
 
+def test_noise_limits_what_changes_no_answer(tmp_path: Path) -> None:
+    source = network(tmp_path / "m.onnx")
+    plain = plan(source, tmp_path, SearchBudget(flips=1, top1_drop=1)).chosen.trade
+    limited = plan(source, tmp_path, SearchBudget(flips=1, top1_drop=1, noise=plain.noise / 4))
+    assert plain.kept == ()
+    assert not limited.tried[0].within
+    assert 0 < limited.chosen.trade.noise <= plain.noise / 4
+
+
+@pytest.mark.parametrize("noise", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_within_no_budget(noise: float) -> None:
+    assert not SearchBudget(flips=1, top1_drop=1).holds(0, 0, noise)
+    assert SearchBudget(flips=1, top1_drop=1).holds(1, 1, 1e9)
+
+
 def test_equalising_changes_no_logit_by_one_bit(tmp_path: Path) -> None:
     source = network(tmp_path / "m.onnx", hostile=777.0)
     found = equalise(onnx.load(str(source)), {"input": pictures(16)})
