@@ -137,7 +137,7 @@ def test_the_options_of_each_command_are_frozen() -> None:
         "verify": ["--allow-looser", "--debug", "--json", "--rethreshold", "--rung", "bundle"],
         "inspect": ["--debug", "--json", "bundle"],
         "list": ["--debug", "--json", "kind"],
-        "doctor": ["--debug", "--json", "bundle"],
+        "doctor": ["--debug", "--json", "--target", "bundle"],
         "explain": ["--debug", "--json", "code"],
         "bench": [
             "--arms", "--batch", "--clock", "--debug", "--json", "--seed", "--sessions", "--target", "--threads",
@@ -156,7 +156,7 @@ def test_the_options_of_each_command_are_frozen() -> None:
         "serve": [
             "--body-timeout", "--connections", "--debug", "--drain", "--grace", "--header-timeout", "--host",
             "--instances", "--json", "--max-bodies", "--max-body", "--max-pixels", "--metrics-port", "--min-side",
-            "--port", "--provider", "--queue", "--queue-timeout", "--timeout", "--tls-cert", "--tls-key",
+            "--port", "--provider", "--queue", "--queue-timeout", "--target", "--timeout", "--tls-cert", "--tls-key",
             "--token-file", "--watch", "bundles",
         ],
         "triton": [
