@@ -33,7 +33,7 @@ from kdexport.bundle import (
 )
 from kdexport.checkpoint import StudentSpec, TrainedStudent, load_student, save_tensors
 from kdexport.config import BuildConfig
-from kdexport.data import ImageSet
+from kdexport.data import ImageSet, spread
 from kdexport.errors import CheckpointError, DataError, VerificationError
 from kdexport.fingerprint import tool_versions
 from kdexport.graph.audit import operator_counts
@@ -69,6 +69,8 @@ class Parts:
     build_key: str
     #: How int8 was calibrated, for the manifest.
     calibration: dict[str, Any] = field(default_factory=dict)
+    #: What the precision search found, for the manifest, by form.
+    searched: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def package(folder: Path, parts: Parts, progress: Progress) -> VerifiedBundle:
@@ -101,13 +103,7 @@ def _save_task(folder: Path, record: TaskRecord, images: ImageSet) -> dict[str, 
 
 
 def _task_indices(parts: Parts) -> list[int]:
-    total = len(parts.validation)
-    return spread(total, min(total, parts.config.verify.task_images))
-
-
-def spread(total: int, count: int) -> list[int]:
-    """``count`` indices spread evenly over ``total`` images, so that every class of an ordered set is met."""
-    return [int(index) for index in np.linspace(0, total - 1, count).round()]
+    return spread(len(parts.validation), parts.config.verify.task_images)
 
 
 def _copy_files(folder: Path, parts: Parts) -> None:
@@ -141,7 +137,7 @@ def _wrap(place: Path, parts: Parts) -> None:
 def _write_golden(folder: Path, parts: Parts) -> list[str]:
     import torch
 
-    chosen = spread(len(parts.validation), min(parts.config.verify.golden, len(parts.validation)))
+    chosen = spread(len(parts.validation), parts.config.verify.golden)
     names = write_golden(folder, (parts.validation.original(index) for index in chosen))
     preprocessing = parts.trained.spec.preprocessing
     images = preprocessing.normalise(parts.validation.read(chosen, preprocessing))
@@ -198,6 +194,8 @@ def _target_entry(target: Target, parts: Parts) -> dict[str, Any]:
     }
     if is_int8(target.form):
         entry["calibration"] = parts.calibration
+    if target.form in parts.searched:
+        entry["plan"] = parts.searched[target.form]
     if target in parts.engines:
         table = json.loads((parts.engines[target].folder / LAYERS).read_text())
         entry["version"] = table["version"]

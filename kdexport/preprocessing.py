@@ -1,7 +1,7 @@
 """From image bytes to the tensor that a student reads: one definition for training, verification and serving."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,25 +46,42 @@ class Preprocessing:
         """An opened image as (image_size, image_size, 3) uint8.
 
         Resizing and cropping are one step: the crop box is taken in the source, so that no intermediate image grows
-        with the aspect ratio.
+        with the aspect ratio. Channels are resized as they lie in the source where that gives the same bits, because a
+        second image of its size would double the memory.
         """
         from PIL import Image
 
-        rgb = image.convert("RGB")
-        if rgb.size != (self.image_size, self.image_size) or self.resize != self.image_size:
-            scale = min(rgb.size) / self.resize
-            half = self.image_size * scale / 2
-            x, y = rgb.width / 2, rgb.height / 2
-            box = (max(x - half, 0), max(y - half, 0), min(x + half, rgb.width), min(y + half, rgb.height))
-            size = (self.image_size, self.image_size)
-            rgb = rgb.resize(size, Image.Resampling.BILINEAR, box=box)
-        return np.asarray(rgb, dtype=np.uint8)
+        size = (self.image_size, self.image_size)
+        if image.size == size and self.resize == self.image_size:
+            return np.asarray(image.convert("RGB"), dtype=np.uint8)
+        scale = min(image.size) / self.resize
+        half = self.image_size * scale / 2
+        x, y = image.width / 2, image.height / 2
+        box = (max(x - half, 0), max(y - half, 0), min(x + half, image.width), min(y + half, image.height))
+        planes = [
+            np.asarray(part.resize(size, Image.Resampling.BILINEAR, box=box), dtype=np.uint8)
+            for part in _colour_planes(image)
+        ]
+        if planes[0].ndim == 3:
+            return planes[0]
+        return np.stack(planes if len(planes) == 3 else planes * 3, axis=-1)
 
     def normalise(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """(N,H,W,3) uint8 to (N,3,H,W) float32."""
         scaled = pixels.astype(np.float32) / np.float32(255)
         centred = (scaled - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
         return np.ascontiguousarray(centred.transpose(0, 3, 1, 2))
+
+
+def _colour_planes(image: "Image.Image") -> "Iterator[Image.Image]":
+    """What makes the colours of an image, one after the other: an RGB image, or single channels."""
+    if image.mode in ("RGB", "L"):
+        yield image
+    elif image.mode in ("RGBA", "LA"):
+        # Pillow would multiply by alpha before it resizes, which dropping alpha beforehand does not.
+        yield from (image.getchannel(name) for name in image.mode[:-1])
+    else:
+        yield image.convert("RGB")
 
 
 def _triple(values: Any) -> tuple[float, float, float]:

@@ -9,7 +9,7 @@ from typing import Any
 from kdexport.errors import ConfigError
 from kdexport.gate.artifacts import Artifact, Bundle, artifact, choose_target, open_bundle, require_batches
 from kdexport.gate.machine import require_cores, this_machine
-from kdexport.gate.numbers import BENCH_SCHEMA
+from kdexport.gate.numbers import BENCH_SCHEMA, write_anchor
 from kdexport.gate.result import latency_json
 from kdexport.gate.runnable import require_runnable
 from kdexport.gate.trial import Number, Outcome, Plan, measure_all
@@ -52,16 +52,20 @@ def run_bench(request: BenchRequest, progress: Callable[[str], None]) -> dict[st
     with tempfile.TemporaryDirectory(prefix="kdexport-bench-") as folder:
         progress("files")
         sides = _sides(bundle, request.arms, targets, Path(folder))
-        outcomes = [
-            measure_all(
-                Number(reference=sides[-1], candidate=sides[0], clock=clock, batch=batch, image_size=bundle.image_size),
-                plan,
-                request.sessions,
-                progress,
+        anchors = {clock: write_anchor(Path(folder), clock) for clock in request.clocks}
+        numbers = [
+            Number(
+                reference=sides[-1],
+                candidate=sides[0],
+                clock=clock,
+                batch=batch,
+                image_size=bundle.image_size,
+                anchor=anchors[clock],
             )
             for clock in request.clocks
             for batch in request.batches
         ]
+        outcomes = [measure_all(number, plan, request.sessions, progress) for number in numbers]
     return {
         "schema": BENCH_SCHEMA,
         "ok": True,

@@ -3,20 +3,69 @@
 import datetime
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from kdexport.errors import ConfigError
 from kdexport.gate import statistics
+from kdexport.gate.artifacts import Artifact, artifact, open_bundle, require_batches
 from kdexport.gate.bounds import upper_share
-from kdexport.gate.machine import Calibration, this_machine
+from kdexport.gate.machine import Calibration, require_cores, this_machine, write_calibration
+from kdexport.gate.network import SIZE, write_network
+from kdexport.gate.options import parse_clocks, require_writable_file
+from kdexport.gate.runnable import DEFAULT_TARGET, require_runnable
 from kdexport.gate.session import Request, Session
 from kdexport.gate.sessions import run_session
 from kdexport.gate.trial import Number, Outcome, Plan, run_trial
 
 MIN_SESSIONS = 20
 _RESAMPLED_GATES = 20_000
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CalibrationRequest:
+    """What `kdexport calibrate-runner` was asked."""
+
+    bundle: Path | None
+    out: Path
+    gates: int
+    max_slowdown: float
+    clock: str
+    batch: int
+    threads: int
+    seed: int
+
+
+def run_calibration(request: CalibrationRequest, progress: Callable[[str], None]) -> Calibration:
+    """Run A/A gates on this machine and write what was seen."""
+    require_cores(request.threads)
+    require_writable_file(request.out)
+    (clock,) = parse_clocks(request.clock) if "," not in request.clock else ("",)
+    if not clock:
+        raise ConfigError("A machine is calibrated for one clock at a time.", remedy="Pass --clock host, serve or gpu.")
+    require_runnable(DEFAULT_TARGET, clock)
+    plan = Plan(max_slowdown=request.max_slowdown, threads=request.threads, seed=request.seed)
+    with tempfile.TemporaryDirectory(prefix="kdexport-gate-") as folder:
+        if request.bundle is None:
+            if clock == "serve":
+                raise ConfigError(f"The clock {clock} needs a bundle.", remedy="Pass a bundle, or --clock host.")
+            model = write_network(Path(folder) / "network.onnx")
+            arm = Artifact(label="built-in network", model=model, folder=Path(folder), sha256="")
+            size = SIZE
+        else:
+            bundle = open_bundle(request.bundle)
+            require_batches(bundle, [request.batch])
+            arm = artifact(bundle, DEFAULT_TARGET, "fused", Path(folder))
+            size = bundle.image_size
+        number = Number(reference=arm, candidate=arm, clock=clock, batch=request.batch, image_size=size)
+        calibration = calibrate(number, plan, request.gates, progress=progress)
+    write_calibration(calibration, request.out)
+    return calibration
 
 
 def calibrate(

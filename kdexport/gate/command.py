@@ -113,7 +113,7 @@ def calibrate_runner(
     debug: Debug = False,
 ) -> None:
     """Measure what this machine can see: A/A gates, deviation between sessions, smallest slowdown."""
-    from kdexport.gate.gate import CalibrationRequest, run_calibration
+    from kdexport.gate.calibrate import CalibrationRequest, run_calibration
     from kdexport.gate.options import parse_share
     from kdexport.gate.output import emit_calibration
     from kdexport.reporter import Reporter

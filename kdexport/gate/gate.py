@@ -3,8 +3,8 @@
 import contextlib
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +19,15 @@ from kdexport.gate.artifacts import (
     require_batches,
     require_comparable,
 )
-from kdexport.gate.calibrate import calibrate
 from kdexport.gate.machine import (
-    Calibration,
     read_calibration,
     require_cores,
     require_resolution,
     this_machine,
-    write_calibration,
 )
-from kdexport.gate.network import SIZE, write_network
-from kdexport.gate.numbers import number_checks, read_numbers
-from kdexport.gate.options import parse_clocks, require_writable_file
+from kdexport.gate.numbers import number_checks, read_numbers, write_anchor
 from kdexport.gate.result import Check, GateResult, Policy, accuracy_check, latency_check, tail_check
-from kdexport.gate.runnable import DEFAULT_TARGET, require_runnable
+from kdexport.gate.runnable import require_runnable
 from kdexport.gate.trial import Number, Plan, run_trial
 
 Progress = Callable[[str], None]
@@ -68,22 +63,11 @@ class GateRequest:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CalibrationRequest:
-    """What `kdexport calibrate-runner` was asked."""
-
-    bundle: Path | None
-    out: Path
-    gates: int
-    max_slowdown: float
-    clock: str
-    batch: int
-    threads: int
-    seed: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class _Sides:
-    """Both arms with the bundles that they come from; stored numbers where the baseline is nothing more."""
+    """Both arms with the bundles that they come from.
+
+    Where the baseline is nothing but ``numbers``, ``anchors`` holds what they are in units of, by clock.
+    """
 
     question: str
     candidate: Artifact
@@ -91,6 +75,7 @@ class _Sides:
     candidate_bundle: Bundle
     reference_bundle: Bundle
     numbers: dict[str, Any] | None = None
+    anchors: Mapping[str, Path | None] = field(default_factory=dict)
 
 
 def run_gate(request: GateRequest, progress: Progress) -> GateResult:
@@ -111,13 +96,7 @@ def run_gate(request: GateRequest, progress: Progress) -> GateResult:
             accuracy = accuracy_gates(arms, wanted, request.data, request.threads, on_gpu=on_gpu)
         else:
             accuracy = []
-        size = sides.candidate_bundle.image_size
-        numbers = [
-            Number(reference=sides.reference, candidate=sides.candidate, clock=clock, batch=batch, image_size=size)
-            for clock in request.clocks
-            for batch in request.batches
-        ]
-        outcomes = run_trial(numbers, plan, progress=progress)
+        outcomes = run_trial(_gated(request, sides), plan, progress=progress)
     checks: list[Check] = [accuracy_check(result) for result in accuracy]
     if sides.numbers is None:
         checks += [latency_check(outcome, plan) for outcome in outcomes]
@@ -137,6 +116,21 @@ def run_gate(request: GateRequest, progress: Progress) -> GateResult:
         policy=request.policy,
         calibration=said,
     )
+
+
+def _gated(request: GateRequest, sides: _Sides) -> list[Number]:
+    return [
+        Number(
+            reference=sides.reference,
+            candidate=sides.candidate,
+            clock=clock,
+            batch=batch,
+            image_size=sides.candidate_bundle.image_size,
+            anchor=sides.anchors.get(clock),
+        )
+        for clock in request.clocks
+        for batch in request.batches
+    ]
 
 
 def _resolution(request: GateRequest) -> str:
@@ -170,12 +164,13 @@ def _sides(request: GateRequest, progress: Progress) -> Iterator[_Sides]:
                 reference_bundle=bundle,
             )
         elif request.baseline is not None and request.baseline.is_file():
-            yield _numbers(request, bundle, candidate, request.baseline)
+            yield _numbers(request, bundle, candidate, Path(folder))
         else:
             yield _against(request, bundle, candidate)
 
 
-def _numbers(request: GateRequest, bundle: Bundle, candidate: Artifact, path: Path) -> _Sides:
+def _numbers(request: GateRequest, bundle: Bundle, candidate: Artifact, scratch: Path) -> _Sides:
+    path = Path(str(request.baseline))
     if (request.limits.flips, request.limits.top1_drop, request.against) != (None, None, None):
         raise ConfigError(
             f"{path} holds numbers, and accuracy gates and --against need the baseline's files.",
@@ -188,6 +183,7 @@ def _numbers(request: GateRequest, bundle: Bundle, candidate: Artifact, path: Pa
         candidate_bundle=bundle,
         reference_bundle=bundle,
         numbers=read_numbers(path, bundle, candidate.target, this_machine()),
+        anchors={clock: write_anchor(scratch, clock) for clock in request.clocks},
     )
 
 
@@ -216,30 +212,3 @@ def _require_timed(bundle: Bundle, target: str, request: GateRequest) -> None:
     for clock in request.clocks:
         require_runnable(target, clock)
     require_batches(bundle, request.batches)
-
-
-def run_calibration(request: CalibrationRequest, progress: Progress) -> Calibration:
-    """Run A/A gates on this machine and write what was seen."""
-    require_cores(request.threads)
-    require_writable_file(request.out)
-    (clock,) = parse_clocks(request.clock) if "," not in request.clock else ("",)
-    if not clock:
-        raise ConfigError("A machine is calibrated for one clock at a time.", remedy="Pass --clock host, serve or gpu.")
-    require_runnable(DEFAULT_TARGET, clock)
-    plan = Plan(max_slowdown=request.max_slowdown, threads=request.threads, seed=request.seed)
-    with tempfile.TemporaryDirectory(prefix="kdexport-gate-") as folder:
-        if request.bundle is None:
-            if clock == "serve":
-                raise ConfigError(f"The clock {clock} needs a bundle.", remedy="Pass a bundle, or --clock host.")
-            model = write_network(Path(folder) / "network.onnx")
-            arm = Artifact(label="built-in network", model=model, folder=Path(folder), sha256="")
-            size = SIZE
-        else:
-            bundle = open_bundle(request.bundle)
-            require_batches(bundle, [request.batch])
-            arm = artifact(bundle, DEFAULT_TARGET, "fused", Path(folder))
-            size = bundle.image_size
-        number = Number(reference=arm, candidate=arm, clock=clock, batch=request.batch, image_size=size)
-        calibration = calibrate(number, plan, request.gates, progress=progress)
-    write_calibration(calibration, request.out)
-    return calibration

@@ -1,9 +1,10 @@
 """Two callables timed against each other inside one process: blocks, pairs in random order, warm-up."""
 
+import functools
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -57,6 +58,8 @@ class Measured:
     """Pairs (P,2) of block medians, reference and candidate, in seconds; what was left out; the runs of a block.
 
     ``tails_s`` (2,N) holds every run of the reference and of the candidate, N = 0 where they were not asked for.
+    ``anchor_s`` (P,) is the anchor's block beside each pair and ``clocks_mhz`` (P,2) the device's clock after its two
+    blocks; they are empty without an anchor and without a guard.
     """
 
     pairs_s: NDArray[np.float64]
@@ -65,14 +68,29 @@ class Measured:
     extended: bool
     runs: int
     tails_s: NDArray[np.float64]
+    anchor_s: NDArray[np.float64]
+    clocks_mhz: NDArray[np.float64]
 
 
 @dataclass(slots=True)
 class _Pass:
-    pairs: list[tuple[float, float]]
-    order: list[bool]
-    tails: list[NDArray[np.float64]]
+    """What pairs left behind. Lists of one length, but for ``tails``, ``anchors`` and ``clocks`` that may be empty."""
+
+    pairs: list[tuple[float, float]] = field(default_factory=list)
+    order: list[bool] = field(default_factory=list)
+    tails: list[NDArray[np.float64]] = field(default_factory=list)
+    anchors: list[float] = field(default_factory=list)
+    clocks: list[tuple[float, float]] = field(default_factory=list)
     dropped: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Arms:
+    """Blocks of both arms and of the anchor, as callables without arguments."""
+
+    reference: Callable[[], NDArray[np.float64]]
+    candidate: Callable[[], NDArray[np.float64]]
+    anchor: Callable[[], NDArray[np.float64]] | None
 
 
 def host_block(run: Run, runs: int) -> NDArray[np.float64]:
@@ -86,14 +104,25 @@ def host_block(run: Run, runs: int) -> NDArray[np.float64]:
 
 
 def measure(
-    reference: Run, candidate: Run, pairing: Pairing, guard: Guard | None = None, *, block: Block = host_block
+    reference: Run,
+    candidate: Run,
+    pairing: Pairing,
+    guard: Guard | None = None,
+    *,
+    block: Block = host_block,
+    anchor: Run | None = None,
 ) -> Measured:
-    """Time both in pairs of blocks whose order a seeded coin decides; ``block`` is the clock."""
+    """Time both in pairs of blocks whose order a seeded coin decides; ``block`` is the clock.
+
+    ``anchor`` is a third thing, timed once after each pair, that latencies of another day can be compared through.
+    """
     rng = np.random.default_rng(pairing.seed)
     runs = max(_warm(reference), _warm(candidate))
+    anchored = None if anchor is None else functools.partial(block, anchor, _warm(anchor))
+    arms = _Arms(functools.partial(block, reference, runs), functools.partial(block, candidate, runs), anchored)
 
     def pairs() -> _Pass:
-        return _measure_pairs((reference, candidate), pairing, lambda run: block(run, runs), rng, guard)
+        return _measure_pairs(arms, pairing, rng, guard)
 
     once = pairs()
     extended = pairing.settle is not None and not _settled(once.pairs, pairing.settle)
@@ -106,6 +135,8 @@ def measure(
         extended=extended,
         runs=runs,
         tails_s=np.concatenate(once.tails, axis=1) if once.tails else np.empty((2, 0)),
+        anchor_s=np.asarray(once.anchors, np.float64),
+        clocks_mhz=np.asarray(once.clocks, np.float64).reshape(-1, 2),
     )
 
 
@@ -131,29 +162,27 @@ def slowed(run: Run, share: float) -> Run:
     return longer
 
 
-def _measure_pairs(
-    arms: tuple[Run, Run],
-    pairing: Pairing,
-    block: Callable[[Run], NDArray[np.float64]],
-    rng: np.random.Generator,
-    guard: Guard | None,
-) -> _Pass:
-    found = _Pass([], [], [])
+def _measure_pairs(arms: _Arms, pairing: Pairing, rng: np.random.Generator, guard: Guard | None) -> _Pass:
+    found = _Pass()
     for index in range(pairing.pairs + DROPPED_PAIRS):
         candidate_first = bool(rng.random() < 0.5)
         times: dict[bool, NDArray[np.float64]] = {}
-        readings = []
+        readings: dict[bool, Reading] = {}
         for is_candidate in (candidate_first, not candidate_first):
-            times[is_candidate] = block(arms[is_candidate])
-            readings += [] if guard is None else [guard()]
+            times[is_candidate] = arms.candidate() if is_candidate else arms.reference()
+            if guard is not None:
+                readings[is_candidate] = guard()
+        anchor = None if arms.anchor is None else float(np.median(arms.anchor()))
         if index < DROPPED_PAIRS:
             continue
-        if readings and must_drop(*readings):
+        if readings and must_drop(*readings.values()):
             found.dropped += 1
             continue
         found.pairs.append((float(np.median(times[False])), float(np.median(times[True]))))
         found.order.append(candidate_first)
         found.tails += [np.stack([times[False], times[True]])] if pairing.tails else []
+        found.anchors += [] if anchor is None else [anchor]
+        found.clocks += [(readings[False].sm_mhz, readings[True].sm_mhz)] if readings else []
     return found
 
 
@@ -163,6 +192,8 @@ def _joined(first: _Pass, second: _Pass) -> _Pass:
         pairs=first.pairs[half:] + second.pairs,
         order=first.order[half:] + second.order,
         tails=first.tails[half:] + second.tails,
+        anchors=first.anchors[half:] + second.anchors,
+        clocks=first.clocks[half:] + second.clocks,
         dropped=first.dropped + second.dropped,
     )
 

@@ -1,27 +1,42 @@
 """A baseline of which only numbers are left: they may warn, and nothing else.
 
-Latencies of another day differ by whatever the machine did that day. So the numbers must come from the same machine and
-the same kind of measurement, from ten or more sessions, and all they give is a prediction interval for one more.
+Latencies of another day differ by whatever the machine did that day. So both days time an anchor beside the student,
+the small network that comes with the gate, and what is compared is the student's latency in units of it. The numbers
+must come from the same machine and the same kind of measurement, from ten or more sessions, and all they give is a
+prediction interval for one more.
 """
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kdexport.errors import ConfigError
+from kdexport.errors import BackendUnavailableError, ConfigError
 from kdexport.gate import statistics
 from kdexport.gate.artifacts import Bundle
 from kdexport.gate.errors import MismatchError
 from kdexport.gate.machine import Machine
+from kdexport.gate.network import write_network
 from kdexport.gate.result import Check
+from kdexport.gate.runnable import DEFAULT_TARGET, require_runnable
 from kdexport.gate.trial import Outcome, Plan
 
-BENCH_SCHEMA = "kdexport.bench/1"
+BENCH_SCHEMA = "kdexport.bench/2"
 MIN_SESSIONS = 10
+
+
+def write_anchor(folder: Path, clock: str) -> Path | None:
+    """The network that latencies on ``clock`` are stored in units of; None where this machine cannot run it there."""
+    # The server runs on the processor that the arms of ``host`` run on.
+    try:
+        require_runnable(DEFAULT_TARGET, "host" if clock == "serve" else clock)
+    except BackendUnavailableError:
+        return None
+    return write_network(folder / "anchor.onnx")
 
 
 def read_numbers(path: Path, bundle: Bundle, target: str, machine: Machine) -> dict[str, Any]:
@@ -32,10 +47,7 @@ def read_numbers(path: Path, bundle: Bundle, target: str, machine: Machine) -> d
             raise ValueError(f"its schema is {data['schema']!r}")
         facts = (data["student"], list(data["classes"]), data["machine"])
         timed = f"{data['variant']} {data['target']}"
-        rows = [
-            (row["clock"], row["batch"], row["threads"], [float(s["candidate_ms"]) for s in row["sessions"]])
-            for row in data["latency"]
-        ]
+        rows = [(row["clock"], row["batch"], row["threads"], _anchored(row["sessions"])) for row in data["latency"]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(
             f"{path} is neither a bundle nor numbers of `kdexport bench --json`: {type(error).__name__}: {error}.",
@@ -67,25 +79,34 @@ def number_checks(numbers: dict[str, Any], outcomes: tuple[Outcome, ...], plan: 
     checks = []
     for outcome in outcomes:
         wanted = (outcome.number.clock, outcome.number.batch, plan.threads)
-        stored: list[float] = next((row[3] for row in numbers["rows"] if tuple(row[:3]) == wanted), [])
+        stored: tuple[float, ...] = next((row[3] for row in numbers["rows"] if tuple(row[:3]) == wanted), ())
         name = f"{outcome.number.name} against stored numbers"
+        now = tuple(session.anchored for session in outcome.sessions if session.anchored is not None)
         if outcome.margin or not outcome.sessions:
             checks.append(
                 Check(name=name, verdict="INCONCLUSIVE", measured="not measured", allowed="", reason=outcome.reason)
             )
-            continue
-        if len(stored) < MIN_SESSIONS or not all(value > 0 and math.isfinite(value) for value in stored):
-            reason = f"{len(stored)} usable sessions of this clock, batch and threads, {MIN_SESSIONS} needed"
+        elif len(stored) < MIN_SESSIONS or not now:
+            usable = f"{len(stored)} usable sessions of this clock, batch and threads, {MIN_SESSIONS} needed"
+            reason = usable if now else "this machine does not run the anchor on this clock"
             checks.append(Check(name=name, verdict="WARN", measured="none", allowed="", reason=reason))
-            continue
-        checks.append(_check(name, stored, [s.candidate_ms for s in outcome.sessions], plan))
+        else:
+            checks.append(_check(name, stored, now, plan))
     return checks
 
 
-def _check(name: str, stored_ms: list[float], candidate_ms: list[float], plan: Plan) -> Check:
-    low, ratio, high = prediction(stored_ms, candidate_ms)
+def _anchored(sessions: Sequence[dict[str, Any]]) -> tuple[float, ...]:
+    values = [float(session["anchored"]) for session in sessions if session["anchored"] is not None]
+    return tuple(value for value in values if math.isfinite(value))
+
+
+def _check(name: str, stored: Sequence[float], now: Sequence[float], plan: Plan) -> Check:
+    low, ratio, high = prediction(stored, now)
     slower = high > 1 + plan.max_slowdown
-    reason = f"{ratio:.3f}x of the stored numbers, {low:.3f} to {high:.3f} with the noise between sessions"
+    reason = (
+        f"{ratio:.3f}x of the stored numbers, both in units of the anchor; {low:.3f} to {high:.3f} with the noise "
+        "between sessions"
+    )
     return Check(
         name=name,
         verdict="WARN" if slower else "PASS",
@@ -95,12 +116,15 @@ def _check(name: str, stored_ms: list[float], candidate_ms: list[float], plan: P
     )
 
 
-def prediction(stored_ms: list[float], candidate_ms: list[float]) -> tuple[float, float, float]:
-    """(low, ratio, high) of the candidate's median session over the mean stored one, as one new observation of them."""
+def prediction(stored: Sequence[float], now: Sequence[float]) -> tuple[float, float, float]:
+    """(low, ratio, high) of the median session of ``now`` over the mean stored one, as one new observation of them.
+
+    Both are log ratios candidate / anchor, one for each session.
+    """
     from scipy.special import stdtrit
 
-    logs = np.log(stored_ms)
+    logs = np.asarray(stored, np.float64)
     count = len(logs)
-    centre = float(np.median(np.log(candidate_ms))) - float(logs.mean())
+    centre = float(np.median(now)) - float(logs.mean())
     half = float(stdtrit(count - 1, 1 - statistics.ALPHA_PER_LOOK)) * float(logs.std(ddof=1)) * math.sqrt(1 + 1 / count)
     return math.exp(centre - half), math.exp(centre), math.exp(centre + half)

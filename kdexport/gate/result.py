@@ -169,6 +169,8 @@ def latency_json(outcome: Outcome, plan: Plan) -> dict[str, Any]:
                 "runs_per_block": session.runs,
                 "ratios": [round(b / a, 5) for a, b in session.pairs_ms],
                 "gpu": session.gpu,
+                "anchored": session.anchored,
+                "cycles_log_ratio": session.cycles_log_ratio,
             }
             for session in sessions
         ],

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from kdexport.console import end_with_parent
 from kdexport.errors import ConfigError, KdexportError
 from kdexport.gate.measure import Block, Guard, Measured, Pairing, Run, host_block, measure, slowed
+from kdexport.gate.network import SIZE
 from kdexport.gate.runnable import DEFAULT_TARGET, open_on_host
 from kdexport.gate.statistics import session_statistic
 
@@ -40,7 +41,10 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """A session to run. ``cpus`` are those that it is held on; ``settle`` and ``tails`` as in ``Pairing``."""
+    """A session to run. ``cpus`` are those that it is held on; ``settle`` and ``tails`` as in ``Pairing``.
+
+    ``anchor`` is an ONNX file of ``network.write_network`` to time beside the arms, empty for none.
+    """
 
     reference: Arm
     candidate: Arm
@@ -53,6 +57,7 @@ class Request:
     seed: int
     settle: float | None = None
     tails: bool = False
+    anchor: str = ""
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Request":
@@ -67,7 +72,8 @@ class Session:
 
     ``pairs_ms`` holds reference and candidate of each pair that counts; ``load`` the machine's load average before and
     after; ``created_first`` the arm that was loaded first; ``tails_ms`` every run of the candidate where asked for, and
-    ``reference_tails_ms`` those of the reference.
+    ``reference_tails_ms`` those of the reference. ``anchored`` is the median log ratio candidate / anchor, and
+    ``cycles_log_ratio`` is ``log_ratio`` with each block's time multiplied by the device's clock.
     """
 
     log_ratio: float
@@ -86,6 +92,8 @@ class Session:
     tails_ms: tuple[float, ...] = ()
     reference_tails_ms: tuple[float, ...] = ()
     gpu: dict[str, Any] | None = None
+    anchored: float | None = None
+    cycles_log_ratio: float | None = None
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Session":
@@ -108,7 +116,8 @@ def run(request: Request) -> Session:
         if any(arm.slowdown for arm in arms.values()):
             # Both arms, so that what the waiting itself costs is no part of the difference.
             runs = {name: slowed(runs[name], arm.slowdown) for name, arm in arms.items()}
-        measured = measure(runs["reference"], runs["candidate"], pairing, opened.guard, block=opened.block)
+        both = (runs["reference"], runs["candidate"])
+        measured = measure(*both, pairing, opened.guard, block=opened.block, anchor=opened.anchor)
         facts = opened.facts()
     return _session(request, measured, order[0], (before, os.getloadavg()[0]), facts)
 
@@ -135,14 +144,26 @@ def _session(
         tails_ms=tuple(round(float(value), 6) for value in measured.tails_s[1] * 1e3),
         reference_tails_ms=tuple(round(float(value), 6) for value in measured.tails_s[0] * 1e3),
         gpu=facts,
+        anchored=_beside(measured.anchor_s, measured.pairs_s[:, 1]),
+        cycles_log_ratio=_cycles(measured),
     )
+
+
+def _beside(first_s: NDArray[np.float64], second_s: NDArray[np.float64]) -> float | None:
+    return session_statistic(np.stack([first_s, second_s], axis=1)) if len(first_s) else None
+
+
+def _cycles(measured: Measured) -> float | None:
+    clocks = measured.clocks_mhz
+    return session_statistic(measured.pairs_s * clocks) if clocks.size and (clocks > 0).all() else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Opened:
-    """Both arms, ready to run, and the clock that times them."""
+    """Both arms, ready to run, the anchor where there is one, and the clock that times them."""
 
     runs: dict[str, Run]
+    anchor: Run | None = None
     block: Block = host_block
     guard: Guard | None = None
     facts: Callable[[], dict[str, Any] | None] = lambda: None
@@ -159,19 +180,30 @@ def _opened(request: Request, order: list[str]) -> Iterator[_Opened]:
         opened = {
             name: open_on_host(Path(arms[name].path), arms[name].target, threads=request.threads) for name in order
         }
-        yield _Opened(runs={name: _bound(logits, images) for name, logits in opened.items()})
+        runs = {name: _bound(logits, images) for name, logits in opened.items()}
+        yield _Opened(runs=runs, anchor=_host_anchor(request))
     elif request.clock == "serve":
         from kdexport.gate.client import serving
 
         with serving({name: arms[name].path for name in order}) as client:
-            yield _Opened(runs={name: client.request(name, images) for name in order})
+            yield _Opened(runs={name: client.request(name, images) for name in order}, anchor=_host_anchor(request))
     elif request.clock == "gpu":
-        yield _on_gpu(arms, order, images)
+        yield _on_gpu(arms, order, images, request.anchor)
     else:
         raise ConfigError(f"There is no clock {request.clock!r} in a session.", remedy=f"Known: {', '.join(CLOCKS)}.")
 
 
-def _on_gpu(arms: dict[str, Arm], order: list[str], images: NDArray[np.float32]) -> _Opened:
+def _host_anchor(request: Request) -> Run | None:
+    if not request.anchor:
+        return None
+    return _bound(open_on_host(Path(request.anchor), DEFAULT_TARGET, threads=request.threads), _anchor_image())
+
+
+def _anchor_image() -> NDArray[np.float32]:
+    return np.random.default_rng(3).standard_normal((1, 3, SIZE, SIZE), dtype=np.float32)
+
+
+def _on_gpu(arms: dict[str, Arm], order: list[str], images: NDArray[np.float32], anchor: str) -> _Opened:
     from kdexport.gate.cuda import device_facts, event_block, open_on_gpu
     from kdexport.gate.nvml import open_nvml
 
@@ -182,6 +214,7 @@ def _on_gpu(arms: dict[str, Arm], order: list[str], images: NDArray[np.float32])
     guard = open_nvml(facts["uuid"])
     return _Opened(
         runs=runs,
+        anchor=open_on_gpu(Path(anchor), DEFAULT_TARGET, _anchor_image()) if anchor else None,
         block=event_block,
         guard=guard,
         facts=lambda: {**facts, "nvml": None if guard is None else guard.facts()},

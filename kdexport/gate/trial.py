@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from kdexport.gate import statistics
 from kdexport.gate.artifacts import Artifact
@@ -20,13 +21,14 @@ _SENTINEL_SEED = 1_000_000
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Number:
-    """One gated number: both arms on one clock at one batch size."""
+    """One gated number: both arms on one clock at one batch size; ``anchor`` is timed beside them where given."""
 
     reference: Artifact
     candidate: Artifact
     clock: str
     batch: int
     image_size: int
+    anchor: Path | None = None
 
     @property
     def name(self) -> str:
@@ -96,7 +98,8 @@ def run_trial(
         if any(_throttled(session) for found in sessions for session in found):
             break
         samples = [[session.log_ratio for session in found] for found in sessions]
-        verdicts = statistics.decide(samples, plan.limit, margins=margins)
+        decided = statistics.decide(samples, plan.limit, margins=margins)
+        verdicts = [_in_cycles_too(verdict, found) for verdict, found in zip(decided, sessions, strict=True)]
         open_ones = [v == "INCONCLUSIVE" and not margin for v, margin in zip(verdicts, margins, strict=True)]
         if "FAIL" in verdicts or not any(open_ones):
             break
@@ -122,6 +125,7 @@ def request(number: Number, plan: Plan, index: int, *, itself: bool = False) -> 
         seed=plan.seed * 10_000_019 + index,
         settle=plan.limit / 2,
         tails=plan.tails and not itself,
+        anchor="" if number.anchor is None or itself else str(number.anchor),
     )
 
 
@@ -142,6 +146,17 @@ def _margin(sentinels: tuple[float, ...], plan: Plan) -> float:
     return bias if bias > plan.limit else 0.0
 
 
+def _in_cycles_too(verdict: Verdict, sessions: Sequence[Session]) -> Verdict:
+    """A FAIL whose sign does not hold in clock cycles is the device's clock, not the candidate, and is none."""
+    return "INCONCLUSIVE" if verdict == "FAIL" and _only_the_clock(sessions) else verdict
+
+
+def _only_the_clock(sessions: Sequence[Session]) -> bool:
+    cycles = [session.cycles_log_ratio for session in sessions if session.cycles_log_ratio is not None]
+    times = [session.log_ratio for session in sessions]
+    return len(cycles) == len(times) > 0 and sum(times) > 0 >= sum(cycles)
+
+
 def _throttled(session: Session) -> bool:
     return session.dropped > MAX_DROPPED * (session.dropped + len(session.pairs_ms))
 
@@ -158,7 +173,13 @@ def _outcome(
         f"the machine is too noisy: the candidate differs from itself by {math.expm1(margin):.1%} "
         f"(up to {plan.max_slowdown:.1%} allowed)"
     )
-    noisy = margin > 0 and verdict == "INCONCLUSIVE"
+    undecided = verdict == "INCONCLUSIVE"
+    if undecided and margin > 0:
+        reason = noise
+    elif undecided and interval is not None and _only_the_clock(sessions):
+        reason = "slower in time, not in clock cycles: the device's clock differed between the arms; lock it"
+    else:
+        reason = _reason(verdict, interval, mde, plan)
     return Outcome(
         number=number,
         verdict=verdict,
@@ -167,7 +188,7 @@ def _outcome(
         sentinels=sentinels,
         margin=margin,
         mde=mde,
-        reason=noise if noisy else _reason(verdict, interval, mde, plan),
+        reason=reason,
     )
 
 

@@ -64,7 +64,7 @@ class Exchange:
     async def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits of ``images`` through the queue; raises ``RequestError`` for one that is not finite."""
         self.watch.end("input")
-        timed = await self.service.instances.run(self.model, images, self.queue_seconds)
+        timed = await self.service.instances.run(self.model, images, self.queue_seconds, self.model.pace)
         self.watch.parts.update(
             queue=timed.queue_ns, infer=timed.compute_ns, images=len(images), together=timed.together
         )

@@ -6,6 +6,7 @@ number of threads at once and its weights are then in memory once. All counting 
 
 import asyncio
 import functools
+import math
 import queue
 import threading
 import time
@@ -20,6 +21,9 @@ from kdexport.serving.errors import RequestError
 
 Logits = NDArray[np.float32]
 
+#: As long as this the event loop may be busy with a model: two hand-overs between threads take about half of it.
+_QUICK_SECONDS = 0.001
+
 
 class Runnable(Protocol):
     """What an instance runs."""
@@ -27,6 +31,22 @@ class Runnable(Protocol):
     def logits(self, images: NDArray[np.float32]) -> Logits:
         """(n,3,S,S) float32 to (n,K) float32."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pace:
+    """How a model runs best here: ``seconds`` for one image, and how many images are cheaper ``together``."""
+
+    seconds: float
+    together: int
+
+    def quick(self, images: int) -> bool:
+        """Whether running ``images`` takes no longer than handing them to a thread and back is worth."""
+        return self.seconds * images <= _QUICK_SECONDS
+
+
+#: A model that nobody timed: one request after the other, each in a thread.
+UNKNOWN_PACE = Pace(seconds=math.inf, together=1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,6 +65,7 @@ class _Job:
     images: NDArray[np.float32]
     future: "asyncio.Future[Timed]"
     queued_ns: int
+    together: int
     lock: threading.Lock = field(default_factory=threading.Lock)
     taken: bool = False
 
@@ -58,13 +79,11 @@ class _Job:
 
 
 class Instances:
-    """``count`` threads that run jobs first in, first out, up to ``max_batch`` images of one model together."""
+    """``count`` threads that run jobs first in, first out, images of one model together where that is cheaper."""
 
-    def __init__(self, count: int, *, capacity: int, max_batch: int = 1, retry_after: int = 1) -> None:
+    def __init__(self, count: int, *, capacity: int) -> None:
         self.count = count
         self._capacity = capacity
-        self._max_batch = max_batch
-        self._retry_after = retry_after
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._pending = 0
         self._threads = [threading.Thread(target=self._work, name=f"instance-{n}", daemon=True) for n in range(count)]
@@ -76,18 +95,37 @@ class Instances:
         """Jobs that wait or run."""
         return self._pending
 
-    async def run(self, model: Runnable, images: NDArray[np.float32], queue_seconds: float) -> Timed:
+    async def run(
+        self, model: Runnable, images: NDArray[np.float32], queue_seconds: float, pace: Pace = UNKNOWN_PACE
+    ) -> Timed:
         """Logits of ``images``; raises ``RequestError`` where the queue is full or the wait too long.
 
-        A cancelled call leaves the queue at once; what runs already runs to its end and is dropped.
+        A cancelled call leaves the queue at once; what runs already runs to its end and is dropped. A quick model runs
+        on the event loop as long as nobody else is here.
         """
         if self._pending >= self._capacity:
             raise RequestError(
                 f"{self._pending} requests wait already (up to {self._capacity} allowed).", status=429, reason="queue"
             )
-        loop = asyncio.get_running_loop()
-        job = _Job(model, images, loop.create_future(), time.monotonic_ns())
+        queued_ns = time.monotonic_ns()
         self._pending += 1
+        try:
+            if pace.quick(len(images)):
+                # Requests that arrived together are all here after it.
+                await asyncio.sleep(0)
+                if time.monotonic_ns() - queued_ns > queue_seconds * 1e9:
+                    raise _late(queue_seconds)
+                if self._pending == 1:
+                    return _run_here(model, images, queued_ns)
+            return await self._in_thread(model, images, queue_seconds, queued_ns, pace.together)
+        finally:
+            self._pending -= 1
+
+    async def _in_thread(
+        self, model: Runnable, images: NDArray[np.float32], queue_seconds: float, queued_ns: int, together: int
+    ) -> Timed:
+        loop = asyncio.get_running_loop()
+        job = _Job(model, images, loop.create_future(), queued_ns, together)
         timer = loop.call_later(queue_seconds, _give_up, job, queue_seconds)
         try:
             self._jobs.put(job)
@@ -95,7 +133,6 @@ class Instances:
         finally:
             timer.cancel()
             job.take()
-            self._pending -= 1
 
     def close(self) -> None:
         """End the threads after the jobs that they have."""
@@ -114,14 +151,14 @@ class Instances:
             if not job.take():
                 continue
             batch = [job]
-            if self._max_batch > 1:
+            if job.together > 1:
                 held = self._gather(batch)
             _run(batch)
 
     def _gather(self, batch: list[_Job]) -> _Job | None:
         """Add waiting jobs of the same model without waiting for more; returns one that did not fit."""
         images = len(batch[0].images)
-        while images < self._max_batch:
+        while images < batch[0].together:
             try:
                 job = self._jobs.get_nowait()
             except queue.Empty:
@@ -129,7 +166,7 @@ class Instances:
             if job is None:
                 self._jobs.put(None)
                 return None
-            if job.model is not batch[0].model or images + len(job.images) > self._max_batch:
+            if job.model is not batch[0].model or images + len(job.images) > batch[0].together:
                 return job
             if job.take():
                 batch.append(job)
@@ -139,9 +176,17 @@ class Instances:
 
 def _give_up(job: _Job, seconds: float) -> None:
     if job.take() and not job.future.done():
-        job.future.set_exception(
-            RequestError(f"The request waited {seconds:g} s for an instance.", status=503, reason="queue_timeout")
-        )
+        job.future.set_exception(_late(seconds))
+
+
+def _late(seconds: float) -> RequestError:
+    return RequestError(f"The request waited {seconds:g} s for an instance.", status=503, reason="queue_timeout")
+
+
+def _run_here(model: Runnable, images: NDArray[np.float32], queued_ns: int) -> Timed:
+    started = time.monotonic_ns()
+    logits = model.logits(images)
+    return Timed(logits, started - queued_ns, time.monotonic_ns() - started, len(images))
 
 
 def _run(batch: list[_Job]) -> None:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 #: BMP and PPM are read from disk as well, but nobody uploads them.
 FORMATS = ("JPEG", "PNG", "WEBP")
 _WEBP_HEADER = 30
+#: libwebp holds two canvases beside Pillow's two images: a pixel of it counts double.
+_WEBP_COST = 2
 
 
 class PixelBudget:
@@ -63,14 +65,15 @@ def decode_upload(data: bytes, preprocessing: Preprocessing, limits: Limits, bud
     size = _webp_size(data)
     if size is not None:
         # libwebp allocates its canvases while the header is read.
-        require_size(*size, limits)
+        require_size(*size, limits, _WEBP_COST)
     with budget.spend() as spending:
 
         def inspect(image: "Image.Image") -> None:
-            require_size(image.width, image.height, limits)
+            cost = _WEBP_COST if image.format == "WEBP" else 1
+            require_size(image.width, image.height, limits, cost)
             if image.format != "MPO" and getattr(image, "is_animated", False):
                 raise RequestError("The image is animated; send one frame.", reason="image")
-            spending.take(image.width * image.height)
+            spending.take(image.width * image.height * cost)
 
         try:
             return preprocessing.pixels(decode(data, "The upload", formats=FORMATS, inspect=inspect))
@@ -78,11 +81,14 @@ def decode_upload(data: bytes, preprocessing: Preprocessing, limits: Limits, bud
             raise RequestError(error.message, remedy=f"{', '.join(FORMATS)} are served.", reason="image") from None
 
 
-def require_size(width: int, height: int, limits: Limits) -> None:
-    """Raise where an image has too many pixels, too few, or too extreme an aspect ratio."""
-    if width * height > limits.pixels:
+def require_size(width: int, height: int, limits: Limits, cost: int = 1) -> None:
+    """Raise where an image has too many pixels, too few, or too extreme an aspect ratio; ``cost`` divides the limit."""
+    allowed = limits.pixels // cost
+    if width * height > allowed:
         raise RequestError(
-            f"The image has {width}x{height} pixels (up to {limits.pixels:,} allowed).", status=413, reason="image"
+            f"The image has {width}x{height} pixels (up to {allowed:,} allowed{' for WebP' if cost > 1 else ''}).",
+            status=413,
+            reason="image",
         )
     short, long = sorted((width, height))
     if short < limits.min_side:

@@ -14,10 +14,12 @@ from kdexport.bundle import GOLDEN_LOGITS, MANIFEST, MODEL, Manifest, changed_fi
 from kdexport.checkpoint import sha256_file
 from kdexport.errors import AuditError, BundleError, KdexportError, VerificationError
 from kdexport.preprocessing import read_image
+from kdexport.serving.batching import Pace
 from kdexport.serving.errors import RequestError
 from kdexport.serving.images import FORMATS, PixelBudget, decode_upload, normalisation_table, normalise
 from kdexport.serving.limits import Limits
 from kdexport.serving.tensors import Signature
+from kdexport.serving.warmup import measure_pace
 
 _UPLOADED = tuple(f".{name.lower()}" for name in (*FORMATS, "JPG"))
 
@@ -44,6 +46,7 @@ class LoadedModel:
     signature: Signature
     table: NDArray[np.float32]
     golden: Golden
+    pace: Pace
 
     def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """(n,3,S,S) float32 to (n,K) float32."""
@@ -146,6 +149,7 @@ def load(folder: Path, *, name: str, version: int, provider: str, limits: Limits
         signature=signature,
         table=table,
         golden=golden,
+        pace=measure_pace(model, provider, image_size=signature.image_size, max_batch=signature.max_batch),
     )
 
 

@@ -86,8 +86,9 @@ async def model_config(request: Request) -> Response:
         "instance_group": [{"name": model.name, "kind": kind, "count": service.count}],
         "parameters": {"labels": {"string_value": "\n".join(signature.classes)}},
     }
-    if service.max_batch > 1:
-        config["dynamic_batching"] = {"preferred_batch_size": [service.max_batch], "max_queue_delay_microseconds": 0}
+    if model.pace.together > 1:
+        preferred = [model.pace.together]
+        config["dynamic_batching"] = {"preferred_batch_size": preferred, "max_queue_delay_microseconds": 0}
     return JSONResponse(config)
 
 

@@ -19,7 +19,6 @@ from kdexport.serving.limits import MIB, Limits, MemoryBound, memory_bound
 from kdexport.serving.loading import LoadedModel
 from kdexport.serving.metrics import Metrics, ModelStatistics
 from kdexport.serving.repository import Change, Repository, Source
-from kdexport.serving.warmup import choose_batch, measure_batches
 
 _log = logging.getLogger("kdexport.serving")
 
@@ -49,7 +48,7 @@ class Service:
         self.decoders = cgroup.processors()
         self.count = settings.instances or (self.decoders if settings.provider == CPU else 1)
         self.draining = False
-        self.max_batch = 1
+        self.together = 1
         self.admission = Admission(places=0, bodies=settings.limits.bodies)
         self._instances: Instances | None = None
         self._pool = ThreadPoolExecutor(self.decoders, thread_name_prefix="decode")
@@ -73,11 +72,9 @@ class Service:
         if self._instances is not None:
             return
         self.repository.load_all()
-        if self.settings.provider != CPU:
-            models = self.repository.models.values()
-            self.max_batch = max(choose_batch(measure_batches(model)) for model in models)
-        self.admission.places = self.limits.places(self.count, self.max_batch)
-        self._instances = Instances(self.count, capacity=self.admission.places, max_batch=self.max_batch)
+        self.together = max(model.pace.together for model in self.repository.models.values())
+        self.admission.places = self.limits.places(self.count, self.together)
+        self._instances = Instances(self.count, capacity=self.admission.places)
         self.metrics.reloads.labels("loaded").inc(len(self.repository.models))
 
     def reload(self) -> Change:
@@ -130,6 +127,7 @@ class Service:
             self.limits,
             base=base,
             instances=self.count,
+            together=self.together,
             decoders=self.decoders,
             image_bytes=max(signature.image_bytes for signature in signatures),
             max_elements=max(signature.max_batch * signature.elements for signature in signatures),

@@ -1,32 +1,40 @@
-"""How many images run together: measured on the device at start, because it helps on some and hurts on others."""
+"""How a model runs best on this machine, measured when it is loaded."""
 
 import time
 
 import numpy as np
 
-from kdexport.serving.loading import LoadedModel
+from kdexport.backends.ort import CPU, OrtModel
+from kdexport.serving.batching import UNKNOWN_PACE, Pace
 
 #: A larger batch must be at least this much faster an image, or it only adds waiting.
 _WORTH = 1.1
 _RUNS = 5
+_MOST = 64
 
 
-def measure_batches(model: LoadedModel) -> dict[int, float]:
-    """Median seconds of a run by batch size: 1, 2, 4, ... up to what a request may hold."""
-    times = {}
-    size = model.signature.image_size
-    batch = 1
-    while batch <= min(64, model.signature.max_batch):
-        images = np.zeros((batch, 3, size, size), np.float32)
+def measure_pace(model: OrtModel, provider: str, *, image_size: int, max_batch: int) -> Pace:
+    """Time single images on a CPU, where a batch costs more an image, and batches of 1, 2, 4, ... elsewhere.
+
+    ``max_batch`` is what the graph takes.
+    """
+    if provider == CPU:
+        return Pace(seconds=_median_seconds(model, 1, image_size), together=1)
+    sizes = [2**power for power in range(_MOST.bit_length()) if 2**power <= min(_MOST, max_batch)]
+    times = {batch: _median_seconds(model, batch, image_size) for batch in sizes}
+    # Work for a device never runs on the event loop, which would wait for the device.
+    return Pace(seconds=UNKNOWN_PACE.seconds, together=choose_batch(times))
+
+
+def _median_seconds(model: OrtModel, batch: int, image_size: int) -> float:
+    images = np.zeros((batch, 3, image_size, image_size), np.float32)
+    model.logits(images)
+    samples = []
+    for _ in range(_RUNS):
+        started = time.perf_counter()
         model.logits(images)
-        samples = []
-        for _ in range(_RUNS):
-            started = time.perf_counter()
-            model.logits(images)
-            samples.append(time.perf_counter() - started)
-        times[batch] = float(np.median(samples))
-        batch *= 2
-    return times
+        samples.append(time.perf_counter() - started)
+    return float(np.median(samples))
 
 
 def choose_batch(times: dict[int, float]) -> int:

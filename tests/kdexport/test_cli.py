@@ -130,8 +130,9 @@ def test_the_options_of_each_command_are_frozen() -> None:
     }
     assert options == {
         "build": [
-            "--blame", "--checkpoint", "--config", "--data", "--debug", "--fresh", "--json", "--out", "--processes",
-            "--resume", "--student", "--target", "--teacher-checkpoint", "--workspace",
+            "--blame", "--checkpoint", "--config", "--data", "--debug", "--fresh", "--json", "--out",
+            "--precision-search", "--processes", "--resume", "--student", "--target", "--teacher-checkpoint",
+            "--workspace",
         ],
         "explain-failure": ["--debug", "--json", "--out", "bundle"],
         "verify": ["--allow-looser", "--debug", "--json", "--rethreshold", "--rung", "bundle"],

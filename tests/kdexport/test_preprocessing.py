@@ -121,6 +121,23 @@ def test_every_eight_bit_mode_becomes_rgb(mode: str, colour: Any, expected: tupl
     assert (CIFAR.pixels(Image.new(mode, (47, 40), colour)) == expected).all()
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "LA", "P", "PA", "1", "CMYK", "YCbCr", "HSV"])
+@pytest.mark.parametrize("size", [(61, 90), (300, 37), (24, 24)])
+def test_every_mode_has_the_bits_of_converting_first(mode: str, size: tuple[int, int]) -> None:
+    rng = np.random.default_rng(9)
+    width, height = size
+    image = Image.fromarray(rng.integers(0, 256, (height, width, 4), np.uint8), "RGBA")
+    image = image.convert(mode) if mode not in ("CMYK", "YCbCr", "HSV") else image.convert("RGB").convert(mode)
+    if mode in ("P", "PA"):
+        image.info["transparency"] = 3
+    preprocessing = Preprocessing(image_size=24, resize=27, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    rgb = image.convert("RGB")
+    side = min(size) / 27 * 24
+    left, top = (width - side) / 2, (height - side) / 2
+    wanted = rgb.resize((24, 24), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
+    assert np.array_equal(preprocessing.pixels(image), np.asarray(wanted))
+
+
 def test_normalisation_is_per_channel_and_channels_come_first() -> None:
     pixels = np.random.default_rng(3).integers(0, 256, (3, 5, 7, 3), dtype=np.uint8)
     expected = vision.normalize(

@@ -148,7 +148,7 @@ def test_numbers_of_another_target_are_no_baseline(two_targets: Path, tmp_path: 
 
     bundle = open_bundle(two_targets)
     data = {
-        "schema": "kdexport.bench/1", "student": "mobilenetv2", "classes": list(bundle.manifest.spec.classes),
+        "schema": "kdexport.bench/2", "student": "mobilenetv2", "classes": list(bundle.manifest.spec.classes),
         "machine": {}, "variant": "unfused", "target": "onnx-fp32", "latency": [],
     }  # fmt: skip
     (tmp_path / "n.json").write_text(json.dumps(data))

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import math
 import shutil
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -14,6 +15,7 @@ from onnx import helper, numpy_helper
 from typer.testing import CliRunner
 
 from kdexport.bundle import MANIFEST
+from kdexport.gate import calibrate as calibrate_module
 from kdexport.gate import gate as gate_module
 from kdexport.gate.calibrate import calibrate
 from kdexport.gate.machine import read_calibration
@@ -101,8 +103,9 @@ def test_numbers_of_bench_are_a_baseline_that_only_warns(
     (row,) = data["latency"]
     assert len(row["sessions"]) == 2
     assert 0 < row["p99_ms"]["low"] <= row["p99_ms"]["estimate"]
-    # Ten sessions of a machine that was a hundred times faster.
-    row["sessions"] = [{"candidate_ms": 0.02 + 1e-5 * index} for index in range(10)]
+    assert all(math.isfinite(session["anchored"]) for session in row["sessions"])
+    # Ten sessions of a student that was a hundred times faster beside the same anchor.
+    row["sessions"] = [{"anchored": math.log(0.02 + 1e-5 * index)} for index in range(10)]
     numbers = tmp_path / "numbers.json"
     numbers.write_text(json.dumps(data))
     monkeypatch.setattr(gate_module, "run_trial", functools.partial(run_trial, run=machine(0.0, 0.002)[0]))
@@ -119,7 +122,7 @@ def test_a_calibration_is_written_and_then_obeyed(
     from kdexport.cli import app
 
     # A machine whose equal arms differ by 8 %.
-    monkeypatch.setattr(gate_module, "calibrate", functools.partial(calibrate, run=machine(0.0, 0.08)[0]))
+    monkeypatch.setattr(calibrate_module, "calibrate", functools.partial(calibrate, run=machine(0.0, 0.08)[0]))
     done = CliRunner().invoke(app, ["calibrate-runner", "--out", str(tmp_path / "runner.toml"), "--gates", "2"])
     assert done.exit_code == 0, done.output
     assert "smallest slowdown a gate can enforce" in done.output

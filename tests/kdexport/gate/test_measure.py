@@ -154,6 +154,32 @@ def test_a_pair_is_dropped_whole_where_the_device_changed(first: Reading, second
     assert must_drop(first, second) is drops
 
 
+def test_the_anchor_is_timed_once_after_each_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    arms = (clock.arm("r", 2e-3), clock.arm("c", 3e-3))
+    measured = measure(*arms, Pairing(pairs=10, seed=3), anchor=clock.arm("a", 2.0**-10))
+    np.testing.assert_allclose(measured.anchor_s, [2.0**-10] * 10)
+    # Ten runs fill a block of the arms, and one of the anchor.
+    tail = clock.order[-15 * 30 :]
+    assert {tail[start : start + 30] for start in range(0, len(tail), 30)} == {
+        "r" * 10 + "c" * 10 + "a" * 10,
+        "c" * 10 + "r" * 10 + "a" * 10,
+    }
+    assert measure(*arms, Pairing(pairs=10, seed=3)).anchor_s.size == 0
+
+
+def test_clocks_belong_to_the_arm_that_they_were_read_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    mhz = {"r": 1000.0, "c": 1008.0}
+
+    def guard() -> Reading:
+        return Reading(mhz[clock.order[-1]], False)
+
+    measured = measure(clock.arm("r", 1e-3), clock.arm("c", 1e-3), Pairing(pairs=12, seed=3), guard)
+    assert set(measured.candidate_first) == {True, False}
+    np.testing.assert_allclose(measured.clocks_mhz, [[1000.0, 1008.0]] * 12)
+
+
 def test_dropped_pairs_are_counted_and_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     readings = itertools.cycle([Reading(1000, False)] * 6 + [Reading(1000, True)] * 2)

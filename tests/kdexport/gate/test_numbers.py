@@ -12,7 +12,7 @@ from kdexport.errors import ConfigError
 from kdexport.gate.artifacts import Bundle
 from kdexport.gate.errors import MismatchError
 from kdexport.gate.machine import this_machine
-from kdexport.gate.numbers import number_checks, prediction, read_numbers
+from kdexport.gate.numbers import number_checks, prediction, read_numbers, write_anchor
 from kdexport.gate.trial import Plan, run_trial
 from tests.conftest import Built
 from tests.kdexport.gate.fakes import FUSED, machine, number
@@ -20,11 +20,13 @@ from tests.kdexport.gate.fakes import FUSED, machine, number
 PLAN = Plan(max_slowdown=0.02)
 
 
-def numbers(built: Built, medians_ms: list[float], **changes: Any) -> dict[str, Any]:
+def numbers(built: Built, anchored: list[float], **changes: Any) -> dict[str, Any]:
+    """Stored sessions whose candidate took ``anchored`` times the anchor, and milliseconds that mean nothing."""
     manifest = json.loads((built.bundle / "manifest.json").read_text())
-    row = {"clock": "host", "batch": 1, "threads": 1, "sessions": [{"candidate_ms": value} for value in medians_ms]}
+    row = {"clock": "host", "batch": 1, "threads": 1, "sessions": []}
+    row["sessions"] = [{"candidate_ms": 7.7, "anchored": math.log(value)} for value in anchored]
     return {
-        "schema": "kdexport.bench/1", "variant": "fused", "target": "onnx-fp32",
+        "schema": "kdexport.bench/2", "variant": "fused", "target": "onnx-fp32",
         "student": "mobilenetv2", "classes": manifest["student"]["classes"],
         "machine": asdict(this_machine()), "latency": [row], **changes,
     }  # fmt: skip
@@ -37,24 +39,30 @@ def bundle(built: Built) -> Bundle:
     return open_bundle(built.bundle)
 
 
-def checks(path: Path, data: dict[str, Any], bundle: Bundle, deviation: float = 0.002) -> list[Any]:
+def checks(
+    path: Path,
+    data: dict[str, Any],
+    bundle: Bundle,
+    deviation: float = 0.002,
+    anchor: Path | None = Path("anchor.onnx"),
+) -> list[Any]:
     path.write_text(json.dumps(data))
     run, _ = machine(0.0, deviation)
-    outcomes = run_trial([replace(number(), reference=FUSED)], PLAN, run=run)
+    outcomes = run_trial([replace(number(), reference=FUSED, anchor=anchor)], PLAN, run=run)
     return number_checks(read_numbers(path, bundle, "onnx-fp32", this_machine()), outcomes, PLAN)
 
 
 def test_the_prediction_is_the_t_interval_of_one_more_observation() -> None:
-    stored = np.random.default_rng(1).lognormal(0.3, 0.1, 12)
-    low, ratio, high = prediction(list(stored), [2.0, 1.9, 40.0])
-    centre = math.log(2.0) - np.log(stored).mean()
-    half = stats.t.ppf(0.995, 11) * np.log(stored).std(ddof=1) * math.sqrt(1 + 1 / 12)
+    stored = np.random.default_rng(1).normal(0.3, 0.1, 12)
+    low, ratio, high = prediction(list(stored), [0.7, 0.6, 3.7])
+    centre = 0.7 - stored.mean()
+    half = stats.t.ppf(0.995, 11) * stored.std(ddof=1) * math.sqrt(1 + 1 / 12)
     assert (low, ratio, high) == pytest.approx((math.exp(centre - half), math.exp(centre), math.exp(centre + half)))
 
 
 @pytest.mark.parametrize(
     ("medians", "verdict"),
-    # The candidate's sessions take 2 ms.
+    # The candidate's sessions take twice as long as the anchor.
     [([2.0, 2.001] * 6, "PASS"), ([1.8, 1.81] * 6, "WARN"), ([1.5, 2.5] * 6, "WARN"), ([2.0] * 9, "WARN")],
 )
 def test_numbers_pass_or_warn_and_never_fail(
@@ -64,6 +72,30 @@ def test_numbers_pass_or_warn_and_never_fail(
     assert check.verdict == verdict
     if len(medians) < 10:
         assert "9 usable sessions" in check.reason
+
+
+def test_numbers_without_an_anchor_are_not_compared(built: Built, bundle: Bundle, tmp_path: Path) -> None:
+    data = numbers(built, [2.0, 2.001] * 6)
+    (check,) = checks(tmp_path / "n.json", data, bundle, anchor=None)
+    assert (check.verdict, check.measured) == ("WARN", "none")
+    assert "does not run the anchor" in check.reason
+    for stored in data["latency"][0]["sessions"][:3]:
+        stored["anchored"] = None
+    (check,) = checks(tmp_path / "n.json", data, bundle)
+    assert (check.verdict, check.measured) == ("WARN", "none")
+    assert "9 usable sessions" in check.reason
+
+
+def test_the_anchor_runs_where_the_clock_is(tmp_path: Path) -> None:
+    import onnx
+
+    for clock in ("host", "serve"):
+        path = write_anchor(tmp_path, clock)
+        assert path is not None
+        onnx.checker.check_model(onnx.load(str(path)), full_check=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.cuda.is_available", lambda: False)
+        assert write_anchor(tmp_path, "gpu") is None
 
 
 def test_too_noisy_a_machine_says_nothing_about_numbers(built: Built, bundle: Bundle, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from kdexport.errors import ForwardedError, VerificationError
 from kdexport.gate import sessions as sessions_module
+from kdexport.gate.network import write_network
 from kdexport.gate.session import Arm, Request, Session
 from kdexport.gate.sessions import pinned_cpus, run_session, usable_cpus
 from kdexport.gate.statistics import session_statistic
@@ -18,10 +19,11 @@ from tests.kdexport.exported import small_graph, small_weights
 
 @pytest.fixture(scope="module")
 def request_(tmp_path_factory: pytest.TempPathFactory) -> Request:
-    path = str(small_graph(tmp_path_factory.mktemp("session") / "same.onnx", small_weights()))
+    folder = tmp_path_factory.mktemp("session")
+    path = str(small_graph(folder / "same.onnx", small_weights()))
     return Request(
         reference=Arm(path=path), candidate=Arm(path=path), clock="host", image_size=16, batch=8, threads=1,
-        cpus=pinned_cpus(1), pairs=12, seed=5, tails=True,
+        cpus=pinned_cpus(1), pairs=12, seed=5, tails=True, anchor=str(write_network(folder / "anchor.onnx")),
     )  # fmt: skip
 
 
@@ -39,6 +41,9 @@ def test_a_session_says_what_it_rests_on(session: Session, request_: Request) ->
     assert session.created_first in ("reference", "candidate")
     assert all(value >= 0 for value in session.load)
     assert session.gpu is None
+    assert session.cycles_log_ratio is None
+    assert session.anchored is not None
+    assert math.isfinite(session.anchored)
     # One file against itself.
     assert 0.5 < math.exp(session.log_ratio) < 2
 

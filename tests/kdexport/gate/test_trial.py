@@ -142,3 +142,15 @@ def test_every_session_has_a_seed_of_its_own_and_what_was_asked_for() -> None:
     again, repeated = machine(math.log(1.02), 0.002)
     run_trial([number("serve", 4)], plan, run=again)
     assert repeated == asked
+
+
+@pytest.mark.parametrize(("cycles", "verdict"), [(None, "FAIL"), (0.004, "FAIL"), (-0.001, "INCONCLUSIVE")])
+def test_what_is_slower_in_time_alone_is_the_clock(cycles: float | None, verdict: str) -> None:
+    def run(request: Request) -> Session:
+        itself = request.reference.path == request.candidate.path
+        noise = 1e-4 * (request.seed % 7)
+        return session(0.0 if itself else 0.009 + noise, request.seed, cycles_log_ratio=0.0 if itself else cycles)
+
+    (outcome,) = run_trial([number()], Plan(max_slowdown=0.005, seed=3), run=run)
+    assert outcome.verdict == verdict
+    assert ("not in clock cycles" in outcome.reason) is (verdict == "INCONCLUSIVE")

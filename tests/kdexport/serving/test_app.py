@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from kdexport.serving import cgroup
 from kdexport.serving.app import create_app, routes
+from kdexport.serving.batching import UNKNOWN_PACE
 from kdexport.serving.errors import ServerError
 from kdexport.serving.limits import MIB, Limits
 from kdexport.serving.loading import LoadedModel
@@ -64,7 +65,9 @@ def make(models: dict[tuple[str, int], LoadedModel], monkeypatch: pytest.MonkeyP
 
     def build(limits: Limits | None = None, **change: Any) -> Service:
         service = Service(parse_sources([f"zoo={zoo}"]), Settings(limits=limits or Limits(), instances=1))
-        ready = {key: dataclasses.replace(model, **change) for key, model in models.items()}
+        # A model that was put in place of another one keeps none of its pace.
+        pace: dict[str, Any] = {"pace": UNKNOWN_PACE} if "ort" in change else {}
+        ready = {key: dataclasses.replace(model, **change, **pace) for key, model in models.items()}
         service.repository._models = ready
         monkeypatch.setattr(service.repository, "load_all", lambda: None)
         service.load()

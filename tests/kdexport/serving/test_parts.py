@@ -13,17 +13,18 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from kdexport.backends.ort import CPU, CUDA
 from kdexport.preprocessing import Preprocessing
 from kdexport.serving import cgroup
 from kdexport.serving.admission import Admission
-from kdexport.serving.batching import Instances
+from kdexport.serving.batching import Instances, Pace
 from kdexport.serving.body import ClientGoneError, read_body, unless_gone, unpack
 from kdexport.serving.errors import RequestError
 from kdexport.serving.images import PixelBudget, normalisation_table, normalise
 from kdexport.serving.limits import MIB, Limits, memory_bound
 from kdexport.serving.metrics import Metrics, ModelStatistics
 from kdexport.serving.tensors import body_limit
-from kdexport.serving.warmup import choose_batch
+from kdexport.serving.warmup import choose_batch, measure_pace
 from tests.kdexport.serving.running import LIMITS, SIGNATURE
 
 
@@ -52,11 +53,12 @@ def run(work: Coroutine[Any, Any, Any]) -> Any:
 
 def test_each_request_gets_its_own_rows_of_a_batch_that_several_share() -> None:
     async def check() -> list[int]:
-        gate, instances = Gate(), Instances(1, capacity=16, max_batch=4)
+        gate, instances = Gate(), Instances(1, capacity=16)
+        pace = Pace(seconds=1, together=4)
         sizes = (1, 2, 1, 3, 2)
-        first = asyncio.create_task(instances.run(gate, inputs(0), 30))
+        first = asyncio.create_task(instances.run(gate, inputs(0), 30, pace))
         await asyncio.to_thread(gate.entered.acquire)
-        rest = [asyncio.create_task(instances.run(gate, inputs(100 * n, n), 30)) for n in sizes]
+        rest = [asyncio.create_task(instances.run(gate, inputs(100 * n, n), 30, pace)) for n in sizes]
         await asyncio.sleep(0.05)
         gate.leave.set()
         assert np.array_equal((await first).logits, inputs(0).reshape(1, -1)[:, :3] * 2)
@@ -76,13 +78,39 @@ def test_each_request_gets_its_own_rows_of_a_batch_that_several_share() -> None:
 
 def test_models_are_never_mixed_in_one_batch() -> None:
     async def check() -> None:
-        one, two, instances = Gate(), Gate(), Instances(1, capacity=16, max_batch=8)
-        tasks = [asyncio.create_task(instances.run(one if n % 2 else two, inputs(n), 30)) for n in range(6)]
+        one, two, instances = Gate(), Gate(), Instances(1, capacity=16)
+        pace = Pace(seconds=1, together=8)
+        tasks = [asyncio.create_task(instances.run(one if n % 2 else two, inputs(n), 30, pace)) for n in range(6)]
         one.leave.set()
         two.leave.set()
         for number, task in enumerate(tasks):
             assert (await task).logits[0, 0] == 2 * number
         assert sum(one.batches) == sum(two.batches) == 3
+        await asyncio.to_thread(instances.close)
+
+    run(check())
+
+
+def test_a_quick_model_runs_on_the_loop_while_it_is_alone_and_in_a_thread_beside_others() -> None:
+    threads: list[str] = []
+
+    class Quick:
+        def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+            threads.append(threading.current_thread().name)
+            return images.reshape(len(images), -1)[:, :3] * 2
+
+    async def check() -> None:
+        instances, pace = Instances(1, capacity=16), Pace(seconds=0.0004, together=1)
+        for number in range(3):
+            timed = await instances.run(Quick(), inputs(number), 30, pace)
+            assert np.array_equal(timed.logits, inputs(number).reshape(1, -1)[:, :3] * 2)
+            assert (timed.together, instances.pending) == (1, 0)
+        assert set(threads) == {threading.current_thread().name}
+        threads.clear()
+        # Three images take longer than the event loop may be held.
+        await instances.run(Quick(), inputs(0, 3), 30, pace)
+        await asyncio.gather(*(instances.run(Quick(), inputs(n), 30, pace) for n in range(4)))
+        assert set(threads) == {"instance-0"}
         await asyncio.to_thread(instances.close)
 
     run(check())
@@ -378,3 +406,28 @@ def test_metrics_carry_the_names_of_triton_without_a_suffix() -> None:
 )
 def test_the_batch_is_the_last_that_was_worth_it(milliseconds: dict[int, float], expected: int) -> None:
     assert choose_batch({size: spent / 1000 for size, spent in milliseconds.items()}) == expected
+
+
+def test_a_model_on_a_cpu_is_timed_alone_and_one_on_a_device_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, batches = [0.0], []
+
+    class Timed:
+        """Four milliseconds a run and a tenth of one an image."""
+
+        def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+            now[0] += 0.004 + 0.0001 * len(images)
+            batches.append(images.shape)
+            return np.zeros((len(images), 3), np.float32)
+
+    monkeypatch.setattr("kdexport.serving.warmup.time.perf_counter", lambda: now[0])
+    model: Any = Timed()
+    pace = measure_pace(model, CPU, image_size=8, max_batch=16)
+    assert pace.seconds == pytest.approx(0.0041)
+    assert pace.together == 1
+    assert set(batches) == {(1, 3, 8, 8)}
+    assert not pace.quick(1)
+    pace = measure_pace(model, CUDA, image_size=8, max_batch=24)
+    # 1/16 of four milliseconds an image is still worth more than a tenth of one.
+    assert pace.together == 16
+    assert not pace.quick(1)
+    assert {shape[0] for shape in batches} == {1, 2, 4, 8, 16}
