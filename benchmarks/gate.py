@@ -177,8 +177,8 @@ the candidate's from the second: one process after the other, as such rules are 
 first, where they are interleaved, which flatters them.
 
 It shows how this gate and those rules judge a change of known size on one machine. It does not show other machines, the
-clocks `serve` and `gpu`, changes that differ from run to run, or slower students, whose gates take longer: a block is at
-least ten runs.
+clocks `serve` and `gpu`, changes that differ from run to run, or slower students, whose gates take longer: a block is
+at least ten runs.
 """
 
 
