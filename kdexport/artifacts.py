@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdexport.checkpoint import TrainedStudent
+from kdexport.search.layers import PLAIN, LayerPlan
 from kdexport.targets import Target
 
 __all__ = ["EngineFile", "FusedFiles", "OnnxModel", "TrainedStudent"]
@@ -20,11 +21,15 @@ class FusedFiles:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OnnxModel:
-    """A checked ONNX file; its graph, not the engine builder, carries the precision: one of ``targets.FORMS``."""
+    """A checked ONNX file; its graph, not the engine builder, carries the precision: one of ``targets.FORMS``.
+
+    ``plan`` says which layers differ from ``form``, and which were scaled before the cast.
+    """
 
     path: Path
     form: str
     key: str
+    plan: LayerPlan = PLAIN
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

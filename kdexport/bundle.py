@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdexport.checkpoint import StudentSpec, sha256_file
 from kdexport.errors import BundleError
+from kdexport.search.layers import LayerPlan
 from kdexport.targets import parse_target, target_names
 
 if TYPE_CHECKING:
@@ -80,6 +81,8 @@ def _require_sound(data: dict[str, Any]) -> None:
             raise ValueError(f"target {name!r} with precision {entry['precision']!r}")
         if bool(entry["engine"]) != parse_target(name).needs_engine or entry["status"] not in (VERIFIED, NOT_EXECUTED):
             raise ValueError(f"target {name!r} says engine {entry['engine']!r}, status {entry['status']!r}")
+        if "plan" in entry:
+            LayerPlan.from_json(entry["plan"])
     if not data["golden"] or not isinstance(data["parity"], list):
         raise ValueError("there is no golden image or no list of checks")
     size = data["student"]["preprocessing"]
@@ -143,6 +146,11 @@ def read_golden(folder: Path, manifest: Manifest) -> "NDArray[np.uint8]":
 
     preprocessing = manifest.spec.preprocessing
     return np.stack([preprocessing.pixels(read_image(folder / name)) for name in manifest.golden])
+
+
+def layer_plans(manifest: Manifest) -> dict[str, LayerPlan]:
+    """The precision plan of each target that was searched, by target."""
+    return {name: LayerPlan.from_json(entry["plan"]) for name, entry in manifest.targets.items() if "plan" in entry}
 
 
 def onnx_files(manifest: Manifest) -> dict[str, str]:

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdexport.config import CalibrationSettings
-from kdexport.data import DatasetSpec, open_dataset
+from kdexport.data import DatasetSpec, open_dataset, spread
 from kdexport.preprocessing import Preprocessing
 
 _BATCH = 16
@@ -25,11 +25,25 @@ class Calibration:
     def batches(self) -> Iterator[NDArray[np.float32]]:
         """Normalised images (16,3,S,S), evenly spread over the set; fewer where the set has fewer."""
         images = open_dataset(self.dataset, "train")
-        count = min(self.settings.images, len(images))
-        # A set is often sorted by class, and some classes have a smaller range than others.
-        chosen = [int(index) for index in np.linspace(0, len(images) - 1, count).round()]
-        for start in range(0, count, _BATCH):
+        chosen = self._chosen(len(images))
+        for start in range(0, len(chosen), _BATCH):
             yield self.preprocessing.normalise(images.read(chosen[start : start + _BATCH], self.preprocessing))
+
+    def search_images(self, count: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Normalised training images (n,3,S,S) and their labels (n,), evenly spread, those of ``batches`` left out.
+
+        Where the set has no others, the same images serve twice.
+        """
+        images = open_dataset(self.dataset, "train")
+        everything = np.arange(len(images))
+        others = np.setdiff1d(everything, self._chosen(len(images)))
+        pool = others if len(others) else everything
+        chosen = [int(index) for index in pool[spread(len(pool), count)]]
+        return self.preprocessing.normalise(images.read(chosen, self.preprocessing)), images.labels[chosen]
+
+    def _chosen(self, total: int) -> list[int]:
+        # A set is often sorted by class, and some classes have a smaller range than others.
+        return spread(total, self.settings.images)
 
     def to_json(self) -> dict[str, object]:
         """What the manifest says about it."""

@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +16,9 @@ from kdexport.registry import nearest
 from kdexport.serving.command import serve
 from kdexport.serving.triton_command import triton
 from kdexport.verify_command import verify
+
+if TYPE_CHECKING:
+    from kdexport.config import BuildConfig
 
 app = typer.Typer(
     add_completion=False,
@@ -60,21 +63,19 @@ def build(
     processes: Annotated[int, typer.Option(min=1, help="Training processes, one per GPU.")] = 1,
     fresh: Annotated[bool, typer.Option("--fresh/--resume", help="Forget earlier results, or use them.")] = False,
     blame: Annotated[bool, typer.Option("--blame", help="Name the node where a check fails.")] = False,
+    precision_search: Annotated[
+        bool, typer.Option("--precision-search", help="Keep the fewest layers of int8 targets in float32.")
+    ] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Train or read a student, fold, export, compile, verify and package it."""
-    from kdexport.config import find_config, load_config
     from kdexport.pipeline import BuildRequest
     from kdexport.pipeline import build as run
     from kdexport.reporter import Reporter
     from kdexport.targets import parse_targets
 
-    if student is None and config is None:
-        raise ConfigError("Neither --student nor --config was given.", remedy="For example: --student mobilenetv2")
-    settings = load_config(config if config is not None else find_config(str(student)))
-    if student is not None and student != settings.student:
-        settings = settings.model_copy(update={"student": student})
+    settings = _settings(student, config, precision_search=precision_search)
     names = settings.targets if target is None else [name.strip() for name in target.split(",") if name.strip()]
     request = BuildRequest(
         config=settings,
@@ -95,6 +96,20 @@ def build(
         from kdexport.screen import show_build
 
         show_build(result)
+
+
+def _settings(student: str | None, config: Path | None, *, precision_search: bool) -> "BuildConfig":
+    from kdexport.config import find_config, load_config
+
+    if student is None and config is None:
+        raise ConfigError("Neither --student nor --config was given.", remedy="For example: --student mobilenetv2")
+    settings = load_config(config if config is not None else find_config(str(student)))
+    if student is not None and student != settings.student:
+        settings = settings.model_copy(update={"student": student})
+    if precision_search:
+        enabled = settings.precision_search.model_copy(update={"enabled": True})
+        settings = settings.model_copy(update={"precision_search": enabled})
+    return settings
 
 
 @app.command()

@@ -49,6 +49,18 @@ class CalibrationSettings(Settings):
     weight_bits: Literal[7, 8] = 7
 
 
+class SearchSettings(Settings):
+    """``[precision_search]``: which layers int8 is not to compute; what a plan may cost on training images."""
+
+    enabled: bool = False
+    #: Shares of the images against the float32 graph; those of rung D's policy where they are not given.
+    flips: Annotated[float, Field(ge=0, le=1)] | None = None
+    top1_drop: Annotated[float, Field(ge=0, le=1)] | None = None
+    #: At most this many plans are cast and run.
+    evaluations: Annotated[int, Field(ge=3, le=1000)] = 24
+    images: Annotated[int, Field(ge=16, le=100_000)] = 512
+
+
 class VerifySettings(Settings):
     """``[verify]``: how many validation images rungs A to C, rung D and the golden set take."""
 
@@ -79,6 +91,7 @@ class BuildConfig(Settings):
     overrides: dict[str, dict[str, Any]] = {}
     export: ExportSettings = ExportSettings()
     calibration: CalibrationSettings = CalibrationSettings()
+    precision_search: SearchSettings = SearchSettings()
     verify: VerifySettings = VerifySettings()
     latency: LatencySettings = LatencySettings()
     #: Limits of the ladder that differ from the defaults, as in ``[policy.D.int8] flips = 0.05``.

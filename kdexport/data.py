@@ -201,3 +201,8 @@ def _open_folder(root: Path, split: Split) -> ImageSet:
     if not files:
         raise DataError(f"{found} holds no class folder.", remedy=f"Expected: {_LAYOUT}.")
     return ImageSet(classes=tuple(classes), labels=np.asarray(labels, np.int64), pixels=None, files=tuple(files))
+
+
+def spread(total: int, count: int) -> list[int]:
+    """``count`` places evenly over ``total``, all if there are fewer, so that every class of a sorted set is met."""
+    return [int(index) for index in np.linspace(0, total - 1, min(count, total)).round()]

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from kdexport.artifacts import EngineFile, FusedFiles, OnnxModel
 from kdexport.backends.trt import can_execute
 from kdexport.bundle import (
@@ -31,7 +29,7 @@ from kdexport.bundle import (
 )
 from kdexport.checkpoint import StudentSpec, TrainedStudent
 from kdexport.config import BuildConfig
-from kdexport.data import ImageSet
+from kdexport.data import ImageSet, spread
 from kdexport.errors import CheckpointError, DataError, VerificationError
 from kdexport.fingerprint import tool_versions
 from kdexport.golden import write_golden_set
@@ -67,6 +65,8 @@ class Parts:
     build_key: str
     #: How int8 was calibrated, for the manifest.
     calibration: dict[str, Any] = field(default_factory=dict)
+    #: What the precision search found, for the manifest, by form.
+    searched: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def package(folder: Path, parts: Parts, progress: Progress) -> VerifiedBundle:
@@ -99,13 +99,7 @@ def _save_task(folder: Path, record: TaskRecord, images: ImageSet) -> dict[str, 
 
 
 def _task_indices(parts: Parts) -> list[int]:
-    total = len(parts.validation)
-    return spread(total, min(total, parts.config.verify.task_images))
-
-
-def spread(total: int, count: int) -> list[int]:
-    """``count`` indices spread evenly over ``total`` images, so that every class of an ordered set is met."""
-    return [int(index) for index in np.linspace(0, total - 1, count).round()]
+    return spread(len(parts.validation), parts.config.verify.task_images)
 
 
 def _copy_files(folder: Path, parts: Parts) -> None:
@@ -137,7 +131,7 @@ def _wrap(place: Path, parts: Parts) -> None:
 
 
 def _write_golden(folder: Path, parts: Parts) -> list[str]:
-    chosen = spread(len(parts.validation), min(parts.config.verify.golden, len(parts.validation)))
+    chosen = spread(len(parts.validation), parts.config.verify.golden)
     low = {
         str(target): open_file(model.path, model.form).logits
         for target, model in parts.casts.items()
@@ -192,6 +186,8 @@ def _target_entry(target: Target, parts: Parts) -> dict[str, Any]:
     }
     if is_int8(target.form):
         entry["calibration"] = parts.calibration
+    if target.form in parts.searched:
+        entry["plan"] = parts.searched[target.form]
     if target in parts.engines:
         table = json.loads((parts.engines[target].folder / LAYERS).read_text())
         entry["version"] = table["version"]

@@ -14,6 +14,8 @@ from kdexport.errors import BundleError, CheckpointError, VerificationError
 from kdexport.failures import keep_failed
 from kdexport.fingerprint import dataset_digest, digest, source_digest
 from kdexport.reporter import Reporter
+from kdexport.search.layers import PLAIN
+from kdexport.search.stage import require_searchable, search_all, search_requests, stage_keys
 from kdexport.targets import Target, gpu_fingerprint, require_available
 from kdexport.workspace import Workspace, replace_folder, require_replaceable, require_writable
 
@@ -63,6 +65,8 @@ def build(request: BuildRequest, reporter: Reporter) -> BuildResult:
     The bundle at ``request.out`` is replaced only by a complete, verified one.
     """
     workspace = Workspace(request.workspace)
+    if request.config.precision_search.enabled:
+        require_searchable(request.targets)
     require_available(request.targets)
     require_replaceable(request.out, _is_bundle)
     require_writable(request.out)
@@ -72,7 +76,8 @@ def build(request: BuildRequest, reporter: Reporter) -> BuildResult:
     trained = _trained(request, plan, workspace, reporter)
     key = _bundle_key(request, plan, trained)
     if request.fresh:
-        for stage, name in (("bundle", key), *_stage_keys(request, plan, trained)):
+        keys = stage_keys(trained, request.targets, request.config, _calibration(request, plan, trained), workspace)
+        for stage, name in (("bundle", key), *keys):
             workspace.forget(stage, name)
     elif _is_up_to_date(request.out, key):
         return BuildResult(out=request.out, manifest=read_manifest(request.out), up_to_date=True)
@@ -129,7 +134,7 @@ def _trained(request: BuildRequest, plan: _Plan, workspace: Workspace, reporter:
         return open_checkpoint(request.checkpoint)
     teacher = plan.recipe["teacher"]["checkpoint"]
     teacher_sha256 = sha256_file(Path(teacher)) if teacher else _train_teacher(request, plan, workspace, reporter)
-    key = digest(["train", _portable(plan.recipe), plan.dataset_sha256, teacher_sha256, plan.revision])
+    key = trainer.student_key(plan.recipe, plan.dataset_sha256, teacher_sha256, plan.revision)
     if request.fresh:
         workspace.forget("train", key)
     if not workspace.has("train", key):
@@ -156,18 +161,7 @@ def _train_teacher(request: BuildRequest, plan: _Plan, workspace: Workspace, rep
 
 
 def _teacher_key(plan: _Plan) -> str:
-    recipe = {name: table for name, table in _portable(plan.recipe).items() if name in ("data", "teacher", "train")}
-    # The student's own length and rate do not reach the teacher.
-    recipe["train"] = {name: v for name, v in recipe["train"].items() if name not in ("epochs", "learning_rate")}
-    return digest(["teacher", recipe, plan.dataset_sha256, plan.revision])
-
-
-def _portable(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The recipe without places: moved data and weights are the same data and weights, by their digests."""
-    data = {name: value for name, value in recipe["data"].items() if name not in ("root", "workers")}
-    data["name"] = data["name"].partition(":")[0]
-    teacher = {name: value for name, value in recipe["teacher"].items() if name != "checkpoint"}
-    return {**recipe, "data": data, "teacher": teacher}
+    return trainer.teacher_key(plan.recipe, plan.dataset_sha256, plan.revision)
 
 
 def _calibration(request: BuildRequest, plan: _Plan, trained: TrainedStudent) -> Calibration:
@@ -179,16 +173,12 @@ def _calibration(request: BuildRequest, plan: _Plan, trained: TrainedStudent) ->
     )
 
 
-def _stage_keys(request: BuildRequest, plan: _Plan, trained: TrainedStudent) -> list[tuple[str, str]]:
-    return stages.stage_keys(trained, request.targets, request.config, _calibration(request, plan, trained))
-
-
 def _bundle_key(request: BuildRequest, plan: _Plan, trained: TrainedStudent) -> str:
     config = request.config
     settings = [table.model_dump(mode="json") for table in (config.export, config.verify, config.latency)]
     settings.append(config.policy)
     targets = [(str(target), target.needs_engine and bool(gpu_fingerprint())) for target in request.targets]
-    made = _stage_keys(request, plan, trained)
+    made = stage_keys(trained, request.targets, config, _calibration(request, plan, trained))
     return digest(["bundle", config.student, made, targets, settings, plan.dataset_sha256, source_digest()])
 
 
@@ -208,22 +198,26 @@ def _make_bundle(
     workspace.forget("bundle", key)
     from kdexport.packaging import Parts, package, require_matching
 
-    config = request.config
+    config, spec = request.config, trained.spec
     validation = open_dataset(plan.dataset, "test")
-    require_matching(trained.spec, config.student, validation)
+    require_matching(spec, config.student, validation)
     with reporter.stage("fuse"):
         fused = stages.fuse(workspace, trained)
     with reporter.stage("export"):
         model = stages.export(workspace, trained, fused, config.export)
+    calibration = _calibration(request, plan, trained)
+    searched = search_all(workspace, model, search_requests(request.targets, config, calibration), reporter)
+    plans = {form: found.layers for form, found in searched.items()}
     with reporter.stage("cast"):
-        calibration = _calibration(request, plan, trained)
-        casts = {target: stages.cast(workspace, model, target.form, calibration) for target in request.targets}
+        casts = {
+            target: stages.cast(workspace, model, target.form, calibration, plans.get(target.form, PLAIN))
+            for target in request.targets
+        }
     engines = {}
     for target in (target for target in request.targets if target.needs_engine):
         with reporter.stage("compile") as progress:
             progress(str(target))
-            size = trained.spec.image_size
-            engines[target] = stages.compile_engine(workspace, casts[target], target, config.export, size)
+            engines[target] = stages.compile_engine(workspace, casts[target], target, config.export, spec.image_size)
     parts = Parts(
         config=config,
         trained=trained,
@@ -233,6 +227,7 @@ def _make_bundle(
         engines=engines,
         validation=validation,
         calibration=calibration.to_json(),
+        searched={form: found.described for form, found in searched.items()},
         build_key=key,
     )
     failed = workspace.path("failed", key)

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from kdexport.bundle import Manifest
 from kdexport.verify.report import RUNGS, hazard_rows, rung_rows, verdict_sentence
+from kdexport.verify.trades import TRADE_HEADER, plan_entries, plan_note, trade_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -119,7 +120,19 @@ def _print_build(console: Console, data: dict[str, Any]) -> None:
         targets.add_row(name, entry["status"], kernels)
     console.print(targets)
     console.print()
+    _print_plans(console, data)
     _print_hazards(console, data)
+
+
+def _print_plans(console: Console, data: dict[str, Any]) -> None:
+    for name, plan in plan_entries(data):
+        table = _table(*TRADE_HEADER)
+        for row in trade_rows(plan):
+            table.add_row(*row)
+        console.print(f"Precision plan of {name}")
+        console.print(table)
+        console.print(plan_note(plan), soft_wrap=True)
+        console.print()
 
 
 def _print_hazards(console: Console, data: dict[str, Any]) -> None:

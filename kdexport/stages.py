@@ -2,18 +2,20 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 
 from kdexport.artifacts import EngineFile, FusedFiles, OnnxModel
 from kdexport.backends.trt import EngineRequest, build_engine, require_precision
 from kdexport.bundle import FUSED, LAYERS, MODEL, PLAN, RANGES
 from kdexport.calibration import Calibration
-from kdexport.checkpoint import StudentSpec, TrainedStudent, load_student, load_tensors, save_tensors
+from kdexport.checkpoint import TrainedStudent, load_student, load_tensors, save_tensors
 from kdexport.config import BuildConfig, ExportSettings
 from kdexport.errors import ExportError
 from kdexport.fingerprint import digest, source_digest, tool_versions
+from kdexport.search.layers import PLAIN, LayerPlan
 from kdexport.targets import Target, gpu_fingerprint
 from kdexport.workspace import Workspace
 
@@ -43,12 +45,18 @@ def calibrate_key(exported: str, calibration: Calibration) -> str:
     return digest(["calibrate", exported, calibration.dataset_sha256, settings, tool_versions(*_CAST_TOOLS)])
 
 
-def cast_key(exported: str, form: str, calibration: Calibration) -> str:
-    """Digest of all that a cast ONNX file depends on; float32 is the exported file itself."""
+def equalise_key(exported: str, plan: LayerPlan) -> str:
+    """Digest of all that the float32 graph of a plan depends on; without a scaling it is the exported file itself."""
+    return digest(["equalise", exported, plan.to_json()["equalised"]]) if plan.equalised else exported
+
+
+def cast_key(exported: str, form: str, calibration: Calibration, plan: LayerPlan = PLAIN) -> str:
+    """Digest of all that a cast ONNX file depends on, its plan included; float32 is the exported file itself."""
     if form == "fp32":
         return exported
-    quantized = [calibrate_key(exported, calibration), weight_bits(form, calibration)] if is_int8(form) else []
-    return digest(["cast", exported, form, quantized, tool_versions(*_CAST_TOOLS)])
+    source = equalise_key(exported, plan)
+    quantized = [calibrate_key(source, calibration), weight_bits(form, calibration)] if is_int8(form) else []
+    return digest(["cast", source, form, quantized, list(plan.nodes), tool_versions(*_CAST_TOOLS)])
 
 
 def is_int8(form: str) -> bool:
@@ -74,14 +82,25 @@ def timing_key(target: Target) -> str:
 
 
 def stage_keys(
-    trained: TrainedStudent, targets: Sequence[Target], config: BuildConfig, calibration: Calibration
+    trained: TrainedStudent,
+    targets: Sequence[Target],
+    config: BuildConfig,
+    calibration: Calibration,
+    plans: Mapping[str, LayerPlan] = MappingProxyType({}),
 ) -> list[tuple[str, str]]:
-    """(stage, key) of every result that a build of ``targets`` makes or takes from the workspace."""
+    """(stage, key) of every result that a build of ``targets`` makes or takes from the workspace.
+
+    ``plans`` are the precision plans by form.
+    """
     fused = fuse_key(trained)
     exported = export_key(fused, config.export)
     keys = [("fuse", fused), ("export", exported), ("calibrate", calibrate_key(exported, calibration))]
     for target in targets:
-        model = cast_key(exported, target.form, calibration)
+        plan = plans.get(target.form, PLAIN)
+        model = cast_key(exported, target.form, calibration, plan)
+        if plan.equalised:
+            source = equalise_key(exported, plan)
+            keys += [("equalise", source), ("calibrate", calibrate_key(source, calibration))]
         if target.form != "fp32":
             keys.append(("cast", model))
         if target.needs_engine:
@@ -107,7 +126,7 @@ def export(workspace: Workspace, trained: TrainedStudent, fused: FusedFiles, set
     """Export the folded student, and beside it the unfused one that its latency is compared with."""
     from kdexport.checkpoint import load_strictly
     from kdexport.graph.audit import audit_graph
-    from kdexport.graph.export import export_onnx
+    from kdexport.graph.export import export_onnx, model_metadata
     from kdexport.reparam.fuse import fuse_student
 
     def make(folder: Path) -> None:
@@ -132,25 +151,6 @@ def export(workspace: Workspace, trained: TrainedStudent, fused: FusedFiles, set
     return OnnxModel(path=folder / MODEL, form="fp32", key=key)
 
 
-def model_metadata(spec: StudentSpec, checkpoint_sha256: str) -> dict[str, object]:
-    """What an ONNX file says about itself in metadata_props; digests and names, no place on this machine."""
-    from kdexport import __version__
-
-    recipe = spec.provenance.get("recipe")
-    return {
-        "version": __version__,
-        "student": spec.student,
-        "classes": list(spec.classes),
-        "preprocessing": spec.preprocessing.to_json(),
-        "provenance": {
-            "checkpoint_sha256": checkpoint_sha256,
-            "recipe_sha256": digest(recipe),
-            "dataset_sha256": spec.provenance.get("dataset_sha256"),
-            "teacher_sha256": spec.provenance.get("teacher_sha256"),
-        },
-    }
-
-
 def calibrate(workspace: Workspace, model: OnnxModel, calibration: Calibration) -> Path:
     """The file with the range of each tensor of the float32 ``model`` on training images."""
     from kdexport.graph.calibration import calibrate as measure
@@ -164,24 +164,50 @@ def calibrate(workspace: Workspace, model: OnnxModel, calibration: Calibration) 
     return workspace.produce("calibrate", calibrate_key(model.key, calibration), make) / RANGES
 
 
-def cast(workspace: Workspace, model: OnnxModel, form: str, calibration: Calibration) -> OnnxModel:
-    """The float32 ``model`` in ``form``; float32 is the model itself. int8 has its ranges beside it."""
+def equalise(workspace: Workspace, model: OnnxModel, plan: LayerPlan) -> OnnxModel:
+    """The float32 ``model`` with the layers of ``plan`` scaled; the same function, bit for bit."""
+    if not plan.equalised:
+        return model
+    import onnx
+
+    from kdexport.search.equalise import apply_scalings
+
+    def make(folder: Path) -> None:
+        onnx.save(apply_scalings(onnx.load(str(model.path)), plan.equalised), str(folder / MODEL))
+
+    key = equalise_key(model.key, plan)
+    return OnnxModel(path=workspace.produce("equalise", key, make) / MODEL, form=model.form, key=key)
+
+
+def quantize(
+    workspace: Workspace, model: OnnxModel, form: str, calibration: Calibration, plan: LayerPlan, path: Path
+) -> Path:
+    """Write the float32 ``model`` in the int8 ``form`` by ``plan`` to ``path``; returns the file of its ranges."""
+    from kdexport.graph.quantize import parse_form
+    from kdexport.graph.quantize import quantize as write
+
+    source = equalise(workspace, model, plan)
+    ranges, bits = calibrate(workspace, source, calibration), weight_bits(form, calibration)
+    write(source.path, ranges, path, form=parse_form(form), weight_bits=bits, keep=plan.nodes)
+    return ranges
+
+
+def cast(
+    workspace: Workspace, model: OnnxModel, form: str, calibration: Calibration, plan: LayerPlan = PLAIN
+) -> OnnxModel:
+    """The float32 ``model`` in ``form`` by ``plan``; float32 is the model itself. int8 has its ranges beside it."""
     if form == model.form:
         return model
     from kdexport.graph.precision import cast_to_bf16, cast_to_fp16
-    from kdexport.graph.quantize import parse_form, quantize
 
     def make(folder: Path) -> None:
-        if not is_int8(form):
+        if is_int8(form):
+            shutil.copyfile(quantize(workspace, model, form, calibration, plan, folder / MODEL), folder / RANGES)
+        else:
             {"fp16": cast_to_fp16, "bf16": cast_to_bf16}[form](model.path, folder / MODEL)
-            return
-        ranges = calibrate(workspace, model, calibration)
-        bits = weight_bits(form, calibration)
-        quantize(model.path, ranges, folder / MODEL, form=parse_form(form), weight_bits=bits)
-        shutil.copyfile(ranges, folder / RANGES)
 
-    key = cast_key(model.key, form, calibration)
-    return OnnxModel(path=workspace.produce("cast", key, make) / MODEL, form=form, key=key)
+    key = cast_key(model.key, form, calibration, plan)
+    return OnnxModel(path=workspace.produce("cast", key, make) / MODEL, form=form, key=key, plan=plan)
 
 
 def compile_engine(
@@ -202,7 +228,7 @@ def compile_engine(
             timing_cache=str(workspace.root / "timing" / f"{timing_key(target)}.cache"),
         )
         engine = build_engine(request)
-        require_precision(engine, target)
+        require_precision(engine, target, model.plan.nodes)
         table = {"version": engine.version, "layers": [asdict(layer) for layer in engine.layers]}
         (folder / LAYERS).write_text(json.dumps(table, indent=1))
 

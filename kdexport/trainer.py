@@ -1,4 +1,4 @@
-"""Starts the training package as a child process; what comes back is a directory."""
+"""Starts the training package as a child process; what comes back is a directory, kept by what it was trained from."""
 
 import json
 import os
@@ -9,6 +9,7 @@ from typing import Any
 
 from kdexport.console import CHILD, end_with_parent
 from kdexport.errors import ForwardedError, TrainingError
+from kdexport.fingerprint import digest
 
 #: One child process per GPU when there are several.
 _DISTRIBUTED = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
@@ -28,6 +29,27 @@ def train_teacher(recipe: str, overrides: dict[str, Any], out: Path) -> None:
 def train_student(recipe: str, overrides: dict[str, Any], out: Path, *, processes: int) -> None:
     """Distil the recipe's student into ``out``/student, continuing what is there."""
     _call(["train", "--recipe", recipe, *_as_options(overrides), "--out", str(out)], processes=processes)
+
+
+def student_key(recipe: dict[str, Any], dataset_sha256: str, teacher_sha256: str, revision: int) -> str:
+    """Digest of all that a distilled student depends on."""
+    return digest(["train", _portable(recipe), dataset_sha256, teacher_sha256, revision])
+
+
+def teacher_key(recipe: dict[str, Any], dataset_sha256: str, revision: int) -> str:
+    """Digest of all that the recipe's teacher depends on."""
+    tables = {name: table for name, table in _portable(recipe).items() if name in ("data", "teacher", "train")}
+    # The student's own length and rate do not reach the teacher.
+    tables["train"] = {name: v for name, v in tables["train"].items() if name not in ("epochs", "learning_rate")}
+    return digest(["teacher", tables, dataset_sha256, revision])
+
+
+def _portable(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe without places: moved data and weights are the same data and weights, by their digests."""
+    data = {name: value for name, value in recipe["data"].items() if name not in ("root", "workers")}
+    data["name"] = data["name"].partition(":")[0]
+    teacher = {name: value for name, value in recipe["teacher"].items() if name != "checkpoint"}
+    return {**recipe, "data": data, "teacher": teacher}
 
 
 def _call(arguments: list[str], *, processes: int = 1) -> str:

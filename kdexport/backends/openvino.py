@@ -23,11 +23,12 @@ _COMPUTING = ("Convolution", "FullyConnected", "MatMul", "Gemm")
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One layer as OpenVINO executes it: name, kind, and the type it computes in."""
+    """One layer as OpenVINO executes it: name, kind, the type it computes in, and the nodes that it was made of."""
 
     name: str
     kind: str
     runtime_type: str
+    nodes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,4 +110,6 @@ def load_openvino(path: Path, *, precision: str, threads: int = 0) -> OpenvinoMo
 
 def _layer(node: Any) -> Layer:
     facts = node.get_rt_info()
-    return Layer(node.get_friendly_name(), facts["layerType"].astype(str), facts["runtimePrecision"].astype(str))
+    # Such as `node_linear/WithoutBiases/DequantizationMultiply,logits_QuantizeLinear`.
+    nodes = tuple(name.partition("/")[0] for name in facts["originalLayersNames"].astype(str).split(","))
+    return Layer(node.get_friendly_name(), facts["layerType"].astype(str), facts["runtimePrecision"].astype(str), nodes)

@@ -42,9 +42,7 @@ def build_engine(request: EngineRequest) -> Engine:
             f"{MODULES[request.backend]} did not build {Path(request.onnx).name}: {answer['error']}",
             remedy="The ONNX file is kept in the workspace; its own tools open it as it is.",
         )
-    layers = tuple(
-        EngineLayer(name=row["name"], kind=row["kind"], datatypes=tuple(row["datatypes"])) for row in answer["layers"]
-    )
+    layers = tuple(EngineLayer.from_json(row) for row in answer["layers"])
     return Engine(plan=Path(request.plan), layers=layers, version=str(answer["version"]))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,25 @@ _SPELLINGS = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineLayer:
-    """One kernel of the engine: its name, kind, and the data types it reads and writes, scalars left out."""
+    """One kernel of the engine: its name, kind, and the data types it reads and writes, scalars left out.
+
+    ``nodes`` are the ONNX nodes that it was made of, where the builder tells.
+    """
 
     name: str
     kind: str
     datatypes: tuple[str, ...]
+    nodes: tuple[str, ...] = ()
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> "EngineLayer":
+        """Inverse of ``dataclasses.asdict``; tables of earlier versions name no nodes."""
+        return cls(
+            name=row["name"],
+            kind=row["kind"],
+            datatypes=tuple(row["datatypes"]),
+            nodes=tuple(row.get("nodes", ())),
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,25 +54,39 @@ class Engine:
     version: str
 
 
-def require_precision(engine: Engine, target: Target) -> None:
+def require_precision(engine: Engine, target: Target, kept: Sequence[str] = ()) -> None:
     """Raise ``AuditError`` unless every kernel computes in the target's precision, by the build's own layer table.
 
-    int8 means that every convolution and linear layer reads int8; what is between them runs in float32.
+    int8 means that every convolution and linear layer reads int8; what is between them runs in float32. Each node of
+    ``kept`` must be multiplied by a float32 kernel.
     """
     allowed = _DATATYPES[target.precision]
     kernels = [layer for layer in engine.layers if layer.kind not in _BOOKKEEPING]
-    wrong = [layer for layer in kernels if not _runs_in(layer, allowed)]
+    wrong = [layer for layer in kernels if not (_keeps(layer, kept) or _runs_in(layer, allowed))]
     if wrong or not any(layer.datatypes for layer in kernels):
         first = f"{wrong[0].name} reads or writes {', '.join(wrong[0].datatypes)}" if wrong else "no kernel listed"
         raise AuditError(
             f"{len(wrong)} of {len(kernels)} kernels of {target} do not run in {allowed[0]}: {first}.",
             remedy="The engine is not what was asked for and is not packaged. Report the layer table.",
         )
+    absent = [node for node in kept if not any(_keeps(layer, [node]) for layer in kernels)]
+    if absent:
+        raise AuditError(
+            f"The plan keeps {absent[0]} in float32, and {target} lists no float32 kernel that multiplies for it.",
+            remedy="The engine is not what was asked for and is not packaged. Report the layer table.",
+        )
+
+
+def _keeps(layer: EngineLayer, nodes: Sequence[str]) -> bool:
+    return _multiplies(layer) and layer.datatypes == ("Float",) and not set(nodes).isdisjoint(layer.nodes)
 
 
 def _runs_in(layer: EngineLayer, allowed: tuple[str, ...]) -> bool:
-    multiplies = bool(layer.datatypes) and _MULTIPLYING.search(layer.kind) is not None
-    return set(layer.datatypes) <= set(allowed) and (allowed[0] in layer.datatypes or not multiplies)
+    return set(layer.datatypes) <= set(allowed) and (allowed[0] in layer.datatypes or not _multiplies(layer))
+
+
+def _multiplies(layer: EngineLayer) -> bool:
+    return bool(layer.datatypes) and _MULTIPLYING.search(layer.kind) is not None
 
 
 def parse_layer_table(messages: list[str], interface: set[str]) -> list[EngineLayer]:
@@ -73,19 +102,23 @@ def parse_layer_table(messages: list[str], interface: set[str]) -> list[EngineLa
                 layers.append(EngineLayer(name=row.strip()[:80], kind=_UNREADABLE, datatypes=(_UNREADABLE,)))
             continue
         tensors = re.findall(r"\{ Name: ([^{}]+?), Dimensions: \[([^\]]*)\][^{}]*?Datatype: (\w+)", row)
-        rows.append((head[1], head[2], tensors))
         # A kernel that does nothing but hand the logits over, such as cutting off padding, reads a copy of them.
-        sources = set(re.findall(r"\[ONNX Layer: ([^\]]*)\]", row))
+        sources = _sources(row)
+        rows.append((head[1], head[2], tensors, sources))
         if sources and all(re.fullmatch(r"graph_output_cast\d+", source) for source in sources):
             outside |= {tensor for tensor, _, _ in tensors}
-    for name, kind, tensors in rows:
+    for name, kind, tensors, sources in rows:
         # Constants of one element are scaling factors of the kernel, kept in float32 at any precision.
         types = {datatype for tensor, dims, datatype in tensors if tensor not in outside and dims not in ("1", "")}
         if not tensors and kind not in _BOOKKEEPING:
             # A kernel without a tensor is a log in another format, and no proof of anything.
             types = {_UNREADABLE}
-        layers.append(EngineLayer(name=name, kind=kind, datatypes=tuple(sorted(types))))
+        layers.append(EngineLayer(name=name, kind=kind, datatypes=tuple(sorted(types)), nodes=sources))
     return layers
+
+
+def _sources(metadata: str) -> tuple[str, ...]:
+    return tuple(sorted(set(re.findall(r"\[ONNX Layer: ([^\]]*)\]", metadata))))
 
 
 def parse_inspector(text: str, interface: set[str]) -> list[EngineLayer]:
@@ -98,7 +131,8 @@ def parse_inspector(text: str, interface: set[str]) -> list[EngineLayer]:
         if not tensors and kind not in _BOOKKEEPING:
             # Names alone are what an engine without detailed profiling verbosity tells.
             types = {_UNREADABLE}
-        layers.append(EngineLayer(name=name, kind=kind, datatypes=tuple(sorted(types))))
+        sources = _sources(str(row.get("Metadata", ""))) if isinstance(row, dict) else ()
+        layers.append(EngineLayer(name=name, kind=kind, datatypes=tuple(sorted(types)), nodes=sources))
     return layers
 
 

@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 from kdexport.blame.reproduction import write_reproduction
 from kdexport.blame.trace import LIMITS, NodeError, Trace, computing_nodes, first_off, results, trace
 from kdexport.blame.words import overflow, stored_difference
-from kdexport.bundle import FUSED, MODEL, Manifest, onnx_files, read_golden
+from kdexport.bundle import FUSED, MODEL, Manifest, layer_plans, onnx_files, read_golden
 from kdexport.checkpoint import load_tensors
 from kdexport.errors import AuditError, KdexportError
 from kdexport.graph.export import INPUT, export_onnx
 from kdexport.reparam.fuse import fuse_student
+from kdexport.search.equalise import apply_scalings
+from kdexport.search.layers import PLAIN
 from kdexport.verify.parity import rung_b
 from kdexport.verify.reference import Probes, make_probes, make_reference, run_torch
 from kdexport.verify.subjects import check_golden, check_weights, load_unfused
@@ -89,11 +91,17 @@ def explain(folder: Path, manifest: Manifest, out: Path, progress: Progress) -> 
     for name, form in onnx_files(manifest).items():
         precision = form.partition("-")[0]
         progress(name)
-        found = file_fault(folder / name, name, precision, trusted, out)
+        found = file_fault(folder / name, name, precision, _scaled(trusted, manifest, name), out)
         if found is not None:
             stage = "fold" if folded is not None else "export" if name == MODEL else "cast"
             return replace(found, stage=stage if precision == "fp32" else "cast")
     return folded or _engine_fault(manifest)
+
+
+def _scaled(trusted: Trusted, manifest: Manifest, name: str) -> Trusted:
+    """The trusted graph as the precision plan of a file scales it: the same function with the file's own ranges."""
+    plan = layer_plans(manifest).get(Path(name).parent.name, PLAIN)
+    return replace(trusted, model=apply_scalings(trusted.model, plan.equalised)) if plan.equalised else trusted
 
 
 def write_blame(out: Path, blame: Blame) -> None:

@@ -60,7 +60,7 @@ def trace(suspect: onnx.ModelProto, trusted: onnx.ModelProto, feeds: Arrays) -> 
     known = set(results(trusted))
     names = [name for name in results(suspect) if name in known]
     values = run(trusted, feeds, names)
-    points = {_settled(suspect, name): values[name] for name in names if values[name].dtype == np.float32}
+    points = {settled(suspect, name): values[name] for name in names if values[name].dtype == np.float32}
     shared = list(points)
     kinds = {name: value.dtype for name, value in run(suspect, feeds, shared).items()}
     with np.errstate(over="ignore"):
@@ -71,7 +71,7 @@ def trace(suspect: onnx.ModelProto, trusted: onnx.ModelProto, feeds: Arrays) -> 
     return Trace(rows, points, {**feeds, **given}, own)
 
 
-def _settled(model: onnx.ModelProto, name: str) -> str:
+def settled(model: onnx.ModelProto, name: str) -> str:
     """Where a value that is quantized at once has its final form: a ReLU may be nothing but the zero point."""
     readers = [node for node in model.graph.node if name in node.input]
     if [node.op_type for node in readers] != ["QuantizeLinear"]:

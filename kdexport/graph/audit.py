@@ -1,7 +1,7 @@
 """What is in a graph, compared with what must be in it."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -30,11 +30,18 @@ def operator_counts(model: onnx.ModelProto) -> dict[str, int]:
 
 
 def audit_graph(
-    path: Path, weights: Weights, *, form: str, opset: int, ranges: Mapping[str, Range] | None = None
+    path: Path,
+    weights: Weights,
+    *,
+    form: str,
+    opset: int,
+    ranges: Mapping[str, Range] | None = None,
+    kept: Sequence[str] = (),
 ) -> list[Finding]:
     """All findings on one ONNX file, in one of ``targets.FORMS``, of a folded student.
 
-    ``weights`` are its float32 weights by name; ``ranges`` what the scales of an int8 file must come from.
+    ``weights`` are its float32 weights by name; ``ranges`` what the scales of an int8 file must come from; ``kept`` the
+    nodes that an int8 file must have in float32, and no others.
     """
     try:
         model = onnx.load(str(path), load_external_data=False)
@@ -59,15 +66,17 @@ def audit_graph(
             "no branch", found == layers, f"{found} convolutions and linear layers, the plain student has {layers}"
         ),
         _interface(model),
-        *_content(model, weights, form, ranges),
+        *_content(model, weights, form, ranges, kept),
         _portable(path),
     ]
 
 
-def _content(model: onnx.ModelProto, weights: Weights, form: str, ranges: Mapping[str, Range] | None) -> list[Finding]:
+def _content(
+    model: onnx.ModelProto, weights: Weights, form: str, ranges: Mapping[str, Range] | None, kept: Sequence[str]
+) -> list[Finding]:
     if form in _TYPES:
         return [*_weight_findings(model, weights, form), _precision(model, form)]
-    return quantized_findings(model, weights, form=form, ranges=ranges or {})
+    return quantized_findings(model, weights, form=form, ranges=ranges or {}, kept=kept)
 
 
 def _interface(model: onnx.ModelProto) -> Finding:

@@ -1,6 +1,6 @@
 """What is in a quantized graph: levels, scales and places, each against what it must be made of."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,11 +63,14 @@ class _Constant:
 
 
 def quantized_findings(
-    model: onnx.ModelProto, weights: Weights, *, form: str, ranges: Mapping[str, Range]
+    model: onnx.ModelProto, weights: Weights, *, form: str, ranges: Mapping[str, Range], kept: Sequence[str] = ()
 ) -> list[Finding]:
-    """Findings on a file in ``form``: weights and biases, int8 around every convolution, and activation scales."""
+    """Findings on a file in ``form``: weights and biases, int8 around every convolution, and activation scales.
+
+    ``kept`` names the nodes that a precision plan keeps in float32: those and no others.
+    """
     graph = _Graph.of(model)
-    return [_weights(graph, weights), _places(graph, form), _scales(graph, form, ranges)]
+    return [_weights(graph, weights), _places(graph, form, kept), _scales(graph, form, ranges)]
 
 
 def _weights(graph: _Graph, weights: Weights) -> Finding:
@@ -110,22 +113,35 @@ def _difference(constant: _Constant, expected: NDArray[np.float32]) -> str:
     return f"{count} are off by more than half a step, most by {change[index]:.3g} at {list(index)}"
 
 
-def _places(graph: _Graph, form: str) -> Finding:
-    """Every layer that multiplies reads int8 on both sides; a layer that reads float32 would run in it."""
-    wrong, layers = [], 0
-    for node in graph.nodes:
-        if node.op_type not in _COMPUTING:
-            continue
-        layers += 1
-        for side, name in zip(("input", "weight"), node.input, strict=False):
-            pair = graph.pair(name)
-            if pair is None:
-                wrong.append(f"{node.name} reads its {side} {name} in float32")
-            elif side == "weight" and graph.stored[pair.input[0]].dtype != np.int8:
-                wrong.append(f"{node.name} has weights in {graph.stored[pair.input[0]].dtype}")
+def _places(graph: _Graph, form: str, kept: Sequence[str]) -> Finding:
+    """Every layer that multiplies reads int8 on both sides, but for the kept ones, whose weights are float32."""
+    layers = [node for node in graph.nodes if node.op_type in _COMPUTING]
+    wrong = [f"there is no layer {name} to keep" for name in kept if name not in {node.name for node in layers}]
+    for node in layers:
+        wrong += _kept_fault(graph, node) if node.name in kept else _quantized_fault(graph, node)
     wrong += [f"{name} is stored in float16 or bfloat16" for name, values in graph.stored.items() if _is_half(values)]
-    fact = f"{layers} layers read int8 inputs and int8 weights" if not wrong else "; ".join(wrong[:3])
-    return Finding(f"precision {form}", not wrong, fact)
+    fact = f"{len(layers) - len(kept)} layers read int8 inputs and int8 weights"
+    if kept:
+        fact += f", {len(kept)} are kept in float32 by the plan"
+    return Finding(f"precision {form}", not wrong, "; ".join(wrong[:3]) or fact)
+
+
+def _kept_fault(graph: _Graph, node: onnx.NodeProto) -> list[str]:
+    # Its input may pass through levels: another layer may read the same tensor in int8.
+    if node.input[1] in graph.stored and graph.stored[node.input[1]].dtype == np.float32:
+        return []
+    return [f"{node.name} has no float32 weight, and the plan keeps it in float32"]
+
+
+def _quantized_fault(graph: _Graph, node: onnx.NodeProto) -> list[str]:
+    wrong = []
+    for side, name in zip(("input", "weight"), node.input, strict=False):
+        pair = graph.pair(name)
+        if pair is None:
+            wrong.append(f"{node.name} reads its {side} {name} in float32")
+        elif side == "weight" and graph.stored[pair.input[0]].dtype != np.int8:
+            wrong.append(f"{node.name} has weights in {graph.stored[pair.input[0]].dtype}")
+    return wrong
 
 
 def _is_half(values: NDArray[Any]) -> bool:

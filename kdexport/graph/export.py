@@ -12,7 +12,10 @@ import onnx
 import torch
 from torch import nn
 
+from kdexport import __version__
+from kdexport.checkpoint import StudentSpec
 from kdexport.errors import ExportError
+from kdexport.fingerprint import digest
 
 INPUT, LOGITS, BATCH = "input", "logits", "batch"
 
@@ -62,6 +65,23 @@ def finish_onnx(
             f"Opset {opset} was asked for and {written} was written.", remedy="Set [export] opset to 18 or later."
         )
     return model
+
+
+def model_metadata(spec: StudentSpec, checkpoint_sha256: str) -> dict[str, object]:
+    """What an ONNX file says about itself in metadata_props; digests and names, no place on this machine."""
+    recipe = spec.provenance.get("recipe")
+    return {
+        "version": __version__,
+        "student": spec.student,
+        "classes": list(spec.classes),
+        "preprocessing": spec.preprocessing.to_json(),
+        "provenance": {
+            "checkpoint_sha256": checkpoint_sha256,
+            "recipe_sha256": digest(recipe),
+            "dataset_sha256": spec.provenance.get("dataset_sha256"),
+            "teacher_sha256": spec.provenance.get("teacher_sha256"),
+        },
+    }
 
 
 def read_metadata(model: onnx.ModelProto) -> dict[str, object]:

@@ -37,8 +37,9 @@ def quantize(
 ) -> onnx.ModelProto:
     """Write ``source`` (float32) quantized in ``form``, with activation scales from ``ranges`` (``calibrate``).
 
-    Nodes of ``keep`` stay float32. Weight scales come from the weights alone: the largest value of an output channel is
-    the largest level. With 7 bits the sum of two products stays within 16 bits, where processors without VNNI add them.
+    Nodes of ``keep`` stay float32, and so does what computes from nothing but their results. Weight scales come from
+    the weights alone: the largest value of an output channel is the largest level. With 7 bits the sum of two products
+    stays within 16 bits, where processors without VNNI add them.
     """
     import_onnxruntime()
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
@@ -51,6 +52,7 @@ def quantize(
             "QuantizeBias": False,
             "OpTypesToExcludeOutputQuantization": _COMPUTING,
         }
+    original = onnx.load(str(source))
     with quiet(), TemporaryDirectory() as folder:
         quantize_static(
             str(source),
@@ -62,22 +64,48 @@ def quantize(
             activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             op_types_to_quantize=_COMPUTING if symmetric else None,
-            nodes_to_exclude=list(keep),
+            nodes_to_exclude=_floating(original, keep),
             calibration_cache_path=_write_cache(ranges, Path(folder) / "ranges.json"),
             extra_options=options,
         )
     model = onnx.load(str(path))
-    original = onnx.load(str(source))
     # The quantizer signs the file; it stays what it says about itself, by who exported it.
     model.producer_name, model.producer_version = original.producer_name, original.producer_version
     del model.metadata_props[:]
     model.metadata_props.extend(original.metadata_props)
     if symmetric:
-        _quantize_residuals(model, ranges)
+        _quantize_residuals(model, ranges, keep)
+    else:
+        _shield(model, keep)
     model = sorted_model(model)
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, str(path))
     return model
+
+
+def _floating(model: onnx.ModelProto, keep: Sequence[str]) -> list[str]:
+    """The kept nodes, and those between them: a pooling in int8 would take from one what it was kept for."""
+    stored = {item.name for item in model.graph.initializer}
+    found, exact = list(keep), set[str]()
+    for node in model.graph.node:
+        read = [name for name in node.input if name and name not in stored]
+        if node.name in keep or (node.op_type not in _COMPUTING and read and exact.issuperset(read)):
+            found.append(node.name)
+            exact.update(node.output)
+    return found
+
+
+def _shield(model: onnx.ModelProto, keep: Sequence[str]) -> None:
+    """Put the maximum of one tensor, which is that tensor, between a kept layer and the levels that it reads.
+
+    Between levels on both sides onnxruntime would quantize the weights itself, though the file says float32.
+    """
+    graph = model.graph
+    levels = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
+    for node in [node for node in graph.node if node.name in keep and node.input[0] in levels]:
+        apart = f"{node.name}_float_input"
+        graph.node.append(helper.make_node("Max", [node.input[0]], [apart], f"{node.name}_Shield"))
+        node.input[0] = apart
 
 
 def _write_cache(ranges: Path, path: Path) -> Path:
@@ -90,14 +118,19 @@ def _write_cache(ranges: Path, path: Path) -> Path:
     return path
 
 
-def _quantize_residuals(model: onnx.ModelProto, ranges: Path) -> None:
-    """Let the residual side of each addition arrive in int8, so that the other side's convolution absorbs the sum."""
+def _quantize_residuals(model: onnx.ModelProto, ranges: Path, keep: Sequence[str]) -> None:
+    """Let the residual side of each addition arrive in int8, so that the other side's convolution absorbs the sum.
+
+    Where a kept layer makes one of the sides there is nothing to gain.
+    """
     graph = model.graph
     producers = {name: node for node in graph.node for name in node.output}
     found = read_ranges(ranges)
     # A tensor that also feeds a convolution arrives quantized already.
     quantized: dict[str, str] = {}
     for node in [node for node in graph.node if node.op_type == "Add"]:
+        if any(producers[name].name in keep for name in node.input if name in producers):
+            continue
         side = _residual_side(node, producers)
         if side is None:
             continue

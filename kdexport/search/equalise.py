@@ -4,6 +4,7 @@ A ReLU passes a positive factor on, so that the network computes the same. The f
 equalised graph is the original one bit for bit, and nothing has to be believed.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from kdexport.blame.trace import Arrays, run
+from kdexport.search.layers import LayerPlan, Scaling
 from kdexport.search.ranges import channel_peaks
 
 #: Passes over all pairs: a layer between two others is changed by both sides.
@@ -22,33 +24,47 @@ _MAX_EXPONENT = 16
 
 @dataclass(frozen=True, slots=True)
 class Equalised:
-    """The graph, how many pairs of layers were changed, and by how much at most."""
+    """The graph and the scalings that made it, one for each pair of layers that was changed."""
 
     model: onnx.ModelProto
-    pairs: int
-    largest_factor: float
+    scalings: tuple[Scaling, ...]
 
 
 def equalise(model: onnx.ModelProto, feeds: Arrays) -> Equalised:
     """Balance the channel ranges of every pair of convolutions with nothing but a ReLU between them."""
-    changed = onnx.ModelProto()
-    changed.CopyFrom(model)
-    pairs = _pairs(changed)
-    touched: set[str] = set()
-    largest = 1.0
+    pairs = _pairs(model)
+    totals: dict[str, NDArray[np.int64]] = {}
+    changed = model
     for _ in range(_SWEEPS):
         peaks = _peaks(changed, feeds, [first.output[0] for first, _ in pairs])
         moved = False
         for first, second in pairs:
-            factors = _factors(peaks[first.output[0]], _columns(changed, second))
-            if (factors != 1).any():
-                _scale(changed, first, second, factors)
-                touched.add(first.name)
-                largest = max(largest, float(factors.max()), float((1 / factors).max()))
-                moved = True
+            wanted = _exponents(peaks[first.output[0]], _columns(changed, second))
+            before = totals.get(first.name, np.zeros_like(wanted))
+            totals[first.name] = np.clip(before + wanted, -_MAX_EXPONENT, _MAX_EXPONENT)
+            exponents = totals[first.name] - before
+            moved = moved or bool(exponents.any())
+            changed = apply_scalings(changed, [_scaling(first, second, exponents)])
         if not moved:
             break
-    return Equalised(changed, len(touched), largest)
+    scalings = tuple(_scaling(first, second, totals[first.name]) for first, second in pairs if totals[first.name].any())
+    return Equalised(apply_scalings(model, scalings), scalings)
+
+
+def apply_scalings(model: onnx.ModelProto, scalings: Sequence[Scaling]) -> onnx.ModelProto:
+    """A copy of a float32 graph with its layers scaled. Raises ``AuditError`` where it has no such layers."""
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    touched = {name for scaling in scalings for name in (*scaling.first, scaling.second)}
+    items = {item.name: item for item in changed.graph.initializer if item.name in touched}
+    weights = {name: numpy_helper.to_array(item) for name, item in items.items()}
+    for name, values in LayerPlan(equalised=tuple(scalings)).scaled(weights).items():
+        items[name].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values, np.float32), name))
+    return changed
+
+
+def _scaling(first: onnx.NodeProto, second: onnx.NodeProto, exponents: NDArray[np.int64]) -> Scaling:
+    return Scaling(tuple(first.input[1:]), second.input[1], _groups(second), tuple(int(e) for e in exponents))
 
 
 def _peaks(model: onnx.ModelProto, feeds: Arrays, names: list[str]) -> dict[str, NDArray[np.float64]]:
@@ -93,29 +109,16 @@ def _columns(model: onnx.ModelProto, node: onnx.NodeProto) -> NDArray[np.float64
     return np.asarray(per_group.reshape(-1))
 
 
-def _factors(peaks: NDArray[np.float64], columns: NDArray[np.float64] | None) -> NDArray[np.float64]:
+def _exponents(peaks: NDArray[np.float64], columns: NDArray[np.float64] | None) -> NDArray[np.int64]:
     """Powers of two by which each channel is divided before and multiplied after."""
     live = peaks > 0 if columns is None else (peaks > 0) & (columns > 0)
     if not live.any():
-        return np.ones_like(peaks)
+        return np.zeros(len(peaks), np.int64)
     logs = np.zeros_like(peaks)
     # Equal ranges on both sides of a dense layer; on the activations alone where the weights have a scale per channel.
     logs[live] = np.log2(peaks[live]) if columns is None else (np.log2(peaks[live]) - np.log2(columns[live])) / 2
     logs[live] -= np.median(logs[live])
-    result: NDArray[np.float64] = np.exp2(np.clip(np.round(logs), -_MAX_EXPONENT, _MAX_EXPONENT))
-    return result
-
-
-def _scale(model: onnx.ModelProto, first: onnx.NodeProto, second: onnx.NodeProto, factors: NDArray[np.float64]) -> None:
-    down = (1 / factors).astype(np.float32)
-    for name in first.input[1:]:
-        values = _weights(model, name)
-        _store(model, name, values * down.reshape(-1, *[1] * (values.ndim - 1)))
-    weight, groups = _weights(model, second.input[1]), _groups(second)
-    shape = weight.shape
-    grouped = weight.reshape(groups, shape[0] // groups, *shape[1:])
-    up = factors.astype(np.float32).reshape(groups, 1, shape[1], *[1] * (len(shape) - 2))
-    _store(model, second.input[1], (grouped * up).reshape(shape))
+    return np.round(logs).astype(np.int64)
 
 
 def _groups(node: onnx.NodeProto) -> int:
@@ -125,8 +128,3 @@ def _groups(node: onnx.NodeProto) -> int:
 def _weights(model: onnx.ModelProto, name: str) -> NDArray[np.float32]:
     values: NDArray[np.float32] = numpy_helper.to_array(next(i for i in model.graph.initializer if i.name == name))
     return values
-
-
-def _store(model: onnx.ModelProto, name: str, values: NDArray[np.float32]) -> None:
-    item = next(entry for entry in model.graph.initializer if entry.name == name)
-    item.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values, np.float32), name))

@@ -1,7 +1,7 @@
 """Checks on each file and target of a bundle: what its graph says, where it runs, and what it computes."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,7 @@ from kdexport.checkpoint import sha256_file
 from kdexport.errors import AuditError, KdexportError
 from kdexport.graph.audit import Finding, audit_graph
 from kdexport.graph.calibration import Range, read_ranges
-from kdexport.graph.export import read_metadata
-from kdexport.stages import model_metadata
+from kdexport.graph.export import model_metadata, read_metadata
 from kdexport.targets import Target, parse_target, unavailable
 from kdexport.verify.emulation import emulate_bf16
 from kdexport.verify.parity import Check, check_batches, check_repeatable, run_in_batches, rung_b, rung_c
@@ -34,7 +33,15 @@ def onnx_checks(subject: Subject, name: str, form: str) -> list[Check]:
         ranges = _ranges(path, form)
     except (OSError, ValueError, TypeError) as error:
         return [broken("audit", name, f"{RANGES}: {type(error).__name__}: {error}")]
-    findings = audit_graph(path, subject.weights, form=form, opset=subject.manifest.opset, ranges=ranges)
+    plan = subject.plan(name)
+    findings = audit_graph(
+        path,
+        plan.scaled(subject.weights),
+        form=form,
+        opset=subject.manifest.opset,
+        ranges=ranges,
+        kept=plan.nodes,
+    )
     checks = [from_finding(name, finding) for finding in findings]
     if not findings[0].holds:
         return checks
@@ -42,7 +49,7 @@ def onnx_checks(subject: Subject, name: str, form: str) -> list[Check]:
     try:
         model = open_file(path, form)
         if form == "int8-u8":
-            checks.append(from_finding(name, _integer_operators(path)))
+            checks.append(from_finding(name, _integer_operators(path, len(plan.kept))))
     except AuditError as error:
         return [*checks, broken("audit", name, error.message)]
     elsewhere = {key: count for key, count in model.nodes_by_provider.items() if key != CPU}
@@ -82,14 +89,14 @@ def open_file(path: Path, form: str) -> OrtModel:
     return load_model(path, optimise=form != "int8-s8")
 
 
-def _integer_operators(path: Path) -> Finding:
-    """onnxruntime runs every convolution and linear layer of an int8 file by an integer kernel."""
+def _integer_operators(path: Path, kept: int) -> Finding:
+    """onnxruntime runs every convolution and linear layer of an int8 file but the kept ones by an integer kernel."""
     counts = optimised_operators(path)
     real = {kind: counts.get(kind, 0) for kind in ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulInteger")}
     left = {kind: counts.get(kind, 0) for kind in ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul")}
     moves = {kind: counts.get(kind, 0) for kind in ("QuantizeLinear", "DequantizeLinear", "Transpose")}
     facts = ", ".join(f"{count} {kind}" for kind, count in (real | left | moves).items() if count)
-    return Finding("integer kernels", sum(left.values()) == 0 and sum(real.values()) > 0, facts)
+    return Finding("integer kernels", sum(left.values()) == kept and sum(real.values()) > 0, facts)
 
 
 def _metadata(subject: Subject, path: Path) -> Finding:
@@ -112,13 +119,23 @@ def openvino_checks(subject: Subject, name: str) -> list[Check]:
         model = load_openvino(path, precision=target.precision)
     except KdexportError as error:
         return [broken("audit", where, error.message)]
-    precision = from_finding(where, _runtime_types(model, target))
+    precision = from_finding(where, _runtime_types(model, target, _names(path, subject.plan(name).nodes)))
     return [precision, *_computed(subject, where, model.logits, target.form)]
 
 
-def _runtime_types(model: OpenvinoModel, target: Target) -> Finding:
+def _names(path: Path, nodes: Sequence[str]) -> set[str]:
+    """What OpenVINO may call some nodes: by their own names, or by those of what they compute."""
+    graph = onnx.load(str(path), load_external_data=False).graph
+    return {name for node in graph.node if node.name in nodes for name in (node.name, *node.output)}
+
+
+def _runtime_types(model: OpenvinoModel, target: Target, kept: Set[str]) -> Finding:
     wanted = RUNTIME_TYPES[target.precision]
-    wrong = [layer for layer in model.computing if layer.runtime_type not in wanted]
+    wrong = [
+        layer
+        for layer in model.computing
+        if layer.runtime_type not in (wanted if kept.isdisjoint(layer.nodes) else RUNTIME_TYPES["fp32"])
+    ]
     facts = f"{len(model.computing)} layers in {' or '.join(wanted)}; " + ", ".join(
         f"{count} {kind}" for kind, count in model.kinds.items()
     )
@@ -134,7 +151,7 @@ def engine_checks(subject: Subject, name: str) -> list[Check]:
     target, where = parse_target(name), f"{TARGETS}/{name}/{PLAN}"
     try:
         engine = load_engine(subject.folder / TARGETS / name)
-        require_precision(engine, target)
+        require_precision(engine, target, subject.plan(name).nodes)
     except AuditError as error:
         return [broken("audit", where, error.message)]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -153,7 +170,5 @@ def engine_checks(subject: Subject, name: str) -> list[Check]:
 def load_engine(folder: Path) -> Engine:
     """An engine and the layer table of its build, from a target's folder."""
     data: dict[str, Any] = json.loads((folder / LAYERS).read_text())
-    layers = tuple(
-        EngineLayer(name=row["name"], kind=row["kind"], datatypes=tuple(row["datatypes"])) for row in data["layers"]
-    )
+    layers = tuple(EngineLayer.from_json(row) for row in data["layers"])
     return Engine(plan=folder / PLAN, layers=layers, version=str(data["version"]))

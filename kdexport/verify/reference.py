@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, cast
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kdexport.preprocessing import Preprocessing
+from kdexport.search.layers import PLAIN, LayerPlan
 from kdexport.verify.simulation import Simulation
 
 #: Images of one pass through a torch model.
@@ -71,20 +73,33 @@ def make_probes(pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> Prob
 
 
 def make_reference(
-    unfused: nn.Module, fused: nn.Module, probes: Probes, *, forms: Sequence[str] = ("fp16",), weight_bits: int = 8
+    unfused: nn.Module,
+    fused: nn.Module,
+    probes: Probes,
+    *,
+    forms: Sequence[str] = ("fp16",),
+    weight_bits: int = 8,
+    plans: Mapping[str, LayerPlan] = MappingProxyType({}),
 ) -> Reference:
-    """Run the unfused student (eval mode, float32 weights) and simulations of its fused form in ``forms``."""
+    """Run the unfused student (eval mode, float32 weights) and simulations of its fused form in ``forms``.
+
+    ``plans`` are the precision plans of forms that have one.
+    """
     return Reference(
         exact=run_torch(copy.deepcopy(unfused).double(), probes.images.astype(np.float64)),
         unfused=run_torch(unfused, probes.images).astype(np.float32),
-        simulated={form: _simulate(fused, form, probes, weight_bits) for form in forms if form != "fp32"},
+        simulated={
+            form: _simulate(fused, form, probes, weight_bits, plans.get(form, PLAIN))
+            for form in forms
+            if form != "fp32"
+        },
     )
 
 
-def _simulate(fused: nn.Module, form: str, probes: Probes, weight_bits: int) -> Simulated:
+def _simulate(fused: nn.Module, form: str, probes: Probes, weight_bits: int, plan: LayerPlan) -> Simulated:
     integer = form.startswith("int8")
     # Weight bits are a matter of CPUs: TensorRT has no 16-bit sums to save.
-    simulation = Simulation(fused, form, weight_bits=weight_bits if form == "int8-u8" else 8)
+    simulation = Simulation(fused, form, weight_bits=weight_bits if form == "int8-u8" else 8, plan=plan)
     logits = run_torch(simulation, probes.images[: probes.real] if integer else probes.images)
     return Simulated(logits.astype(np.float32), simulation.peak)
 

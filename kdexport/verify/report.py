@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from kdexport.verify.pages import Table, html_page, markdown_page
+from kdexport.verify.trades import plan_tables
 
 #: The rungs of the ladder, in their order; other checks are audits.
 RUNGS = ("A", "B", "C", "D")
@@ -48,7 +49,7 @@ def verdict_sentence(data: dict[str, Any]) -> str:
 
 def report_tables(data: dict[str, Any]) -> list[Table]:
     """Everything a reader of the bundle wants to know, as tables."""
-    measured = (*_task(data), *_latency(data), *_targets(data), *_ladder(data), *_hazards(data))
+    measured = (*_task(data), *_latency(data), *_targets(data), *plan_tables(data), *_ladder(data), *_hazards(data))
     return [_summary(data), *measured, _certificate(data), _origin(data)]
 
 

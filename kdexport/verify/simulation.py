@@ -5,12 +5,14 @@ Nothing here reads an exported file: a wrong scale or a lost weight of one canno
 
 import copy
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Set
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from kdexport.search.layers import PLAIN, LayerPlan
 
 _ATEN = torch.ops.aten
 _MULTIPLYING = {_ATEN.convolution.default, _ATEN.addmm.default, _ATEN.mm.default}
@@ -32,12 +34,15 @@ class Simulation(nn.Module):
     fp16 and bf16: weights and every intermediate result rounded, sums in float32. int8-u8: what convolutions, linear
     layers, sums and concatenations read has 256 levels between its extremes in this batch, and so have the logits.
     int8-s8: what convolutions and linear layers read has 127 levels on each side of zero. Weights of both have
-    ``weight_bits`` around zero, one scale an output channel.
+    ``weight_bits`` around zero, one scale an output channel. ``plan`` scales layers before that, and keeps some in
+    float32.
     """
 
-    def __init__(self, module: nn.Module, form: str, *, weight_bits: int = 8) -> None:
+    def __init__(self, module: nn.Module, form: str, *, weight_bits: int = 8, plan: LayerPlan = PLAIN) -> None:
         super().__init__()
         self._module = copy.deepcopy(module).float()
+        parameters = dict(self._module.named_parameters())
+        _scale(parameters, plan)
         self._form = form
         self._mode: _Rounding | _Quantizing | _Tf32
         if form == TF32:
@@ -46,8 +51,9 @@ class Simulation(nn.Module):
             self._mode = _Rounding(_DTYPES[form])
             _replace(self._module.parameters(), lambda weight: weight.to(_DTYPES[form]).float())
         else:
-            self._mode = _Quantizing(symmetric=form == "int8-s8")
-            weights = (weight for weight in self._module.parameters() if weight.dim() > 1)
+            kept = {parameters[name].untyped_storage().data_ptr() for name in plan.weights}
+            self._mode = _Quantizing(symmetric=form == "int8-s8", kept=kept)
+            weights = (p for name, p in parameters.items() if p.dim() > 1 and name not in plan.weights)
             _replace(weights, lambda weight: _per_channel(weight, 2 ** (weight_bits - 1) - 1))
 
     @property
@@ -57,11 +63,21 @@ class Simulation(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(N,3,S,S) to logits (N,K)."""
-        with self._mode:
-            if self._form in _DTYPES:
+        if self._form in _DTYPES:
+            with self._mode:
                 return cast(Tensor, self._module(images.to(_DTYPES[self._form]).float()))
-            logits = cast(Tensor, self._module(images))
-        return _asymmetric(logits) if self._form == "int8-u8" else logits
+        # A tensor object of its own: the mark is not to stay on the caller's.
+        given = _exact(images.detach())
+        with self._mode:
+            logits = cast(Tensor, self._module(given))
+        return _asymmetric(logits) if self._form == "int8-u8" and not _is_exact(logits) else logits
+
+
+def _scale(parameters: dict[str, nn.Parameter], plan: LayerPlan) -> None:
+    scaled = plan.scaled({name: parameter.detach().numpy() for name, parameter in parameters.items()})
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(torch.from_numpy(scaled[name]))
 
 
 def _replace(parameters: Iterable[Tensor], change: Callable[[Tensor], Tensor]) -> None:
@@ -126,18 +142,29 @@ class _Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Quantizing(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Quantizes what layers that multiply or combine read; parameters have been quantized before."""
+    """Quantizes what layers that multiply or combine read; parameters have been quantized before.
 
-    def __init__(self, *, symmetric: bool) -> None:
+    A layer whose weight lies in the storage ``kept`` multiplies and writes float32, and so does what computes from
+    nothing but such results. It reads what others write as they write it: TensorRT's form has levels in front of int8
+    layers alone.
+    """
+
+    def __init__(self, *, symmetric: bool, kept: Set[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0.0
         self._symmetric = symmetric
+        self._kept = kept
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _MULTIPLYING:
             # Convolutions and products read (input, weight), a linear layer with bias (bias, input, weight).
             place = 1 if func is _ATEN.addmm.default else 0
+            if args[place + 1].untyped_storage().data_ptr() in self._kept:
+                read = args[place] if self._symmetric or _is_exact(args[place]) else self._read(args[place])
+                return _exact(func(*args[:place], read, *args[place + 1 :], **(kwargs or {})))
             args = (*args[:place], self._read(args[place]), *args[place + 1 :])
+        elif (read := list(_maps(args))) and all(map(_is_exact, read)):
+            return _exact(func(*args, **(kwargs or {})))
         elif func in _COMBINING and not self._symmetric:
             args = tuple(self._read(value) for value in args)
         return func(*args, **(kwargs or {}))
@@ -149,6 +176,26 @@ class _Quantizing(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return value
         self.peak = _larger(self.peak, value)
         return _symmetric(value) if self._symmetric else _asymmetric(value)
+
+
+def _maps(arguments: Iterable[Any]) -> Iterator[Tensor]:
+    """The activations among an operator's arguments; scalars and vectors are parts of the operator."""
+    for value in arguments:
+        if isinstance(value, Tensor) and value.dim() >= 2:
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _maps(value)
+
+
+def _exact(result: Any) -> Any:
+    """Mark what was computed in float32; the mark is the tensor's own, so that it goes when the tensor does."""
+    for values in _maps([result]):
+        values._kdexport_exact = True  # type: ignore[attr-defined]
+    return result
+
+
+def _is_exact(values: Any) -> bool:
+    return getattr(values, "_kdexport_exact", False)
 
 
 def _larger(peak: float, values: Tensor) -> float:

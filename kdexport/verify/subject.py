@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kdexport.bundle import Manifest
+from kdexport.bundle import MODEL, TARGETS, Manifest, layer_plans
 from kdexport.graph.findings import Finding
 from kdexport.policy import DEFAULT, Policy
+from kdexport.search.layers import PLAIN, LayerPlan
 from kdexport.targets import Target
 from kdexport.verify.parity import Check
 from kdexport.verify.reference import Probes, Reference
@@ -26,6 +27,11 @@ class Subject:
     reference: Reference
     weights: dict[str, NDArray[np.float32]]
     policy: Policy = DEFAULT
+
+    def plan(self, name: str) -> LayerPlan:
+        """The precision plan of a target or of the ONNX file of one; without a search there is none."""
+        target = name.removeprefix(f"{TARGETS}/").removesuffix(f"/{MODEL}")
+        return layer_plans(self.manifest).get(target, PLAIN)
 
     def form(self, target: Target) -> str:
         """What ``target`` computes in: TF32 is a form of its own, though its graph says float32."""

@@ -7,12 +7,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kdexport.bundle import FUSED, GOLDEN_LOGITS, TARGETS, UNFUSED, Manifest, changed_files
+from kdexport.bundle import FUSED, GOLDEN_LOGITS, TARGETS, UNFUSED, Manifest, changed_files, layer_plans
 from kdexport.checkpoint import StudentSpec, build_student, load_strictly, load_tensors
 from kdexport.errors import CheckpointError, KdexportError
-from kdexport.graph.findings import Finding
+from kdexport.graph.findings import Finding, Weights
 from kdexport.policy import stored_policy
 from kdexport.reparam.fuse import certify_fold, fuse_student
+from kdexport.search.layers import LayerPlan
 from kdexport.targets import parse_target
 from kdexport.verify.parity import Check, check_at_most, check_whole, rung_a, rung_b
 from kdexport.verify.reference import make_probes, make_reference, run_torch
@@ -68,21 +69,29 @@ def student_checks(folder: Path, manifest: Manifest, pixels: NDArray[np.uint8]) 
         stored = load_tensors(folder / FUSED)
         weights = check_weights(stored, fused.state_dict())
         load_strictly(fused, stored, FUSED)
+        arrays = {name: tensor.numpy() for name, tensor in stored.items()}
+        plans = _plans(manifest, arrays)
     except KdexportError as error:
         return [broken("A", "student", error.message)], None
     policy, probes = stored_policy(manifest.data), make_probes(pixels, spec.preprocessing)
-    reference = make_reference(
-        load_unfused(folder, spec), fused, probes, forms=_forms(manifest), weight_bits=_weight_bits(manifest)
-    )
+    plain, forms, bits = load_unfused(folder, spec), _forms(manifest), _weight_bits(manifest)
+    reference = make_reference(plain, fused, probes, forms=forms, weight_bits=bits, plans=plans)
     merged = run_torch(exact.module, probes.images.astype(np.float64))
     checks = [weights, *rung_a(exact.certificate, merged, reference, probes, policy.A)]
     eager = run_torch(fused, probes.images).astype(np.float32)
     checks += rung_b("fused student, torch", eager, reference, probes, policy.B)
-    arrays = {name: tensor.numpy() for name, tensor in stored.items()}
     export = manifest.data["export"]
     batches = (int(export["min_batch"]), int(export["opt_batch"]), 7, int(export["max_batch"]))
     sizes = tuple(dict.fromkeys(min(batch, int(export["max_batch"])) for batch in batches))
     return checks, Subject(folder, manifest, sizes, probes, reference, arrays, policy)
+
+
+def _plans(manifest: Manifest, weights: Weights) -> dict[str, LayerPlan]:
+    """Precision plans by form: one build searches once for each. Raises ``AuditError`` for a foreign one."""
+    found = {parse_target(name).form: plan for name, plan in layer_plans(manifest).items()}
+    for plan in found.values():
+        plan.scaled(weights)
+    return found
 
 
 def _forms(manifest: Manifest) -> list[str]:

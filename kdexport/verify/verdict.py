@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from kdexport.bundle import Manifest, onnx_files
 from kdexport.errors import VerificationError
+from kdexport.verify.collapse import explain_collapse
 from kdexport.verify.files import engine_checks, onnx_checks, openvino_checks
 from kdexport.verify.parity import Check
 from kdexport.verify.subjects import student_checks
@@ -23,17 +24,18 @@ _BUILD_AGAIN = (
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """All checks of one verification, and the per-image results that rung D was decided on."""
+    """All checks of one verification, the per-image results that rung D was decided on, and what a failure asks for."""
 
     checks: tuple[Check, ...]
     record: TaskRecord | None = None
+    remedy: str = ""
 
     @property
     def failures(self) -> tuple[Check, ...]:
         """Checks that do not hold."""
         return tuple(check for check in self.checks if not check.holds)
 
-    def require(self, remedy: str = _BUILD_AGAIN) -> None:
+    def require(self, remedy: str = "") -> None:
         """Raise ``VerificationError`` that lists what failed, measured against allowed."""
         if not self.failures:
             return
@@ -44,7 +46,7 @@ class Verdict:
         ]
         raise VerificationError(
             "\n".join([f"{len(lines)} of {len(self.checks)} checks failed:", *lines]),
-            remedy=remedy,
+            remedy=remedy or self.remedy or _BUILD_AGAIN,
         )
 
 
@@ -96,4 +98,5 @@ def verify_folder(
     if task is None:
         return Verdict(tuple(checks))
     record, faults = measure_task(subject, task, progress)
-    return Verdict((*checks, *faults, *task_checks(record, subject.policy)), record)
+    checks, remedy = explain_collapse(subject, [*checks, *faults, *task_checks(record, subject.policy)])
+    return Verdict(tuple(checks), record, remedy)

@@ -1,9 +1,12 @@
 """int8 is calibrated on training images, and on nothing else."""
 
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from kdexport import stages
@@ -55,6 +58,27 @@ def test_the_images_are_spread_over_all_classes(dataset: DatasetSpec) -> None:
     sizes = [len(batch) for batch in calibration(dataset, images=40).batches()]
     assert sizes == [16, 16, 8]
     assert all(batch.dtype == np.float32 for batch in batches)
+
+
+def test_a_search_sees_training_images_that_calibration_did_not(dataset: DatasetSpec) -> None:
+    def levels(images: Iterable[NDArray[np.float32]]) -> Counter[int]:
+        return Counter(round(float(image.mean()) * 255) for image in images)
+
+    found = calibration(dataset, images=20)
+    images, labels = found.search_images(1000)
+    everything = np.concatenate(list(calibration(dataset, images=1000).batches()))
+    assert len(images) == len(labels) == 55 - 20
+    assert levels(images) + levels(np.concatenate(list(found.batches()))) == levels(everything)
+    for image, label in zip(images, labels, strict=True):
+        assert 0 <= round(float(image.mean()) * 255) - 51 - 10 * int(label) <= 10
+    few, their = found.search_images(5)
+    assert sorted(their.tolist()) == [0, 1, 2, 3, 4]
+    assert few.shape == (5, 3, SIZE, SIZE)
+
+
+def test_where_calibration_saw_every_image_a_search_sees_them_again(dataset: DatasetSpec) -> None:
+    images, labels = calibration(dataset, images=1000).search_images(1000)
+    assert len(images) == len(labels) == 55
 
 
 def test_int8_keeps_its_ranges_beside_it_and_other_forms_have_none(dataset: DatasetSpec, tmp_path: Path) -> None:

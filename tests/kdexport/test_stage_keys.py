@@ -9,9 +9,11 @@ import torch
 from kdexport import stages
 from kdexport.calibration import Calibration
 from kdexport.checkpoint import StudentSpec, TrainedStudent, open_checkpoint, save_checkpoint
-from kdexport.config import BuildConfig, CalibrationSettings, ExportSettings
+from kdexport.config import BuildConfig, CalibrationSettings, ExportSettings, SearchSettings
 from kdexport.data import DatasetSpec
 from kdexport.preprocessing import Preprocessing
+from kdexport.search.layers import Kept, LayerPlan, Scaling
+from kdexport.search.stage import search_key, search_requests
 from kdexport.students import STUDENTS
 from kdexport.targets import Target, parse_targets
 
@@ -57,6 +59,42 @@ def test_one_changed_bit_of_a_weight_is_another_engine(tmp_path: Path) -> None:
     compiled = [{key for stage, key in keys(each) if stage == "compile"} for each in (first, second)]
     assert len(compiled[0]) == len(compiled[1]) == len(TARGETS)
     assert not compiled[0] & compiled[1]
+
+
+KEEP = LayerPlan(kept=(Kept("node_a", "a.weight"),))
+SCALE = LayerPlan(equalised=(Scaling(("a.weight",), "b.weight", 1, (1, 2)),))
+
+
+@pytest.mark.parametrize("plan", [KEEP, SCALE])
+def test_a_precision_plan_makes_another_model_and_another_engine_of_its_form_alone(
+    tmp_path: Path, plan: LayerPlan
+) -> None:
+    trained, config = student(tmp_path / "a", 1), BuildConfig(student="mobilenetv2", recipe="digits")
+    plain = keys(trained)
+    planned = stages.stage_keys(trained, TARGETS, config, CALIBRATION, {"int8-s8": plan})
+    assert stages.stage_keys(trained, TARGETS, config, CALIBRATION, {"int8-u8": plan}) == plain
+    changed = set(planned) - set(plain)
+    assert sorted(stage for stage, _ in set(plain) - set(planned)) == ["cast", "compile"]
+    assert sorted(stage for stage, _ in changed) == ["calibrate"] * (plan is SCALE) + ["cast", "compile"] + [
+        "equalise"
+    ] * (plan is SCALE)
+
+
+def test_scalings_are_told_apart_by_every_number() -> None:
+    found = [SCALE, LayerPlan(equalised=(Scaling(("a.weight",), "b.weight", 1, (1, 3)),)), KEEP, LayerPlan()]
+    assert len({stages.cast_key("m", "int8-u8", CALIBRATION, plan) for plan in found}) == len(found)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"flips": 0.05}, {"top1_drop": 0.01}, {"evaluations": 9}, {"images": 99}, {"enabled": True}]
+)
+def test_a_search_depends_on_its_limits_and_images(changes: dict[str, Any]) -> None:
+    def key(**settings: Any) -> str:
+        search = SearchSettings.model_validate({"enabled": True, **settings})
+        config = BuildConfig(student="mobilenetv2", recipe="digits", precision_search=search)
+        return search_key("m", search_requests(TARGETS, config, CALIBRATION)["int8-s8"])
+
+    assert (key() == key(**changes)) is (changes == {"enabled": True})
 
 
 def engine_key(**changes: Any) -> str:

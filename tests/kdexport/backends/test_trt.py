@@ -387,6 +387,21 @@ def test_a_float32_convolution_left_in_an_int8_graph_is_found_in_the_engine(buil
         require_precision(build(tmp_path / "mixed.onnx", size=BLOCK), Target("trt-rtx", "int8"))
 
 
+def test_a_layer_that_a_plan_keeps_is_read_back_as_float32_and_excuses_no_other(build: Build, tmp_path: Path) -> None:
+    source, target = block_graph(tmp_path / "a.onnx"), Target("trt-rtx", "int8")
+    calibrate(source, [CALIBRATION], tmp_path / "r.json", method="minmax", percentile=99.9)
+    quantize(source, tmp_path / "r.json", tmp_path / "kept.onnx", form="int8-s8", keep=["inner"])
+    engine = build(tmp_path / "kept.onnx", size=BLOCK)
+    require_precision(engine, target, ["inner"])
+    for kept in ([], ["stem"]):
+        with pytest.raises(AuditError, match=r"1 of \d+ kernels of trt-rtx-int8 do not run in Int8: .*inner"):
+            require_precision(engine, target, kept)
+    with pytest.raises(
+        AuditError, match="The plan keeps stem in float32, and trt-rtx-int8 lists no float32 kernel that"
+    ):
+        require_precision(engine, target, ["inner", "stem"])
+
+
 def test_the_form_for_cpus_is_refused_in_the_words_of_the_builder(build: Build, tmp_path: Path) -> None:
     source = block_graph(tmp_path / "a.onnx")
     calibrate(source, [CALIBRATION], tmp_path / "r.json", method="minmax", percentile=99.9)

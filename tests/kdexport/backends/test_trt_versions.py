@@ -31,7 +31,8 @@ MAKES = {
     ("ICudaEngine", "create_engine_inspector"): "EngineInspector",
     ("ICudaEngine", "create_execution_context"): "IExecutionContext",
 }
-INSPECTED = json.dumps({"Layers": [{"Name": "conv", "LayerType": "CaskConvolution", "Inputs": [
+METADATA = "[ONNX Layer: node_conv]\x1e[ONNX Layer: node_relu]"
+INSPECTED = json.dumps({"Layers": [{"Name": "conv", "LayerType": "CaskConvolution", "Metadata": METADATA, "Inputs": [
     {"Name": "x", "Format/Datatype": "Channel major FP16 format"}], "Outputs": []}]})  # fmt: skip
 VALUES = {
     ("Builder", "build_serialized_network"): b"plan",
@@ -142,7 +143,9 @@ def test_both_recorded_versions_differ_where_the_code_must_not_care() -> None:
 def test_an_engine_is_built_with_what_both_versions_have(library: Library, tmp_path: Path) -> None:
     answer = build(request_for(tmp_path))
     assert answer["version"] == library.surface["version"]
-    assert answer["layers"] == [{"name": "conv", "kind": "CaskConvolution", "datatypes": ("Half",)}]
+    assert answer["layers"] == [
+        {"name": "conv", "kind": "CaskConvolution", "datatypes": ("Half",), "nodes": ("node_conv", "node_relu")}
+    ]
     assert (tmp_path / "a.plan").read_bytes() == b"plan"
     assert asked(library, "Builder", "create_network") == [(2,)]
     assert asked(library, "IBuilderConfig", "clear_flag") == [("BuilderFlag.TF32",)]

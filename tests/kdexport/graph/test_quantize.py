@@ -1,3 +1,4 @@
+import itertools
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 from torch.nn import functional
 
-from kdexport.backends.ort import load_model
+from kdexport.backends.ort import load_model, optimised_operators
 from kdexport.graph.calibration import calibrate, read_ranges
 from kdexport.graph.quantize import FORMS, Form, quantize
 from tests.kdexport.exported import images
@@ -230,3 +231,43 @@ def test_integer_products_do_not_saturate(tmp_path: Path) -> None:
     calibrate(source, [x, 0 * x], tmp_path / "r.json", method="minmax", percentile=99.9)
     quantize(source, tmp_path / "r.json", tmp_path / "q.onnx", form="int8-u8")
     np.testing.assert_allclose(load_model(tmp_path / "q.onnx").logits(x), 48.0, rtol=1e-3)
+
+
+LAYERS = ("stem", "inner", "linear")
+
+
+@pytest.mark.parametrize("keep", [c for n in (1, 2, 3) for c in itertools.combinations(LAYERS, n)])
+def test_kept_layers_run_in_float32_and_no_others(
+    files: dict[str, Path], tmp_path: Path, keep: tuple[str, ...]
+) -> None:
+    path = tmp_path / "kept.onnx"
+    quantize(files["fp32"], files["ranges"], path, form="int8-u8", keep=keep)
+    counts = optimised_operators(path)
+    floats = sum(counts.get(kind, 0) for kind in ("Conv", "FusedConv", "Gemm", "FusedGemm"))
+    assert floats == len(keep)
+    assert counts.get("QLinearConv", 0) + counts.get("QGemm", 0) == 3 - len(keep)
+    x = images(40, 77, size=SIZE)
+    exact = load_model(files["fp32"]).logits(x)
+    kept, plain = (np.sqrt(np.mean((load_model(p).logits(x) - exact) ** 2)) for p in (path, files["int8-u8"]))
+    assert kept < 1e-6 * np.abs(exact).max() if len(keep) == 3 else 0 < kept < 1.2 * plain
+
+
+def test_what_lies_between_kept_layers_has_no_levels(files: dict[str, Path], tmp_path: Path) -> None:
+    graph = quantize(files["fp32"], files["ranges"], tmp_path / "k.onnx", form="int8-u8", keep=["stem", "inner"]).graph
+    made_by = {name: node.op_type for node in graph.node for name in node.output}
+    found = {node.op_type: [made_by.get(name, "stored") for name in node.input] for node in graph.node}
+    assert found["Add"] == ["Conv", "Relu"]
+    assert found["GlobalAveragePool"] == ["Relu"]
+    assert found["Gemm"] == ["DequantizeLinear"] * 3
+
+
+@pytest.mark.parametrize("keep", LAYERS)
+def test_the_form_for_tensorrt_has_no_levels_in_front_of_a_kept_layer(
+    files: dict[str, Path], tmp_path: Path, keep: str
+) -> None:
+    graph = quantize(files["fp32"], files["ranges"], tmp_path / "k.onnx", form="int8-s8", keep=[keep]).graph
+    made_by = {name: node.op_type for node in graph.node for name in node.output}
+    for node in graph.node:
+        if node.op_type in ("Conv", "Gemm"):
+            levels = [made_by.get(name) == "DequantizeLinear" for name in node.input[:2]]
+            assert levels == [node.name != keep] * 2, node.name

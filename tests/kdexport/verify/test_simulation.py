@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from kdexport.backends.ort import load_model
 from kdexport.graph.precision import cast_to_bf16
+from kdexport.search.layers import Kept, LayerPlan
 from kdexport.verify.emulation import emulate_bf16
 from kdexport.verify.parity import rung_c
 from kdexport.verify.simulation import Simulation
@@ -44,20 +45,29 @@ def grid(x: Tensor, form: str) -> Tensor:
     return torch.from_numpy(rounded.astype(np.float32))
 
 
-def by_layers(ladder: Ladder, form: str, bits: int) -> NDArray[np.float64]:
-    """SmallNet folded, with the roundings of int8 written out."""
+def by_layers(ladder: Ladder, form: str, bits: int, kept: tuple[str, ...] = ()) -> NDArray[np.float64]:
+    """SmallNet folded, with the roundings of int8 written out; layers of ``kept`` stay float32."""
     w = {
-        name: weight_levels(value, 2 ** (bits - 1) - 1) if value.dim() > 1 else value
+        name: weight_levels(value, 2 ** (bits - 1) - 1)
+        if value.dim() > 1 and name.removesuffix(".weight") not in kept
+        else value
         for name, value in ladder.fused.state_dict().items()
     }
-    both = (lambda x: grid(x, form)) if form == "int8-u8" else (lambda x: x)
+
+    def put(x: Tensor, layer: str, *, exact: bool) -> Tensor:
+        return x if layer in kept and (exact or form == "int8-s8") else grid(x, form)
+
+    def both(x: Tensor, *, exact: bool) -> Tensor:
+        return x if exact or form == "int8-s8" else grid(x, form)
+
+    stem, inner = "stem" in kept, "stem" in kept and "inner" in kept
     x = torch.from_numpy(ladder.probes.images[: ladder.probes.real])
-    x = functional.conv2d(grid(x, form), w["stem.weight"], w["stem.bias"], stride=2, padding=1).relu()
-    y = functional.conv2d(grid(x, form), w["inner.weight"], w["inner.bias"], padding=1, groups=2)
-    x = (both(x) + both(y)).relu()
-    x = both(x).mean((2, 3))
-    logits: Tensor = functional.linear(grid(x, form), w["linear.weight"], w["linear.bias"])
-    return both(logits).double().numpy()
+    x = functional.conv2d(put(x, "stem", exact=True), w["stem.weight"], w["stem.bias"], stride=2, padding=1).relu()
+    y = functional.conv2d(put(x, "inner", exact=stem), w["inner.weight"], w["inner.bias"], padding=1, groups=2)
+    x = (both(x, exact=inner) + both(y, exact=inner)).relu()
+    x = both(x, exact=inner).mean((2, 3))
+    logits = functional.linear(put(x, "linear", exact=inner), w["linear.weight"], w["linear.bias"])
+    return both(logits, exact="linear" in kept).double().numpy()
 
 
 @pytest.mark.parametrize("form", ["int8-u8", "int8-s8"])
@@ -71,6 +81,22 @@ def test_the_int8_simulation_is_the_one_written_out_by_layers(ladder: Ladder, fo
     noise = np.sqrt(np.mean((expected - exact) ** 2))
     assert 1e-3 < noise / np.abs(exact).max() < 0.2
     assert np.sqrt(np.mean((got - expected) ** 2)) < 0.3 * noise
+
+
+@pytest.mark.parametrize("form", ["int8-u8", "int8-s8"])
+@pytest.mark.parametrize("kept", [("stem",), ("inner",), ("linear",), ("stem", "inner"), ("inner", "linear")])
+def test_layers_that_a_plan_keeps_are_float32_and_so_is_what_lies_between_them(
+    ladder: Ladder, form: str, kept: tuple[str, ...]
+) -> None:
+    plan = LayerPlan(kept=tuple(Kept(name, f"{name}.weight") for name in kept))
+    x = torch.from_numpy(ladder.probes.images[: ladder.probes.real])
+    with torch.no_grad():
+        expected, plain = by_layers(ladder, form, 7, kept), by_layers(ladder, form, 7)
+        got = Simulation(ladder.fused, form, weight_bits=7, plan=plan)(x).double().numpy()
+    noise = np.sqrt(np.mean((expected - ladder.reference.exact[: len(x)]) ** 2))
+    assert np.sqrt(np.mean((got - expected) ** 2)) < 0.1 * noise
+    assert np.sqrt(np.mean((expected - plain) ** 2)) > 0.3 * noise
+    assert not hasattr(x, "_kdexport_exact")
 
 
 def test_the_reference_simulates_int8_on_real_images_and_bf16_on_all(ladder: Ladder) -> None:

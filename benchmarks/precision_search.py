@@ -1,0 +1,142 @@
+"""What the precision search finds for a trained network that is no student, and what that costs on the test split.
+
+python benchmarks/precision_search.py --weights resnet56.pt --data data/cifar100 --flips 0.02
+python benchmarks/precision_search.py --weights resnet56.pt --data data/cifar100 --blow-up 4096
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper
+from targets import in_batches
+
+from kdexport.backends.ort import load_model
+from kdexport.calibration import Calibration
+from kdexport.config import CalibrationSettings
+from kdexport.data import DatasetSpec, ImageSet, open_dataset
+from kdexport.graph.calibration import calibrate
+from kdexport.graph.export import export_onnx
+from kdexport.graph.quantize import Form, quantize
+from kdexport.preprocessing import Preprocessing
+from kdexport.search.equalise import apply_scalings
+from kdexport.search.layers import LayerPlan
+from kdexport.search.plan import Cast, PrecisionPlan, find_plan
+from kdexport.search.trade import SearchBudget, SearchImages, Trade
+from training.teachers import TEACHERS
+from training.teachers.teacher import load_teacher_weights
+
+OPSET, BITS = 20, 7
+FORM: Form = "int8-u8"
+PREPROCESSING = Preprocessing(image_size=32, resize=32, mean=(0.5070, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2761))
+
+
+def exported(arguments: argparse.Namespace, path: Path) -> Path:
+    """The trained network as a float32 graph without batch norms."""
+    teacher = TEACHERS.build(arguments.network, num_classes=100, image_size=32)
+    load_teacher_weights(teacher, arguments.weights)
+    export_onnx(teacher.eval(), path, image_size=32, opset=OPSET, metadata={})
+    return path
+
+
+def blow_up(path: Path, factor: float) -> None:
+    """Multiply one channel between pooling and linear layer, and divide its column: the same function.
+
+    It is what folding a batch norm of a vanishing variance leaves, put where no equalisation reaches it.
+    """
+    model = onnx.load(str(path))
+    stored = {item.name: item for item in model.graph.initializer}
+    linear = next(node for node in model.graph.node if node.op_type == "Gemm")
+    pool = next(node for node in model.graph.node if node.op_type in ("GlobalAveragePool", "ReduceMean"))
+    weight = numpy_helper.to_array(stored[linear.input[1]]).copy()
+    channels = weight.shape[1]
+    gains = np.ones((1, channels, 1, 1), np.float32)
+    gains[0, 7] = factor
+    weight[:, 7] /= factor
+    stored[linear.input[1]].CopyFrom(numpy_helper.from_array(weight, linear.input[1]))
+    model.graph.initializer.append(numpy_helper.from_array(gains.reshape(channels, 1, 1, 1), "gains"))
+    place = list(model.graph.node).index(pool)
+    node = onnx.helper.make_node("Conv", [pool.input[0], "gains"], ["blown"], "blow_up", group=channels)
+    pool.input[0] = "blown"
+    model.graph.node.insert(place, node)
+    onnx.save(model, str(path))
+
+
+def caster(source: Path, calibration: Calibration, folder: Path) -> Cast:
+    """Casts by a plan, calibrated anew for each scaled graph."""
+
+    def cast(plan: LayerPlan, path: Path) -> None:
+        exact = folder / "exact.onnx"
+        onnx.save(apply_scalings(onnx.load(str(source)), plan.equalised), str(exact))
+        calibrate(exact, calibration.batches(), folder / "ranges.json", method="minmax", percentile=99.99)
+        quantize(exact, folder / "ranges.json", path, form=FORM, weight_bits=BITS, keep=plan.nodes)
+
+    return cast
+
+
+def predictions(path: Path, images: ImageSet) -> NDArray[np.int64]:
+    """The answer of one file to every image."""
+    model, found = load_model(path, threads=1), np.empty(len(images), np.int64)
+    for indices, batch in in_batches(images.read, len(images), PREPROCESSING):
+        found[indices] = model.logits(batch).argmax(1)
+    return found
+
+
+def show_trades(found: PrecisionPlan) -> None:
+    """Every plan on the images of the search, as a Markdown table."""
+    print("\n| plan | top-1 | flips | mean KL, nats | noise | kB | ms |\n|---|---|---|---|---|---|---|")
+    show("float32", found.float32)
+    for number, tried in enumerate(found.tried):
+        words = f"{tried.trade.equalised} pairs equalised, {len(tried.trade.kept)} kept"
+        show(f"{number}: {words}{', chosen' if tried is found.chosen else ''}", tried.trade)
+    for reason in found.reasons:
+        print(f"\n{reason}")
+    print(f"\nkept: {', '.join(found.chosen.layers.nodes) or 'none'}")
+
+
+def show(name: str, trade: Trade) -> None:
+    """One row."""
+    print(
+        f"| {name} | {trade.top1:.2%} | {trade.flips:.2%} | {trade.divergence:.2g} | {trade.noise:.3f} | "
+        f"{trade.bytes / 1e3:.0f} | {trade.latency_ms:.3f} |"
+    )
+
+
+def main() -> None:
+    """Search, then judge on the whole test split."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", default="resnet56")
+    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--flips", type=float, default=0.1)
+    parser.add_argument("--top1-drop", type=float, default=0.005)
+    parser.add_argument("--images", type=int, default=512)
+    parser.add_argument("--evaluations", type=int, default=24)
+    parser.add_argument("--blow-up", type=float, default=1.0)
+    arguments = parser.parse_args()
+    data = DatasetSpec(name="cifar100", root=arguments.data)
+    settings = CalibrationSettings(images=128)
+    calibration = Calibration(settings=settings, dataset=data, dataset_sha256="", preprocessing=PREPROCESSING)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        source = exported(arguments, folder / "fp32.onnx")
+        if arguments.blow_up != 1:
+            blow_up(source, arguments.blow_up)
+        budget = SearchBudget(flips=arguments.flips, top1_drop=arguments.top1_drop)
+        images = SearchImages(*calibration.search_images(arguments.images))
+        cast = caster(source, calibration, folder)
+        found = find_plan(source, cast, images, budget, folder, form=FORM, evaluations=arguments.evaluations)
+        show_trades(found)
+        test = open_dataset(data, "test")
+        exact = predictions(source, test)
+        print(f"\n| on {len(test):,} test images | top-1 | flips |\n|---|---|---|")
+        for what, path in (("float32", source), ("plain", found.tried[0].path), ("chosen", found.chosen.path)):
+            labels = exact if path == source else predictions(path, test)
+            print(f"| {what} | {np.mean(labels == test.labels):.2%} | {np.mean(labels != exact):.2%} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
