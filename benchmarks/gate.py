@@ -176,9 +176,9 @@ The other rules see single runs of the gate's first two sessions. "Apart" takes 
 the candidate's from the second: one process after the other, as such rules are used. "Together" takes both from the
 first, where they are interleaved, which flatters them.
 
-It shows how this gate and those rules judge a change of known size on one machine. It does not show other machines, the
-clocks `serve` and `gpu`, changes that differ from run to run, or slower students, whose gates take longer: a block is at
-least ten runs.
+It shows how this gate and those rules judge a change of known size on one machine. It does not show other machines,
+the clocks `serve` and `gpu`, changes that differ from run to run, or slower students, whose gates take longer: a block
+is at least ten runs.
 """
 
 

@@ -152,6 +152,7 @@ def list_(
 @app.command()
 def doctor(
     bundle: Annotated[Path | None, typer.Argument(help="A bundle: check that it can be served here.")] = None,
+    target: Annotated[str, typer.Option(help="Target of it that would be served.")] = "onnx-fp32",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -163,7 +164,7 @@ def doctor(
     else:
         from kdexport.serving.examine import examine_bundle
 
-        facts = examine_bundle(bundle)
+        facts = examine_bundle(bundle, target=target)
     if as_json:
         _print_json({"ok": True, "facts": [{"what": f.what, "ok": f.ok, "fact": f.fact} for f in facts]})
         return

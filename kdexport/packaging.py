@@ -9,13 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from kdexport.artifacts import EngineFile, FusedFiles, OnnxModel
 from kdexport.backends.trt import can_execute
 from kdexport.bundle import (
     FUSED,
-    GOLDEN_LOGITS,
     LAYERS,
     MANIFEST,
     MODEL,
@@ -29,20 +26,19 @@ from kdexport.bundle import (
     VERIFIED,
     Manifest,
     hash_files,
-    write_golden,
 )
-from kdexport.checkpoint import StudentSpec, TrainedStudent, load_student, save_tensors
+from kdexport.checkpoint import StudentSpec, TrainedStudent
 from kdexport.config import BuildConfig
 from kdexport.data import ImageSet, spread
 from kdexport.errors import CheckpointError, DataError, VerificationError
 from kdexport.fingerprint import tool_versions
+from kdexport.golden import write_golden_set
 from kdexport.graph.audit import operator_counts
 from kdexport.policy import parse_policy
 from kdexport.stages import UNFUSED_MODEL, is_int8
 from kdexport.targets import Target
-from kdexport.verify.golden import allowed_error
+from kdexport.verify.files import open_file
 from kdexport.verify.latency import Comparison, LatencyResult, compare_latency
-from kdexport.verify.reference import run_torch
 from kdexport.verify.report import write_reports
 from kdexport.verify.validation import TaskImages, TaskRecord, save_record
 from kdexport.verify.verdict import VerifiedBundle, seal, verify_folder
@@ -135,18 +131,14 @@ def _wrap(place: Path, parts: Parts) -> None:
 
 
 def _write_golden(folder: Path, parts: Parts) -> list[str]:
-    import torch
-
     chosen = spread(len(parts.validation), parts.config.verify.golden)
-    names = write_golden(folder, (parts.validation.original(index) for index in chosen))
-    preprocessing = parts.trained.spec.preprocessing
-    images = preprocessing.normalise(parts.validation.read(chosen, preprocessing))
-    exact = run_torch(load_student(parts.trained).double(), images.astype(np.float64))
-    allowed = allowed_error(exact, run_torch(load_student(parts.trained), images))
-    labels = torch.from_numpy(parts.validation.labels[chosen])
-    tensors = {"logits": torch.from_numpy(exact), "labels": labels, "allowed_error": torch.tensor(allowed).double()}
-    save_tensors(folder / GOLDEN_LOGITS, tensors)
-    return names
+    low = {
+        str(target): open_file(model.path, model.form).logits
+        for target, model in parts.casts.items()
+        if target.backend == "onnx" and target.precision != "fp32"
+    }
+    factor = parse_policy(parts.config.policy, "[policy]").C.max_error
+    return write_golden_set(folder, parts.trained, parts.validation, chosen, low, factor=factor)
 
 
 def _describe(parts: Parts, golden: list[str]) -> dict[str, Any]:

@@ -79,6 +79,31 @@ def kdexport() -> Command:
     return run_command
 
 
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
+    """``here("build", ...)`` in this process: for what a command says, where another one would only import torch again.
+
+    Both streams are captured below Python, so that what native libraries print is seen too.
+    """
+    from kdexport import console
+    from kdexport.cli import app
+
+    def run(*arguments: str | Path, cwd: Path | None = None) -> Outcome:
+        # The command sets it for its children, which is none of the next test's business.
+        monkeypatch.setenv("PYTHONSAFEPATH", "1")
+        monkeypatch.setenv("COLUMNS", "160")
+        monkeypatch.setenv("NO_COLOR", "1")
+        monkeypatch.setattr(sys, "argv", ["kdexport", *map(str, arguments)])
+        if cwd is not None:
+            monkeypatch.chdir(cwd)
+        with pytest.raises(SystemExit) as left:
+            console.guarded(app)
+        said = capfd.readouterr()
+        return Outcome(int(left.value.code or 0), said.out, said.err)
+
+    return run
+
+
 @dataclass(frozen=True)
 class Built:
     """A bundle with everything it was built from."""

@@ -52,6 +52,7 @@ def test_its_kdexport_commands_run(line: str, built: Built, tmp_path: Path) -> N
     words = shlex.split(line)[1:]
     if words[0] == "build":
         words = _shortened_build(words, built, tmp_path)
+        _share_stages(built, tmp_path)
     if words[0] == "serve":
         with running(*words[1:], cwd=tmp_path) as server:
             assert server.ask("GET", "/v2/models/quickstart/ready").status == 200
@@ -60,6 +61,19 @@ def test_its_kdexport_commands_run(line: str, built: Built, tmp_path: Path) -> N
         [sys.executable, "-m", "kdexport", *words], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+    if words[0] == "build":
+        made = tmp_path / "dist" / "mobilenetv2"
+        assert (made / "unfused.safetensors").read_bytes() == (built.bundle / "unfused.safetensors").read_bytes()
+        assert "train " in done.stderr
+        assert "verify " in done.stderr
+
+
+def _share_stages(built: Built, folder: Path) -> None:
+    """The student is trained and the bundle verified anew; exports and engines of the very same weights are found."""
+    workspace = folder / ".kdexport"
+    shutil.copytree(built.workspace, workspace, ignore=shutil.ignore_patterns(".partial-*", "running-*"))
+    for stage in ("train", "teacher", "bundle"):
+        shutil.rmtree(workspace / stage)
 
 
 def _shortened_build(words: list[str], built: Built, folder: Path) -> list[str]:

@@ -1,4 +1,7 @@
-"""The clock ``serve``: the real HTTP server in a process of its own, asked over loopback on a kept connection."""
+"""The clock ``serve``: the real HTTP server in a process of its own, asked over loopback on a kept connection.
+
+A server runs one target; arms of two targets have a server each.
+"""
 
 import contextlib
 import http.client
@@ -23,18 +26,18 @@ _START_S, _ANSWER_S = 120.0, 60.0
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """One kept connection to a server."""
+    """One kept connection to the server of each model."""
 
-    connection: http.client.HTTPConnection
+    connections: dict[str, http.client.HTTPConnection]
 
     def request(self, model: str, images: NDArray[np.float32]) -> Run:
         """A callable that sends (n,3,S,S) float32 as a raw binary request and reads the whole answer."""
-        body, path = images.tobytes(), f"/v2/models/{model}/infer"
+        connection, body, path = self.connections[model], images.tobytes(), f"/v2/models/{model}/infer"
         headers = {"Inference-Header-Content-Length": "0", "Content-Type": "application/octet-stream"}
 
         def ask() -> None:
-            self.connection.request("POST", path, body, headers)
-            answer = self.connection.getresponse()
+            connection.request("POST", path, body, headers)
+            answer = connection.getresponse()
             content = answer.read()
             if answer.status != 200:
                 raise VerificationError(
@@ -46,19 +49,43 @@ class Client:
 
 
 @contextlib.contextmanager
-def serving(folders: dict[str, str]) -> Iterator[Client]:
-    """Serve bundle folders by name, one instance, on a free port; the server ends with the block."""
+def serving(arms: dict[str, tuple[str, str]]) -> Iterator[Client]:
+    """Serve arms, (bundle folder, target) by name, one instance each; the servers end with the block."""
+    with contextlib.ExitStack() as stack:
+        connections: dict[str, http.client.HTTPConnection] = {}
+        for target in dict.fromkeys(target for _, target in arms.values()):
+            folders = {name: folder for name, (folder, wanted) in arms.items() if wanted == target}
+            connections |= dict.fromkeys(folders, stack.enter_context(_server(folders, target)))
+        yield Client(connections)
+
+
+@contextlib.contextmanager
+def _server(folders: dict[str, str], target: str) -> Iterator[http.client.HTTPConnection]:
     models = [f"{name}={folder}" for name, folder in folders.items()]
-    options = ["--port", "0", "--metrics-port", "0", "--instances", "1", "--watch", "0", "--drain", "0", "--json"]
+    options = [
+        "--target",
+        target,
+        "--port",
+        "0",
+        "--metrics-port",
+        "0",
+        "--instances",
+        "1",
+        "--watch",
+        "0",
+        "--drain",
+        "0",
+        "--json",
+    ]
     server = subprocess.Popen(
-        [sys.executable, "-m", "kdexport", "serve", *models, *options],
+        [sys.executable, "-m", "kdexport", "serve", *models, "--target", target, *options],
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ, CHILD: str(os.getpid())},
     )  # fmt: skip
     try:
         host, _, port = _announced(server)["url"].removeprefix("http://").rpartition(":")
         connection = http.client.HTTPConnection(host, int(port), timeout=_ANSWER_S)
         with contextlib.closing(connection):
-            yield Client(connection)
+            yield connection
     finally:
         server.kill()
         server.wait()

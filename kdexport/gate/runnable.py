@@ -44,9 +44,13 @@ def _host_lacks(target: Target) -> _Lack:
 
 
 def _serve_lacks(target: Target) -> _Lack:
-    if str(target) == DEFAULT_TARGET:
+    from kdexport.backends.ort import CPU
+    from kdexport.serving.servable import servable_on
+
+    names = servable_on(CPU)
+    if str(target) in names:
         return None
-    return f"`kdexport serve` runs the {DEFAULT_TARGET} of a bundle", "Pass --clock host, or --target onnx-fp32"
+    return f"`kdexport serve` runs the {' or '.join(names)} of a bundle", "Pass --clock host, or such a --target"
 
 
 def _gpu_lacks(target: Target) -> _Lack:

@@ -185,7 +185,7 @@ def _opened(request: Request, order: list[str]) -> Iterator[_Opened]:
     elif request.clock == "serve":
         from kdexport.gate.client import serving
 
-        with serving({name: arms[name].path for name in order}) as client:
+        with serving({name: (arms[name].path, arms[name].target) for name in order}) as client:
             yield _Opened(runs={name: client.request(name, images) for name in order}, anchor=_host_anchor(request))
     elif request.clock == "gpu":
         yield _on_gpu(arms, order, images, request.anchor)

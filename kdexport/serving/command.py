@@ -37,6 +37,9 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="Port of /metrics.")] = 8002,
+    target: Annotated[str, typer.Option(help="Target of each bundle to run: onnx-fp32, onnx-int8, onnx-fp16.")] = (
+        "onnx-fp32"
+    ),
     provider: Annotated[str, typer.Option(help="cpu, cuda or tensorrt.")] = "cpu",
     instances: Annotated[int, typer.Option(min=0, max=256, help="Parallel runs; 0: as many as processors.")] = 0,
     queue: Annotated[int, typer.Option(min=0, help="Requests that may wait.")] = 32,
@@ -62,6 +65,7 @@ def serve(
     require_extra()
     from kdexport.serving.limits import Limits
     from kdexport.serving.repository import parse_sources
+    from kdexport.serving.servable import require_servable
     from kdexport.serving.server import Address
     from kdexport.serving.service import Service, Settings, read_token
 
@@ -71,7 +75,8 @@ def serve(
         body_seconds=body_timeout, drain_seconds=drain, grace_seconds=grace,
     )  # fmt: skip
     token = read_token(token_file)
-    settings = Settings(provider=_provider(provider), instances=instances, limits=limits, token=token)
+    settings = Settings(provider=_provider(provider), target=target, instances=instances, limits=limits, token=token)
+    require_servable(target, settings.provider)
     context = _tls(tls_cert, tls_key)
     service = Service(parse_sources(bundles), settings)
     address = Address(host=host, port=port, metrics_port=metrics_port)
@@ -103,7 +108,7 @@ def run(
         for model in service.repository.models.values():
             golden = model.golden
             sys.stderr.write(
-                f"{model.name} version {model.version} on {model.provider}, {service.count} instances; "
+                f"{model.name} version {model.version}, {model.target} on {model.provider}, {service.count} instances; "
                 f"{golden.images} golden images within {golden.error:.1e} of the reference "
                 f"(up to {golden.allowed:.1e} allowed)\n"
             )
@@ -126,7 +131,9 @@ def _ready(service: "Service", url: str, metrics_url: str, bound: int) -> dict[s
         "metrics_url": metrics_url,
         "instances": service.count,
         "memory_bound_bytes": bound,
-        "models": [{"name": m.name, "version": str(m.version), "provider": m.provider} for m in models],
+        "models": [
+            {"name": m.name, "version": str(m.version), "target": m.target, "provider": m.provider} for m in models
+        ],
     }
 
 

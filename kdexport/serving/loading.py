@@ -10,27 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdexport.backends.ort import CPU, OrtModel, load_model
-from kdexport.bundle import GOLDEN_LOGITS, MANIFEST, MODEL, Manifest, changed_files, read_manifest
+from kdexport.bundle import MANIFEST, MODEL, Manifest, changed_files, read_manifest
 from kdexport.checkpoint import sha256_file
 from kdexport.errors import AuditError, BundleError, KdexportError, VerificationError
-from kdexport.preprocessing import read_image
 from kdexport.serving.batching import Pace
-from kdexport.serving.errors import RequestError
-from kdexport.serving.images import FORMATS, PixelBudget, decode_upload, normalisation_table, normalise
+from kdexport.serving.golden import Golden, compare_golden
+from kdexport.serving.images import normalisation_table, normalise
 from kdexport.serving.limits import Limits
+from kdexport.serving.servable import DEFAULT_TARGET, require_servable, served_file
 from kdexport.serving.tensors import Signature
 from kdexport.serving.warmup import measure_pace
-
-_UPLOADED = tuple(f".{name.lower()}" for name in (*FORMATS, "JPG"))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Golden:
-    """What the golden images said: largest error of a logit against what rung B allows, and how many images."""
-
-    images: int
-    error: float
-    allowed: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -42,6 +31,7 @@ class LoadedModel:
     digest: str
     manifest: Manifest
     provider: str
+    target: str
     ort: OrtModel
     signature: Signature
     table: NDArray[np.float32]
@@ -59,15 +49,19 @@ class LoadedModel:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Files:
-    """A bundle whose files are what its manifest says: the manifest and the graph, as they were read."""
+    """A bundle whose files are what its manifest says: the manifest, and the graph of one target as it was read."""
 
     manifest: Manifest
     digest: str
+    name: str
     graph: bytes
 
 
-def read_files(folder: Path) -> Files:
-    """Check every file of a bundle; raises ``BundleError`` or ``VerificationError``."""
+def read_files(folder: Path, target: str = DEFAULT_TARGET) -> Files:
+    """Check every file of a bundle and read the graph of ``target``.
+
+    Raises ``BundleError`` or ``VerificationError``.
+    """
     folder = folder.resolve()
     require_plain_files(folder)
     digest = bundle_digest(folder)
@@ -79,11 +73,12 @@ def read_files(folder: Path) -> Files:
             f"{len(changes)} files of {folder} are not those that were verified: {listed}.",
             remedy="Copy the bundle again, or build it again.",
         )
-    _require_verified(folder, manifest)
-    graph = (folder / MODEL).read_bytes()
-    if hashlib.sha256(graph).hexdigest() != manifest.files.get(MODEL) or bundle_digest(folder) != digest:
+    name = served_file(manifest, target)
+    _require_verified(folder, manifest, name)
+    graph = (folder / name).read_bytes()
+    if hashlib.sha256(graph).hexdigest() != manifest.files.get(name) or bundle_digest(folder) != digest:
         raise VerificationError(f"{folder} changed while it was read.", remedy="Replace bundles by renaming a folder.")
-    return Files(manifest=manifest, digest=digest, graph=graph)
+    return Files(manifest=manifest, digest=digest, name=name, graph=graph)
 
 
 def bundle_digest(folder: Path) -> str:
@@ -112,24 +107,37 @@ def require_plain_files(folder: Path) -> None:
                     )
 
 
-def _require_verified(folder: Path, manifest: Manifest) -> None:
+def _require_verified(folder: Path, manifest: Manifest, name: str) -> None:
     checks = manifest.data["parity"]
     failed = [check for check in checks if not check.get("holds")]
-    if failed or not any(str(check.get("subject", "")).startswith(MODEL) for check in checks):
+    if failed or not any(str(check.get("subject", "")).startswith(name) for check in checks):
         raise VerificationError(
             f"{folder} was not verified: {len(failed)} of {len(checks)} checks in its manifest do not hold."
             if failed
-            else f"{folder} was not verified: its manifest has no check of {MODEL}.",
+            else f"{folder} was not verified: its manifest has no check of {name}.",
             remedy="Build it again; only verified bundles are served.",
         )
 
 
-def load(folder: Path, *, name: str, version: int, provider: str, limits: Limits, allowed_error: float) -> LoadedModel:
-    """Check the files, open the graph on ``provider`` and compare the golden images; raises ``KdexportError``."""
-    files = read_files(folder)
+def load(
+    folder: Path,
+    *,
+    name: str,
+    version: int,
+    provider: str,
+    limits: Limits,
+    allowed_error: float,
+    target: str = DEFAULT_TARGET,
+) -> LoadedModel:
+    """Check the files, open the graph of ``target`` on ``provider`` and compare the golden images.
+
+    Raises ``KdexportError``.
+    """
+    require_servable(target, provider)
+    files = read_files(folder, target)
     manifest = files.manifest
     threads = 1 if provider == CPU else 0
-    model = load_model(folder / MODEL, provider=provider, threads=threads, content=files.graph)
+    model = load_model(folder / files.name, provider=provider, threads=threads, content=files.graph)
     elsewhere = {key: count for key, count in model.nodes_by_provider.items() if key != provider}
     if elsewhere:
         raise AuditError(
@@ -145,6 +153,7 @@ def load(folder: Path, *, name: str, version: int, provider: str, limits: Limits
         digest=files.digest,
         manifest=manifest,
         provider=provider,
+        target=target,
         ort=model,
         signature=signature,
         table=table,
@@ -171,66 +180,6 @@ def _signature(model: OrtModel, manifest: Manifest, limits: Limits) -> Signature
         classes=classes,
         max_batch=min(int(manifest.data["export"]["max_batch"]), fitting),
     )
-
-
-def read_reference(folder: Path) -> dict[str, NDArray[np.float64]]:
-    """The tensors of golden/logits.safetensors; raises ``BundleError``."""
-    from safetensors.numpy import load_file
-
-    try:
-        tensors = load_file(folder / GOLDEN_LOGITS)
-        return {"logits": tensors["logits"], **{k: v for k, v in tensors.items() if k == "allowed_error"}}
-    except Exception as error:
-        raise BundleError(
-            f"{folder / GOLDEN_LOGITS} cannot be read: {error}.", remedy="Build the bundle again."
-        ) from error
-
-
-def compare_golden(
-    folder: Path,
-    manifest: Manifest,
-    model: OrtModel,
-    table: NDArray[np.float32],
-    limits: Limits,
-    allowed_error: float,
-) -> Golden:
-    """Run every golden image from its bytes, as an upload and as training reads it; raises ``VerificationError``."""
-    expected = read_reference(folder)["logits"]
-    if expected.shape != (len(manifest.golden), len(manifest.spec.classes)):
-        raise BundleError(f"{GOLDEN_LOGITS} has shape {expected.shape}.", remedy="Build the bundle again.")
-    worst, where = 0.0, ""
-    for name, exact in zip(manifest.golden, expected, strict=True):
-        pixels = _golden_pixels(folder / name, manifest, limits)
-        logits = model.logits(normalise(pixels, table))[0].astype(np.float64)
-        error = float(np.abs(logits - exact).max())
-        if not error <= allowed_error:
-            raise VerificationError(
-                f"{name} gives other logits here than when the bundle was verified: off by {error:.3g} (up to "
-                f"{allowed_error:.3g} allowed).",
-                remedy="Preprocessing, onnxruntime or the provider computes otherwise; `kdexport verify` says more.",
-            )
-        # Two classes that lie within twice the allowed error of each other may change places.
-        if exact[int(logits.argmax())] < exact.max() - 2 * allowed_error:
-            raise VerificationError(f"{name} gets another label.", remedy="`kdexport verify` says more.")
-        worst, where = max((worst, where), (error, name))
-    return Golden(images=len(expected), error=worst, allowed=allowed_error)
-
-
-def _golden_pixels(path: Path, manifest: Manifest, limits: Limits) -> NDArray[np.uint8]:
-    preprocessing = manifest.spec.preprocessing
-    trained = preprocessing.pixels(read_image(path))
-    if path.suffix.lower() not in _UPLOADED:
-        return trained
-    try:
-        served = decode_upload(path.read_bytes(), preprocessing, limits, PixelBudget(limits.pixels))
-    except RequestError as error:
-        raise VerificationError(
-            f"The server would refuse {path.name}, an image of the model's own data: {error.message}",
-            remedy="Widen the limits on images to what this model is meant for.",
-        ) from error
-    if not np.array_equal(trained, served):
-        raise VerificationError(f"{path.name} is decoded otherwise here than in training.", remedy="Report this image.")
-    return served
 
 
 def as_kdexport_error(error: Exception, folder: Path) -> KdexportError:

@@ -11,6 +11,7 @@ from kdexport.errors import BundleError, ConfigError, KdexportError
 from kdexport.serving.errors import RequestError
 from kdexport.serving.limits import Limits
 from kdexport.serving.loading import LoadedModel, as_kdexport_error, bundle_digest, load
+from kdexport.serving.servable import DEFAULT_TARGET
 from kdexport.serving.trial import try_bundle
 
 _log = logging.getLogger("kdexport.serving")
@@ -78,9 +79,12 @@ class Change:
 class Repository:
     """What is served now. Reading needs no lock: the table is replaced, never changed."""
 
-    def __init__(self, sources: tuple[Source, ...], *, provider: str, limits: Limits) -> None:
+    def __init__(
+        self, sources: tuple[Source, ...], *, provider: str, limits: Limits, target: str = DEFAULT_TARGET
+    ) -> None:
         self.sources = sources
         self._provider = provider
+        self._target = target
         self._limits = limits
         self._models: dict[Key, LoadedModel] = {}
         self._refused: dict[Key, str] = {}
@@ -163,7 +167,8 @@ class Repository:
                 f"{folder} is neither a bundle nor a folder of bundles named 1, 2, 3.",
                 remedy="Pass a folder that `kdexport build` wrote.",
             )
-        allowed = try_bundle(folder, self._provider, self._limits)
+        allowed = try_bundle(folder, self._provider, self._limits, self._target)
         return load(
-            folder, name=name, version=version, provider=self._provider, limits=self._limits, allowed_error=allowed
-        )
+            folder, name=name, version=version, provider=self._provider, limits=self._limits, allowed_error=allowed,
+            target=self._target,
+        )  # fmt: skip

@@ -19,6 +19,7 @@ from kdexport.serving.limits import MIB, Limits, MemoryBound, memory_bound
 from kdexport.serving.loading import LoadedModel
 from kdexport.serving.metrics import Metrics, ModelStatistics
 from kdexport.serving.repository import Change, Repository, Source
+from kdexport.serving.servable import DEFAULT_TARGET
 
 _log = logging.getLogger("kdexport.serving")
 
@@ -31,6 +32,7 @@ class Settings:
     """How a service runs; ``instances`` 0 takes one per usable processor, or one on a GPU."""
 
     provider: str = CPU
+    target: str = DEFAULT_TARGET
     instances: int = 0
     limits: Limits = field(default_factory=Limits)
     token: str | None = field(default=None, repr=False)
@@ -43,7 +45,9 @@ class Service:
         self.settings = settings
         self.limits = settings.limits
         self.metrics = Metrics()
-        self.repository = Repository(sources, provider=settings.provider, limits=settings.limits)
+        self.repository = Repository(
+            sources, provider=settings.provider, limits=settings.limits, target=settings.target
+        )
         self.budget = PixelBudget(settings.limits.pixels)
         self.decoders = cgroup.processors()
         self.count = settings.instances or (self.decoders if settings.provider == CPU else 1)

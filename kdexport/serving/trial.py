@@ -14,16 +14,18 @@ from kdexport.bundle import MODEL, Manifest
 from kdexport.console import CHILD, guarded
 from kdexport.errors import AuditError, BundleError, ForwardedError
 from kdexport.serving.limits import Limits
+from kdexport.serving.servable import DEFAULT_TARGET, require_servable
 
 _TIMEOUT_S = 120
 
 
-def try_bundle(folder: Path, provider: str, limits: Limits) -> float:
+def try_bundle(folder: Path, provider: str, limits: Limits, target: str = DEFAULT_TARGET) -> float:
     """Load ``folder`` completely in a child process; the largest error of a logit that its golden images may have.
 
     Raises what the child found, or ``BundleError`` where the child died.
     """
-    command = [sys.executable, "-m", "kdexport.serving.trial", str(folder), provider, json.dumps(asdict(limits))]
+    settings = [str(folder), provider, json.dumps(asdict(limits)), target]
+    command = [sys.executable, "-m", "kdexport.serving.trial", *settings]
     environment = {**os.environ, CHILD: str(os.getpid()), "OMP_NUM_THREADS": "1"}
     try:
         done = subprocess.run(
@@ -46,11 +48,18 @@ def try_bundle(folder: Path, provider: str, limits: Limits) -> float:
     ) from None
 
 
-def allowed_error(folder: Path, manifest: Manifest) -> float:
+def allowed_error(folder: Path, manifest: Manifest, target: str = DEFAULT_TARGET) -> float:
     """What the bundle says, or what its unfused student says where the bundle is older than that entry."""
-    from kdexport.serving.loading import read_reference
+    from kdexport.serving.golden import read_reference
 
     tensors = read_reference(folder)
+    if target != DEFAULT_TARGET:
+        if f"allowed_error.{target}" not in tensors:
+            raise BundleError(
+                f"{folder} does not say how far {target} may lie from the reference: an earlier version built it.",
+                remedy="Build it again.",
+            )
+        return float(tensors[f"allowed_error.{target}"])
     if "allowed_error" in tensors:
         return float(tensors["allowed_error"])
     from kdexport.bundle import read_golden
@@ -78,12 +87,15 @@ def require_one_file(graph: bytes) -> None:
 def _main() -> None:
     from kdexport.serving.loading import as_kdexport_error, load, read_files
 
-    folder, provider, limits = Path(sys.argv[1]), sys.argv[2], Limits(**json.loads(sys.argv[3]))
+    folder, provider, limits, target = Path(sys.argv[1]), sys.argv[2], Limits(**json.loads(sys.argv[3])), sys.argv[4]
     try:
-        files = read_files(folder)
+        require_servable(target, provider)
+        files = read_files(folder, target)
         require_one_file(files.graph)
-        allowed = allowed_error(folder, files.manifest)
-        load(folder, name=folder.name, version=1, provider=provider, limits=limits, allowed_error=allowed)
+        allowed = allowed_error(folder, files.manifest, target)
+        load(
+            folder, name=folder.name, version=1, provider=provider, limits=limits, allowed_error=allowed, target=target
+        )  # fmt: skip
     except Exception as error:
         raise as_kdexport_error(error, folder) from error
     sys.stdout.write(json.dumps({"allowed_error": allowed}) + "\n")

@@ -16,3 +16,11 @@ def allowed_error(exact: NDArray[np.float64], unfused: NDArray[np.floating[Any]]
     own = np.abs(unfused.astype(np.float64) - exact).max()
     ulp = float(np.finfo(np.float32).eps) * np.abs(exact).max()
     return float(Fp32Policy().max_error * max(own, ulp))
+
+
+def low_precision_error(exact: NDArray[np.float64], logits: NDArray[np.floating[Any]], factor: float) -> float:
+    """Largest absolute error of a logit that a low-precision file may have elsewhere: ``factor`` times its own here.
+
+    ``logits`` are what the file gave when the bundle was built; rung C says whether that is what its precision costs.
+    """
+    return float(factor * np.abs(logits.astype(np.float64) - exact).max())

@@ -27,24 +27,24 @@ def test_help_comes_within_half_a_second_and_imports_nothing_heavy() -> None:
     assert best < 0.5
 
 
-def test_verify_passes_on_what_build_made(built: Built, kdexport: Command) -> None:
-    done = kdexport("verify", built.bundle)
+def test_verify_passes_on_what_build_made(built: Built, here: Command) -> None:
+    done = here("verify", built.bundle)
     assert done.exit_code == 0, done.stderr
     assert "is what was trained" in done.stdout
     assert "trt-rtx-fp16 built, not executed" in done.stdout
 
 
-def test_json_prints_one_object_and_nothing_else(built: Built, kdexport: Command) -> None:
-    for arguments in (
-        ("verify", built.bundle),
-        ("inspect", built.bundle),
-        ("list", "students"),
-        ("list", "teachers"),
-        ("list", "recipes"),
-        ("doctor",),
-        ("explain", "KDX330"),
+def test_json_prints_one_object_and_nothing_else(built: Built, kdexport: Command, here: Command) -> None:
+    for run, *arguments in (
+        (kdexport, "verify", built.bundle),
+        (kdexport, "doctor"),
+        (here, "inspect", built.bundle),
+        (here, "list", "students"),
+        (here, "list", "teachers"),
+        (here, "list", "recipes"),
+        (here, "explain", "KDX330"),
     ):
-        done = kdexport(*arguments, "--json")
+        done = run(*arguments, "--json")
         assert done.exit_code == 0, (arguments, done.stderr)
         assert isinstance(done.data, dict), arguments
 
@@ -56,18 +56,18 @@ def test_an_error_in_json_has_its_code_and_remedy(kdexport: Command, tmp_path: P
     assert "kdexport build" in done.data["error"]["remedy"]
 
 
-def test_inspect_tells_how_to_feed_the_student(built: Built, kdexport: Command) -> None:
-    done = kdexport("inspect", built.bundle)
+def test_inspect_tells_how_to_feed_the_student(built: Built, here: Command) -> None:
+    done = here("inspect", built.bundle)
     assert done.exit_code == 0
     assert "float32 (batch, 3, 32, 32)" in done.stdout
     assert "mobilenetv2, 10 classes" in done.stdout
 
 
-def test_lists_name_what_there_is(kdexport: Command) -> None:
-    assert "mobilenetv2" in kdexport("list", "students").stdout.split()
-    assert {"resnet56", "resnet8"} <= set(kdexport("list", "teachers").stdout.split())
-    assert "kdiffusion" in kdexport("list", "distillers").stdout.split()
-    assert "trt-rtx-fp16" in kdexport("list", "targets").stdout
+def test_lists_name_what_there_is(here: Command) -> None:
+    assert "mobilenetv2" in here("list", "students").stdout.split()
+    assert {"resnet56", "resnet8"} <= set(here("list", "teachers").stdout.split())
+    assert "kdiffusion" in here("list", "distillers").stdout.split()
+    assert "trt-rtx-fp16" in here("list", "targets").stdout
 
 
 @pytest.mark.parametrize(
@@ -87,9 +87,9 @@ def test_lists_name_what_there_is(kdexport: Command) -> None:
     ],
 )
 def test_bad_input_gets_a_sentence_and_no_traceback(
-    arguments: tuple[str, ...], exit_code: int, words: list[str], kdexport: Command, tmp_path: Path
+    arguments: tuple[str, ...], exit_code: int, words: list[str], here: Command, tmp_path: Path
 ) -> None:
-    done = kdexport(*arguments, cwd=tmp_path)
+    done = here(*arguments, cwd=tmp_path)
     assert done.exit_code == exit_code, done.stderr
     assert "Traceback" not in done.stderr
     for word in words:
@@ -102,7 +102,7 @@ def test_debug_prints_the_traceback(kdexport: Command, tmp_path: Path) -> None:
 
 
 def test_a_gpu_target_without_tensorrt_exits_with_4_and_says_what_to_install(
-    built: Built, kdexport: Command, tmp_path: Path
+    built: Built, here: Command, tmp_path: Path
 ) -> None:
     pytest.importorskip("sklearn")
     try:
@@ -111,7 +111,7 @@ def test_a_gpu_target_without_tensorrt_exits_with_4_and_says_what_to_install(
         pass
     else:
         pytest.skip("TensorRT is installed here")
-    done = kdexport("build", "--config", built.config, "--target", "trt-fp16", "--out", tmp_path / "out", "--json")
+    done = here("build", "--config", built.config, "--target", "trt-fp16", "--out", tmp_path / "out", "--json")
     assert done.exit_code == 4
     assert done.data["error"]["code"] == "KDX400"
     assert "NVIDIA's package index" in done.data["error"]["remedy"]
@@ -138,7 +138,7 @@ def test_the_options_of_each_command_are_frozen() -> None:
         "verify": ["--allow-looser", "--debug", "--json", "--rethreshold", "--rung", "bundle"],
         "inspect": ["--debug", "--json", "bundle"],
         "list": ["--debug", "--json", "kind"],
-        "doctor": ["--debug", "--json", "bundle"],
+        "doctor": ["--debug", "--json", "--target", "bundle"],
         "explain": ["--debug", "--json", "code"],
         "bench": [
             "--arms", "--batch", "--clock", "--debug", "--json", "--seed", "--sessions", "--target", "--threads",
@@ -157,7 +157,7 @@ def test_the_options_of_each_command_are_frozen() -> None:
         "serve": [
             "--body-timeout", "--connections", "--debug", "--drain", "--grace", "--header-timeout", "--host",
             "--instances", "--json", "--max-bodies", "--max-body", "--max-pixels", "--metrics-port", "--min-side",
-            "--port", "--provider", "--queue", "--queue-timeout", "--timeout", "--tls-cert", "--tls-key",
+            "--port", "--provider", "--queue", "--queue-timeout", "--target", "--timeout", "--tls-cert", "--tls-key",
             "--token-file", "--watch", "bundles",
         ],
         "triton": [
@@ -168,11 +168,11 @@ def test_the_options_of_each_command_are_frozen() -> None:
     }  # fmt: skip
 
 
-def test_every_error_code_is_explained_by_the_command(kdexport: Command) -> None:
+def test_every_error_code_is_explained_by_the_command(here: Command) -> None:
     from kdexport.errors import error_codes
 
     for code in list(error_codes())[:3]:
-        assert kdexport("explain", code).stdout.startswith(code)
+        assert here("explain", code).stdout.startswith(code)
 
 
 def test_training_commands_refuse_bad_recipes(kdexport: Command, tmp_path: Path) -> None:

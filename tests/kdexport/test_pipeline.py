@@ -61,24 +61,24 @@ def test_a_damaged_bundle_is_replaced_from_the_workspace(built: Built, bundle_co
     assert leftovers(bundle_copy.parent) == []
 
 
-def test_a_folder_that_is_no_bundle_is_not_touched(built: Built, kdexport: Command, tmp_path: Path) -> None:
+def test_a_folder_that_is_no_bundle_is_not_touched(built: Built, here: Command, tmp_path: Path) -> None:
     out = tmp_path / "precious"
     out.mkdir()
     (out / "thesis.tex").write_text("unsaved")
-    done = kdexport("build", "--config", built.config, "--out", out, "--workspace", built.workspace)
+    done = here("build", "--config", built.config, "--out", out, "--workspace", built.workspace)
     assert done.exit_code == 2
     assert "KDX202" in done.stderr
     assert tree(out) == {"thesis.tex": hashlib.sha256(b"unsaved").hexdigest()}
 
 
 def test_an_existing_bundle_stays_when_the_new_build_fails(
-    built: Built, bundle_copy: Path, kdexport: Command, tmp_path: Path
+    built: Built, bundle_copy: Path, here: Command, tmp_path: Path
 ) -> None:
     before = tree(bundle_copy)
     checkpoint = Path(shutil.copytree(built.checkpoint, tmp_path / "checkpoint"))
     weights = checkpoint / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    done = kdexport(
+    done = here(
         "build", "--config", built.config, "--checkpoint", checkpoint, "--out", bundle_copy,
         "--workspace", tmp_path / "ws",
     )  # fmt: skip
@@ -118,7 +118,7 @@ def test_a_wrong_graph_in_the_workspace_is_never_published(built: Built, kdexpor
     ],
 )
 def test_a_bad_checkpoint_is_refused_with_its_reason(
-    damage: str, words: list[str], built: Built, kdexport: Command, tmp_path: Path
+    damage: str, words: list[str], built: Built, here: Command, tmp_path: Path
 ) -> None:
     checkpoint = Path(shutil.copytree(built.checkpoint, tmp_path / "checkpoint"))
     spec = checkpoint / "student.json"
@@ -126,7 +126,7 @@ def test_a_bad_checkpoint_is_refused_with_its_reason(
         spec.write_text(spec.read_text().replace('    "9"\n', "").replace('    "8",\n', '    "8"\n'))
     else:
         (checkpoint / "model.safetensors").write_bytes(b"\x80\x04cos\nsystem\n.")
-    done = kdexport(
+    done = here(
         "build", "--config", built.config, "--checkpoint", checkpoint, "--out", tmp_path / "out",
         "--workspace", tmp_path / "ws",
     )  # fmt: skip
@@ -155,9 +155,9 @@ def test_no_room_for_the_bundle_is_said_and_leaves_nothing(built: Built, tmp_pat
 
 @pytest.mark.parametrize("out", ["/dev/null/bundle", "/proc/bundle"])
 def test_an_output_that_cannot_be_written_is_known_before_training(
-    out: str, built: Built, kdexport: Command, tmp_path: Path
+    out: str, built: Built, here: Command, tmp_path: Path
 ) -> None:
-    done = kdexport("build", "--config", built.config, "--out", out, "--workspace", tmp_path / "ws")
+    done = here("build", "--config", built.config, "--out", out, "--workspace", tmp_path / "ws")
     assert done.exit_code == 4, done.stderr
     assert "KDX401" in done.stderr
     assert not (tmp_path / "ws" / "train").exists()
@@ -272,7 +272,7 @@ def test_an_image_folder_with_adapters_that_fold_into_the_classifier_builds_and_
 
 
 @pytest.mark.parametrize("fault", ["corrupt", "empty class"])
-def test_a_bad_image_folder_is_named(fault: str, image_folder: Path, kdexport: Command, tmp_path: Path) -> None:
+def test_a_bad_image_folder_is_named(fault: str, image_folder: Path, here: Command, tmp_path: Path) -> None:
     config = tmp_path / "folder.toml"
     config.write_text(FOLDER_CONFIG.format(root=image_folder))
     victim = image_folder / "train" / "bee"
@@ -282,7 +282,7 @@ def test_a_bad_image_folder_is_named(fault: str, image_folder: Path, kdexport: C
     else:
         shutil.rmtree(victim)
         victim.mkdir()
-    done = kdexport("build", "--config", config, "--out", tmp_path / "out", "--workspace", tmp_path / "ws")
+    done = here("build", "--config", config, "--out", tmp_path / "out", "--workspace", tmp_path / "ws")
     assert done.exit_code == 2, done.stderr
     assert "KDX201" in done.stderr
     assert str(victim) in done.stderr
@@ -304,24 +304,24 @@ def test_a_bad_image_folder_is_named(fault: str, image_folder: Path, kdexport: C
     ],
 )
 def test_a_wrong_configuration_is_refused_with_the_nearest_name(
-    change: str, words: list[str], kdexport: Command, tmp_path: Path
+    change: str, words: list[str], here: Command, tmp_path: Path
 ) -> None:
     config = tmp_path / "wrong.toml"
     config.write_text(f'student = "mobilenetv2"\n{change}')
-    done = kdexport("build", "--config", config, "--out", tmp_path / "out", "--workspace", tmp_path / "ws")
+    done = here("build", "--config", config, "--out", tmp_path / "out", "--workspace", tmp_path / "ws")
     assert done.exit_code == 2, done.stderr
     for word in words:
         assert word in done.stderr, done.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_with_a_manifest_of_its_own_is_not_replaced(built: Built, kdexport: Command, tmp_path: Path) -> None:
+def test_a_folder_with_a_manifest_of_its_own_is_not_replaced(built: Built, here: Command, tmp_path: Path) -> None:
     web = tmp_path / "web"
     web.mkdir()
     (web / "manifest.json").write_text('{"name": "an app"}')
     (web / "precious.txt").write_text("unsaved")
     before = tree(web)
-    done = kdexport("build", "--config", built.config, "--out", web, "--workspace", built.workspace)
+    done = here("build", "--config", built.config, "--out", web, "--workspace", built.workspace)
     assert done.exit_code == 2
     assert tree(web) == before
 

@@ -11,7 +11,13 @@ import onnx
 import pytest
 from onnx import TensorProto, numpy_helper
 
-from kdexport.bundle import MANIFEST, hash_files, read_manifest
+from kdexport.backends.ort import CPU, CUDA, load_model
+from kdexport.bundle import MANIFEST, NOT_EXECUTED, hash_files, read_manifest
+from kdexport.errors import BackendUnavailableError, BundleError
+from kdexport.serving.examine import examine_bundle
+from kdexport.serving.limits import Limits
+from kdexport.serving.loading import load
+from kdexport.serving.trial import try_bundle
 from kdexport.verify.parity import Check
 from kdexport.verify.replay import replay
 from tests.conftest import Built, Command, run_command
@@ -187,3 +193,38 @@ def test_a_precision_or_provider_that_this_machine_lacks_exits_4_before_anything
     assert done.exit_code == 4
     assert f"Target {target} cannot be built: " in done.stderr
     assert not (tmp_path / "ws").exists()
+
+
+def test_the_int8_target_is_served_as_int8_and_nothing_else_is(bundle: Path, tmp_path: Path) -> None:
+    allowed = try_bundle(bundle, CPU, Limits(), "onnx-int8")
+    model = load(
+        bundle, name="m", version=1, provider=CPU, limits=Limits(), allowed_error=allowed, target="onnx-int8"
+    )  # fmt: skip
+    float32 = load_model(bundle / "model.onnx")
+    int8 = load_model(bundle / "targets" / "onnx-int8" / "model.onnx")
+    size = model.signature.image_size
+    images = np.random.default_rng(3).standard_normal((4, 3, size, size)).astype(np.float32)
+    assert np.array_equal(model.logits(images), int8.logits(images))
+    assert not np.array_equal(model.logits(images), float32.logits(images))
+    # What int8 costs, not what float32 does.
+    assert 0 < model.golden.error <= allowed
+    assert allowed > 100 * try_bundle(bundle, CPU, Limits())
+    for target, provider, words in (
+        ("onnx-fp16", CPU, "does not run onnx-fp16 as what it says"),
+        ("onnx-int8", CUDA, "does not run onnx-int8 as what it says"),
+        ("openvino-int8", CPU, "by onnxruntime, not openvino-int8"),
+        ("trt-rtx-int8", CPU, "by onnxruntime, not trt-rtx-int8"),
+    ):
+        with pytest.raises(BackendUnavailableError, match=words) as caught:
+            examine_bundle(bundle, provider, target)
+        assert caught.value.exit_code == 4
+    data = json.loads((bundle / "manifest.json").read_text())
+    others = {name: entry for name, entry in data["targets"].items() if name != "onnx-int8"}
+    unproven = {**data["targets"]["onnx-int8"], "status": NOT_EXECUTED}
+    for number, (targets, words) in enumerate(
+        ((others, "was not built"), ({**others, "onnx-int8": unproven}, "is 'built, not executed', not verified"))
+    ):
+        copy = Path(shutil.copytree(bundle, tmp_path / str(number)))
+        (copy / MANIFEST).write_text(json.dumps({**data, "targets": targets}))
+        with pytest.raises(BundleError, match=f"onnx-int8 {words}"):
+            examine_bundle(copy, CPU, "onnx-int8")

@@ -6,8 +6,6 @@ import json
 import math
 import shutil
 import xml.etree.ElementTree as ET
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -54,40 +52,15 @@ def slower(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@dataclass(frozen=True)
-class Said:
-    """What a command in this process left behind; its sessions are processes of their own."""
-
-    exit_code: int
-    stdout: str
-    stderr: str
-
-
-Invoke = Callable[..., Said]
-
-
 @pytest.fixture
-def invoke(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Invoke:
-    """``invoke("gate", ...)`` with short gates and without another interpreter."""
-    from kdexport.cli import app
-    from kdexport.console import guarded
-
+def invoke(here: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
+    """``invoke("gate", ...)`` with short gates in this process; its sessions are processes of their own."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setattr(gate_module, "Plan", QUICK_PLAN)
-
-    def run(*arguments: str | Path) -> Said:
-        words = [str(word) for word in arguments]
-        monkeypatch.setattr("sys.argv", ["kdexport", *words])
-        with pytest.raises(SystemExit) as ended:
-            guarded(functools.partial(app, words))
-        said = capsys.readouterr()
-        return Said(int(ended.value.code or 0), said.out, said.err)
-
-    return run
+    return here
 
 
-def test_a_gate_passes_and_writes_every_report(built: Built, invoke: Invoke, tmp_path: Path) -> None:
+def test_a_gate_passes_and_writes_every_report(built: Built, invoke: Command, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     done = invoke(
         "gate", built.bundle, "--baseline", built.bundle, "--max-slowdown", "60%", "--max-flips", "50%",
@@ -112,7 +85,7 @@ def test_a_gate_passes_and_writes_every_report(built: Built, invoke: Invoke, tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["j.xml", "m.md", "p.png"]
 
 
-def test_a_slower_candidate_fails_with_exit_1(slower: Path, built: Built, invoke: Invoke) -> None:
+def test_a_slower_candidate_fails_with_exit_1(slower: Path, built: Built, invoke: Command) -> None:
     done = invoke("gate", slower, "--baseline", built.bundle, "--max-slowdown", "20%")
     assert done.exit_code == 1, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1].startswith("Verdict: FAIL (exit 1). host, batch 1: slower: at least ")
@@ -120,7 +93,7 @@ def test_a_slower_candidate_fails_with_exit_1(slower: Path, built: Built, invoke
 
 
 def test_numbers_of_bench_are_a_baseline_that_only_warns(
-    built: Built, kdexport: Command, invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    built: Built, kdexport: Command, invoke: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from kdexport.cli import app
 
@@ -144,7 +117,7 @@ def test_numbers_of_bench_are_a_baseline_that_only_warns(
 
 
 def test_a_calibration_is_written_and_then_obeyed(
-    built: Built, invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    built: Built, invoke: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from kdexport.cli import app
 
@@ -188,7 +161,7 @@ def test_a_calibration_is_written_and_then_obeyed(
     ],
 )
 def test_bad_input_gets_a_code_and_a_sentence_before_anything_is_timed(
-    arguments: tuple[str, ...], exit_code: int, words: list[str], built: Built, tmp_path: Path, invoke: Invoke
+    arguments: tuple[str, ...], exit_code: int, words: list[str], built: Built, tmp_path: Path, invoke: Command
 ) -> None:
     baseline = () if "--baseline" in arguments else ("--baseline", str(built.bundle))
     said = invoke("gate", built.bundle, *baseline, *arguments)
@@ -199,7 +172,7 @@ def test_bad_input_gets_a_code_and_a_sentence_before_anything_is_timed(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_changed_baseline_is_refused(built: Built, bundle_copy: Path, invoke: Invoke) -> None:
+def test_a_changed_baseline_is_refused(built: Built, bundle_copy: Path, invoke: Command) -> None:
     with (bundle_copy / FILES[1]).open("ab") as stream:
         stream.write(b"\0")
     done = invoke("gate", built.bundle, "--baseline", bundle_copy, "--json")

@@ -1,5 +1,6 @@
 """`kdexport fuse` as a user types it: outputs, agreement with the original, and every way to hand it something bad."""
 
+import functools
 import json
 import re
 import sys
@@ -14,12 +15,10 @@ import pytest
 import torch
 from torch import nn
 
-from kdexport import console
 from kdexport.backends.ort import import_onnxruntime
-from kdexport.cli import app
 from kdexport.graph.audit import operator_counts
 from kdexport.reparam import parallel, paths
-from tests.conftest import Outcome
+from tests.conftest import Command, Outcome
 from tests.kdexport.hostile import relative_difference
 from tests.kdexport.reparam.foreign import Diverse, MobileOne, RepVgg, ready, whole_net
 
@@ -54,19 +53,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.fixture
-def fuse(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Fuse:
+def fuse(here: Command) -> Fuse:
     """``kdexport fuse ...`` in this process."""
-
-    def run(*arguments: str | Path) -> Outcome:
-        # The command sets it for its children, which is none of the next test's business.
-        monkeypatch.setenv("PYTHONSAFEPATH", "1")
-        monkeypatch.setattr(sys, "argv", ["kdexport", "fuse", *map(str, arguments)])
-        with pytest.raises(SystemExit) as left:
-            console.guarded(app)
-        captured = capsys.readouterr()
-        return Outcome(int(left.value.code or 0), captured.out, captured.err)
-
-    return run
+    return functools.partial(here, "fuse")
 
 
 def save(net: nn.Module, path: Path, shape: tuple[int, ...], *, dynamic: bool = True) -> Path:

@@ -11,9 +11,11 @@ from scipy import stats
 
 from kdexport.errors import ForwardedError
 from kdexport.gate.session import Arm, Request, Session
+from kdexport.stages import UNFUSED_MODEL
 from kdexport.verify import latency
 from kdexport.verify.latency import Comparison, LatencyResult, compare_latency, judge
-from tests.kdexport.exported import SIZE, exported, exported_unfused, small_graph, small_weights
+from tests.conftest import Built
+from tests.kdexport.exported import SIZE, small_graph, small_weights
 
 COMPARISON = Comparison(reference="a.onnx", candidate="b.onnx", image_size=32, batch=3, threads=2, pairs=40)
 
@@ -141,10 +143,11 @@ def test_every_session_has_a_seed_of_its_own_and_is_reported(monkeypatch: pytest
     assert done == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_session_in_a_process_of_its_own_measures_real_files() -> None:
+def test_a_session_in_a_process_of_its_own_measures_real_files(built: Built) -> None:
+    (exports,) = (built.workspace / "export").glob("[!.]*")
     comparison = Comparison(
-        reference=str(exported_unfused("R1")),
-        candidate=str(exported("R1").path),
+        reference=str(exports / UNFUSED_MODEL),
+        candidate=str(built.bundle / "model.onnx"),
         image_size=SIZE,
         batch=2,
         threads=1,
