@@ -25,11 +25,13 @@ from kdexport.checkpoint import load_student, open_checkpoint
 from kdexport.data import DatasetSpec, open_dataset
 from kdexport.graph.calibration import METHODS, Method, calibrate
 from kdexport.graph.export import export_onnx
+from kdexport.graph.precision import cast_to_bf16
 from kdexport.graph.quantize import quantize
 from kdexport.preprocessing import Preprocessing
 from kdexport.reparam.blocks import BranchSpec
 from kdexport.reparam.fuse import fuse_student
 from kdexport.students import STUDENTS
+from kdexport.targets import parse_target, unavailable
 
 OPSET, CLASSES = 20, 100
 TARGETS = "onnx-fp32,onnx-int8,openvino-fp32,openvino-int8"
@@ -84,13 +86,18 @@ def cpu_targets(source: Path, image_size: int, threads: int) -> dict[str, Logits
     """Each CPU target of a float32 file by name; int8 calibrated on noise, which costs what any image costs."""
     noise = np.random.default_rng(1).normal(size=(16, 3, image_size, image_size)).astype(np.float32)
     seven, eight = (quantized(source, [noise], bits=bits) for bits in (7, 8))
-    return {
+    models = {
         "onnx-fp32": load_model(source, threads=threads).logits,
         "onnx-int8, 7-bit weights": load_model(seven, threads=threads).logits,
         "onnx-int8, 8-bit weights": load_model(eight, threads=threads).logits,
         "openvino-fp32": load_openvino(source, precision="fp32", threads=threads).logits,
         "openvino-int8, 7-bit weights": load_openvino(seven, precision="int8", threads=threads).logits,
     }
+    if unavailable(parse_target("openvino-bf16")) is None:
+        narrow = source.with_name(f"{source.stem}-bf16.onnx")
+        cast_to_bf16(source, narrow)
+        models["openvino-bf16"] = load_openvino(narrow, precision="bf16", threads=threads).logits
+    return models
 
 
 def exported(name: str, image_size: int, path: Path) -> Path:

@@ -8,7 +8,7 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from kdexport.backends.ort import CPU, import_onnxruntime, load_model
+from kdexport.backends.ort import CPU, _session_options, has_vnni, import_onnxruntime, load_model
 from kdexport.errors import AuditError, BackendUnavailableError
 from tests.kdexport.exported import images, small_graph, small_weights
 
@@ -112,3 +112,34 @@ def test_importing_and_running_leaves_the_home_folder_empty(model: Path, tmp_pat
     environment = {**kept, "HOME": str(home), "USERPROFILE": str(home), "LOCALAPPDATA": str(home)}
     subprocess.run(command, env=environment, cwd=home, check=True, capture_output=True, timeout=300)
     assert list(home.rglob("*")) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("fpu avx2 avx512f avx512_vnni amx_int8", True),
+        ("fpu avx2 avx_vnni", True),
+        # A processor may compute int8 in other units, and names that only look alike.
+        ("fpu avx2 avx512f avx512vbmi", False),
+        ("fpu avx512_vnni_like", False),
+        (None, False),
+    ],
+)
+def test_vnni_is_what_the_processor_says(flags: str | None, expected: bool, tmp_path: Path) -> None:
+    path = tmp_path / "cpuinfo"
+    if flags is not None:
+        path.write_text(f"processor\t: 0\nmodel name\t: avx512_vnni\nflags\t\t: {flags}\nbogomips\t: 1\n")
+    assert has_vnni(path) is expected
+
+
+@pytest.mark.parametrize("vnni", [True, False])
+def test_only_a_processor_without_vnni_is_given_slower_int8_kernels(
+    vnni: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdexport.backends.ort.has_vnni", lambda: vnni)
+    options = _session_options(import_onnxruntime(), 1, True)
+    if vnni:
+        with pytest.raises(RuntimeError):
+            options.get_session_config_entry("session.x64quantprecision")
+    else:
+        assert options.get_session_config_entry("session.x64quantprecision") == "1"
