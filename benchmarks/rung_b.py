@@ -1,33 +1,43 @@
-"""How often would rung B fail a correct fold? Error of fused over unfused float32 students, with and without a floor.
+"""How often would rung B fail a correct fold? Error of folded float32 students in torch, onnxruntime and OpenVINO.
 
 python benchmarks/rung_b.py --students 25
 """
 
 import argparse
-import copy
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from numpy.typing import NDArray
+from torch import nn
 
+from kdexport.backends.openvino import load_openvino
+from kdexport.backends.ort import load_model
+from kdexport.graph.export import export_onnx
 from kdexport.reparam.blocks import BranchSpec, attach_branches
 from kdexport.reparam.fuse import fuse_student
 from kdexport.students import STUDENTS, Student
+from kdexport.verify.reference import run_exact, run_torch
 
 SPECS = (
     BranchSpec(placement="R1", num_branches=4),
     BranchSpec(placement="R2", num_branches=2, adapter_channels=64),
 )
+SIZE, EPS = 40, float(np.finfo(np.float32).eps)
+Units = dict[str, float]
 
 
 def briefly_trained(spec: BranchSpec, seed: int) -> Student:
     """A small student after four steps: batch norms and weights are no longer those of the initialisation."""
     torch.manual_seed(seed)
-    student = STUDENTS.build("mobilenetv2", num_classes=3, image_size=40)
+    student = STUDENTS.build("mobilenetv2", num_classes=3, image_size=SIZE)
     attach_branches(student, spec)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.05)
     for _ in range(4):
-        images = torch.randn(24, 3, 40, 40) + torch.randn(24, 1, 1, 1)
+        images = torch.randn(24, 3, SIZE, SIZE) + torch.randn(24, 1, 1, 1)
         loss = nn.functional.cross_entropy(student(images), (images.mean((1, 2, 3)) > 0).long())
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -35,31 +45,49 @@ def briefly_trained(spec: BranchSpec, seed: int) -> Student:
     return student.eval()
 
 
-def rms(values: Tensor) -> float:
+def rms(values: NDArray[np.float64]) -> float:
     """Root mean square."""
-    return float(values.double().square().mean().sqrt())
+    return float(np.sqrt(np.mean(np.square(values))))
+
+
+def errors(student: Student, folder: Path) -> tuple[dict[str, float], Units]:
+    """Rms error of the folded student by runtime, and the units that it may be measured in."""
+    fused = fuse_student(student).module
+    images = torch.randn(35, 3, SIZE, SIZE).numpy()
+    exact, added = run_exact(student, images)
+    path = folder / "fused.onnx"
+    export_onnx(fused, path, image_size=SIZE, opset=20, metadata={})
+    runs: dict[str, Callable[[NDArray[np.float32]], NDArray[np.floating]]] = {
+        "torch": lambda given: run_torch(fused, given),
+        "onnxruntime": load_model(path).logits,
+        "OpenVINO": load_openvino(path, precision="fp32").logits,
+    }
+    own = rms(run_torch(student, images) - exact)
+    units = {
+        "the unfused student's own error": own,
+        "the same, at least one unit of the logits": max(own, EPS * rms(exact)),
+        "the same, at least one unit of what is added up": max(own, EPS * rms(added)),
+    }
+    return {name: rms(run(images).astype(np.float64) - exact) for name, run in runs.items()}, units
 
 
 def main() -> None:
     """Read the arguments and print a Markdown table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--students", type=int, default=25)
     count = parser.parse_args().students
-    raw, floored = [], []
-    for seed in range(count):
-        for spec in SPECS:
-            student = briefly_trained(spec, seed)
-            fused = fuse_student(student).module
-            images = torch.randn(35, 3, 40, 40)
-            with torch.no_grad():
-                exact = copy.deepcopy(student).double()(images.double())
-                own, error = rms(student(images) - exact), rms(fused(images) - exact)
-            raw.append(error / own)
-            floored.append(error / max(own, torch.finfo(torch.float32).eps * rms(exact)))
-    print("| unit of comparison | students | median | largest | above 2 |\n|---|---|---|---|---|")
-    for name, values in (("the unfused student's own error", raw), ("the same, at least one float32 unit", floored)):
+    found: dict[tuple[str, str], list[float]] = defaultdict(list)
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(count):
+            for spec in SPECS:
+                measured, units = errors(briefly_trained(spec, seed), Path(folder))
+                for runtime, error in measured.items():
+                    for unit, value in units.items():
+                        found[runtime, unit].append(error / value)
+    print("| runtime | unit of comparison | students | median | largest | above 2 |\n|---|---|---|---|---|---|")
+    for (runtime, unit), values in found.items():
         above = sum(value > 2 for value in values)
-        print(f"| {name} | {len(values)} | {np.median(values):.2f} | {max(values):.2f} | {above} |")
+        print(f"| {runtime} | {unit} | {len(values)} | {np.median(values):.2f} | {max(values):.2f} | {above} |")
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def cpu_targets(source: Path, image_size: int, threads: int) -> dict[str, Logits
     """Each CPU target of a float32 file by name; int8 calibrated on noise, which costs what any image costs."""
     noise = np.random.default_rng(1).normal(size=(16, 3, image_size, image_size)).astype(np.float32)
     seven, eight = (quantized(source, [noise], bits=bits) for bits in (7, 8))
-    models = {
+    models: dict[str, Logits] = {
         "onnx-fp32": load_model(source, threads=threads).logits,
         "onnx-int8, 7-bit weights": load_model(seven, threads=threads).logits,
         "onnx-int8, 8-bit weights": load_model(eight, threads=threads).logits,

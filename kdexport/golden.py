@@ -11,7 +11,7 @@ from kdexport.bundle import GOLDEN_LOGITS, write_golden
 from kdexport.checkpoint import TrainedStudent, load_student, save_tensors
 from kdexport.data import ImageSet
 from kdexport.verify.golden import allowed_error, low_precision_error
-from kdexport.verify.reference import run_torch
+from kdexport.verify.reference import run_exact, run_torch
 
 Logits = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
@@ -33,8 +33,8 @@ def write_golden_set(
     names = write_golden(folder, (images.original(index) for index in chosen))
     preprocessing = trained.spec.preprocessing
     given = preprocessing.normalise(images.read(chosen, preprocessing))
-    exact = run_torch(load_student(trained).double(), given.astype(np.float64))
-    allowed = {"allowed_error": allowed_error(exact, run_torch(load_student(trained), given))}
+    exact, added = run_exact(load_student(trained), given)
+    allowed = {"allowed_error": allowed_error(exact, added, run_torch(load_student(trained), given))}
     allowed |= {
         f"allowed_error.{target}": low_precision_error(exact, logits(given), factor) for target, logits in low.items()
     }

@@ -64,11 +64,12 @@ def allowed_error(folder: Path, manifest: Manifest, target: str = DEFAULT_TARGET
         return float(tensors["allowed_error"])
     from kdexport.bundle import read_golden
     from kdexport.verify.golden import allowed_error as from_unfused
-    from kdexport.verify.reference import run_torch
+    from kdexport.verify.reference import run_exact, run_torch
     from kdexport.verify.subjects import load_unfused
 
     images = manifest.spec.preprocessing.normalise(read_golden(folder, manifest))
-    return from_unfused(tensors["logits"], run_torch(load_unfused(folder, manifest.spec), images))
+    student = load_unfused(folder, manifest.spec)
+    return from_unfused(*run_exact(student, images), run_torch(student, images))
 
 
 def require_one_file(graph: bytes) -> None:

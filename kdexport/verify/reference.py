@@ -44,12 +44,14 @@ class Simulated:
 class Reference:
     """Logits (N,K) of the unfused student, and simulations of the fused one by form (``targets.FORMS``).
 
-    ``exact`` is float64; ``unfused`` float32. An int8 simulation holds the real images alone: edge inputs lie outside
+    ``exact`` is float64; ``unfused`` float32; ``added`` (N,K) float64 is what the last linear layer adds up to each
+    logit: the sum of its absolute products. An int8 simulation holds the real images alone: edge inputs lie outside
     of what int8 was calibrated for.
     """
 
     exact: NDArray[np.float64]
     unfused: NDArray[np.float32]
+    added: NDArray[np.float64]
     simulated: Mapping[str, Simulated]
 
 
@@ -85,8 +87,10 @@ def make_reference(
 
     ``plans`` are the precision plans of forms that have one.
     """
+    exact, added = run_exact(unfused, probes.images)
     return Reference(
-        exact=run_torch(copy.deepcopy(unfused).double(), probes.images.astype(np.float64)),
+        exact=exact,
+        added=added,
         unfused=run_torch(unfused, probes.images).astype(np.float32),
         simulated={
             form: _simulate(fused, form, probes, weight_bits, plans.get(form, PLAIN))
@@ -102,6 +106,31 @@ def _simulate(fused: nn.Module, form: str, probes: Probes, weight_bits: int, pla
     simulation = Simulation(fused, form, weight_bits=weight_bits if form == "int8-u8" else 8, plan=plan)
     logits = run_torch(simulation, probes.images[: probes.real] if integer else probes.images)
     return Simulated(logits.astype(np.float32), simulation.peak)
+
+
+def run_exact(unfused: nn.Module, images: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Logits (N,K) in float64, and what the last linear layer adds up to each: sum of |w x|, and |b|.
+
+    Rounding every feature to float32 once moves a logit by up to 2^-24 of that sum, however exact the rest is.
+    """
+    module = copy.deepcopy(unfused).double()
+    added: list[Tensor] = []
+
+    def last(layer: nn.Module, given: tuple[Tensor], _result: Tensor) -> None:
+        assert isinstance(layer, nn.Linear)
+        bias = 0 if layer.bias is None else layer.bias.abs()
+        added[:] = [given[0].abs() @ layer.weight.abs().T + bias]
+
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_hook(last)
+    logits, sums = [], []
+    for chunk in _chunks(images.astype(np.float64)):
+        values = run_torch(module, chunk)
+        logits.append(values)
+        # A network of convolutions alone ends in no sum that could be read here.
+        sums.append(added[0].numpy() if added and added[0].shape == values.shape else np.abs(values))
+    return np.concatenate(logits), np.concatenate(sums)
 
 
 def run_torch(module: nn.Module, images: NDArray[Any]) -> NDArray[np.float64]:

@@ -118,9 +118,9 @@ def test_rung_b_measures_multiples_of_the_error_of_the_unfused_model(ladder: Lad
     noisy: Any = exact + own
     reference = replace(ladder.reference, unfused=noisy)
     own = noisy.astype(np.float64) - exact
-    # One unit in the last place of float32 is the least that the unfused model is taken to be off by.
-    unit_rms = max(rms(own), 2**-23 * rms(exact))
-    unit_max = max(float(np.abs(own).max()), 2**-23 * float(np.abs(exact).max()))
+    # One rounding of what is added up to a logit is the least that the unfused model is taken to be off by.
+    unit_rms = max(rms(own), 2**-23 * rms(reference.added))
+    unit_max = max(float(np.abs(own).max()), 2**-23 * float(reference.added.max()))
     assert (unit_rms > rms(own)) is (luck < 1)
     noise = np.random.default_rng(1).choice([-1.0, 1.0], exact.shape)
     factors: list[tuple[float, set[str]]] = [(0.0, set()), (1.95, set()), (2.05, {"rms error"}), (10.0, {"rms error"})]
@@ -223,6 +223,7 @@ def test_rung_c_wants_headroom_and_finds_an_overflow(ladder: Ladder, gain: float
     exact = run_torch(copy.deepcopy(net).double(), ladder.probes.images.astype(np.float64))
     reference = Reference(
         exact=exact,
+        added=np.abs(exact),
         unfused=logits32(net, ladder.probes),
         simulated={"fp16": Simulated(run_torch(simulation, ladder.probes.images).astype(np.float32), simulation.peak)},
     )
@@ -285,7 +286,11 @@ def test_a_baseline_of_zero_error_allows_zero_error_and_nothing_more(ladder: Lad
     zero = np.zeros_like(ladder.reference.exact)
     same = zero.astype(np.float32)
     reference = replace(
-        ladder.reference, exact=zero, unfused=same.copy(), simulated={"fp16": Simulated(same.copy(), 1.0)}
+        ladder.reference,
+        exact=zero,
+        added=zero,
+        unfused=same.copy(),
+        simulated={"fp16": Simulated(same.copy(), 1.0)},
     )
     assert failed(rung_b("file", same, reference, ladder.probes)) == set()
     assert failed(rung_c("file", same, reference, ladder.probes)) == set()

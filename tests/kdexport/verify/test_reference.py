@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kdexport.preprocessing import Preprocessing
-from kdexport.verify.reference import Probes, make_probes, make_reference, run_torch
+from kdexport.verify.reference import Probes, make_probes, make_reference, run_exact, run_torch
 from kdexport.verify.simulation import TF32, Simulation, round_tf32
 from tests.kdexport.verify.conftest import PREPROCESSING, Ladder, SmallNet, pixels
 
@@ -242,3 +242,38 @@ def test_a_simulation_costs_what_its_mantissa_says(ladder: Ladder) -> None:
     assert 4 < errors["bf16"] / errors["fp16"] < 16
     assert errors[TF32] < errors["fp16"]
     assert errors[TF32] > 100 * np.abs(ladder.reference.unfused - ladder.reference.exact).mean()
+
+
+def test_what_is_added_up_to_a_logit_is_the_sum_of_its_absolute_products(ladder: Ladder) -> None:
+    # More images than one pass takes.
+    images = np.random.default_rng(8).normal(0, 2, (70, 3, 16, 16)).astype(np.float32)
+    net = copy.deepcopy(ladder.unfused)
+    assert isinstance(net, SmallNet)
+    exact, added = run_exact(net, images)
+    double = copy.deepcopy(net).double()
+    weight, bias = double.linear.weight.detach().numpy(), double.linear.bias.detach().numpy()
+    features: list[Tensor] = []
+    double.linear.register_forward_pre_hook(lambda _, given: features.append(given[0]))
+    with torch.no_grad():
+        logits = double(torch.from_numpy(images).double()).numpy()
+    wanted = np.array(
+        [
+            [
+                sum(abs(w * x) for w, x in zip(row, image, strict=True)) + abs(b)
+                for row, b in zip(weight, bias, strict=True)
+            ]
+            for image in features[0].numpy()
+        ]
+    )
+    np.testing.assert_allclose(added, wanted, rtol=1e-12)
+    np.testing.assert_allclose(exact, logits, rtol=1e-12)
+    assert (added >= np.abs(exact)).all()
+    # The student that was given is as it was.
+    assert next(net.parameters()).dtype == torch.float32
+    assert not net.linear._forward_hooks
+
+
+def test_without_a_last_linear_layer_the_logits_themselves_are_the_unit() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 5, 16), nn.Flatten()).eval()
+    exact, added = run_exact(net, make_probes(pixels(2), PREPROCESSING).images)
+    assert np.array_equal(added, np.abs(exact))
