@@ -1,6 +1,7 @@
 """How often would rung B fail a correct fold? Error of folded float32 students in torch, onnxruntime and OpenVINO.
 
 python benchmarks/rung_b.py --students 25
+python benchmarks/rung_b.py --sensitivity runs/one/student --data folder:data/small
 """
 
 import argparse
@@ -16,6 +17,8 @@ from torch import nn
 
 from kdexport.backends.openvino import load_openvino
 from kdexport.backends.ort import load_model
+from kdexport.checkpoint import load_student, open_checkpoint
+from kdexport.data import DatasetSpec, open_dataset, spread
 from kdexport.graph.export import export_onnx
 from kdexport.reparam.blocks import BranchSpec, attach_branches
 from kdexport.reparam.fuse import fuse_student
@@ -71,11 +74,37 @@ def errors(student: Student, folder: Path) -> tuple[dict[str, float], Units]:
     return {name: rms(run(images).astype(np.float64) - exact) for name, run in runs.items()}, units
 
 
+def sensitivity(checkpoint: Path, data: str) -> None:
+    """What rung B measures where the largest weight of one layer is off by 1 %, layer by layer, on 50 images."""
+    trained = open_checkpoint(checkpoint)
+    student, fused = load_student(trained), fuse_student(load_student(trained)).module
+    test, preprocessing = open_dataset(DatasetSpec(name=data), "test"), trained.spec.preprocessing
+    images = preprocessing.normalise(test.read(spread(len(test), 50), preprocessing))
+    exact, added = run_exact(student, images)
+    unit = max(rms(run_torch(student, images) - exact), EPS * rms(added))
+    found = []
+    for layer in fused.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            weights = layer.weight.data.view(-1)
+            place = int(weights.abs().argmax())
+            weights[place] *= 1.01
+            found.append(rms(run_torch(fused, images) - exact) / unit)
+            weights[place] /= 1.01
+    caught = sum(value > 2 for value in found)
+    print(f"{caught} of {len(found)} layers above 2: median {np.median(found):.0f}, smallest {min(found):.1f}")
+
+
 def main() -> None:
-    """Read the arguments and print a Markdown table."""
+    """Read the arguments and print a Markdown table, or a line about sensitivity."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--students", type=int, default=25)
-    count = parser.parse_args().students
+    parser.add_argument("--sensitivity", type=Path, help="a student folder")
+    parser.add_argument("--data", help="with --sensitivity: digits or folder:DIR")
+    arguments = parser.parse_args()
+    if arguments.sensitivity is not None:
+        sensitivity(arguments.sensitivity, arguments.data)
+        return
+    count = arguments.students
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(count):
