@@ -62,21 +62,7 @@ def serving(arms: dict[str, tuple[str, str]]) -> Iterator[Client]:
 @contextlib.contextmanager
 def _server(folders: dict[str, str], target: str) -> Iterator[http.client.HTTPConnection]:
     models = [f"{name}={folder}" for name, folder in folders.items()]
-    options = [
-        "--target",
-        target,
-        "--port",
-        "0",
-        "--metrics-port",
-        "0",
-        "--instances",
-        "1",
-        "--watch",
-        "0",
-        "--drain",
-        "0",
-        "--json",
-    ]
+    options = ["--port", "0", "--metrics-port", "0", "--instances", "1", "--watch", "0", "--drain", "0", "--json"]
     server = subprocess.Popen(
         [sys.executable, "-m", "kdexport", "serve", *models, "--target", target, *options],
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ, CHILD: str(os.getpid())},

@@ -164,13 +164,12 @@ def _sides(request: GateRequest, progress: Progress) -> Iterator[_Sides]:
                 reference_bundle=bundle,
             )
         elif request.baseline is not None and request.baseline.is_file():
-            yield _numbers(request, bundle, candidate, Path(folder))
+            yield _numbers(request, bundle, candidate, request.baseline, Path(folder))
         else:
             yield _against(request, bundle, candidate)
 
 
-def _numbers(request: GateRequest, bundle: Bundle, candidate: Artifact, scratch: Path) -> _Sides:
-    path = Path(str(request.baseline))
+def _numbers(request: GateRequest, bundle: Bundle, candidate: Artifact, path: Path, scratch: Path) -> _Sides:
     if (request.limits.flips, request.limits.top1_drop, request.against) != (None, None, None):
         raise ConfigError(
             f"{path} holds numbers, and accuracy gates and --against need the baseline's files.",

@@ -13,13 +13,12 @@ from kdexport.backends.ort import CPU, OrtModel, load_model
 from kdexport.bundle import MANIFEST, MODEL, Manifest, changed_files, read_manifest
 from kdexport.checkpoint import sha256_file
 from kdexport.errors import AuditError, BundleError, KdexportError, VerificationError
-from kdexport.serving.batching import Pace
+from kdexport.serving.batching import UNKNOWN_PACE, Pace
 from kdexport.serving.golden import Golden, compare_golden
 from kdexport.serving.images import normalisation_table, normalise
 from kdexport.serving.limits import Limits
 from kdexport.serving.servable import DEFAULT_TARGET, require_servable, served_file
 from kdexport.serving.tensors import Signature
-from kdexport.serving.warmup import measure_pace
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -36,7 +35,7 @@ class LoadedModel:
     signature: Signature
     table: NDArray[np.float32]
     golden: Golden
-    pace: Pace
+    pace: Pace = UNKNOWN_PACE
 
     def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """(n,3,S,S) float32 to (n,K) float32."""
@@ -158,7 +157,6 @@ def load(
         signature=signature,
         table=table,
         golden=golden,
-        pace=measure_pace(model, provider, image_size=signature.image_size, max_batch=signature.max_batch),
     )
 
 

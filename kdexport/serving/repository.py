@@ -3,7 +3,7 @@
 import logging
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from kdexport.bundle import MANIFEST
@@ -13,6 +13,7 @@ from kdexport.serving.limits import Limits
 from kdexport.serving.loading import LoadedModel, as_kdexport_error, bundle_digest, load
 from kdexport.serving.servable import DEFAULT_TARGET
 from kdexport.serving.trial import try_bundle
+from kdexport.serving.warmup import measure_pace
 
 _log = logging.getLogger("kdexport.serving")
 
@@ -168,7 +169,8 @@ class Repository:
                 remedy="Pass a folder that `kdexport build` wrote.",
             )
         allowed = try_bundle(folder, self._provider, self._limits, self._target)
-        return load(
+        model = load(
             folder, name=name, version=version, provider=self._provider, limits=self._limits, allowed_error=allowed,
             target=self._target,
         )  # fmt: skip
+        return replace(model, pace=measure_pace(model.ort, model.provider, model.signature))

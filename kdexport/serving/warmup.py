@@ -6,6 +6,7 @@ import numpy as np
 
 from kdexport.backends.ort import CPU, OrtModel
 from kdexport.serving.batching import UNKNOWN_PACE, Pace
+from kdexport.serving.tensors import Signature
 
 #: A larger batch must be at least this much faster an image, or it only adds waiting.
 _WORTH = 1.1
@@ -13,15 +14,12 @@ _RUNS = 5
 _MOST = 64
 
 
-def measure_pace(model: OrtModel, provider: str, *, image_size: int, max_batch: int) -> Pace:
-    """Time single images on a CPU, where a batch costs more an image, and batches of 1, 2, 4, ... elsewhere.
-
-    ``max_batch`` is what the graph takes.
-    """
+def measure_pace(model: OrtModel, provider: str, signature: Signature) -> Pace:
+    """Time single images on a CPU, where a batch costs more an image, and batches of 1, 2, 4, ... elsewhere."""
     if provider == CPU:
-        return Pace(seconds=_median_seconds(model, 1, image_size), together=1)
-    sizes = [2**power for power in range(_MOST.bit_length()) if 2**power <= min(_MOST, max_batch)]
-    times = {batch: _median_seconds(model, batch, image_size) for batch in sizes}
+        return Pace(seconds=_median_seconds(model, 1, signature.image_size), together=1)
+    sizes = [2**power for power in range(_MOST.bit_length()) if 2**power <= min(_MOST, signature.max_batch)]
+    times = {batch: _median_seconds(model, batch, signature.image_size) for batch in sizes}
     # Work for a device never runs on the event loop, which would wait for the device.
     return Pace(seconds=UNKNOWN_PACE.seconds, together=choose_batch(times))
 

@@ -6,6 +6,7 @@ import threading
 import time
 import zlib
 from collections.abc import Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,15 @@ from kdexport.serving.admission import Admission
 from kdexport.serving.batching import Instances, Pace
 from kdexport.serving.body import ClientGoneError, read_body, unless_gone, unpack
 from kdexport.serving.errors import RequestError
-from kdexport.serving.images import PixelBudget, normalisation_table, normalise
+from kdexport.serving.images import PixelBudget, decode_upload, normalisation_table, normalise
 from kdexport.serving.limits import MIB, Limits, memory_bound
 from kdexport.serving.metrics import Metrics, ModelStatistics
 from kdexport.serving.tensors import body_limit
 from kdexport.serving.warmup import choose_batch, measure_pace
+from tests.kdexport.serving.bundles import encoded, photo
 from tests.kdexport.serving.running import LIMITS, SIGNATURE
+
+SMALL = Preprocessing(image_size=8, resize=8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
 class Gate:
@@ -421,13 +425,41 @@ def test_a_model_on_a_cpu_is_timed_alone_and_one_on_a_device_in_batches(monkeypa
 
     monkeypatch.setattr("kdexport.serving.warmup.time.perf_counter", lambda: now[0])
     model: Any = Timed()
-    pace = measure_pace(model, CPU, image_size=8, max_batch=16)
+    pace = measure_pace(model, CPU, replace(SIGNATURE, image_size=8, max_batch=16))
     assert pace.seconds == pytest.approx(0.0041)
     assert pace.together == 1
     assert set(batches) == {(1, 3, 8, 8)}
     assert not pace.quick(1)
-    pace = measure_pace(model, CUDA, image_size=8, max_batch=24)
+    pace = measure_pace(model, CUDA, replace(SIGNATURE, image_size=8, max_batch=24))
     # 1/16 of four milliseconds an image is still worth more than a tenth of one.
     assert pace.together == 16
     assert not pace.quick(1)
     assert {shape[0] for shape in batches} == {1, 2, 4, 8, 16}
+
+
+class Watched(PixelBudget):
+    """A budget that remembers what was taken from it and given back."""
+
+    def __init__(self, pixels: int) -> None:
+        super().__init__(pixels)
+        self.moves: list[int] = []
+
+    def move(self, pixels: int) -> None:
+        self.moves.append(pixels)
+        super().move(pixels)
+
+
+@pytest.mark.parametrize(("kind", "side", "cost"), [("PNG", 80, 1), ("WEBP", 56, 2)])
+def test_a_webp_image_spends_twice_its_pixels(kind: str, side: int, cost: int) -> None:
+    budget = Watched(80 * 80)
+    pixels = decode_upload(encoded(photo(side, side, 3), kind), SMALL, Limits(pixels=80 * 80), budget)
+    assert pixels.shape == (8, 8, 3)
+    assert budget.moves == [-cost * side * side, cost * side * side]
+
+
+@pytest.mark.parametrize(("kind", "side", "allowed"), [("PNG", 84, "6,400"), ("WEBP", 60, "3,200")])
+def test_a_webp_image_may_have_half_as_many_pixels(kind: str, side: int, allowed: str) -> None:
+    data = encoded(photo(side, side, 3), kind)
+    with pytest.raises(RequestError, match=f"up to {allowed} allowed") as refused:
+        decode_upload(data, SMALL, Limits(pixels=80 * 80), PixelBudget(80 * 80))
+    assert refused.value.status == 413
