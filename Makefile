@@ -30,9 +30,10 @@ setup: $(VENV)/.ready  ## Create .venv with everything that development needs
 quickstart: setup  ## Distil, fold, export, verify and package a student on digits
 	@$(BIN)/kdexport build --config export_configs/quickstart.toml --out dist/quickstart
 
-lint: setup  ## ruff
+lint: setup  ## ruff, and which way imports run
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/lint-imports --no-cache > .import-linter.log || { cat .import-linter.log; exit 1; }
 
 types: setup  ## mypy --strict
 	@nice -n 19 $(BIN)/mypy

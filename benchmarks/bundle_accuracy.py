@@ -11,11 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdexport.backends.ort import load_model
-from kdexport.bundle import onnx_files, read_manifest
-from kdexport.data import DatasetSpec, ImageSet, open_dataset
-from kdexport.preprocessing import Preprocessing
+from kdexport.bundle.manifest import load_unfused, onnx_files, read_manifest
+from kdexport.data.datasets import DatasetSpec, ImageSet, open_dataset
+from kdexport.data.preprocessing import Preprocessing
 from kdexport.verify.reference import run_torch
-from kdexport.verify.subjects import load_unfused
 
 
 def batches(images: ImageSet, preprocessing: Preprocessing, size: int = 500) -> Iterator[NDArray[np.float32]]:

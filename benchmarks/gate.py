@@ -26,13 +26,12 @@ from typing import Any
 import numpy as np
 from scipy.stats import mannwhitneyu
 
-from kdexport.gate.artifacts import Artifact, artifact, open_bundle
-from kdexport.gate.bounds import lower_share, upper_share
-from kdexport.gate.machine import this_machine
-from kdexport.gate.network import SIZE, write_network
-from kdexport.gate.session import Session
-from kdexport.gate.sessions import run_session
-from kdexport.gate.trial import Number, Outcome, Plan, request, run_trial
+from kdexport.gate.arms import Artifact, artifact, open_bundle
+from kdexport.gate.sequential_test import Number, Outcome, Plan, request, run_trial
+from kdexport.stats.proportions import lower_share, upper_share
+from kdexport.timing.anchor import SIZE, write_network
+from kdexport.timing.machine import this_machine
+from kdexport.timing.session import Session, run_session
 
 CONDITIONS = {"A/A": 0.0, "+5 %": 0.05, "+10 %": 0.10}
 RULES = {

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kdexport.graph.audit import operator_counts
 from kdexport.graph.export import export_onnx
 from kdexport.reparam.blocks import BranchSpec, attach_branches
-from kdexport.reparam.fuse import FusedStudent, fuse_student
+from kdexport.reparam.fold_student import FusedStudent, fuse_student
 from kdexport.students import STUDENTS, Student
 from kdexport.verify.latency import Comparison, LatencyResult, compare_latency
 

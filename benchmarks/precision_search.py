@@ -14,17 +14,16 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from kdexport.backends.ort import load_model
-from kdexport.calibration import Calibration
-from kdexport.config import CalibrationSettings
-from kdexport.data import DatasetSpec, ImageSet, open_dataset, spread
-from kdexport.graph.calibration import calibrate
+from kdexport.data.calibration_images import Calibration, CalibrationSettings
+from kdexport.data.datasets import DatasetSpec, ImageSet, open_dataset, spread
+from kdexport.data.preprocessing import Preprocessing
+from kdexport.graph.equalise import apply_scalings
 from kdexport.graph.export import export_onnx
+from kdexport.graph.plan import LayerPlan
 from kdexport.graph.quantize import Form, quantize
-from kdexport.preprocessing import Preprocessing
-from kdexport.search.equalise import apply_scalings
-from kdexport.search.layers import LayerPlan
-from kdexport.search.plan import Cast, PrecisionPlan, find_plan
-from kdexport.search.trade import SearchBudget, SearchImages, Trade
+from kdexport.graph.tensor_ranges import calibrate
+from kdexport.precision_search.costs import SearchBudget, SearchImages, Trade
+from kdexport.precision_search.search import Cast, PrecisionPlan, find_plan
 from training.teachers import TEACHERS
 from training.teachers.teacher import load_teacher_weights
 

@@ -18,10 +18,10 @@ from torch import nn
 from kdexport.backends.openvino import load_openvino
 from kdexport.backends.ort import load_model
 from kdexport.checkpoint import load_student, open_checkpoint
-from kdexport.data import DatasetSpec, open_dataset, spread
+from kdexport.data.datasets import DatasetSpec, open_dataset, spread
 from kdexport.graph.export import export_onnx
 from kdexport.reparam.blocks import BranchSpec, attach_branches
-from kdexport.reparam.fuse import fuse_student
+from kdexport.reparam.fold_student import fuse_student
 from kdexport.students import STUDENTS, Student
 from kdexport.verify.reference import run_exact, run_torch
 

@@ -19,19 +19,20 @@ import torch
 from merge import briefly_trained
 from numpy.typing import NDArray
 
+from kdexport.backends.discovery import unavailable
 from kdexport.backends.openvino import load_openvino
 from kdexport.backends.ort import load_model
 from kdexport.checkpoint import load_student, open_checkpoint
-from kdexport.data import DatasetSpec, open_dataset
-from kdexport.graph.calibration import METHODS, Method, calibrate
+from kdexport.data.datasets import DatasetSpec, open_dataset
+from kdexport.data.preprocessing import Preprocessing
 from kdexport.graph.export import export_onnx
 from kdexport.graph.precision import cast_to_bf16
 from kdexport.graph.quantize import quantize
-from kdexport.preprocessing import Preprocessing
+from kdexport.graph.tensor_ranges import METHODS, Method, calibrate
 from kdexport.reparam.blocks import BranchSpec
-from kdexport.reparam.fuse import fuse_student
+from kdexport.reparam.fold_student import fuse_student
 from kdexport.students import STUDENTS
-from kdexport.targets import parse_target, unavailable
+from kdexport.targets import parse_target
 
 OPSET, CLASSES = 20, 100
 TARGETS = "onnx-fp32,onnx-int8,openvino-fp32,openvino-int8"

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from kdexport.checkpoint import save_tensors
-from kdexport.data import ImageSet
+from kdexport.data.datasets import ImageSet
 from kdexport.students import STUDENTS
 from training.data import EvaluationBatches, training_batches
-from training.loop import Run, sgd, train_epoch
-from training.progress import EpochProgress
 from training.recipe import Recipe, load_recipe
+from training.runs.loop import Run, sgd, train_epoch
+from training.runs.progress import EpochProgress
 from training.teachers import TEACHERS
 from training.train import make_accelerator, prepare_lesson
 

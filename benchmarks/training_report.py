@@ -9,8 +9,8 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from kdexport.fingerprint import tool_versions
-from training.record import device_name
+from kdexport.core.digests import tool_versions
+from training.runs.record import device_name
 
 
 def machine() -> str:

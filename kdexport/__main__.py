@@ -1,6 +1,6 @@
 """``kdexport`` and ``python -m kdexport``."""
 
-from kdexport.console import guarded
+from kdexport.core.console import guarded
 
 
 def main() -> None:

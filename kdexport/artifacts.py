@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdexport.checkpoint import TrainedStudent
-from kdexport.search.layers import PLAIN, LayerPlan
+from kdexport.graph.plan import PLAIN, LayerPlan
 from kdexport.targets import Target
 
 __all__ = ["EngineFile", "FusedFiles", "OnnxModel", "TrainedStudent"]

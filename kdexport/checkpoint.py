@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdexport.data.preprocessing import Preprocessing
 from kdexport.errors import CheckpointError
-from kdexport.preprocessing import Preprocessing
 from kdexport.registry import nearest
 from kdexport.reparam.spec import BranchSpec
 

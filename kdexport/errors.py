@@ -24,6 +24,10 @@ KdexportError
 |  |- ServerError              KDX402        the server cannot run with these limits or on this address
 |  `- RunnerError              KDX403        this machine has fewer processors than a measurement asks for
 `- UnexpectedError             KDX900  exit 2   an input that no check had foreseen
+
+Errors of the gate; their place in the tree is in ``kdexport.errors``.
+
+Errors of the server; their place in the tree is in ``kdexport.errors``.
 """
 
 from typing import ClassVar
@@ -236,10 +240,7 @@ def first_line(error: BaseException) -> str:
 
 
 def error_codes() -> dict[str, type[KdexportError]]:
-    """All stable codes with their classes, those of the server and the gate included."""
-    import kdexport.gate.errors
-    import kdexport.serving.errors  # noqa: F401
-
+    """All stable codes with their classes."""
     found: dict[str, type[KdexportError]] = {}
     pending: list[type[KdexportError]] = [KdexportError]
     while pending:
@@ -248,3 +249,63 @@ def error_codes() -> dict[str, type[KdexportError]]:
         if cls.explanation:
             found[cls.code] = cls
     return dict(sorted(found.items()))
+
+
+class MismatchError(KdexportError):
+    """Two bundles, or a bundle and stored numbers, do not answer the same question."""
+
+    code = "KDX204"
+    exit_code = 2
+    explanation = (
+        "A gate compares two versions of one thing: the same student, the same classes in the same order, the same "
+        "image size. A ratio between different students is a number without a meaning, so none is given."
+    )
+
+
+class ResolutionError(KdexportError):
+    """A threshold lies below what this machine can tell apart."""
+
+    code = "KDX350"
+    exit_code = 3
+    explanation = (
+        "`kdexport calibrate-runner` measured how far equal arms differ on this machine and wrote it to runner.toml. A "
+        "gate with a smaller threshold would end without a verdict in most runs, so it refuses to start. Raise "
+        "--max-slowdown to what the message says, or calibrate a quieter machine."
+    )
+
+
+class RunnerError(MachineError):
+    """This machine has fewer processors than a measurement asks for."""
+
+    code = "KDX403"
+    explanation = (
+        "Sessions are held on as many processors as they have threads. With fewer processors the threads wait for each "
+        "other, and what is measured is the scheduler."
+    )
+
+
+class RequestError(KdexportError):
+    """The server refused a request; ``status`` is the HTTP status of the answer and ``reason`` its metric label."""
+
+    code = "KDX210"
+    exit_code = 2
+    explanation = (
+        "A request to `kdexport serve` was malformed, too large, too late or one too many. The body of the answer is "
+        '{"error": "..."} and says what was measured against what is allowed. 429 and 503 carry Retry-After.'
+    )
+
+    def __init__(self, message: str, *, remedy: str = "", status: int = 400, reason: str = "invalid") -> None:
+        super().__init__(message, remedy=remedy)
+        self.status = status
+        self.reason = reason
+
+
+class ServerError(MachineError):
+    """The server cannot run with these limits or on this address."""
+
+    code = "KDX402"
+    explanation = (
+        "The address is taken or not of this machine, or the most memory that the limits of the server allow is above "
+        "that of its container. The bound is computed from the limits before the first request; lower the limits that "
+        "the message names, or give the container more."
+    )

@@ -4,20 +4,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdexport import stages, trainer
-from kdexport.bundle import FUSED, MANIFEST, UNFUSED, Manifest, changed_files, read_manifest
-from kdexport.calibration import Calibration
+from kdexport.backends.discovery import require_available
+from kdexport.build import stages
+from kdexport.build import train as trainer
+from kdexport.build.precision_search import require_searchable, search_all, search_requests, stage_keys
+from kdexport.bundle.manifest import FUSED, MANIFEST, UNFUSED, Manifest, changed_files, read_manifest
 from kdexport.checkpoint import TrainedStudent, open_checkpoint, sha256_file
 from kdexport.config import BuildConfig
-from kdexport.data import DatasetSpec, dataset_spec, open_dataset
+from kdexport.core.digests import digest, source_digest
+from kdexport.core.files import replace_folder, require_replaceable, require_writable
+from kdexport.core.progress import Reporter
+from kdexport.data.calibration_images import Calibration
+from kdexport.data.datasets import DatasetSpec, dataset_digest, dataset_spec, open_dataset
+from kdexport.diagnose.failed_build import keep_failed
 from kdexport.errors import BundleError, CheckpointError, VerificationError
-from kdexport.failures import keep_failed
-from kdexport.fingerprint import dataset_digest, digest, source_digest
-from kdexport.reporter import Reporter
-from kdexport.search.layers import PLAIN
-from kdexport.search.stage import require_searchable, search_all, search_requests, stage_keys
-from kdexport.targets import Target, gpu_fingerprint, require_available
-from kdexport.workspace import Workspace, replace_folder, require_replaceable, require_writable
+from kdexport.graph.plan import PLAIN
+from kdexport.targets import Target, gpu_fingerprint
+from kdexport.workspace import Workspace
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -196,7 +199,7 @@ def _make_bundle(
     if _is_up_to_date(workspace.path("bundle", key), key):
         return
     workspace.forget("bundle", key)
-    from kdexport.packaging import Parts, package, require_matching
+    from kdexport.build.package import Parts, package, require_matching
 
     config, spec = request.config, trained.spec
     validation = open_dataset(plan.dataset, "test")

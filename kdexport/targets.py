@@ -1,13 +1,13 @@
 """Targets are ``<backend>-<precision>``: what they need, and whether this machine has it."""
 
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdexport.errors import BackendUnavailableError, ConfigError, UnknownNameError
+from kdexport.errors import ConfigError, UnknownNameError
 from kdexport.registry import nearest
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
+
 #: Backends with what they are.
 BACKENDS = {
     "onnx": "onnxruntime",
@@ -15,6 +15,7 @@ BACKENDS = {
     "trt": "TensorRT, needs a GPU",
     "trt-rtx": "TensorRT-RTX, builds without a GPU",
 }
+
 #: The ONNX graphs that precisions are written into: int8 has two, because no runtime executes the other's.
 FORMS = ("fp32", "fp16", "bf16", "int8-u8", "int8-s8")
 
@@ -72,67 +73,3 @@ def gpu_fingerprint() -> list[str]:
     for info in sorted(driver.glob("gpus/*/information")):
         lines += [line for line in info.read_text().splitlines() if line.startswith("Model:")]
     return lines
-
-
-def unavailable(target: Target) -> tuple[str, str] | None:
-    """(what is missing, what to do) where ``target`` cannot be built on this machine, else None."""
-    return {"onnx": _onnx_lacks, "openvino": _openvino_lacks, "trt": _trt_lacks, "trt-rtx": _rtx_lacks}[target.backend](
-        target
-    )
-
-
-def _onnx_lacks(target: Target) -> tuple[str, str] | None:
-    if target.precision == "bf16":
-        return (
-            "onnxruntime has no bfloat16 convolution",
-            "Build openvino-bf16 for a CPU with AMX or AVX512-BF16, or trt-rtx-bf16 for a GPU",
-        )
-    if target.precision == "fp16" and not gpu_fingerprint():
-        return (
-            "onnxruntime computes a float16 graph in float32 on a CPU, and this machine has no GPU",
-            "Build onnx-fp32 or onnx-int8 for a CPU",
-        )
-    return None
-
-
-def _openvino_lacks(target: Target) -> tuple[str, str] | None:
-    if importlib.util.find_spec("openvino") is None:
-        return "OpenVINO is not installed", "pip install 'kdexport[openvino]'"
-    if target.precision == "fp32":
-        return None
-    from kdexport.backends.openvino import capabilities
-
-    here = capabilities()
-    if target.precision.upper() in here:
-        return None
-    # Asked all the same, OpenVINO would run float32 and not say so.
-    return (
-        f"OpenVINO has no {target.precision} on this CPU, only {', '.join(name.lower() for name in here)}",
-        "Build on a machine whose CPU has it, or for another precision",
-    )
-
-
-def _rtx_lacks(_target: Target) -> tuple[str, str] | None:
-    if importlib.util.find_spec("tensorrt_rtx") is None:
-        return "TensorRT-RTX is not installed", "pip install 'kdexport[trt-rtx]'"
-    return None
-
-
-def _trt_lacks(_target: Target) -> tuple[str, str] | None:
-    if importlib.util.find_spec("tensorrt") is None:
-        return (
-            "TensorRT is not installed",
-            "Install it from NVIDIA's package index (the packages tensorrt-cu13 or tensorrt, 10.13 to 11), or "
-            "build for trt-rtx instead, which needs no GPU at build time",
-        )
-    if not gpu_fingerprint():
-        return "TensorRT builds engines on a GPU, and this machine has none", "Run on a machine with an NVIDIA GPU"
-    return None
-
-
-def require_available(targets: tuple[Target, ...]) -> None:
-    """Raise ``BackendUnavailableError`` for the first target that this machine cannot build."""
-    for target in targets:
-        missing = unavailable(target)
-        if missing is not None:
-            raise BackendUnavailableError(f"Target {target} cannot be built: {missing[0]}.", remedy=f"{missing[1]}.")

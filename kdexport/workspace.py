@@ -1,15 +1,11 @@
 """Results by content: each stage's output lies under the sha256 of its inputs and appears by rename, whole."""
 
-import contextlib
-import fcntl
-import os
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdexport.errors import OutputError
+from kdexport.core.files import exclusive, publish
 
 _PARTIAL = ".partial-"
 
@@ -73,78 +69,3 @@ class Workspace:
         ignore = self.root / ".gitignore"
         if not ignore.exists():
             ignore.write_text("*\n")
-
-
-def publish(partial: Path, final: Path) -> None:
-    """Give a finished folder its name; its files are on disk before the name is."""
-    for path in partial.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
-    partial.rename(final)
-
-
-@contextlib.contextmanager
-def exclusive(lock: Path) -> Iterator[None]:
-    """Hold ``lock`` against other processes; the system drops it when this one ends, however it ends."""
-    # A folder is locked as it is: a lock file that is removed again would let two processes hold two of one name.
-    descriptor = os.open(lock, os.O_RDONLY if lock.is_dir() else os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            sys.stderr.write("Waiting for another kdexport that is working on the same thing ...\n")
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def require_writable(folder: Path) -> None:
-    """Create the parent of ``folder`` and prove that it can be written; ``OSError`` where it cannot."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    probe = folder.parent / f".{folder.name}.probe-{os.getpid()}"
-    probe.mkdir()
-    probe.rmdir()
-
-
-def require_replaceable(folder: Path, is_ours: Callable[[Path], bool]) -> None:
-    """Raise ``OutputError`` where ``folder`` holds something that is not ours to replace."""
-    if not folder.name:
-        raise OutputError(f"{folder} cannot be a bundle folder.", remedy="Pass --out with a name of its own.")
-    if folder.parent.is_dir():
-        with exclusive(folder.parent):
-            recover(folder)
-    occupied = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
-    if folder.is_symlink() or (occupied and not (folder.is_dir() and is_ours(folder))):
-        raise OutputError(
-            f"{folder} exists and is not a bundle.", remedy="Pass another --out, or move it away; nothing was changed."
-        )
-
-
-def replace_folder(source: Path, target: Path) -> None:
-    """Put a copy of ``source`` in the place of ``target``, which stays as it is until the copy is complete."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    incoming, outgoing = _sibling(target, "new"), _sibling(target, "old")
-    with exclusive(target.parent):
-        shutil.rmtree(incoming, ignore_errors=True)
-        try:
-            shutil.copytree(source, incoming)
-            if target.exists():
-                target.rename(outgoing)
-            publish(incoming, target)
-        finally:
-            shutil.rmtree(incoming, ignore_errors=True)
-            recover(target)
-
-
-def recover(target: Path) -> None:
-    """After a kill between the two renames of ``replace_folder``: put the old folder back, or drop it."""
-    outgoing = _sibling(target, "old")
-    if outgoing.is_dir() and not target.exists():
-        outgoing.rename(target)
-    shutil.rmtree(outgoing, ignore_errors=True)
-
-
-def _sibling(target: Path, kind: str) -> Path:
-    return target.with_name(f".{target.name}.kdexport-{kind}")

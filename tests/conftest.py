@@ -85,8 +85,8 @@ def here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
 
     Both streams are captured below Python, so that what native libraries print is seen too.
     """
-    from kdexport import console
     from kdexport.cli import app
+    from kdexport.core import console
 
     def run(*arguments: str | Path, cwd: Path | None = None) -> Outcome:
         # The command sets it for its children, which is none of the next test's business.

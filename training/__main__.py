@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kdexport.console import guarded
+from kdexport.core.console import guarded
 from training import REVISION
 from training.recipe import Recipe, load_recipe, merge_overrides, parse_override, recipe_names
 
@@ -50,9 +50,8 @@ def _numbers(text: str) -> list[int]:
 @app.command()
 def teacher(recipe: RecipeOption, out: OutOption, set_: SetOption = None, data: DataOption = None) -> None:
     """Train the recipe's teacher."""
-    from training.record import claim, device_name, note_environment
-    from training.rehearsal import rehearse
-    from training.train import make_accelerator, train_teacher
+    from training.runs.record import claim, device_name, note_environment
+    from training.train import make_accelerator, rehearse, train_teacher
 
     resolved = _resolve(recipe, set_, data, None)
     rehearse(resolved)
@@ -75,8 +74,7 @@ def train(
     teacher_checkpoint: TeacherOption = None,
 ) -> None:
     """Distil the recipe's student; without teacher weights the teacher is trained first, in the same run."""
-    from training.distil import distil
-    from training.train import make_accelerator
+    from training.train import distil, make_accelerator
 
     resolved = _resolve(recipe, set_, data, teacher_checkpoint)
     metrics = distil(resolved, out)
@@ -97,7 +95,7 @@ def table(
     report: Annotated[bool, typer.Option("--report", help="Write the table of what there is; run nothing.")] = False,
 ) -> None:
     """Run or continue every cell of a table, then write it; a cell that was not run says so."""
-    from training.tabulate import tabulate
+    from training.study.table import tabulate
 
     tabulate(
         recipes, out, runs=runs, seeds=_numbers(seeds), overrides=_tables(set_, data, teacher_checkpoint), title=title,
@@ -135,7 +133,7 @@ def architectures(
     out: Annotated[Path | None, typer.Option("--out", help="Write the page there instead of printing it.")] = None,
 ) -> None:
     """Print the table of every student and teacher, measured from the networks, as Markdown."""
-    from training.architectures import markdown
+    from training.study.architectures import markdown
 
     if out is None:
         sys.stdout.write(markdown())

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdexport.data import ImageSet
+from kdexport.data.datasets import ImageSet
+from kdexport.data.preprocessing import Preprocessing
 from kdexport.errors import DataError
-from kdexport.preprocessing import Preprocessing
 from training.recipe import DataSettings
 
 #: Decoded sets up to this size live on the device; larger ones are streamed from their files.

@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from kdexport.config import Settings, parse, read_toml
-from kdexport.data import DatasetSpec, dataset_spec
+from kdexport.core.toml import Settings, parse, read_toml
+from kdexport.data.datasets import DatasetSpec, dataset_spec
 from kdexport.errors import ConfigError
-from training.methods import AnyDistiller, KDiffusionSettings, NonNegative, Positive
+from training.distillers.settings import AnyDistiller, KDiffusionSettings, NonNegative, Positive
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -36,7 +36,7 @@ class DataSettings(Settings):
         return self
 
     def spec(self) -> DatasetSpec:
-        """What ``kdexport.data.open_dataset`` takes."""
+        """What ``kdexport.data.datasets.open_dataset`` takes."""
         return dataset_spec(self.name, self.root)
 
 

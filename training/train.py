@@ -1,4 +1,9 @@
-"""The three jobs of ``python -m training``: train a teacher, distil a student, evaluate either."""
+"""The three jobs of ``python -m training``: train a teacher, distil a student, evaluate either.
+
+One run from recipe to student: claims its folder, trains the teacher where it has no weights, then distils.
+
+Refuses before hours of training what could not be folded after them.
+"""
 
 import json
 from dataclasses import dataclass
@@ -10,25 +15,29 @@ import torch
 from accelerate import Accelerator
 
 from kdexport.checkpoint import load_student as load_trained_student
-from kdexport.checkpoint import open_checkpoint, save_tensors
-from kdexport.data import ImageSet, open_dataset
+from kdexport.checkpoint import open_checkpoint, save_tensors, sha256_file
+from kdexport.data.datasets import ImageSet, dataset_digest, open_dataset
 from kdexport.errors import BackendUnavailableError, CheckpointError
-from kdexport.reparam.blocks import BranchSpec, ParallelBranches, attach_branches, branch_paths
+from kdexport.reparam.blocks import BranchSpec, attach_branches, branch_paths
+from kdexport.reparam.branches import ParallelBranches
 from kdexport.students import STUDENTS, Student
 from training.data import Batches, EvaluationBatches, preprocessing_of, training_batches
+from training.devices import BuffersStay, check_share, gathered
 from training.distillers import DISTILLERS
-from training.handover import Origin, hand_over, student_spec
-from training.loop import Metrics, Run, learning_rate, run, top1
-from training.processes import BuffersStay, check_share, gathered
 from training.recipe import Recipe, TrainSettings
-from training.task import DistillationTask, FrozenTeacher, SupervisedTask
+from training.runs.handover import Origin, hand_over, student_spec
+from training.runs.loop import Metrics, Run, learning_rate, run, top1
+from training.runs.record import claim, device_name, note_environment
+from training.runs.task import DistillationTask, FrozenTeacher, SupervisedTask
 from training.teachers import TEACHERS, Teacher
 from training.teachers.teacher import load_teacher_weights
 
 __all__ = ["Origin", "evaluate_student", "evaluate_teacher", "learning_rate", "train_student", "train_teacher"]
 
 _CALIBRATION_BATCHES = 8
+
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 Precision = Literal["no", "bf16", "fp16"]
 
 
@@ -235,3 +244,54 @@ def _logits_only(frozen: FrozenTeacher) -> torch.nn.Module:
             return frozen(images).logits
 
     return Logits()
+
+
+def rehearse(recipe: Recipe) -> None:
+    """Build the networks of ``recipe`` and attach its branches, without data or weights.
+
+    Raises ``UnknownNameError``, ``ConfigError`` or ``ReparamError`` as the training itself would, minutes later.
+    """
+    DISTILLERS.check(recipe.distiller.name)
+    size = recipe.data.image_size
+    # Shapes are all that is asked of a teacher here, and a large one takes seconds to initialise.
+    with torch.device("meta"):
+        teacher = TEACHERS.build(recipe.teacher.name, num_classes=2, image_size=size)
+    student = STUDENTS.build(recipe.student.name, num_classes=2, image_size=size)
+    distiller = DISTILLERS.build(recipe.distiller.name, settings=recipe.distiller, student=student, teacher=teacher)
+    spec = type(distiller).branch_spec(recipe.distiller, student, teacher)
+    if spec is not None:
+        attach_branches(student, spec)
+
+
+def prepare_teacher(recipe: Recipe, directory: Path) -> Path:
+    """The weights of the teacher of ``recipe``, trained into ``directory`` unless it names or that holds them."""
+    if recipe.teacher.checkpoint:
+        return Path(recipe.teacher.checkpoint)
+    weights = directory / "model.safetensors"
+    if not weights.is_file():
+        train_teacher(recipe, directory)
+    return weights
+
+
+def distil(recipe: Recipe, directory: Path, teacher_directory: Path | None = None) -> Metrics:
+    """Run ``recipe`` in ``directory``, continuing what is there; returns the metrics of the last epoch.
+
+    A teacher without weights is trained in the run's own folder, or in ``teacher_directory``, which runs of several
+    seeds share, with seed 0.
+    """
+    rehearse(recipe)
+    accelerator = make_accelerator(recipe.train)
+    with accelerator.main_process_first():
+        claim(directory, recipe, "student")
+        dataset = dataset_digest(recipe.data.spec(), directory / "dataset")
+    # A run that is done only says so again: who asks has not worked on it.
+    if accelerator.is_main_process and not (directory / "student").is_dir():
+        note_environment(directory, device_name(), accelerator.num_processes)
+    if teacher_directory is None:
+        checkpoint = prepare_teacher(recipe, directory / "teacher")
+    else:
+        shared = recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": 0})})
+        checkpoint = prepare_teacher(shared, teacher_directory)
+    resolved = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"checkpoint": str(checkpoint)})})
+    digest = sha256_file(checkpoint) if checkpoint.is_file() else ""
+    return train_student(resolved, directory, Origin(dataset_sha256=dataset, teacher_sha256=digest))

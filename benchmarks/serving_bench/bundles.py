@@ -7,16 +7,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kdexport import stages
-from kdexport.bundle import MANIFEST
+from kdexport.build import stages
+from kdexport.build.package import Parts, package
+from kdexport.bundle.manifest import MANIFEST
 from kdexport.checkpoint import StudentSpec, open_checkpoint, save_checkpoint
 from kdexport.config import BuildConfig
-from kdexport.data import ImageSet
-from kdexport.packaging import Parts, package
-from kdexport.preprocessing import Preprocessing
+from kdexport.core.files import replace_folder
+from kdexport.data.datasets import ImageSet
+from kdexport.data.preprocessing import Preprocessing
 from kdexport.students import STUDENTS
 from kdexport.targets import parse_targets
-from kdexport.workspace import Workspace, replace_folder
+from kdexport.workspace import Workspace
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,22 +1,29 @@
 """OpenVINO on the CPU, strictly: the precision that was asked for is the one that each layer runs in."""
 
 import contextlib
+import importlib.util
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 from numpy.typing import NDArray
 
+from kdexport.backends.base import Finding
 from kdexport.errors import AuditError, BackendUnavailableError, first_line
+from kdexport.targets import Target
 
 _DEVICE = "CPU"
+
 _HINTS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16", "int8": "f32"}
+
 #: What a layer that computes may report for a precision.
 RUNTIME_TYPES = {"fp32": ("f32",), "fp16": ("f16",), "bf16": ("bf16",), "int8": ("u8", "i8")}
+
 #: Layers of a classifier that multiply by weights.
 _COMPUTING = ("Convolution", "FullyConnected", "MatMul", "Gemm")
 
@@ -113,3 +120,43 @@ def _layer(node: Any) -> Layer:
     # Such as `node_linear/WithoutBiases/DequantizationMultiply,logits_QuantizeLinear`.
     nodes = tuple(name.partition("/")[0] for name in facts["originalLayersNames"].astype(str).split(","))
     return Layer(node.get_friendly_name(), facts["layerType"].astype(str), facts["runtimePrecision"].astype(str), nodes)
+
+
+def _openvino_lacks(target: Target) -> tuple[str, str] | None:
+    if importlib.util.find_spec("openvino") is None:
+        return "OpenVINO is not installed", "pip install 'kdexport[openvino]'"
+    if target.precision == "fp32":
+        return None
+
+    here = capabilities()
+    if target.precision.upper() in here:
+        return None
+    # Asked all the same, OpenVINO would run float32 and not say so.
+    return (
+        f"OpenVINO has no {target.precision} on this CPU, only {', '.join(name.lower() for name in here)}",
+        "Build on a machine whose CPU has it, or for another precision",
+    )
+
+
+def names_of_nodes(path: Path, nodes: Sequence[str]) -> set[str]:
+    """What OpenVINO may call some nodes: by their own names, or by those of what they compute."""
+    graph = onnx.load(str(path), load_external_data=False).graph
+    return {name for node in graph.node if node.name in nodes for name in (node.name, *node.output)}
+
+
+def runtime_types_finding(model: OpenvinoModel, target: Target, kept: Set[str]) -> Finding:
+    """Whether each layer that multiplies runs in the precision of ``target``, those of ``kept`` in float32."""
+    wanted = RUNTIME_TYPES[target.precision]
+    wrong = [
+        layer
+        for layer in model.computing
+        if layer.runtime_type not in (wanted if kept.isdisjoint(layer.nodes) else RUNTIME_TYPES["fp32"])
+    ]
+    facts = f"{len(model.computing)} layers in {' or '.join(wanted)}; " + ", ".join(
+        f"{count} {kind}" for kind, count in model.kinds.items()
+    )
+    if wrong:
+        facts = (
+            f"{len(wrong)} of {len(model.computing)} layers run otherwise: {wrong[0].name} in {wrong[0].runtime_type}"
+        )
+    return Finding(f"every layer in {target.precision}", not wrong and bool(model.computing), facts)

@@ -13,11 +13,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kdexport.backends.base import Finding
 from kdexport.errors import AuditError, BackendUnavailableError, first_line
+from kdexport.targets import Target, gpu_fingerprint
 
 CPU = "CPUExecutionProvider"
+
 CUDA = "CUDAExecutionProvider"
+
 TENSORRT = "TensorrtExecutionProvider"
+
 #: TF32 keeps 10 bits of the mantissa: a float32 graph would run in another precision than it says.
 _OPTIONS = {CUDA: {"use_tf32": "0"}}
 
@@ -140,3 +145,27 @@ def optimised_operators(path: Path) -> dict[str, int]:
         ort.InferenceSession(str(path), options, providers=[CPU])
         graph = onnx.load(options.optimized_model_filepath, load_external_data=False).graph
     return dict(sorted(Counter(node.op_type for node in graph.node).items()))
+
+
+def _onnx_lacks(target: Target) -> tuple[str, str] | None:
+    if target.precision == "bf16":
+        return (
+            "onnxruntime has no bfloat16 convolution",
+            "Build openvino-bf16 for a CPU with AMX or AVX512-BF16, or trt-rtx-bf16 for a GPU",
+        )
+    if target.precision == "fp16" and not gpu_fingerprint():
+        return (
+            "onnxruntime computes a float16 graph in float32 on a CPU, and this machine has no GPU",
+            "Build onnx-fp32 or onnx-int8 for a CPU",
+        )
+    return None
+
+
+def integer_kernels(path: Path, kept: int) -> Finding:
+    """onnxruntime runs every convolution and linear layer of an int8 file but the kept ones by an integer kernel."""
+    counts = optimised_operators(path)
+    real = {kind: counts.get(kind, 0) for kind in ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulInteger")}
+    left = {kind: counts.get(kind, 0) for kind in ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul")}
+    moves = {kind: counts.get(kind, 0) for kind in ("QuantizeLinear", "DequantizeLinear", "Transpose")}
+    facts = ", ".join(f"{count} {kind}" for kind, count in (real | left | moves).items() if count)
+    return Finding("integer kernels", sum(left.values()) == kept and sum(real.values()) > 0, facts)

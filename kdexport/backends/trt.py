@@ -3,6 +3,7 @@
 Each engine is built, and run, in a process of its own (``trt_build``).
 """
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -18,10 +19,29 @@ from numpy.typing import NDArray
 from kdexport.backends.trt_build import MODULES, EngineRequest
 from kdexport.backends.trt_layers import Engine, EngineLayer, parse_layer_table, require_precision
 from kdexport.errors import EngineBuildError
-from kdexport.targets import Target, unavailable
+from kdexport.targets import Target, gpu_fingerprint
+
+
+def _rtx_lacks(_target: Target) -> tuple[str, str] | None:
+    if importlib.util.find_spec("tensorrt_rtx") is None:
+        return "TensorRT-RTX is not installed", "pip install 'kdexport[trt-rtx]'"
+    return None
+
+
+def _trt_lacks(_target: Target) -> tuple[str, str] | None:
+    if importlib.util.find_spec("tensorrt") is None:
+        return (
+            "TensorRT is not installed",
+            "Install it from NVIDIA's package index (the packages tensorrt-cu13 or tensorrt, 10.13 to 11), or "
+            "build for trt-rtx instead, which needs no GPU at build time",
+        )
+    if not gpu_fingerprint():
+        return "TensorRT builds engines on a GPU, and this machine has none", "Run on a machine with an NVIDIA GPU"
+    return None
+
 
 __all__ = [
-    "Engine", "EngineLayer", "EngineRequest", "build_engine", "can_execute", "parse_layer_table", "require_precision",
+    "Engine", "EngineLayer", "EngineRequest", "build_engine", "parse_layer_table", "require_precision",
     "run_engine",
 ]  # fmt: skip
 
@@ -58,13 +78,6 @@ def _run_child(
         ) from None
 
 
-def can_execute(target: Target) -> bool:
-    """Whether an engine of ``target`` can run on this machine."""
-    from kdexport.targets import gpu_fingerprint
-
-    return unavailable(target) is None and bool(gpu_fingerprint())
-
-
 def run_engine(
     plan: Path, target: Target, images: NDArray[np.float32], batches: tuple[int, ...]
 ) -> NDArray[np.float32]:
@@ -89,7 +102,7 @@ def _run(plan: str, folder: str, batches: list[int]) -> None:
     from polygraphy.backend.common import BytesFromPath
     from polygraphy.backend.trt import EngineFromBytes, TrtRunner
 
-    from kdexport.verify.parity import run_in_batches
+    from kdexport.backends.base import run_in_batches
 
     images = np.load(Path(folder) / "images.npy")
     with TrtRunner(EngineFromBytes(BytesFromPath(plan))) as runner:

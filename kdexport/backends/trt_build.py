@@ -101,7 +101,7 @@ def _read(path: Path) -> bytes:
 
 def _save_timing_cache(config: Any, path: Path) -> None:
     """Add what this build measured to the shared file, together with what others have added meanwhile."""
-    from kdexport.workspace import exclusive
+    from kdexport.core.files import exclusive
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(path.with_suffix(".lock")):

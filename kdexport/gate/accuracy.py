@@ -1,4 +1,7 @@
-"""Does the candidate still give the reference's labels, and as many right ones? On real images, with exact bounds."""
+"""Does the candidate still give the reference's labels, and as many right ones? On real images, with exact bounds.
+
+What both bundles remember of the same validation images: accuracy gates then need no model.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -8,20 +11,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kdexport.backends.base import run_in_batches
 from kdexport.backends.ort import CUDA, load_model
+from kdexport.backends.runnable import open_on_host
 from kdexport.backends.trt import run_engine
-from kdexport.bundle import GOLDEN_LOGITS
-from kdexport.data import ImageSet, dataset_spec, open_dataset
-from kdexport.errors import BundleError, VerificationError
-from kdexport.gate.artifacts import Artifact, Bundle
-from kdexport.gate.bounds import ACCURACY_CONFIDENCE, Bound, bounded_share, drop_trials_needed, top1_drop, trials_needed
-from kdexport.gate.errors import MismatchError
-from kdexport.gate.runnable import open_on_host
-from kdexport.preprocessing import Preprocessing
+from kdexport.bundle.manifest import GOLDEN_LOGITS, MODEL, PLAN, TARGETS
+from kdexport.data.datasets import ImageSet, dataset_spec, open_dataset
+from kdexport.data.preprocessing import Preprocessing
+from kdexport.errors import BundleError, MismatchError, VerificationError
+from kdexport.gate.arms import Artifact, Bundle
+from kdexport.stats.proportions import (
+    ACCURACY_CONFIDENCE,
+    Bound,
+    bounded_share,
+    drop_trials_needed,
+    top1_drop,
+    trials_needed,
+)
 from kdexport.targets import parse_target
-from kdexport.verify.parity import run_in_batches
+from kdexport.verify.task_record import TaskRecord, load_record
 
 _CHUNK = 256
+
 _Logits = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 
@@ -154,11 +165,60 @@ def accuracy_gates(
         return []
     images = None if data is None else labelled_images(arms[-1][1], data)
     if not on_gpu or all(parse_target(arm.target).needs_engine for arm, _ in arms):
-        from kdexport.gate.stored import stored_outputs
-
         stored = stored_outputs(arms, None if images is None else images.images.fingerprint())
         if stored is not None:
             return judge_accuracy(stored.reference, stored.candidate, stored.labels, limits, "stored outputs")
     images = images or labelled_images(arms[-1][1], None)
     reference, candidate = (predictions(arm, bundle, images, threads, on_gpu=on_gpu) for arm, bundle in arms)
     return judge_accuracy(reference, candidate, images.images.labels, limits, images.source)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredOutputs:
+    """Labels (N,) of images, and what reference and candidate said about each when their bundles were built."""
+
+    reference: NDArray[np.integer[Any]]
+    candidate: NDArray[np.integer[Any]]
+    labels: NDArray[np.integer[Any]]
+
+
+def stored_outputs(arms: Sequence[tuple[Artifact, Bundle]], data_sha256: str | None) -> StoredOutputs | None:
+    """Outputs of both arms on the same images, None where a bundle lacks them or remembers other images.
+
+    ``data_sha256`` is the fingerprint of the images that were asked for: they must be those, and all of them.
+    """
+    described = [bundle.manifest.data.get("task") or {} for _, bundle in arms]
+    fingerprints = {entry.get("data_sha256") for entry in described}
+    if len(fingerprints) != 1 or None in fingerprints:
+        return None
+    if data_sha256 is not None and (
+        fingerprints != {data_sha256} or any(entry["images"] != entry.get("data_images") for entry in described)
+    ):
+        return None
+    records = [load_record(bundle.folder, bundle.manifest) for _, bundle in arms]
+    first, second = (None if record is None else record.reference for record in records)
+    if first is None or second is None or not np.array_equal(first.indices, second.indices):
+        return None
+    found = [_predictions(arm, bundle, record) for (arm, bundle), record in zip(arms, records, strict=True) if record]
+    if any(predictions is None for predictions in found):
+        return None
+    reference, candidate = found
+    assert reference is not None
+    assert candidate is not None
+    return StoredOutputs(reference, candidate, first.labels)
+
+
+def _predictions(arm: Artifact, bundle: Bundle, record: TaskRecord) -> NDArray[np.integer[Any]] | None:
+    if arm.variant == "unfused":
+        return record.reference.predictions
+    target = parse_target(arm.target)
+    if target.backend == "openvino":
+        name = f"{TARGETS}/{target}/{MODEL} on OpenVINO"
+    elif target.needs_engine:
+        name = f"{TARGETS}/{target}/{PLAN}"
+    else:
+        # Of files with one content, only the first was run.
+        same = (name for name in record.files if bundle.manifest.files.get(name) == arm.sha256)
+        name = next(same, "")
+    metrics = record.files.get(name)
+    return None if metrics is None else metrics.predictions

@@ -6,13 +6,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from kdexport.backends.runnable import require_runnable
 from kdexport.errors import ConfigError
-from kdexport.gate.artifacts import Artifact, Bundle, artifact, choose_target, open_bundle, require_batches
-from kdexport.gate.machine import require_cores, this_machine
-from kdexport.gate.numbers import BENCH_SCHEMA, write_anchor
+from kdexport.gate.arms import Artifact, Bundle, artifact, choose_target, open_bundle, require_batches
 from kdexport.gate.result import latency_json
-from kdexport.gate.runnable import require_runnable
-from kdexport.gate.trial import Number, Outcome, Plan, measure_all
+from kdexport.gate.sequential_test import Number, Outcome, Plan, measure_all
+from kdexport.gate.stored_latencies import BENCH_SCHEMA, write_anchor
+from kdexport.timing.machine import require_cores, this_machine
 
 _VARIANTS = ("fused", "unfused")
 
@@ -95,29 +95,3 @@ def _row(outcome: Outcome, plan: Plan) -> dict[str, Any]:
     """A row without what only a gate has."""
     data = latency_json(outcome, plan)
     return {key: value for key, value in data.items() if key not in ("verdict", "reason", "max_slowdown", "sentinels")}
-
-
-def show_bench(data: dict[str, Any]) -> None:
-    """A table on stdout."""
-    from kdexport.screen import _console, _table
-
-    console = _console()
-    arms = data["arms"]
-    columns = [f"{arm} ms" for arm in arms] + (["ratio", "99 % interval"] if len(arms) == 2 else [])
-    table = _table("clock", "batch", *columns, f"p99 of {arms[0]}, ms", "images/s", "sessions")
-    for row in data["latency"]:
-        p99 = row["p99_ms"]
-        high = "unbounded" if p99["high"] is None else f"{p99['high']:.3f}"
-        cells = [f"{row['candidate_ms']:.3f}"]
-        if len(arms) == 2:
-            interval = f"{row['low']:.3f} to {row['high']:.3f}"
-            cells += [f"{row['reference_ms']:.3f}", f"{row['ratio']:.3f}", interval]
-        cells += [
-            f"{p99['estimate']:.3f}, {p99['low']:.3f} to {high}",
-            f"{1e3 * row['batch'] / row['candidate_ms']:.0f}",
-        ]
-        table.add_row(row["clock"], str(row["batch"]), *cells, str(len(row["sessions"])))
-    console.print(table)
-    machine = data["machine"]
-    threads = data["latency"][0]["threads"]
-    console.print(f"{data['bundle']}, {data['target']}, {threads} of {machine['cores']} processors, {machine['cpu']}")

@@ -7,9 +7,9 @@ from typing import Any, Literal
 import numpy as np
 
 from kdexport.gate.accuracy import AccuracyResult
-from kdexport.gate.bounds import TAIL_CONFIDENCE, Bound, bounded_share, quantile_bounds, trials_needed
-from kdexport.gate.machine import Machine
-from kdexport.gate.trial import Outcome, Plan
+from kdexport.gate.sequential_test import Outcome, Plan
+from kdexport.stats.proportions import TAIL_CONFIDENCE, Bound, bounded_share, quantile_bounds, trials_needed
+from kdexport.timing.machine import Machine
 
 SCHEMA = "kdexport.gate/1"
 Word = Literal["PASS", "FAIL", "INCONCLUSIVE", "WARN"]

@@ -1,8 +1,15 @@
-"""What is in a graph, compared with what must be in it."""
+"""What is in a graph, compared with what must be in it.
+
+What is in a quantized graph: levels, scales and places, each against what it must be made of.
+
+What an audit says.
+"""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -10,17 +17,199 @@ import onnx
 from numpy.typing import DTypeLike, NDArray
 from onnx import TensorProto, numpy_helper
 
+from kdexport.backends.base import Finding
 from kdexport.errors import first_line
-from kdexport.graph.audit_int8 import quantized_findings
-from kdexport.graph.calibration import Range
 from kdexport.graph.export import INPUT, LOGITS
-from kdexport.graph.findings import Finding, Weights
 from kdexport.graph.precision import BF16_OPSET
+from kdexport.graph.tensor_ranges import Range
+
+_COMPUTING = ("Conv", "Gemm", "MatMul")
+
+#: A level is the nearest one: half a step off at most, but for the float32 in which the scale is stored.
+_HALF_STEP = 0.5 * (1 + 1e-4)
+
+_SCALE_ERROR = 1e-5
+
+#: Levels between the ends of a range.
+_STEPS = {"int8-u8": 255, "int8-s8": 127}
+
+_ZERO_TYPES = {"int8-u8": np.dtype(np.uint8), "int8-s8": np.dtype(np.int8)}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Graph:
+    nodes: list[onnx.NodeProto]
+    producers: dict[str, onnx.NodeProto]
+    stored: dict[str, NDArray[Any]]
+
+    @classmethod
+    def of(cls, model: onnx.ModelProto) -> "_Graph":
+        nodes = list(model.graph.node)
+        producers = {name: node for node in nodes for name in node.output}
+        return cls(nodes, producers, {item.name: numpy_helper.to_array(item) for item in model.graph.initializer})
+
+    def pair(self, name: str) -> onnx.NodeProto | None:
+        """The DequantizeLinear that makes ``name``, if one does."""
+        node = self.producers.get(name)
+        return node if node is not None and node.op_type == "DequantizeLinear" else None
+
+    def constant(self, name: str) -> "_Constant | None":
+        """``name`` as a stored tensor or a dequantized one."""
+        if name in self.stored:
+            return _Constant(name, self.stored[name].astype(np.float64), None)
+        node = self.pair(name)
+        if node is None or not all(part in self.stored for part in node.input):
+            return None
+        levels, scale, *zero = (self.stored[part].astype(np.float64) for part in node.input)
+        axis = next((item.i for item in node.attribute if item.name == "axis"), 1)
+        spread = [-1 if i == axis % max(levels.ndim, 1) else 1 for i in range(levels.ndim)]
+        step = scale if scale.ndim == 0 else scale.reshape(spread)
+        offset = zero[0].reshape(step.shape) if zero else 0.0
+        return _Constant(node.input[0].removesuffix("_quantized"), (levels - offset) * step, step)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Constant:
+    """A weight as the runtime sees it; ``step`` is the distance of its levels, None where it is no int8."""
+
+    name: str
+    values: NDArray[np.float64]
+    step: NDArray[np.float64] | None
+
+
+#: float32 weights of a folded student by name.
+Weights = Mapping[str, NDArray[np.float32]]
+
+
+def quantized_findings(
+    model: onnx.ModelProto, weights: Weights, *, form: str, ranges: Mapping[str, Range], kept: Sequence[str] = ()
+) -> list[Finding]:
+    """Findings on a file in ``form``: weights and biases, int8 around every convolution, and activation scales.
+
+    ``kept`` names the nodes that a precision plan keeps in float32: those and no others.
+    """
+    graph = _Graph.of(model)
+    return [_weights(graph, weights), _places(graph, form, kept), _scales(graph, form, ranges)]
+
+
+def _weights(graph: _Graph, weights: Weights) -> Finding:
+    """Each weight of the student is what some layer reads, within half a step; a bias likewise."""
+    constants = [
+        constant
+        for node in graph.nodes
+        if node.op_type in _COMPUTING
+        for name in node.input[1:]
+        if (constant := graph.constant(name)) is not None
+    ]
+    named = {constant.name: constant for constant in constants}
+    wrong = []
+    for name, expected in weights.items():
+        if name in named:
+            problem = _constant_difference(named[name], expected)
+        # The exporter drops a bias of zeros and shares equal tensors.
+        elif expected.any() and not any(_constant_difference(other, expected) == "" for other in constants):
+            problem = "absent"
+        else:
+            problem = ""
+        if problem:
+            wrong.append(f"{name} ({problem})")
+    fact = (
+        f"{len(weights)} tensors within half a step of their levels" if not wrong else f"layer {'; '.join(wrong[:3])}"
+    )
+    return Finding("weights", not wrong, fact)
+
+
+def _constant_difference(constant: _Constant, expected: NDArray[np.float32]) -> str:
+    if constant.values.shape != expected.shape:
+        return f"{list(constant.values.shape)} instead of {list(expected.shape)}"
+    change = np.abs(constant.values - expected.astype(np.float64))
+    allowed = np.zeros_like(change) if constant.step is None else np.broadcast_to(constant.step, change.shape)
+    wrong = ~(change <= _HALF_STEP * allowed)
+    if not wrong.any():
+        return ""
+    index = tuple(int(i) for i in np.unravel_index(np.argmax(np.where(wrong, change, 0)), change.shape))
+    count = f"{int(wrong.sum())} of {wrong.size} values"
+    return f"{count} are off by more than half a step, most by {change[index]:.3g} at {list(index)}"
+
+
+def _places(graph: _Graph, form: str, kept: Sequence[str]) -> Finding:
+    """Every layer that multiplies reads int8 on both sides, but for the kept ones, whose weights are float32."""
+    layers = [node for node in graph.nodes if node.op_type in _COMPUTING]
+    wrong = [f"there is no layer {name} to keep" for name in kept if name not in {node.name for node in layers}]
+    for node in layers:
+        wrong += _kept_fault(graph, node) if node.name in kept else _quantized_fault(graph, node)
+    wrong += [f"{name} is stored in float16 or bfloat16" for name, values in graph.stored.items() if _is_half(values)]
+    fact = f"{len(layers) - len(kept)} layers read int8 inputs and int8 weights"
+    if kept:
+        fact += f", {len(kept)} are kept in float32 by the plan"
+    return Finding(f"precision {form}", not wrong, "; ".join(wrong[:3]) or fact)
+
+
+def _kept_fault(graph: _Graph, node: onnx.NodeProto) -> list[str]:
+    # Its input may pass through levels: another layer may read the same tensor in int8.
+    if node.input[1] in graph.stored and graph.stored[node.input[1]].dtype == np.float32:
+        return []
+    return [f"{node.name} has no float32 weight, and the plan keeps it in float32"]
+
+
+def _quantized_fault(graph: _Graph, node: onnx.NodeProto) -> list[str]:
+    wrong = []
+    for side, name in zip(("input", "weight"), node.input, strict=False):
+        pair = graph.pair(name)
+        if pair is None:
+            wrong.append(f"{node.name} reads its {side} {name} in float32")
+        elif side == "weight" and graph.stored[pair.input[0]].dtype != np.int8:
+            wrong.append(f"{node.name} has weights in {graph.stored[pair.input[0]].dtype}")
+    return wrong
+
+
+def _is_half(values: NDArray[Any]) -> bool:
+    return values.dtype.name in ("float16", "bfloat16")
+
+
+def _scales(graph: _Graph, form: str, ranges: Mapping[str, Range]) -> Finding:
+    """Each activation's scale and zero point are those of its calibrated range."""
+    wrong: dict[str, str] = {}
+    checked = set()
+    for scale_name, scale, zero in _activation_scales(graph):
+        name = scale_name.removesuffix("_scale").removesuffix("_residual")
+        problem = _scale_problem(scale, zero, ranges.get(name), form)
+        checked.add(scale_name)
+        if problem:
+            wrong[scale_name] = f"{scale_name} {problem}"
+    fact = "; ".join(list(wrong.values())[:3]) or f"{len(checked)} activations have the scale of their calibrated range"
+    return Finding("scales", not wrong and bool(checked), fact)
+
+
+def _activation_scales(graph: _Graph) -> Iterator[tuple[str, NDArray[Any], NDArray[Any]]]:
+    for node in graph.nodes:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.input[0] not in graph.stored:
+            yield node.input[1], graph.stored[node.input[1]], graph.stored[node.input[2]]
+
+
+def _scale_problem(scale: NDArray[Any], zero: NDArray[Any], found: Range | None, form: str) -> str:
+    if found is None:
+        return "belongs to no calibrated tensor"
+    if zero.dtype != _ZERO_TYPES[form]:
+        return f"has levels in {zero.dtype}"
+    low, high = min(found.low, 0.0), max(found.high, 0.0)
+    span = high - low if form == "int8-u8" else max(-low, high)
+    step, offset = float(scale), int(zero)
+    # A tensor that is always zero has any scale.
+    if span > 0 and not abs(step * _STEPS[form] - span) <= _SCALE_ERROR * span:
+        return f"is {step:.6g}, its range makes {span / _STEPS[form]:.6g}"
+    wanted = round(-low / step) if form == "int8-u8" and span > 0 else (offset if span == 0 else 0)
+    if abs(offset - wanted) > int(form == "int8-u8"):
+        return f"has zero at {offset} instead of {wanted}"
+    return ""
+
 
 __all__ = ["Finding", "Weights", "audit_graph", "operator_counts"]
 
 _FORBIDDEN = {"BatchNormalization", "InstanceNormalization"}
+
 _TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+
 _DTYPES: dict[str, DTypeLike] = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto, helper
 
-from kdexport.bundle import PLAN, SERVED
 from kdexport.errors import AuditError, BackendUnavailableError, BundleError
 from kdexport.graph.export import BATCH, INPUT, LOGITS
 
 _SOURCES = {"trt": "TensorrtExecutionProvider", "trt-rtx": "NvTensorRTRTXExecutionProvider"}
+
 _DOMAIN = "com.microsoft"
 
 
@@ -44,18 +44,6 @@ def write_context(
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10, producer_name="kdexport")
     onnx.save(model, str(path))
     return model
-
-
-def wrap_plan(folder: Path, *, built_with: str, image_size: int, classes: int) -> str:
-    """Write ``served.onnx`` beside the TensorRT plan in ``folder``, or return why onnxruntime could not open it."""
-    try:
-        require_servable(built_with, provider_tensorrt_major())
-    except (AuditError, BackendUnavailableError) as error:
-        return error.message
-    write_context(
-        folder / PLAN, folder / SERVED, backend="trt", image_size=image_size, classes=classes, built_with=built_with
-    )
-    return ""
 
 
 def provider_tensorrt_major() -> int | None:

@@ -1,4 +1,7 @@
-"""ONNX to ONNX: the precision is written into the graph, where every backend reads the same thing."""
+"""ONNX to ONNX: the precision is written into the graph, where every backend reads the same thing.
+
+A bfloat16 file on a machine that has no bfloat16: its own weights and operators, rounded where it rounds.
+"""
 
 import logging
 from collections.abc import Sequence
@@ -12,11 +15,13 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from kdexport.backends.ort import import_onnxruntime
+from kdexport.core.console import quiet
 from kdexport.errors import AuditError
-from kdexport.graph.export import quiet
 
 FLOAT16_MAX = 65504.0
+
 BFLOAT16_MAX = (2 - 2**-7) * 2.0**127
+
 #: The first opset whose convolution takes bfloat16.
 BF16_OPSET = 22
 
@@ -141,3 +146,42 @@ def sorted_model(model: onnx.ModelProto) -> onnx.ModelProto:
     graph = onnx_ir.serde.deserialize_model(model)
     passes.TopologicalSortPass()(graph)
     return onnx_ir.serde.serialize_model(graph)
+
+
+def emulate_bf16(path: Path) -> bytes:
+    """The model of ``path`` in float32, stored values widened and every bfloat16 result rounded to it and back.
+
+    To be run without graph optimisation, which may take two casts for none.
+    """
+    model = onnx.load(str(path))
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True)
+    rounds = {v.name for v in inferred.graph.value_info if v.type.tensor_type.elem_type == TensorProto.BFLOAT16}
+    for item in model.graph.initializer:
+        if item.data_type == TensorProto.BFLOAT16:
+            values = numpy_helper.to_array(item).view(ml_dtypes.bfloat16).astype(np.float32)
+            item.CopyFrom(numpy_helper.from_array(values, item.name))
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        _widen_attributes(node)
+        names = [name for name in node.output if name in rounds]
+        node.output[:] = [_exact(name) if name in rounds else name for name in node.output]
+        nodes.append(node)
+        for name in names:
+            nodes.append(helper.make_node("Cast", [_exact(name)], [f"{name} rounded"], to=TensorProto.BFLOAT16))
+            nodes.append(helper.make_node("Cast", [f"{name} rounded"], [name], to=TensorProto.FLOAT))
+    del model.graph.node[:], model.graph.value_info[:]
+    model.graph.node.extend(nodes)
+    return bytes(model.SerializeToString())
+
+
+def _exact(name: str) -> str:
+    return f"{name} exact"
+
+
+def _widen_attributes(node: onnx.NodeProto) -> None:
+    for attribute in node.attribute:
+        if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.BFLOAT16:
+            attribute.i = TensorProto.FLOAT
+        if attribute.name == "value" and attribute.t.data_type == TensorProto.BFLOAT16:
+            values = numpy_helper.to_array(attribute.t).view(ml_dtypes.bfloat16).astype(np.float32)
+            attribute.t.CopyFrom(numpy_helper.from_array(values, attribute.t.name))

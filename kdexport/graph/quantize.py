@@ -18,9 +18,9 @@ import onnx
 from onnx import helper, numpy_helper
 
 from kdexport.backends.ort import import_onnxruntime
-from kdexport.graph.calibration import read_ranges
-from kdexport.graph.export import quiet
+from kdexport.core.console import quiet
 from kdexport.graph.precision import sorted_model
+from kdexport.graph.tensor_ranges import read_ranges
 
 Form = Literal["int8-u8", "int8-s8"]
 FORMS: tuple[Form, ...] = ("int8-u8", "int8-s8")

@@ -11,7 +11,7 @@ from kdexport.reparam.spec import BranchSpec
 if TYPE_CHECKING:
     from kdexport.reparam.algebra import fold_batch_norm, merge_branches
     from kdexport.reparam.blocks import attach_branches
-    from kdexport.reparam.fuse import FusedStudent, fuse_student
+    from kdexport.reparam.fold_student import FusedStudent, fuse_student
     from kdexport.reparam.program import FusedProgram, fuse_module
 
 __all__ = [

@@ -1,38 +1,18 @@
 """Modules that carry parallel branches while a student is trained."""
 
 import copy
-from collections.abc import Sequence
 from typing import cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kdexport.errors import ConfigError, UnknownNameError
 from kdexport.registry import nearest
+from kdexport.reparam.branches import Adapters, ParallelBranches
 from kdexport.reparam.spec import MAX_BRANCHES, BranchSpec
 from kdexport.students.student import Student
 
 __all__ = ["Adapters", "BranchSpec", "ParallelBranches", "attach_branches", "branch_paths"]
-
-
-class ParallelBranches(nn.Module):
-    """The uniform mean of m linear branches that share one input: (N,C,H,W) to (N,C',H',W').
-
-    Only the mean goes on through the network, so that training runs exactly what is exported.
-    """
-
-    def __init__(self, branches: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.branches = nn.ModuleList(branches)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N,C,H,W) to the mean of what the branches write, (N,C',H',W')."""
-        return torch.stack([cast(Tensor, branch(x)) for branch in self.branches]).mean(0)
-
-
-class Adapters(ParallelBranches):
-    """Branches appended after a feature; they fold into the one linear layer that reads them (placement R2)."""
 
 
 def branch_paths(student: Student, spec: BranchSpec) -> dict[str, str]:

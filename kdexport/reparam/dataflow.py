@@ -2,17 +2,254 @@
 
 Each value is a sum of paths of linear layers, from values that something else computes. A value that more than one
 operator reads is such a source, because it must exist anyway.
+
+Chains of linear layers between two places of a graph, what they cost, and when joining them is exact and cheaper.
 """
 
+import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import fx
+from torch import Tensor, fx
 
 from kdexport.errors import ReparamError
+from kdexport.reparam.compose import add, aligned_geometry, compose, composed_weights, concatenate
+from kdexport.reparam.convolution import Convolution, identity
 from kdexport.reparam.evaluation import Evaluation
-from kdexport.reparam.operators import Concat, Layer, Operator, Sum, Surroundings
-from kdexport.reparam.paths import Path, Reasons, Shapes, Stage, Term, extend, merge_terms, side_by_side
-from kdexport.reparam.reading import read
+from kdexport.reparam.operators import Concat, Layer, Operator, Sum, Surroundings, read
+
+#: Layers that multiply by weights; all others cost nothing as they are, and their kernel once they are a convolution.
+_WEIGHTED = {"convolution", "linear layer", "batch norm"}
+
+Shapes = dict[fx.Node, tuple[int, ...]]
+
+#: Why something that looks mergeable is not, by the node that it is about.
+Reasons = dict[fx.Node, str]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stage:
+    """One convolution to be: it maps the value of ``entry`` to the sum of the values of ``results``.
+
+    ``nodes`` compute that so far, ``kinds`` counts them; with ``border`` the stage pads by those values per channel and
+    is no convolution by itself. ``branches`` is the number of parallel paths that were merged into it.
+    """
+
+    conv: Convolution
+    entry: fx.Node
+    nodes: tuple[fx.Node, ...]
+    results: tuple[fx.Node, ...]
+    kinds: Counter[str]
+    border: Tensor | None = None
+    branches: int = 1
+
+    @property
+    def weights(self) -> int:
+        """Weights that the layers of this stage multiply by."""
+        return self.conv.weight.numel() if any(kind in _WEIGHTED for kind in self.kinds) else 0
+
+    def macs(self, shapes: Shapes) -> int:
+        """Multiply-accumulates per image."""
+        return self.weights * math.prod(shapes[self.results[0]][2:])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Path:
+    """``stages`` after each other, from the value of ``source``; without a stage it is that value."""
+
+    source: fx.Node
+    stages: tuple[Stage, ...] = ()
+
+
+def stage_of(layer: Layer) -> Stage:
+    """A layer by itself."""
+    return Stage(layer.conv, layer.source, layer.nodes, layer.nodes[-1:], Counter([layer.kind]), layer.border)
+
+
+def describe(stage: Stage) -> str:
+    """What was merged, for people."""
+    if set(stage.kinds) == {"batch norm"} and stage.branches == 1:
+        return "batch norm alone, now a depthwise 1x1 convolution"
+    counted = [(kind, count) for kind, count in stage.kinds.items() if kind != "identity"]
+    parts = " + ".join(kind if count == 1 else f"{count} {kind}s" for kind, count in counted)
+    return f"{stage.branches} branches: {parts}" if stage.branches > 1 else parts
+
+
+def extend(path: Path, layer: Layer, shapes: Shapes, reasons: Reasons) -> Path:
+    """``path`` with ``layer`` behind, joined with the stages before it where that is exact and not dearer.
+
+    Why an affordable join is not exact is noted in ``reasons``, by the later layer's node.
+    """
+    stages = (*path.stages, stage_of(layer))
+    while len(stages) > 1:
+        taken, joined = 2, _join(stages[-2:], shapes, reasons)
+        # A padding alone can join neither neighbour and still join both.
+        if joined is None and len(stages) > 2 and set(stages[-2].kinds) == {"padding"}:
+            taken, joined = 3, _join(stages[-3:], shapes, reasons)
+        if joined is None:
+            break
+        for stage in stages[-taken:]:
+            reasons.pop(stage.results[0], None)
+        stages = (*stages[:-taken], joined)
+    return Path(path.source, stages)
+
+
+def _join(stages: Sequence[Stage], shapes: Shapes, reasons: Reasons) -> Stage | None:
+    weights, macs = sum(s.weights for s in stages), sum(s.macs(shapes) for s in stages)
+    positions = math.prod(shapes[stages[-1].results[0]][2:])
+    try:
+        conv = collapse(stages, min(weights, macs // positions))
+    except ReparamError as error:
+        reasons[stages[-1].results[0]] = error.message
+        return None
+    if conv is None:
+        return None
+    kinds = sum((s.kinds for s in stages), Counter[str]())
+    nodes = tuple(node for stage in stages for node in stage.nodes)
+    branches = max(stage.branches for stage in stages)
+    return Stage(conv, stages[0].entry, nodes, stages[-1].results, kinds, branches=branches)
+
+
+def collapse(stages: Sequence[Stage], budget: int) -> Convolution | None:
+    """All stages as one convolution, or None where it would hold more than ``budget`` weights.
+
+    Raises ``ReparamError`` where there is no exact one.
+    """
+    if stages[0].border is not None:
+        raise ReparamError(
+            "A padding with a constant other than zero follows no layer whose shift it could be.",
+            remedy="Pad with zeros, or pad the output of a layer with its shift.",
+        )
+    conv = stages[0].conv
+    for stage in stages[1:]:
+        if composed_weights(conv, stage.conv) > budget:
+            return None
+        conv = compose(conv, stage.conv, stage.border)
+    return conv
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Term:
+    """A path that is summed with coefficient ``factor``; ``leaves`` are the summands of the graph it stands for."""
+
+    path: Path
+    factor: float
+    leaves: tuple[fx.Node, ...]
+
+
+def merge_terms(terms: Sequence[Term], node: fx.Node, shapes: Shapes, reasons: Reasons) -> list[Term] | None:
+    """Terms of the sum ``node``; those of one source are merged where it is exact and no dearer, others stay.
+
+    Terms with coefficients merge all together or, None, not at all: a part of them would need its own multiplication.
+    """
+    budget = sum(s.weights for term in terms for s in term.path.stages)
+    whole, kept = [], []
+    for term in terms:
+        conv = _as_one(term, budget, shapes, reasons)
+        if conv is None:
+            kept.append(term)
+        else:
+            whole.append((term, conv))
+    alone = not kept and len({term.path.source for term, _ in whole}) == 1
+    if alone:
+        merged = _merge(whole, node, shapes, reasons, all_of_them=True)
+        if merged is not None:
+            return [merged[0]]
+    if any(term.factor != 1 for term in terms):
+        return None
+    while True:
+        pair = _best_pair(whole, node, shapes)
+        merged = None if pair is None else _merge(pair, node, shapes, reasons)
+        if pair is None or merged is None:
+            return [*(term for term, _ in whole), *kept]
+        whole = [item for item in whole if item[0] not in (pair[0][0], pair[1][0])] + [merged]
+
+
+def _as_one(term: Term, budget: int, shapes: Shapes, reasons: Reasons) -> Convolution | None:
+    shape = shapes[term.path.source]
+    if not term.path.stages:
+        return identity(shape[1], len(shape) - 2)
+    try:
+        return collapse(term.path.stages, budget)
+    except ReparamError as error:
+        reasons[term.leaves[0]] = error.message
+        return None
+
+
+Whole = tuple[Term, Convolution]
+
+
+def _best_pair(whole: Sequence[Whole], node: fx.Node, shapes: Shapes) -> tuple[Whole, Whole] | None:
+    best, saved = None, -1
+    for index, one in enumerate(whole):
+        for two in whole[:index]:
+            if one[0].path.source is two[0].path.source:
+                gain = _saving((two, one), node, shapes)
+                if gain is not None and gain > saved:
+                    best, saved = (two, one), gain
+    return best
+
+
+def _saving(whole: Sequence[Whole], node: fx.Node, shapes: Shapes) -> int | None:
+    """Multiply-accumulates that merging saves, None where it is not exact or costs more of them, or more weights."""
+    convs = [conv for _, conv in whole]
+    try:
+        kernel = aligned_geometry(convs)[0]
+    except ReparamError:
+        return None
+    groups = math.gcd(*(conv.groups for conv in convs))
+    weights = convs[0].out_channels * convs[0].in_channels // groups * math.prod(kernel)
+    stages = [stage for term, _ in whole for stage in term.path.stages]
+    if weights > sum(stage.weights for stage in stages):
+        return None
+    saving = sum(stage.macs(shapes) for stage in stages) - weights * math.prod(shapes[node][2:])
+    return saving if saving >= 0 else None
+
+
+def _merge(
+    whole: Sequence[Whole], node: fx.Node, shapes: Shapes, reasons: Reasons, *, all_of_them: bool = False
+) -> Whole | None:
+    try:
+        aligned_geometry([conv for _, conv in whole])
+    except ReparamError as error:
+        reasons[node] = error.message
+        return None
+    if _saving(whole, node, shapes) is None:
+        reasons[node] = "One convolution in the place of these branches would cost more multiply-accumulates."
+        return None
+    conv = add(*(conv for _, conv in whole), coefficients=[term.factor for term, _ in whole])
+    leaves = tuple(leaf for term, _ in whole for leaf in term.leaves)
+    results = (node,) if all_of_them else leaves
+    source = whole[0][0].path.source
+    kinds = sum((s.kinds for term, _ in whole for s in term.path.stages), Counter[str]())
+    branches = sum(max((s.branches for s in term.path.stages), default=1) for term, _ in whole)
+    nodes = tuple(n for term, _ in whole for s in term.path.stages for n in s.nodes)
+    stage = Stage(conv, source, nodes, results, kinds, branches=branches)
+    return Term(Path(source, (stage,)), 1.0, results), conv
+
+
+def side_by_side(paths: Sequence[Path], node: fx.Node, shapes: Shapes) -> Path | None:
+    """Paths of one source that are concatenated along the channels, as one where it is exact and no dearer."""
+    stages = [stage for path in paths for stage in path.stages]
+    if len({path.source for path in paths}) > 1 or any(not path.stages for path in paths):
+        return None
+    budget = sum(stage.weights for stage in stages)
+    try:
+        convs = [collapse(path.stages, budget) for path in paths]
+        whole = [conv for conv in convs if conv is not None]
+        kernel = aligned_geometry(whole)[0]
+    except ReparamError:
+        return None
+    channels = sum(conv.out_channels for conv in whole)
+    weights = channels * whole[0].in_channels * math.prod(kernel) if len(whole) == len(convs) else budget + 1
+    macs = sum(stage.macs(shapes) for stage in stages)
+    if weights > budget or weights * math.prod(shapes[node][2:]) > macs:
+        return None
+    kinds = sum((stage.kinds for stage in stages), Counter[str]())
+    nodes = tuple(item for stage in stages for item in stage.nodes)
+    merged = Stage(concatenate(*whole), paths[0].source, nodes, (node,), kinds, branches=len(paths))
+    return Path(paths[0].source, (merged,))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,7 +10,7 @@ from torch.export import Dim, ExportedProgram
 
 from kdexport.errors import ReparamError, first_line
 from kdexport.reparam.operators import CONVS, LINEARS
-from kdexport.reparam.refusals import refuse_hooks, require_eval
+from kdexport.reparam.structure import refuse_hooks, require_eval
 
 _ATEN = torch.ops.aten
 _BATCH = "batch"

@@ -17,8 +17,7 @@ from kdexport.reparam.dataflow import LeftAlone, find_merges
 from kdexport.reparam.evaluation import Evaluation
 from kdexport.reparam.exported import export_module, functional_graph, reexport
 from kdexport.reparam.operators import CONVS, LINEARS, arguments
-from kdexport.reparam.rewrite import rewrite
-from kdexport.reparam.settling import round_merged, settle
+from kdexport.reparam.rewrite import rewrite, round_merged, settle
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,7 +1,13 @@
-"""Finds by dataflow what can be folded in a module, and refuses what cannot be folded exactly."""
+"""Finds by dataflow what can be folded in a module, and refuses what cannot be folded exactly.
+
+Finds the layer into which adapters fold, or says what stands in the way.
+
+What is refused before a fold, each with its reason: an exact fold or none.
+"""
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import fx, nn
@@ -9,18 +15,192 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kdexport.errors import ReparamError
-from kdexport.reparam.absorb import absorbing_layer, batch_norm_of
-from kdexport.reparam.blocks import Adapters, ParallelBranches
-from kdexport.reparam.refusals import (
-    refuse_hooks,
-    refuse_parametrization,
-    refuse_reuse,
-    refuse_shared,
-    require_eval,
-    require_positional,
-    require_same_geometry,
-    require_statistics,
-)
+from kdexport.reparam.branches import Adapters, ParallelBranches
+
+_POOLING = {functional.adaptive_avg_pool2d}
+
+_TRANSPARENT = {torch.flatten, functional.dropout}
+
+_MOVES_CHANNELS = {"view", "reshape", "transpose", "permute", "chunk", "split", "channel_shuffle", "pixel_shuffle"}
+
+_USE_R1 = "Let branches take the place of this stage's own convolution instead (placement R1)."
+
+
+def absorbing_layer(module: nn.Module, node: fx.Node, conv: nn.Conv2d, calls: Counter[int]) -> fx.Node:
+    """The call of the layer that alone reads the adapters called at ``node``, whose branches look like ``conv``.
+
+    That is the linear layer after global average pooling, or an ungrouped convolution directly after them that reads
+    no padded zeros. Raises ``ReparamError`` that names what lies between, or why the reader cannot take them in.
+    """
+    path, pooled, current = str(node.target), False, node
+    while True:
+        current = _only_user(path, current)
+        layer = module.get_submodule(str(current.target)) if current.op == "call_module" else None
+        if isinstance(layer, nn.Linear) and pooled:
+            require_pointwise(conv, path, "the pooling after it")
+            break
+        if isinstance(layer, nn.Conv2d) and not pooled:
+            require_pointwise(conv, path, f"convolution {current.target}, whose kernel would grow")
+            _require_takes_in(path, str(current.target), layer)
+            break
+        is_pool = isinstance(layer, nn.AdaptiveAvgPool2d) or current.target in _POOLING
+        if is_pool and _pools_to_one(current, layer):
+            pooled = True
+        elif not isinstance(layer, nn.Dropout | nn.Identity | nn.Flatten) and current.target not in _TRANSPARENT:
+            _refuse_between(path, current, layer)
+    name = str(current.target)
+    require_positional(current)
+    refuse_reuse(name, calls[id(layer)])
+    refuse_parametrization(cast(nn.Module, layer), name)
+    return current
+
+
+def batch_norm_of(module: nn.Module, layer: fx.Node) -> str | None:
+    """The path of the batch norm that alone reads the output of ``layer``, None where there is none."""
+    users = list(layer.users)
+    if len(users) != 1 or users[0].op != "call_module":
+        return None
+    name = str(users[0].target)
+    return name if isinstance(module.get_submodule(name), _BatchNorm) else None
+
+
+def _only_user(path: str, node: fx.Node) -> fx.Node:
+    users = list(node.users)
+    if len(users) == 1:
+        return users[0]
+    names = ", ".join(str(user.target) if user.op == "call_module" else user.name for user in users) or "none"
+    raise ReparamError(
+        f"The output of adapter {path} has {len(users)} users ({names}); adapters fold into exactly one layer.",
+        remedy=_USE_R1,
+    )
+
+
+def _require_takes_in(path: str, name: str, reader: nn.Conv2d) -> None:
+    if reader.groups != 1:
+        raise ReparamError(
+            f"Adapter {path} is read by {name}, which has {reader.groups} groups and the adapter has one: the fold "
+            f"would be an ungrouped convolution with {reader.groups} times the operations.",
+            remedy=_USE_R1,
+        )
+    pads = any(reader.kernel_size[d] > 1 for d in (0, 1)) if reader.padding == "same" else _nonzero(reader.padding)
+    if pads and reader.padding_mode == "zeros":
+        raise ReparamError(
+            f"Adapter {path} is read by {name}, which pads zeros around the adapter's output: the shift of the "
+            "adapter's batch norms is missing at the border, and no single convolution has such a border.",
+            remedy=_USE_R1,
+        )
+
+
+def _nonzero(padding: Any) -> bool:
+    return padding != "valid" and any(size > 0 for size in padding)
+
+
+def _refuse_between(path: str, node: fx.Node, layer: nn.Module | None) -> None:
+    what = type(layer).__name__ if layer is not None else getattr(node.target, "__name__", str(node.target))
+    shuffles = what in _MOVES_CHANNELS or isinstance(layer, nn.ChannelShuffle)
+    reason = "which moves channels or positions" if shuffles else "which does not commute with a linear map"
+    raise ReparamError(
+        f"Between adapter {path} and the layer that reads it lies {what}, {reason}.",
+        remedy="R2 adapters need a 1x1 convolution, or global average pooling and a linear classifier, directly after "
+        "them; use R1.",
+    )
+
+
+def _pools_to_one(node: fx.Node, layer: nn.Module | None) -> bool:
+    size: Any = layer.output_size if isinstance(layer, nn.AdaptiveAvgPool2d) else node.args[1]
+    return size in (1, (1, 1))
+
+
+def require_eval(module: nn.Module) -> None:
+    """Every submodule is in evaluation mode."""
+    for name, child in module.named_modules():
+        if child.training:
+            raise ReparamError(
+                f"{name or type(module).__name__} is in training mode: its batch norms would use the batch's "
+                "statistics.",
+                remedy="Call .eval() on the module first; comparing in training mode is the commonest false alarm.",
+            )
+
+
+def require_same_geometry(convs: list[nn.Conv2d], path: str) -> None:
+    """Branches that are summed share everything but their weights."""
+
+    def geometry(conv: nn.Conv2d) -> tuple[Any, ...]:
+        return conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode, tuple(conv.weight.shape)
+
+    for index, conv in enumerate(convs):
+        if geometry(conv) != geometry(convs[0]):
+            raise ReparamError(
+                f"Branch {path}.branches.{index} has geometry {geometry(conv)}, branch 0 has {geometry(convs[0])}.",
+                remedy="Branches are summed into one convolution and must share stride, padding, dilation and groups.",
+            )
+
+
+def refuse_shared(name: str, node: fx.Node, count: int) -> None:
+    """The layer before a batch norm is called once and read by it alone."""
+    refuse_reuse(name, count)
+    if len(node.users) != 1:
+        raise ReparamError(
+            f"The output of {name} has {len(node.users)} users; after folding, the others would read another value.",
+            remedy="Give the batch norm a layer of its own.",
+        )
+
+
+def refuse_reuse(name: str, count: int) -> None:
+    """A module that is folded has one place in the forward pass."""
+    if count > 1:
+        raise ReparamError(
+            f"{name} is called at {count} places of the forward pass; one set of weights cannot hold {count} folds.",
+            remedy="Give each place its own module.",
+        )
+
+
+def refuse_parametrization(module: nn.Module, name: str) -> None:
+    """A module that is folded has no parametrization that computes its weight anew."""
+    if nn.utils.parametrize.is_parametrized(module):
+        raise ReparamError(
+            f"{name} is parametrized, so its weight is computed anew in each pass.",
+            remedy="Call torch.nn.utils.parametrize.remove_parametrizations first.",
+        )
+
+
+def require_positional(node: fx.Node) -> None:
+    """A module is called with one positional argument."""
+    if len(node.args) != 1 or node.kwargs:
+        raise ReparamError(
+            f"{node.target} is not called with one positional argument.", remedy=f"Call {node.target}(x) in forward()."
+        )
+
+
+def require_statistics(batch_norm: nn.Module, name: str) -> None:
+    """A batch norm keeps running statistics."""
+    if cast(_BatchNorm, batch_norm).running_mean is None:
+        raise ReparamError(
+            f"{name} keeps no running statistics: its output depends on the other images of the batch.",
+            remedy="Train with track_running_stats=True; there is no exact fold otherwise.",
+        )
+
+
+def require_pointwise(conv: nn.Conv2d, path: str, reader: str) -> None:
+    """An adapter acts on each position alike, so that it commutes with what reads it."""
+    pointwise = conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1
+    if not pointwise or conv.padding not in ((0, 0), "valid", "same"):
+        raise ReparamError(
+            f"The branches of adapter {path} are no plain 1x1 convolutions: {conv}. They do not fold into {reader}.",
+            remedy="Only an ungrouped, unpadded 1x1 convolution of stride 1 folds into the plain student's graph.",
+        )
+
+
+def refuse_hooks(module: nn.Module) -> None:
+    """No submodule carries a forward hook: it would run on traced values, or be dropped with what is folded."""
+    for name, child in module.named_modules():
+        if child._forward_hooks or child._forward_pre_hooks:
+            raise ReparamError(
+                f"{name or type(module).__name__} carries a forward hook, which folding would drop or run on its own "
+                "values.",
+                remedy="Remove the hook first.",
+            )
+
 
 _LINEAR_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 

@@ -12,10 +12,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from kdexport.serving import oip
-from kdexport.serving.classify import classify
-from kdexport.serving.errors import RequestError
-from kdexport.serving.infer import infer
+from kdexport.errors import RequestError
+from kdexport.serving import endpoints as oip
+from kdexport.serving.endpoints import classify, infer
 from kdexport.serving.metrics import CONTENT_TYPE
 from kdexport.serving.openapi import openapi
 from kdexport.serving.repository import parse_sources

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from kdexport.errors import DataError
-from kdexport.preprocessing import Preprocessing, decode
-from kdexport.serving.errors import RequestError
+from kdexport.data.preprocessing import Preprocessing, decode
+from kdexport.errors import DataError, RequestError
 from kdexport.serving.limits import Limits
 
 if TYPE_CHECKING:

@@ -10,15 +10,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdexport.backends.ort import CPU, OrtModel, load_model
-from kdexport.bundle import MANIFEST, MODEL, Manifest, changed_files, read_manifest
+from kdexport.backends.runnable import DEFAULT_TARGET, require_servable
+from kdexport.bundle.manifest import MANIFEST, MODEL, TARGETS, VERIFIED, Manifest, changed_files, read_manifest
 from kdexport.checkpoint import sha256_file
 from kdexport.errors import AuditError, BundleError, KdexportError, VerificationError
 from kdexport.serving.batching import UNKNOWN_PACE, Pace
-from kdexport.serving.golden import Golden, compare_golden
 from kdexport.serving.images import normalisation_table, normalise
 from kdexport.serving.limits import Limits
-from kdexport.serving.servable import DEFAULT_TARGET, require_servable, served_file
-from kdexport.serving.tensors import Signature
+from kdexport.serving.self_check import Golden, compare_golden
+from kdexport.serving.wire import Signature
+
+
+def served_file(manifest: Manifest, target: str) -> str:
+    """The file of ``target`` in its bundle; raises ``BundleError`` where it was not built or not verified."""
+    if target == DEFAULT_TARGET:
+        return MODEL
+    entry = manifest.targets.get(target)
+    if entry is None or entry["status"] != VERIFIED:
+        state = "was not built" if entry is None else f"is {entry['status']!r}, not verified"
+        raise BundleError(
+            f"{target} {state}; the bundle has {', '.join(sorted(manifest.targets)) or 'no target'}.",
+            remedy=f"Build it with --target {target}.",
+        )
+    return f"{TARGETS}/{target}/{MODEL}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)

@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from kdexport import __version__
-from kdexport.serving.protocol import InferRequest
+from kdexport.serving.wire import InferRequest
 
 _TENSOR = {
     "type": "object",

@@ -16,10 +16,9 @@ from typing import Any
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
-from kdexport.errors import KdexportError
+from kdexport.errors import KdexportError, ServerError
 from kdexport.serving.app import create_app, create_metrics_app
 from kdexport.serving.connection import Connection, Crowd
-from kdexport.serving.errors import ServerError
 from kdexport.serving.limits import Limits
 from kdexport.serving.metrics import Metrics
 from kdexport.serving.service import Service

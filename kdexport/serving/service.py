@@ -1,29 +1,68 @@
-"""Everything that outlives a request: models, instances, decoding threads, places, statistics."""
+"""Everything that outlives a request: models, instances, decoding threads, places, statistics.
+
+Who gets in before a byte of a body is read: so many requests, so many bytes; everyone else hears 429 at once.
+"""
 
 import asyncio
 import hmac
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from kdexport.backends.ort import CPU
-from kdexport.serving import cgroup
-from kdexport.serving.admission import Admission
+from kdexport.backends.runnable import DEFAULT_TARGET
+from kdexport.errors import RequestError, ServerError
+from kdexport.serving import limits as cgroup
 from kdexport.serving.batching import Instances
-from kdexport.serving.errors import RequestError, ServerError
 from kdexport.serving.images import PixelBudget
 from kdexport.serving.limits import MIB, Limits, MemoryBound, memory_bound
 from kdexport.serving.loading import LoadedModel
 from kdexport.serving.metrics import Metrics, ModelStatistics
 from kdexport.serving.repository import Change, Repository, Source
-from kdexport.serving.servable import DEFAULT_TARGET
+
+
+class Admission:
+    """Places and bytes of all requests that are inside; used on the event loop alone, so it needs no lock."""
+
+    def __init__(self, *, places: int, bodies: int) -> None:
+        self.places = places
+        self.bodies = bodies
+        self.inside = 0
+        self.held = 0
+
+    @contextmanager
+    def enter(self, size: int) -> Iterator[None]:
+        """A place and ``size`` bytes until the end of the block; raises ``RequestError`` with 429 where none is."""
+        if self.inside >= self.places:
+            raise RequestError(
+                f"{self.inside} requests are inside (up to {self.places} allowed); try again.",
+                status=429,
+                reason="busy",
+            )
+        if self.held + size > self.bodies and self.inside:
+            raise RequestError(
+                f"Bodies of {self.held:,} bytes are inside, {size:,} more are too many (up to {self.bodies:,} "
+                "allowed); try again.",
+                status=429,
+                reason="busy",
+            )
+        self.inside += 1
+        self.held += size
+        try:
+            yield
+        finally:
+            self.inside -= 1
+            self.held -= size
+
 
 _log = logging.getLogger("kdexport.serving")
 
 Arguments = ParamSpec("Arguments")
+
 Result = TypeVar("Result")
 
 

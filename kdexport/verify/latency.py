@@ -7,9 +7,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from kdexport.gate import statistics
-from kdexport.gate.session import Arm, Request, Session
-from kdexport.gate.sessions import pinned_cpus, run_session
+from kdexport.stats import sequential as statistics
+from kdexport.timing.session import Arm, Request, Session, pinned_cpus, run_session
 
 Verdict = Literal["not slower", "slower", "inconclusive"]
 _WORDS: dict[statistics.Verdict, Verdict] = {"PASS": "not slower", "FAIL": "slower", "INCONCLUSIVE": "inconclusive"}

@@ -7,62 +7,22 @@ D  the task, on the validation set: see ``task``.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kdexport.backends.base import Logits
 from kdexport.errors import first_line
 from kdexport.graph.precision import FLOAT16_MAX
-from kdexport.policy import AlgebraPolicy, Fp32Policy, LowPolicy
 from kdexport.reparam.certificate import Certificate
+from kdexport.verify.check import Check, check_at_most
+from kdexport.verify.policy import AlgebraPolicy, Fp32Policy, LowPolicy
 from kdexport.verify.reference import Probes, Reference
 
 _ALGEBRA, _FP32, _LOW = AlgebraPolicy(), Fp32Policy(), LowPolicy()
+
 _ULP = float(np.finfo(np.float32).eps)
-
-Logits = Callable[[NDArray[np.float32]], NDArray[np.float32]]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Check:
-    """One comparison: ``measured`` against ``allowed``, both in ``unit``; ``detail`` names the layer or input."""
-
-    rung: str
-    subject: str
-    name: str
-    holds: bool
-    measured: float
-    allowed: float
-    unit: str
-    detail: str = ""
-    #: Neither shown nor refuted by this number of images; the policy decides whether it holds.
-    undecided: bool = False
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object; a number that is not finite becomes null, because JSON has none."""
-        return {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in asdict(self).items()
-        }
-
-
-def check_at_most(
-    rung: str, subject: str, name: str, measured: float, allowed: float, *, unit: str, detail: str = ""
-) -> Check:
-    """A check that ``measured`` <= ``allowed``; NaN never holds."""
-    return Check(
-        rung=rung,
-        subject=subject,
-        name=name,
-        holds=bool(measured <= allowed),
-        measured=float(measured),
-        allowed=float(allowed),
-        unit=unit,
-        detail=detail,
-    )
 
 
 def rung_a(
@@ -182,16 +142,6 @@ def check_repeatable(subject: str, logits: Logits, probes: Probes, batch: int) -
         check_at_most("run", subject, "same input twice", again, 0.0, unit="abs"),
         check_at_most("run", subject, "channels-last input", layout, 0.0, unit="abs"),
     ]
-
-
-def run_in_batches(logits: Logits, images: NDArray[np.float32], batches: tuple[int, ...]) -> NDArray[np.float32]:
-    """Logits of all images, taken in batches of the given sizes in turn, so that every size is on the ladder."""
-    parts, start, turn = [], 0, 0
-    while start < len(images):
-        size = batches[turn % len(batches)]
-        parts.append(logits(images[start : start + size]))
-        start, turn = start + size, turn + 1
-    return np.concatenate(parts)
 
 
 def _worst(difference: NDArray[np.floating[Any]]) -> int:

@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kdexport.preprocessing import Preprocessing
-from kdexport.search.layers import PLAIN, LayerPlan
+from kdexport.data.preprocessing import Preprocessing
+from kdexport.graph.plan import PLAIN, LayerPlan
 from kdexport.verify.simulation import Simulation
 
 #: Images of one pass through a torch model.

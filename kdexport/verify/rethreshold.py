@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdexport.bundle import Manifest
+from kdexport.bundle.manifest import Manifest
 from kdexport.errors import BundleError, ConfigError
 from kdexport.graph.precision import FLOAT16_MAX
-from kdexport.policy import Change, Policy, load_policy, policy_changes, stored_policy
-from kdexport.verify.parity import Check
-from kdexport.verify.replay import stored_task
-from kdexport.verify.subjects import check_integrity
-from kdexport.verify.verdict import Verdict
+from kdexport.verify.check import Check
+from kdexport.verify.policy import Change, Policy, load_policy, policy_changes, stored_policy
+from kdexport.verify.student_checks import check_integrity
+from kdexport.verify.verdict import Verdict, stored_task
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kdexport.search.layers import PLAIN, LayerPlan
+from kdexport.graph.plan import PLAIN, LayerPlan
 
 _ATEN = torch.ops.aten
 _MULTIPLYING = {_ATEN.convolution.default, _ATEN.addmm.default, _ATEN.mm.default}

@@ -12,10 +12,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from kdexport.gate.bounds import drop_trials_needed, trials_needed
-from kdexport.policy import Policy, TaskPolicy
-from kdexport.verify.parity import Check, check_at_most
-from kdexport.verify.statistics import Interval, paired_accuracy, proportion_interval
+from kdexport.stats.logits import kl_divergence
+from kdexport.stats.proportions import Interval, drop_trials_needed, paired_accuracy, proportion_interval, trials_needed
+from kdexport.verify.check import Check, check_at_most
+from kdexport.verify.policy import Policy, TaskPolicy
 
 Claim = Literal["shown", "refuted", "open"]
 
@@ -76,21 +76,6 @@ def task_metrics(
         errors=np.abs(other - exact).max(axis=1).astype(np.float32),
         unit_error=unit_error,
     )
-
-
-def kl_divergence(reference: NDArray[np.float64], other: NDArray[np.float64]) -> NDArray[np.float64]:
-    """KL(softmax(reference) || softmax(other)) per row of logits (N,K), in nats; never below zero."""
-    with np.errstate(invalid="ignore", over="ignore"):
-        log_p, log_q = _log_softmax(reference), _log_softmax(other)
-        divergence = np.sum(np.exp(log_p) * (log_p - log_q), axis=1)
-    result: NDArray[np.float64] = np.maximum(divergence, 0.0)
-    return result
-
-
-def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return result
 
 
 def rung_d(subject: str, metrics: TaskMetrics, reference: TaskReference, limits: Policy) -> list[Check]:

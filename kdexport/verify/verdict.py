@@ -1,4 +1,7 @@
-"""The whole verification of a bundle folder; only its success makes a ``VerifiedBundle``."""
+"""The whole verification of a bundle folder; only its success makes a ``VerifiedBundle``.
+
+Verification of a finished bundle from its own files alone.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,15 +10,17 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kdexport.bundle import Manifest, onnx_files
-from kdexport.errors import VerificationError
-from kdexport.verify.collapse import explain_collapse
-from kdexport.verify.files import engine_checks, onnx_checks, openvino_checks
-from kdexport.verify.parity import Check
-from kdexport.verify.subjects import student_checks
-from kdexport.verify.validation import TaskImages, TaskRecord, measure_task, task_checks
+from kdexport.bundle.manifest import TASK, Manifest, onnx_files, read_golden
+from kdexport.errors import BundleError, DataError, VerificationError
+from kdexport.verify.check import Check, check_at_most
+from kdexport.verify.int8_collapse import explain_collapse
+from kdexport.verify.policy import Policy, stored_policy
+from kdexport.verify.student_checks import check_algebra, check_golden, check_integrity, student_checks
+from kdexport.verify.target_checks import engine_checks, onnx_checks, openvino_checks
+from kdexport.verify.task_record import TaskImages, TaskRecord, load_record, measure_task, task_checks
 
 _SEAL = object()
+
 _BUILD_AGAIN = (
     "This is not the student that was trained. `kdexport explain-failure` names the place; `kdexport explain KDX330` "
     "says what the rungs mean."
@@ -100,3 +105,44 @@ def verify_folder(
     record, faults = measure_task(subject, task, progress)
     checks, remedy = explain_collapse(subject, [*checks, *faults, *task_checks(record, subject.policy)])
     return Verdict(tuple(checks), record, remedy)
+
+
+def replay(folder: Path, manifest: Manifest, progress: Callable[[str], None]) -> Verdict:
+    """Files, golden images from their bytes, and the whole ladder on them; a failure stops no later check."""
+    checks, pixels = _files(folder, manifest, progress)
+    if pixels is None:
+        return Verdict(tuple(checks))
+    progress("golden images")
+    checks += check_golden(folder, manifest, pixels)
+    checks += verify_folder(folder, manifest, pixels, progress=progress).checks
+    progress("task, as stored")
+    return Verdict((*checks, *stored_task(folder, manifest, stored_policy(manifest.data))))
+
+
+def stored_task(folder: Path, manifest: Manifest, policy: Policy) -> list[Check]:
+    """Rung D decided again from the per-image results in the bundle, without the images and without a model."""
+    try:
+        record = load_record(folder, manifest)
+    except BundleError as error:
+        return [check_at_most("D", TASK, "readable", 1, 0, unit="faults", detail=error.message)]
+    return [] if record is None else task_checks(record, policy)
+
+
+def replay_algebra(folder: Path, manifest: Manifest, progress: Callable[[str], None]) -> Verdict:
+    """Files and rung A alone, with one check per folded block."""
+    checks, pixels = _files(folder, manifest, progress)
+    if pixels is None:
+        return Verdict(tuple(checks))
+    progress("algebra in float64")
+    return Verdict((*checks, *check_algebra(folder, manifest, pixels)))
+
+
+def _files(
+    folder: Path, manifest: Manifest, progress: Callable[[str], None]
+) -> tuple[list[Check], NDArray[np.uint8] | None]:
+    progress("files")
+    checks = check_integrity(folder, manifest)
+    try:
+        return checks, read_golden(folder, manifest)
+    except DataError as error:
+        return [*checks, check_at_most("golden", "images", "readable", 1, 0, unit="faults", detail=error.message)], None

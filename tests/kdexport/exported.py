@@ -15,7 +15,7 @@ from torch import nn
 from kdexport.graph.export import export_onnx
 from kdexport.graph.precision import cast_to_fp16
 from kdexport.reparam.blocks import attach_branches
-from kdexport.reparam.fuse import fuse_student
+from kdexport.reparam.fold_student import fuse_student
 from kdexport.reparam.spec import BranchSpec
 from kdexport.students import STUDENTS, Student
 from tests.kdexport.hostile import randomize

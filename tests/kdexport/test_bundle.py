@@ -13,13 +13,12 @@ import torch
 from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 
-from kdexport.bundle import hash_files, read_golden, read_manifest
+from kdexport.bundle.manifest import hash_files, read_golden, read_manifest
 from kdexport.errors import BundleError
-from kdexport.reparam import fuse
+from kdexport.reparam import fold_student as fuse
 from kdexport.reparam.algebra import fold_batch_norm
-from kdexport.verify.replay import replay
-from kdexport.verify.subjects import check_algebra
-from kdexport.verify.verdict import VerifiedBundle
+from kdexport.verify.student_checks import check_algebra
+from kdexport.verify.verdict import VerifiedBundle, replay
 from tests.conftest import Built, Command
 
 ONNX_FILES = ("model.onnx", "targets/onnx-fp32/model.onnx", "targets/trt-rtx-fp16/model.onnx")

@@ -9,14 +9,13 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from kdexport import stages
 from kdexport.artifacts import OnnxModel
-from kdexport.bundle import RANGES
-from kdexport.calibration import Calibration
-from kdexport.config import CalibrationSettings
-from kdexport.data import DatasetSpec
-from kdexport.graph.calibration import read_ranges
-from kdexport.preprocessing import Preprocessing
+from kdexport.build import stages
+from kdexport.bundle.manifest import RANGES
+from kdexport.data.calibration_images import Calibration, CalibrationSettings
+from kdexport.data.datasets import DatasetSpec
+from kdexport.data.preprocessing import Preprocessing
+from kdexport.graph.tensor_ranges import read_ranges
 from kdexport.workspace import Workspace
 from tests.kdexport.exported import small_graph, small_weights
 

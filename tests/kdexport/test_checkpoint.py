@@ -17,8 +17,8 @@ from kdexport.checkpoint import (
     save_checkpoint,
     sha256_file,
 )
+from kdexport.data.preprocessing import Preprocessing
 from kdexport.errors import CheckpointError, UnknownNameError
-from kdexport.preprocessing import Preprocessing
 from kdexport.reparam.spec import BranchSpec
 from tests.kdexport.hostile import noise, randomize
 

@@ -3,7 +3,8 @@ from typing import Any
 
 import pytest
 
-from kdexport.config import BuildConfig, Settings, find_config, load_config, parse, read_toml
+from kdexport.config import BuildConfig, find_config, load_config
+from kdexport.core.toml import Settings, parse, read_toml
 from kdexport.errors import ConfigError, KdexportError
 
 MINIMAL = 'student = "mobilenetv2"\nrecipe = "digits"\n'

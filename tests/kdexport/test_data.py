@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kdexport.data import DatasetSpec, ImageSet, dataset_spec, open_dataset, sources
+from kdexport.data.datasets import DatasetSpec, ImageSet, dataset_spec, open_dataset, sources
+from kdexport.data.preprocessing import Preprocessing, decode
 from kdexport.errors import ConfigError, DataError
-from kdexport.preprocessing import Preprocessing, decode
 
 HALF = (0.5, 0.4, 0.3)
 SMALL = Preprocessing(image_size=8, resize=8, mean=HALF, std=HALF)

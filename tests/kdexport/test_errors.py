@@ -1,9 +1,9 @@
 import pytest
 
 from kdexport import errors
+from kdexport import errors as gate_errors
+from kdexport import errors as serving_errors
 from kdexport.errors import KdexportError, error_codes
-from kdexport.gate import errors as gate_errors
-from kdexport.serving import errors as serving_errors
 
 # Scripts and CI branch on these: a code is never given to another error, and its exit code never changes.
 FROZEN = {

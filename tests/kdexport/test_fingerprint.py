@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kdexport import fingerprint
-from kdexport.data import DatasetSpec, ImageSet, open_dataset
+from kdexport.core import digests as fingerprint
+from kdexport.core.digests import digest, source_digest, tool_versions
+from kdexport.data.datasets import DatasetSpec, ImageSet, dataset_digest, open_dataset
 from kdexport.errors import DataError
-from kdexport.fingerprint import dataset_digest, digest, source_digest, tool_versions
 
 
 def folders(root: Path) -> DatasetSpec:

@@ -11,12 +11,12 @@ import torch
 from onnx import helper, numpy_helper
 from torch import nn
 
-from kdexport.bundle import MANIFEST, hash_files, read_manifest
+from kdexport.bundle.manifest import MANIFEST, hash_files, read_manifest
 from kdexport.checkpoint import StudentSpec, save_checkpoint
-from kdexport.data import DatasetSpec, open_dataset
-from kdexport.preprocessing import Preprocessing
+from kdexport.data.datasets import DatasetSpec, open_dataset
+from kdexport.data.preprocessing import Preprocessing
 from kdexport.students import STUDENTS
-from kdexport.verify.replay import replay
+from kdexport.verify.verdict import replay
 from tests.conftest import Outcome, run_command
 from tests.kdexport.optional import require_openvino
 

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms import functional as vision
 
+from kdexport.data.preprocessing import Preprocessing, decode, read_image
 from kdexport.errors import DataError
-from kdexport.preprocessing import Preprocessing, decode, read_image
 
 IMAGENET = Preprocessing(image_size=224, resize=256, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 CIFAR = Preprocessing(image_size=32, resize=32, mean=(0.5071, 0.4867, 0.4408), std=(0.2675, 0.2565, 0.2761))

@@ -12,15 +12,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
-from kdexport.bundle import TASK, read_manifest
+from kdexport.bundle.manifest import TASK, read_manifest
 from kdexport.cli import app
-from kdexport.data import DatasetSpec, open_dataset
+from kdexport.data.datasets import DatasetSpec, open_dataset
 from kdexport.errors import BundleError, ConfigError
-from kdexport.policy import Policy, policy_changes, stored_policy
-from kdexport.verify.parity import Check
-from kdexport.verify.replay import stored_task
+from kdexport.verify.check import Check
+from kdexport.verify.policy import Policy, policy_changes, stored_policy
 from kdexport.verify.rethreshold import redecide, rethreshold
-from kdexport.verify.validation import load_record
+from kdexport.verify.task_record import load_record
+from kdexport.verify.verdict import stored_task
 from tests.conftest import Built, Command
 
 FP16 = "targets/trt-rtx-fp16/model.onnx"

@@ -6,14 +6,14 @@ from typing import Any
 import pytest
 import torch
 
-from kdexport import stages
-from kdexport.calibration import Calibration
+from kdexport.build import stages
+from kdexport.build.precision_search import search_key, search_requests
 from kdexport.checkpoint import StudentSpec, TrainedStudent, open_checkpoint, save_checkpoint
-from kdexport.config import BuildConfig, CalibrationSettings, ExportSettings, SearchSettings
-from kdexport.data import DatasetSpec
-from kdexport.preprocessing import Preprocessing
-from kdexport.search.layers import Kept, LayerPlan, Scaling
-from kdexport.search.stage import search_key, search_requests
+from kdexport.config import BuildConfig, ExportSettings, SearchSettings
+from kdexport.data.calibration_images import Calibration, CalibrationSettings
+from kdexport.data.datasets import DatasetSpec
+from kdexport.data.preprocessing import Preprocessing
+from kdexport.graph.plan import Kept, LayerPlan, Scaling
 from kdexport.students import STUDENTS
 from kdexport.targets import Target, parse_targets
 

@@ -12,16 +12,16 @@ import pytest
 from onnx import TensorProto, numpy_helper
 
 from kdexport.backends.ort import CPU, CUDA, load_model
-from kdexport.bundle import MANIFEST, NOT_EXECUTED, hash_files, read_manifest
+from kdexport.bundle.manifest import MANIFEST, NOT_EXECUTED, hash_files, read_manifest
+from kdexport.diagnose.environment import examine_bundle
 from kdexport.errors import BackendUnavailableError, BundleError
-from kdexport.gate.client import serving
-from kdexport.policy import LowPolicy
-from kdexport.serving.examine import examine_bundle
+from kdexport.serving.isolated_load import try_bundle
 from kdexport.serving.limits import Limits
 from kdexport.serving.loading import load
-from kdexport.serving.trial import try_bundle
-from kdexport.verify.parity import Check
-from kdexport.verify.replay import replay
+from kdexport.timing.http_client import serving
+from kdexport.verify.check import Check
+from kdexport.verify.policy import LowPolicy
+from kdexport.verify.verdict import replay
 from tests.conftest import Built, Command, run_command
 from tests.kdexport.optional import require_openvino
 

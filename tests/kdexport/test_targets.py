@@ -1,17 +1,8 @@
 import pytest
 
+from kdexport.backends.discovery import require_available, unavailable
 from kdexport.errors import BackendUnavailableError, ConfigError, UnknownNameError
-from kdexport.targets import (
-    BACKENDS,
-    FORMS,
-    PRECISIONS,
-    Target,
-    parse_target,
-    parse_targets,
-    require_available,
-    target_names,
-    unavailable,
-)
+from kdexport.targets import BACKENDS, FORMS, PRECISIONS, Target, parse_target, parse_targets, target_names
 from tests.kdexport.optional import require_openvino
 
 

@@ -7,12 +7,13 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from kdexport.reparam.blocks import BranchSpec, ParallelBranches, attach_branches, branch_paths
+from kdexport.reparam.blocks import BranchSpec, attach_branches, branch_paths
+from kdexport.reparam.branches import ParallelBranches
 from kdexport.students import STUDENTS, Classifier, Student, Tapped
 from training.distillers import DISTILLERS, Distiller
 from training.distillers.distiller import BranchFeatures, StepContext
-from training.methods import DistillerSettings, settings_model
-from training.task import DistillationTask, FrozenTeacher, StepResult
+from training.distillers.settings import DistillerSettings, settings_model
+from training.runs.task import DistillationTask, FrozenTeacher, StepResult
 from training.teachers import TEACHERS, Teacher
 
 CLASSES, SIZE, IMAGES, COUNT = 5, 16, 40, 6

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kdexport.checkpoint import save_tensors
-from kdexport.data import ImageSet
+from kdexport.data.datasets import ImageSet
 from kdexport.errors import ConfigError
 from kdexport.students import Stage, Student, Tap
 from training.__main__ import app
 from training.data import EvaluationBatches, ResidentBatches
 from training.distillers import DISTILLERS
-from training.loop import Run, Teach, run
-from training.methods import settings_model
+from training.distillers.settings import settings_model
 from training.recipe import DataSettings, TrainSettings
-from training.task import DistillationTask, FrozenTeacher, SupervisedTask
+from training.runs.loop import Run, Teach, run
+from training.runs.task import DistillationTask, FrozenTeacher, SupervisedTask
 from training.teachers import TEACHERS, Teacher
 from training.train import make_accelerator
 

@@ -4,8 +4,8 @@ import pytest
 from typer.testing import CliRunner
 
 from kdexport.students import STUDENTS
-from training import architectures
 from training.__main__ import app
+from training.study import architectures
 from training.teachers import TEACHERS
 
 PAGE = Path(__file__).parents[2] / "docs" / "architectures.md"

@@ -17,10 +17,9 @@ from kdexport.checkpoint import load_student, open_checkpoint
 from kdexport.errors import DataError
 from kdexport.students import STUDENTS, Tapped
 from tests.training.tiny import tiny_recipe
-from training.contrast import ContrastMemory, OtherClasses
-from training.distillers.crd import CRD
+from training.distillers.crd import CRD, ContrastMemory, OtherClasses
 from training.distillers.distiller import StepContext
-from training.methods import CRDSettings
+from training.distillers.settings import CRDSettings
 from training.teachers import TEACHERS
 from training.train import Origin, train_student, train_teacher
 

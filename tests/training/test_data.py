@@ -6,7 +6,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from kdexport.data import DatasetSpec, ImageSet, open_dataset
+from kdexport.data.datasets import DatasetSpec, ImageSet, open_dataset
 from kdexport.errors import DataError
 from training.data import (
     Batches,

@@ -23,7 +23,7 @@ from training.diffusion import (
     reverse_process_loss,
     step_weights_of,
 )
-from training.methods import KDiffusionSettings
+from training.distillers.settings import KDiffusionSettings
 
 Array = NDArray[np.float64]
 SHAPE = (2, 3, 2, 4)

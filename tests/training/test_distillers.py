@@ -14,8 +14,8 @@ from kdexport.students import STUDENTS
 from tests.training.distilled import CLASSES, COUNT, SIZE, Parts, assemble, batch, heard
 from training.distillers import DISTILLERS, Distiller
 from training.distillers.distiller import StepContext
-from training.methods import settings_model
-from training.task import FrozenTeacher
+from training.distillers.settings import settings_model
+from training.runs.task import FrozenTeacher
 
 NAMES = DISTILLERS.names()
 METHODS = pytest.mark.parametrize("name", NAMES)

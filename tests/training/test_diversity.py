@@ -14,17 +14,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from kdexport.errors import BackendUnavailableError, DataError
-from kdexport.reparam.blocks import ParallelBranches
+from kdexport.reparam.branches import ParallelBranches
 from kdexport.students import STUDENTS, Tapped
 from tests.training.distilled import assemble, batch
 from training.diffusion import SCHEDULES, expected_loss_form, reverse_process_loss
 from training.distillers.average import Average
 from training.distillers.branched import BranchedDistiller, LayerMatch
+from training.distillers.diversity import as_floats, branch_diversity
 from training.distillers.kdiffusion import KDiffusion
-from training.diversity import as_floats, branch_diversity
-from training.methods import AverageSettings, KDiffusionSettings
-from training.plots import plot_diversity, plot_learning_curves, read_lines
+from training.distillers.settings import AverageSettings, KDiffusionSettings
 from training.quadratic import loss_form
+from training.runs.plots import plot_diversity, plot_learning_curves, read_lines
 from training.teachers import TEACHERS
 
 Array = NDArray[np.float64]

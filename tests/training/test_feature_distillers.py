@@ -18,9 +18,9 @@ from tests.kdexport.hostile import noise
 from tests.training.distilled import hostile, random_tapped, settings_of
 from training.distillers import DISTILLERS, Distiller
 from training.distillers.distiller import StepContext
+from training.distillers.ofd import channel_moments, measured_margin, writing_batch_norms
+from training.distillers.pairs import average_to_smaller, stage_pairs
 from training.losses import dist_loss, many_to_one_loss
-from training.margins import channel_moments, measured_margin, writing_batch_norms
-from training.pairs import average_to_smaller, stage_pairs
 from training.recipe import Recipe
 from training.teachers import TEACHERS, Teacher
 
@@ -287,7 +287,7 @@ def test_vid_rests_where_the_variance_is_the_error_that_is_made() -> None:
 
 
 def test_a_variance_below_its_floor_is_refused() -> None:
-    from kdexport.config import parse
+    from kdexport.core.toml import parse
 
     tables = {"data": {"name": "digits"}, "teacher": {"name": "resnet8"}, "student": {"name": "mobilenetv2"}}
     with pytest.raises(ConfigError, match="initial_variance"):

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from kdexport.students import Stage, Tap, Tapped
 from tests.training.distilled import hostile
-from training.task import FrozenTeacher
+from training.runs.task import FrozenTeacher
 from training.teachers import TEACHERS, Teacher
 from training.teachers.folding import folded
 

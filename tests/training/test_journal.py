@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from training.journal import Journal
+from training.runs.journal import Journal
 
 HISTORY = [{"loss/a": 2.0, "lr": 0.1, "top1": 0.2, "images_per_s": 9.0}, {"loss/a": 1.0, "lr": 0.1, "top1": 0.4}]
 LAYER = {"last/ambiguity": 0.1, "last/squared_error/branch1": 0.5, "last/squared_error_of_mean": 0.4}
@@ -31,7 +31,7 @@ def test_lines_are_written_each_epoch_and_plots_at_the_end(tmp_path: Path) -> No
 
 
 def test_a_long_run_is_drawn_while_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.journal._REDRAW_S", -1.0)
+    monkeypatch.setattr("training.runs.journal._REDRAW_S", -1.0)
     with journal(tmp_path, []) as written:
         written.write(HISTORY[:1], [], last=False)
     assert (tmp_path / "curves.png").is_file()
@@ -40,7 +40,7 @@ def test_a_long_run_is_drawn_while_it_goes_on(tmp_path: Path, monkeypatch: pytes
 
 def test_without_matplotlib_the_run_goes_on_and_says_so_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.setattr("training.journal._REDRAW_S", -1.0)
+    monkeypatch.setattr("training.runs.journal._REDRAW_S", -1.0)
     said: list[str] = []
     with journal(tmp_path, said) as written:
         written.write(HISTORY[:1], DIVERSITY[:1], last=False)

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kdexport.checkpoint import StudentSpec, build_student
+from kdexport.data.preprocessing import Preprocessing
 from kdexport.errors import ConfigError
-from kdexport.preprocessing import Preprocessing
-from kdexport.reparam.blocks import BranchSpec, ParallelBranches, attach_branches, branch_paths
-from kdexport.reparam.fuse import fuse_student
+from kdexport.reparam.blocks import BranchSpec, attach_branches, branch_paths
+from kdexport.reparam.branches import ParallelBranches
+from kdexport.reparam.fold_student import fuse_student
 from kdexport.students import STUDENTS, Student, Tapped
 from tests.kdexport.hostile import relative_difference
 from training.diffusion import (
@@ -31,10 +32,10 @@ from training.distillers.branched import LayerMatch
 from training.distillers.distiller import StepContext
 from training.distillers.guide import TargetGuide
 from training.distillers.kdiffusion import KDiffusion
-from training.methods import KDiffusionSettings
-from training.pairs import paired_stages
+from training.distillers.pairs import paired_stages
+from training.distillers.settings import KDiffusionSettings
 from training.recipe import load_recipe
-from training.task import DistillationTask, FrozenTeacher, StepResult
+from training.runs.task import DistillationTask, FrozenTeacher, StepResult
 from training.teachers import TEACHERS, Teacher
 
 CLASSES, SIZE, BRANCHES, WIDTH = 5, 32, 3, 64

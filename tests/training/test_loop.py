@@ -21,10 +21,10 @@ from tests.training.tiny import CLASSES, arguments, start, tiny_recipe
 from training.__main__ import app
 from training.data import Batch, Labelled
 from training.distillers.distiller import StepContext
-from training.loop import Run, learning_rate, run, top1
 from training.recipe import TrainSettings
-from training.state import load_state
-from training.task import StepResult
+from training.runs.loop import Run, learning_rate, run, top1
+from training.runs.state import load_state
+from training.runs.task import StepResult
 from training.train import Origin, evaluate_student, evaluate_teacher, make_accelerator, train_student, train_teacher
 
 ORIGIN = Origin(dataset_sha256="d" * 64, teacher_sha256="e" * 64)

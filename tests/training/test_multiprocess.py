@@ -14,13 +14,13 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from kdexport.checkpoint import load_student, open_checkpoint
-from kdexport.data import open_dataset
+from kdexport.data.datasets import open_dataset
 from tests.training.rank_run import KINDS, everything
 from tests.training.tiny import arguments, finish, start, tiny_recipe
 from training.__main__ import app
 from training.data import training_batches
 from training.recipe import Recipe
-from training.task import FrozenTeacher
+from training.runs.task import FrozenTeacher
 from training.teachers import TEACHERS
 from training.teachers.teacher import load_teacher_weights
 from training.train import evaluate_student
@@ -122,7 +122,7 @@ def test_a_batch_that_the_processes_cannot_share_evenly_is_refused(runs: Path) -
 WAITING = """
 import os, time
 from pathlib import Path
-from kdexport.console import guarded
+from kdexport.core.console import guarded
 
 def app():
     partial = Path(os.environ["PLACES"], "partial" + os.environ["RANK"])
@@ -155,7 +155,7 @@ def test_processes_end_when_the_command_that_wanted_them_is_killed(tmp_path: Pat
     package.mkdir()
     (package / "__init__.py").touch()
     (package / "__main__.py").write_text(WAITING)
-    code = "import sys; from pathlib import Path; from kdexport.trainer import train_student as train; "
+    code = "import sys; from pathlib import Path; from kdexport.build.train import train_student as train; "
     code += "train('digits', {}, Path(sys.argv[1]), processes=2)"
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     command = start(["-c", code, str(tmp_path / "out")], PYTHONPATH=path, PYTHONSAFEPATH="1", PLACES=str(tmp_path))

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from training.data import Batch
 from training.distillers.distiller import StepContext
-from training.loop import Run, run
 from training.recipe import TrainSettings
-from training.state import Resumed, load_state, save_state
-from training.task import StepResult
+from training.runs.loop import Run, run
+from training.runs.state import Resumed, load_state, save_state
+from training.runs.task import StepResult
 
 
 def scaler() -> torch.amp.GradScaler:

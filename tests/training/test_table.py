@@ -11,9 +11,9 @@ from typer.testing import CliRunner
 from kdexport.errors import ConfigError, TrainingError
 from tests.training.tiny import OVERRIDES
 from training.__main__ import app
-from training.cells import Cell, plan, read, run_cell, teacher_directory
-from training.record import claim, note_environment
-from training.table import interval, spread, to_csv, to_markdown
+from training.runs.record import claim, note_environment
+from training.study.cells import Cell, plan, read, run_cell, teacher_directory
+from training.study.table import interval, spread, to_csv, to_markdown
 
 PAIR = "cifar100/resnet32x4-shufflenetv2"
 #: Of both methods with two seeds; the order is that of the plan.

@@ -14,7 +14,7 @@ from kdexport.errors import CheckpointError, ConfigError
 from kdexport.students import Tapped
 from tests.kdexport.hostile import noise, randomize, relative_difference
 from tests.training.described import SHAPES, walk
-from training.task import FrozenTeacher
+from training.runs.task import FrozenTeacher
 from training.teachers import TEACHERS, Teacher
 from training.teachers.teacher import load_teacher_weights
 

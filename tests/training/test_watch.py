@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kdexport.errors import TrainingError
-from training.watch import EXPLODED, WINDOW, LossWatch
+from training.runs.watch import EXPLODED, WINDOW, LossWatch
 
 
 def losses(*values: float) -> dict[str, Tensor]:

@@ -5,9 +5,9 @@ from torch import Tensor
 from kdexport.students import Student, Tapped
 from training.distillers import DISTILLERS
 from training.distillers.distiller import BranchFeatures, Distiller, StepContext
+from training.distillers.pairs import stage_pairs
+from training.distillers.settings import ATSettings
 from training.losses import attention_transfer_loss
-from training.methods import ATSettings
-from training.pairs import stage_pairs
 from training.teachers import Teacher
 
 

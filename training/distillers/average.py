@@ -4,7 +4,7 @@ from torch import Tensor
 
 from training.distillers import DISTILLERS
 from training.distillers.branched import BranchedDistiller
-from training.methods import AverageSettings
+from training.distillers.settings import AverageSettings
 from training.quadratic import Form, symmetric_form
 
 

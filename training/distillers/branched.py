@@ -12,11 +12,11 @@ from torch.nn import functional
 from kdexport.reparam.blocks import BranchSpec
 from kdexport.students import Student, Tapped
 from training.distillers.distiller import BranchFeatures, Distiller, StepContext
+from training.distillers.diversity import branch_diversity
 from training.distillers.guide import TargetGuide
-from training.diversity import branch_diversity
+from training.distillers.pairs import Pair, paired_stages
+from training.distillers.settings import BranchedSettings, DistillerSettings
 from training.losses import kd_loss
-from training.methods import BranchedSettings, DistillerSettings
-from training.pairs import Pair, paired_stages
 from training.quadratic import Form, on_device
 from training.teachers import Teacher
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from kdexport.reparam.blocks import BranchSpec
 from kdexport.students import Student, Tapped
-from training.methods import DistillerSettings
+from training.distillers.settings import DistillerSettings
 from training.teachers import Teacher
 
 #: What each branch of a layer wrote, (N,C,H,W), by the name of the student's tap.

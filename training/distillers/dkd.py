@@ -5,8 +5,8 @@ from torch import Tensor
 from kdexport.students import Tapped
 from training.distillers import DISTILLERS
 from training.distillers.distiller import BranchFeatures, Distiller, StepContext
+from training.distillers.settings import DKDSettings
 from training.losses import dkd_loss
-from training.methods import DKDSettings
 
 
 @DISTILLERS.register("dkd")

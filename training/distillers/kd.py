@@ -5,8 +5,8 @@ from torch import Tensor
 from kdexport.students import Tapped
 from training.distillers import DISTILLERS
 from training.distillers.distiller import BranchFeatures, Distiller, StepContext
+from training.distillers.settings import KDSettings
 from training.losses import kd_loss
-from training.methods import KDSettings
 
 
 @DISTILLERS.register("kd")

@@ -15,7 +15,7 @@ from training.diffusion import (
 from training.distillers import DISTILLERS
 from training.distillers.branched import BranchedDistiller
 from training.distillers.distiller import StepContext
-from training.methods import KDiffusionSettings
+from training.distillers.settings import KDiffusionSettings
 from training.quadratic import Form, loss_form
 from training.teachers import Teacher
 

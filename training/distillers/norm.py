@@ -6,8 +6,8 @@ from torch.nn import functional
 from kdexport.students import Student, Tapped
 from training.distillers import DISTILLERS
 from training.distillers.distiller import BranchFeatures, Distiller, StepContext
+from training.distillers.settings import NORMSettings
 from training.losses import many_to_one_loss
-from training.methods import NORMSettings
 from training.teachers import Teacher
 
 

@@ -9,9 +9,9 @@ from torch.nn import functional
 from kdexport.students import Student, Tapped
 from training.distillers import DISTILLERS
 from training.distillers.distiller import BranchFeatures, Distiller, StepContext
+from training.distillers.pairs import pooled_width, stage_pairs
+from training.distillers.settings import ReviewKDSettings
 from training.losses import hierarchical_context_loss
-from training.methods import ReviewKDSettings
-from training.pairs import pooled_width, stage_pairs
 from training.teachers import Teacher
 
 

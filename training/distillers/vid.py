@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from kdexport.students import Student, Tapped
 from training.distillers import DISTILLERS
 from training.distillers.distiller import BranchFeatures, Distiller, StepContext
+from training.distillers.pairs import StagePair, average_to_smaller, stage_pairs
+from training.distillers.settings import VIDSettings
 from training.losses import MIN_VARIANCE, variational_loss
-from training.methods import VIDSettings
-from training.pairs import StagePair, average_to_smaller, stage_pairs
 from training.teachers import Teacher
 
 

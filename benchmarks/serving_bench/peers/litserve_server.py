@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime as ort
 from fastapi import Request
 
-from kdexport.preprocessing import Preprocessing, decode
+from kdexport.data.preprocessing import Preprocessing, decode
 
 
 class Classifier(litserve.LitAPI):  # type: ignore[misc]

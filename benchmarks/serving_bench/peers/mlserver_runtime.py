@@ -10,7 +10,7 @@ from mlserver import MLModel
 from mlserver.codecs import NumpyCodec
 from mlserver.types import InferenceRequest, InferenceResponse
 
-from kdexport.preprocessing import Preprocessing, decode
+from kdexport.data.preprocessing import Preprocessing, decode
 
 
 class OnnxClassifier(MLModel):  # type: ignore[misc]

@@ -8,8 +8,8 @@ import pytest
 
 from kdexport.backends.openvino import RUNTIME_TYPES, capabilities, load_openvino
 from kdexport.errors import AuditError, BackendUnavailableError
-from kdexport.graph.calibration import calibrate
 from kdexport.graph.quantize import quantize
+from kdexport.graph.tensor_ranges import calibrate
 from tests.kdexport.backends.test_ort import by_hand
 from tests.kdexport.exported import images, small_graph, small_weights
 from tests.kdexport.graph.test_quantize import CALIBRATION, SIZE, block_graph

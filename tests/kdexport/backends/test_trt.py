@@ -14,12 +14,15 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from kdexport.backends import trt
-from kdexport.backends.trt import Engine, EngineLayer, EngineRequest, build_engine, parse_layer_table, require_precision
+from kdexport.backends.discovery import require_available
+from kdexport.backends.trt import build_engine
+from kdexport.backends.trt_build import EngineRequest
+from kdexport.backends.trt_layers import Engine, EngineLayer, parse_layer_table, require_precision
 from kdexport.errors import AuditError, BackendUnavailableError, EngineBuildError
-from kdexport.graph.calibration import calibrate
 from kdexport.graph.precision import cast_to_bf16, cast_to_fp16
 from kdexport.graph.quantize import quantize
-from kdexport.targets import Target, parse_target, require_available
+from kdexport.graph.tensor_ranges import calibrate
+from kdexport.targets import Target, parse_target
 from tests.kdexport.exported import SIZE, exported, exported_fp16, exported_unfused, small_graph, small_weights
 from tests.kdexport.graph.test_quantize import CALIBRATION, block_graph, block_weights
 from tests.kdexport.graph.test_quantize import SIZE as BLOCK

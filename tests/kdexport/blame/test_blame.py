@@ -13,14 +13,14 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from kdexport.blame.bisect import Blame, Trusted, file_fault
-from kdexport.blame.trace import LIMITS, extract, run, trace
-from kdexport.blame_command import blame_bundle
+from kdexport.data.preprocessing import Preprocessing
+from kdexport.diagnose.bisect import Blame, Trusted, file_fault
+from kdexport.diagnose.failed_build import blame_bundle
 from kdexport.errors import AuditError, OutputError
-from kdexport.graph.calibration import calibrate
 from kdexport.graph.precision import cast_to_bf16, cast_to_fp16
 from kdexport.graph.quantize import quantize
-from kdexport.preprocessing import Preprocessing
+from kdexport.graph.tensor_ranges import calibrate
+from kdexport.graph.trace import LIMITS, extract, run, trace
 from kdexport.verify.reference import make_probes
 from tests.conftest import Built, Command
 from tests.kdexport.exported import images, small_graph, small_weights

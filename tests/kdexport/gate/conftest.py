@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from kdexport.gate.artifacts import artifact, open_bundle
+from kdexport.gate.arms import artifact, open_bundle
 from tests.conftest import Built, made_once
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from kdexport.gate.artifacts import Artifact
-from kdexport.gate.session import Request, Session
-from kdexport.gate.trial import Number
+from kdexport.gate.arms import Artifact
+from kdexport.gate.sequential_test import Number
+from kdexport.timing.session import Request, Session
 
 FUSED = Artifact(label="new|<bundle>", model=Path("new.onnx"), folder=Path("new"), sha256="a" * 64)
 OLD = Artifact(label="old", model=Path("old.onnx"), folder=Path("old"), sha256="b" * 64)

@@ -2,8 +2,8 @@
 
 import functools
 
-from kdexport.gate import gate
-from kdexport.gate.trial import Plan
+from kdexport.gate import compare as gate
+from kdexport.gate.sequential_test import Plan
 
 QUICK_PLAN = functools.partial(Plan, pairs=12, max_sessions=4)
 

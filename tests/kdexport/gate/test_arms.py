@@ -14,19 +14,17 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
-from kdexport.bundle import MANIFEST, MODEL, TASK
+from kdexport.backends.runnable import require_runnable
+from kdexport.bundle.manifest import MANIFEST, MODEL, TASK
 from kdexport.cli import app
-from kdexport.errors import BackendUnavailableError, BundleError, ConfigError
-from kdexport.gate import gate as gate_module
-from kdexport.gate.accuracy import accuracy_gates
-from kdexport.gate.artifacts import Artifact, Bundle, artifact, choose_target, open_bundle
+from kdexport.errors import BackendUnavailableError, BundleError, ConfigError, MismatchError
+from kdexport.gate import compare as gate_module
+from kdexport.gate.accuracy import accuracy_gates, stored_outputs
+from kdexport.gate.arms import Artifact, Bundle, artifact, choose_target, open_bundle
 from kdexport.gate.bench import BenchRequest, run_bench
-from kdexport.gate.errors import MismatchError
-from kdexport.gate.gate import GateRequest, Limits, run_gate
-from kdexport.gate.runnable import require_runnable
-from kdexport.gate.session import Request
-from kdexport.gate.stored import stored_outputs
-from kdexport.gate.trial import run_trial
+from kdexport.gate.compare import GateRequest, Limits, run_gate
+from kdexport.gate.sequential_test import run_trial
+from kdexport.timing.session import Request
 from tests.conftest import Built
 from tests.kdexport.gate.fakes import machine
 from tests.kdexport.optional import require_openvino
@@ -91,7 +89,7 @@ def test_a_gate_compares_what_it_was_asked_to(
     assert asked[1].reference.path == str(built.bundle / "targets" / "onnx-fp32" / MODEL)
     assert asked[1].candidate == first.candidate
     # The unfused student runs where the fused one does.
-    monkeypatch.setattr("kdexport.gate.artifacts._unfused_twin", lambda *_: next(twin.iterdir()))
+    monkeypatch.setattr("kdexport.gate.arms._unfused_twin", lambda *_: next(twin.iterdir()))
     done, asked = gated(monkeypatch, two_targets, "--target", "openvino-fp32")
     assert done.exit_code == 0, done.output
     assert asked[1].reference.target == "openvino-fp32"
@@ -143,8 +141,8 @@ def test_no_target_runs_as_something_else(two_targets: Path, tmp_path: Path) -> 
 
 
 def test_numbers_of_another_target_are_no_baseline(two_targets: Path, tmp_path: Path) -> None:
-    from kdexport.gate.machine import this_machine
-    from kdexport.gate.numbers import read_numbers
+    from kdexport.gate.stored_latencies import read_numbers
+    from kdexport.timing.machine import this_machine
 
     bundle = open_bundle(two_targets)
     data = {

@@ -6,20 +6,12 @@ from typing import Any
 
 import pytest
 
-from kdexport.bundle import MANIFEST, MODEL
-from kdexport.errors import BackendUnavailableError, BundleError, ConfigError, UnknownNameError
+from kdexport.backends.runnable import require_runnable
+from kdexport.bundle.manifest import MANIFEST, MODEL
+from kdexport.errors import BackendUnavailableError, BundleError, ConfigError, MismatchError, UnknownNameError
 from kdexport.gate.accuracy import accuracy_gates, labelled_images
-from kdexport.gate.artifacts import (
-    artifact,
-    choose_target,
-    open_bundle,
-    require_batches,
-    require_comparable,
-)
-from kdexport.gate.errors import MismatchError
-from kdexport.gate.runnable import require_runnable
-from kdexport.gate.session import Arm, Request
-from kdexport.gate.sessions import pinned_cpus, run_session
+from kdexport.gate.arms import artifact, choose_target, open_bundle, require_batches, require_comparable
+from kdexport.timing.session import Arm, Request, pinned_cpus, run_session
 from tests.conftest import Built
 
 
@@ -100,7 +92,7 @@ def test_the_unfused_twin_is_served_beside_the_fused_student(
     assert all(1e-3 < value < 1e3 for pair in session.pairs_ms for value in pair)
     flips, drop = accuracy_gates([(unfused, bundle), (fused, bundle)], (0.5, 0.5), None, 1)
     assert (flips.images, flips.source, drop.bound.value) == (360, "stored outputs", 0.0)
-    monkeypatch.setattr("kdexport.gate.stored.stored_outputs", lambda *_: None)
+    monkeypatch.setattr("kdexport.gate.accuracy.stored_outputs", lambda *_: None)
     flips, drop = accuracy_gates([(unfused, bundle), (fused, bundle)], (0.5, 0.5), None, 1)
     assert (flips.images, flips.bound.value, drop.bound.value) == (9, 0.0, 0.0)
 

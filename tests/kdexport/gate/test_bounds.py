@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from kdexport.gate.bounds import (
+from kdexport.stats.proportions import (
     bounded_share,
     drop_trials_needed,
     lower_share,

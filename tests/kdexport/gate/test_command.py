@@ -14,12 +14,11 @@ import pytest
 from onnx import helper, numpy_helper
 from typer.testing import CliRunner
 
-from kdexport.bundle import MANIFEST
+from kdexport.bundle.manifest import MANIFEST
 from kdexport.gate import calibrate as calibrate_module
-from kdexport.gate import gate as gate_module
-from kdexport.gate.calibrate import calibrate
-from kdexport.gate.machine import read_calibration
-from kdexport.gate.trial import run_trial
+from kdexport.gate import compare as gate_module
+from kdexport.gate.calibrate import calibrate, read_calibration
+from kdexport.gate.sequential_test import run_trial
 from tests.conftest import Built, Command
 from tests.kdexport.gate.fakes import machine
 from tests.kdexport.gate.quick import QUICK_PLAN

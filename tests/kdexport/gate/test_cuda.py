@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kdexport.backends import runnable
 from kdexport.backends.ort import CUDA, OrtModel
 from kdexport.errors import BackendUnavailableError, ConfigError, EngineBuildError
-from kdexport.gate import cuda as cuda_module
-from kdexport.gate import measure as measure_module
-from kdexport.gate import runnable
-from kdexport.gate.measure import Reading, must_drop
-from kdexport.gate.nvml import NvmlGuard, open_nvml
-from kdexport.gate.session import Arm, Request, run
+from kdexport.timing import gpu as cuda_module
+from kdexport.timing import measure as measure_module
+from kdexport.timing.gpu import NvmlGuard, open_nvml
+from kdexport.timing.measure import Reading, must_drop
+from kdexport.timing.session import Arm, Request, run
 
 LAUNCH_S, HZ = 30e-6, 2e9
 

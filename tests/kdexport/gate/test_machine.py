@@ -5,20 +5,22 @@ from pathlib import Path
 
 import pytest
 
-from kdexport.errors import ConfigError, OutputError, UnknownNameError
-from kdexport.gate.calibrate import MIN_SESSIONS, calibrate, resampled_false_fails
-from kdexport.gate.errors import ResolutionError, RunnerError
-from kdexport.gate.machine import (
+from kdexport.commands.options import parse_batches, parse_policy, parse_share
+from kdexport.core.files import require_writable_file
+from kdexport.errors import ConfigError, OutputError, ResolutionError, RunnerError, UnknownNameError
+from kdexport.gate.calibrate import (
+    MIN_SESSIONS,
     Calibration,
+    calibrate,
     read_calibration,
-    require_cores,
     require_resolution,
-    this_machine,
+    resampled_false_fails,
     write_calibration,
 )
-from kdexport.gate.options import parse_batches, parse_clocks, parse_policy, parse_share, require_writable_file
-from kdexport.gate.statistics import minimum_detectable_effect
-from kdexport.gate.trial import Plan
+from kdexport.gate.sequential_test import Plan
+from kdexport.stats.sequential import minimum_detectable_effect
+from kdexport.timing.machine import require_cores, this_machine
+from kdexport.timing.session import parse_clocks
 from tests.kdexport.gate.fakes import FUSED, machine, number
 
 PLAN = Plan(max_slowdown=0.02, seed=2)

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from kdexport.gate import measure as measure_module
-from kdexport.gate.measure import Pairing, Reading, measure, must_drop, slowed
-from kdexport.gate.statistics import session_statistic
+from kdexport.stats.sequential import session_statistic
+from kdexport.timing import measure as measure_module
+from kdexport.timing.measure import Pairing, Reading, measure, must_drop, slowed
 
 
 class Clock:

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from kdexport.errors import ConfigError
-from kdexport.gate.artifacts import Bundle
-from kdexport.gate.errors import MismatchError
-from kdexport.gate.machine import this_machine
-from kdexport.gate.numbers import number_checks, prediction, read_numbers, write_anchor
-from kdexport.gate.trial import Plan, run_trial
+from kdexport.errors import ConfigError, MismatchError
+from kdexport.gate.arms import Bundle
+from kdexport.gate.sequential_test import Plan, run_trial
+from kdexport.gate.stored_latencies import number_checks, prediction, read_numbers, write_anchor
+from kdexport.timing.machine import this_machine
 from tests.conftest import Built
 from tests.kdexport.gate.fakes import FUSED, machine, number
 
@@ -34,7 +33,7 @@ def numbers(built: Built, anchored: list[float], **changes: Any) -> dict[str, An
 
 @pytest.fixture
 def bundle(built: Built) -> Bundle:
-    from kdexport.gate.artifacts import open_bundle
+    from kdexport.gate.arms import open_bundle
 
     return open_bundle(built.bundle)
 

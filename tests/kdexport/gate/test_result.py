@@ -11,12 +11,13 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from kdexport.commands.gate import show
 from kdexport.errors import BackendUnavailableError
-from kdexport.gate import pages
+from kdexport.gate import summary
 from kdexport.gate.accuracy import judge_accuracy
-from kdexport.gate.machine import Machine
 from kdexport.gate.result import Check, GateResult, accuracy_check, latency_check, tail_check
-from kdexport.gate.trial import Outcome, Plan, run_trial
+from kdexport.gate.sequential_test import Outcome, Plan, run_trial
+from kdexport.timing.machine import Machine
 from tests.kdexport.gate.fakes import machine, number
 
 MACHINE = Machine(cpu="A & B <CPU>", cores=2, system="Linux x86_64", onnxruntime="1.31.1")
@@ -90,7 +91,7 @@ def test_a_machine_that_was_too_noisy_says_so_in_json() -> None:
 def test_the_terminal_says_everything_on_its_lines(effect: float, word: str) -> None:
     screen = io.StringIO()
     console = Console(width=160, file=screen, highlight=False)
-    pages.show(result(effect), console)
+    show(result(effect), console)
     lines = screen.getvalue().splitlines()
     assert lines[0] == "Is it slower? new|<bundle> against old"
     assert lines[2].split()[0:3] == ["host,", "batch", "1"]
@@ -110,7 +111,7 @@ def test_the_terminal_says_everything_on_its_lines(effect: float, word: str) -> 
     ],
 )
 def test_junit_is_what_ci_reads(effect: float, policy: Any, kind: str | None, counts: tuple[str, ...]) -> None:
-    suite = ET.fromstring(pages.junit(result(effect, policy=policy)).encode())
+    suite = ET.fromstring(summary.junit(result(effect, policy=policy)).encode())
     assert (suite.get("failures"), suite.get("errors"), suite.get("skipped")) == counts
     assert suite.get("tests") == "1"
     (case,) = suite.findall("testcase")
@@ -119,7 +120,7 @@ def test_junit_is_what_ci_reads(effect: float, policy: Any, kind: str | None, co
 
 
 def test_markdown_is_a_table_whatever_the_names_are() -> None:
-    page = pages.markdown(result(0.2))
+    page = summary.markdown(result(0.2))
     rows = [line for line in page.splitlines() if line.startswith("|")]
     assert {line.count("|") for line in rows} == {5}
     assert "FAIL" in page.splitlines()[0]
@@ -131,7 +132,7 @@ def test_a_plot_is_a_picture_also_where_nothing_was_timed(tmp_path: Path) -> Non
     full = result(0.0)
     nothing = replace(full, outcomes=(replace(full.outcomes[0], sessions=(), interval=None),))
     for name, found in (("fail", result(0.2)), ("nothing", nothing)):
-        pages.plot(found, tmp_path / name)
+        summary.plot(found, tmp_path / name)
         with Image.open(tmp_path / name) as picture:
             assert picture.format == "PNG"
             assert len(np.unique(np.asarray(picture.convert("L")))) > 10
@@ -140,7 +141,7 @@ def test_a_plot_is_a_picture_also_where_nothing_was_timed(tmp_path: Path) -> Non
 def test_a_plot_without_matplotlib_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BackendUnavailableError) as caught:
-        pages.require_plots()
+        summary.require_plots()
     assert (caught.value.exit_code, caught.value.remedy) == (4, "pip install 'kdexport[plots]'")
 
 

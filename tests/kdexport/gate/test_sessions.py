@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 
 from kdexport.errors import ForwardedError, VerificationError
-from kdexport.gate import sessions as sessions_module
-from kdexport.gate.network import write_network
-from kdexport.gate.session import Arm, Request, Session
-from kdexport.gate.sessions import pinned_cpus, run_session, usable_cpus
-from kdexport.gate.statistics import session_statistic
+from kdexport.stats.sequential import session_statistic
+from kdexport.timing import session as sessions_module
+from kdexport.timing.anchor import write_network
+from kdexport.timing.session import Arm, Request, Session, pinned_cpus, run_session, usable_cpus
 from tests.kdexport.exported import small_graph, small_weights
 
 
@@ -98,6 +97,6 @@ def test_a_session_that_hangs_is_an_error(request_: Request, monkeypatch: pytest
 
 
 def test_a_session_imports_what_it_times_and_nothing_else() -> None:
-    code = "import sys, kdexport.gate.session, kdexport.backends.ort; print(*{n.split('.')[0] for n in sys.modules})"
+    code = "import sys, kdexport.timing.session, kdexport.backends.ort; print(*{n.split('.')[0] for n in sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert not set(done.stdout.split()) & {"torch", "scipy", "pydantic", "typer", "rich", "onnx", "PIL", "matplotlib"}

@@ -5,7 +5,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from kdexport.gate.statistics import (
+from kdexport.stats.sequential import (
     ALPHA_PER_LOOK,
     LOOKS,
     decide,

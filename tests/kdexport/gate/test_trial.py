@@ -2,9 +2,9 @@ import math
 
 import pytest
 
-from kdexport.gate.session import Request, Session
-from kdexport.gate.statistics import minimum_detectable_effect
-from kdexport.gate.trial import Plan, run_trial
+from kdexport.gate.sequential_test import Plan, run_trial
+from kdexport.stats.sequential import minimum_detectable_effect
+from kdexport.timing.session import Request, Session
 from tests.kdexport.gate.fakes import machine, number, session
 
 PLAN = Plan(max_slowdown=0.02, seed=3)

@@ -8,7 +8,8 @@ import pytest
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from kdexport.graph.audit import Finding, audit_graph, operator_counts
+from kdexport.backends.base import Finding
+from kdexport.graph.audit import audit_graph, operator_counts
 from tests.kdexport.exported import OPSET, VARIANTS, exported, exported_fp16
 
 CONV = "blocks.3.1.conv.3"

@@ -10,9 +10,10 @@ import pytest
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from kdexport.graph.audit import Finding, audit_graph
-from kdexport.graph.calibration import Range, calibrate
+from kdexport.backends.base import Finding
+from kdexport.graph.audit import audit_graph
 from kdexport.graph.quantize import FORMS, Form, quantize
+from kdexport.graph.tensor_ranges import Range, calibrate
 from tests.kdexport.graph.test_quantize import CALIBRATION, block_graph, block_weights
 
 Change = Callable[[NDArray[Any]], NDArray[Any]]

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from kdexport.errors import AuditError
-from kdexport.graph.calibration import METHODS, Method, Range, calibrate, read_ranges
+from kdexport.graph.tensor_ranges import METHODS, Method, Range, calibrate, read_ranges
 from tests.kdexport.exported import images, small_graph, small_weights
 
 SIZE = 16

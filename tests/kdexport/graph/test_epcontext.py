@@ -5,8 +5,9 @@ import pytest
 from onnx import TensorProto
 
 from kdexport.backends.ort import import_onnxruntime
+from kdexport.build.package import wrap_plan
 from kdexport.errors import AuditError, BackendUnavailableError, BundleError
-from kdexport.graph.epcontext import provider_tensorrt_major, require_servable, wrap_plan, write_context
+from kdexport.graph.epcontext import provider_tensorrt_major, require_servable, write_context
 
 
 def written(tmp_path: Path, backend: str = "trt") -> onnx.ModelProto:

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from kdexport.backends.ort import load_model, optimised_operators
-from kdexport.graph.calibration import calibrate, read_ranges
 from kdexport.graph.quantize import FORMS, Form, quantize
+from kdexport.graph.tensor_ranges import calibrate, read_ranges
 from tests.kdexport.exported import images
 
 SIZE, CHANNELS, CLASSES = 12, 6, 5

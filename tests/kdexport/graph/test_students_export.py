@@ -10,7 +10,7 @@ import torch
 from kdexport.backends.ort import load_model
 from kdexport.graph.audit import audit_graph, operator_counts
 from kdexport.reparam.blocks import attach_branches
-from kdexport.reparam.fuse import fuse_student
+from kdexport.reparam.fold_student import fuse_student
 from kdexport.students import STUDENTS
 from tests.kdexport.exported import MULTI, OPSET, exported, exported_fp16, images, unfused
 from tests.kdexport.hostile import relative_difference

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kdexport.reparam.blocks import Adapters, ParallelBranches, attach_branches
+from kdexport.reparam.blocks import attach_branches
+from kdexport.reparam.branches import Adapters, ParallelBranches
 from kdexport.reparam.spec import BranchSpec, Placement
 from kdexport.students import STUDENTS, Student
 from tests.kdexport.hostile import randomize

@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from kdexport.reparam.blocks import ParallelBranches
+from kdexport.reparam.branches import ParallelBranches
 from tests.kdexport.hostile import relative_difference
 
 LIMIT = 1e-12

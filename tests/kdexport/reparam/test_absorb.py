@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kdexport.errors import CertificateError, ReparamError
-from kdexport.reparam import algebra, fuse
-from kdexport.reparam.blocks import Adapters
-from kdexport.reparam.fuse import fuse_student
+from kdexport.reparam import algebra
+from kdexport.reparam import fold_student as fuse
+from kdexport.reparam.branches import Adapters
+from kdexport.reparam.fold_student import fuse_student
 from kdexport.reparam.structure import ComposeAdapters, find_steps
 from tests.kdexport.hostile import noise, relative_difference
 from tests.kdexport.reparam.nets import Net, hostile

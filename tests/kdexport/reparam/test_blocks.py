@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from kdexport.errors import ConfigError, ReparamError
-from kdexport.reparam.blocks import ParallelBranches, attach_branches, branch_paths
+from kdexport.reparam.blocks import attach_branches, branch_paths
+from kdexport.reparam.branches import ParallelBranches
 from kdexport.reparam.spec import BranchSpec, Placement
 from kdexport.students import STUDENTS
 from tests.kdexport.hostile import noise, relative_difference

@@ -11,10 +11,19 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from kdexport.errors import ReparamError
-from kdexport.reparam.convolution import Convolution, apply, identity, scale, shift, to_module
-from kdexport.reparam.layers import average_pool, fold_norm, from_batch_norm, from_layer
-from kdexport.reparam.parallel import add, concatenate, expand_groups
-from kdexport.reparam.sequence import compose, composed_weights, pool_to_linear
+from kdexport.reparam.compose import add, compose, composed_weights, concatenate, expand_groups, pool_to_linear
+from kdexport.reparam.convolution import (
+    Convolution,
+    apply,
+    average_pool,
+    fold_norm,
+    from_batch_norm,
+    from_layer,
+    identity,
+    scale,
+    shift,
+    to_module,
+)
 from tests.kdexport.hostile import noise, relative_difference
 from tests.kdexport.reparam.layers import (
     LIMIT,

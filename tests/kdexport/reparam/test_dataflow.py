@@ -12,7 +12,11 @@ from torch.export import ExportedProgram
 from torch.nn import functional
 
 from kdexport.errors import CertificateError, ReparamError
-from kdexport.reparam import layers, parallel, paths, reading, sequence
+from kdexport.reparam import compose as parallel
+from kdexport.reparam import compose as sequence
+from kdexport.reparam import convolution as layers
+from kdexport.reparam import dataflow as paths
+from kdexport.reparam import operators as reading
 from kdexport.reparam.program import FusedProgram, fuse_module
 from tests.kdexport.hostile import noise, relative_difference
 from tests.kdexport.reparam.foreign import (

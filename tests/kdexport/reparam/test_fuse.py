@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kdexport.errors import CertificateError, ReparamError
-from kdexport.reparam import algebra, fuse
+from kdexport.reparam import algebra
+from kdexport.reparam import fold_student as fuse
 from kdexport.reparam.blocks import attach_branches
-from kdexport.reparam.fuse import fuse_student
+from kdexport.reparam.fold_student import fuse_student
 from kdexport.reparam.spec import BranchSpec, Placement
 from kdexport.students import STUDENTS
 from tests.kdexport.hostile import noise, randomize

@@ -17,7 +17,8 @@ from torch import nn
 
 from kdexport.backends.ort import import_onnxruntime
 from kdexport.graph.audit import operator_counts
-from kdexport.reparam import parallel, paths
+from kdexport.reparam import compose as parallel
+from kdexport.reparam import dataflow as paths
 from tests.conftest import Command, Outcome
 from tests.kdexport.hostile import relative_difference
 from tests.kdexport.reparam.foreign import Diverse, MobileOne, RepVgg, ready, whole_net

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kdexport.reparam import hazards
-from kdexport.reparam.blocks import ParallelBranches
-from kdexport.reparam.fuse import fuse_student
-from kdexport.reparam.hazards import Hazard, range_hazards
+from kdexport.reparam import certificate as hazards
+from kdexport.reparam.branches import ParallelBranches
+from kdexport.reparam.certificate import Hazard, range_hazards
+from kdexport.reparam.fold_student import fuse_student
 from kdexport.students import STUDENTS
 from tests.kdexport.reparam.nets import Net, pair
 

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from kdexport.errors import ReparamError
-from kdexport.reparam import algebra, layers, parallel, sequence
-from kdexport.reparam.convolution import Convolution, identity
-from kdexport.reparam.layers import average_pool, fold_norm, from_batch_norm, from_layer
-from kdexport.reparam.parallel import add, concatenate
-from kdexport.reparam.sequence import compose, pool_to_linear
+from kdexport.reparam import algebra
+from kdexport.reparam import compose as parallel
+from kdexport.reparam import compose as sequence
+from kdexport.reparam import convolution as layers
+from kdexport.reparam.compose import add, compose, concatenate, pool_to_linear
+from kdexport.reparam.convolution import Convolution, average_pool, fold_norm, from_batch_norm, from_layer, identity
 from tests.kdexport.hostile import noise, relative_difference
 from tests.kdexport.reparam.layers import LIMIT, assert_same, hostile
 

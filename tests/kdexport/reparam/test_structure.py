@@ -8,8 +8,8 @@ from torch.nn import functional
 from torch.nn.utils import parametrizations
 
 from kdexport.errors import ReparamError
-from kdexport.reparam.blocks import ParallelBranches
-from kdexport.reparam.fuse import fuse_student
+from kdexport.reparam.branches import ParallelBranches
+from kdexport.reparam.fold_student import fuse_student
 from kdexport.reparam.structure import ComposeAdapters, FoldPair, MergeBranches, branch_layers, find_steps
 from tests.kdexport.hostile import noise, randomize, relative_difference
 from tests.kdexport.reparam.nets import Net, adapted, branched, hostile, pair, pool_to_one, student

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kdexport.errors import AuditError
-from kdexport.search.layers import Kept, LayerPlan, Scaling, Weights
+from kdexport.graph.plan import Kept, LayerPlan, Scaling, Weights
 
 EXPONENTS = (3, 0, -2, 5, 1, -7)
 

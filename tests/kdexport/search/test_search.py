@@ -13,16 +13,14 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from kdexport.backends.ort import load_model
-from kdexport.graph.calibration import calibrate
+from kdexport.graph.equalise import apply_scalings, equalise, explain_ranges, layer_ranges
+from kdexport.graph.plan import LayerPlan
 from kdexport.graph.precision import cast_to_fp16
 from kdexport.graph.quantize import quantize
-from kdexport.search.equalise import apply_scalings, equalise
-from kdexport.search.greedy import keep_fewest
-from kdexport.search.layers import LayerPlan
-from kdexport.search.plan import Cast, PrecisionPlan, find_plan
-from kdexport.search.ranges import explain_ranges, layer_ranges
-from kdexport.search.sensitivity import sensitivities
-from kdexport.search.trade import SearchBudget, SearchImages
+from kdexport.graph.tensor_ranges import calibrate
+from kdexport.precision_search.costs import SearchBudget, SearchImages
+from kdexport.precision_search.search import Cast, PrecisionPlan, find_plan, keep_fewest
+from kdexport.precision_search.sensitivity import sensitivities
 
 CLASSES, WIDTH, SIZE = 7, 12, 12
 

@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from kdexport import stages
+from kdexport.build import stages
+from kdexport.build.package import Parts, package
 from kdexport.checkpoint import StudentSpec, open_checkpoint, save_checkpoint
 from kdexport.config import BuildConfig
-from kdexport.data import ImageSet
-from kdexport.fingerprint import digest
-from kdexport.packaging import Parts, package
-from kdexport.preprocessing import Preprocessing
+from kdexport.core.digests import digest
+from kdexport.data.datasets import ImageSet
+from kdexport.data.preprocessing import Preprocessing
 from kdexport.students import STUDENTS
 from kdexport.targets import parse_target
 from kdexport.workspace import Workspace

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from kdexport.serving.limits import Limits
-from kdexport.serving.tensors import Signature
+from kdexport.serving.wire import Signature
 
 SIGNATURE = Signature(input_name="input", output_name="logits", image_size=32, classes=("a", "b", "c"), max_batch=8)
 LIMITS = Limits()

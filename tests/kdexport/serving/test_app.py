@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from kdexport.serving import cgroup
+from kdexport.errors import ServerError
+from kdexport.serving import limits as cgroup
 from kdexport.serving.app import create_app, routes
 from kdexport.serving.batching import UNKNOWN_PACE
-from kdexport.serving.errors import ServerError
 from kdexport.serving.limits import MIB, Limits
 from kdexport.serving.loading import LoadedModel
 from kdexport.serving.openapi import document
@@ -180,8 +180,8 @@ def test_the_openapi_document_describes_every_route_and_its_references_resolve(s
 def test_a_missing_extra_is_said_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib.util
 
+    from kdexport.commands.serve import require_extra
     from kdexport.errors import BackendUnavailableError
-    from kdexport.serving.command import require_extra
 
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else find(name))

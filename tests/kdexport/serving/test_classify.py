@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from kdexport.backends.ort import load_model
-from kdexport.bundle import read_manifest
-from kdexport.preprocessing import decode
+from kdexport.bundle.manifest import read_manifest
+from kdexport.data.preprocessing import decode
 from tests.kdexport.serving.bundles import CLASSES, encoded, photo
 from tests.kdexport.serving.running import Running
 

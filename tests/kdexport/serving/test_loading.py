@@ -14,13 +14,13 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from kdexport.backends.ort import CPU
-from kdexport.bundle import hash_files
+from kdexport.bundle.manifest import hash_files
+from kdexport.diagnose.environment import examine_bundle
 from kdexport.errors import BackendUnavailableError, BundleError, ConfigError, KdexportError, VerificationError
-from kdexport.serving.examine import examine_bundle
+from kdexport.serving.isolated_load import allowed_error, try_bundle
 from kdexport.serving.limits import Limits
 from kdexport.serving.loading import load, read_files
 from kdexport.serving.repository import Repository, parse_source
-from kdexport.serving.trial import allowed_error, try_bundle
 from tests.conftest import Command
 from tests.kdexport.serving.bundles import encoded, photo
 

@@ -15,17 +15,16 @@ import pytest
 from numpy.typing import NDArray
 
 from kdexport.backends.ort import CPU, CUDA
-from kdexport.preprocessing import Preprocessing
-from kdexport.serving import cgroup
-from kdexport.serving.admission import Admission
-from kdexport.serving.batching import Instances, Pace
-from kdexport.serving.body import ClientGoneError, read_body, unless_gone, unpack
-from kdexport.serving.errors import RequestError
+from kdexport.data.preprocessing import Preprocessing
+from kdexport.errors import RequestError
+from kdexport.serving import limits as cgroup
+from kdexport.serving.batching import Instances, Pace, choose_batch, measure_pace
 from kdexport.serving.images import PixelBudget, decode_upload, normalisation_table, normalise
 from kdexport.serving.limits import MIB, Limits, memory_bound
 from kdexport.serving.metrics import Metrics, ModelStatistics
-from kdexport.serving.tensors import body_limit
-from kdexport.serving.warmup import choose_batch, measure_pace
+from kdexport.serving.requests import ClientGoneError, read_body, unless_gone, unpack
+from kdexport.serving.service import Admission
+from kdexport.serving.wire import body_limit
 from tests.kdexport.serving.bundles import encoded, photo
 from tests.kdexport.serving.running import LIMITS, SIGNATURE
 
@@ -423,7 +422,7 @@ def test_a_model_on_a_cpu_is_timed_alone_and_one_on_a_device_in_batches(monkeypa
             batches.append(images.shape)
             return np.zeros((len(images), 3), np.float32)
 
-    monkeypatch.setattr("kdexport.serving.warmup.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("kdexport.serving.batching.time.perf_counter", lambda: now[0])
     model: Any = Timed()
     pace = measure_pace(model, CPU, replace(SIGNATURE, image_size=8, max_batch=16))
     assert pace.seconds == pytest.approx(0.0041)

@@ -17,7 +17,7 @@ from google.protobuf import text_format
 from PIL import Image
 from tritonclient.grpc import model_config_pb2
 
-from kdexport.bundle import Manifest, hash_files, read_manifest
+from kdexport.bundle.manifest import Manifest, hash_files, read_manifest
 from kdexport.errors import (
     BackendUnavailableError,
     BundleError,
@@ -27,10 +27,10 @@ from kdexport.errors import (
     StorageError,
     VerificationError,
 )
-from kdexport.serving import triton, triton_config, triton_repository
-from kdexport.serving.triton import export_triton
-from kdexport.serving.triton_config import from_pbtxt
-from kdexport.serving.triton_plan import TritonRequest, plan_export
+from kdexport.serving.triton import pbtxt, versions, writer
+from kdexport.serving.triton.pbtxt import from_pbtxt
+from kdexport.serving.triton.variants import TritonRequest, plan_export
+from kdexport.serving.triton.writer import export_triton
 from kdexport.verify.verdict import Verdict, VerifiedBundle, seal
 from tests.conftest import Built, Command
 
@@ -86,7 +86,7 @@ def retrained(verified: VerifiedBundle, folder: Path) -> VerifiedBundle:
     return resealed(verified, folder, lambda _: change_model(folder))
 
 
-def export(bundle: VerifiedBundle, repository: Path, **options: Any) -> triton.TritonResult:
+def export(bundle: VerifiedBundle, repository: Path, **options: Any) -> writer.TritonResult:
     return export_triton(bundle, plan_export(bundle.manifest, TritonRequest(repository=repository, **options)))
 
 
@@ -322,7 +322,7 @@ def test_nothing_but_the_finished_model_is_ever_seen_in_the_repository(
         assert sorted(path.name for path in (repository / "mobilenetv2").iterdir() if path.is_dir()) == ["1", "warmup"]
         raise KeyboardInterrupt
 
-    for module, name in ((shutil, "copyfile"), (triton_repository, "publish")):
+    for module, name in ((shutil, "copyfile"), (versions, "publish")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, fail)
             with pytest.raises(KeyboardInterrupt):
@@ -460,5 +460,5 @@ def test_a_repository_that_is_a_mount_is_refused_with_a_way_out(
 def test_without_tritons_messages_the_remedy_is_a_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "tritonclient.grpc", None)
     with pytest.raises(BackendUnavailableError) as caught:
-        triton_config.import_messages()
+        pbtxt.import_messages()
     assert caught.value.remedy == "pip install 'kdexport[triton]'"

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from kdexport.errors import ReparamError
-from kdexport.reparam.blocks import ParallelBranches, attach_branches
-from kdexport.reparam.fuse import fuse_student
+from kdexport.reparam.blocks import attach_branches
+from kdexport.reparam.branches import ParallelBranches
+from kdexport.reparam.fold_student import fuse_student
 from kdexport.reparam.spec import BranchSpec
 from kdexport.students import STUDENTS, Student
 from tests.kdexport.hostile import noise, randomize

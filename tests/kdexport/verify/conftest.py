@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kdexport.preprocessing import Preprocessing
+from kdexport.data.preprocessing import Preprocessing
 from kdexport.reparam.certificate import Certificate
-from kdexport.reparam.fuse import fuse_student
+from kdexport.reparam.fold_student import fuse_student
 from kdexport.verify.reference import Probes, Reference, make_probes, make_reference
 from tests.kdexport.hostile import randomize
 

@@ -9,9 +9,9 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
+from kdexport.build.stages import UNFUSED_MODEL
 from kdexport.errors import ForwardedError
-from kdexport.gate.session import Arm, Request, Session
-from kdexport.stages import UNFUSED_MODEL
+from kdexport.timing.session import Arm, Request, Session
 from kdexport.verify import latency
 from kdexport.verify.latency import Comparison, LatencyResult, compare_latency, judge
 from tests.conftest import Built

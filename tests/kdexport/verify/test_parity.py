@@ -11,8 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from kdexport.backends.base import run_in_batches
 from kdexport.reparam.certificate import BlockCertificate
-from kdexport.verify.parity import Check, check_at_most, check_repeatable, run_in_batches, rung_a, rung_b, rung_c
+from kdexport.verify.check import Check, check_at_most
+from kdexport.verify.parity import check_repeatable, rung_a, rung_b, rung_c
 from kdexport.verify.reference import Probes, Reference, Simulated, run_torch
 from kdexport.verify.simulation import Simulation
 from tests.kdexport.verify.conftest import Ladder

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kdexport.preprocessing import Preprocessing
+from kdexport.data.preprocessing import Preprocessing
 from kdexport.verify.reference import Probes, make_probes, make_reference, run_exact, run_torch
 from kdexport.verify.simulation import TF32, Simulation, round_tf32
 from tests.kdexport.verify.conftest import PREPROCESSING, Ladder, SmallNet, pixels

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kdexport.verify.parity import Check
+from kdexport.verify.check import Check
 from kdexport.verify.report import failed_checks, report_tables, rung_rows, verdict_sentence, write_reports
 
 HOSTILE = '<b>bold</b> & "quoted" | piped\nsecond line <script>alert(1)</script>'

@@ -14,9 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from kdexport.backends.ort import load_model
-from kdexport.graph.precision import cast_to_bf16
-from kdexport.search.layers import Kept, LayerPlan
-from kdexport.verify.emulation import emulate_bf16
+from kdexport.graph.plan import Kept, LayerPlan
+from kdexport.graph.precision import cast_to_bf16, emulate_bf16
 from kdexport.verify.parity import rung_c
 from kdexport.verify.simulation import Simulation
 from tests.kdexport.exported import images, small_graph, small_weights

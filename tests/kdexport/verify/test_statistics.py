@@ -8,8 +8,7 @@ import pytest
 from scipy import stats
 
 from kdexport.errors import ConfigError
-from kdexport.gate.bounds import trials_needed
-from kdexport.verify.statistics import paired_accuracy, proportion_interval
+from kdexport.stats.proportions import paired_accuracy, proportion_interval, trials_needed
 
 
 def tail(count: int, total: int, rate: float, *, upper: bool) -> float:

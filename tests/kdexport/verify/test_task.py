@@ -7,18 +7,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from kdexport.policy import Policy, parse_policy
-from kdexport.verify.parity import Check
-from kdexport.verify.statistics import Interval
-from kdexport.verify.task import (
-    TaskMetrics,
-    TaskReference,
-    judge_claim,
-    kl_divergence,
-    rung_d,
-    task_metrics,
-    task_reference,
-)
+from kdexport.stats.logits import kl_divergence
+from kdexport.stats.proportions import Interval
+from kdexport.verify.check import Check
+from kdexport.verify.policy import Policy, parse_policy
+from kdexport.verify.task import TaskMetrics, TaskReference, judge_claim, rung_d, task_metrics, task_reference
 
 COUNT, CLASSES = 4000, 6
 ERROR = 0.01

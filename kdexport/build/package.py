@@ -1,0 +1,252 @@
+"""Assembles a bundle folder, has it verified, and writes its manifest last."""
+
+import json
+import platform
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kdexport.artifacts import EngineFile, FusedFiles, OnnxModel
+from kdexport.backends.discovery import can_execute
+from kdexport.build.stages import UNFUSED_MODEL, is_int8
+from kdexport.bundle.manifest import (
+    FUSED,
+    LAYERS,
+    MANIFEST,
+    MODEL,
+    NOT_EXECUTED,
+    PLAN,
+    RANGES,
+    SCHEMA_VERSION,
+    SERVED,
+    TARGETS,
+    UNFUSED,
+    VERIFIED,
+    Manifest,
+    hash_files,
+)
+from kdexport.checkpoint import StudentSpec, TrainedStudent
+from kdexport.config import BuildConfig
+from kdexport.core.digests import tool_versions
+from kdexport.data.datasets import ImageSet, spread
+from kdexport.errors import AuditError, BackendUnavailableError, CheckpointError, DataError, VerificationError
+from kdexport.graph.audit import operator_counts
+from kdexport.graph.epcontext import provider_tensorrt_major, require_servable, write_context
+from kdexport.targets import Target
+from kdexport.verify.golden import write_golden_set
+from kdexport.verify.latency import Comparison, LatencyResult, compare_latency
+from kdexport.verify.policy import parse_policy
+from kdexport.verify.report import write_reports
+from kdexport.verify.target_checks import open_file
+from kdexport.verify.task_record import TaskImages, TaskRecord, save_record
+from kdexport.verify.verdict import VerifiedBundle, seal, verify_folder
+
+_VERSIONS = (
+    "torch", "torchvision", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime", "numpy", "tensorrt_rtx_cu13",
+    "tensorrt", "openvino", "polygraphy",
+)  # fmt: skip
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parts:
+    """Everything that goes into one bundle."""
+
+    config: BuildConfig
+    trained: TrainedStudent
+    fused: FusedFiles
+    model: OnnxModel
+    casts: dict[Target, OnnxModel]
+    engines: dict[Target, EngineFile]
+    validation: ImageSet
+    build_key: str
+    #: How int8 was calibrated, for the manifest.
+    calibration: dict[str, Any] = field(default_factory=dict)
+    #: What the precision search found, for the manifest, by form.
+    searched: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def package(folder: Path, parts: Parts, progress: Progress) -> VerifiedBundle:
+    """Fill ``folder`` and verify it. Raises ``VerificationError``, with the report left in ``folder``, if it fails."""
+    _copy_files(folder, parts)
+    golden = _write_golden(folder, parts)
+    data = _describe(parts, golden)
+    manifest = Manifest.from_json({**data, "files": {}})
+    count = min(parts.config.verify.images, len(parts.validation))
+    chosen = spread(len(parts.validation), count)
+    pixels = parts.validation.read(chosen, parts.trained.spec.preprocessing)
+    task = TaskImages(parts.validation, _task_indices(parts))
+    verdict = verify_folder(folder, manifest, pixels, task=task, progress=progress)
+    data["task"] = None if verdict.record is None else _save_task(folder, verdict.record, parts.validation)
+    latency = _compare_latency(parts, progress) if not verdict.failures else None
+    data["parity"] = [check.to_json() for check in verdict.checks]
+    data["parity_images"] = count
+    data["latency"] = None if latency is None else latency.to_json()
+    write_reports(folder, data)
+    data["files"] = hash_files(folder)
+    (folder / MANIFEST).write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    bundle = seal(folder, Manifest.from_json(data), verdict)
+    _require_not_slower(latency)
+    return bundle
+
+
+def _save_task(folder: Path, record: TaskRecord, images: ImageSet) -> dict[str, object]:
+    """With the fingerprint and the size of the whole split, for results of another bundle to be laid beside them."""
+    return save_record(folder, record) | {"data_sha256": images.fingerprint(), "data_images": len(images)}
+
+
+def _task_indices(parts: Parts) -> list[int]:
+    return spread(len(parts.validation), parts.config.verify.task_images)
+
+
+def _copy_files(folder: Path, parts: Parts) -> None:
+    shutil.copyfile(parts.trained.weights, folder / UNFUSED)
+    shutil.copyfile(parts.fused.weights, folder / FUSED)
+    shutil.copyfile(parts.model.path, folder / MODEL)
+    for target, model in parts.casts.items():
+        place = folder / TARGETS / str(target)
+        place.mkdir(parents=True)
+        shutil.copyfile(model.path, place / MODEL)
+        if is_int8(model.form):
+            shutil.copyfile(model.path.with_name(RANGES), place / RANGES)
+        if target in parts.engines:
+            for name in (PLAN, LAYERS):
+                shutil.copyfile(parts.engines[target].folder / name, place / name)
+            if target.backend == "trt":
+                _wrap(place, parts)
+
+
+def _wrap(place: Path, parts: Parts) -> None:
+
+    version = str(json.loads((place / LAYERS).read_text())["version"])
+    spec = parts.trained.spec
+    reason = wrap_plan(place, built_with=version, image_size=spec.image_size, classes=spec.num_classes)
+    if reason:
+        # No fault of the plan: trtexec, Polygraphy and Triton open it as it is.
+        (place / "served.txt").write_text(f"There is no {SERVED} here. {reason}\n", encoding="utf-8")
+
+
+def _write_golden(folder: Path, parts: Parts) -> list[str]:
+    chosen = spread(len(parts.validation), parts.config.verify.golden)
+    low = {
+        str(target): open_file(model.path, model.form).logits
+        for target, model in parts.casts.items()
+        if target.backend == "onnx" and target.precision != "fp32"
+    }
+    factor = parse_policy(parts.config.policy, "[policy]").C.max_error
+    return write_golden_set(folder, parts.trained, parts.validation, chosen, low, factor=factor)
+
+
+def _describe(parts: Parts, golden: list[str]) -> dict[str, Any]:
+    import onnx
+
+    from kdexport import __version__
+
+    spec = parts.trained.spec
+    described = spec.to_json()
+    provenance = described.pop("provenance")
+    certificate = json.loads(parts.fused.certificate.read_text())
+    unfused = onnx.load(str(parts.model.path.with_name(UNFUSED_MODEL)))
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "kdexport": __version__,
+        "build_key": parts.build_key,
+        "student": described,
+        "provenance": {**provenance, "checkpoint_sha256": parts.trained.weights_sha256},
+        "opset": parts.config.export.opset,
+        "export": parts.config.export.model_dump(mode="json"),
+        "targets": {str(target): _target_entry(target, parts) for target in parts.casts},
+        "golden": golden,
+        "certificate": certificate,
+        "policy": parse_policy(parts.config.policy, "[policy]").model_dump(mode="json"),
+        "parity": [],
+        "task": None,
+        "parity_images": 0,
+        "latency": None,
+        "operators": {"unfused": operator_counts(unfused), "fused": operator_counts(onnx.load(str(parts.model.path)))},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version for name, version in tool_versions(*_VERSIONS).items() if version != "absent"},
+        },
+    }
+
+
+def _target_entry(target: Target, parts: Parts) -> dict[str, Any]:
+    executed = not target.needs_engine or can_execute(target)
+    entry: dict[str, Any] = {
+        "precision": target.precision,
+        "backend": target.backend,
+        "engine": target.needs_engine,
+        "status": VERIFIED if executed else NOT_EXECUTED,
+        "form": target.form,
+    }
+    if is_int8(target.form):
+        entry["calibration"] = parts.calibration
+    if target.form in parts.searched:
+        entry["plan"] = parts.searched[target.form]
+    if target in parts.engines:
+        table = json.loads((parts.engines[target].folder / LAYERS).read_text())
+        entry["version"] = table["version"]
+        entry["kernels"] = sum(bool(layer["datatypes"]) for layer in table["layers"])
+        entry["layers"] = dict(sorted(Counter(layer["kind"] for layer in table["layers"]).items()))
+    return entry
+
+
+def _compare_latency(parts: Parts, progress: Progress) -> LatencyResult:
+    settings = parts.config.latency
+    comparison = Comparison(
+        reference=str(parts.model.path.with_name(UNFUSED_MODEL)),
+        candidate=str(parts.model.path),
+        image_size=parts.trained.spec.image_size,
+        batch=settings.batch,
+        threads=settings.threads,
+        pairs=settings.pairs,
+    )
+    return compare_latency(
+        comparison,
+        max_slowdown=settings.max_slowdown,
+        max_sessions=settings.sessions,
+        progress=lambda count: progress(f"latency, session {count}"),
+    )
+
+
+def _require_not_slower(latency: LatencyResult | None) -> None:
+    if latency is not None and latency.verdict == "slower":
+        raise VerificationError(
+            f"The fused student is slower than the unfused one: {latency.ratio:.3f}x, interval {latency.low:.3f} to "
+            f"{latency.high:.3f} (up to {1 + latency.max_slowdown:.3f} allowed) over {latency.sessions} sessions.",
+            remedy="Run again on a quiet machine; if it stays, raise max_slowdown under [latency] deliberately.",
+        )
+
+
+def require_matching(spec: StudentSpec, student: str, validation: ImageSet) -> None:
+    """Raise where a checkpoint is of another student or other classes than the configuration and data."""
+    if spec.student != student:
+        raise CheckpointError(
+            f"The checkpoint holds a {spec.student}, and {student} was asked for.",
+            remedy=f"Pass --student {spec.student}, or the checkpoint of a {student}.",
+        )
+    if spec.classes != validation.classes:
+        counts = f"{spec.num_classes} classes, the data set has {len(validation.classes)}"
+        difference = counts if spec.num_classes != len(validation.classes) else "classes of other names or order"
+        raise CheckpointError(
+            f"The checkpoint was trained for {difference}.", remedy="Name the data set that it was trained on."
+        )
+    if len(validation) < 1:
+        raise DataError("There is no validation image.", remedy="Add images to the test split.")
+
+
+def wrap_plan(folder: Path, *, built_with: str, image_size: int, classes: int) -> str:
+    """Write ``served.onnx`` beside the TensorRT plan in ``folder``, or return why onnxruntime could not open it."""
+    try:
+        require_servable(built_with, provider_tensorrt_major())
+    except (AuditError, BackendUnavailableError) as error:
+        return error.message
+    write_context(
+        folder / PLAN, folder / SERVED, backend="trt", image_size=image_size, classes=classes, built_with=built_with
+    )
+    return ""

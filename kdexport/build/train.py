@@ -1,0 +1,87 @@
+"""Starts the training package as a child process; what comes back is a directory, kept by what it was trained from."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from kdexport.core.child import CHILD, end_with_parent
+from kdexport.core.digests import digest
+from kdexport.errors import ForwardedError, TrainingError
+
+#: One child process per GPU when there are several.
+_DISTRIBUTED = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
+
+
+def resolve_recipe(recipe: str, overrides: dict[str, Any]) -> dict[str, Any]:
+    """``{"revision": int, "recipe": {...}}``: the complete recipe after its base and ``overrides``."""
+    answer = _call(["resolve", "--recipe", recipe, *_as_options(overrides)])
+    return dict(json.loads(answer))
+
+
+def train_teacher(recipe: str, overrides: dict[str, Any], out: Path) -> None:
+    """Train the recipe's teacher into ``out``/model.safetensors, continuing what is there."""
+    _call(["teacher", "--recipe", recipe, *_as_options(overrides), "--out", str(out)])
+
+
+def train_student(recipe: str, overrides: dict[str, Any], out: Path, *, processes: int) -> None:
+    """Distil the recipe's student into ``out``/student, continuing what is there."""
+    _call(["train", "--recipe", recipe, *_as_options(overrides), "--out", str(out)], processes=processes)
+
+
+def student_key(recipe: dict[str, Any], dataset_sha256: str, teacher_sha256: str, revision: int) -> str:
+    """Digest of all that a distilled student depends on."""
+    return digest(["train", _portable(recipe), dataset_sha256, teacher_sha256, revision])
+
+
+def teacher_key(recipe: dict[str, Any], dataset_sha256: str, revision: int) -> str:
+    """Digest of all that the recipe's teacher depends on."""
+    tables = {name: table for name, table in _portable(recipe).items() if name in ("data", "teacher", "train")}
+    # The student's own length and rate do not reach the teacher.
+    tables["train"] = {name: v for name, v in tables["train"].items() if name not in ("epochs", "learning_rate")}
+    return digest(["teacher", tables, dataset_sha256, revision])
+
+
+def _portable(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe without places: moved data and weights are the same data and weights, by their digests."""
+    data = {name: value for name, value in recipe["data"].items() if name not in ("root", "workers")}
+    data["name"] = data["name"].partition(":")[0]
+    teacher = {name: value for name, value in recipe["teacher"].items() if name != "checkpoint"}
+    return {**recipe, "data": data, "teacher": teacher}
+
+
+def _call(arguments: list[str], *, processes: int = 1) -> str:
+    launcher = ["-m"] if processes == 1 else [*_DISTRIBUTED, str(processes), "-m"]
+    environment = dict(os.environ)
+    if processes == 1:
+        environment[CHILD] = str(os.getpid())
+    command = [sys.executable, *launcher, "training", *arguments]
+    # The launcher is not ours and would outlive us; what it starts ends with it.
+    ending = end_with_parent if processes > 1 and sys.platform == "linux" else None
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False, preexec_fn=ending)
+    if done.returncode == 0:
+        return done.stdout
+    try:
+        error = json.loads(done.stdout.strip().rpartition("\n")[2])["error"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise TrainingError(
+            f"The training process ended with exit code {done.returncode}.",
+            remedy="Its output is above. The same command continues from the last finished epoch.",
+        ) from None
+    raise ForwardedError(
+        error["message"], remedy=error["remedy"], code=error["code"], exit_code=done.returncode
+    ) from None
+
+
+def _as_options(tables: dict[str, Any], prefix: str = "") -> list[str]:
+    options: list[str] = []
+    for key, value in tables.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            options += _as_options(value, f"{name}.")
+        else:
+            # JSON scalars and arrays of them are TOML values as they are.
+            options += ["--set", f"{name}={json.dumps(value)}"]
+    return options

@@ -1,0 +1,1 @@
+"""The bundle: a directory on disk and its manifest."""

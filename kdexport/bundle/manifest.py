@@ -1,0 +1,183 @@
+"""The bundle on disk: its layout, its manifest, and the digests that tie both together."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from kdexport.checkpoint import StudentSpec, build_student, load_strictly, load_tensors, sha256_file
+from kdexport.errors import BundleError
+from kdexport.graph.plan import LayerPlan
+from kdexport.targets import parse_target, target_names
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+SCHEMA_VERSION = 1
+
+_MAX_BATCH, _MAX_SIZE = 4096, 4096
+
+MANIFEST = "manifest.json"
+
+UNFUSED = "unfused.safetensors"
+
+FUSED = "student.safetensors"
+
+MODEL = "model.onnx"
+
+TARGETS = "targets"
+
+GOLDEN = "golden"
+
+GOLDEN_LOGITS = "golden/logits.safetensors"
+
+#: Per-image results of rung D.
+TASK = "metrics/validation.safetensors"
+
+LAYERS = "layers.json"
+
+#: The calibrated range of each tensor, beside an int8 model.
+RANGES = "ranges.json"
+
+PLAN = "model.plan"
+
+#: A TensorRT plan as a model that onnxruntime opens.
+SERVED = "served.onnx"
+
+VERIFIED, NOT_EXECUTED = "verified", "built, not executed"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """What a bundle says about itself; ``data`` is the whole JSON object."""
+
+    data: dict[str, Any]
+    spec: StudentSpec
+    files: dict[str, str]
+    targets: dict[str, dict[str, Any]]
+    build_key: str
+    opset: int
+    golden: tuple[str, ...]
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Manifest":
+        """Read a manifest's JSON object; raises ``KeyError``, ``TypeError`` or ``ValueError`` on a foreign one."""
+        if data["schema_version"] != SCHEMA_VERSION:
+            raise ValueError(f"schema_version is {data['schema_version']!r}, this version reads {SCHEMA_VERSION}")
+        for name in ("export", "certificate", "operators", "versions", "parity", "parity_images", "latency"):
+            data[name]
+        for name in (*data["golden"], *data["files"]):
+            _require_inside(str(name))
+        _require_sound(data)
+        return cls(
+            data=data,
+            spec=StudentSpec.from_json({**data["student"], "provenance": data["provenance"]}),
+            files={str(name): str(value) for name, value in data["files"].items()},
+            targets=dict(data["targets"]),
+            build_key=str(data["build_key"]),
+            opset=int(data["opset"]),
+            golden=tuple(str(name) for name in data["golden"]),
+        )
+
+
+def _require_sound(data: dict[str, Any]) -> None:
+    """What verification relies on: shapes, targets and golden images are there and make sense."""
+    export = data["export"]
+    batches = [export[name] for name in ("min_batch", "opt_batch", "max_batch")]
+    if not all(isinstance(batch, int) and 1 <= batch <= _MAX_BATCH for batch in batches):
+        raise ValueError(f"batch sizes are {batches}")
+    for name, entry in data["targets"].items():
+        if name not in target_names() or entry["precision"] != name.rpartition("-")[2]:
+            raise ValueError(f"target {name!r} with precision {entry['precision']!r}")
+        if bool(entry["engine"]) != parse_target(name).needs_engine or entry["status"] not in (VERIFIED, NOT_EXECUTED):
+            raise ValueError(f"target {name!r} says engine {entry['engine']!r}, status {entry['status']!r}")
+        if "plan" in entry:
+            LayerPlan.from_json(entry["plan"])
+    if not data["golden"] or not isinstance(data["parity"], list):
+        raise ValueError("there is no golden image or no list of checks")
+    size = data["student"]["preprocessing"]
+    if not 8 <= size["image_size"] <= size["resize"] <= _MAX_SIZE:
+        raise ValueError(f"image_size {size['image_size']}, resize {size['resize']}")
+
+
+def _require_inside(name: str) -> None:
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise ValueError(f"{name!r} lies outside the bundle")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a bundle folder; raises ``BundleError`` where there is none or it cannot be read."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise BundleError(
+            f"{folder} is not a bundle: it has no {MANIFEST}.", remedy="Pass a folder that `kdexport build` wrote."
+        )
+    try:
+        return Manifest.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise BundleError(
+            f"{path} is damaged or of another version: {type(error).__name__}: {error}.",
+            remedy="Build the bundle again.",
+        ) from error
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """sha256 of every file below ``folder`` except the manifest, by relative path."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = {path.relative_to(folder).as_posix(): path for path in paths}
+    return {name: sha256_file(path) for name, path in names.items() if name != MANIFEST}
+
+
+def changed_files(folder: Path, expected: dict[str, str]) -> dict[str, str]:
+    """What became of files since the manifest was written: name to ``missing``, ``changed`` or ``unknown``."""
+    present = hash_files(folder)
+    changes = dict.fromkeys(expected.keys() - present.keys(), "missing")
+    changes.update(dict.fromkeys(present.keys() - expected.keys(), "unknown"))
+    changes.update({name: "changed" for name in expected.keys() & present.keys() if expected[name] != present[name]})
+    return dict(sorted(changes.items()))
+
+
+def write_golden(folder: Path, images: Iterable[tuple[bytes, str]]) -> list[str]:
+    """Write original image bytes with their suffixes; returns their paths relative to the bundle."""
+    (folder / GOLDEN).mkdir(parents=True)
+    names = []
+    for index, (data, suffix) in enumerate(images):
+        name = f"{GOLDEN}/{index:03d}{suffix}"
+        (folder / name).write_bytes(data)
+        names.append(name)
+    return names
+
+
+def read_golden(folder: Path, manifest: Manifest) -> "NDArray[np.uint8]":
+    """The golden images through the bundle's own preprocessing: (N,S,S,3) uint8."""
+    import numpy as np
+
+    from kdexport.data.preprocessing import read_image
+
+    preprocessing = manifest.spec.preprocessing
+    return np.stack([preprocessing.pixels(read_image(folder / name)) for name in manifest.golden])
+
+
+def layer_plans(manifest: Manifest) -> dict[str, LayerPlan]:
+    """The precision plan of each target that was searched, by target."""
+    return {name: LayerPlan.from_json(entry["plan"]) for name, entry in manifest.targets.items() if "plan" in entry}
+
+
+def onnx_files(manifest: Manifest) -> dict[str, str]:
+    """ONNX files of a bundle by relative path, with the form that their precision is written in."""
+    files = {MODEL: "fp32"}
+    for name in manifest.targets:
+        files[f"{TARGETS}/{name}/{MODEL}"] = parse_target(name).form
+    return files
+
+
+def load_unfused(folder: Path, spec: StudentSpec) -> nn.Module:
+    """The unfused student of a bundle, in evaluation mode."""
+    student = build_student(spec)
+    load_strictly(student, load_tensors(folder / UNFUSED), UNFUSED)
+    return student.eval()

@@ -1,0 +1,89 @@
+"""`kdexport build`: from a recipe or a checkpoint to a verified bundle."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kdexport.commands.options import Debug, Json
+from kdexport.core.console import print_json
+from kdexport.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kdexport.config import BuildConfig
+
+
+def build(
+    student: Annotated[str | None, typer.Option(help="Student, and name of its configuration.")] = None,
+    target: Annotated[str | None, typer.Option(help="Targets, comma separated: onnx-fp32,trt-rtx-fp16.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Export configuration; default export_configs/STUDENT.toml.")
+    ] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Trained student folder: skips training.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Bundle folder; default dist/STUDENT.")] = None,
+    data: Annotated[str | None, typer.Option(help="Where the data set lies; overrides the recipe.")] = None,
+    teacher_checkpoint: Annotated[str | None, typer.Option(help="Teacher weights, .pt or .safetensors.")] = None,
+    workspace: Annotated[Path, typer.Option(help="Where finished stages are kept.")] = Path(".kdexport"),
+    processes: Annotated[int, typer.Option(min=1, help="Training processes, one per GPU.")] = 1,
+    fresh: Annotated[bool, typer.Option("--fresh/--resume", help="Forget earlier results, or use them.")] = False,
+    blame: Annotated[bool, typer.Option("--blame", help="Name the node where a check fails.")] = False,
+    precision_search: Annotated[
+        bool, typer.Option("--precision-search", help="Keep the fewest layers of int8 targets in float32.")
+    ] = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train or read a student, fold, export, compile, verify and package it."""
+    from kdexport.core.progress import Reporter
+    from kdexport.pipeline import BuildRequest
+    from kdexport.pipeline import build as run
+    from kdexport.targets import parse_targets
+
+    settings = _settings(student, config, precision_search=precision_search)
+    names = settings.targets if target is None else [name.strip() for name in target.split(",") if name.strip()]
+    request = BuildRequest(
+        config=settings,
+        targets=parse_targets(names),
+        out=out if out is not None else Path("dist") / settings.student,
+        workspace=workspace,
+        checkpoint=checkpoint,
+        data_root=data,
+        teacher_checkpoint=teacher_checkpoint,
+        processes=processes,
+        fresh=fresh,
+        blame=blame,
+    )
+    result = run(request, Reporter())
+    if as_json:
+        print_json({"bundle": str(result.out), "up_to_date": result.up_to_date, **_summary(result.manifest.data)})
+    else:
+        from kdexport.commands.render import show_build
+
+        show_build(result)
+
+
+def _settings(student: str | None, config: Path | None, *, precision_search: bool) -> "BuildConfig":
+    from kdexport.config import find_config, load_config
+
+    if student is None and config is None:
+        raise ConfigError("Neither --student nor --config was given.", remedy="For example: --student mobilenetv2")
+    settings = load_config(config if config is not None else find_config(str(student)))
+    if student is not None and student != settings.student:
+        settings = settings.model_copy(update={"student": student})
+    if precision_search:
+        enabled = settings.precision_search.model_copy(update={"enabled": True})
+        settings = settings.model_copy(update={"precision_search": enabled})
+    return settings
+
+
+def _summary(data: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "ok": True,
+        "exit_code": 0,
+        "student": data["student"]["student"],
+        "metrics": data["provenance"].get("metrics", {}),
+        "targets": data["targets"],
+        "operators": data["operators"],
+        "latency": data["latency"],
+        "failed_checks": [check for check in data["parity"] if not check["holds"]],
+    }

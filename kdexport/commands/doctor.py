@@ -1,0 +1,27 @@
+"""`kdexport doctor`: what this machine can build and run, and whether it would serve a bundle."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kdexport.commands.options import Debug, Json
+from kdexport.core.console import print_json
+
+
+def doctor(
+    bundle: Annotated[Path | None, typer.Argument(help="A bundle: check that it can be served here.")] = None,
+    target: Annotated[str, typer.Option(help="Target of it that would be served.")] = "onnx-fp32",
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what this machine can build and run, and what is missing; or whether it would serve BUNDLE."""
+    from kdexport.diagnose.environment import examine, examine_bundle
+
+    facts = examine() if bundle is None else examine_bundle(bundle, target=target)
+    if as_json:
+        print_json({"ok": True, "facts": [{"what": f.what, "ok": f.ok, "fact": f.fact} for f in facts]})
+        return
+    from kdexport.commands.render import show_facts
+
+    show_facts(facts)

@@ -1,0 +1,133 @@
+"""`kdexport fuse`: merge what somebody else built, prove it, write it as a program and as ONNX."""
+
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kdexport.errors import OutputError
+
+if TYPE_CHECKING:
+    from kdexport.reparam.program import FusedProgram
+
+PROGRAM, MODEL, CERTIFICATE = "fused.pt2", "model.onnx", "certificate.json"
+_SCHEMA = "kdexport.fuse/1"
+_OPSET = 20
+
+
+def fuse(
+    source: Annotated[str, typer.Argument(help="MODULE.pt2 of torch.export.save, or package.module:factory.")],
+    out: Annotated[Path, typer.Option(help="Folder for fused.pt2, model.onnx and certificate.json.")],
+    shapes: Annotated[
+        list[str] | None, typer.Option("--input", help="Shape of an input, for a factory: 1,3,224,224. Repeatable.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Print tracebacks of errors.")] = False,
+) -> None:
+    """Merge parallel branches, sequences and batch norms of any PyTorch module, with a certificate."""
+    from kdexport.core.files import require_replaceable, require_writable
+    from kdexport.reparam.sources import load_source, parse_shapes
+
+    sizes = parse_shapes(shapes or [])
+    try:
+        require_replaceable(out, _is_ours)
+    except OutputError as error:
+        raise OutputError(f"{out} exists and was not written by `kdexport fuse`.", remedy=error.remedy) from None
+    require_writable(out)
+    module, examples = load_source(source, sizes)
+
+    from kdexport.reparam.program import fuse_module
+
+    fused = fuse_module(module, examples)
+    described = write(fused, out, source)
+    if as_json:
+        typer.echo(json.dumps({"ok": True, "exit_code": 0, "out": str(out), **described}))
+    else:
+        show(fused, out)
+
+
+def write(fused: "FusedProgram", out: Path, source: str) -> dict[str, Any]:
+    """Put the three files into ``out``, all or none; what certificate.json says."""
+    import torch
+
+    from kdexport.core.console import quiet
+    from kdexport.core.files import replace_folder
+    from kdexport.graph.export import export_program
+
+    name = Path(source).name if source.endswith(".pt2") else source
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder) / "fused"
+        place.mkdir()
+        with quiet():
+            torch.export.save(fused.program, place / PROGRAM)
+        metadata = {"source": name, "certificate": fused.certificate.whole_relative_error}
+        export_program(fused.program, place / MODEL, opset=_OPSET, metadata=metadata, weights=fused.weights)
+        described = describe(fused, name)
+        described["files"] = {
+            item: hashlib.sha256((place / item).read_bytes()).hexdigest() for item in (PROGRAM, MODEL)
+        }
+        text = json.dumps(described, indent=1, sort_keys=True) + "\n"
+        (place / CERTIFICATE).write_text(text, encoding="utf-8")
+        replace_folder(place, out)
+    return described
+
+
+def describe(fused: "FusedProgram", source: str) -> dict[str, Any]:
+    """The certificate as a JSON object: blocks and errors, what was left alone and why, cost before and after."""
+    from dataclasses import asdict
+
+    from kdexport.core.digests import tool_versions
+
+    return {
+        "schema": _SCHEMA,
+        "source": source,
+        "certificate": fused.certificate.to_json(),
+        "left_alone": [asdict(item) for item in fused.left_alone],
+        "before": asdict(fused.before),
+        "after": asdict(fused.after),
+        "versions": tool_versions("torch", "onnx", "onnxscript"),
+    }
+
+
+def show(fused: "FusedProgram", out: Path) -> None:
+    """Tables of what was merged and what it saves, on stdout."""
+    from kdexport.commands.render import new_console, new_table
+
+    console = new_console()
+    blocks = new_table("block", "merged", "error in float64")
+    for block in fused.certificate.blocks:
+        blocks.add_row(block.name, block.kind, f"{block.relative_error:.1e}")
+    if fused.certificate.blocks:
+        console.print(blocks)
+    else:
+        console.print("Nothing to merge: no batch norm and no parallel linear branches were found.")
+    if fused.left_alone:
+        console.print()
+        stays = new_table("left alone", "because")
+        for item in fused.left_alone:
+            stays.add_row(item.place, item.reason)
+        console.print(stays)
+    console.print()
+    costs = new_table("", "before", "after")
+    costs.add_row("operators", str(sum(fused.before.operators.values())), str(sum(fused.after.operators.values())))
+    costs.add_row("parameters", f"{fused.before.parameters:,}", f"{fused.after.parameters:,}")
+    costs.add_row(
+        "multiply-accumulates", f"{fused.before.multiply_accumulates:,}", f"{fused.after.multiply_accumulates:,}"
+    )
+    console.print(costs)
+    console.print()
+    for hazard in fused.certificate.hazards:
+        console.print(f"Warning: {hazard}", soft_wrap=True)
+    error, limit = fused.certificate.whole_relative_error, fused.certificate.limit
+    console.print(f"Verdict: the whole differs by {error:.1e} of its largest output in float64 (up to {limit:.0e}).")
+    console.print(f"Written: {out}  ({PROGRAM}, {MODEL}, {CERTIFICATE})", soft_wrap=True)
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        return bool(json.loads((folder / CERTIFICATE).read_text(encoding="utf-8"))["schema"] == _SCHEMA)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

@@ -1,0 +1,26 @@
+"""`kdexport inspect`: what a bundle says about itself, without running anything."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kdexport.commands.options import Debug, Json
+from kdexport.core.console import print_json
+
+
+def inspect(
+    bundle: Annotated[Path, typer.Argument(help="A folder that `kdexport build` wrote.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what a bundle says about itself, without running anything."""
+    from kdexport.bundle.manifest import read_manifest
+
+    manifest = read_manifest(bundle)
+    if as_json:
+        print_json(manifest.data)
+    else:
+        from kdexport.commands.render import show_manifest
+
+        show_manifest(bundle, manifest)

@@ -1,0 +1,72 @@
+"""What `kdexport list` prints."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from kdexport.backends.discovery import unavailable
+from kdexport.commands.options import Debug, Json
+from kdexport.core.console import print_json
+from kdexport.errors import BackendUnavailableError, UnknownNameError
+from kdexport.registry import nearest
+from kdexport.targets import BACKENDS, parse_target, target_names
+
+Rows = list[tuple[str, str]]
+
+
+def _students() -> Rows:
+    from kdexport.students import STUDENTS
+
+    return [(name, "") for name in STUDENTS.names()]
+
+
+def _targets() -> Rows:
+    rows = []
+    for name in target_names():
+        target = parse_target(name)
+        missing = unavailable(target)
+        rows.append((name, BACKENDS[target.backend] + (f" (not here: {missing[0]})" if missing else "")))
+    return rows
+
+
+def _from_training(kind: str) -> Callable[[], Rows]:
+    def ask() -> Rows:
+        command = [sys.executable, "-m", "training", "names", kind]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise BackendUnavailableError(
+                f"The training package does not start: {done.stderr.strip()[-300:]}",
+                remedy="Install kdexport whole: pip install kdexport.",
+            )
+        return [(name, "") for name in json.loads(done.stdout)]
+
+    return ask
+
+
+LISTS: dict[str, Callable[[], Rows]] = {
+    "students": _students,
+    "targets": _targets,
+    "teachers": _from_training("teachers"),
+    "distillers": _from_training("distillers"),
+    "recipes": _from_training("recipes"),
+}
+
+
+def list_(
+    kind: Annotated[str, typer.Argument(help="students, teachers, distillers, targets or recipes.")],
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List students, teachers, distillers, recipes or targets by name."""
+    if kind not in LISTS:
+        raise UnknownNameError(f"There is no list of {kind!r}.", remedy=nearest(kind, LISTS))
+    rows = LISTS[kind]()
+    if as_json:
+        print_json({kind: [{"name": name, **({"note": note} if note else {})} for name, note in rows]})
+    else:
+        width = max(len(name) for name, _ in rows)
+        sys.stdout.writelines(f"{name:<{width}}  {note}".rstrip() + "\n" for name, note in rows)

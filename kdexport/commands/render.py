@@ -1,0 +1,184 @@
+"""Results on a terminal: tables on stdout, readable in a pipe too."""
+
+import os
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from kdexport.bundle.manifest import Manifest
+from kdexport.verify.report import (
+    RUNGS,
+    TRADE_HEADER,
+    hazard_rows,
+    plan_entries,
+    plan_note,
+    rung_rows,
+    trade_rows,
+    verdict_sentence,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kdexport.diagnose.environment import Fact
+    from kdexport.pipeline import BuildResult
+    from kdexport.verify.policy import Change
+    from kdexport.verify.verdict import Verdict
+
+
+_SHOWN_HAZARDS = 3
+
+
+def new_console() -> Console:
+    """A console on stdout; cells never wrap in a pipe."""
+    # In a pipe there is no terminal to fit: wrapped cells would break what reads them.
+    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
+
+
+def show_build(result: "BuildResult") -> None:
+    """The bundle's table, its verdict and what to type next."""
+    console, data = new_console(), result.manifest.data
+    if result.up_to_date:
+        console.print("Nothing to do: the bundle is up to date.")
+    _print_build(console, data)
+    console.print(f"Verdict: {verdict_sentence(data)}.")
+    console.print(f"Bundle:  {result.out}  (report.html, report.md)", soft_wrap=True)
+    console.print(f"Next:    {_program()} verify {result.out}", soft_wrap=True)
+    console.print(f"         {_program()} inspect {result.out}", soft_wrap=True)
+
+
+def _program() -> str:
+    """How this command can be typed here: by its name where that is on the path, else by its place."""
+    if shutil.which("kdexport"):
+        return "kdexport"
+    near = os.path.relpath(sys.argv[0])
+    return sys.argv[0] if near.startswith("..") else near
+
+
+def show_manifest(folder: Path, manifest: Manifest) -> None:
+    """What ``kdexport inspect`` prints."""
+    console, data, spec = new_console(), manifest.data, manifest.spec
+    size = spec.preprocessing
+    console.print(f"{folder}: {spec.student}, {spec.num_classes} classes, {size.image_size}x{size.image_size}")
+    console.print(
+        f"Input   float32 (batch, 3, {size.image_size}, {size.image_size}), RGB / 255, mean {size.mean}, std {size.std}"
+    )
+    console.print(f"Classes {', '.join(spec.classes[:8])}{', ...' if spec.num_classes > 8 else ''}")
+    _print_build(console, data)
+    console.print(
+        f"Verdict at build time: {verdict_sentence(data)}. `kdexport verify {folder}` checks it again.", soft_wrap=True
+    )
+
+
+def show_verdict(folder: Path, manifest: Manifest, verdict: "Verdict") -> None:
+    """What ``kdexport verify`` prints: one row per rung and file, failures in full."""
+    console = new_console()
+    data = {**manifest.data, "parity": [check.to_json() for check in verdict.checks], "latency": None}
+    table = new_table("rung", "subject", "nearest to its limit", "allowed", "")
+    for row in rung_rows(data):
+        table.add_row(*row)
+    others = [check for check in verdict.checks if check.rung not in RUNGS]
+    held = sum(check.holds for check in others)
+    table.add_row(
+        "audit", "files, graphs, golden images", f"{held} of {len(others)} hold", "", _word(held == len(others))
+    )
+    console.print(table)
+    if not verdict.failures:
+        console.print(f"Verdict: {verdict_sentence(data)}: {folder} is what was trained.", soft_wrap=True)
+
+
+def show_changes(changes: "Sequence[Change]") -> None:
+    """Which limits a policy changes, and in which direction."""
+    console = new_console()
+    if not changes:
+        console.print("The policy changes no limit.")
+        return
+    table = new_table("limit", "at the build", "now", "")
+    for change in changes:
+        table.add_row(change.key, f"{change.old}", f"{change.new}", "looser" if change.loosens else "stricter")
+    console.print(table)
+    console.print()
+
+
+def show_facts(facts: "list[Fact]") -> None:
+    """What ``kdexport doctor`` prints."""
+    table = new_table("", "", "")
+    table.show_header = False
+    for fact in facts:
+        table.add_row("ok" if fact.ok else "--", fact.what, fact.fact)
+    new_console().print(table)
+
+
+def _print_build(console: Console, data: dict[str, Any]) -> None:
+    console.print(_student_table(data))
+    console.print()
+    checks = new_table("rung", "subject", "nearest to its limit", "allowed", "")
+    for row in rung_rows(data):
+        checks.add_row(*row)
+    console.print(checks)
+    console.print()
+    targets = new_table("target", "status", "kernels")
+    for name, entry in data["targets"].items():
+        told = "multiplying in" if entry["precision"] == "int8" else "all"
+        kernels = f"{entry['kernels']}, {told} {entry['precision']}" if "kernels" in entry else ""
+        targets.add_row(name, entry["status"], kernels)
+    console.print(targets)
+    console.print()
+    _print_plans(console, data)
+    _print_hazards(console, data)
+
+
+def _print_plans(console: Console, data: dict[str, Any]) -> None:
+    for name, plan in plan_entries(data):
+        table = new_table(*TRADE_HEADER)
+        for row in trade_rows(plan):
+            table.add_row(*row)
+        console.print(f"Precision plan of {name}")
+        console.print(table)
+        console.print(plan_note(plan), soft_wrap=True)
+        console.print()
+
+
+def _print_hazards(console: Console, data: dict[str, Any]) -> None:
+    rows = hazard_rows(data)
+    if not rows:
+        return
+    kinds = ", ".join(f"{count} x {kind}" for kind, count in Counter(kind for _, kind, _ in rows).items())
+    console.print(f"Warnings: {kinds} (all in report.md)")
+    for layer, kind, numbers in rows[:_SHOWN_HAZARDS]:
+        console.print(f"  {layer}: {kind}: {numbers}", soft_wrap=True)
+    console.print()
+
+
+def _student_table(data: dict[str, Any]) -> Table:
+    table = new_table("", "unfused", "fused", "")
+    metrics, certificate, operators = data["provenance"].get("metrics", {}), data["certificate"], data["operators"]
+    if "teacher_top1" in metrics:
+        table.add_row("teacher top-1", f"{metrics['teacher_top1']:.2%}")
+    if "top1" in metrics:
+        table.add_row("student top-1", f"{metrics['top1']:.2%}")
+    table.add_row("operators", str(sum(operators["unfused"].values())), str(sum(operators["fused"].values())))
+    table.add_row("parameters", f"{certificate['unfused_parameters']:,}", f"{certificate['fused_parameters']:,}")
+    latency = data["latency"]
+    if latency is not None:
+        interval = f"99 % interval {latency['low']:.3f} to {latency['high']:.3f}"
+        ratio = f"ratio {latency['ratio']:.3f}, {interval}: {latency['verdict']}"
+        table.add_row("latency", f"{latency['reference_ms']:.3f} ms", f"{latency['candidate_ms']:.3f} ms", ratio)
+    return table
+
+
+def new_table(*columns: str) -> Table:
+    """An empty table in the style of all commands."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _word(holds: bool) -> str:
+    return "holds" if holds else "FAILS"

@@ -1,0 +1,176 @@
+"""``kdexport serve``."""
+
+import importlib.util
+import json
+import logging
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kdexport.errors import BackendUnavailableError, ConfigError
+
+if TYPE_CHECKING:
+    import ssl
+
+    from kdexport.serving.server import Address, Running
+    from kdexport.serving.service import Service
+
+_EXTRA = ("starlette", "uvicorn", "httptools", "prometheus_client", "python_multipart")
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def require_extra() -> None:
+    """Raise ``BackendUnavailableError`` where the packages of the server are not installed."""
+    missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
+        raise BackendUnavailableError(
+            f"The server needs packages that are not installed: {', '.join(missing)}.",
+            remedy="pip install 'kdexport[serve]'",
+        )
+
+
+def serve(
+    bundles: Annotated[list[str], typer.Argument(help="Bundles, or folders of bundles named 1, 2, 3; NAME=FOLDER.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="Port of /metrics.")] = 8002,
+    target: Annotated[str, typer.Option(help="Target of each bundle to run: onnx-fp32, onnx-int8, onnx-fp16.")] = (
+        "onnx-fp32"
+    ),
+    provider: Annotated[str, typer.Option(help="cpu, cuda or tensorrt.")] = "cpu",
+    instances: Annotated[int, typer.Option(min=0, max=256, help="Parallel runs; 0: as many as processors.")] = 0,
+    queue: Annotated[int, typer.Option(min=0, help="Requests that may wait.")] = 32,
+    connections: Annotated[int, typer.Option(min=8, help="Open connections.")] = 512,
+    max_body: Annotated[int, typer.Option(min=1024, help="Bytes of one body, packed and unpacked.")] = 16 * 2**20,
+    max_bodies: Annotated[int, typer.Option(min=1024, help="Bytes of all bodies together.")] = 128 * 2**20,
+    max_pixels: Annotated[int, typer.Option(min=1024, help="Pixels of one image.")] = 25_000_000,
+    min_side: Annotated[int, typer.Option(min=1, help="Pixels of an image's short side.")] = 16,
+    queue_timeout: Annotated[float, typer.Option(min=0.001, help="Seconds in the queue.")] = 2.0,
+    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds from body to answer.")] = 10.0,
+    header_timeout: Annotated[float, typer.Option(min=0.05, help="Seconds for a request header.")] = 5.0,
+    body_timeout: Annotated[float, typer.Option(min=0.05, help="Seconds for a body.")] = 10.0,
+    drain: Annotated[float, typer.Option(min=0, help="Seconds of serving on after SIGTERM.")] = 5.0,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds for what is left after that.")] = 20.0,
+    watch: Annotated[float, typer.Option(min=0, help="Seconds between looks for a new bundle; 0: SIGHUP only.")] = 5.0,
+    token_file: Annotated[Path | None, typer.Option(help="File with the bearer token that requests need.")] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain, PEM.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Private key, PEM.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout once ready.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Print tracebacks of errors.")] = False,
+) -> None:
+    """Serve verified bundles: Open Inference Protocol v2, images on /v1/classify, metrics."""
+    require_extra()
+    from kdexport.backends.runnable import require_servable
+    from kdexport.serving.limits import Limits
+    from kdexport.serving.repository import parse_sources
+    from kdexport.serving.server import Address
+    from kdexport.serving.service import Service, Settings, read_token
+
+    limits = Limits(
+        queue=queue, connections=connections, body=max_body, bodies=max(max_bodies, max_body), pixels=max_pixels,
+        min_side=min_side, queue_seconds=queue_timeout, total_seconds=timeout, header_seconds=header_timeout,
+        body_seconds=body_timeout, drain_seconds=drain, grace_seconds=grace,
+    )  # fmt: skip
+    token = read_token(token_file)
+    settings = Settings(provider=_provider(provider), target=target, instances=instances, limits=limits, token=token)
+    require_servable(target, settings.provider)
+    context = _tls(tls_cert, tls_key)
+    service = Service(parse_sources(bundles), settings)
+    address = Address(host=host, port=port, metrics_port=metrics_port)
+    run(service, address, watch_seconds=watch, context=context, as_json=as_json)
+
+
+def run(
+    service: "Service", address: "Address", *, watch_seconds: float, context: "ssl.SSLContext | None", as_json: bool
+) -> None:
+    """Load, announce, serve, drain."""
+    import asyncio
+
+    from kdexport.serving.server import Server
+
+    # Until the server handles it, a reload that comes too early must not end the process.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(message)s")
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+    server = Server(service, address, watch_seconds=watch_seconds)
+    service.load()
+    bound = service.require_memory(resident_bytes())
+    if address.host not in _LOOPBACK and service.settings.token is None:
+        sys.stderr.write(f"warning: {address.host} is open to others and no --token-file guards it.\n")
+
+    def announce(running: "Running") -> None:
+        scheme = "http" if context is None else "https"
+        url = f"{scheme}://{address.host}:{running.port}"
+        metrics_url = f"http://{address.host}:{running.metrics_port}/metrics"
+        for model in service.repository.models.values():
+            golden = model.golden
+            sys.stderr.write(
+                f"{model.name} version {model.version}, {model.target} on {model.provider}, {service.count} instances; "
+                f"{golden.images} golden images within {golden.error:.1e} of the reference "
+                f"(up to {golden.allowed:.1e} allowed)\n"
+            )
+        sys.stderr.write(f"memory: {bound.describe()}\nserving {url}, metrics {metrics_url}\n")
+        if as_json:
+            sys.stdout.write(json.dumps(_ready(service, url, metrics_url, bound.total)) + "\n")
+            sys.stdout.flush()
+
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        cut = runner.run(server.run(context=context, started=announce))
+    sys.stderr.write(f"stopped; {cut} requests were cut off\n")
+
+
+def _ready(service: "Service", url: str, metrics_url: str, bound: int) -> dict[str, Any]:
+    models = service.repository.models.values()
+    return {
+        "ok": True,
+        "exit_code": 0,
+        "url": url,
+        "metrics_url": metrics_url,
+        "instances": service.count,
+        "memory_bound_bytes": bound,
+        "models": [
+            {"name": m.name, "version": str(m.version), "target": m.target, "provider": m.provider} for m in models
+        ],
+    }
+
+
+def resident_bytes() -> int:
+    """The largest resident size of this process so far."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _loop_factory() -> Any:
+    if importlib.util.find_spec("uvloop") is None:
+        return None
+    import uvloop
+
+    return uvloop.new_event_loop
+
+
+def _provider(name: str) -> str:
+    from kdexport.backends.ort import CPU, CUDA, TENSORRT
+
+    providers = {"cpu": CPU, "cuda": CUDA, "tensorrt": TENSORRT}
+    if name not in providers:
+        raise ConfigError(f"There is no provider {name!r}.", remedy=f"Known: {', '.join(providers)}.")
+    return providers[name]
+
+
+def _tls(cert: Path | None, key: Path | None) -> "ssl.SSLContext | None":
+    import ssl
+
+    if cert is None and key is None:
+        return None
+    if cert is None or key is None:
+        raise ConfigError("TLS needs both files.", remedy="Pass --tls-cert and --tls-key.")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(cert, key)
+    except (ssl.SSLError, OSError) as error:
+        raise ConfigError(f"{cert} and {key} are no certificate and key: {error}.", remedy="Both are PEM.") from error
+    return context

@@ -1,0 +1,94 @@
+"""``kdexport triton``: options in, a sentence or a JSON object out."""
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from kdexport.serving.triton.variants import TritonPlan
+    from kdexport.serving.triton.writer import TritonResult
+
+
+class DeviceChoice(StrEnum):
+    """Where Triton runs the model."""
+
+    cpu = "cpu"
+    gpu = "gpu"
+
+
+def triton(
+    bundle: Annotated[Path, typer.Argument(help="A folder that `kdexport build` wrote.")],
+    repository: Annotated[Path, typer.Option(help="Triton model repository; created where it is missing.")],
+    name: Annotated[str | None, typer.Option(help="Name of the model; default the student's.")] = None,
+    version: Annotated[int | None, typer.Option(min=1, help="Version; default the next free one.")] = None,
+    target: Annotated[str, typer.Option(help="Which target of the bundle: onnx-fp32, trt-fp16, ...")] = "onnx-fp32",
+    device: Annotated[DeviceChoice | None, typer.Option(help="cpu, or gpu; default gpu for a plan.")] = None,
+    instances: Annotated[
+        int, typer.Option(min=1, max=256, help="Model instances; on a CPU one thread each, so give it the cores.")
+    ] = 1,
+    max_batch: Annotated[
+        int | None, typer.Option(min=1, help="Largest batch; default 1 on a CPU, the bundle's largest on a GPU.")
+    ] = None,
+    delay_us: Annotated[int, typer.Option(min=0, help="How long a request may wait to be batched, microseconds.")] = 0,
+    max_queue: Annotated[
+        int | None, typer.Option(min=1, help="Requests that may wait; default 2 x instances x max batch + 32.")
+    ] = None,
+    queue_timeout_ms: Annotated[int, typer.Option(min=1, help="Waiting longer is rejected, milliseconds.")] = 2000,
+    keep_versions: Annotated[int, typer.Option(min=1, help="How many of the latest versions Triton serves.")] = 2,
+    tensorrt_version: Annotated[
+        str | None, typer.Option(help="TensorRT of the Triton that will load a plan, such as 10.13.2.6.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Print tracebacks of errors.")] = False,
+) -> None:
+    """Verify a bundle and write it as a version of a model into a Triton model repository."""
+    from kdexport.bundle.manifest import read_manifest
+    from kdexport.core.progress import Reporter
+    from kdexport.serving.triton.pbtxt import import_messages
+    from kdexport.serving.triton.variants import TritonRequest, plan_export
+    from kdexport.serving.triton.writer import export_triton
+    from kdexport.verify.student_checks import check_integrity
+    from kdexport.verify.verdict import Verdict, replay, seal
+
+    import_messages()
+    manifest = read_manifest(bundle)
+    request = TritonRequest(
+        repository=repository, name=name, version=version, target=target,
+        device=None if device is None else device.value, instances=instances, max_batch=max_batch, delay_us=delay_us,
+        max_queue=max_queue, queue_timeout_ms=queue_timeout_ms, keep_versions=keep_versions,
+        tensorrt_version=tensorrt_version,
+    )  # fmt: skip
+    plan = plan_export(manifest, request)
+    with Reporter().stage("verify") as progress:
+        # Digests take a moment and the ladder a minute: a changed file is said at once.
+        Verdict(tuple(check_integrity(bundle, manifest))).require()
+        verdict = replay(bundle, manifest, progress)
+    result = export_triton(seal(bundle, manifest, verdict), plan)
+    sys.stdout.write(_as_json(plan, result) if as_json else _as_text(plan, result))
+
+
+def _as_json(plan: "TritonPlan", result: "TritonResult") -> str:
+    return json.dumps({
+        "ok": True, "exit_code": 0, "model": str(result.model), "name": plan.name, "version": result.version,
+        "up_to_date": result.up_to_date, "target": plan.target, "backend": plan.backend,
+        "device": plan.schedule.device, "instances": plan.schedule.instances, "max_batch": plan.schedule.max_batch,
+        "tensorrt_version": plan.contract["tensorrt"],
+    }) + "\n"  # fmt: skip
+
+
+def _as_text(plan: "TritonPlan", result: "TritonResult") -> str:
+    schedule = plan.schedule
+    what = "is there already, nothing was added" if result.up_to_date else "written"
+    lines = [
+        f"{result.model}: version {result.version} {what}",
+        f"{plan.target} on {plan.backend}, {schedule.instances} x {schedule.device}, batches up to "
+        f"{schedule.max_batch}, {schedule.max_queue} requests may wait {schedule.queue_timeout_us // 1000} ms",
+    ]
+    if plan.contract["tensorrt"]:
+        lines.append(f"The plan needs TensorRT {plan.contract['tensorrt']} exactly.")
+    lines.append(f"Next: tritonserver --model-repository={plan.repository} --disable-auto-complete-config")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,80 @@
+"""`kdexport verify`: a bundle checked again, by running it or from its stored numbers."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kdexport.errors import ConfigError, UnknownNameError
+
+
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="A folder that `kdexport build` wrote.")],
+    rung: Annotated[
+        str | None,
+        typer.Option(help="Only this rung of the ladder: A (algebra; block by block, without running a file)."),
+    ] = None,
+    rethreshold: Annotated[
+        Path | None,
+        typer.Option(metavar="POLICY", help="Decide from the stored numbers under this policy; nothing is run."),
+    ] = None,
+    allow_looser: Annotated[
+        bool, typer.Option("--allow-looser", help="Let the policy raise limits above those of the build.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Print tracebacks of errors.")] = False,
+) -> None:
+    """Check a bundle again: its files, its algebra, its graphs, its logits on the golden images."""
+    if rethreshold is not None:
+        if rung is not None:
+            raise ConfigError("--rung and --rethreshold exclude each other.", remedy="Pass one of them.")
+        _rethreshold(bundle, rethreshold, allow_looser=allow_looser, as_json=as_json)
+        return
+    from kdexport.bundle.manifest import read_manifest
+    from kdexport.core.progress import Reporter
+    from kdexport.verify.verdict import replay, replay_algebra
+
+    if rung not in (None, "A", "a"):
+        raise UnknownNameError(f"Rung {rung!r} cannot be verified by itself.", remedy="Pass --rung A, or no --rung.")
+    manifest = read_manifest(bundle)
+    with Reporter().stage("verify") as progress:
+        verdict = (replay if rung is None else replay_algebra)(bundle, manifest, progress)
+    if as_json:
+        _print(
+            {
+                "ok": not verdict.failures,
+                "exit_code": 1 if verdict.failures else 0,
+                "checks": [check.to_json() for check in verdict.checks],
+            }
+        )
+        raise typer.Exit(1 if verdict.failures else 0)
+    from kdexport.commands.render import show_verdict
+
+    show_verdict(bundle, manifest, verdict)
+    verdict.require()
+
+
+def _rethreshold(bundle: Path, policy: Path, *, allow_looser: bool, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from kdexport.bundle.manifest import read_manifest
+    from kdexport.verify.rethreshold import rethreshold
+
+    manifest = read_manifest(bundle)
+    result = rethreshold(bundle, manifest, policy, allow_looser=allow_looser)
+    failed = bool(result.verdict.failures)
+    if as_json:
+        changes = [asdict(change) for change in result.changes]
+        checks = [check.to_json() for check in result.verdict.checks]
+        _print({"ok": not failed, "exit_code": int(failed), "changes": changes, "checks": checks})
+        raise typer.Exit(int(failed))
+    from kdexport.commands.render import show_changes, show_verdict
+
+    show_changes(result.changes)
+    show_verdict(bundle, manifest, result.verdict)
+    result.verdict.require("The bundle does not keep this policy; nothing was run and nothing was changed.")
+
+
+def _print(value: dict[str, Any]) -> None:
+    typer.echo(json.dumps(value))

@@ -1,0 +1,1 @@
+"""What every part needs once: child processes, whole-file writes, tables, digests, TOML, console."""

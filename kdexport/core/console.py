@@ -1,0 +1,77 @@
+"""How the commands speak: results on stdout, progress and errors on stderr, no traceback without ``--debug``."""
+
+import contextlib
+import io
+import json
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+from kdexport.core.child import CHILD, die_with_parent
+from kdexport.errors import KdexportError, StorageError, UnexpectedError
+
+
+def guarded(app: Callable[[], Any]) -> NoReturn:
+    """Run a command line and turn each error into its sentence, remedy and exit code."""
+    # Children run our own modules, whatever lies in the user's folder under the same names.
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        die_with_parent()
+        app()
+    except KdexportError as error:
+        fail(error)
+    except OSError as error:
+        fail(storage_error(error))
+    except Exception as error:  # noqa: BLE001, the last place before a traceback
+        fail(UnexpectedError(error))
+    except KeyboardInterrupt:
+        sys.stderr.write("Interrupted. The same command continues from the last finished step.\n")
+        sys.exit(130)
+    sys.exit(0)
+
+
+def storage_error(error: OSError) -> StorageError:
+    """A full disk, a missing permission or a path that cannot be as our own error."""
+    place = f"{error.filename}: " if error.filename else ""
+    wrapped = StorageError(
+        f"{place}{error.strerror or error}.",
+        remedy="Free some space, or pass a folder that can be read and written; nothing half-written is left behind.",
+    )
+    wrapped.__cause__ = error
+    return wrapped
+
+
+def fail(error: KdexportError) -> NoReturn:
+    """Print an error and exit with its code; ``--json`` adds one object on stdout, ``--debug`` the traceback."""
+    if "--debug" in sys.argv:
+        traceback.print_exception(error, file=sys.stderr)
+    as_child = CHILD in os.environ
+    if "--json" in sys.argv or as_child:
+        described = {"code": error.code, "message": error.message, "remedy": error.remedy}
+        sys.stdout.write(json.dumps({"ok": False, "exit_code": error.exit_code, "error": described}) + "\n")
+    if as_child:
+        sys.exit(error.exit_code)
+    sys.stderr.write(f"error {error.code}: {error.message}\n{error.remedy}\n")
+    sys.exit(error.exit_code)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """Write one object on one line of stdout."""
+    sys.stdout.write(json.dumps(value) + "\n")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """The exporter prints and warns about its own internals; real failures raise."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

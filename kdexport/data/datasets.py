@@ -1,0 +1,254 @@
+"""Labelled images from the places they come in: digits, CIFAR-100 archives, image folders.
+
+Reading is the same for training and verification; augmentation belongs to ``training``.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdexport.core.digests import digest, tool_versions
+from kdexport.data.preprocessing import Preprocessing, read_image
+from kdexport.errors import BackendUnavailableError, ConfigError, DataError
+from kdexport.registry import nearest
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+Split = Literal["train", "test"]
+
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm"}
+
+_SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val")}
+
+_CIFAR_FOLDER = "cifar-100-python"
+
+_LAYOUT = "DIR/train/<class>/*.png and DIR/test/<class>/*.png (or val/)"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DatasetSpec:
+    """``name`` is ``digits``, ``cifar100`` or ``folder:PATH``; ``root`` is where cifar100 lies."""
+
+    name: str
+    root: str = ""
+
+
+def dataset_spec(name: str, root: str) -> DatasetSpec:
+    """The set ``name`` at ``root``, which for an image folder replaces its own path; ``ConfigError`` for digits."""
+    if name.startswith("folder:") and root:
+        return DatasetSpec(name=f"folder:{root}")
+    if name == "digits" and root:
+        raise ConfigError(
+            f"The digits ship inside scikit-learn and cannot be read from {root}.",
+            remedy="Leave --data and `root` away, or name another data set.",
+        )
+    return DatasetSpec(name=name, root=root)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ImageSet:
+    """One split: N labelled images, read one at a time, with a fingerprint of their content.
+
+    ``pixels`` holds them decoded, (N,H,W,3) uint8, where they come as one array; ``files`` names them where they are
+    image files.
+    """
+
+    classes: tuple[str, ...]
+    labels: NDArray[np.int64]
+    pixels: NDArray[np.uint8] | None
+    files: tuple[Path, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def original(self, index: int) -> tuple[bytes, str]:
+        """The bytes of an image as it was found, and their suffix; arrays are encoded losslessly as PNG."""
+        if self.pixels is None:
+            path = self.files[index]
+            return path.read_bytes(), path.suffix.lower()
+        from PIL import Image
+
+        buffer = io.BytesIO()
+        Image.fromarray(self.pixels[index]).save(buffer, format="PNG")
+        return buffer.getvalue(), ".png"
+
+    def read(self, indices: Sequence[int], preprocessing: Preprocessing) -> NDArray[np.uint8]:
+        """The images at ``indices``, resized and cropped: (len(indices), S, S, 3) uint8."""
+        return np.stack([preprocessing.pixels(self.image(index)) for index in indices])
+
+    def image(self, index: int) -> "Image.Image":
+        """One image, decoded, in its own size; raises ``DataError`` where its file cannot be read."""
+        if self.pixels is None:
+            return read_image(self.files[index])
+        from PIL import Image
+
+        return Image.fromarray(self.pixels[index])
+
+    def fingerprint(self) -> str:
+        """sha256 over classes, labels and the bytes of all images."""
+        digest = hashlib.sha256("\0".join(self.classes).encode())
+        digest.update(self.labels.tobytes())
+        if self.pixels is not None:
+            digest.update(np.ascontiguousarray(self.pixels).tobytes())
+        for path in self.files:
+            data = path.read_bytes()
+            # With its length, so that bytes cannot move from one image to the next unnoticed.
+            digest.update(len(data).to_bytes(8, "little"))
+            digest.update(data)
+        return digest.hexdigest()
+
+
+def open_dataset(spec: DatasetSpec, split: Split) -> ImageSet:
+    """Open one split. Raises ``DataError`` where it is missing, empty or inconsistent, ``ConfigError`` for its name."""
+    if spec.name.startswith("folder:"):
+        return _open_folder(Path(spec.name.removeprefix("folder:")), split)
+    readers: dict[str, Callable[[DatasetSpec, Split], ImageSet]] = {"digits": _open_digits, "cifar100": _open_cifar100}
+    _require_known(spec.name)
+    return readers[spec.name](spec, split)
+
+
+def _require_known(name: str) -> None:
+    known = ("digits", "cifar100")
+    if name not in known and not name.startswith("folder:"):
+        raise ConfigError(f"There is no data set named {name!r}.", remedy=nearest(name, [*known, "folder:PATH"]))
+
+
+def sources(spec: DatasetSpec) -> list[Path]:
+    """The files a data set is read from, for a cheap check whether they changed; empty for data inside a package."""
+    _require_known(spec.name)
+    if spec.name == "digits":
+        return []
+    root = Path(spec.name.removeprefix("folder:")) if spec.name.startswith("folder:") else Path(spec.root)
+    archive = _cifar_archive(root)
+    if spec.name == "cifar100" and archive is not None:
+        return [archive / name for name in ("train", "test", "meta")]
+    splits: tuple[Split, ...] = ("train", "test")
+    return sorted(path for split in splits for path in _open_folder(root, split).files)
+
+
+def _open_digits(_spec: DatasetSpec, split: Split) -> ImageSet:
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError:
+        raise BackendUnavailableError(
+            "The digits data set ships inside scikit-learn, which is not installed.",
+            remedy="pip install 'kdexport[demo]'",
+        ) from None
+    from PIL import Image
+
+    digits = load_digits()
+    grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    indices = np.arange(len(grey))
+    train, test = train_test_split(indices, test_size=360, random_state=0, stratify=digits.target)
+    chosen = np.sort(train if split == "train" else test)
+    large = [Image.fromarray(grey[i]).resize((32, 32), Image.Resampling.BICUBIC).convert("RGB") for i in chosen]
+    return ImageSet(
+        classes=tuple(str(digit) for digit in range(10)),
+        labels=digits.target[chosen].astype(np.int64),
+        pixels=np.stack([np.asarray(image, dtype=np.uint8) for image in large]),
+        files=(),
+    )
+
+
+def _cifar_archive(root: Path) -> Path | None:
+    return next((folder for folder in (root, root / _CIFAR_FOLDER) if (folder / "meta").is_file()), None)
+
+
+def _open_cifar100(spec: DatasetSpec, split: Split) -> ImageSet:
+    root = Path(spec.root)
+    archive = _cifar_archive(root)
+    if archive is None:
+        if root.is_dir() and any((root / name).is_dir() for name in ("train", "test")):
+            return _open_folder(root, split)
+        raise DataError(
+            f"CIFAR-100 was not found in {root}.",
+            remedy=f"Put the official python archive there (unpacked, with its folder {_CIFAR_FOLDER}) or image "
+            f"folders ({_LAYOUT}), or name the place with --data DIR or `root` under [data].",
+        )
+    from torchvision.datasets import CIFAR100
+
+    try:
+        # torchvision checks the archive's MD5 before it unpickles it, so no foreign pickle is ever loaded.
+        data = CIFAR100(str(archive.parent), train=split == "train", download=False)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+        raise DataError(
+            f"The CIFAR-100 archive in {archive} is incomplete or changed: {error}.",
+            remedy="Unpack the official archive again.",
+        ) from error
+    return ImageSet(classes=tuple(data.classes), labels=np.asarray(data.targets, np.int64), pixels=data.data, files=())
+
+
+def _open_folder(root: Path, split: Split) -> ImageSet:
+    found = next((root / name for name in _SPLIT_FOLDERS[split] if (root / name).is_dir()), None)
+    if found is None:
+        raise DataError(f"{root} has no folder {' or '.join(_SPLIT_FOLDERS[split])}.", remedy=f"Expected: {_LAYOUT}.")
+    classes = sorted(entry.name for entry in found.iterdir() if entry.is_dir())
+    files: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        images = sorted(path for path in (found / name).iterdir() if path.suffix.lower() in _SUFFIXES)
+        if not images:
+            raise DataError(
+                f"{found / name} holds no image.", remedy=f"Add images ({' '.join(sorted(_SUFFIXES))}) or remove it."
+            )
+        files += images
+        labels += [label] * len(images)
+    if not files:
+        raise DataError(f"{found} holds no class folder.", remedy=f"Expected: {_LAYOUT}.")
+    return ImageSet(classes=tuple(classes), labels=np.asarray(labels, np.int64), pixels=None, files=tuple(files))
+
+
+def spread(total: int, count: int) -> list[int]:
+    """``count`` places evenly over ``total``, all if there are fewer, so that every class of a sorted set is met."""
+    return [int(index) for index in np.linspace(0, total - 1, min(count, total)).round()]
+
+
+def dataset_digest(spec: DatasetSpec, memory: Path) -> str:
+    """sha256 over both splits of a data set. Content is read once; names, sizes and times decide whether it changed."""
+    listing = digest(
+        {
+            "name": spec.name.partition(":")[0],
+            "versions": tool_versions("scikit-learn", "pillow"),
+            "files": _listing(spec),
+        }
+    )
+    remembered = memory / f"{listing}.json"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return str(json.loads(remembered.read_text())["sha256"])
+    train, test = open_dataset(spec, "train"), open_dataset(spec, "test")
+    if train.classes != test.classes:
+        only = sorted(set(train.classes) ^ set(test.classes))
+        raise DataError(
+            f"The training and test splits have different classes; only in one of them: {', '.join(only[:5])}.",
+            remedy="Give every class a folder with images in both splits.",
+        )
+    value = digest([train.fingerprint(), test.fingerprint()])
+    memory.mkdir(parents=True, exist_ok=True)
+    partial = remembered.with_suffix(f".partial-{os.getpid()}")
+    partial.write_text(json.dumps({"sha256": value}))
+    partial.replace(remembered)
+    return value
+
+
+def _listing(spec: DatasetSpec) -> list[tuple[str, int, int]]:
+    entries = []
+    for path in sources(spec):
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            continue
+        entries.append((str(path.absolute()), status.st_size, status.st_mtime_ns))
+    return entries

@@ -1,0 +1,243 @@
+"""Bisection of a failed bundle: over its stages, then over the nodes of the first file that is off.
+
+The trusted graph is made anew from the bundle's unfused weights: folded in float64, checked against the unfused
+student, exported. What the bundle's files say about themselves is never trusted.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from kdexport.bundle.manifest import FUSED, MODEL, Manifest, layer_plans, load_unfused, onnx_files, read_golden
+from kdexport.checkpoint import load_tensors
+from kdexport.diagnose.differences import overflow, stored_difference
+from kdexport.diagnose.reproduction import write_reproduction
+from kdexport.errors import AuditError, KdexportError
+from kdexport.graph.equalise import apply_scalings
+from kdexport.graph.export import INPUT, export_onnx
+from kdexport.graph.plan import PLAIN
+from kdexport.graph.trace import LIMITS, NodeError, Trace, computing_nodes, first_off, results, trace
+from kdexport.reparam.fold_student import fuse_student
+from kdexport.verify.parity import rung_b
+from kdexport.verify.reference import Probes, make_probes, make_reference, run_torch
+from kdexport.verify.student_checks import check_golden, check_weights
+
+Progress = Callable[[str], None]
+
+#: Real images that take part; the edge inputs come on top.
+_IMAGES = 8
+REPORT, REPRODUCTION = "blame.json", "reproduction"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Blame:
+    """The first place where a bundle leaves its unfused student.
+
+    ``stage`` is unfused, fold, export, cast or engine; ``file`` the first file that is off; ``node`` and ``words`` say
+    which node and how, ``reproduction`` where it lies as files of its own (empty where no node could be cut out).
+    """
+
+    stage: str
+    file: str
+    node: str
+    operator: str
+    error: float
+    allowed: float
+    words: str
+    reproduction: str = ""
+
+    def sentence(self) -> str:
+        """One sentence for people."""
+        where = f"{self.operator} node {self.node} of {self.file}" if self.node else self.file
+        return f"stage {self.stage}: {where} {self.words}"
+
+    def moved(self, out: Path) -> "Blame":
+        """The same finding with its reproduction below ``out``."""
+        return replace(self, reproduction=str(out / REPRODUCTION)) if self.reproduction else self
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object; an error that is not finite becomes null."""
+        return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in asdict(self).items()}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trusted:
+    """What files are compared with: the trusted graph, and the inputs on which."""
+
+    model: onnx.ModelProto
+    probes: Probes
+
+
+def explain(folder: Path, manifest: Manifest, out: Path, progress: Progress) -> Blame | None:
+    """Find the first fault of a bundle and write its reproduction below ``out``; None where every stage is right."""
+    progress("golden images")
+    pixels = read_golden(folder, manifest)
+    wrong = [check for check in check_golden(folder, manifest, pixels) if not check.holds]
+    if wrong:
+        words = "does not give the reference logits of the golden images: the weights as trained were changed"
+        return _without_node("unfused", "unfused.safetensors", wrong[0].measured, wrong[0].allowed, words)
+    progress("folding and exporting anew")
+    trusted = _trust(folder, manifest, pixels[:_IMAGES])
+    if isinstance(trusted, Blame):
+        return trusted
+    folded = _fold_fault(folder, manifest)
+    for name, form in onnx_files(manifest).items():
+        precision = form.partition("-")[0]
+        progress(name)
+        found = file_fault(folder / name, name, precision, _scaled(trusted, manifest, name), out)
+        if found is not None:
+            stage = "fold" if folded is not None else "export" if name == MODEL else "cast"
+            return replace(found, stage=stage if precision == "fp32" else "cast")
+    return folded or _engine_fault(manifest)
+
+
+def _scaled(trusted: Trusted, manifest: Manifest, name: str) -> Trusted:
+    """The trusted graph as the precision plan of a file scales it: the same function with the file's own ranges."""
+    plan = layer_plans(manifest).get(Path(name).parent.name, PLAIN)
+    return replace(trusted, model=apply_scalings(trusted.model, plan.equalised)) if plan.equalised else trusted
+
+
+def write_blame(out: Path, blame: Blame) -> None:
+    """The finding as JSON beside its reproduction."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / REPORT).write_text(json.dumps(blame.to_json(), indent=1) + "\n", encoding="utf-8")
+
+
+def _trust(folder: Path, manifest: Manifest, pixels: NDArray[np.uint8]) -> "Trusted | Blame":
+    spec = manifest.spec
+    try:
+        fused = fuse_student(load_unfused(folder, spec)).module
+    except KdexportError as error:
+        return _without_node("fold", "unfused.safetensors", 1.0, 0.0, error.message)
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / MODEL
+        model = export_onnx(fused, path, image_size=spec.image_size, opset=manifest.opset, metadata={})
+        probes = make_probes(pixels, spec.preprocessing)
+        reference = make_reference(load_unfused(folder, spec), fused, probes, forms=())
+        from kdexport.backends.ort import load_model
+
+        checks = rung_b(MODEL, load_model(path).logits(probes.images), reference, probes)
+        eager = rung_b(FUSED, run_torch(fused, probes.images).astype(np.float32), reference, probes)
+    for stage, rung in (("fold", eager), ("export", checks)):
+        wrong = [check for check in rung if not check.holds]
+        if wrong:
+            words = f"is off when made anew by this version: {wrong[0].name} {wrong[0].measured:.3g} {wrong[0].unit}"
+            return _without_node(stage, wrong[0].subject, wrong[0].measured, wrong[0].allowed, words)
+    return Trusted(model, probes)
+
+
+def _fold_fault(folder: Path, manifest: Manifest) -> Blame | None:
+    fused = fuse_student(load_unfused(folder, manifest.spec)).module
+    try:
+        check = check_weights(load_tensors(folder / FUSED), fused.state_dict())
+    except KdexportError as error:
+        return _without_node("fold", FUSED, 1.0, 0.0, error.message)
+    if check.holds:
+        return None
+    return _without_node("fold", FUSED, check.measured, check.allowed, f"is not the fold: {check.detail}")
+
+
+def _engine_fault(manifest: Manifest) -> Blame | None:
+    """Every graph is right; a stored check of an engine that failed leaves its builder."""
+    for check in manifest.data["parity"]:
+        if not check["holds"] and str(check["subject"]).endswith(".plan"):
+            words = f"is off while its ONNX file is right: {check['name']}; the builder changed it"
+            measured = float("inf") if check["measured"] is None else float(check["measured"])
+            return _without_node("engine", str(check["subject"]), measured, float(check["allowed"]), words)
+    return None
+
+
+def file_fault(path: Path, name: str, precision: str, trusted: Trusted, out: Path) -> Blame | None:
+    """The first fault of one ONNX file ``name`` at ``path``, reproduced below ``out``; its stage is the caller's."""
+    try:
+        suspect = onnx.load(str(path))
+        found = trace(suspect, trusted.model, {INPUT: trusted.probes.images})
+    except AuditError as error:
+        static = None if precision != "bf16" else _stored_fault(suspect, trusted.model, precision, {})
+        if static is not None:
+            return _named(static[0], name, precision, static[1])
+        # bfloat16 convolutions run on no CPU kernel of onnxruntime: only what is stored can be compared.
+        return None if precision == "bf16" else _without_node("export", name, 1.0, 0.0, error.message)
+    # protobuf raises its own error on a damaged file.
+    except Exception as error:  # noqa: BLE001
+        return _without_node("export", name, 1.0, 0.0, f"is not readable: {type(error).__name__}: {error}")
+    rows = {row.tensor: row for row in found.nodes}
+    numeric = first_off(found.nodes, precision)
+    stored = _stored_fault(suspect, trusted.model, precision, rows)
+    order = [row.tensor for row in found.nodes]
+    if stored is not None and (numeric is None or order.index(stored[0].tensor) <= order.index(numeric.tensor)):
+        numeric, words = stored
+    elif numeric is not None:
+        words = _numeric_words(numeric, found, precision)
+    else:
+        return None
+    blame = _named(numeric, name, precision, words)
+    return _reproduced(blame, suspect, numeric, found, trusted.probes, out)
+
+
+def _stored_fault(
+    suspect: onnx.ModelProto, trusted: onnx.ModelProto, precision: str, rows: dict[str, NodeError]
+) -> tuple[NodeError, str] | None:
+    expected, mine = computing_nodes(trusted), computing_nodes(suspect)
+    for tensor in results(suspect):
+        if tensor not in expected or (rows and tensor not in rows):
+            continue
+        node = mine[tensor]
+        words = stored_difference(suspect, trusted, node, expected[tensor], precision)
+        if words:
+            blank = NodeError(node=node.name, operator=node.op_type, tensor=tensor, error=float("nan"), worst=0)
+            return rows.get(tensor, blank), words
+    return None
+
+
+def _numeric_words(node: NodeError, found: Trace, precision: str) -> str:
+    too_large = overflow(found.trusted[node.tensor], found.own[node.tensor])
+    if too_large:
+        return too_large
+    return (
+        f"is off by {node.error:.2g} of its result (rms, fed with trusted values), {LIMITS[precision]:.0e} is what "
+        f"{precision} explains"
+    )
+
+
+def _reproduced(
+    blame: Blame, suspect: onnx.ModelProto, node: NodeError, found: Trace, probes: Probes, out: Path
+) -> Blame:
+    given = {name: value for name, value in found.given.items() if name != node.tensor}
+    folder = out / REPRODUCTION
+    # A stored difference may be smaller than rounding explains on these inputs; the script shows it all the same.
+    limit = min(blame.allowed, node.error / 2) if np.isfinite(node.error) else blame.allowed
+    write_reproduction(
+        folder,
+        suspect,
+        node.tensor,
+        given,
+        found.trusted[node.tensor],
+        image=node.worst,
+        limit=limit,
+        title=f"{blame.sentence()} (on {probes.name(node.worst)}).",
+    )
+    return replace(blame, reproduction=str(folder))
+
+
+def _named(node: NodeError, file: str, precision: str, words: str) -> Blame:
+    return Blame(
+        stage="export",
+        file=file,
+        node=node.node,
+        operator=node.operator,
+        error=node.error,
+        allowed=LIMITS[precision],
+        words=words,
+    )
+
+
+def _without_node(stage: str, file: str, error: float, allowed: float, words: str) -> Blame:
+    return Blame(stage=stage, file=file, node="", operator="", error=error, allowed=allowed, words=words)

@@ -1,0 +1,69 @@
+"""What is left of a build whose verification failed: the folder with its report, and where its fault lies."""
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kdexport.errors import KdexportError, OutputError, VerificationError
+
+if TYPE_CHECKING:
+    from kdexport.diagnose.bisect import Blame
+
+
+def keep_failed(
+    error: VerificationError, folder: Path, place: Path, *, blame: bool, progress: Callable[[str], None]
+) -> VerificationError:
+    """Copy ``folder`` to ``place``; the error that names it, and with ``blame`` the node that is at fault."""
+    shutil.rmtree(place, ignore_errors=True)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(folder, place)
+    lines = [error.message, f"Report: {place / 'report.md'}"]
+    if blame:
+        lines += _blame(place, progress)
+    return VerificationError("\n".join(lines), remedy=error.remedy)
+
+
+def _blame(failed: Path, progress: Callable[[str], None]) -> list[str]:
+
+    try:
+        return blame_lines(blame_bundle(failed, failed.with_name(f"{failed.name}-blame"), progress))
+    except KdexportError as error:
+        # The failure itself must be told even where its cause cannot be found.
+        return [f"Blame: {error.message}"]
+
+
+def blame_bundle(bundle: Path, out: Path, progress: Callable[[str], None]) -> "Blame | None":
+    """Explain ``bundle`` into ``out``, which is replaced whole; nothing is written where nothing is wrong."""
+    from kdexport.bundle.manifest import read_manifest
+    from kdexport.core.files import replace_folder, require_replaceable, require_writable
+    from kdexport.diagnose.bisect import REPORT, explain, write_blame
+
+    manifest = read_manifest(bundle)
+    try:
+        require_replaceable(out, lambda folder: (folder / REPORT).is_file())
+    except OutputError as error:
+        raise OutputError(
+            f"{out} exists and was not written by `kdexport explain-failure`.", remedy=error.remedy
+        ) from None
+    require_writable(out)
+    with tempfile.TemporaryDirectory() as place:
+        made = Path(place) / "blame"
+        found = explain(bundle, manifest, made, progress)
+        if found is None:
+            return None
+        found = found.moved(out)
+        write_blame(made, found)
+        replace_folder(made, out)
+    return found
+
+
+def blame_lines(found: "Blame | None") -> list[str]:
+    """What is said about a finding on a terminal."""
+    if found is None:
+        return ["Every stage from the unfused weights to the files is right on the golden images."]
+    lines = [f"Blamed: {found.sentence()}."]
+    if found.reproduction:
+        lines.append(f"Reproduce: python {found.reproduction}/reproduce.py   (needs onnxruntime alone)")
+    return lines

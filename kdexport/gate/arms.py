@@ -1,0 +1,159 @@
+"""What a gate times: files of one bundle or of two, proven whole and comparable before anything runs."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from kdexport.backends.runnable import DEFAULT_TARGET
+from kdexport.bundle.manifest import MANIFEST, MODEL, PLAN, TARGETS, Manifest, changed_files, read_manifest
+from kdexport.checkpoint import sha256_file
+from kdexport.errors import BundleError, ConfigError, MismatchError, UnknownNameError
+from kdexport.registry import nearest
+from kdexport.targets import parse_target
+
+Variant = Literal["fused", "unfused"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bundle:
+    """A bundle whose files are those of its manifest and whose checks held when it was built."""
+
+    folder: Path
+    manifest: Manifest
+
+    @property
+    def image_size(self) -> int:
+        """Pixels a side."""
+        return self.manifest.spec.image_size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Artifact:
+    """One arm: the file that runs as ``target``, and the bundle folder that a server would be given for it."""
+
+    label: str
+    model: Path
+    folder: Path
+    sha256: str
+    target: str = DEFAULT_TARGET
+    variant: Variant = "fused"
+
+    def path(self, clock: str) -> str:
+        """What a session of ``clock`` opens."""
+        return str(self.folder if clock == "serve" else self.model)
+
+
+def open_bundle(folder: Path) -> Bundle:
+    """Read a bundle and check its files; raises ``BundleError`` where they are not those that were verified."""
+    manifest = read_manifest(folder)
+    changes = changed_files(folder, manifest.files)
+    if changes:
+        listed = ", ".join(f"{name} {what}" for name, what in list(changes.items())[:5])
+        raise BundleError(
+            f"{len(changes)} files of {folder} do not match its manifest: {listed}.",
+            remedy="Nothing was timed. Fetch the bundle again, or build it again.",
+        )
+    failed = [check for check in manifest.data["parity"] if not check.get("holds")]
+    if failed or not manifest.data["parity"]:
+        raise BundleError(
+            f"{folder} was not verified: {len(failed)} of {len(manifest.data['parity'])} checks do not hold.",
+            remedy="Build it again; a gate compares verified bundles only.",
+        )
+    return Bundle(folder=folder, manifest=manifest)
+
+
+def require_comparable(candidate: Bundle, baseline: Bundle) -> None:
+    """Raise ``MismatchError`` where two bundles do not answer the same question."""
+    one, two = candidate.manifest.spec, baseline.manifest.spec
+    facts = [
+        ("students", one.student, two.student),
+        ("numbers of classes", one.num_classes, two.num_classes),
+        ("image sizes", one.image_size, two.image_size),
+    ]
+    for what, mine, theirs in facts:
+        if mine != theirs:
+            raise MismatchError(
+                f"The bundles are of different {what}: {candidate.folder} has {mine}, {baseline.folder} has {theirs}.",
+                remedy="Pass a baseline of the same student, classes and image size.",
+            )
+    if one.classes != two.classes:
+        at = next(index for index, pair in enumerate(zip(one.classes, two.classes, strict=True)) if pair[0] != pair[1])
+        raise MismatchError(
+            f"The bundles are of different classes: class {at} is {one.classes[at]!r} in {candidate.folder} and "
+            f"{two.classes[at]!r} in {baseline.folder}.",
+            remedy="Pass a baseline that was trained for the same classes in the same order.",
+        )
+
+
+def choose_target(bundle: Bundle, name: str | None) -> str:
+    """The target that is timed: ``name``, or onnx-fp32, which every bundle holds as its exported model."""
+    if name is None or name == DEFAULT_TARGET:
+        return DEFAULT_TARGET
+    parse_target(name)
+    if name not in bundle.manifest.targets:
+        raise UnknownNameError(
+            f"{bundle.folder} has no target {name!r}.", remedy=nearest(name, bundle.manifest.targets)
+        )
+    return name
+
+
+def require_batches(bundle: Bundle, batches: Sequence[int]) -> None:
+    """Raise ``ConfigError`` for a batch size that the bundle was not exported for."""
+    export = bundle.manifest.data["export"]
+    for batch in batches:
+        if not export["min_batch"] <= batch <= export["max_batch"]:
+            raise ConfigError(
+                f"Batch {batch} is outside of what {bundle.folder} was exported for: {export['min_batch']} to "
+                f"{export['max_batch']}.",
+                remedy="Pass --batch with sizes in that range.",
+            )
+
+
+def artifact(bundle: Bundle, target: str, variant: Variant, scratch: Path) -> Artifact:
+    """The file of one arm. The unfused student is exported into ``scratch`` as `build` exports it, and runs in float32
+    in the runtime of ``target``.
+    """
+    wanted = parse_target(target)
+    if variant == "unfused":
+        if wanted.needs_engine:
+            raise ConfigError(
+                f"No engine of the unfused student is kept that {target} could be compared with.",
+                remedy="Pass --against with another target, or a baseline bundle.",
+            )
+        folder = _unfused_twin(bundle, scratch)
+        return _artifact(f"{bundle.folder} unfused fp32", folder, folder / MODEL, f"{wanted.backend}-fp32", variant)
+    placed = bundle.folder / TARGETS / target / (PLAN if wanted.needs_engine else MODEL)
+    # The float32 target of onnxruntime is the exported model itself.
+    model = bundle.folder / MODEL if target == DEFAULT_TARGET and not placed.is_file() else placed
+    if not model.is_file():
+        raise BundleError(
+            f"{bundle.folder} holds no {placed.name} of {target}.", remedy="Build it again with --target."
+        )
+    return _artifact(f"{bundle.folder} fused {target}", bundle.folder, model, target, variant)
+
+
+def _artifact(label: str, folder: Path, model: Path, target: str, variant: Variant) -> Artifact:
+    return Artifact(label=label, model=model, folder=folder, sha256=sha256_file(model), target=target, variant=variant)
+
+
+def _unfused_twin(bundle: Bundle, scratch: Path) -> Path:
+    """A copy of the bundle whose model is the unfused student, so that the server can be timed with it too.
+
+    It lives as long as the gate and is never handed to anybody: its checks are those of the fused student.
+    """
+    from kdexport.bundle.manifest import load_unfused
+    from kdexport.graph.export import export_onnx
+
+    folder = scratch / f"unfused-{bundle.manifest.build_key[:12]}"
+    if folder.is_dir():
+        return folder
+    shutil.copytree(bundle.folder, folder)
+    module = load_unfused(bundle.folder, bundle.manifest.spec)
+    export_onnx(module, folder / MODEL, image_size=bundle.image_size, opset=bundle.manifest.opset, metadata={})
+    data = dict(bundle.manifest.data)
+    data["files"] = {**bundle.manifest.files, MODEL: sha256_file(folder / MODEL)}
+    (folder / MANIFEST).write_text(json.dumps(data), encoding="utf-8")
+    return folder

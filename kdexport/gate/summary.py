@@ -1,0 +1,131 @@
+"""A gate's result for people and for CI: a terminal table, Markdown, JUnit XML, a plot of the paired ratios."""
+
+import importlib.util
+import math
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from kdexport.errors import BackendUnavailableError
+from kdexport.gate.result import GateResult, latency_json
+
+_MARKS = {"PASS": "\u2705", "FAIL": "\u274c", "INCONCLUSIVE": "\u2754", "WARN": "\u26a0\ufe0f"}
+
+_COLOURS = {"PASS": "#2b8a4b", "FAIL": "#c62f1f", "INCONCLUSIVE": "#8a6d1f"}
+
+
+def facts(result: GateResult) -> list[str]:
+    """What the numbers rest on, one sentence per line."""
+    lines = []
+    for outcome in result.outcomes:
+        row = latency_json(outcome, result.plan)
+        if row["ratio"] is None:
+            continue
+        lines.append(
+            f"{outcome.number.name}: reference {row['reference_ms']:.3f} ms, candidate {row['candidate_ms']:.3f} ms, "
+            f"{len(outcome.sessions)} sessions, deviation {row['session_deviation']:.2%} between them, "
+            f"20 of them see {row['mde']:.1%} above the limit"
+        )
+    cpus = next((session.cpus for outcome in result.outcomes for session in outcome.sessions), ())
+    loads = [value for outcome in result.outcomes for session in outcome.sessions for value in session.load]
+    held = f"processors {', '.join(map(str, cpus))} of {result.machine.cores}" if cpus else "nothing was timed"
+    load = f", load {min(loads):.1f} to {max(loads):.1f}" if loads else ""
+    lines.append(
+        f"{result.machine.cpu}, {held}, {result.plan.threads} thread{'s' * (result.plan.threads > 1)}{load}, "
+        f"{result.seconds:.0f} s; {result.calibration}"
+    )
+    return lines
+
+
+def sentence(result: GateResult) -> str:
+    """The verdict and what it rests on."""
+    wanted = result.verdict
+    reasons = [f"{check.name}: {check.reason}" for check in result.checks if check.verdict == wanted]
+    return f"{wanted} (exit {result.exit_code}). {'; '.join(reasons)}."
+
+
+def markdown(result: GateResult) -> str:
+    """A page for a job summary."""
+    lines = [
+        f"## {_MARKS[result.verdict]} {result.verdict}: {_cell(result.question)}",
+        "",
+        f"`{result.candidate}` against `{result.reference}`",
+        "",
+        "| check | measured | allowed | verdict |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {_cell(check.name)} | {_cell(check.measured)} | {check.allowed} | {_MARKS[check.verdict]} {check.verdict} |"
+        for check in result.checks
+    ]
+    lines += ["", *(f"- {_cell(check.name)}: {_cell(check.reason)}" for check in result.checks)]
+    lines += ["", "<sub>", *(f"{_cell(line)}<br>" for line in facts(result)), "</sub>", ""]
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "/").replace("<", "&lt;").replace("\n", " ")
+
+
+def junit(result: GateResult) -> str:
+    """JUnit XML: FAIL is a failure; INCONCLUSIVE an error, or skipped where it only warns."""
+    counts = {"failures": 0, "errors": 0, "skipped": 0}
+    suite = ElementTree.Element("testsuite", name="kdexport gate", tests=str(len(result.checks)))
+    suite.set("time", f"{result.seconds:.2f}")
+    for check in result.checks:
+        case = ElementTree.SubElement(suite, "testcase", classname="kdexport.gate", name=check.name)
+        kind = {"FAIL": "failure", "INCONCLUSIVE": "error", "WARN": "skipped"}.get(check.verdict)
+        if check.verdict == "INCONCLUSIVE" and result.policy != "exit":
+            kind = "skipped" if result.policy == "warn" else "failure"
+        if kind is not None:
+            ElementTree.SubElement(case, kind, message=check.reason).text = f"{check.measured}, allowed {check.allowed}"
+            counts[{"failure": "failures", "error": "errors"}.get(kind, "skipped")] += 1
+        ElementTree.SubElement(case, "system-out").text = f"{check.verdict}: {check.measured}. {check.reason}"
+    for name, count in counts.items():
+        suite.set(name, str(count))
+    ElementTree.indent(suite)
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(suite, encoding="unicode") + "\n"
+
+
+def require_plots() -> None:
+    """Raise ``BackendUnavailableError`` where matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise BackendUnavailableError(
+            "A plot needs matplotlib, which is not installed.", remedy="pip install 'kdexport[plots]'"
+        )
+
+
+def plot(result: GateResult, path: Path) -> None:
+    """Paired ratios of each session as a PNG: what the verdict was made of, and how far sessions differ."""
+    from matplotlib.figure import Figure
+
+    shown = [outcome for outcome in result.outcomes if outcome.interval is not None]
+    figure = Figure(figsize=(9, 1.2 + 3.2 * max(1, len(shown))), layout="constrained")
+    for index, outcome in enumerate(shown):
+        _draw(figure.add_subplot(len(shown), 1, index + 1), outcome, result)
+    if not shown:
+        figure.text(0.5, 0.5, result.outcomes[0].reason if result.outcomes else "nothing was timed", ha="center")
+    figure.suptitle(f"{result.verdict}: {result.candidate} against {result.reference}", fontsize=11)
+    figure.savefig(path, format="png", dpi=120)
+
+
+def _draw(axes: Any, outcome: Any, result: GateResult) -> None:
+    interval, limit = outcome.interval, 1 + result.plan.max_slowdown
+    for number, session in enumerate(outcome.sessions, start=1):
+        ratios = [b / a for a, b in session.pairs_ms]
+        spread = [number + 0.5 * (k / max(1, len(ratios) - 1) - 0.5) for k in range(len(ratios))]
+        axes.plot(spread, ratios, ".", color="#9aa5b1", markersize=3, zorder=1)
+        axes.plot([number - 0.3, number + 0.3], [math.exp(session.log_ratio)] * 2, color="#1c2330", lw=2, zorder=3)
+    colour = _COLOURS[outcome.verdict]
+    axes.axhspan(math.exp(interval.low), math.exp(interval.high), color=colour, alpha=0.25, zorder=0)
+    axes.axhline(limit, color="#c62f1f", ls="--", lw=1.2, label=f"allowed {limit:.3f}")
+    axes.axhline(1.0, color="#5a6475", lw=0.8)
+    centre = sorted(b / a for session in outcome.sessions for a, b in session.pairs_ms)
+    low, high = centre[len(centre) // 20], centre[-1 - len(centre) // 20]
+    margin = 0.1 * max(high - low, 0.01)
+    axes.set_ylim(min(low, 1.0, math.exp(interval.low)) - margin, max(high, limit, math.exp(interval.high)) + margin)
+    axes.set_xticks(range(1, len(outcome.sessions) + 1))
+    axes.set_xlabel("session (a fresh process; dots are pairs, bars their medians, the band the interval)")
+    axes.set_ylabel("candidate / reference")
+    axes.set_title(f"{outcome.number.name}: {outcome.verdict}", color=colour, fontsize=10, loc="left")
+    axes.legend(loc="upper right", fontsize=8)

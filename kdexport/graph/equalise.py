@@ -1,0 +1,202 @@
+"""Cross-layer equalisation (Nagel et al., 2019): channels of one convolution scaled down, the next one's input up.
+
+A ReLU passes a positive factor on, so that the network computes the same. The factors are powers of two: in float32 the
+equalised graph is the original one bit for bit, and nothing has to be believed.
+
+Why int8 loses a layer: one scale for a whole tensor, while its channels differ in range by orders of magnitude.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from kdexport.graph.plan import LayerPlan, Scaling
+from kdexport.graph.trace import Arrays, run
+
+#: Bits of eight that the median channel may lose to the widest one before a layer is called hostile: it keeps four.
+HOSTILE_BITS = 4.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerRange:
+    """The channels of one layer's result: largest absolute value of the widest and of the median channel.
+
+    ``weight`` and ``median_weight`` are the same of the weights that make them. ``lost_bits`` is what the median
+    channel loses of eight because the widest one sets the scale.
+    """
+
+    layer: str
+    channel: int
+    widest: float
+    median: float
+    weight: float
+    median_weight: float
+    lost_bits: float
+
+    @property
+    def hostile(self) -> bool:
+        """Whether the median channel is left with few levels."""
+        return self.lost_bits >= HOSTILE_BITS
+
+    def __str__(self) -> str:
+        return (
+            f"{self.layer}: channel {self.channel} reaches {self.widest:.3g}, the median channel {self.median:.2g} "
+            f"(weights {self.weight:.3g} and {self.median_weight:.2g}): one int8 scale for both leaves the median "
+            f"channel {max(0.0, 8 - self.lost_bits):.1f} of 8 bits"
+        )
+
+
+def layer_ranges(model: onnx.ModelProto, feeds: Arrays) -> tuple[LayerRange, ...]:
+    """Channel ranges of every convolution of a float32 graph on some images, in order."""
+    weights = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
+    nodes = [node for node in model.graph.node if node.op_type == "Conv" and node.input[1] in weights]
+    values = run(model, feeds, [node.output[0] for node in nodes])
+    return tuple(_range(node.name, values[node.output[0]], weights[node.input[1]]) for node in nodes)
+
+
+def channel_peaks(values: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Largest absolute value per channel of (N,C,H,W) activations."""
+    return np.asarray(np.abs(values.astype(np.float64)).max(axis=(0, *range(2, values.ndim))))
+
+
+def _range(layer: str, values: NDArray[np.float32], weight: NDArray[np.float32]) -> LayerRange:
+    peaks = channel_peaks(values)
+    rows = np.abs(weight.astype(np.float64)).reshape(len(weight), -1).max(axis=1)
+    channel, median = int(peaks.argmax()), float(np.median(peaks))
+    widest = float(peaks[channel])
+    lost = 0.0 if widest == 0 else 8.0 if median == 0 else min(8.0, math.log2(widest / median))
+    return LayerRange(
+        layer=layer,
+        channel=channel,
+        widest=widest,
+        median=median,
+        weight=float(rows[channel]),
+        median_weight=float(np.median(rows)),
+        lost_bits=lost,
+    )
+
+
+def explain_ranges(ranges: Sequence[LayerRange], count: int = 3) -> list[str]:
+    """The hostile layers in words, the worst first."""
+    worst = sorted((item for item in ranges if item.hostile), key=lambda item: -item.lost_bits)
+    return [str(item) for item in worst[:count]]
+
+
+#: Passes over all pairs: a layer between two others is changed by both sides.
+_SWEEPS = 3
+
+#: Factors beyond this would leave the range in which float32 products are exact in either form.
+_MAX_EXPONENT = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Equalised:
+    """The graph and the scalings that made it, one for each pair of layers that was changed."""
+
+    model: onnx.ModelProto
+    scalings: tuple[Scaling, ...]
+
+
+def equalise(model: onnx.ModelProto, feeds: Arrays) -> Equalised:
+    """Balance the channel ranges of every pair of convolutions with nothing but a ReLU between them."""
+    pairs = _pairs(model)
+    totals: dict[str, NDArray[np.int64]] = {}
+    changed = model
+    for _ in range(_SWEEPS):
+        peaks = _peaks(changed, feeds, [first.output[0] for first, _ in pairs])
+        moved = False
+        for first, second in pairs:
+            wanted = _exponents(peaks[first.output[0]], _columns(changed, second))
+            before = totals.get(first.name, np.zeros_like(wanted))
+            totals[first.name] = np.clip(before + wanted, -_MAX_EXPONENT, _MAX_EXPONENT)
+            exponents = totals[first.name] - before
+            moved = moved or bool(exponents.any())
+            changed = apply_scalings(changed, [_scaling(first, second, exponents)])
+        if not moved:
+            break
+    scalings = tuple(_scaling(first, second, totals[first.name]) for first, second in pairs if totals[first.name].any())
+    return Equalised(apply_scalings(model, scalings), scalings)
+
+
+def apply_scalings(model: onnx.ModelProto, scalings: Sequence[Scaling]) -> onnx.ModelProto:
+    """A copy of a float32 graph with its layers scaled. Raises ``AuditError`` where it has no such layers."""
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    touched = {name for scaling in scalings for name in (*scaling.first, scaling.second)}
+    items = {item.name: item for item in changed.graph.initializer if item.name in touched}
+    weights = {name: numpy_helper.to_array(item) for name, item in items.items()}
+    for name, values in LayerPlan(equalised=tuple(scalings)).scaled(weights).items():
+        items[name].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values, np.float32), name))
+    return changed
+
+
+def _scaling(first: onnx.NodeProto, second: onnx.NodeProto, exponents: NDArray[np.int64]) -> Scaling:
+    return Scaling(tuple(first.input[1:]), second.input[1], _groups(second), tuple(int(e) for e in exponents))
+
+
+def _peaks(model: onnx.ModelProto, feeds: Arrays, names: list[str]) -> dict[str, NDArray[np.float64]]:
+    return {name: channel_peaks(values) for name, values in run(model, feeds, names).items()} if names else {}
+
+
+def _pairs(model: onnx.ModelProto) -> list[tuple[onnx.NodeProto, onnx.NodeProto]]:
+    """Convolutions whose whole result reaches one other convolution through at most a ReLU."""
+    stored = {item.name for item in model.graph.initializer}
+    shared = [name for node in model.graph.node for name in node.input if name in stored]
+    outputs = {value.name for value in model.graph.output}
+    readers: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+
+    def own(node: onnx.NodeProto) -> bool:
+        # A weight that two layers share cannot be scaled for one of them.
+        return node.op_type == "Conv" and all(name in stored and shared.count(name) == 1 for name in node.input[1:])
+
+    found = []
+    for node in model.graph.node:
+        name = node.output[0]
+        following = readers.get(name, [])
+        if len(following) == 1 and following[0].op_type == "Relu" and name not in outputs:
+            name = following[0].output[0]
+            following = readers.get(name, [])
+        alone = len(following) == 1 and name not in outputs
+        if alone and own(node) and own(following[0]) and following[0].input[0] == name:
+            found.append((node, following[0]))
+    return found
+
+
+def _columns(model: onnx.ModelProto, node: onnx.NodeProto) -> NDArray[np.float64] | None:
+    """Largest weight that reads each input channel (I,); None for a depthwise one: its scales are per channel."""
+    weight = _weights(model, node.input[1])
+    groups = _groups(node)
+    if groups > 1 and weight.shape[1] == 1:
+        return None
+    rows = np.abs(weight.astype(np.float64)).max(axis=tuple(range(2, weight.ndim)))
+    per_group = rows.reshape(groups, -1, rows.shape[1]).max(axis=1)
+    return np.asarray(per_group.reshape(-1))
+
+
+def _exponents(peaks: NDArray[np.float64], columns: NDArray[np.float64] | None) -> NDArray[np.int64]:
+    """Powers of two by which each channel is divided before and multiplied after."""
+    live = peaks > 0 if columns is None else (peaks > 0) & (columns > 0)
+    if not live.any():
+        return np.zeros(len(peaks), np.int64)
+    logs = np.zeros_like(peaks)
+    # Equal ranges on both sides of a dense layer; on the activations alone where the weights have a scale per channel.
+    logs[live] = np.log2(peaks[live]) if columns is None else (np.log2(peaks[live]) - np.log2(columns[live])) / 2
+    logs[live] -= np.median(logs[live])
+    return np.round(logs).astype(np.int64)
+
+
+def _groups(node: onnx.NodeProto) -> int:
+    return next((int(a.i) for a in node.attribute if a.name == "group"), 1)
+
+
+def _weights(model: onnx.ModelProto, name: str) -> NDArray[np.float32]:
+    values: NDArray[np.float32] = numpy_helper.to_array(next(i for i in model.graph.initializer if i.name == name))
+    return values

@@ -1,0 +1,44 @@
+"""How much of the logits' error each layer causes by itself, without a cast of its own for each."""
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from kdexport.graph.export import INPUT, LOGITS
+from kdexport.graph.trace import Arrays, extract, results, run, settled, trace
+from kdexport.stats.logits import logit_noise
+
+#: Operators that a plan can keep in float32: those with weights.
+KEEPABLE = ("Conv", "Gemm", "MatMul")
+
+
+def sensitivities(model: onnx.ModelProto, cast: onnx.ModelProto, feeds: Arrays) -> dict[str, float]:
+    """By layer of the float32 ``model``: noise of the logits where only what it reads or writes is as in ``cast``.
+
+    A tensor between two layers counts for both: only where both are float32 does it lose its levels. Errors are carried
+    to the logits by the float32 graph, so that a channel that the next layer scales up again counts as much as it must.
+    """
+    layers = [node for node in model.graph.node if node.op_type in KEEPABLE]
+    activated = {node.input[0]: node.output[0] for node in model.graph.node if node.op_type in ("Relu", "Clip")}
+    beside = {node.name: (node.input[0], node.output[0], activated.get(node.output[0], "")) for node in layers}
+    noise = _noises(model, cast, feeds, {name for names in beside.values() for name in names} - {INPUT, ""})
+    return {layer: max(noise.get(name, 0.0) for name in names) for layer, names in beside.items()}
+
+
+def _noises(model: onnx.ModelProto, cast: onnx.ModelProto, feeds: Arrays, tensors: set[str]) -> dict[str, float]:
+    own = trace(cast, model, feeds).own
+    shared = {name: own[settled(cast, name)] for name in results(cast) if name in tensors}
+    exact = run(model, feeds, [LOGITS])[LOGITS].astype(np.float64)
+    return {
+        name: logit_noise(exact, _logits(model, feeds, name, values).astype(np.float64))
+        for name, values in shared.items()
+    }
+
+
+def _logits(model: onnx.ModelProto, feeds: Arrays, tensor: str, values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Logits (N,K) of the float32 graph where ``tensor`` has other ``values``."""
+    if tensor == LOGITS:
+        return values
+    given = {**feeds, tensor: values}
+    logits: NDArray[np.float32] = run(extract(model, LOGITS, given, local=True), given, [LOGITS])[LOGITS]
+    return logits

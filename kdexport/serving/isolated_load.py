@@ -1,0 +1,106 @@
+"""Tries a bundle in a process of its own before the server touches it, and says how far its logits may be off.
+
+A graph that crashes onnxruntime ends this process and nothing else.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from kdexport.backends.runnable import DEFAULT_TARGET, require_servable
+from kdexport.bundle.manifest import MODEL, Manifest
+from kdexport.core.child import CHILD
+from kdexport.core.console import guarded
+from kdexport.errors import AuditError, BundleError, ForwardedError
+from kdexport.serving.limits import Limits
+
+_TIMEOUT_S = 120
+
+
+def try_bundle(folder: Path, provider: str, limits: Limits, target: str = DEFAULT_TARGET) -> float:
+    """Load ``folder`` completely in a child process; the largest error of a logit that its golden images may have.
+
+    Raises what the child found, or ``BundleError`` where the child died.
+    """
+    settings = [str(folder), provider, json.dumps(asdict(limits)), target]
+    command = [sys.executable, "-m", "kdexport.serving.isolated_load", *settings]
+    environment = {**os.environ, CHILD: str(os.getpid()), "OMP_NUM_THREADS": "1"}
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, check=False, timeout=_TIMEOUT_S
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise BundleError(f"{folder} did not load within {_TIMEOUT_S} s.", remedy="Build it again.") from None
+    try:
+        answer = json.loads(done.stdout.strip().rpartition("\n")[2])
+        if done.returncode == 0:
+            return float(answer["allowed_error"])
+        error = answer["error"]
+    except (ValueError, KeyError, TypeError):
+        raise BundleError(
+            f"Loading {folder} ended its process with code {done.returncode}: {done.stderr.strip()[-300:]}",
+            remedy="The graph crashes onnxruntime; build the bundle again.",
+        ) from None
+    raise ForwardedError(
+        error["message"], remedy=error["remedy"], code=error["code"], exit_code=done.returncode
+    ) from None
+
+
+def allowed_error(folder: Path, manifest: Manifest, target: str = DEFAULT_TARGET) -> float:
+    """What the bundle says, or what its unfused student says where the bundle is older than that entry."""
+    from kdexport.serving.self_check import read_reference
+
+    tensors = read_reference(folder)
+    if target != DEFAULT_TARGET:
+        if f"allowed_error.{target}" not in tensors:
+            raise BundleError(
+                f"{folder} does not say how far {target} may lie from the reference: an earlier version built it.",
+                remedy="Build it again.",
+            )
+        return float(tensors[f"allowed_error.{target}"])
+    if "allowed_error" in tensors:
+        return float(tensors["allowed_error"])
+    from kdexport.bundle.manifest import load_unfused, read_golden
+    from kdexport.verify.golden import allowed_error as from_unfused
+    from kdexport.verify.reference import run_exact, run_torch
+
+    images = manifest.spec.preprocessing.normalise(read_golden(folder, manifest))
+    student = load_unfused(folder, manifest.spec)
+    return from_unfused(*run_exact(student, images), run_torch(student, images))
+
+
+def require_one_file(graph: bytes) -> None:
+    """Raise ``AuditError`` for a graph that keeps weights in other files or brings code of its own."""
+    import onnx
+    from onnx.external_data_helper import _get_all_tensors, uses_external_data
+
+    model = onnx.ModelProto.FromString(graph)
+    if any(uses_external_data(tensor) for tensor in _get_all_tensors(model)):
+        raise AuditError(f"{MODEL} keeps weights outside itself.", remedy="Build it again; one file holds all.")
+    foreign = {entry.domain for entry in model.opset_import} - {"", "ai.onnx"}
+    if foreign or model.functions:
+        raise AuditError(f"{MODEL} uses operators of {sorted(foreign) or 'its own'}.", remedy="Build it again.")
+
+
+def _main() -> None:
+    from kdexport.serving.loading import as_kdexport_error, load, read_files
+
+    folder, provider, limits, target = Path(sys.argv[1]), sys.argv[2], Limits(**json.loads(sys.argv[3])), sys.argv[4]
+    try:
+        require_servable(target, provider)
+        files = read_files(folder, target)
+        require_one_file(files.graph)
+        allowed = allowed_error(folder, files.manifest, target)
+        load(
+            folder, name=folder.name, version=1, provider=provider, limits=limits, allowed_error=allowed, target=target
+        )  # fmt: skip
+    except Exception as error:
+        raise as_kdexport_error(error, folder) from error
+    sys.stdout.write(json.dumps({"allowed_error": allowed}) + "\n")
+
+
+if __name__ == "__main__":
+    guarded(_main)

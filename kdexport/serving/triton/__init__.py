@@ -1,0 +1,1 @@
+"""Writes verified bundles into Triton model repositories."""

@@ -1,0 +1,153 @@
+"""What a Triton export will be: decided from the manifest and the options, before anything is verified or written."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kdexport.bundle.manifest import MODEL, PLAN, TARGETS, VERIFIED, Manifest
+from kdexport.errors import BundleError, ConfigError, UnknownNameError
+from kdexport.registry import nearest
+from kdexport.serving.triton.pbtxt import Device, Schedule
+from kdexport.serving.triton.versions import read_versions, require_repository
+from kdexport.targets import parse_target
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+PLAN_RULE = "a plan loads only in exactly the TensorRT version, and on the GPU generation, that built it"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TritonRequest:
+    """Everything ``kdexport triton`` was asked for; None leaves a choice to the device and the bundle."""
+
+    repository: Path
+    name: str | None = None
+    version: int | None = None
+    target: str = "onnx-fp32"
+    device: Device | None = None
+    instances: int = 1
+    max_batch: int | None = None
+    delay_us: int = 0
+    max_queue: int | None = None
+    queue_timeout_ms: int = 2000
+    keep_versions: int = 2
+    tensorrt_version: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TritonPlan:
+    """What will be written: every choice made."""
+
+    repository: Path
+    name: str
+    version: int | None
+    target: str
+    backend: str
+    source: str
+    schedule: Schedule
+    contract: dict[str, Any]
+
+
+def plan_export(manifest: Manifest, request: TritonRequest) -> TritonPlan:
+    """Settle every choice of ``request``; raises ``ConfigError``, ``BundleError`` or ``OutputError``."""
+    entry = _target_entry(manifest, request.target)
+    engine = bool(entry["engine"])
+    device = request.device or ("gpu" if engine else "cpu")
+    if engine and device == "cpu":
+        raise ConfigError(f"{request.target} is a TensorRT plan and runs on a GPU.", remedy="Pass --device gpu.")
+    if engine:
+        _require_same_tensorrt(request, str(entry.get("version")))
+    name = request.name or manifest.spec.student
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"{name!r} cannot be the name of a model.", remedy="Letters, digits, '.', '_' and '-', 128 at most."
+        )
+    for label in manifest.spec.classes:
+        if label and label.splitlines() != [label]:
+            raise ConfigError(
+                f"Class {label!r} has a line break, and Triton's label file holds one name a line.",
+                remedy="Rename the class in the data set and build again.",
+            )
+    require_repository(request.repository)
+    read_versions(request.repository / name)
+    return TritonPlan(
+        repository=request.repository,
+        name=name,
+        version=request.version,
+        target=request.target,
+        backend="tensorrt" if engine else "onnxruntime",
+        source=f"{TARGETS}/{request.target}/{PLAN if engine else MODEL}",
+        schedule=_schedule(manifest, request, device),
+        contract=_contract(manifest, entry),
+    )
+
+
+def _contract(manifest: Manifest, entry: dict[str, Any]) -> dict[str, Any]:
+    """What all versions of one model must agree on, as it reads back from JSON: tuples are lists there."""
+    contract = {
+        "backend": "tensorrt" if entry["engine"] else "onnxruntime",
+        "tensorrt": entry["version"] if entry["engine"] else None,
+        "classes": manifest.spec.classes,
+        "preprocessing": manifest.spec.preprocessing.to_json(),
+    }
+    return dict(json.loads(json.dumps(contract)))
+
+
+def _target_entry(manifest: Manifest, name: str) -> dict[str, Any]:
+    if name not in manifest.targets:
+        raise UnknownNameError(f"The bundle holds no target {name!r}.", remedy=nearest(name, manifest.targets))
+    target, entry = parse_target(name), manifest.targets[name]
+    if target.backend == "trt-rtx":
+        raise ConfigError(
+            f"{name} is a TensorRT-RTX plan, and Triton's TensorRT backend loads plans of TensorRT alone.",
+            remedy="Pass --target onnx-fp32, or build the bundle with a trt-... target on a machine with a GPU.",
+        )
+    if target.backend == "openvino":
+        raise ConfigError(
+            f"{name} was verified in OpenVINO, and a model repository is written for onnxruntime and TensorRT alone.",
+            remedy="Pass --target onnx-fp32 or onnx-int8; build the bundle with it where it is missing.",
+        )
+    if entry["status"] != VERIFIED:
+        raise BundleError(
+            f"The engine of {name} was built and never run, so nothing says that it computes the right logits.",
+            remedy="Build the bundle on a machine with the GPU that will serve it.",
+        )
+    return entry
+
+
+def _require_same_tensorrt(request: TritonRequest, built: str) -> None:
+    """A plan that Triton cannot load is found out here, not when a pod starts."""
+    look = "`dpkg-query -W 'libnvinfer[0-9]*'` in its image prints it"
+    if request.tensorrt_version is None:
+        raise ConfigError(
+            f"{request.target} was built with TensorRT {built}: {PLAN_RULE}.",
+            remedy=f"Pass --tensorrt-version, that of the Triton which will load it: {look}.",
+        )
+    given = re.split(r"[-+]", request.tensorrt_version)[0]
+    if given != built:
+        raise ConfigError(
+            f"{request.target} was built with TensorRT {built}, and Triton has {given}: {PLAN_RULE}.",
+            remedy=f"Use the Triton release with {built}, or build the bundle again with {given}; {look}.",
+        )
+
+
+def _schedule(manifest: Manifest, request: TritonRequest, device: Device) -> Schedule:
+    largest = int(manifest.data["export"]["max_batch"])
+    # On a CPU a batch costs more per image than one image at a time; on a GPU it is what the GPU is for.
+    max_batch = request.max_batch if request.max_batch is not None else (1 if device == "cpu" else largest)
+    if not 1 <= max_batch <= largest:
+        raise ConfigError(
+            f"--max-batch {max_batch} is outside 1 to {largest}, the batches that this bundle was verified with.",
+            remedy="Choose a smaller one, or raise max_batch under [export] and build again.",
+        )
+    limit = request.max_queue if request.max_queue is not None else 2 * request.instances * max_batch + 32
+    return Schedule(
+        device=device,
+        instances=request.instances,
+        max_batch=max_batch,
+        delay_us=request.delay_us,
+        max_queue=limit,
+        queue_timeout_us=request.queue_timeout_ms * 1000,
+        keep_versions=request.keep_versions,
+    )

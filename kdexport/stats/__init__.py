@@ -1,0 +1,1 @@
+"""Statistics without a model: sequential tests, proportions, distances between logits."""

@@ -1,0 +1,31 @@
+"""Distances between logits: noise relative to the signal, and KL divergence."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: Noise above a third of the signal: the logits are another network's.
+COLLAPSED = 1 / 3
+
+
+def logit_noise(exact: NDArray[np.float64], other: NDArray[np.float64]) -> float:
+    """rms difference of logits (N,K) relative to the rms of ``exact`` around each image's mean."""
+    if not np.isfinite(other).all():
+        return float("inf")
+    # What all classes have in common decides nothing.
+    centred = exact - exact.mean(axis=1, keepdims=True)
+    return float(np.sqrt(np.mean(np.square(other - exact)) / np.mean(np.square(centred))))
+
+
+def kl_divergence(reference: NDArray[np.float64], other: NDArray[np.float64]) -> NDArray[np.float64]:
+    """KL(softmax(reference) || softmax(other)) per row of logits (N,K), in nats; never below zero."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        log_p, log_q = _log_softmax(reference), _log_softmax(other)
+        divergence = np.sum(np.exp(log_p) * (log_p - log_q), axis=1)
+    result: NDArray[np.float64] = np.maximum(divergence, 0.0)
+    return result
+
+
+def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return result

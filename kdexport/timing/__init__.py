@@ -1,0 +1,1 @@
+"""Paired latency measurement in fresh processes."""

@@ -1,0 +1,65 @@
+"""One comparison of a measured value with the value allowed."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from kdexport.backends.base import Finding
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Check:
+    """One comparison: ``measured`` against ``allowed``, both in ``unit``; ``detail`` names the layer or input."""
+
+    rung: str
+    subject: str
+    name: str
+    holds: bool
+    measured: float
+    allowed: float
+    unit: str
+    detail: str = ""
+    #: Neither shown nor refuted by this number of images; the policy decides whether it holds.
+    undecided: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object; a number that is not finite becomes null, because JSON has none."""
+        return {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in asdict(self).items()
+        }
+
+
+def check_at_most(
+    rung: str, subject: str, name: str, measured: float, allowed: float, *, unit: str, detail: str = ""
+) -> Check:
+    """A check that ``measured`` <= ``allowed``; NaN never holds."""
+    return Check(
+        rung=rung,
+        subject=subject,
+        name=name,
+        holds=bool(measured <= allowed),
+        measured=float(measured),
+        allowed=float(allowed),
+        unit=unit,
+        detail=detail,
+    )
+
+
+def from_finding(subject: str, finding: Finding, *, rung: str = "audit") -> Check:
+    """A finding as a check that counts faults."""
+    return Check(
+        rung=rung,
+        subject=subject,
+        name=finding.check,
+        holds=finding.holds,
+        measured=float(not finding.holds),
+        allowed=0.0,
+        unit="faults",
+        detail=finding.fact,
+    )
+
+
+def broken(rung: str, subject: str, fact: str) -> Check:
+    """The failed check of something that cannot be read or run."""
+    return from_finding(subject, Finding("readable", False, fact), rung=rung)

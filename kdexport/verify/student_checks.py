@@ -1,0 +1,173 @@
+"""Checks on a bundle as a whole and on its student: files, golden images, weights, algebra.
+
+What all files of a bundle are compared with, and how a finding becomes a check.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdexport.backends.base import Finding
+from kdexport.bundle.manifest import (
+    FUSED,
+    GOLDEN_LOGITS,
+    MODEL,
+    TARGETS,
+    Manifest,
+    changed_files,
+    layer_plans,
+    load_unfused,
+)
+from kdexport.checkpoint import load_strictly, load_tensors
+from kdexport.errors import CheckpointError, KdexportError
+from kdexport.graph.audit import Weights
+from kdexport.graph.plan import PLAIN, LayerPlan
+from kdexport.reparam.fold_student import certify_fold, fuse_student
+from kdexport.targets import Target, parse_target
+from kdexport.verify.check import Check, broken, check_at_most, from_finding
+from kdexport.verify.parity import check_whole, rung_a, rung_b
+from kdexport.verify.policy import DEFAULT, Policy, stored_policy
+from kdexport.verify.reference import Probes, Reference, make_probes, make_reference, run_torch
+from kdexport.verify.simulation import TF32
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Subject:
+    """What all files of a bundle are compared with."""
+
+    folder: Path
+    manifest: Manifest
+    batches: tuple[int, ...]
+    probes: Probes
+    reference: Reference
+    weights: dict[str, NDArray[np.float32]]
+    policy: Policy = DEFAULT
+
+    def plan(self, name: str) -> LayerPlan:
+        """The precision plan of a target or of the ONNX file of one; without a search there is none."""
+        target = name.removeprefix(f"{TARGETS}/").removesuffix(f"/{MODEL}")
+        return layer_plans(self.manifest).get(target, PLAIN)
+
+    def form(self, target: Target) -> str:
+        """What ``target`` computes in: TF32 is a form of its own, though its graph says float32."""
+        tf32 = target.needs_engine and target.precision == "fp32" and self.manifest.data["export"].get("tf32", False)
+        return TF32 if tf32 else target.form
+
+
+#: Folding in float64 and rounding once may differ by the last bit between machines, and by nothing more.
+_WEIGHT_LIMIT = 3e-7
+
+
+def check_integrity(folder: Path, manifest: Manifest) -> list[Check]:
+    """Every file is there and has the sha256 of the manifest."""
+    changes = changed_files(folder, manifest.files)
+    detail = ", ".join(f"{name} {what}" for name, what in changes.items()) or f"{len(manifest.files)} files"
+    targets = folder / TARGETS
+    present = {path.name for path in targets.iterdir()} if targets.is_dir() else set()
+    fact = f"on disk {sorted(present)}, in the manifest {sorted(manifest.targets)}"
+    return [
+        check_at_most("files", "bundle", "sha256", len(changes), 0, unit="files", detail=detail),
+        from_finding("bundle", Finding("targets", present == set(manifest.targets), fact)),
+    ]
+
+
+def check_golden(folder: Path, manifest: Manifest, pixels: NDArray[np.uint8]) -> list[Check]:
+    """The golden images still give the stored reference logits, through decoding, preprocessing and float64."""
+    try:
+        stored = load_tensors(folder / GOLDEN_LOGITS)["logits"].numpy()
+        unfused = load_unfused(folder, manifest.spec).double()
+    except (KeyError, CheckpointError) as error:
+        return [broken("golden", GOLDEN_LOGITS, str(error))]
+    images = manifest.spec.preprocessing.normalise(pixels).astype(np.float64)
+    exact = run_torch(unfused, images)
+    if stored.shape != exact.shape:
+        return [broken("golden", GOLDEN_LOGITS, f"shape {stored.shape}, expected {exact.shape}")]
+    difference = np.abs(exact - stored).max() / np.abs(stored).max()
+    return [check_at_most("golden", "images", "reference logits", difference, 1e-9, unit="of max")]
+
+
+def student_checks(folder: Path, manifest: Manifest, pixels: NDArray[np.uint8]) -> tuple[list[Check], Subject | None]:
+    """Weights and rungs A and B of the student itself, and what its files are compared with, None if it is damaged."""
+    spec = manifest.spec
+    try:
+        unfused = load_unfused(folder, spec)
+        exact = fuse_student(unfused.double())
+        fused = fuse_student(load_unfused(folder, spec)).module
+        stored = load_tensors(folder / FUSED)
+        weights = check_weights(stored, fused.state_dict())
+        load_strictly(fused, stored, FUSED)
+        arrays = {name: tensor.numpy() for name, tensor in stored.items()}
+        plans = _plans(manifest, arrays)
+    except KdexportError as error:
+        return [broken("A", "student", error.message)], None
+    policy, probes = stored_policy(manifest.data), make_probes(pixels, spec.preprocessing)
+    plain, forms, bits = load_unfused(folder, spec), _forms(manifest), _weight_bits(manifest)
+    reference = make_reference(plain, fused, probes, forms=forms, weight_bits=bits, plans=plans)
+    merged = run_torch(exact.module, probes.images.astype(np.float64))
+    checks = [weights, *rung_a(exact.certificate, merged, reference, probes, policy.A)]
+    eager = run_torch(fused, probes.images).astype(np.float32)
+    checks += rung_b("fused student, torch", eager, reference, probes, policy.B)
+    export = manifest.data["export"]
+    batches = (int(export["min_batch"]), int(export["opt_batch"]), 7, int(export["max_batch"]))
+    sizes = tuple(dict.fromkeys(min(batch, int(export["max_batch"])) for batch in batches))
+    return checks, Subject(folder, manifest, sizes, probes, reference, arrays, policy)
+
+
+def _plans(manifest: Manifest, weights: Weights) -> dict[str, LayerPlan]:
+    """Precision plans by form: one build searches once for each. Raises ``AuditError`` for a foreign one."""
+    found = {parse_target(name).form: plan for name, plan in layer_plans(manifest).items()}
+    for plan in found.values():
+        plan.scaled(weights)
+    return found
+
+
+def _forms(manifest: Manifest) -> list[str]:
+    tf32 = [TF32] if manifest.data["export"].get("tf32", False) else []
+    return list(dict.fromkeys([*(parse_target(name).form for name in manifest.targets), *tf32]))
+
+
+def _weight_bits(manifest: Manifest) -> int:
+    """What the targets of a bundle were quantized with; one build has one setting."""
+    found = (entry["calibration"]["weight_bits"] for entry in manifest.targets.values() if "calibration" in entry)
+    return int(next(found, 8))
+
+
+def check_algebra(folder: Path, manifest: Manifest, pixels: NDArray[np.uint8]) -> list[Check]:
+    """Rung A block by block: the stored unfused student folded again in float64, and the weights that came of it.
+
+    Nothing that was exported is run. Golden images (N,S,S,3) uint8 judge the whole beside the certificate's noise.
+    """
+    spec = manifest.spec
+    try:
+        unfused = load_unfused(folder, spec).double()
+        module, certificate = certify_fold(unfused)
+        rounded = {name: tensor.float() for name, tensor in module.state_dict().items()}
+        weights = check_weights(load_tensors(folder / FUSED), rounded)
+    except KdexportError as error:
+        return [broken("A", "student", error.message)]
+    probes = make_probes(pixels, spec.preprocessing)
+    images = probes.images.astype(np.float64)
+    exact, merged = run_torch(unfused, images), run_torch(module, images)
+    blocks = [
+        check_at_most("A", block.name, block.kind, block.relative_error, certificate.limit, unit="of max")
+        for block in certificate.blocks
+    ]
+    return [weights, *blocks, check_whole(merged, exact, certificate.limit, probes)]
+
+
+def check_weights(stored: dict[str, Tensor], fused: dict[str, Tensor]) -> Check:
+    """The stored weights are the folded ones but for the last bit; the layer that differs most is named."""
+    worst, where = 0.0, ""
+    for name, expected in fused.items():
+        tensor = stored.get(name)
+        if tensor is None or tensor.shape != expected.shape:
+            return broken("A", FUSED, f"layer {name} is missing or of another shape")
+        scale = expected.abs().clamp(min=expected.abs().max().item() * 1e-6 + 1e-30)
+        error = ((tensor - expected).abs() / scale).max().item()
+        if not error <= worst and not math.isnan(worst):
+            worst, where = error, f"layer {name}"
+    return check_at_most("A", FUSED, "weights are the folded ones", worst, _WEIGHT_LIMIT, unit="relative", detail=where)

@@ -1,0 +1,222 @@
+"""Runs a bundle's files on the validation set beside the unfused student, and keeps what rung D needs of each image."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kdexport.backends.base import Logits, run_in_batches
+from kdexport.backends.discovery import can_execute, unavailable
+from kdexport.backends.openvino import load_openvino
+from kdexport.backends.trt import run_engine
+from kdexport.bundle.manifest import (
+    MODEL,
+    NOT_EXECUTED,
+    PLAN,
+    TARGETS,
+    TASK,
+    Manifest,
+    load_unfused,
+    onnx_files,
+)
+from kdexport.checkpoint import load_tensors, save_tensors, sha256_file
+from kdexport.data.datasets import ImageSet
+from kdexport.errors import BundleError, KdexportError
+from kdexport.targets import Target, parse_target
+from kdexport.verify.check import Check, check_at_most
+from kdexport.verify.parity import unit_error
+from kdexport.verify.policy import PRECISIONS, Policy
+from kdexport.verify.reference import run_torch
+from kdexport.verify.student_checks import Subject
+from kdexport.verify.target_checks import open_file
+from kdexport.verify.task import TaskMetrics, TaskReference, rung_d, task_metrics, task_reference
+
+#: Pixels of one pass over all files: large enough that an engine is loaded a few times only.
+_CHUNK_PIXELS = 2048 * 64 * 64
+_BATCH = 64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TaskImages:
+    """The images of rung D: a split, and the places in it that are used."""
+
+    images: ImageSet
+    indices: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TaskRecord:
+    """Per-image results of all files of a bundle, enough to decide rung D again without a model."""
+
+    reference: TaskReference
+    files: dict[str, TaskMetrics]
+
+
+@dataclass(frozen=True, slots=True)
+class _Runner:
+    precision: str
+    unit_error: float
+    logits: Logits
+
+
+def measure_task(subject: Subject, task: TaskImages, progress: Callable[[str], None]) -> tuple[TaskRecord, list[Check]]:
+    """Every file of the bundle that runs here, on the images of ``task``; the checks name those that do not run."""
+    images, indices = task.images, task.indices
+    runners, faults = _runners(subject)
+    unfused = load_unfused(subject.folder, subject.manifest.spec)
+    reference: list[NDArray[np.float32]] = []
+    found: dict[str, list[NDArray[np.float32]]] = {name: [] for name in runners}
+    preprocessing = subject.manifest.spec.preprocessing
+    done = 0
+    for chosen in _chunks(indices, preprocessing.image_size):
+        batch = preprocessing.normalise(images.read(chosen, preprocessing))
+        reference.append(run_torch(unfused, batch).astype(np.float32))
+        for name, runner in runners.items():
+            found[name].append(runner.logits(batch))
+        done += len(chosen)
+        progress(f"task, {done:,} of {len(indices):,} images")
+    exact = np.concatenate(reference)
+    own = unit_error("fp32", subject.reference)
+    places = np.asarray(indices, np.int64)
+    record = TaskRecord(
+        task_reference(exact, images.labels[places], places, own),
+        {
+            name: task_metrics(
+                np.concatenate(found[name]), exact, precision=runner.precision, unit_error=runner.unit_error
+            )
+            for name, runner in runners.items()
+        },
+    )
+    return record, faults
+
+
+def task_checks(record: TaskRecord, policy: Policy) -> list[Check]:
+    """Rung D of every file."""
+    return [
+        check for name, metrics in record.files.items() for check in rung_d(name, metrics, record.reference, policy)
+    ]
+
+
+def save_record(folder: Path, record: TaskRecord) -> dict[str, object]:
+    """Write the per-image results into a bundle folder; returns what its manifest says about them."""
+    reference = record.reference
+    tensors = {
+        "indices": reference.indices,
+        "labels": reference.labels,
+        "predictions": reference.predictions,
+        "margins": reference.margins,
+    }
+    for name, metrics in record.files.items():
+        tensors[f"{name}:predictions"] = metrics.predictions
+        tensors[f"{name}:divergences"] = metrics.divergences
+        tensors[f"{name}:errors"] = metrics.errors
+    (folder / TASK).parent.mkdir(parents=True, exist_ok=True)
+    save_tensors(folder / TASK, {name: torch.from_numpy(values) for name, values in tensors.items()})
+    return {
+        "images": len(reference.labels),
+        "reference_top1": float(np.mean(reference.predictions == reference.labels)),
+        "own_error": reference.own_error,
+        "files": {
+            name: {
+                "precision": metrics.precision,
+                "unit_error": metrics.unit_error,
+                "top1": float(np.mean(metrics.predictions == reference.labels)),
+                "flips": int(np.sum(metrics.predictions != reference.predictions)),
+                "mean_divergence": float(np.mean(metrics.divergences)),
+            }
+            for name, metrics in record.files.items()
+        },
+    }
+
+
+def load_record(folder: Path, manifest: Manifest) -> TaskRecord | None:
+    """The stored results of a bundle, None where it has none; ``BundleError`` unless they are those of its build."""
+    described = manifest.data.get("task")
+    if described is None:
+        return None
+    path = folder / TASK
+    if not path.is_file() or sha256_file(path) != manifest.files.get(TASK):
+        raise BundleError(f"{TASK} is not the one that was written with the bundle.", remedy="Build the bundle again.")
+    try:
+        stored = {name: tensor.numpy() for name, tensor in load_tensors(path).items()}
+        reference = TaskReference(
+            indices=stored["indices"],
+            labels=stored["labels"],
+            predictions=stored["predictions"],
+            margins=stored["margins"],
+            own_error=float(described["own_error"]),
+        )
+        files = {
+            str(name): TaskMetrics(
+                precision=str(entry["precision"]),
+                predictions=stored[f"{name}:predictions"],
+                divergences=stored[f"{name}:divergences"],
+                errors=stored[f"{name}:errors"],
+                unit_error=float(entry["unit_error"]),
+            )
+            for name, entry in described["files"].items()
+        }
+        unknown = {metrics.precision for metrics in files.values()} - set(PRECISIONS)
+        if unknown:
+            raise ValueError(f"precision {min(unknown)!r}")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise BundleError(
+            f"{TASK} and the manifest do not belong together: {type(error).__name__}: {error}.",
+            remedy="Build the bundle again.",
+        ) from error
+    return TaskRecord(reference, files)
+
+
+def _chunks(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    step = max(_BATCH, _CHUNK_PIXELS // (size * size))
+    for start in range(0, len(indices), step):
+        yield indices[start : start + step]
+
+
+def _runners(subject: Subject) -> tuple[dict[str, _Runner], list[Check]]:
+    """Each distinct file once on onnxruntime (a float32 target is the exported model itself), and what else runs it."""
+    found: dict[str, _Runner] = {}
+    faults: list[Check] = []
+    seen: set[str] = set()
+    batch = (min(_BATCH, subject.batches[-1]),)
+    for name, form in onnx_files(subject.manifest).items():
+        path = subject.folder / name
+        try:
+            content = sha256_file(path)
+            if content not in seen:
+                found[name] = _runner(subject, form, _batched(open_file(path, form).logits, batch))
+            seen.add(content)
+        except (KdexportError, OSError) as error:
+            faults.append(_silent(name, str(error).partition("\n")[0]))
+    for name, entry in subject.manifest.targets.items():
+        target = parse_target(name)
+        if entry["engine"] and entry["status"] != NOT_EXECUTED and can_execute(target):
+            found[f"{TARGETS}/{name}/{PLAN}"] = _runner(subject, subject.form(target), _engine(subject, target, batch))
+        elif target.backend == "openvino" and unavailable(target) is None:
+            path = subject.folder / TARGETS / name / MODEL
+            try:
+                logits = _batched(load_openvino(path, precision=target.precision).logits, batch)
+                found[f"{TARGETS}/{name}/{MODEL} on OpenVINO"] = _runner(subject, target.form, logits)
+            except KdexportError as error:
+                faults.append(_silent(name, error.message))
+    return found, faults
+
+
+def _silent(name: str, fact: str) -> Check:
+    return check_at_most("D", name, "runs", 1, 0, unit="faults", detail=fact)
+
+
+def _runner(subject: Subject, form: str, logits: Logits) -> _Runner:
+    return _Runner(form.partition("-")[0], unit_error(form, subject.reference), logits)
+
+
+def _engine(subject: Subject, target: Target, batch: tuple[int, ...]) -> Logits:
+    plan = subject.folder / TARGETS / str(target) / PLAN
+    return lambda images: run_engine(plan, target, images, batch)
+
+
+def _batched(logits: Logits, batch: tuple[int, ...]) -> Logits:
+    return lambda images: run_in_batches(logits, images, batch)

@@ -1,0 +1,232 @@
+"""What can be set for each method of distillation, read and checked without importing torch.
+
+A method that is not listed has the keys of ``DistillerSettings`` alone. Defaults are those of the method's own code for
+CIFAR-100 where it has any; a key without a published value says so.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationInfo, model_validator
+
+from kdexport.core.toml import Settings
+
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Placement = Literal["R1", "R2"]
+Layers = Literal["single", "multi"]
+NumBranches = Annotated[int, Field(ge=1, le=16)]
+
+
+class DistillerSettings(Settings):
+    """``[distiller]``: the method's name and what every method has."""
+
+    name: str
+    #: Weight of the cross-entropy with the labels.
+    cross_entropy: NonNegative = 1.0
+    #: Weight of the method's loss beside it, reached after ``ramp_epochs`` by a straight line from zero.
+    weight: NonNegative = 1.0
+    ramp_epochs: NonNegative = 0.0
+
+    @classmethod
+    def model_of(cls, data: Mapping[str, Any]) -> type[Settings]:
+        name = data.get("name", "kdiffusion")
+        return settings_model(name) if isinstance(name, str) else cls
+
+
+class KDSettings(DistillerSettings):
+    """Hinton et al., 2015, as the CRD protocol sets it."""
+
+    name: Literal["kd"] = "kd"
+    cross_entropy: NonNegative = 0.1
+    weight: NonNegative = 0.9
+    temperature: Positive = 4.0
+
+
+class DKDSettings(DistillerSettings):
+    """Zhao et al., 2022; ``beta`` is tuned per pair there."""
+
+    name: Literal["dkd"] = "dkd"
+    ramp_epochs: NonNegative = 20.0
+    alpha: NonNegative = 1.0
+    beta: NonNegative = 8.0
+    temperature: Positive = 4.0
+
+
+class DISTSettings(DistillerSettings):
+    """Huang et al., 2022: correlations between classes and within a class."""
+
+    name: Literal["dist"] = "dist"
+    inter_class: NonNegative = 2.0
+    intra_class: NonNegative = 2.0
+    temperature: Positive = 4.0
+
+
+class ATSettings(DistillerSettings):
+    """Zagoruyko & Komodakis, 2017."""
+
+    name: Literal["at"] = "at"
+    weight: NonNegative = 1000.0
+    power: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 2.0
+
+
+class VIDSettings(DistillerSettings):
+    """Ahn et al., 2019."""
+
+    name: Literal["vid"] = "vid"
+    #: Variance of every channel at the start; 1e-5 is its floor.
+    initial_variance: Annotated[float, Field(gt=1e-5, allow_inf_nan=False)] = 5.0
+
+
+class CRDSettings(DistillerSettings):
+    """Tian et al., 2020."""
+
+    name: Literal["crd"] = "crd"
+    weight: NonNegative = 0.8
+    dimension: Annotated[int, Field(ge=1)] = 128
+    #: Negatives per image, drawn from the other classes; at most as many as these have.
+    negatives: Annotated[int, Field(ge=1)] = 16384
+    #: Below 0.05 the quotient of two scores, up to exp(3.5 / temperature) times the number of images, leaves float32.
+    temperature: Annotated[float, Field(ge=0.05, allow_inf_nan=False)] = 0.07
+    #: Share of the old entry that a memory keeps when its image is seen.
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5
+
+
+class OFDSettings(DistillerSettings):
+    """Heo et al., 2019."""
+
+    name: Literal["ofd"] = "ofd"
+    weight: NonNegative = 1e-3
+
+
+class ReviewKDSettings(DistillerSettings):
+    """Chen et al., 2021; ``weight`` is tuned per pair there: 5 or 8, not published for MobileNetV2."""
+
+    name: Literal["reviewkd"] = "reviewkd"
+    weight: NonNegative = 5.0
+    ramp_epochs: NonNegative = 20.0
+    max_channels: Annotated[int, Field(ge=1)] = 512
+
+
+class NORMSettings(DistillerSettings):
+    """Liu et al., 2023; ``cross_entropy`` is tuned per pair there, from 0.0625 to 0.5.
+
+    Their weight goes in steps, 0.1, 0.5 and from epoch 20 on 1; the ramp here is a straight line to that point. They
+    lower it again from epoch 180 on, which a ramp does not.
+    """
+
+    name: Literal["norm"] = "norm"
+    cross_entropy: NonNegative = 0.5
+    ramp_epochs: NonNegative = 20.0
+    #: Segments that are matched with one teacher feature.
+    num_segments: Annotated[int, Field(ge=1, le=64)] = 8
+
+
+class BranchedSettings(DistillerSettings):
+    """Parallel branches in the student that fold away; their weights are ours, the paper publishes none."""
+
+    weight: NonNegative = 4.0
+    ramp_epochs: NonNegative = 20.0
+    placement: Placement = "R1"
+    #: ``single`` branches the last stage, ``multi`` every stage that has a partner in the teacher.
+    layers: Layers = "single"
+    num_branches: NumBranches = 4
+    teacher_feature: Literal["post_activation", "pre_activation"] = "post_activation"
+    teacher_normalisation: Literal["standardised", "raw"] = "standardised"
+    #: Weight of the distance behind the teacher's own classifier, after the ramp; 0 leaves it out.
+    target_guide: NonNegative = 0.0
+    #: Weight of Hinton's loss on the logits beside the cross-entropy; 0 leaves it out.
+    kd_weight: NonNegative = 0.0
+    kd_temperature: Positive = 4.0
+
+    @model_validator(mode="after")
+    def _branched_keys_have_an_effect(self) -> Self:
+        self._needs(self.kd_weight > 0, "a kd_weight above 0", "kd_temperature")
+        return self
+
+    def _needs(self, holds: bool, needed: str, *keys: str) -> None:
+        """Refuse ``keys`` off their defaults, which would do nothing, unless ``holds``."""
+        for key in keys:
+            if not holds and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} = {getattr(self, key)!r} does nothing without {needed}")
+
+
+class AverageSettings(BranchedSettings):
+    """The mean of the branches against the teacher: KDiffusion without diffusion."""
+
+    name: Literal["average"] = "average"
+
+
+class KDiffusionSettings(BranchedSettings):
+    """Yao et al., AAAI 2024, and each choice that the paper leaves open; docs/method.md has the reasons."""
+
+    name: Literal["kdiffusion"] = "kdiffusion"
+    schedule: Literal["cosine", "ddpm_linear", "linear"] = "cosine"
+    permutation: Literal["shuffle", "fixed", "expected"] = "shuffle"
+    #: What a drawn order holds for, within one iteration.
+    shuffle_per: Literal["layer", "iteration", "sample"] = "layer"
+    trajectory: Literal["shared_noise", "marginal"] = "shared_noise"
+    start: Literal["shared_branch", "own_branch", "teacher"] = "shared_branch"
+    noise: Literal["first_branch", "first_branch_attached", "gaussian", "step_branch"] = "first_branch"
+    target: Literal["posterior_mean", "sampled"] = "posterior_mean"
+    backpropagation: Literal["full", "truncated"] = "full"
+    step_weights: Literal["uniform", "inverse_v2", "kl"] = "uniform"
+    #: Upper bound of the weights "kl", the last of which is infinite.
+    kl_limit: Positive = 10.0
+    #: Deviation of the diffusion's noise.
+    sigma: Positive = 1.0
+    guide_feature: Literal["mean", "prediction", "all"] = "mean"
+
+    @model_validator(mode="after")
+    def _has_a_meaning(self) -> Self:
+        if self.permutation == "expected":
+            if self.trajectory == "marginal":
+                raise ValueError("permutation 'expected' has a closed form for trajectory 'shared_noise' only")
+            if self.guide_feature == "prediction":
+                raise ValueError(
+                    "permutation 'expected' has no last branch; the mean over orders of 'prediction' is 'all'"
+                )
+        if self.start == "own_branch" and self.num_branches < 2:
+            raise ValueError("start 'own_branch' leaves no branch for a step; set num_branches to 2 or more")
+        self._needs(self.permutation == "shuffle", "permutation 'shuffle'", "shuffle_per")
+        # With shared noise the start, the noise and the sampled part of a target are in both walks and cancel.
+        self._needs(self.trajectory == "marginal", "trajectory 'marginal'", "start", "noise", "target")
+        self._needs(self.step_weights == "kl", "step_weights 'kl'", "kl_limit")
+        self._needs(
+            self.step_weights == "kl" or self.noise == "gaussian", "step_weights 'kl' or noise 'gaussian'", "sigma"
+        )
+        self._needs(self.target_guide > 0, "a target_guide above 0", "guide_feature")
+        return self
+
+
+_LISTED: dict[str, type[DistillerSettings]] = {
+    model.model_fields["name"].default: model
+    for model in (
+        KDSettings,
+        DKDSettings,
+        DISTSettings,
+        ATSettings,
+        VIDSettings,
+        CRDSettings,
+        OFDSettings,
+        ReviewKDSettings,
+        NORMSettings,
+        AverageSettings,
+        KDiffusionSettings,
+    )
+}
+
+
+def settings_model(name: str) -> type[DistillerSettings]:
+    """The settings of the method ``name``; the common ones where it is not listed."""
+    return _LISTED.get(name, DistillerSettings)
+
+
+def _by_name(value: Any, info: ValidationInfo) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return DistillerSettings.model_of(value).model_validate({"name": "kdiffusion", **value}, context=info.context)
+
+
+#: A table ``[distiller]`` as the settings of the method it names.
+AnyDistiller = Annotated[SerializeAsAny[DistillerSettings], BeforeValidator(_by_name)]

@@ -1,0 +1,1 @@
+"""One training run: loop, state, journal, watchdog, hand-over."""

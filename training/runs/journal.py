@@ -1,0 +1,80 @@
+"""What a run writes after each epoch: metrics and diversity as lines, scalars for TensorBoard, plots as PNG."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from kdexport.errors import BackendUnavailableError
+from training.runs.plots import Line, plot_diversity, plot_learning_curves
+from training.runs.record import write_whole
+
+#: Seconds between two drawings of a run that goes on; the last epoch is always drawn.
+_REDRAW_S = 60.0
+
+
+class Journal:
+    """The files of one run; ``say`` hears, once, that plots cannot be drawn here."""
+
+    def __init__(
+        self,
+        directory: Path,
+        title: str,
+        *,
+        done: int,
+        draws: bool,
+        teacher_top1: float | None,
+        say: Callable[[str], None],
+    ) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # One file for all epochs: files that begin in one second are read in the order of their names, not their age.
+        self._scalars = SummaryWriter(str(directory / "tensorboard"), purge_step=done + 1)
+        self._directory, self._title, self._teacher_top1, self._say = directory, title, teacher_top1, say
+        self._draws, self._drawn_at = draws, time.monotonic()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._scalars.close()
+
+    def write(self, history: Sequence[Line], diversity: Sequence[Line], *, last: bool) -> None:
+        """Write all epochs so far, the newest one to TensorBoard, and the plots where it is time for them."""
+        epoch = len(history)
+        numbered = [{"epoch": index + 1, **metrics} for index, metrics in enumerate(history)]
+        write_whole(self._directory / "metrics.jsonl", _jsonl(numbered))
+        newest = dict(history[-1])
+        if diversity:
+            write_whole(self._directory / "diversity.jsonl", _jsonl(diversity))
+            newest.update({f"diversity/{name}": value for name, value in diversity[-1].items() if name != "epoch"})
+        for name, value in newest.items():
+            self._scalars.add_scalar(name, value, epoch)
+        self._scalars.flush()
+        if self._draws and (last or time.monotonic() - self._drawn_at > _REDRAW_S):
+            self._draw(numbered, diversity)
+
+    def _draw(self, history: Sequence[Line], diversity: Sequence[Line]) -> None:
+        try:
+            self._replace(
+                "curves.png",
+                lambda path: plot_learning_curves(history, path, title=self._title, teacher_top1=self._teacher_top1),
+            )
+            if diversity:
+                self._replace("diversity.png", lambda path: plot_diversity(diversity, path, title=self._title))
+        except BackendUnavailableError as error:
+            self._draws = False
+            self._say(f"{self._title}: no plots. {error.message} {error.remedy}")
+        self._drawn_at = time.monotonic()
+
+    def _replace(self, name: str, draw: Callable[[Path], None]) -> None:
+        partial = self._directory / f".{name}.partial"
+        draw(partial)
+        partial.replace(self._directory / name)
+
+
+def _jsonl(lines: Sequence[Line]) -> str:
+    return "".join(json.dumps(line) + "\n" for line in lines)

@@ -1,0 +1,141 @@
+"""One training step as a module: everything that needs a gradient, so that it can be wrapped for several devices."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kdexport.reparam.branches import ParallelBranches
+from kdexport.students import Classifier, Tapped
+from training.devices import compiled
+from training.distillers import Distiller
+from training.distillers.branched import BranchedDistiller
+from training.distillers.distiller import BranchFeatures, StepContext
+from training.distillers.diversity import as_floats
+from training.teachers import Teacher
+from training.teachers.folding import folded
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Named losses (scalars, weighted) and the logits (N,num_classes)."""
+
+    losses: dict[str, Tensor]
+    logits: Tensor
+
+
+class BranchTaps:
+    """Collects what each branch of some ``ParallelBranches`` computes between ``listen`` and ``take``, in any mode."""
+
+    def __init__(self, layers: Mapping[str, ParallelBranches]) -> None:
+        self._outputs: BranchFeatures = {name: [] for name in layers}
+        self._listens = False
+        for name, parallel in layers.items():
+            for branch in parallel.branches:
+                branch.register_forward_hook(partial(self._collect, name))
+
+    def listen(self) -> None:
+        """Collect from now on; evaluation, which takes nothing, must not pile up what nobody reads."""
+        self._listens = True
+
+    def take(self) -> BranchFeatures:
+        """The outputs (N,C,H,W) of each layer in the order of its branches, which are then forgotten."""
+        taken, self._outputs = self._outputs, {name: [] for name in self._outputs}
+        self._listens = False
+        return taken
+
+    def _collect(self, name: str, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        if self._listens:
+            self._outputs[name].append(output)
+
+
+class DistillationTask(nn.Module):
+    """Student and distiller: weighted cross-entropy on the mean of the branches plus the distiller's losses."""
+
+    def __init__(self, student: Classifier, distiller: Distiller, layers: Mapping[str, ParallelBranches]) -> None:
+        super().__init__()
+        self.student, self.distiller = student, distiller
+        self._taps = BranchTaps(layers)
+
+    def forward(self, images: Tensor, teacher: Tapped, step: StepContext) -> StepResult:
+        self._taps.listen()
+        tapped = self.student.tapped(images)
+        branches = self._taps.take()
+        entropy = functional.cross_entropy(tapped.logits.float(), step.labels)
+        losses = {"cross_entropy": self.distiller.settings.cross_entropy * entropy}
+        losses.update(self.distiller(tapped, branches, teacher, step))
+        return StepResult(losses, tapped.logits)
+
+    @torch.no_grad()
+    def diversity(self, images: Tensor, teacher: Tapped) -> dict[str, float]:
+        """How the branches differ on normalised images (N,3,S,S), in evaluation mode; nothing of the task changes.
+
+        Raises ``TypeError`` for a distiller without branches.
+        """
+        if not isinstance(self.distiller, BranchedDistiller):
+            raise TypeError(f"{type(self.distiller).__name__} has no branches to compare")
+        was_training = self.student.training
+        self.student.eval()
+        self._taps.listen()
+        tapped = self.student.tapped(images)
+        measured = self.distiller.diversity(tapped, self._taps.take(), teacher)
+        self.student.train(was_training)
+        return as_floats(measured)
+
+
+class SupervisedTask(nn.Module):
+    """A network by itself: cross-entropy."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor, _teacher: None, step: StepContext) -> StepResult:
+        logits = self.network(images)
+        return StepResult({"cross_entropy": functional.cross_entropy(logits.float(), step.labels)}, logits)
+
+
+class _Taps(nn.Module):
+    """A network whose forward pass is ``tapped``."""
+
+    def __init__(self, network: Teacher) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tapped:
+        return self.network.tapped(images)
+
+
+class FrozenTeacher:
+    """A teacher in evaluation mode that is never trained; it reads the student's normalised images.
+
+    What runs is a copy with its batch norms folded; ``teacher`` itself stays whole, for those who read its layers.
+    """
+
+    def __init__(
+        self, teacher: Teacher, device: torch.device, precision: torch.dtype | None, compiling: str = "no"
+    ) -> None:
+        teacher.to(device).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        network = folded(teacher, precision).to(memory_format=torch.channels_last)
+        self._taps = compiled(_Taps(network), compiling, device)
+        self._device, self._precision = device, precision
+        self._renormalises = False
+        self._scale, self._shift = torch.ones((), device=device), torch.zeros((), device=device)
+
+    def renormalise(self, scale: Tensor, shift: Tensor) -> None:
+        """Map the student's normalised pixels to the teacher's: x * scale + shift, each (1,3,1,1)."""
+        self._scale, self._shift = scale.to(self._device), shift.to(self._device)
+        self._renormalises = True
+
+    # Not inference mode: what a loss keeps for its gradient may be a feature of the teacher.
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tapped:
+        """Features and logits for the student's input (N,3,S,S)."""
+        own = torch.addcmul(self._shift, images, self._scale) if self._renormalises else images
+        enabled = self._precision is not None
+        with torch.autocast(self._device.type, dtype=self._precision, enabled=enabled):
+            return cast(Tapped, self._taps(own))

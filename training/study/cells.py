@@ -1,0 +1,135 @@
+"""The cells of a results table: which recipes with which seeds, how each is run, and what its folder says about it."""
+
+import fnmatch
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kdexport.core.digests import digest
+from kdexport.errors import ConfigError, KdexportError, ReparamError, TrainingError
+from training.recipe import Recipe, load_recipe, recipe_names
+from training.runs.record import is_owner, read_environment
+
+_FAILURE = "failure.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cell:
+    """One run: a recipe under the name of its row with one seed, and the folder it lives in."""
+
+    name: str
+    recipe: Recipe
+    seed: int
+    directory: Path
+
+    @property
+    def pair(self) -> str:
+        """Teacher and student, as a heading."""
+        return f"{self.recipe.teacher.name} to {self.recipe.student.name}"
+
+    @property
+    def method(self) -> str:
+        """The last part of the recipe's name: it tells variants of one distiller apart."""
+        return Path(self.name).name.removesuffix(".toml")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """What is known of a cell: top-1 in percent after its last and its best epoch, or why there is none.
+
+    ``state`` is "not run", "unfinished", "failed" or "done"; numbers are given for "done" alone.
+    """
+
+    cell: Cell
+    state: str
+    epochs: int = 0
+    last: float | None = None
+    best: float | None = None
+    teacher: float | None = None
+    device: str = ""
+    date: str = ""
+    commit: str = ""
+    message: str = ""
+
+
+def plan(patterns: Sequence[str], seeds: Iterable[int], runs: Path, overrides: dict[str, Any]) -> list[Cell]:
+    """Cells seed by seed, so that what is finished early compares like with like; ``ConfigError`` for no recipe."""
+    names = [name for pattern in patterns for name in _matching(pattern)]
+    if len(names) != len(set(names)):
+        raise ConfigError("A recipe is named twice.", remedy="Narrow the patterns of --recipes.")
+    cells = []
+    for seed in seeds:
+        for name in names:
+            recipe = load_recipe(name, overrides)
+            seeded = recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": seed})})
+            folder = runs / name.removesuffix(".toml").lstrip("./") / f"seed{seed}"
+            cells.append(Cell(name=name, recipe=seeded, seed=seed, directory=folder))
+    return cells
+
+
+def _matching(pattern: str) -> list[str]:
+    if pattern.endswith(".toml"):
+        return [pattern]
+    found = [name for name in recipe_names() if fnmatch.fnmatchcase(name, pattern)]
+    if not found:
+        raise ConfigError(
+            f"No recipe matches {pattern!r}.", remedy="`python -m training names recipes` prints them all."
+        )
+    return found
+
+
+def teacher_directory(cell: Cell, runs: Path) -> Path:
+    """One folder for all cells whose teacher, data and protocol are the same, whatever the seed and student."""
+    parts = {key: table for key, table in cell.recipe.identity().items() if key in ("data", "teacher", "train")}
+    # The student's own seed, length and rate do not reach a teacher that several share.
+    parts["train"] = {k: v for k, v in parts["train"].items() if k not in ("seed", "epochs", "learning_rate")}
+    return runs / "teachers" / f"{cell.recipe.teacher.name}-{digest(parts)[:12]}"
+
+
+def run_cell(cell: Cell, runs: Path, distil: Callable[[Recipe, Path, Path], object]) -> None:
+    """Run or continue ``cell``; a run that diverged or cannot be folded is noted in its folder and not repeated."""
+    if read(cell).state in ("done", "failed"):
+        return
+    try:
+        distil(cell.recipe, cell.directory, teacher_directory(cell, runs))
+    except (TrainingError, ReparamError) as error:
+        note_failure(cell, error)
+
+
+def note_failure(cell: Cell, error: KdexportError) -> None:
+    """Write why ``cell`` has no result; removing the file makes it run again."""
+    cell.directory.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"code": error.code, "message": error.message, "remedy": error.remedy})
+    (cell.directory / _FAILURE).write_text(text)
+
+
+def read(cell: Cell) -> Result:
+    """The result of ``cell`` from its folder; ``ConfigError`` where that holds another recipe's run."""
+    folder = cell.directory
+    if not is_owner(folder, cell.recipe, "student"):
+        raise ConfigError(
+            f"{folder} holds a run of another recipe, or of code that trains otherwise.",
+            remedy="Pass another --runs, or the overrides that it was run with.",
+        )
+    metrics, failure = folder / "metrics.jsonl", folder / _FAILURE
+    if failure.is_file():
+        return Result(cell=cell, state="failed", message=str(json.loads(failure.read_text())["message"]))
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
+    described = folder / "student" / "student.json"
+    if not described.is_file():
+        return Result(cell=cell, state="unfinished" if lines else "not run", epochs=len(lines))
+    measured = json.loads(described.read_text())["provenance"]["metrics"]
+    latest: dict[str, Any] = next(reversed(read_environment(folder)), {})
+    return Result(
+        cell=cell,
+        state="done",
+        epochs=len(lines),
+        last=100 * float(measured["top1"]),
+        best=100 * max(float(line["top1"]) for line in lines),
+        teacher=100 * float(measured["teacher_top1"]),
+        device=str(latest.get("device", "")),
+        date=str(latest.get("started", ""))[:10],
+        commit=str(latest.get("commit", "")),
+    )
