@@ -6,12 +6,14 @@ from typing import Annotated
 import typer
 
 from kdexport import __version__
+from kdexport.commands.bench import bench
 from kdexport.commands.build import build
+from kdexport.commands.calibrate_runner import calibrate_runner
 from kdexport.commands.doctor import doctor
 from kdexport.commands.explain import explain
 from kdexport.commands.explain_failure import explain_failure
 from kdexport.commands.fuse import fuse
-from kdexport.commands.gate import bench, calibrate_runner, gate
+from kdexport.commands.gate import gate
 from kdexport.commands.inspect import inspect
 from kdexport.commands.listing import list_
 from kdexport.commands.serve import serve

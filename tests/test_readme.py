@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import Built
-from tests.kdexport.serving.running import running
+from tests.kdexport.serving.running_server import running
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

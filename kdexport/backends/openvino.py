@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 
 from kdexport.backends.base import Finding
@@ -140,6 +139,8 @@ def _openvino_lacks(target: Target) -> tuple[str, str] | None:
 
 def names_of_nodes(path: Path, nodes: Sequence[str]) -> set[str]:
     """What OpenVINO may call some nodes: by their own names, or by those of what they compute."""
+    import onnx
+
     graph = onnx.load(str(path), load_external_data=False).graph
     return {name for node in graph.node if node.name in nodes for name in (node.name, *node.output)}
 

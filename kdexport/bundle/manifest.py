@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from kdexport.checkpoint import StudentSpec, build_student, load_strictly, load_tensors, sha256_file
 from kdexport.errors import BundleError
 from kdexport.graph.plan import LayerPlan
@@ -16,6 +14,7 @@ from kdexport.targets import parse_target, target_names
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from torch import nn
 
 
 SCHEMA_VERSION = 1
@@ -176,7 +175,7 @@ def onnx_files(manifest: Manifest) -> dict[str, str]:
     return files
 
 
-def load_unfused(folder: Path, spec: StudentSpec) -> nn.Module:
+def load_unfused(folder: Path, spec: StudentSpec) -> "nn.Module":
     """The unfused student of a bundle, in evaluation mode."""
     student = build_student(spec)
     load_strictly(student, load_tensors(folder / UNFUSED), UNFUSED)

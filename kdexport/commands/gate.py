@@ -1,71 +1,33 @@
-"""``kdexport bench``, ``kdexport gate`` and ``kdexport calibrate-runner``.
+"""`kdexport gate`: is the candidate slower than the baseline."""
 
-Where a gate's result goes: stdout, and the files that were asked for.
-"""
-
-import json
-import sys
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from kdexport.core.files import require_writable_file, write_file
-from kdexport.gate.calibrate import Calibration
-from kdexport.gate.result import GateResult
-from kdexport.gate.summary import facts, junit, markdown, plot, require_plots, sentence
+from kdexport.commands.options import (
+    Batch,
+    Clock,
+    Debug,
+    Json,
+    Seed,
+    Threads,
+    parse_batches,
+    parse_policy,
+    parse_share,
+)  # fmt: skip
+from kdexport.core.console import print_json
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+if TYPE_CHECKING:
+    from rich.console import Console
 
-Debug = Annotated[bool, typer.Option("--debug", help="Print tracebacks of errors.")]
-
-Clock = Annotated[str, typer.Option(help="host (session.run), serve (through the HTTP server), gpu; comma separated.")]
-
-Batch = Annotated[str, typer.Option(help="Batch sizes, comma separated.")]
-
-Threads = Annotated[int, typer.Option(min=1, help="onnxruntime threads, each held on a processor of its own.")]
+    from kdexport.gate.result import GateResult
 
 Images = Annotated[
     str | None,
     typer.Option(help="Validation images, a folder or digits; default what both bundles remember, or golden."),
 ]
-
 Against = Annotated[str | None, typer.Option(help="Target to compare with: of the baseline, else of the same bundle.")]
-
-Seed = Annotated[int, typer.Option(min=0, help="Of the order in which arms and blocks run.")]
-
-
-def bench(
-    bundle: Annotated[Path, typer.Argument(help="A folder that `kdexport build` wrote.")],
-    arms: Annotated[str, typer.Option(help="One or two of fused, unfused and the bundle's targets.")] = "fused,unfused",
-    clock: Clock = "host",
-    batch: Batch = "1",
-    target: Annotated[str | None, typer.Option(help="Target; default onnx-fp32.")] = None,
-    threads: Threads = 1,
-    sessions: Annotated[int, typer.Option(min=2, max=100, help="Fresh processes.")] = 6,
-    seed: Seed = 0,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Time a bundle: latency of each arm, their ratio with its interval, p99 where there are enough runs."""
-    from kdexport.commands.options import parse_batches
-    from kdexport.core.progress import Reporter
-    from kdexport.gate.bench import BenchRequest, run_bench
-    from kdexport.timing.session import parse_clocks
-
-    request = BenchRequest(
-        bundle=bundle, arms=tuple(word.strip() for word in arms.split(",")), clocks=parse_clocks(clock),
-        batches=parse_batches(batch), target=target, threads=threads, sessions=sessions, seed=seed,
-    )  # fmt: skip
-    with Reporter().stage("bench") as progress:
-        data = run_bench(request, progress)
-    if as_json:
-        sys.stdout.write(json.dumps(data) + "\n")
-    else:
-        show_bench(data)
 
 
 def gate(
@@ -94,9 +56,9 @@ def gate(
     debug: Debug = False,
 ) -> None:
     """Is the candidate slower than the baseline, or fused slower than unfused? PASS 0, FAIL 1, INCONCLUSIVE 3."""
-    from kdexport.commands.options import parse_batches, parse_policy, parse_share
     from kdexport.core.progress import Reporter
     from kdexport.gate.compare import GateRequest, Limits, run_gate
+    from kdexport.gate.summary import Files, require_files, write_files
     from kdexport.timing.session import parse_clocks
 
     files = Files(junit=junit, markdown=markdown, plot=plot)
@@ -115,123 +77,22 @@ def gate(
     require_files(files)
     with Reporter().stage("gate") as progress:
         result = run_gate(request, progress)
-    emit(result, files, as_json=as_json)
+    write_files(result, files)
+    if as_json:
+        print_json(result.to_json())
+    else:
+        from kdexport.commands.render import new_console
+
+        show(result, new_console())
     raise typer.Exit(result.exit_code)
 
 
-def calibrate_runner(
-    bundle: Annotated[Path | None, typer.Argument(help="A bundle; default a small network that is built in.")] = None,
-    out: Annotated[Path, typer.Option(help="Where to write what was seen.")] = Path("runner.toml"),
-    gates: Annotated[int, typer.Option(min=1, max=1000, help="A/A gates to run.")] = 5,
-    max_slowdown: Annotated[str, typer.Option(help="Limit of those gates.")] = "2%",
-    clock: Annotated[str, typer.Option(help="host, serve or gpu.")] = "host",
-    batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 1,
-    threads: Threads = 1,
-    seed: Seed = 0,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Measure what this machine can see: A/A gates, deviation between sessions, smallest slowdown."""
-    from kdexport.commands.options import parse_share
-    from kdexport.core.progress import Reporter
-    from kdexport.gate.calibrate import CalibrationRequest, run_calibration
-
-    request = CalibrationRequest(
-        bundle=bundle, out=out, gates=gates, max_slowdown=parse_share("--max-slowdown", max_slowdown), clock=clock,
-        batch=batch, threads=threads, seed=seed,
-    )  # fmt: skip
-    with Reporter().stage("calibrate") as progress:
-        calibration = run_calibration(request, progress)
-    emit_calibration(calibration, out, as_json=as_json)
-
-
-def show_bench(data: dict[str, Any]) -> None:
-    """A table on stdout."""
-    from kdexport.commands.render import new_console, new_table
-
-    console = new_console()
-    arms = data["arms"]
-    columns = [f"{arm} ms" for arm in arms] + (["ratio", "99 % interval"] if len(arms) == 2 else [])
-    table = new_table("clock", "batch", *columns, f"p99 of {arms[0]}, ms", "images/s", "sessions")
-    for row in data["latency"]:
-        p99 = row["p99_ms"]
-        high = "unbounded" if p99["high"] is None else f"{p99['high']:.3f}"
-        cells = [f"{row['candidate_ms']:.3f}"]
-        if len(arms) == 2:
-            interval = f"{row['low']:.3f} to {row['high']:.3f}"
-            cells += [f"{row['reference_ms']:.3f}", f"{row['ratio']:.3f}", interval]
-        cells += [
-            f"{p99['estimate']:.3f}, {p99['low']:.3f} to {high}",
-            f"{1e3 * row['batch'] / row['candidate_ms']:.0f}",
-        ]
-        table.add_row(row["clock"], str(row["batch"]), *cells, str(len(row["sessions"])))
-    console.print(table)
-    machine = data["machine"]
-    threads = data["latency"][0]["threads"]
-    console.print(f"{data['bundle']}, {data['target']}, {threads} of {machine['cores']} processors, {machine['cpu']}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Files:
-    """Reports to write, None for none."""
-
-    junit: Path | None = None
-    markdown: Path | None = None
-    plot: Path | None = None
-
-
-def require_files(files: Files) -> None:
-    """Raise before anything is timed where one of them could not be written."""
-    if files.plot is not None:
-        require_plots()
-    for path in (files.junit, files.markdown, files.plot):
-        require_writable_file(path)
-
-
-def emit(result: GateResult, files: Files, *, as_json: bool) -> None:
-    """Print the result and write the files."""
-    if files.junit is not None:
-        write_file(files.junit, junit(result))
-    if files.markdown is not None:
-        write_file(files.markdown, markdown(result))
-    if files.plot is not None:
-        partial = files.plot.with_name(f".{files.plot.name}.partial")
-        plot(result, partial)
-        partial.replace(files.plot)
-    if as_json:
-        sys.stdout.write(json.dumps(result.to_json()) + "\n")
-        return
-    from kdexport.commands.render import new_console
-
-    show(result, new_console())
-
-
-def emit_calibration(calibration: Calibration, path: Path, *, as_json: bool) -> None:
-    """Print what a machine can see."""
-    if as_json:
-        data = {"ok": True, "exit_code": 0, "runner": str(path), "smallest_slowdown": calibration.smallest_slowdown}
-        sys.stdout.write(json.dumps({**data, **asdict(calibration)}) + "\n")
-        return
-    from kdexport.commands.render import new_console, new_table
-
-    table = new_table("", "")
-    table.show_header = False
-    table.add_row("equal arms differ between sessions by", f"{calibration.session_deviation:.2%} (one deviation)")
-    table.add_row("smallest slowdown a gate can enforce", f"{calibration.smallest_slowdown:.1%}")
-    counted = f"{calibration.false_fails} of {calibration.gates}, at most {calibration.false_fail_high:.0%} (95 %)"
-    table.add_row(f"false FAILs at {calibration.max_slowdown:.1%}", counted)
-    table.add_row("the same, gates drawn from these sessions", f"{calibration.resampled_false_fails:.2%}")
-    table.add_row("without a verdict", f"{calibration.inconclusive} of {calibration.gates}")
-    table.add_row("median time of a gate", f"{calibration.median_gate_seconds:.0f} s")
-    table.add_row("sessions, load", f"{calibration.sessions}, {calibration.load:.1f}")
-    console = new_console()
-    console.print(table)
-    console.print(f"{calibration.model}, {calibration.clock}, {calibration.machine.cpu}", soft_wrap=True)
-    console.print(f"Written: {path}", soft_wrap=True)
-
-
-def show(result: GateResult, console: Console) -> None:
+def show(result: "GateResult", console: "Console") -> None:
     """The table on a terminal, and below it the verdict with its reasons."""
+    from rich.table import Table
+
+    from kdexport.gate.summary import facts, sentence
+
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("check", "measured", "allowed", "verdict"):
         table.add_column(column, overflow="fold")

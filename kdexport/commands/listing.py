@@ -8,12 +8,10 @@ from typing import Annotated
 
 import typer
 
-from kdexport.backends.discovery import unavailable
 from kdexport.commands.options import Debug, Json
 from kdexport.core.console import print_json
 from kdexport.errors import BackendUnavailableError, UnknownNameError
 from kdexport.registry import nearest
-from kdexport.targets import BACKENDS, parse_target, target_names
 
 Rows = list[tuple[str, str]]
 
@@ -25,6 +23,9 @@ def _students() -> Rows:
 
 
 def _targets() -> Rows:
+    from kdexport.backends.discovery import unavailable
+    from kdexport.targets import BACKENDS, parse_target, target_names
+
     rows = []
     for name in target_names():
         target = parse_target(name)

@@ -1,12 +1,14 @@
 """What people type, read strictly: shares with their percent sign, lists of clocks and batch sizes, output files."""
 
 import re
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kdexport.errors import ConfigError, UnknownNameError
-from kdexport.gate.result import Policy
+
+if TYPE_CHECKING:
+    from kdexport.gate.result import Policy
 
 _SHARE = re.compile(r"([0-9]{1,3}(?:\.[0-9]{1,6})?) ?%")
 
@@ -31,7 +33,7 @@ def parse_batches(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(word) for word in words))
 
 
-def parse_policy(text: str | None) -> Policy:
+def parse_policy(text: str | None) -> "Policy":
     """What an undecided gate exits with: 3 where nothing was asked for."""
     words: dict[str | None, Policy] = {None: "exit", "warn": "warn", "fail": "fail"}
     if text not in words:
@@ -42,3 +44,8 @@ def parse_policy(text: str | None) -> Policy:
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 Debug = Annotated[bool, typer.Option("--debug", help="Print tracebacks of errors.")]
+
+Clock = Annotated[str, typer.Option(help="host (session.run), serve (through the HTTP server), gpu; comma separated.")]
+Batch = Annotated[str, typer.Option(help="Batch sizes, comma separated.")]
+Threads = Annotated[int, typer.Option(min=1, help="onnxruntime threads, each held on a processor of its own.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of the order in which arms and blocks run.")]

@@ -2,10 +2,12 @@
 
 import importlib.util
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from kdexport.core.files import require_writable_file, write_file
 from kdexport.errors import BackendUnavailableError
 from kdexport.gate.result import GateResult, latency_json
 
@@ -129,3 +131,32 @@ def _draw(axes: Any, outcome: Any, result: GateResult) -> None:
     axes.set_ylabel("candidate / reference")
     axes.set_title(f"{outcome.number.name}: {outcome.verdict}", color=colour, fontsize=10, loc="left")
     axes.legend(loc="upper right", fontsize=8)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Files:
+    """Reports to write, None for none."""
+
+    junit: Path | None = None
+    markdown: Path | None = None
+    plot: Path | None = None
+
+
+def require_files(files: Files) -> None:
+    """Raise before anything is timed where one of them could not be written."""
+    if files.plot is not None:
+        require_plots()
+    for path in (files.junit, files.markdown, files.plot):
+        require_writable_file(path)
+
+
+def write_files(result: GateResult, files: Files) -> None:
+    """Write each report that was asked for, whole or not at all."""
+    if files.junit is not None:
+        write_file(files.junit, junit(result))
+    if files.markdown is not None:
+        write_file(files.markdown, markdown(result))
+    if files.plot is not None:
+        partial = files.plot.with_name(f".{files.plot.name}.partial")
+        plot(result, partial)
+        partial.replace(files.plot)

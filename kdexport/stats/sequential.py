@@ -9,7 +9,7 @@ The test looks after 6, 12 and 20 sessions. At each look, with the one-sided err
     FAIL if the lower t bound of theta > log(1 + limit),  PASS if the upper one < log(1 + limit),  else go on.
 
 The union of three looks at 0.5 % errs in about 1.2 % of gates for normal sessions whose true ratio lies exactly on the
-limit, in either direction, and far more rarely away from it; tests/kdexport/gate/test_statistics.py simulates it.
+limit, in either direction, and far more rarely away from it; tests/kdexport/stats/test_sequential.py simulates it.
 """
 
 from collections.abc import Sequence

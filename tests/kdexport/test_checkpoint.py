@@ -20,7 +20,7 @@ from kdexport.checkpoint import (
 from kdexport.data.preprocessing import Preprocessing
 from kdexport.errors import CheckpointError, UnknownNameError
 from kdexport.reparam.spec import BranchSpec
-from tests.kdexport.hostile import noise, randomize
+from tests.kdexport.hostile_values import noise, randomize
 
 PREPROCESSING = Preprocessing(image_size=32, resize=36, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.1))
 

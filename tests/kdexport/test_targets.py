@@ -3,7 +3,7 @@ import pytest
 from kdexport.backends.discovery import require_available, unavailable
 from kdexport.errors import BackendUnavailableError, ConfigError, UnknownNameError
 from kdexport.targets import BACKENDS, FORMS, PRECISIONS, Target, parse_target, parse_targets, target_names
-from tests.kdexport.optional import require_openvino
+from tests.kdexport.optional_packages import require_openvino
 
 
 @pytest.mark.parametrize(
@@ -42,13 +42,13 @@ def test_every_backend_has_every_precision_by_name() -> None:
 
 
 def test_onnxruntime_refuses_what_it_would_compute_in_another_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kdexport.targets.gpu_fingerprint", list)
+    monkeypatch.setattr("kdexport.backends.ort.gpu_fingerprint", list)
     for precision, words in (("bf16", "no bfloat16 convolution"), ("fp16", "float16 graph in float32 on a CPU")):
         with pytest.raises(BackendUnavailableError, match=words) as caught:
             require_available((Target("onnx", precision),))
         assert caught.value.exit_code == 4
     assert unavailable(Target("onnx", "int8")) is None
-    monkeypatch.setattr("kdexport.targets.gpu_fingerprint", lambda: ["driver", "Model: H100"])
+    monkeypatch.setattr("kdexport.backends.ort.gpu_fingerprint", lambda: ["driver", "Model: H100"])
     assert unavailable(Target("onnx", "fp16")) is None
 
 

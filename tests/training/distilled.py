@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from kdexport.reparam.blocks import BranchSpec, attach_branches, branch_paths
 from kdexport.reparam.branches import ParallelBranches
 from kdexport.students import STUDENTS, Classifier, Student, Tapped
-from training.distillers import DISTILLERS, Distiller
-from training.distillers.distiller import BranchFeatures, StepContext
+from training.distillers import DISTILLERS
+from training.distillers.distiller import BranchFeatures, Distiller, StepContext
 from training.distillers.settings import DistillerSettings, settings_model
 from training.runs.task import DistillationTask, FrozenTeacher, StepResult
 from training.teachers import TEACHERS, Teacher

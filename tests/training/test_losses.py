@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from tests.kdexport.hostile import noise
+from tests.kdexport.hostile_values import noise
 from training.losses import (
     attention_transfer_loss,
     contrastive_nce_loss,

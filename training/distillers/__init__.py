@@ -1,8 +1,11 @@
 """Methods of distillation; one file each."""
 
+from typing import TYPE_CHECKING
+
 from kdexport.registry import Registry
-from training.distillers.distiller import Distiller
 
-DISTILLERS: Registry[Distiller] = Registry("distiller", "training.distillers")
+if TYPE_CHECKING:
+    # Recipes read the settings beside it, and reading a recipe must not import torch.
+    from training.distillers.distiller import Distiller
 
-__all__ = ["DISTILLERS", "Distiller"]
+DISTILLERS: "Registry[Distiller]" = Registry("distiller", "training.distillers")

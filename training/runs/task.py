@@ -12,9 +12,8 @@ from torch.nn import functional
 from kdexport.reparam.branches import ParallelBranches
 from kdexport.students import Classifier, Tapped
 from training.devices import compiled
-from training.distillers import Distiller
 from training.distillers.branched import BranchedDistiller
-from training.distillers.distiller import BranchFeatures, StepContext
+from training.distillers.distiller import BranchFeatures, Distiller, StepContext
 from training.distillers.diversity import as_floats
 from training.teachers import Teacher
 from training.teachers.folding import folded

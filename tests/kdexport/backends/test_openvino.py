@@ -11,10 +11,10 @@ from kdexport.errors import AuditError, BackendUnavailableError
 from kdexport.graph.quantize import quantize
 from kdexport.graph.tensor_ranges import calibrate
 from tests.kdexport.backends.test_ort import by_hand
-from tests.kdexport.exported import images, small_graph, small_weights
+from tests.kdexport.exported_students import images, small_graph, small_weights
 from tests.kdexport.graph.test_quantize import CALIBRATION, SIZE, block_graph
 from tests.kdexport.graph.test_quantize import by_hand as block_by_hand
-from tests.kdexport.optional import require_openvino
+from tests.kdexport.optional_packages import require_openvino
 
 require_openvino()
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from kdexport.backends.ort import CPU, _session_options, has_vnni, import_onnxruntime, load_model
 from kdexport.errors import AuditError, BackendUnavailableError
-from tests.kdexport.exported import images, small_graph, small_weights
+from tests.kdexport.exported_students import images, small_graph, small_weights
 
 CUDA = "CUDAExecutionProvider"
 

@@ -23,7 +23,7 @@ from kdexport.graph.precision import cast_to_bf16, cast_to_fp16
 from kdexport.graph.quantize import quantize
 from kdexport.graph.tensor_ranges import calibrate
 from kdexport.targets import Target, parse_target
-from tests.kdexport.exported import SIZE, exported, exported_fp16, exported_unfused, small_graph, small_weights
+from tests.kdexport.exported_students import SIZE, exported, exported_fp16, exported_unfused, small_graph, small_weights
 from tests.kdexport.graph.test_quantize import CALIBRATION, block_graph, block_weights
 from tests.kdexport.graph.test_quantize import SIZE as BLOCK
 

@@ -15,7 +15,7 @@ from tests.conftest import Built
 
 yaml = pytest.importorskip("yaml")
 ROOT = Path(__file__).parents[3]
-QUICK = Path(__file__).with_name("quick.py")
+QUICK = Path(__file__).with_name("short_gates.py")
 ACTION: dict[str, Any] = yaml.safe_load((ROOT / "action.yml").read_text())
 CI = (ROOT / "docs" / "ci.md").read_text()
 

@@ -18,16 +18,16 @@ from kdexport.backends.runnable import require_runnable
 from kdexport.bundle.manifest import MANIFEST, MODEL, TASK
 from kdexport.cli import app
 from kdexport.errors import BackendUnavailableError, BundleError, ConfigError, MismatchError
-from kdexport.gate import compare as gate_module
+from kdexport.gate import compare
 from kdexport.gate.accuracy import accuracy_gates, stored_outputs
 from kdexport.gate.arms import Artifact, Bundle, artifact, choose_target, open_bundle
-from kdexport.gate.bench import BenchRequest, run_bench
 from kdexport.gate.compare import GateRequest, Limits, run_gate
 from kdexport.gate.sequential_test import run_trial
+from kdexport.gate.timings import BenchRequest, run_bench
 from kdexport.timing.session import Request
 from tests.conftest import Built
-from tests.kdexport.gate.fakes import machine
-from tests.kdexport.optional import require_openvino
+from tests.kdexport.gate.drawn_sessions import machine
+from tests.kdexport.optional_packages import require_openvino
 
 
 def edited(bundle: Path, change: Callable[[dict[str, Any]], None]) -> Path:
@@ -51,7 +51,7 @@ def two_targets(bundle_copy: Path) -> Path:
 def gated(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> tuple[Any, list[Request]]:
     """What the command says where sessions are drawn, and the sessions that it asked for."""
     run, asked = machine(0.0, 0.002)
-    monkeypatch.setattr(gate_module, "run_trial", functools.partial(run_trial, run=run))
+    monkeypatch.setattr(compare, "run_trial", functools.partial(run_trial, run=run))
     return CliRunner().invoke(app, ["gate", *map(str, arguments)]), asked
 
 

@@ -18,7 +18,7 @@ from kdexport.gate.accuracy import judge_accuracy
 from kdexport.gate.result import Check, GateResult, accuracy_check, latency_check, tail_check
 from kdexport.gate.sequential_test import Outcome, Plan, run_trial
 from kdexport.timing.machine import Machine
-from tests.kdexport.gate.fakes import machine, number
+from tests.kdexport.gate.drawn_sessions import machine, number
 
 MACHINE = Machine(cpu="A & B <CPU>", cores=2, system="Linux x86_64", onnxruntime="1.31.1")
 

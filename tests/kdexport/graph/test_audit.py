@@ -10,7 +10,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from kdexport.backends.base import Finding
 from kdexport.graph.audit import audit_graph, operator_counts
-from tests.kdexport.exported import OPSET, VARIANTS, exported, exported_fp16
+from tests.kdexport.exported_students import OPSET, VARIANTS, exported, exported_fp16
 
 CONV = "blocks.3.1.conv.3"
 CLASSIFIER = "classifier.0.weight"

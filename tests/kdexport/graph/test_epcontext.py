@@ -85,7 +85,7 @@ def test_the_version_is_read_from_the_provider_that_is_installed() -> None:
 def test_a_plan_is_wrapped_only_where_onnxruntime_could_open_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, major: int | None, there: bool
 ) -> None:
-    monkeypatch.setattr("kdexport.graph.epcontext.provider_tensorrt_major", lambda: major)
+    monkeypatch.setattr("kdexport.build.package.provider_tensorrt_major", lambda: major)
     (tmp_path / "model.plan").write_bytes(b"plan")
     reason = wrap_plan(tmp_path, built_with="10.16.1.11", image_size=8, classes=3)
     assert (tmp_path / "served.onnx").is_file() is there

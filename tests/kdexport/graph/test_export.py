@@ -17,7 +17,7 @@ from torch import nn
 from kdexport.backends.ort import load_model
 from kdexport.errors import ExportError
 from kdexport.graph.export import export_onnx, read_metadata
-from tests.kdexport.exported import CLASSES, METADATA, OPSET, SIZE, VARIANTS, exported, images, unfused, write
+from tests.kdexport.exported_students import CLASSES, METADATA, OPSET, SIZE, VARIANTS, exported, images, unfused, write
 
 ROOT = Path(__file__).parents[3]
 
@@ -124,7 +124,10 @@ def test_every_weight_is_stored_bit_by_bit(variant: str) -> None:
 
 def test_two_exports_are_the_same_bytes_in_one_process_and_in_another(tmp_path: Path) -> None:
     write("R1", tmp_path / "again.onnx")
-    script = "import sys, pathlib; from tests.kdexport import exported; exported.write('R1', pathlib.Path(sys.argv[1]))"
+    script = (
+        "import sys, pathlib; from tests.kdexport import exported_students; "
+        "exported_students.write('R1', pathlib.Path(sys.argv[1]))"
+    )
     command = [sys.executable, "-W", "ignore", "-c", script, str(tmp_path / "other.onnx")]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
     first = exported("R1").path.read_bytes()

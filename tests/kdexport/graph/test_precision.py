@@ -12,7 +12,7 @@ from onnx import TensorProto, numpy_helper
 from kdexport.backends.ort import load_model
 from kdexport.errors import AuditError
 from kdexport.graph.precision import cast_to_bf16, cast_to_fp16
-from tests.kdexport.exported import exported, exported_fp16, images, small_graph, small_weights
+from tests.kdexport.exported_students import exported, exported_fp16, images, small_graph, small_weights
 
 SMALLEST_NORMAL, SMALLEST = 2.0**-14, 2.0**-24
 

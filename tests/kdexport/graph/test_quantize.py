@@ -15,7 +15,7 @@ from torch.nn import functional
 from kdexport.backends.ort import load_model, optimised_operators
 from kdexport.graph.quantize import FORMS, Form, quantize
 from kdexport.graph.tensor_ranges import calibrate, read_ranges
-from tests.kdexport.exported import images
+from tests.kdexport.exported_students import images
 
 SIZE, CHANNELS, CLASSES = 12, 6, 5
 CALIBRATION = images(24, 11, size=SIZE)

@@ -12,9 +12,9 @@ from kdexport.graph.audit import audit_graph, operator_counts
 from kdexport.reparam.blocks import attach_branches
 from kdexport.reparam.fold_student import fuse_student
 from kdexport.students import STUDENTS
-from tests.kdexport.exported import MULTI, OPSET, exported, exported_fp16, images, unfused
-from tests.kdexport.hostile import relative_difference
-from tests.kdexport.students.facts import FACTS
+from tests.kdexport.exported_students import MULTI, OPSET, exported, exported_fp16, images, unfused
+from tests.kdexport.hostile_values import relative_difference
+from tests.kdexport.students.published_facts import FACTS
 
 every_student = pytest.mark.parametrize("name", STUDENTS.names())
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from kdexport.errors import ReparamError
 from kdexport.reparam.algebra import AnyBatchNorm, compose_pointwise_linear, fold_batch_norm, merge_branches
-from tests.kdexport.hostile import noise, randomize, relative_difference
+from tests.kdexport.hostile_values import noise, randomize, relative_difference
 
 LIMIT = 1e-12
 BATCH_NORMS = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d}

@@ -10,7 +10,7 @@ from kdexport.reparam.blocks import attach_branches, branch_paths
 from kdexport.reparam.branches import ParallelBranches
 from kdexport.reparam.spec import BranchSpec, Placement
 from kdexport.students import STUDENTS
-from tests.kdexport.hostile import noise, relative_difference
+from tests.kdexport.hostile_values import noise, relative_difference
 
 
 def test_parallel_branches_are_the_uniform_mean() -> None:

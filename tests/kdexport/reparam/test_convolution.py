@@ -24,8 +24,8 @@ from kdexport.reparam.convolution import (
     shift,
     to_module,
 )
-from tests.kdexport.hostile import noise, relative_difference
-from tests.kdexport.reparam.layers import (
+from tests.kdexport.hostile_values import noise, relative_difference
+from tests.kdexport.reparam.random_layers import (
     LIMIT,
     MODES,
     NORMS,

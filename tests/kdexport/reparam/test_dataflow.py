@@ -18,8 +18,8 @@ from kdexport.reparam import convolution as layers
 from kdexport.reparam import dataflow as paths
 from kdexport.reparam import operators as reading
 from kdexport.reparam.program import FusedProgram, fuse_module
-from tests.kdexport.hostile import noise, relative_difference
-from tests.kdexport.reparam.foreign import (
+from tests.kdexport.hostile_values import noise, relative_difference
+from tests.kdexport.reparam.foreign_blocks import (
     Asymmetric,
     Diverse,
     Forward,

@@ -15,8 +15,8 @@ from kdexport.reparam import compose as sequence
 from kdexport.reparam import convolution as layers
 from kdexport.reparam.compose import add, compose, concatenate, pool_to_linear
 from kdexport.reparam.convolution import Convolution, average_pool, fold_norm, from_batch_norm, from_layer, identity
-from tests.kdexport.hostile import noise, relative_difference
-from tests.kdexport.reparam.layers import LIMIT, assert_same, hostile
+from tests.kdexport.hostile_values import noise, relative_difference
+from tests.kdexport.reparam.random_layers import LIMIT, assert_same, hostile
 
 SIZES = [(11, 14), (12, 13)]
 Case = Callable[[], None]

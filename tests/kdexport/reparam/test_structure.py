@@ -11,8 +11,8 @@ from kdexport.errors import ReparamError
 from kdexport.reparam.branches import ParallelBranches
 from kdexport.reparam.fold_student import fuse_student
 from kdexport.reparam.structure import ComposeAdapters, FoldPair, MergeBranches, branch_layers, find_steps
-from tests.kdexport.hostile import noise, randomize, relative_difference
-from tests.kdexport.reparam.nets import Net, adapted, branched, hostile, pair, pool_to_one, student
+from tests.kdexport.hostile_values import noise, randomize, relative_difference
+from tests.kdexport.reparam.foldable_networks import Net, adapted, branched, hostile, pair, pool_to_one, student
 
 
 def assert_refused(net: nn.Module, *facts: str, shape: tuple[int, ...] = (2, 3, 9, 11)) -> None:

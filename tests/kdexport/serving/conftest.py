@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import made_once
-from tests.kdexport.serving.bundles import make_bundle
-from tests.kdexport.serving.running import Running, running
+from tests.kdexport.serving.running_server import Running, running
+from tests.kdexport.serving.served_bundles import make_bundle
 
 
 @pytest.fixture(scope="session")

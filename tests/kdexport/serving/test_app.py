@@ -20,7 +20,7 @@ from kdexport.serving.loading import LoadedModel
 from kdexport.serving.openapi import document
 from kdexport.serving.repository import parse_sources
 from kdexport.serving.service import Service, Settings, read_token
-from tests.kdexport.serving.running import Answer, Running, binary_request
+from tests.kdexport.serving.running_server import Answer, Running, binary_request
 
 BODY, HEADERS = binary_request(np.zeros((1, 3, 32, 32), np.float32))
 INFER = "/v2/models/zoo/infer"

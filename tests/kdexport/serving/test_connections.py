@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 import pytest
 
-from tests.kdexport.serving.running import LIMITS, Answer, Running, binary_request
+from tests.kdexport.serving.running_server import LIMITS, Answer, Running, binary_request
 
 INFER = "/v2/models/zoo/infer"
 PLACES = LIMITS.places(2)

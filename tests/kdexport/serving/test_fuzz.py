@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from tests.kdexport.serving.bundles import encoded, photo
-from tests.kdexport.serving.running import Running
+from tests.kdexport.serving.running_server import Running
+from tests.kdexport.serving.served_bundles import encoded, photo
 
 REQUESTS = int(os.environ.get("KDEXPORT_FUZZ", "3000"))
 IMAGES = 600

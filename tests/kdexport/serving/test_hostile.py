@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.kdexport.serving.bundles import encoded, photo
-from tests.kdexport.serving.running import Answer, Running, binary_request
+from tests.kdexport.serving.running_server import Answer, Running, binary_request
+from tests.kdexport.serving.served_bundles import encoded, photo
 
 INFER = "/v2/models/zoo/infer"
 MIB = 2**20

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 from tests.conftest import run_command
-from tests.kdexport.serving.bundles import CLASSES, encoded, photo
-from tests.kdexport.serving.running import Running, binary_request, command, running
+from tests.kdexport.serving.running_server import Running, binary_request, command, running
+from tests.kdexport.serving.served_bundles import CLASSES, encoded, photo
 
 TRIALS = int(os.environ.get("KDEXPORT_SIGTERM_TRIALS", "3"))
 CLIENTS = 8

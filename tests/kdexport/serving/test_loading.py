@@ -22,7 +22,7 @@ from kdexport.serving.limits import Limits
 from kdexport.serving.loading import load, read_files
 from kdexport.serving.repository import Repository, parse_source
 from tests.conftest import Command
-from tests.kdexport.serving.bundles import encoded, photo
+from tests.kdexport.serving.served_bundles import encoded, photo
 
 
 def rewrite(bundle: Path, change: Callable[[dict[str, object]], None] = lambda _: None) -> None:

@@ -25,8 +25,8 @@ from kdexport.serving.metrics import Metrics, ModelStatistics
 from kdexport.serving.requests import ClientGoneError, read_body, unless_gone, unpack
 from kdexport.serving.service import Admission
 from kdexport.serving.wire import body_limit
-from tests.kdexport.serving.bundles import encoded, photo
-from tests.kdexport.serving.running import LIMITS, SIGNATURE
+from tests.kdexport.serving.running_server import LIMITS, SIGNATURE
+from tests.kdexport.serving.served_bundles import encoded, photo
 
 SMALL = Preprocessing(image_size=8, resize=8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import run_command
-from tests.kdexport.serving.running import running
+from tests.kdexport.serving.running_server import running
 
 ROOT = Path(__file__).parents[3]
 

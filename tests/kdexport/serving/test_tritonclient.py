@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from tritonclient.utils import InferenceServerException
 
 from kdexport.backends.ort import load_model
-from tests.kdexport.serving.bundles import CLASSES
-from tests.kdexport.serving.running import Running
+from tests.kdexport.serving.running_server import Running
+from tests.kdexport.serving.served_bundles import CLASSES
 
 
 @pytest.fixture(scope="module")

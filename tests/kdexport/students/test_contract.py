@@ -14,8 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from kdexport.config import find_config, load_config
 from kdexport.reparam.structure import batch_norm_after
 from kdexport.students import STUDENTS, Student
-from tests.kdexport.hostile import noise, randomize
-from tests.kdexport.students.facts import FACTS, FORMS
+from tests.kdexport.hostile_values import noise, randomize
+from tests.kdexport.students.published_facts import FACTS, FORMS
 
 ACTIVATIONS = {
     "relu": lambda x: x.clamp(min=0),

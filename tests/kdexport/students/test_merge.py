@@ -13,9 +13,9 @@ from kdexport.reparam.branches import ParallelBranches
 from kdexport.reparam.fold_student import fuse_student
 from kdexport.reparam.spec import BranchSpec
 from kdexport.students import STUDENTS, Student
-from tests.kdexport.hostile import noise, randomize
-from tests.kdexport.reparam.plain import assert_equal_outputs, assert_plain, flops
-from tests.kdexport.students.facts import FACTS, FORMS
+from tests.kdexport.hostile_values import noise, randomize
+from tests.kdexport.reparam.plain_network import assert_equal_outputs, assert_plain, flops
+from tests.kdexport.students.published_facts import FACTS, FORMS
 from tests.kdexport.students.test_contract import ODD, every_form
 
 SPECS = {

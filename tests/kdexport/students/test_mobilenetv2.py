@@ -2,7 +2,7 @@ import torch
 import torchvision
 
 from kdexport.students import STUDENTS, Student
-from tests.kdexport.hostile import noise, randomize
+from tests.kdexport.hostile_values import noise, randomize
 
 
 def build(image_size: int, num_classes: int = 100) -> Student:

@@ -4,7 +4,7 @@ import torchvision
 from torch import nn
 
 from kdexport.students import STUDENTS, Student
-from tests.kdexport.hostile import noise, randomize
+from tests.kdexport.hostile_values import noise, randomize
 from tests.kdexport.students.test_contract import multiply_accumulates
 
 # Kernel, expanded channels, output channels, squeeze-and-excitation, stride: Table 2 of the paper, the first stride

@@ -4,7 +4,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kdexport.students import STUDENTS, Student
-from tests.kdexport.hostile import noise, randomize
+from tests.kdexport.hostile_values import noise, randomize
 
 
 def build(image_size: int) -> Student:

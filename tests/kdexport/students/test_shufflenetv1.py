@@ -5,7 +5,7 @@ from torch.nn import functional
 
 from kdexport.students import STUDENTS, Student
 from kdexport.students.channel_shuffle import shuffle_channels
-from tests.kdexport.hostile import noise, randomize
+from tests.kdexport.hostile_values import noise, randomize
 
 UNITS = {1: 4, 2: 8, 3: 4}
 
@@ -83,7 +83,7 @@ def test_it_is_the_public_network(image_size: int) -> None:
 
 def test_the_bottleneck_is_activated_after_the_depthwise_convolution_too() -> None:
     """Unlike in the paper, as in the public code: three activations a unit."""
-    from tests.kdexport.reparam.plain import operators
+    from tests.kdexport.reparam.plain_network import operators
 
     counts = operators(build(32), noise(1, 3, 32, 32).float())
     assert counts["relu"] == 1 + 3 * sum(UNITS.values())

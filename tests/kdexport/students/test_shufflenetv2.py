@@ -4,7 +4,7 @@ import torchvision
 from torch import Tensor
 
 from kdexport.students import STUDENTS, Student
-from tests.kdexport.hostile import noise, randomize
+from tests.kdexport.hostile_values import noise, randomize
 from tests.kdexport.students.test_shufflenetv1 import shuffled, step
 
 UNITS = {1: 4, 2: 8, 3: 4}
@@ -83,7 +83,7 @@ def test_torchvision_weights_load_unchanged_and_give_equal_logits() -> None:
 
 @pytest.mark.parametrize("image_size", [32, 224])
 def test_values_before_the_activation_are_not_computed_unless_asked_for(image_size: int) -> None:
-    from tests.kdexport.reparam.plain import operators
+    from tests.kdexport.reparam.plain_network import operators
 
     counts = operators(build(image_size), noise(1, 3, image_size, image_size).float())
     assert counts["cat"] == counts["transpose"] == sum(UNITS.values())

@@ -13,7 +13,7 @@ from kdexport.data.preprocessing import Preprocessing
 from kdexport.reparam.certificate import Certificate
 from kdexport.reparam.fold_student import fuse_student
 from kdexport.verify.reference import Probes, Reference, make_probes, make_reference
-from tests.kdexport.hostile import randomize
+from tests.kdexport.hostile_values import randomize
 
 PREPROCESSING = Preprocessing(image_size=16, resize=16, mean=(0.51, 0.42, 0.33), std=(0.27, 0.21, 0.36))
 

@@ -15,7 +15,7 @@ from kdexport.timing.session import Arm, Request, Session
 from kdexport.verify import latency
 from kdexport.verify.latency import Comparison, LatencyResult, compare_latency, judge
 from tests.conftest import Built
-from tests.kdexport.exported import SIZE, small_graph, small_weights
+from tests.kdexport.exported_students import SIZE, small_graph, small_weights
 
 COMPARISON = Comparison(reference="a.onnx", candidate="b.onnx", image_size=32, batch=3, threads=2, pairs=40)
 

@@ -18,7 +18,7 @@ from kdexport.graph.plan import Kept, LayerPlan
 from kdexport.graph.precision import cast_to_bf16, emulate_bf16
 from kdexport.verify.parity import rung_c
 from kdexport.verify.simulation import Simulation
-from tests.kdexport.exported import images, small_graph, small_weights
+from tests.kdexport.exported_students import images, small_graph, small_weights
 from tests.kdexport.verify.conftest import Ladder
 
 

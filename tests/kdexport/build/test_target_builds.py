@@ -1,0 +1,247 @@
+"""Every target that this machine can build, from the real command to faults that are put into its bundle."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, numpy_helper
+
+from kdexport.backends.ort import CPU, CUDA, load_model
+from kdexport.bundle.manifest import MANIFEST, NOT_EXECUTED, hash_files, read_manifest
+from kdexport.diagnose.environment import examine_bundle
+from kdexport.errors import BackendUnavailableError, BundleError
+from kdexport.serving.isolated_load import try_bundle
+from kdexport.serving.limits import Limits
+from kdexport.serving.loading import load
+from kdexport.timing.http_client import serving
+from kdexport.verify.check import Check
+from kdexport.verify.policy import LowPolicy
+from kdexport.verify.verdict import replay
+from tests.conftest import Built, Command, run_command
+from tests.kdexport.optional_packages import require_openvino
+
+require_openvino()
+pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")
+
+TARGETS = ("onnx-int8", "openvino-int8", "trt-rtx-bf16", "trt-rtx-int8")
+Edit = Callable[[onnx.ModelProto], None]
+
+
+@pytest.fixture(scope="module")
+def bundle(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The student of the shared bundle, fused and exported already, in five more targets."""
+    out = tmp_path_factory.mktemp("targets") / "bundle"
+    done = run_command(
+        "build", "--config", built.config, "--checkpoint", built.checkpoint, "--workspace", built.workspace,
+        "--out", out, "--target", ",".join(TARGETS), "--json",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    return out
+
+
+@pytest.fixture
+def damaged(bundle: Path, tmp_path: Path) -> Callable[[str, Edit], list[Check]]:
+    """Change the ONNX file of a target, renew its digest, and return the failed checks of that file."""
+
+    def run(target: str, edit: Edit) -> list[Check]:
+        folder = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+        path = folder / "targets" / target / "model.onnx"
+        model = onnx.load(str(path))
+        edit(model)
+        onnx.save(model, str(path))
+        data = json.loads((folder / MANIFEST).read_text())
+        # The other targets say nothing about this one.
+        for name in set(data["targets"]) - {target}:
+            del data["targets"][name]
+            shutil.rmtree(folder / "targets" / name)
+        data["files"] = hash_files(folder)
+        (folder / MANIFEST).write_text(json.dumps(data))
+        return [c for c in replay(folder, read_manifest(folder), lambda _: None).checks if not c.holds]
+
+    return run
+
+
+def edited(name: str, change: Callable[[Any], Any]) -> Edit:
+    def edit(model: onnx.ModelProto) -> None:
+        item = next(item for item in model.graph.initializer if item.name == name)
+        item.CopyFrom(numpy_helper.from_array(np.asarray(change(numpy_helper.to_array(item).copy())), name))
+
+    return edit
+
+
+def test_every_target_is_verified_or_says_that_it_was_not_run(bundle: Path) -> None:
+    data = json.loads((bundle / MANIFEST).read_text())
+    assert tuple(data["targets"]) == tuple(sorted(TARGETS))
+    for name, entry in data["targets"].items():
+        assert entry["status"] == ("built, not executed" if entry["engine"] else "verified"), name
+        assert entry["form"] in ("fp32", "bf16", "int8-u8", "int8-s8")
+        assert ("calibration" in entry) is name.endswith("int8")
+    assert data["targets"]["onnx-int8"]["calibration"]["split"] == "train"
+    layers = data["targets"]["trt-rtx-int8"]["layers"]
+    assert layers["correlation"] == data["operators"]["fused"]["Conv"]
+    rungs = {(c["rung"], c["subject"]) for c in data["parity"]}
+    for subject in (
+        "targets/onnx-int8/model.onnx on onnxruntime CPU", "targets/openvino-int8/model.onnx on OpenVINO CPU",
+        "targets/trt-rtx-bf16/model.onnx on onnxruntime CPU", "targets/trt-rtx-int8/model.onnx on onnxruntime CPU",
+    ):  # fmt: skip
+        assert ("C", subject) in rungs
+    facts = {(c["subject"], c["name"]): c["detail"] for c in data["parity"]}
+    assert facts["targets/onnx-int8/model.onnx", "integer kernels"].startswith(f"{layers['correlation']} QLinearConv")
+    for subject in (
+        "targets/onnx-int8/model.onnx on onnxruntime CPU",
+        "targets/openvino-int8/model.onnx on OpenVINO CPU",
+    ):
+        assert facts[subject, "dynamic batch"] == "batches of 1 and 3 gave 1 and 3 rows"
+
+
+def test_the_plan_holds_nothing_of_ours_and_the_manifest_says_what_built_it(bundle: Path) -> None:
+    for name in ("trt-rtx-bf16", "trt-rtx-int8"):
+        assert b"kdexport" not in (bundle / "targets" / name / "model.plan").read_bytes()
+        entry = json.loads((bundle / MANIFEST).read_text())["targets"][name]
+        assert entry["version"].startswith("1.")
+        assert entry["kernels"] > 50
+
+
+def test_a_wrong_scale_is_caught_and_named(damaged: Callable[[str, Edit], list[Check]]) -> None:
+    found = damaged("onnx-int8", edited("relu_3_scale", lambda scale: scale * np.float32(1.5)))
+    named = next(check for check in found if check.name == "scales")
+    assert named.detail.startswith("relu_3_scale is ")
+
+
+def test_a_dropped_bias_is_caught_and_named(damaged: Callable[[str, Edit], list[Check]]) -> None:
+    dropped: list[str] = []
+
+    def drop(model: onnx.ModelProto) -> None:
+        node = [node for node in model.graph.node if node.op_type == "Conv" and len(node.input) == 3][-1]
+        dropped.append(node.input[2].removesuffix("_dq").partition("_DequantizeLinear")[0])
+        del node.input[2:]
+
+    found = damaged("openvino-int8", drop)
+    named = next(check for check in found if check.name == "weights")
+    assert f"layer {dropped[0]} (absent)" in named.detail
+
+
+def test_a_swapped_class_order_is_caught_and_named(damaged: Callable[[str, Edit], list[Check]]) -> None:
+    order = [1, 0, *range(2, 10)]
+
+    def swap(model: onnx.ModelProto) -> None:
+        gemm = next(node for node in model.graph.node if node.op_type == "Gemm")
+        producers = {name: node for node in model.graph.node for name in node.output}
+        for name in gemm.input[1:]:
+            for part in producers[name].input:
+                if next(i for i in model.graph.initializer if i.name == part).dims:
+                    edited(part, lambda values: values[order])(model)
+
+    found = damaged("onnx-int8", swap)
+    assert "classifier" in next(check for check in found if check.name == "weights").detail
+    assert any(check.rung == "C" for check in found)
+
+
+def test_a_float32_leftover_is_caught_and_named(damaged: Callable[[str, Edit], list[Check]]) -> None:
+    def widen(model: onnx.ModelProto) -> None:
+        node = [node for node in model.graph.node if node.op_type == "Conv"][5]
+        pair = next(other for other in model.graph.node if other.output[0] == node.input[1])
+        levels, scale = (
+            numpy_helper.to_array(next(i for i in model.graph.initializer if i.name == part)) for part in pair.input[:2]
+        )
+        values = (levels * scale.reshape(-1, 1, 1, 1)).astype(np.float32)
+        model.graph.initializer.append(numpy_helper.from_array(values, "left over"))
+        node.input[1] = "left over"
+
+    found = damaged("onnx-int8", widen)
+    assert "reads its weight left over in float32" in next(c for c in found if c.name == "precision int8-u8").detail
+    assert "1 " in next(c for c in found if c.name == "integer kernels").detail
+
+
+def test_a_float32_weight_in_a_bfloat16_file_is_caught_and_named(damaged: Callable[[str, Edit], list[Check]]) -> None:
+    def widen(model: onnx.ModelProto) -> None:
+        item = next(i for i in model.graph.initializer if i.data_type == TensorProto.BFLOAT16 and len(i.dims) == 4)
+        values = numpy_helper.to_array(item).astype(np.float32)
+        item.CopyFrom(numpy_helper.from_array(values, item.name))
+
+    found = damaged("trt-rtx-bf16", widen)
+    assert found
+    assert any("model.onnx" in check.subject for check in found)
+
+
+def test_a_batch_that_is_not_dynamic_is_caught(damaged: Callable[[str, Edit], list[Check]]) -> None:
+    def fix(model: onnx.ModelProto) -> None:
+        for value in (*model.graph.input, *model.graph.output):
+            value.type.tensor_type.shape.dim[0].dim_value = 2
+
+    found = damaged("openvino-int8", fix)
+    assert {check.name for check in found} >= {"dynamic batch", "dynamic float32 input and logits"}
+    assert "batch of 1: " in next(check for check in found if check.name == "dynamic batch").detail
+
+
+@pytest.mark.parametrize("target", ["onnx-bf16", "openvino-bf16", "trt-int8"])
+def test_a_precision_or_provider_that_this_machine_lacks_exits_4_before_anything_is_done(
+    kdexport: Command, built: Built, tmp_path: Path, target: str
+) -> None:
+    if target == "openvino-bf16":
+        from kdexport.backends.openvino import capabilities
+
+        if "BF16" in capabilities():
+            pytest.skip("this processor has bfloat16")
+    done = kdexport(
+        "build", "--config", built.config, "--target", f"onnx-fp32,{target}", "--out", tmp_path / "out",
+        "--workspace", tmp_path / "ws",
+    )  # fmt: skip
+    assert done.exit_code == 4
+    assert f"Target {target} cannot be built: " in done.stderr
+    assert not (tmp_path / "ws").exists()
+
+
+def test_the_int8_target_is_served_as_int8_and_nothing_else_is(bundle: Path, tmp_path: Path) -> None:
+    allowed = try_bundle(bundle, CPU, Limits(), "onnx-int8")
+    model = load(
+        bundle, name="m", version=1, provider=CPU, limits=Limits(), allowed_error=allowed, target="onnx-int8"
+    )  # fmt: skip
+    float32 = load_model(bundle / "model.onnx")
+    int8 = load_model(bundle / "targets" / "onnx-int8" / "model.onnx")
+    size = model.signature.image_size
+    images = np.random.default_rng(3).standard_normal((4, 3, size, size)).astype(np.float32)
+    assert np.array_equal(model.logits(images), int8.logits(images))
+    assert not np.array_equal(model.logits(images), float32.logits(images))
+    # What int8 costs, not what float32 does: the factor of rung C times what the same file costs on the same machine.
+    assert allowed == pytest.approx(LowPolicy().max_error * model.golden.error, rel=1e-3)
+    assert allowed > 100 * try_bundle(bundle, CPU, Limits())
+    for target, provider, words in (
+        ("onnx-fp16", CPU, "does not run onnx-fp16 as what it says"),
+        ("onnx-int8", CUDA, "does not run onnx-int8 as what it says"),
+        ("openvino-int8", CPU, "by onnxruntime, not openvino-int8"),
+        ("trt-rtx-int8", CPU, "by onnxruntime, not trt-rtx-int8"),
+    ):
+        with pytest.raises(BackendUnavailableError, match=words) as caught:
+            examine_bundle(bundle, provider, target)
+        assert caught.value.exit_code == 4
+    data = json.loads((bundle / "manifest.json").read_text())
+    others = {name: entry for name, entry in data["targets"].items() if name != "onnx-int8"}
+    unproven = {**data["targets"]["onnx-int8"], "status": NOT_EXECUTED}
+    for number, (targets, words) in enumerate(
+        ((others, "was not built"), ({**others, "onnx-int8": unproven}, "is 'built, not executed', not verified"))
+    ):
+        copy = Path(shutil.copytree(bundle, tmp_path / str(number)))
+        (copy / MANIFEST).write_text(json.dumps({**data, "targets": targets}))
+        with pytest.raises(BundleError, match=f"onnx-int8 {words}"):
+            examine_bundle(copy, CPU, "onnx-int8")
+
+
+def test_the_clock_serve_gives_each_target_a_server_of_its_own(bundle: Path) -> None:
+    arms = {name: (str(bundle), target) for name, target in (("a", "onnx-fp32"), ("b", "onnx-int8"))}
+    with serving(arms) as client:
+        images = np.random.default_rng(3).standard_normal((1, 3, 32, 32)).astype(np.float32)
+        answers: dict[str, bytes] = {}
+        for name in arms:
+            client.request(name, images)()
+            connection = client.connections[name]
+            size = {"Inference-Header-Content-Length": "0"}
+            connection.request("POST", f"/v2/models/{name}/infer", images.tobytes(), size)
+            answers[name] = connection.getresponse().read()[-40:]
+    for name, file in (("a", "model.onnx"), ("b", "targets/onnx-int8/model.onnx")):
+        assert answers[name] == load_model(bundle / file, threads=1).logits(images).tobytes(), name

@@ -1,0 +1,118 @@
+"""int8 is calibrated on training images, and on nothing else."""
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+from kdexport.artifacts import OnnxModel
+from kdexport.build import stages
+from kdexport.bundle.manifest import RANGES
+from kdexport.data.calibration_images import Calibration, CalibrationSettings
+from kdexport.data.datasets import DatasetSpec
+from kdexport.data.preprocessing import Preprocessing
+from kdexport.graph.tensor_ranges import read_ranges
+from kdexport.workspace import Workspace
+from tests.kdexport.exported_students import small_graph, small_weights
+
+SIZE = 16
+PREPROCESSING = Preprocessing(image_size=SIZE, resize=SIZE, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> DatasetSpec:
+    """Training images between 51 and 102 of 255, a class at a time brighter; validation images black and white."""
+    for label in range(5):
+        for split, values in (("train", range(51 + 10 * label, 62 + 10 * label)), ("test", (0, 255))):
+            folder = tmp_path / "data" / split / f"c{label}"
+            folder.mkdir(parents=True)
+            for value in values:
+                Image.fromarray(np.full((SIZE, SIZE, 3), value, np.uint8)).save(folder / f"{value:03d}.png")
+    return DatasetSpec(name=f"folder:{tmp_path / 'data'}")
+
+
+def calibration(dataset: DatasetSpec, digest: str = "0", **settings: object) -> Calibration:
+    found = CalibrationSettings.model_validate(settings)
+    return Calibration(settings=found, dataset=dataset, dataset_sha256=digest, preprocessing=PREPROCESSING)
+
+
+def test_no_validation_image_is_ever_opened(dataset: DatasetSpec, tmp_path: Path) -> None:
+    model = OnnxModel(path=small_graph(tmp_path / "a.onnx", small_weights()), form="fp32", key="a" * 64)
+    path = stages.calibrate(Workspace(tmp_path / "ws"), model, calibration(dataset))
+    found = read_ranges(path)["input"]
+    assert (found.low, found.high) == pytest.approx((51 / 255, 101 / 255))
+    # Not even where there is no other split to open by mistake.
+    for image in (tmp_path / "data" / "test").rglob("*.png"):
+        image.unlink()
+    assert sum(len(batch) for batch in calibration(dataset).batches()) == 55
+
+
+def test_the_images_are_spread_over_all_classes(dataset: DatasetSpec) -> None:
+    batches = list(calibration(dataset, images=5).batches())
+    assert sorted({round(float(image.mean()) * 255) for image in np.concatenate(batches)}) == [51, 64, 76, 88, 101]
+    sizes = [len(batch) for batch in calibration(dataset, images=40).batches()]
+    assert sizes == [16, 16, 8]
+    assert all(batch.dtype == np.float32 for batch in batches)
+
+
+def test_a_search_sees_training_images_that_calibration_did_not(dataset: DatasetSpec) -> None:
+    def levels(images: Iterable[NDArray[np.float32]]) -> Counter[int]:
+        return Counter(round(float(image.mean()) * 255) for image in images)
+
+    found = calibration(dataset, images=20)
+    images, labels = found.search_images(1000)
+    everything = np.concatenate(list(calibration(dataset, images=1000).batches()))
+    assert len(images) == len(labels) == 55 - 20
+    assert levels(images) + levels(np.concatenate(list(found.batches()))) == levels(everything)
+    for image, label in zip(images, labels, strict=True):
+        assert 0 <= round(float(image.mean()) * 255) - 51 - 10 * int(label) <= 10
+    few, their = found.search_images(5)
+    assert sorted(their.tolist()) == [0, 1, 2, 3, 4]
+    assert few.shape == (5, 3, SIZE, SIZE)
+
+
+def test_where_calibration_saw_every_image_a_search_sees_them_again(dataset: DatasetSpec) -> None:
+    images, labels = calibration(dataset, images=1000).search_images(1000)
+    assert len(images) == len(labels) == 55
+
+
+def test_int8_keeps_its_ranges_beside_it_and_other_forms_have_none(dataset: DatasetSpec, tmp_path: Path) -> None:
+    model = OnnxModel(path=small_graph(tmp_path / "a.onnx", small_weights()), form="fp32", key="a" * 64)
+    workspace = Workspace(tmp_path / "ws")
+    settings = calibration(dataset)
+    for form in ("int8-u8", "int8-s8"):
+        cast = stages.cast(workspace, model, form, settings)
+        assert cast.form == form
+        assert read_ranges(cast.path.with_name(RANGES))["input"].low == pytest.approx(51 / 255)
+    assert [path.name for path in stages.cast(workspace, model, "bf16", settings).path.parent.iterdir()] == [
+        "model.onnx"
+    ]
+    assert stages.cast(workspace, model, "fp32", settings) is model
+    # Measured once for both forms.
+    assert len([path for path in (tmp_path / "ws" / "calibrate").iterdir() if path.is_dir()]) == 1
+
+
+@pytest.mark.parametrize(
+    "changes", [{"method": "entropy"}, {"images": 9}, {"percentile": 99.0}, {"digest": "1"}, {"weight_bits": 8}]
+)
+def test_whatever_int8_depends_on_is_in_its_key_and_in_no_other(
+    dataset: DatasetSpec, changes: dict[str, object]
+) -> None:
+    before, after = calibration(dataset), calibration(dataset, **changes)  # type: ignore[arg-type]
+    assert stages.cast_key("m", "int8-u8", before) != stages.cast_key("m", "int8-u8", after)
+    same_for_a_gpu = "weight_bits" in changes
+    assert (stages.cast_key("m", "int8-s8", before) == stages.cast_key("m", "int8-s8", after)) is same_for_a_gpu
+    for form in ("fp32", "fp16", "bf16"):
+        assert stages.cast_key("m", form, before) == stages.cast_key("m", form, after)
+
+
+def test_the_manifest_says_which_split_and_how() -> None:
+    said = calibration(DatasetSpec(name="digits"), digest="d", method="percentile", images=64).to_json()
+    assert said == {
+        "method": "percentile", "images": 64, "percentile": 99.99, "weight_bits": 7, "split": "train",
+        "dataset_sha256": "d",
+    }  # fmt: skip

@@ -1,0 +1,249 @@
+import hashlib
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kdexport.data.datasets import DatasetSpec, ImageSet, dataset_spec, open_dataset, sources
+from kdexport.data.preprocessing import Preprocessing, decode
+from kdexport.errors import ConfigError, DataError
+
+HALF = (0.5, 0.4, 0.3)
+SMALL = Preprocessing(image_size=8, resize=8, mean=HALF, std=HALF)
+CIFAR = Preprocessing(image_size=32, resize=32, mean=HALF, std=HALF)
+PUBLIC_CIFAR = Path(__file__).parents[3] / ".." / "shared" / "data"
+
+
+def pixels(seed: int, side: int = 8) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
+
+
+def image_folders(root: Path, test: str = "test", classes: tuple[str, ...] = ("cat", "ant", "bee")) -> DatasetSpec:
+    """Three training images and two test images a class, each of its own noise."""
+    for s, (split, count) in enumerate((("train", 3), (test, 2))):
+        for c, name in enumerate(classes):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(pixels(100 * s + 10 * c + i)).save(folder / f"{i}.png")
+    return DatasetSpec(name=f"folder:{root}")
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[ImageSet, ImageSet]:
+    return open_dataset(DatasetSpec(name="digits"), "train"), open_dataset(DatasetSpec(name="digits"), "test")
+
+
+def test_digits_have_1437_training_and_360_test_images_of_ten_classes(digits: tuple[ImageSet, ImageSet]) -> None:
+    assert [len(split) for split in digits] == [1437, 360]
+    for split in digits:
+        assert split.classes == tuple("0123456789")
+        assert split.pixels is not None
+        assert split.pixels.shape == (len(split), 32, 32, 3)
+        assert split.pixels.dtype == np.uint8
+        assert split.labels.dtype == np.int64
+
+
+def test_digits_are_stratified(digits: tuple[ImageSet, ImageSet]) -> None:
+    train, test = (np.bincount(split.labels, minlength=10) for split in digits)
+    assert np.abs(test - (train + test) * 360 / 1797).max() <= 1
+
+
+def test_no_digit_is_in_both_splits_and_none_is_lost(digits: tuple[ImageSet, ImageSet]) -> None:
+    from sklearn.datasets import load_digits
+
+    # Distinct originals, found again by upscaling each the way a viewer would and looking for the nearest.
+    def keys(split: ImageSet) -> list[str]:
+        assert split.pixels is not None
+        return [hashlib.sha256(image.tobytes()).hexdigest() for image in split.pixels]
+
+    train, test = keys(digits[0]), keys(digits[1])
+    originals = {image.tobytes() for image in load_digits().images}
+    assert len({*train, *test}) == len(originals)
+    assert not set(train) & set(test)
+
+
+def test_digits_keep_their_label_and_their_look(digits: tuple[ImageSet, ImageSet]) -> None:
+    from sklearn.datasets import load_digits
+
+    source = load_digits()
+    train = digits[0]
+    assert train.pixels is not None
+    # Back to 8x8 by averaging blocks of 4x4: the nearest original must carry the same label.
+    small = train.pixels[:200, :, :, 0].reshape(200, 8, 4, 8, 4).mean((2, 4)) / 255 * 16
+    distance = ((small[:, None] - source.images[None]) ** 2).mean((2, 3))
+    assert np.array_equal(source.target[distance.argmin(1)], train.labels[:200])
+    assert distance.min(1).max() < 3
+
+
+def test_digits_are_the_same_each_time(digits: tuple[ImageSet, ImageSet]) -> None:
+    assert open_dataset(DatasetSpec(name="digits"), "test").fingerprint() == digits[1].fingerprint()
+    assert digits[0].fingerprint() != digits[1].fingerprint()
+
+
+@pytest.mark.parametrize("test", ["test", "val"])
+def test_image_folders_are_read_with_sorted_classes(tmp_path: Path, test: str) -> None:
+    spec = image_folders(tmp_path, test)
+    train, held_out = open_dataset(spec, "train"), open_dataset(spec, "test")
+    assert train.classes == held_out.classes == ("ant", "bee", "cat")
+    assert train.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert [path.parent.name for path in held_out.files] == ["ant", "ant", "bee", "bee", "cat", "cat"]
+    assert held_out.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    # "cat" was written first, so its noise has the lowest seeds.
+    assert np.array_equal(train.read([8, 6, 3], SMALL), np.stack([pixels(2), pixels(0), pixels(20)]))
+    assert np.array_equal(held_out.read([5], SMALL)[0], pixels(101))
+
+
+def test_test_comes_before_val_where_both_are_there(tmp_path: Path) -> None:
+    spec = image_folders(tmp_path)
+    shutil.copytree(tmp_path / "test", tmp_path / "val")
+    assert all("test" in path.parts for path in open_dataset(spec, "test").files)
+
+
+def test_every_image_suffix_is_read_in_any_case_and_other_files_are_not(tmp_path: Path) -> None:
+    spec = image_folders(tmp_path)
+    folder = tmp_path / "train" / "bee"
+    for suffix in (".JPG", ".jpeg", ".webp", ".bmp", ".PPM"):
+        Image.fromarray(pixels(7)).save(folder / f"more{suffix}")
+    (folder / "notes.txt").write_text("not an image")
+    (tmp_path / "train" / "README.md").write_text("not a class")
+    train = open_dataset(spec, "train")
+    assert np.bincount(train.labels).tolist() == [3, 8, 3]
+    assert train.classes == ("ant", "bee", "cat")
+
+
+def test_the_original_of_a_file_is_its_bytes_and_of_an_array_a_lossless_png(
+    tmp_path: Path, digits: tuple[ImageSet, ImageSet]
+) -> None:
+    train = open_dataset(image_folders(tmp_path), "train")
+    data, suffix = train.original(4)
+    assert (data, suffix) == ((tmp_path / "train" / "bee" / "1.png").read_bytes(), ".png")
+    assert digits[1].pixels is not None
+    data, suffix = digits[1].original(17)
+    assert suffix == ".png"
+    assert np.array_equal(CIFAR.pixels(decode(data, "digit")), digits[1].pixels[17])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda root: shutil.rmtree(root / "train"), r"has no folder train\."),
+        (lambda root: list(map(shutil.rmtree, (root / "train").iterdir())), "holds no class folder"),
+        (lambda root: list(map(Path.unlink, (root / "train" / "bee").iterdir())), r"train/bee holds no image"),
+        (lambda root: (root / "train" / "empty").mkdir(), r"train/empty holds no image"),
+        (lambda root: shutil.rmtree(root), r"has no folder train\."),
+    ],
+    ids=["no split", "no class", "emptied class", "empty class", "nothing"],
+)
+def test_a_missing_or_empty_folder_is_named(tmp_path: Path, damage: Callable[[Path], Any], message: str) -> None:
+    spec = image_folders(tmp_path / "data")
+    damage(tmp_path / "data")
+    with pytest.raises(DataError, match=message):
+        open_dataset(spec, "train")
+
+
+def test_a_missing_test_split_is_named_with_both_names_and_the_layout(tmp_path: Path) -> None:
+    spec = image_folders(tmp_path)
+    shutil.rmtree(tmp_path / "test")
+    with pytest.raises(DataError, match="has no folder test or val") as caught:
+        open_dataset(spec, "test")
+    assert "DIR/train/<class>/*.png" in caught.value.remedy
+
+
+def test_an_unreadable_image_is_named_when_it_is_read(tmp_path: Path) -> None:
+    train = open_dataset(image_folders(tmp_path), "train")
+    bad = tmp_path / "train" / "bee" / "1.png"
+    bad.write_bytes(bad.read_bytes()[:70])
+    with pytest.raises(DataError, match=r"train/bee/1\.png is not a readable image"):
+        train.read([3, 4], SMALL)
+    bad.unlink()
+    with pytest.raises(DataError, match=r"train/bee/1\.png cannot be read"):
+        train.read([4], SMALL)
+    assert train.read([3, 5], SMALL).shape == (2, 8, 8, 3)
+
+
+@pytest.mark.parametrize("name", ["digit", "cifar10", "", "Digits", "folder"])
+def test_an_unknown_data_set_is_refused_with_the_known_ones(name: str) -> None:
+    with pytest.raises(ConfigError, match="There is no data set named") as caught:
+        open_dataset(DatasetSpec(name=name), "train")
+    assert "cifar100, digits, folder:PATH" in caught.value.remedy
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_missing_cifar_archive_is_told_with_the_ways_to_give_it(tmp_path: Path, exists: bool) -> None:
+    root = tmp_path if exists else tmp_path / "nowhere"
+    with pytest.raises(DataError, match=f"CIFAR-100 was not found in {root}") as caught:
+        open_dataset(DatasetSpec(name="cifar100", root=str(root)), "train")
+    for way in ("cifar-100-python", "image folders", "--data DIR", "[data]"):
+        assert way in caught.value.remedy
+
+
+def test_cifar_can_be_image_folders(tmp_path: Path) -> None:
+    image_folders(tmp_path)
+    assert len(open_dataset(DatasetSpec(name="cifar100", root=str(tmp_path)), "test")) == 6
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_foreign_cifar_archive_is_refused_and_never_unpickled(tmp_path: Path, nested: bool) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (tmp_path / "executed",))
+
+    archive = tmp_path / "cifar-100-python"
+    archive.mkdir()
+    for name in ("train", "test", "meta"):
+        (archive / name).write_bytes(pickle.dumps(Trap()))
+    for split in ("train", "test"):
+        with pytest.raises(DataError, match=r"The CIFAR-100 archive in .* is incomplete or changed"):
+            open_dataset(DatasetSpec(name="cifar100", root=str(tmp_path if nested else archive)), split)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_sources_are_the_files_that_are_read(tmp_path: Path) -> None:
+    spec = image_folders(tmp_path)
+    (tmp_path / "train" / "notes.txt").write_text("no")
+    found = sources(spec)
+    assert len(found) == 15
+    assert found == sorted(found)
+    assert {*open_dataset(spec, "train").files, *open_dataset(spec, "test").files} == set(found)
+    assert sources(DatasetSpec(name="digits")) == []
+    archive = tmp_path / "cifar-100-python"
+    archive.mkdir()
+    (archive / "meta").touch()
+    names = [path.name for path in sources(DatasetSpec(name="cifar100", root=str(tmp_path)))]
+    assert names == ["train", "test", "meta"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_whole_of_cifar100_is_read_from_image_folders(tmp_path: Path) -> None:
+    unpack = PUBLIC_CIFAR / "unpack.py"
+    if not unpack.is_file() or not (PUBLIC_CIFAR / "cifar100").is_dir():
+        pytest.skip("CIFAR-100 is not in ../shared/data")
+    subprocess.run([sys.executable, str(unpack), "cifar100", "--to", str(tmp_path)], check=True)
+    spec = DatasetSpec(name="cifar100", root=str(tmp_path))
+    train, test = open_dataset(spec, "train"), open_dataset(spec, "test")
+    assert train.classes == test.classes
+    assert np.bincount(train.labels).tolist() == [500] * 100
+    assert np.bincount(test.labels).tolist() == [100] * 100
+    assert {"apple", "worm", "aquarium_fish"} <= set(train.classes)
+    # The published mean and standard deviation of the channels, over a sample that is even over the classes.
+    sample = train.read(range(0, 50_000, 25), CIFAR).reshape(-1, 3) / 255
+    np.testing.assert_allclose(sample.mean(0), (0.5071, 0.4867, 0.4408), atol=0.015)
+    np.testing.assert_allclose(sample.std(0), (0.2675, 0.2565, 0.2761), atol=0.015)
+    # 60,000 files, which pytest would keep for three runs.
+    shutil.rmtree(tmp_path)
+
+
+def test_a_place_replaces_the_path_of_a_folder_and_is_refused_for_digits() -> None:
+    assert dataset_spec("folder:/nowhere", "/elsewhere").name == "folder:/elsewhere"
+    assert dataset_spec("cifar100", "/elsewhere").root == "/elsewhere"
+    with pytest.raises(ConfigError, match="/elsewhere"):
+        dataset_spec("digits", "/elsewhere")
