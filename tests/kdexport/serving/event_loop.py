@@ -1,0 +1,10 @@
+"""Coroutines run to their end by tests that are no coroutines themselves."""
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any
+
+
+def run(work: Coroutine[Any, Any, Any]) -> Any:
+    """The result of ``work``, which may take a minute."""
+    return asyncio.run(asyncio.wait_for(work, 60))

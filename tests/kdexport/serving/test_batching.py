@@ -1,0 +1,199 @@
+"""The queue of requests: what runs together, what waits, what is refused, and how large a batch pays."""
+
+import asyncio
+import threading
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from kdexport.backends.ort import CPU, CUDA
+from kdexport.errors import RequestError
+from kdexport.serving.batching import Instances, Pace, choose_batch, measure_pace
+from tests.kdexport.serving.event_loop import run
+from tests.kdexport.serving.running_server import SIGNATURE
+
+
+class Gate:
+    """A model that waits for leave, and remembers how many images came together."""
+
+    def __init__(self) -> None:
+        self.leave = threading.Event()
+        self.entered = threading.Semaphore(0)
+        self.batches: list[int] = []
+
+    def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        self.entered.release()
+        assert self.leave.wait(30)
+        self.batches.append(len(images))
+        return images.reshape(len(images), -1)[:, :3] * 2
+
+
+def inputs(first: float, count: int = 1) -> NDArray[np.float32]:
+    return (first + np.arange(count * 12, dtype=np.float32)).reshape(count, 3, 2, 2)
+
+
+def test_each_request_gets_its_own_rows_of_a_batch_that_several_share() -> None:
+    async def check() -> list[int]:
+        gate, instances = Gate(), Instances(1, capacity=16)
+        pace = Pace(seconds=1, together=4)
+        sizes = (1, 2, 1, 3, 2)
+        first = asyncio.create_task(instances.run(gate, inputs(0), 30, pace))
+        await asyncio.to_thread(gate.entered.acquire)
+        rest = [asyncio.create_task(instances.run(gate, inputs(100 * n, n), 30, pace)) for n in sizes]
+        await asyncio.sleep(0.05)
+        gate.leave.set()
+        assert np.array_equal((await first).logits, inputs(0).reshape(1, -1)[:, :3] * 2)
+        for size, task in zip(sizes, rest, strict=True):
+            timed = await task
+            assert np.array_equal(timed.logits, inputs(100 * size, size).reshape(size, -1)[:, :3] * 2)
+            assert size <= timed.together <= 4
+        await asyncio.to_thread(instances.close)
+        return gate.batches
+
+    batches = run(check())
+    assert batches[0] == 1
+    assert sum(batches) == 10
+    # 1+2+1 fit together; 3+2 do not.
+    assert batches == [1, 4, 3, 2]
+
+
+def test_models_are_never_mixed_in_one_batch() -> None:
+    async def check() -> None:
+        one, two, instances = Gate(), Gate(), Instances(1, capacity=16)
+        pace = Pace(seconds=1, together=8)
+        tasks = [asyncio.create_task(instances.run(one if n % 2 else two, inputs(n), 30, pace)) for n in range(6)]
+        one.leave.set()
+        two.leave.set()
+        for number, task in enumerate(tasks):
+            assert (await task).logits[0, 0] == 2 * number
+        assert sum(one.batches) == sum(two.batches) == 3
+        await asyncio.to_thread(instances.close)
+
+    run(check())
+
+
+def test_a_quick_model_runs_on_the_loop_while_it_is_alone_and_in_a_thread_beside_others() -> None:
+    threads: list[str] = []
+
+    class Quick:
+        def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+            threads.append(threading.current_thread().name)
+            return images.reshape(len(images), -1)[:, :3] * 2
+
+    async def check() -> None:
+        instances, pace = Instances(1, capacity=16), Pace(seconds=0.0004, together=1)
+        for number in range(3):
+            timed = await instances.run(Quick(), inputs(number), 30, pace)
+            assert np.array_equal(timed.logits, inputs(number).reshape(1, -1)[:, :3] * 2)
+            assert (timed.together, instances.pending) == (1, 0)
+        assert set(threads) == {threading.current_thread().name}
+        threads.clear()
+        # Three images take longer than the event loop may be held.
+        await instances.run(Quick(), inputs(0, 3), 30, pace)
+        await asyncio.gather(*(instances.run(Quick(), inputs(n), 30, pace) for n in range(4)))
+        assert set(threads) == {"instance-0"}
+        await asyncio.to_thread(instances.close)
+
+    run(check())
+
+
+def test_a_full_queue_is_429_and_a_long_wait_503() -> None:
+    async def check() -> None:
+        gate, instances = Gate(), Instances(1, capacity=2)
+        running = asyncio.create_task(instances.run(gate, inputs(1), 30))
+        await asyncio.to_thread(gate.entered.acquire)
+        waiting = asyncio.create_task(instances.run(gate, inputs(2), 0.05))
+        await asyncio.sleep(0)
+        with pytest.raises(RequestError, match=r"2 requests wait already \(up to 2 allowed\)") as full:
+            await instances.run(gate, inputs(3), 30)
+        assert full.value.status == 429
+        with pytest.raises(RequestError, match=r"waited 0\.05 s") as late:
+            await waiting
+        assert late.value.status == 503
+        assert instances.pending == 1
+        gate.leave.set()
+        await running
+        # What was given up is not run afterwards.
+        assert (await instances.run(gate, inputs(4), 30)).logits[0, 0] == 8
+        assert gate.batches == [1, 1]
+        await asyncio.to_thread(instances.close)
+
+    run(check())
+
+
+def test_a_cancelled_request_leaves_the_queue_and_is_not_run() -> None:
+    async def check() -> None:
+        gate, instances = Gate(), Instances(1, capacity=4)
+        running = asyncio.create_task(instances.run(gate, inputs(1), 30))
+        await asyncio.to_thread(gate.entered.acquire)
+        waiting = asyncio.create_task(instances.run(gate, inputs(2), 30))
+        await asyncio.sleep(0.01)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert instances.pending == 1
+        gate.leave.set()
+        await running
+        await instances.run(gate, inputs(3), 30)
+        assert gate.batches == [1, 1]
+        await asyncio.to_thread(instances.close)
+
+    run(check())
+
+
+def test_an_error_of_the_model_is_that_of_its_requests_alone() -> None:
+    class Broken:
+        def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+            raise ValueError("bad kernel")
+
+    async def check() -> None:
+        gate, instances = Gate(), Instances(1, capacity=4)
+        gate.leave.set()
+        with pytest.raises(ValueError, match="bad kernel"):
+            await instances.run(Broken(), inputs(1), 30)
+        assert (await instances.run(gate, inputs(2), 30)).logits[0, 0] == 4
+        await asyncio.to_thread(instances.close)
+
+    run(check())
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "expected"),
+    [
+        ({1: 1.0, 2: 1.05, 4: 1.1, 8: 1.2, 16: 2.4, 32: 4.8}, 8),
+        ({1: 1.0, 2: 2.0, 4: 4.0}, 1),
+        ({1: 1.0, 2: 2.2}, 1),
+        ({1: 1.0}, 1),
+        ({1: 1.0, 2: 1.0, 4: 2.5, 8: 2.6}, 2),
+    ],
+)
+def test_the_batch_is_the_last_that_was_worth_it(milliseconds: dict[int, float], expected: int) -> None:
+    assert choose_batch({size: spent / 1000 for size, spent in milliseconds.items()}) == expected
+
+
+def test_a_model_on_a_cpu_is_timed_alone_and_one_on_a_device_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, batches = [0.0], []
+
+    class Timed:
+        """Four milliseconds a run and a tenth of one an image."""
+
+        def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+            now[0] += 0.004 + 0.0001 * len(images)
+            batches.append(images.shape)
+            return np.zeros((len(images), 3), np.float32)
+
+    monkeypatch.setattr("kdexport.serving.batching.time.perf_counter", lambda: now[0])
+    model: Any = Timed()
+    pace = measure_pace(model, CPU, replace(SIGNATURE, image_size=8, max_batch=16))
+    assert pace.seconds == pytest.approx(0.0041)
+    assert pace.together == 1
+    assert set(batches) == {(1, 3, 8, 8)}
+    assert not pace.quick(1)
+    pace = measure_pace(model, CUDA, replace(SIGNATURE, image_size=8, max_batch=24))
+    # 1/16 of four milliseconds an image is still worth more than a tenth of one.
+    assert pace.together == 16
+    assert not pace.quick(1)
+    assert {shape[0] for shape in batches} == {1, 2, 4, 8, 16}

@@ -1,0 +1,80 @@
+"""Processors and memory of the control group, the bound on memory, and the limits as the documentation states them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kdexport.serving import limits as cgroup
+from kdexport.serving.limits import MIB, Limits, memory_bound
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "150000 100000\n"}, 2),
+        ({"proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/cpu.max": "50000 100000"}, 1),
+        ({"proc/self/cgroup": "0::/gone\n", "sys/fs/cgroup/cpu.max": "100000 100000"}, 1),
+        ({"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000\n"}, 99),
+        (
+            {
+                "proc/self/cgroup": "4:cpu,cpuacct:/x\n7:memory:/x\n",
+                "sys/fs/cgroup/cpu/x/cpu.cfs_quota_us": "100000",
+                "sys/fs/cgroup/cpu/x/cpu.cfs_period_us": "100000",
+            },
+            1,
+        ),
+        ({"proc/self/cgroup": "4:cpu:/x\n", "sys/fs/cgroup/cpu/x/cpu.cfs_quota_us": "-1"}, 99),
+        ({}, 99),
+    ],
+)
+def test_processors_are_those_of_the_control_group(
+    files: dict[str, str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(99)))
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert cgroup.processors(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("memory.max", "1073741824", 2**30),
+        ("memory.max", "max", None),
+        ("memory.limit_in_bytes", str(2**63 - 4096), None),
+    ],
+)
+def test_memory_is_that_of_the_control_group(name: str, text: str, expected: int | None, tmp_path: Path) -> None:
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/\n")
+    (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
+    (tmp_path / "sys/fs/cgroup" / name).write_text(text)
+    assert cgroup.memory(tmp_path) == expected
+
+
+def test_the_memory_bound_grows_with_every_limit_that_holds_memory() -> None:
+    def total(**change: Any) -> int:
+        limits = Limits(**change)
+        bound = memory_bound(limits, base=MIB, instances=2, decoders=2, image_bytes=600_000, max_elements=10**6)
+        assert f"at most {bound.total / MIB:.0f} MiB" in bound.describe()
+        return bound.total
+
+    usual = total()
+    for change in ({"bodies": 256 * MIB}, {"pixels": 50_000_000}, {"connections": 1024}, {"queue": 64}):
+        assert total(**change) > usual
+    assert 500 * MIB < usual < 2000 * MIB
+
+
+def test_the_documented_limits_are_the_ones_that_hold() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "serving.md").read_text()
+    limits = Limits()
+    for words in (
+        f"at most {limits.body // MIB} MiB", f"{limits.bodies // MIB} MiB |", f"{limits.connections} |",
+        f"2 x instances + {limits.queue}", f"{limits.queue_seconds:g} s, or the request's", f"{limits.chunks:,}",
+        f"{limits.pixels // 10**6} million pixels, short side {limits.min_side}, aspect {limits.aspect}",
+        f"{limits.header // 1024} KiB, {limits.header_seconds:g} s", f"{limits.json_slack:,}; {limits.json_depth}",
+        f"({limits.drain_seconds + limits.grace_seconds:g} s by default)",
+    ):  # fmt: skip
+        assert words in text, words

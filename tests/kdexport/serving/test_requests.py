@@ -1,0 +1,86 @@
+"""The body of a request: read in parts, bounded, unpacked, and abandoned when the client leaves."""
+
+import asyncio
+import zlib
+from typing import Any
+
+import pytest
+
+from kdexport.errors import RequestError
+from kdexport.serving.limits import Limits
+from kdexport.serving.requests import ClientGoneError, read_body, unless_gone, unpack
+from tests.kdexport.serving.event_loop import run
+
+
+def receiver(*messages: dict[str, Any]) -> Any:
+    pending = list(messages)
+
+    async def receive() -> dict[str, Any]:
+        if not pending:
+            await asyncio.sleep(60)
+        return pending.pop(0)
+
+    return receive
+
+
+def part(data: bytes, more: bool = True) -> dict[str, Any]:
+    return {"type": "http.request", "body": data, "more_body": more}
+
+
+def test_a_body_is_read_in_parts_and_bounded_by_bytes_chunks_and_time() -> None:
+    limits = Limits(body_seconds=0.05, chunks=3)
+    assert run(read_body(receiver(part(b"ab"), part(b""), part(b"c", more=False)), 3, limits)) == b"abc"
+    for messages, status in (
+        ((part(b"abcd", more=False),), 413),
+        ((part(b"ab"), part(b"cd")), 413),
+        ((part(b""),) * 5, 413),
+        ((part(b"a"),), 408),
+    ):
+        with pytest.raises(RequestError) as caught:
+            run(read_body(receiver(*messages), 3, limits))
+        assert caught.value.status == status
+    with pytest.raises(ClientGoneError):
+        run(read_body(receiver(part(b"a"), {"type": "http.disconnect"}), 3, limits))
+
+
+def test_work_ends_when_the_client_leaves() -> None:
+    ended = []
+
+    async def work() -> int:
+        try:
+            await asyncio.sleep(30)
+        finally:
+            ended.append(True)
+        return 1
+
+    with pytest.raises(ClientGoneError):
+        run(unless_gone(receiver({"type": "http.disconnect"}), work()))
+    assert ended == [True]
+
+    async def quick() -> int:
+        return 7
+
+    assert run(unless_gone(receiver(), quick())) == 7
+
+    async def from_outside() -> None:
+        async def slow() -> None:
+            await asyncio.sleep(30)
+
+        task = asyncio.create_task(unless_gone(receiver(), slow()))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        # A deadline around it stays a deadline.
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await unless_gone(receiver(), slow())
+
+    run(from_outside())
+
+
+def test_unpacking_stops_at_the_limit() -> None:
+    packed = zlib.compress(bytes(1000))
+    assert unpack(packed, "deflate", 1000) == bytes(1000)
+    with pytest.raises(RequestError, match="more than 999 bytes"):
+        unpack(packed, "deflate", 999)
