@@ -121,3 +121,18 @@ def images(count: int, seed: int = 0, *, size: int = SIZE) -> NDArray[np.float32
     """Seeded noise, off centre, (N,3,S,S)."""
     noise = np.random.default_rng(seed).normal(0.3, 1.4, (count, 3, size, size))
     return noise.astype(np.float32)
+
+
+def small_logits(x: NDArray[np.float32]) -> NDArray[np.float64]:
+    """The logits of ``small_graph`` with ``small_weights`` in float64, computed one shifted product at a time."""
+    weights = {name: values.astype(np.float64) for name, values in small_weights().items()}
+    n, _, height, width = x.shape
+    padded = np.pad(x.astype(np.float64), ((0, 0), (0, 0), (1, 1), (1, 1)))
+    y = np.zeros((n, 9, height, width)) + weights["conv.bias"][None, :, None, None]
+    for i in range(3):
+        for j in range(3):
+            shifted = padded[:, :, i : i + height, j : j + width]
+            y += np.einsum("nchw,oc->nohw", shifted, weights["conv.weight"][:, :, i, j])
+    pooled = np.maximum(y, 0).mean(axis=(2, 3))
+    logits: NDArray[np.float64] = pooled @ weights["linear.weight"].T + weights["linear.bias"]
+    return logits

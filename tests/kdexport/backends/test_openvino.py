@@ -10,10 +10,8 @@ from kdexport.backends.openvino import RUNTIME_TYPES, capabilities, load_openvin
 from kdexport.errors import AuditError, BackendUnavailableError
 from kdexport.graph.quantize import quantize
 from kdexport.graph.tensor_ranges import calibrate
-from tests.kdexport.backends.test_ort import by_hand
-from tests.kdexport.exported_students import images, small_graph, small_weights
-from tests.kdexport.graph.test_quantize import CALIBRATION, SIZE, block_graph
-from tests.kdexport.graph.test_quantize import by_hand as block_by_hand
+from tests.kdexport.exported_students import images, small_graph, small_logits, small_weights
+from tests.kdexport.graph.int8_block import CALIBRATION, SIZE, block_graph, block_tensors
 from tests.kdexport.optional_packages import require_openvino
 
 require_openvino()
@@ -28,7 +26,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_logits_are_those_of_an_independent_computation(model: Path, batch: int) -> None:
     x = images(batch, size=16)
     loaded = load_openvino(model, precision="fp32", threads=1)
-    np.testing.assert_allclose(loaded.logits(x), by_hand(x), rtol=0, atol=2e-6)
+    np.testing.assert_allclose(loaded.logits(x), small_logits(x), rtol=0, atol=2e-6)
     assert {layer.runtime_type for layer in loaded.computing} == {"f32"}
     assert [layer.kind for layer in loaded.computing].count("Convolution") == 1
     assert loaded.kinds["Convolution"] == 1
@@ -43,8 +41,8 @@ def test_an_int8_file_runs_by_integer_kernels(tmp_path: Path) -> None:
     assert {layer.runtime_type for layer in loaded.computing} <= {"u8", "i8"}
     assert len(loaded.computing) == 3
     x = images(20, 5, size=SIZE)
-    exact = block_by_hand(x, None)["logits"].numpy()
-    simulated = block_by_hand(x, "int8-u8")["logits"].numpy()
+    exact = block_tensors(x, None)["logits"].numpy()
+    simulated = block_tensors(x, "int8-u8")["logits"].numpy()
     noise = np.sqrt(np.mean((simulated - exact) ** 2))
     # Weights of 7 bits against 8 of the simulation.
     assert np.sqrt(np.mean((loaded.logits(x) - exact) ** 2)) < 3 * noise

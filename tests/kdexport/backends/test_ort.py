@@ -6,11 +6,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from numpy.typing import NDArray
 
 from kdexport.backends.ort import CPU, _session_options, has_vnni, import_onnxruntime, load_model
 from kdexport.errors import AuditError, BackendUnavailableError
-from tests.kdexport.exported_students import images, small_graph, small_weights
+from tests.kdexport.exported_students import images, small_graph, small_logits, small_weights
 
 CUDA = "CUDAExecutionProvider"
 
@@ -20,28 +19,13 @@ def model(tmp_path: Path) -> Path:
     return small_graph(tmp_path / "small.onnx", small_weights())
 
 
-def by_hand(x: NDArray[np.float32]) -> NDArray[np.float64]:
-    """The small graph in float64, one shifted product at a time."""
-    weights = {name: values.astype(np.float64) for name, values in small_weights().items()}
-    n, _, height, width = x.shape
-    padded = np.pad(x.astype(np.float64), ((0, 0), (0, 0), (1, 1), (1, 1)))
-    y = np.zeros((n, 9, height, width)) + weights["conv.bias"][None, :, None, None]
-    for i in range(3):
-        for j in range(3):
-            shifted = padded[:, :, i : i + height, j : j + width]
-            y += np.einsum("nchw,oc->nohw", shifted, weights["conv.weight"][:, :, i, j])
-    pooled = np.maximum(y, 0).mean(axis=(2, 3))
-    logits: NDArray[np.float64] = pooled @ weights["linear.weight"].T + weights["linear.bias"]
-    return logits
-
-
 @pytest.mark.parametrize("optimise", [True, False])
 @pytest.mark.parametrize("batch", [1, 5])
 def test_logits_are_those_of_an_independent_computation(model: Path, batch: int, optimise: bool) -> None:
     x = images(batch, size=16)
     logits = load_model(model, optimise=optimise).logits(x)
     assert logits.dtype == np.float32
-    np.testing.assert_allclose(logits, by_hand(x), rtol=0, atol=2e-6)
+    np.testing.assert_allclose(logits, small_logits(x), rtol=0, atol=2e-6)
 
 
 def test_an_unknown_provider_is_refused_with_those_that_are_here(model: Path) -> None:

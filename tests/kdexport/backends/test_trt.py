@@ -24,8 +24,8 @@ from kdexport.graph.quantize import quantize
 from kdexport.graph.tensor_ranges import calibrate
 from kdexport.targets import Target, parse_target
 from tests.kdexport.exported_students import SIZE, exported, exported_fp16, exported_unfused, small_graph, small_weights
-from tests.kdexport.graph.test_quantize import CALIBRATION, block_graph, block_weights
-from tests.kdexport.graph.test_quantize import SIZE as BLOCK
+from tests.kdexport.graph.int8_block import CALIBRATION, block_graph, block_weights
+from tests.kdexport.graph.int8_block import SIZE as BLOCK
 
 FP16, FP32 = Target("trt-rtx", "fp16"), Target("trt-rtx", "fp32")
 

@@ -14,7 +14,7 @@ from kdexport.backends.base import Finding
 from kdexport.graph.audit import audit_graph
 from kdexport.graph.quantize import FORMS, Form, quantize
 from kdexport.graph.tensor_ranges import Range, calibrate
-from tests.kdexport.graph.test_quantize import CALIBRATION, block_graph, block_weights
+from tests.kdexport.graph.int8_block import CALIBRATION, block_graph, block_weights
 
 Change = Callable[[NDArray[Any]], NDArray[Any]]
 Edit = Callable[[onnx.GraphProto], None]

@@ -6,58 +6,14 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
-from torch import Tensor
-from torch.nn import functional
 
 from kdexport.backends.ort import load_model, optimised_operators
 from kdexport.graph.quantize import FORMS, Form, quantize
 from kdexport.graph.tensor_ranges import calibrate, read_ranges
 from tests.kdexport.exported_students import images
-
-SIZE, CHANNELS, CLASSES = 12, 6, 5
-CALIBRATION = images(24, 11, size=SIZE)
-
-
-def block_weights() -> dict[str, NDArray[np.float32]]:
-    """Output channels of very different sizes, so that one scale for all of them would be seen."""
-    rng = np.random.default_rng(4)
-    gain = np.logspace(-2, 0, CHANNELS)
-    shapes = {"stem": (CHANNELS, 3, 3, 3), "inner": (CHANNELS, CHANNELS, 1, 1), "linear": (CLASSES, CHANNELS)}
-    weights = {}
-    for name, shape in shapes.items():
-        scale = gain[:, None, None, None] if len(shape) == 4 else 1.0
-        weights[f"{name}.weight"] = (rng.normal(0.1, 0.5, shape) * scale).astype(np.float32)
-        weights[f"{name}.bias"] = rng.normal(0, 0.3, shape[0]).astype(np.float32)
-    return weights
-
-
-def block_graph(path: Path) -> Path:
-    """Stem, ReLU, a residual 1x1 convolution, ReLU, pooling, linear layer."""
-    nodes = [
-        helper.make_node("Conv", ["input", "stem.weight", "stem.bias"], ["stem"], "stem", pads=[1, 1, 1, 1]),
-        helper.make_node("Relu", ["stem"], ["x"], "relu"),
-        helper.make_node("Conv", ["x", "inner.weight", "inner.bias"], ["inner"], "inner"),
-        helper.make_node("Add", ["inner", "x"], ["sum"], "add"),
-        helper.make_node("Relu", ["sum"], ["y"], "relu_1"),
-        helper.make_node("GlobalAveragePool", ["y"], ["pooled"], "pool"),
-        helper.make_node("Flatten", ["pooled"], ["flat"], "flatten"),
-        helper.make_node("Gemm", ["flat", "linear.weight", "linear.bias"], ["logits"], "linear", transB=1),
-    ]
-    ends = [
-        helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 3, SIZE, SIZE]),
-        helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", CLASSES]),
-    ]
-    constants = [numpy_helper.from_array(values, name) for name, values in block_weights().items()]
-    graph = helper.make_graph(nodes, "block", ends[:1], ends[1:], constants)
-    model = helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10, producer_name="pytorch"
-    )
-    helper.set_model_props(model, {"kdexport.classes": '["a"]'})
-    onnx.save(model, str(path))
-    return path
+from tests.kdexport.graph.int8_block import CALIBRATION, SIZE, block_graph, block_tensors, block_weights, rounded_weight
 
 
 @pytest.fixture(scope="module")
@@ -75,58 +31,12 @@ def constants(path: Path) -> dict[str, NDArray[Any]]:
     return {item.name: numpy_helper.to_array(item) for item in onnx.load(str(path)).graph.initializer}
 
 
-def rounded_weight(weight: NDArray[np.float32]) -> Tensor:
-    """int8 per output channel around zero, and back."""
-    flat = torch.from_numpy(weight).double().flatten(1)
-    scale = (flat.abs().amax(1, keepdim=True) / 127).float().double()
-    return ((flat / scale).round().clamp(-127, 127) * scale).reshape(weight.shape)
-
-
-def rounded(x: Tensor, calibrated: Tensor, form: Form) -> Tensor:
-    """A tensor as int8 with the range of what was ``calibrated``, and back."""
-    low, high = min(calibrated.min().item(), 0.0), max(calibrated.max().item(), 0.0)
-    if form == "int8-s8":
-        scale = max(-low, high) / 127
-        return (x / scale).round().clamp(-128, 127) * scale
-    scale = (high - low) / 255
-    zero = round(-low / scale)
-    return ((x / scale).round() + zero).clamp(0, 255).sub(zero) * scale
-
-
-def by_hand(x: NDArray[np.float32], form: Form | None) -> dict[str, Tensor]:
-    """All tensors of the block in float64; with ``form``, rounded where that form rounds, by ranges of its own."""
-    exact = by_hand(CALIBRATION, None) if form else {}
-    w = block_weights()
-
-    def keep(name: str, value: Tensor, forms: tuple[str, ...] = FORMS) -> Tensor:
-        return rounded(value, exact[name], form) if form in forms else value
-
-    def weight(name: str) -> Tensor:
-        return rounded_weight(w[f"{name}.weight"]) if form else torch.from_numpy(w[f"{name}.weight"]).double()
-
-    def bias(name: str) -> Tensor:
-        return torch.from_numpy(w[f"{name}.bias"]).double()
-
-    only_u8 = ("int8-u8",)
-    found = {"input": torch.from_numpy(x).double()}
-    found["stem"] = functional.conv2d(keep("input", found["input"]), weight("stem"), bias("stem"), padding=1)
-    found["x"] = found["stem"].relu()
-    x_q = keep("x", found["x"])
-    found["inner"] = functional.conv2d(x_q, weight("inner"), bias("inner"))
-    found["sum"] = keep("inner", found["inner"], only_u8) + x_q
-    found["y"] = found["sum"].relu()
-    found["flat"] = keep("y", found["y"], only_u8).mean((2, 3))
-    found["logits"] = functional.linear(keep("flat", found["flat"]), weight("linear"), bias("linear"))
-    found["logits"] = keep("logits", found["logits"], only_u8)
-    return found
-
-
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("optimise", [False, True])
 def test_logits_are_those_of_an_independent_simulation(files: dict[str, Path], form: Form, optimise: bool) -> None:
     x = images(40, 77, size=SIZE)
     got = load_model(files[form], optimise=optimise).logits(x).astype(np.float64)
-    exact, simulated = by_hand(x, None)["logits"].numpy(), by_hand(x, form)["logits"].numpy()
+    exact, simulated = block_tensors(x, None)["logits"].numpy(), block_tensors(x, form)["logits"].numpy()
     noise = np.sqrt(np.mean((simulated - exact) ** 2))
     assert 1e-4 < noise / np.abs(exact).max() < 5e-2
     # Rounding at a tie may fall either way and move one level; a wrong scale would cost several times the noise.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -16,17 +16,13 @@ from kdexport.reparam.structure import batch_norm_after
 from kdexport.students import STUDENTS, Student
 from tests.kdexport.hostile_values import noise, randomize
 from tests.kdexport.students.published_facts import FACTS, FORMS
+from tests.kdexport.students.student_forms import ODD_SIZES, every_form, multiply_accumulates
 
 ACTIVATIONS = {
     "relu": lambda x: x.clamp(min=0),
     "relu6": lambda x: x.clamp(0, 6),
     "hardswish": lambda x: x * (x + 3).clamp(0, 6) / 6,
 }
-
-#: Odd sizes of which every stage leaves more than one position, and little to compute.
-ODD = {32: (21, 17), 224: (65, 43)}
-
-every_form = pytest.mark.parametrize(("name", "image_size"), FORMS)
 
 
 def build(name: str, image_size: int, num_classes: int = 100) -> Student:
@@ -47,23 +43,6 @@ def hostile(name: str, image_size: int) -> Student:
 
 def parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
-
-
-def multiply_accumulates(net: nn.Module, x: Tensor) -> int:
-    """Of convolutions and linear layers, counted from the shapes that really pass."""
-    total = 0
-
-    def count(module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal total
-        assert isinstance(module, nn.Conv2d | nn.Linear)
-        total += output.numel() * module.weight[0].numel()
-
-    for module in net.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            module.register_forward_hook(count)
-    with torch.no_grad():
-        net(x)
-    return total
 
 
 def test_both_forms_of_every_student_have_facts() -> None:
@@ -144,7 +123,7 @@ def test_each_tap_has_the_channels_and_the_stride_that_it_states(
 @pytest.mark.parametrize("training", [False, True])
 def test_a_feature_is_the_activation_of_what_lies_before_it(name: str, image_size: int, training: bool) -> None:
     net = hostile(name, image_size).train(training)
-    tapped = net.tapped(noise(2, 3, *ODD[image_size]))
+    tapped = net.tapped(noise(2, 3, *ODD_SIZES[image_size]))
     for tap, feature in tapped.features.items():
         before = tapped.preactivations[tap]
         kind = FACTS[name, image_size].activations.get(tap)
@@ -156,14 +135,14 @@ def test_a_feature_is_the_activation_of_what_lies_before_it(name: str, image_siz
 
 @every_form
 def test_training_reaches_every_parameter(name: str, image_size: int) -> None:
-    net, x = hostile(name, image_size).float().train(), noise(4, 3, *ODD[image_size]).float()
+    net, x = hostile(name, image_size).float().train(), noise(4, 3, *ODD_SIZES[image_size]).float()
     torch.autograd.backward(functional.cross_entropy(net(x), torch.tensor([0, 3, 6, 2])))
     assert [path for path, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
 @every_form
 def test_logits_are_the_classifier_of_the_pooled_last_feature(name: str, image_size: int) -> None:
-    net, x = _hostile(name, image_size), noise(2, 3, *ODD[image_size])
+    net, x = _hostile(name, image_size), noise(2, 3, *ODD_SIZES[image_size])
     classifier = net.get_submodule(net.classifier_path)
     assert isinstance(classifier, nn.Linear)
     assert (classifier.in_features, classifier.out_features) == (FACTS[name, image_size].reader, 7)
@@ -194,7 +173,7 @@ def test_each_stage_and_the_end_of_the_features_has_a_host(name: str, image_size
 
 @every_form
 def test_a_host_writes_its_tap_before_the_activation_and_nothing_between(name: str, image_size: int) -> None:
-    net, x = _hostile(name, image_size), noise(2, 3, *ODD[image_size])
+    net, x = _hostile(name, image_size), noise(2, 3, *ODD_SIZES[image_size])
     with torch.no_grad():
         before = net.tapped(x)
         for host in net.hosts:

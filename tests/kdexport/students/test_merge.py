@@ -16,7 +16,7 @@ from kdexport.students import STUDENTS, Student
 from tests.kdexport.hostile_values import noise, randomize
 from tests.kdexport.reparam.plain_network import assert_equal_outputs, assert_plain, flops
 from tests.kdexport.students.published_facts import FACTS, FORMS
-from tests.kdexport.students.test_contract import ODD, every_form
+from tests.kdexport.students.student_forms import ODD_SIZES, every_form
 
 SPECS = {
     "without branches": None,
@@ -54,7 +54,7 @@ def branched(name: str, image_size: int, spec: BranchSpec | None) -> Student:
 
 def assert_merges(name: str, image_size: int, net: Student) -> nn.Module:
     """Certified at one odd size, exact at another, and then the plain network; returns what is merged."""
-    height, width = ODD[image_size]
+    height, width = ODD_SIZES[image_size]
     x = noise(2, 3, width, height)
     result = fuse_student(net, input_shape=(2, 3, height, width))
     assert_equal_outputs(result.module, net, x)
@@ -66,7 +66,7 @@ def assert_merges(name: str, image_size: int, net: Student) -> nn.Module:
 @pytest.mark.parametrize("name", STUDENTS.names())
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_a_small_student_merges_exactly_into_the_plain_one(name: str, spec: BranchSpec | None) -> None:
-    net, x = branched(name, 32, spec), noise(1, 3, *ODD[32])
+    net, x = branched(name, 32, spec), noise(1, 3, *ODD_SIZES[32])
     merged = assert_merges(name, 32, net)
     assert flops(merged, x) == flops(plain(name, 32), x)
     # Three narrow adapters read less than they save in the classifier: not more, but something else.

@@ -5,7 +5,7 @@ from torch import nn
 
 from kdexport.students import STUDENTS, Student
 from tests.kdexport.hostile_values import noise, randomize
-from tests.kdexport.students.test_contract import multiply_accumulates
+from tests.kdexport.students.student_forms import multiply_accumulates
 
 # Kernel, expanded channels, output channels, squeeze-and-excitation, stride: Table 2 of the paper, the first stride
 # taken away, and with the stem's one too the 32x32 form.

@@ -6,6 +6,7 @@ from torch.nn import functional
 from kdexport.students import STUDENTS, Student
 from kdexport.students.channel_shuffle import shuffle_channels
 from tests.kdexport.hostile_values import noise, randomize
+from tests.kdexport.students.shufflenet_units import conv_and_norm, shuffled
 
 UNITS = {1: 4, 2: 8, 3: 4}
 
@@ -14,26 +15,11 @@ def build(image_size: int) -> Student:
     return STUDENTS.build("shufflenetv1", num_classes=100, image_size=image_size).eval()
 
 
-def shuffled(x: Tensor, groups: int) -> Tensor:
-    """Output channel j is channel j // groups of group j % groups."""
-    size = x.shape[1] // groups
-    return x[:, [(j % groups) * size + j // groups for j in range(x.shape[1])]]
-
-
-def step(state: dict[str, Tensor], path: str, index: int, x: Tensor, groups: int = 1, stride: int = 1) -> Tensor:
-    """Convolution and batch norm number ``index`` of a unit."""
-    weight, norm = state[f"{path}conv{index}.weight"], f"{path}bn{index}"
-    out = functional.conv2d(x, weight, None, stride, weight.shape[-1] // 2, 1, groups)
-    values = (state[f"{norm}.{key}"] for key in ("running_mean", "running_var", "weight", "bias"))
-    mean, variance, gain, shift = (value.view(-1, 1, 1) for value in values)
-    return (out - mean) / (variance + 1e-5).sqrt() * gain + shift
-
-
 def public_unit(state: dict[str, Tensor], path: str, x: Tensor, stride: int) -> Tensor:
     groups = 1 if x.shape[1] == 24 else 3
-    deep = shuffled(step(state, path, 1, x, groups).clamp(min=0), groups)
-    deep = step(state, path, 2, deep, deep.shape[1], stride).clamp(min=0)
-    deep = step(state, path, 3, deep, 3)
+    deep = shuffled(conv_and_norm(state, path, 1, x, groups).clamp(min=0), groups)
+    deep = conv_and_norm(state, path, 2, deep, deep.shape[1], stride).clamp(min=0)
+    deep = conv_and_norm(state, path, 3, deep, 3)
     if stride == 2:
         return torch.cat([deep, functional.avg_pool2d(x, 3, 2, 1)], 1).clamp(min=0)
     return (deep + x).clamp(min=0)
@@ -72,7 +58,7 @@ def test_it_is_the_public_network(image_size: int) -> None:
     state = net.state_dict()
     with torch.no_grad():
         tapped = net.tapped(x)
-        x = step(state, "", 1, x, 1, 1 if image_size == 32 else 2).clamp(min=0)
+        x = conv_and_norm(state, "", 1, x, 1, 1 if image_size == 32 else 2).clamp(min=0)
         x = x if image_size == 32 else functional.max_pool2d(x, 3, 2, 1)
         for stage, count in UNITS.items():
             for unit in range(count):

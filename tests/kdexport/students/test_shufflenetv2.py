@@ -5,7 +5,7 @@ from torch import Tensor
 
 from kdexport.students import STUDENTS, Student
 from tests.kdexport.hostile_values import noise, randomize
-from tests.kdexport.students.test_shufflenetv1 import shuffled, step
+from tests.kdexport.students.shufflenet_units import conv_and_norm, shuffled
 
 UNITS = {1: 4, 2: 8, 3: 4}
 
@@ -17,13 +17,13 @@ def build(image_size: int) -> Student:
 def public_unit(state: dict[str, Tensor], path: str, x: Tensor) -> tuple[Tensor, Tensor]:
     """The output, and what the public code reads before the activation: not shuffled."""
     if f"{path}conv5.weight" in state:
-        left = step(state, path, 2, step(state, path, 1, x, x.shape[1], 2)).clamp(min=0)
-        right = step(state, path, 3, x).clamp(min=0)
-        right = step(state, path, 5, step(state, path, 4, right, right.shape[1], 2))
+        left = conv_and_norm(state, path, 2, conv_and_norm(state, path, 1, x, x.shape[1], 2)).clamp(min=0)
+        right = conv_and_norm(state, path, 3, x).clamp(min=0)
+        right = conv_and_norm(state, path, 5, conv_and_norm(state, path, 4, right, right.shape[1], 2))
     else:
         left, right = x[:, : x.shape[1] // 2], x[:, x.shape[1] // 2 :]
-        right = step(state, path, 1, right).clamp(min=0)
-        right = step(state, path, 3, step(state, path, 2, right, right.shape[1]))
+        right = conv_and_norm(state, path, 1, right).clamp(min=0)
+        right = conv_and_norm(state, path, 3, conv_and_norm(state, path, 2, right, right.shape[1]))
     return shuffled(torch.cat([left, right.clamp(min=0)], 1), 2), torch.cat([left, right], 1)
 
 
@@ -58,7 +58,7 @@ def test_the_small_form_is_the_public_network_but_for_the_order_before_the_activ
     state = net.state_dict()
     with torch.no_grad():
         tapped = net.tapped(x)
-        x = step(state, "", 1, x).clamp(min=0)
+        x = conv_and_norm(state, "", 1, x).clamp(min=0)
         for stage, count in UNITS.items():
             before = x
             for unit in range(count):
@@ -67,7 +67,7 @@ def test_the_small_form_is_the_public_network_but_for_the_order_before_the_activ
             ours = tapped.preactivations[f"stage{stage}"]
             assert torch.allclose(ours, shuffled(before, 2), rtol=1e-10, atol=1e-10)
             assert not torch.allclose(ours, before)
-        pooled = step(state, "", 2, x).clamp(min=0).mean((2, 3))
+        pooled = conv_and_norm(state, "", 2, x).clamp(min=0).mean((2, 3))
         assert torch.allclose(tapped.logits, pooled @ state["linear.weight"].T + state["linear.bias"])
 
 
