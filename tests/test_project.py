@@ -92,7 +92,7 @@ def test_the_wheel_holds_both_packages_their_recipes_and_configurations(tmp_path
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {
         "kdexport/cli.py", "training/recipes/digits.toml", "training/recipes/cifar100.toml",
-        "training/recipes/parts/kd.toml", "training/recipes/cifar100/vgg13-mobilenetv2/kd.toml",
+        "training/recipes/parts/imagenet100.toml", "training/recipes/tables.toml",
         "kdexport/export_configs/mobilenetv2.toml", "kdexport/export_configs/quickstart.toml",
     } <= names  # fmt: skip
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/"))]

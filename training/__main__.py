@@ -9,7 +9,8 @@ import typer
 
 from kdexport.core.console import guarded
 from training import REVISION
-from training.recipe import Recipe, load_recipe, merge_overrides, parse_override, recipe_names
+from training.recipe import Recipe, load_recipe, merge_overrides, parse_override
+from training.shipped_recipes import shipped_names
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -149,7 +150,7 @@ def names(kind: Annotated[str, typer.Argument(help="teachers, distillers or reci
     from training.distillers import DISTILLERS
     from training.teachers import TEACHERS
 
-    known = {"teachers": TEACHERS.names, "distillers": DISTILLERS.names, "recipes": recipe_names}
+    known = {"teachers": TEACHERS.names, "distillers": DISTILLERS.names, "recipes": shipped_names}
     if kind not in known:
         raise UnknownNameError(f"There is no list of {kind!r}.", remedy=nearest(kind, known))
     sys.stdout.write(json.dumps(list(known[kind]())) + "\n")

@@ -1,7 +1,6 @@
-"""Recipes: what is trained, by what, on what, for how long; one TOML file each, resolved without importing torch."""
+"""Recipes: what is trained, by what, on what, for how long; TOML, resolved without importing torch."""
 
 import difflib
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,6 +10,7 @@ from kdexport.core.toml import Settings, parse, read_toml
 from kdexport.data.datasets import DatasetSpec, dataset_spec
 from kdexport.errors import ConfigError
 from training.distillers.settings import AnyDistiller, KDiffusionSettings, NonNegative, Positive
+from training.shipped_recipes import shipped_names, shipped_recipe
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -106,16 +106,9 @@ class Recipe(Settings):
         return tables
 
 
-def recipe_names() -> list[str]:
-    """Complete recipes that ship with the package; those of a table's cells are called SET/TEACHER-STUDENT/METHOD."""
-    root = _shipped()
-    names = (path.relative_to(root).with_suffix("").as_posix() for path in root.rglob("*.toml"))
-    return sorted(name for name in names if not name.startswith(_PARTS))
-
-
 def load_recipe(source: str, overrides: dict[str, Any] | None = None) -> Recipe:
     """Read a recipe by name or path: what it extends, in that order, then itself, then ``overrides`` (nested)."""
-    data = _tables(source, ())
+    data = read_tables(source)
     return parse(Recipe, _tuples(_laid_over(data, overrides or {})), f"recipe {source}")
 
 
@@ -143,30 +136,23 @@ def merge_overrides(items: list[dict[str, Any]]) -> dict[str, Any]:
     return merged
 
 
-#: Tables that several recipes extend, none of them complete.
-_PARTS = "parts/"
-
-
-def _shipped() -> Path:
-    return Path(str(resources.files("training"))) / "recipes"
-
-
-def _tables(source: str, seen: tuple[str, ...]) -> dict[str, Any]:
-    path = Path(source) if source.endswith(".toml") else _shipped() / f"{source}.toml"
-    if not path.is_file():
+def read_tables(source: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The tables of a recipe or part over those of what it extends; ``seen`` are the recipes that extend it."""
+    path = Path(source) if source.endswith(".toml") else None
+    identity = source if path is None else str(path.resolve())
+    if identity in seen:
+        raise ConfigError(f"Recipe {source!r} extends itself.", remedy=f"Break the chain {' -> '.join(seen)}.")
+    data = shipped_recipe(source) if path is None else read_toml(path) if path.is_file() else None
+    if data is None:
         raise ConfigError(
             f"There is no recipe {source!r}.",
             remedy=f"Pass a TOML file or a name; `python -m training names recipes` has all. {_similar(source)}",
         )
-    identity = str(path.resolve())
-    if identity in seen:
-        raise ConfigError(f"Recipe {source!r} extends itself.", remedy=f"Break the chain {' -> '.join(seen)}.")
-    data = read_toml(path)
     bases = data.pop("extends", [])
     tables: dict[str, Any] = {}
     for base in [bases] if isinstance(bases, str) else _names(bases, source):
-        parent = str(path.parent / base) if base.endswith(".toml") else base
-        tables = _laid_over(tables, _tables(parent, (*seen, identity)))
+        parent = str(path.parent / base) if path is not None and base.endswith(".toml") else base
+        tables = _laid_over(tables, read_tables(parent, (*seen, identity)))
     return _laid_over(tables, data)
 
 
@@ -177,7 +163,7 @@ def _names(value: Any, source: str) -> list[str]:
 
 
 def _similar(name: str) -> str:
-    close = difflib.get_close_matches(name, recipe_names(), n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name, shipped_names(), n=3, cutoff=0.5)
     return f"Did you mean {' or '.join(close)}?" if close else ""
 
 

@@ -9,10 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from kdexport.errors import ConfigError, ReparamError
-from kdexport.students import STUDENTS
 from tests.training.tiny import environment
 from training.__main__ import app
-from training.recipe import load_recipe, merge_overrides, parse_override, recipe_names
+from training.recipe import load_recipe, merge_overrides, parse_override
 
 
 def write(path: Path, text: str) -> str:
@@ -25,25 +24,6 @@ def refused(source: str, *overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
         load_recipe(source, merge_overrides([parse_override(text) for text in overrides]))
     return str(caught.value)
-
-
-def test_the_shipped_recipes_are_whole() -> None:
-    names = recipe_names()
-    assert [name for name in names if "/" not in name] == ["cifar100", "digits"]
-    assert not [name for name in names if name.startswith("parts")]
-    cifar100, digits = load_recipe("cifar100"), load_recipe("digits")
-    assert (cifar100.teacher.name, cifar100.student.name, cifar100.distiller.name) == (
-        "resnet56",
-        "mobilenetv2",
-        "kdiffusion",
-    )
-    # The protocol of the literature for mobile students, as printed with its results.
-    train = cifar100.train
-    assert (train.epochs, train.batch_size, train.learning_rate, train.milestones) == (240, 64, 0.01, (150, 180, 210))
-    assert (train.momentum, train.weight_decay, train.nesterov, train.schedule) == (0.9, 5e-4, False, "step")
-    assert cifar100.data.mean == (0.5071, 0.4867, 0.4408)
-    assert cifar100.teacher.mean == (0.5070, 0.4865, 0.4409)
-    assert digits.data.flip is False
 
 
 def test_a_recipe_lies_over_the_one_it_extends(tmp_path: Path) -> None:
@@ -108,72 +88,6 @@ def test_what_identifies_a_run_leaves_out_places_and_published_numbers() -> None
     assert moved.identity() == base.identity()
     for text in ("train.seed=1", "distiller.weight=1.5", "data.flip=false", "teacher.name=resnet20"):
         assert load_recipe("cifar100", parse_override(text)).identity() != base.identity()
-
-
-METHODS = (
-    *("plain", "kd", "dkd", "dist", "at", "vid", "crd", "ofd", "reviewkd", "norm", "average"),
-    *("kdiffusion-single", "kdiffusion-multi", "kdiffusion-multi-guide"),
-)
-PAIRS = {
-    "cifar100": "resnet32x4-shufflenetv1 wrn40_2-shufflenetv1 vgg13-mobilenetv2 resnet50-mobilenetv2 "
-    "resnet32x4-shufflenetv2 resnet56-mobilenetv2",
-    "imagenet100": "swin_t-mobilenetv2 swin_t-mobilenetv3 swin_t-resnet18 swin_t-shufflenetv1 swin_t-shufflenetv2",
-}
-CELLS = [(table, pair, method) for table, pairs in PAIRS.items() for pair in pairs.split() for method in METHODS]
-
-
-def test_there_is_a_recipe_for_every_cell_of_both_tables() -> None:
-    pairs = [f"{table}/{pair}" for table, names in PAIRS.items() for pair in names.split()]
-    cells = [f"{table}/{pair}/{method}" for table, pair, method in CELLS]
-    assert recipe_names() == sorted(["cifar100", "digits", *pairs, *cells])
-
-
-@pytest.mark.parametrize(("table", "pair"), [(t, p) for t, pairs in PAIRS.items() for p in pairs.split()])
-def test_a_cell_is_its_pair_with_its_method(table: str, pair: str) -> None:
-    base = load_recipe(f"{table}/{pair}")
-    assert f"{base.teacher.name}-{base.student.name}" == pair
-    assert base.data.image_size == (32 if table == "cifar100" else 224)
-    for method in METHODS:
-        cell = load_recipe(f"{table}/{pair}/{method}")
-        assert cell.distiller.name == method.partition("-")[0]
-        assert (cell.data, cell.teacher, cell.student, cell.train) == (
-            base.data,
-            base.teacher,
-            base.student,
-            base.train,
-        )
-
-
-def test_the_published_numbers_are_those_of_the_papers() -> None:
-    def row(table: str, method: str) -> list[float | None]:
-        names = [pair for pair in PAIRS[table].split() if pair != "resnet56-mobilenetv2"]
-        return [load_recipe(f"{table}/{pair}/{method}").published.top1 for pair in names]
-
-    assert row("cifar100", "kdiffusion-multi-guide") == [78.14, 77.26, 70.49, 71.14, 77.84]
-    assert row("cifar100", "kdiffusion-single") == [76.62, 75.83, 69.14, 69.2, 76.87]
-    assert row("cifar100", "average") == [75.01, 75.32, 66.45, 67.56, 75.46]
-    assert row("cifar100", "plain") == [70.5, 70.5, 64.6, 64.6, 71.82]
-    assert row("imagenet100", "kdiffusion-multi") == [86.2, 87.88, 86.3, 78.04, 80.68]
-    assert row("imagenet100", "crd") == [83.72, None, 84.26, None, 77.88]
-    assert row("imagenet100", "kdiffusion-multi-guide") == [None] * 5
-
-
-def test_what_the_recipes_name_is_there() -> None:
-    from training.distillers import DISTILLERS
-    from training.teachers import TEACHERS
-
-    recipes = [load_recipe(name) for name in recipe_names()]
-    assert {recipe.distiller.name for recipe in recipes} == set(DISTILLERS.names())
-    assert {recipe.teacher.name for recipe in recipes} <= set(TEACHERS.names())
-    assert {recipe.student.name for recipe in recipes} == set(STUDENTS.names())
-
-
-def test_the_rows_of_kdiffusion_differ_in_what_they_are_named_after() -> None:
-    rows = {name: load_recipe(f"cifar100/vgg13-mobilenetv2/kdiffusion-{name}").distiller.model_dump() for name in
-            ("single", "multi", "multi-guide")}  # fmt: skip
-    assert (rows["single"]["layers"], rows["single"]["target_guide"]) == ("single", 0.0)
-    assert rows["multi"] == {**rows["single"], "layers": "multi"}
-    assert rows["multi-guide"] == {**rows["multi"], "target_guide": 1.0}
 
 
 def test_a_syntax_error_is_named_with_its_line(tmp_path: Path) -> None:

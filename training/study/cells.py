@@ -9,8 +9,9 @@ from typing import Any
 
 from kdexport.core.digests import digest
 from kdexport.errors import ConfigError, KdexportError, ReparamError, TrainingError
-from training.recipe import Recipe, load_recipe, recipe_names
+from training.recipe import Recipe, load_recipe
 from training.runs.record import is_owner, read_environment
+from training.shipped_recipes import shipped_names
 
 _FAILURE = "failure.json"
 
@@ -72,7 +73,7 @@ def plan(patterns: Sequence[str], seeds: Iterable[int], runs: Path, overrides: d
 def _matching(pattern: str) -> list[str]:
     if pattern.endswith(".toml"):
         return [pattern]
-    found = [name for name in recipe_names() if fnmatch.fnmatchcase(name, pattern)]
+    found = [name for name in shipped_names() if fnmatch.fnmatchcase(name, pattern)]
     if not found:
         raise ConfigError(
             f"No recipe matches {pattern!r}.", remedy="`python -m training names recipes` prints them all."
