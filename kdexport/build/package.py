@@ -137,8 +137,8 @@ def _write_golden(folder: Path, parts: Parts) -> list[str]:
         for target, model in parts.casts.items()
         if target.backend == "onnx" and target.precision != "fp32"
     }
-    factor = parse_policy(parts.config.policy, "[policy]").C.max_error
-    return write_golden_set(folder, parts.trained, parts.validation, chosen, low, factor=factor)
+    policy = parse_policy(parts.config.policy, "[policy]")
+    return write_golden_set(folder, parts.trained, parts.validation, chosen, low, policy=policy)
 
 
 def _describe(parts: Parts, golden: list[str]) -> dict[str, Any]:

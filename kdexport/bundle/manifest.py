@@ -35,6 +35,9 @@ GOLDEN = "golden"
 
 GOLDEN_LOGITS = "golden/logits.safetensors"
 
+#: A tensor of that file: the error on the golden images that rung B of the bundle's policy allows a multiple of.
+UNIT_ERROR = "unit_error"
+
 #: Per-image results of rung D.
 TASK = "metrics/validation.safetensors"
 

@@ -26,6 +26,7 @@ from kdexport.graph.plan import PLAIN
 from kdexport.graph.trace import LIMITS, NodeError, Trace, computing_nodes, first_off, results, trace
 from kdexport.reparam.fold_student import fuse_student
 from kdexport.verify.parity import rung_b
+from kdexport.verify.policy import stored_policy
 from kdexport.verify.reference import Probes, make_probes, make_reference, run_torch
 from kdexport.verify.student_checks import check_golden, check_weights
 
@@ -123,8 +124,9 @@ def _trust(folder: Path, manifest: Manifest, pixels: NDArray[np.uint8]) -> "Trus
         reference = make_reference(load_unfused(folder, spec), fused, probes, forms=())
         from kdexport.backends.ort import load_model
 
-        checks = rung_b(MODEL, load_model(path).logits(probes.images), reference, probes)
-        eager = rung_b(FUSED, run_torch(fused, probes.images).astype(np.float32), reference, probes)
+        limits = stored_policy(manifest.data).B
+        checks = rung_b(MODEL, load_model(path).logits(probes.images), reference, probes, limits)
+        eager = rung_b(FUSED, run_torch(fused, probes.images).astype(np.float32), reference, probes, limits)
     for stage, rung in (("fold", eager), ("export", checks)):
         wrong = [check for check in rung if not check.holds]
         if wrong:

@@ -7,17 +7,23 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kdexport.backends.runnable import DEFAULT_TARGET, require_servable
-from kdexport.bundle.manifest import MODEL, Manifest
+from kdexport.bundle.manifest import MODEL, UNIT_ERROR, Manifest
 from kdexport.core.child import CHILD
 from kdexport.core.console import guarded
 from kdexport.errors import AuditError, BundleError, ForwardedError
 from kdexport.serving.limits import Limits
 
 _TIMEOUT_S = 120
+#: ``allowed_error`` of a bundle without ``unit_error`` is this multiple of it, whatever its policy says.
+_FORMER_FACTOR = 4.0
 
 
 def try_bundle(folder: Path, provider: str, limits: Limits, target: str = DEFAULT_TARGET) -> float:
@@ -50,8 +56,12 @@ def try_bundle(folder: Path, provider: str, limits: Limits, target: str = DEFAUL
 
 
 def allowed_error(folder: Path, manifest: Manifest, target: str = DEFAULT_TARGET) -> float:
-    """What the bundle says, or what its unfused student says where the bundle is older than that entry."""
+    """The largest error of a logit that the bundle's own policy allows on its golden images.
+
+    An older bundle has no error in its file that this limit is a multiple of; its unfused student gives it then.
+    """
     from kdexport.serving.self_check import read_reference
+    from kdexport.verify.policy import stored_policy
 
     tensors = read_reference(folder)
     if target != DEFAULT_TARGET:
@@ -61,15 +71,21 @@ def allowed_error(folder: Path, manifest: Manifest, target: str = DEFAULT_TARGET
                 remedy="Build it again.",
             )
         return float(tensors[f"allowed_error.{target}"])
+    return stored_policy(manifest.data).B.max_error * _float32_unit(folder, manifest, tensors)
+
+
+def _float32_unit(folder: Path, manifest: Manifest, tensors: Mapping[str, NDArray[np.float64]]) -> float:
+    if UNIT_ERROR in tensors:
+        return float(tensors[UNIT_ERROR])
     if "allowed_error" in tensors:
-        return float(tensors["allowed_error"])
+        return float(tensors["allowed_error"]) / _FORMER_FACTOR
     from kdexport.bundle.manifest import load_unfused, read_golden
-    from kdexport.verify.golden import allowed_error as from_unfused
+    from kdexport.verify.parity import float32_unit
     from kdexport.verify.reference import run_exact, run_torch
 
     images = manifest.spec.preprocessing.normalise(read_golden(folder, manifest))
     student = load_unfused(folder, manifest.spec)
-    return from_unfused(*run_exact(student, images), run_torch(student, images))
+    return float32_unit(*run_exact(student, images), run_torch(student, images))
 
 
 def require_one_file(graph: bytes) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdexport.backends.ort import OrtModel
-from kdexport.bundle.manifest import GOLDEN_LOGITS, Manifest
+from kdexport.bundle.manifest import GOLDEN_LOGITS, UNIT_ERROR, Manifest
 from kdexport.data.preprocessing import read_image
 from kdexport.errors import BundleError, RequestError, VerificationError
 from kdexport.serving.images import FORMATS, PixelBudget, decode_upload, normalise
@@ -31,7 +31,8 @@ def read_reference(folder: Path) -> dict[str, NDArray[np.float64]]:
 
     try:
         tensors = load_file(folder / GOLDEN_LOGITS)
-        return {"logits": tensors["logits"], **{k: v for k, v in tensors.items() if k.startswith("allowed_error")}}
+        limits = {k: v for k, v in tensors.items() if k == UNIT_ERROR or k.startswith("allowed_error")}
+        return {"logits": tensors["logits"], **limits}
     except Exception as error:
         raise BundleError(
             f"{folder / GOLDEN_LOGITS} cannot be read: {error}.", remedy="Build the bundle again."

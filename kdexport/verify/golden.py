@@ -1,7 +1,4 @@
-"""How far float32 logits may lie from the reference on the golden images: rung B's limit as one absolute number.
-
-The golden images of a bundle, and what a server holds its own logits of them to.
-"""
+"""The golden images of a bundle, their reference logits, and the errors that a server's own logits of them may have."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,23 +8,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kdexport.bundle.manifest import GOLDEN_LOGITS, write_golden
+from kdexport.bundle.manifest import GOLDEN_LOGITS, UNIT_ERROR, write_golden
 from kdexport.checkpoint import TrainedStudent, load_student, save_tensors
 from kdexport.data.datasets import ImageSet
-from kdexport.verify.policy import Fp32Policy
+from kdexport.verify.parity import float32_unit
+from kdexport.verify.policy import Policy
 from kdexport.verify.reference import run_exact, run_torch
-
-
-def allowed_error(exact: NDArray[np.float64], added: NDArray[np.float64], unfused: NDArray[np.floating[Any]]) -> float:
-    """Largest absolute error of a logit that rung B allows; ``unfused`` are the float32 logits of the unfused student.
-
-    ``exact`` and ``added`` are those of ``run_exact``.
-
-    Written into the bundle, so that a server can hold its own answers to it without torch.
-    """
-    own = np.abs(unfused.astype(np.float64) - exact).max()
-    rounding = float(np.finfo(np.float32).eps) * added.max()
-    return float(Fp32Policy().max_error * max(own, rounding))
 
 
 def low_precision_error(exact: NDArray[np.float64], logits: NDArray[np.floating[Any]], factor: float) -> float:
@@ -48,20 +34,23 @@ def write_golden_set(
     chosen: Sequence[int],
     low: Mapping[str, Logits],
     *,
-    factor: float,
+    policy: Policy,
 ) -> list[str]:
     """Write the ``chosen`` images and their float64 logits (N,K); returns the names of the images.
 
-    With them goes the largest error that float32 logits may have, and for each target of ``low``, whose files are given
-    as what runs them, ``factor`` times the error that it has here.
+    Beside them stand the largest errors of a logit that a server accepts under ``policy``, so that it needs no torch:
+    for float32 the limit of rung B, and for each target of ``low``, whose files are given as the functions that run
+    them, the limit of rung C times the error of the file on this machine.
     """
     names = write_golden(folder, (images.original(index) for index in chosen))
     preprocessing = trained.spec.preprocessing
     given = preprocessing.normalise(images.read(chosen, preprocessing))
     exact, added = run_exact(load_student(trained), given)
-    allowed = {"allowed_error": allowed_error(exact, added, run_torch(load_student(trained), given))}
+    unit = float32_unit(exact, added, run_torch(load_student(trained), given))
+    allowed = {UNIT_ERROR: unit, "allowed_error": policy.B.max_error * unit}
     allowed |= {
-        f"allowed_error.{target}": low_precision_error(exact, logits(given), factor) for target, logits in low.items()
+        f"allowed_error.{target}": low_precision_error(exact, logits(given), policy.C.max_error)
+        for target, logits in low.items()
     }
     tensors = {"logits": torch.from_numpy(exact), "labels": torch.from_numpy(images.labels[list(chosen)])}
     tensors |= {name: torch.tensor(value, dtype=torch.float64) for name, value in allowed.items()}

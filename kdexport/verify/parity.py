@@ -20,8 +20,6 @@ from kdexport.verify.check import Check, check_at_most
 from kdexport.verify.policy import AlgebraPolicy, Fp32Policy, LowPolicy
 from kdexport.verify.reference import Probes, Reference
 
-_ALGEBRA, _FP32, _LOW = AlgebraPolicy(), Fp32Policy(), LowPolicy()
-
 _ULP = float(np.finfo(np.float32).eps)
 
 
@@ -30,7 +28,7 @@ def rung_a(
     fused: NDArray[np.float64],
     reference: Reference,
     probes: Probes,
-    policy: AlgebraPolicy = _ALGEBRA,
+    policy: AlgebraPolicy,
 ) -> list[Check]:
     """Algebra in float64: the certificate's blocks, and the whole on the probes (``fused``: float64 logits)."""
     worst, limit = certificate.worst, min(certificate.limit, policy.relative_error)
@@ -56,7 +54,7 @@ def rung_b(
     candidate: NDArray[np.float32],
     reference: Reference,
     probes: Probes,
-    policy: Fp32Policy = _FP32,
+    policy: Fp32Policy,
 ) -> list[Check]:
     """float32 logits ``candidate`` (N,K) against the oracle, in multiples of the unfused model's own error.
 
@@ -66,7 +64,7 @@ def rung_b(
     """
     own = np.abs(reference.unfused.astype(np.float64) - reference.exact)
     own_rms = max(_rms(own), _ULP * _rms(reference.added))
-    own_max = max(float(own.max()), _ULP * float(reference.added.max()))
+    own_max = float32_unit(reference.exact, reference.added, reference.unfused)
     error = np.abs(candidate.astype(np.float64) - reference.exact)
     detail = f"worst input {probes.name(_worst(error))}; the unfused fp32 model is off by {own.max():.1e} at most"
     return [
@@ -84,7 +82,7 @@ def rung_c(
     probes: Probes,
     *,
     form: str = "fp16",
-    policy: LowPolicy = _LOW,
+    policy: LowPolicy,
 ) -> list[Check]:
     """Low-precision logits against the oracle, in multiples of the simulated error of ``form``; finite everywhere.
 
@@ -112,9 +110,20 @@ def rung_c(
 
 def unit_error(form: str, reference: Reference) -> float:
     """Largest error of a logit that a form has by itself: what rungs B and C measure the largest error in."""
-    logits = reference.unfused if form == "fp32" else reference.simulated[form].logits
-    own = float(np.abs(logits.astype(np.float64) - reference.exact[: len(logits)]).max())
-    return max(own, _ULP * float(reference.added.max())) if form == "fp32" else own
+    if form == "fp32":
+        return float32_unit(reference.exact, reference.added, reference.unfused)
+    logits = reference.simulated[form].logits
+    return float(np.abs(logits.astype(np.float64) - reference.exact[: len(logits)]).max())
+
+
+def float32_unit(exact: NDArray[np.float64], added: NDArray[np.float64], unfused: NDArray[np.floating[Any]]) -> float:
+    """The unit of rung B's largest error: the largest error of the unfused student's float32 logits (N,K).
+
+    It is at least one float32 rounding of what is added up to a logit. ``exact`` and ``added`` are those of
+    ``run_exact``.
+    """
+    own = float(np.abs(unfused.astype(np.float64) - exact).max())
+    return max(own, _ULP * float(added.max()))
 
 
 def check_batches(subject: str, logits: Logits, probes: Probes) -> Check:

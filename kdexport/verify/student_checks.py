@@ -30,7 +30,7 @@ from kdexport.reparam.fold_student import certify_fold, fuse_student
 from kdexport.targets import Target, parse_target
 from kdexport.verify.check import Check, broken, check_at_most, from_finding
 from kdexport.verify.parity import check_whole, rung_a, rung_b
-from kdexport.verify.policy import DEFAULT, Policy, stored_policy
+from kdexport.verify.policy import Policy, stored_policy
 from kdexport.verify.reference import Probes, Reference, make_probes, make_reference, run_torch
 from kdexport.verify.simulation import TF32
 
@@ -45,7 +45,7 @@ class Subject:
     probes: Probes
     reference: Reference
     weights: dict[str, NDArray[np.float32]]
-    policy: Policy = DEFAULT
+    policy: Policy
 
     def plan(self, name: str) -> LayerPlan:
         """The precision plan of a target or of the ONNX file of one; without a search there is none."""
@@ -152,11 +152,12 @@ def check_algebra(folder: Path, manifest: Manifest, pixels: NDArray[np.uint8]) -
     probes = make_probes(pixels, spec.preprocessing)
     images = probes.images.astype(np.float64)
     exact, merged = run_torch(unfused, images), run_torch(module, images)
+    limit = min(certificate.limit, stored_policy(manifest.data).A.relative_error)
     blocks = [
-        check_at_most("A", block.name, block.kind, block.relative_error, certificate.limit, unit="of max")
+        check_at_most("A", block.name, block.kind, block.relative_error, limit, unit="of max")
         for block in certificate.blocks
     ]
-    return [weights, *blocks, check_whole(merged, exact, certificate.limit, probes)]
+    return [weights, *blocks, check_whole(merged, exact, limit, probes)]
 
 
 def check_weights(stored: dict[str, Tensor], fused: dict[str, Tensor]) -> Check:

@@ -120,6 +120,17 @@ def test_rung_a_lists_every_block_that_a_wrong_fold_breaks(built: Built, monkeyp
     assert [check.subject for check in checks if not check.holds] == ["student.safetensors", *broken, "student"]
 
 
+def test_rung_a_block_by_block_is_held_to_the_policy_of_the_bundle(bundle_copy: Path) -> None:
+    path = bundle_copy / "manifest.json"
+    data = json.loads(path.read_text())
+    data["policy"]["A"]["relative_error"] = 1e-30
+    path.write_text(json.dumps(data))
+    manifest = read_manifest(bundle_copy)
+    _, *algebra = check_algebra(bundle_copy, manifest, read_golden(bundle_copy, manifest))
+    assert {check.allowed for check in algebra} == {1e-30}
+    assert not all(check.holds for check in algebra)
+
+
 def test_another_unfused_student_is_found(bundle_copy: Path) -> None:
     path = bundle_copy / "unfused.safetensors"
     tensors = load_file(path)

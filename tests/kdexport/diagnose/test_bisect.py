@@ -245,6 +245,16 @@ def test_an_intact_bundle_has_nothing_to_blame(built: Built, tmp_path: Path) -> 
     assert not (tmp_path / "none").exists()
 
 
+def test_the_fold_is_blamed_by_the_policy_of_the_bundle(bundle_copy: Path, tmp_path: Path) -> None:
+    path = bundle_copy / "manifest.json"
+    data = json.loads(path.read_text())
+    data["policy"]["B"]["max_error"] = 1e-3
+    path.write_text(json.dumps(data))
+    found = blame_bundle(bundle_copy, tmp_path / "finding", lambda _: None)
+    assert found is not None
+    assert (found.stage, found.allowed) == ("fold", 1e-3)
+
+
 def test_a_folder_of_somebody_else_is_not_replaced(built: Built, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("unsaved")
     with pytest.raises(OutputError, match="not written by"):

@@ -1,7 +1,10 @@
 """Bundles of students with random weights, through the stages and the packaging of a real build; nothing is trained."""
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,7 +61,13 @@ def make_images(folder: Path, count: int, width: int, height: int) -> tuple[Path
 
 
 def make_bundle(
-    root: Path, *, image_size: int = 32, resize: int = 37, classes: tuple[str, ...] = CLASSES, seed: int = 5
+    root: Path,
+    *,
+    image_size: int = 32,
+    resize: int = 37,
+    classes: tuple[str, ...] = CLASSES,
+    seed: int = 5,
+    policy: Mapping[str, Any] = MappingProxyType({}),
 ) -> Path:
     """A verified bundle below ``root``; batch norms are no identities and the preprocessing is no square."""
     preprocessing = Preprocessing(image_size=image_size, resize=resize, mean=(0.41, 0.47, 0.39), std=(0.21, 0.27, 0.24))
@@ -72,7 +81,7 @@ def make_bundle(
     files = make_images(root / "images", 8, image_size * 3, image_size * 2)
     labels = np.arange(8, dtype=np.int64) % len(classes)
     validation = ImageSet(classes=classes, labels=labels, pixels=None, files=files)
-    config = BuildConfig.model_validate(CONFIG)
+    config = BuildConfig.model_validate({**CONFIG, "policy": dict(policy)})
     workspace = Workspace(root / "workspace")
     trained = open_checkpoint(root / "checkpoint")
     fused = stages.fuse(workspace, trained)

@@ -5,16 +5,18 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import helper, numpy_helper
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from kdexport.backends.ort import CPU
-from kdexport.bundle.manifest import hash_files
+from kdexport.bundle.manifest import hash_files, load_unfused, read_golden
 from kdexport.diagnose.environment import examine_bundle
 from kdexport.errors import BackendUnavailableError, BundleError, ConfigError, KdexportError, VerificationError
 from kdexport.serving.isolated_load import allowed_error, try_bundle
@@ -22,10 +24,10 @@ from kdexport.serving.limits import Limits
 from kdexport.serving.loading import load, read_files
 from kdexport.serving.repository import Repository, parse_source
 from tests.conftest import Command
-from tests.kdexport.serving.served_bundles import encoded, photo
+from tests.kdexport.serving.served_bundles import encoded, make_bundle, photo
 
 
-def rewrite(bundle: Path, change: Callable[[dict[str, object]], None] = lambda _: None) -> None:
+def rewrite(bundle: Path, change: Callable[[dict[str, Any]], None] = lambda _: None) -> None:
     """Write the manifest anew with the digests of what is there: an attacker who may write may do that too."""
     path = bundle / "manifest.json"
     data = json.loads(path.read_text())
@@ -61,12 +63,46 @@ def test_the_bundle_itself_is_in_order(zoo: Path) -> None:
 def test_what_a_bundle_allows_is_rung_b_of_its_unfused_student(zoo: Path, zoo_copy: Path) -> None:
     written = float(load_file(zoo / "golden" / "logits.safetensors")["allowed_error"])
     tensors = load_file(zoo_copy / "golden" / "logits.safetensors")
-    del tensors["allowed_error"]
+    del tensors["allowed_error"], tensors["unit_error"]
     save_file(tensors, zoo_copy / "golden" / "logits.safetensors")
     rewrite(zoo_copy)
     # An older bundle has no such entry: the trial computes it from the weights as trained.
     assert try_bundle(zoo_copy, CPU, Limits()) == pytest.approx(written, rel=0.5)
     assert written < 1e-3 * np.abs(tensors["logits"]).max()
+
+
+def allow(max_error: float) -> Callable[[dict[str, Any]], None]:
+    return lambda data: data["policy"]["B"].update(max_error=max_error)
+
+
+@pytest.mark.parametrize("missing", [(), ("unit_error",), ("unit_error", "allowed_error")])
+def test_the_policy_of_the_bundle_decides_how_far_its_logits_may_be_off(
+    zoo_copy: Path, missing: tuple[str, ...]
+) -> None:
+    tensors = load_file(zoo_copy / "golden" / "logits.safetensors")
+    for name in missing:
+        # Bundles of earlier versions have fewer entries.
+        del tensors[name]
+    save_file(tensors, zoo_copy / "golden" / "logits.safetensors")
+    rewrite(zoo_copy)
+    allowed = try_bundle(zoo_copy, CPU, Limits())
+    rewrite(zoo_copy, allow(20))
+    assert try_bundle(zoo_copy, CPU, Limits()) == pytest.approx(5 * allowed, rel=1e-12)
+    rewrite(zoo_copy, allow(1e-3))
+    with pytest.raises(VerificationError, match="gives other logits here"):
+        examine_bundle(zoo_copy)
+
+
+def test_a_build_writes_the_limits_of_its_own_policy(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path, policy={"B": {"max_error": 100.0}})
+    tensors, manifest = load_file(bundle / "golden" / "logits.safetensors"), read_files(bundle).manifest
+    images = torch.from_numpy(manifest.spec.preprocessing.normalise(read_golden(bundle, manifest)))
+    with torch.no_grad():
+        logits = load_unfused(bundle, manifest.spec)(images).double()
+    own = float((logits - torch.from_numpy(tensors["logits"])).abs().max())
+    assert float(tensors["allowed_error"]) == 100 * float(tensors["unit_error"])
+    assert own <= float(tensors["unit_error"]) < 100 * own
+    assert allowed_error(bundle, manifest) == float(tensors["allowed_error"])
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "student.safetensors", "golden/003.jpeg", "report.html"])

@@ -15,9 +15,12 @@ from kdexport.backends.base import run_in_batches
 from kdexport.reparam.certificate import BlockCertificate
 from kdexport.verify.check import Check, check_at_most
 from kdexport.verify.parity import check_repeatable, rung_a, rung_b, rung_c
+from kdexport.verify.policy import Policy
 from kdexport.verify.reference import Probes, Reference, Simulated, run_torch
 from kdexport.verify.simulation import Simulation
 from tests.kdexport.verify.conftest import Ladder
+
+POLICY = Policy()
 
 # Infinities are subtracted from each other on purpose.
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -48,15 +51,15 @@ def failed(checks: Sequence[Check]) -> set[str]:
 
 
 def a(ladder: Ladder, fused: NDArray[np.float64]) -> list[Check]:
-    return rung_a(ladder.certificate, fused, ladder.reference, ladder.probes)
+    return rung_a(ladder.certificate, fused, ladder.reference, ladder.probes, POLICY.A)
 
 
 def b(ladder: Ladder, candidate: NDArray[np.float32]) -> list[Check]:
-    return rung_b("file", candidate, ladder.reference, ladder.probes)
+    return rung_b("file", candidate, ladder.reference, ladder.probes, POLICY.B)
 
 
 def c(ladder: Ladder, candidate: NDArray[np.float32]) -> list[Check]:
-    return rung_c("file", candidate, ladder.reference, ladder.probes)
+    return rung_c("file", candidate, ladder.reference, ladder.probes, policy=POLICY.C)
 
 
 def test_every_rung_holds_for_a_correct_student(ladder: Ladder) -> None:
@@ -97,14 +100,16 @@ def test_rung_a_finds_float32_arithmetic(ladder: Ladder) -> None:
 def test_rung_a_finds_a_wrong_block_and_names_it(ladder: Ladder) -> None:
     bad = BlockCertificate(name="inner", kind="conv + batch norm", relative_error=2e-9)
     certificate = replace(ladder.certificate, blocks=(*ladder.certificate.blocks, bad))
-    checks = rung_a(certificate, exact_fused(ladder), ladder.reference, ladder.probes)
+    checks = rung_a(certificate, exact_fused(ladder), ladder.reference, ladder.probes, POLICY.A)
     assert failed(checks) == {"blocks"}
     assert checks[0].detail == "worst block inner, conv + batch norm"
     assert checks[0].measured == 2e-9
 
 
 def test_rung_a_of_a_student_without_blocks_is_the_whole(ladder: Ladder) -> None:
-    checks = rung_a(replace(ladder.certificate, blocks=()), exact_fused(ladder), ladder.reference, ladder.probes)
+    checks = rung_a(
+        replace(ladder.certificate, blocks=()), exact_fused(ladder), ladder.reference, ladder.probes, POLICY.A
+    )
     assert [(check.name, check.holds) for check in checks] == [("whole", True)]
 
 
@@ -128,7 +133,7 @@ def test_rung_b_measures_multiples_of_the_error_of_the_unfused_model(ladder: Lad
     factors: list[tuple[float, set[str]]] = [(0.0, set()), (1.95, set()), (2.05, {"rms error"}), (10.0, {"rms error"})]
     for factor, expected in factors:
         candidate: Any = exact + factor * unit_rms * noise
-        checks = rung_b("file", candidate, reference, ladder.probes)
+        checks = rung_b("file", candidate, reference, ladder.probes, POLICY.B)
         assert checks[0].measured == pytest.approx(factor, abs=1e-3)
         assert checks[1].measured == pytest.approx(factor * unit_rms / unit_max, abs=1e-3)
         assert failed(checks) >= expected
@@ -136,7 +141,7 @@ def test_rung_b_measures_multiples_of_the_error_of_the_unfused_model(ladder: Lad
     for factor, holds in ((3.9, True), (4.1, False)):
         candidate = exact.copy()
         candidate[3, 2] += factor * unit_max
-        assert rung_b("file", candidate, reference, ladder.probes)[1].holds is holds
+        assert rung_b("file", candidate, reference, ladder.probes, POLICY.B)[1].holds is holds
 
 
 def test_float32_noise_of_ten_times_the_usual_fails_in_every_measure(ladder: Ladder) -> None:
@@ -231,10 +236,10 @@ def test_rung_c_wants_headroom_and_finds_an_overflow(ladder: Ladder, gain: float
     )
     assert np.isfinite(reference.unfused).all()
     candidate: Any = reference.simulated["fp16"].logits
-    checks = rung_c("file", candidate, reference, ladder.probes)
+    checks = rung_c("file", candidate, reference, ladder.probes, policy=POLICY.C)
     assert failed(checks) == expected
     # A file that overflows nowhere is no better judged by a simulation that did.
-    assert failed(rung_c("file", reference.unfused, reference, ladder.probes)) == expected
+    assert failed(rung_c("file", reference.unfused, reference, ladder.probes, policy=POLICY.C)) == expected
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -257,9 +262,9 @@ def test_a_value_that_is_not_finite_never_passes(
     arrays["simulated"] = {"fp16": Simulated(arrays["simulated"], 1.0)}
     reference = replace(ladder.reference, **arrays)
     run = {
-        "A": lambda: rung_a(ladder.certificate, candidate, reference, ladder.probes),
-        "B": lambda: rung_b("file", candidate, reference, ladder.probes),
-        "C": lambda: rung_c("file", candidate, reference, ladder.probes),
+        "A": lambda: rung_a(ladder.certificate, candidate, reference, ladder.probes, POLICY.A),
+        "B": lambda: rung_b("file", candidate, reference, ladder.probes, POLICY.B),
+        "C": lambda: rung_c("file", candidate, reference, ladder.probes, policy=POLICY.C),
     }
     names = failed(run[rung]())
     assert {"A": {"whole"}, "B": {"rms error", "max error"}, "C": {"rms error", "max error"}}[rung] == names
@@ -275,9 +280,11 @@ def test_the_input_that_is_not_a_number_is_the_worst_one(ladder: Ladder) -> None
 @pytest.mark.parametrize("peak", [math.nan, math.inf, 8188.5])
 def test_a_peak_without_headroom_fails(ladder: Ladder, peak: float) -> None:
     reference = with_peak(ladder, peak)
-    assert failed(rung_c("file", half_logits(ladder), reference, ladder.probes)) == {"largest activation"}
+    assert failed(rung_c("file", half_logits(ladder), reference, ladder.probes, policy=POLICY.C)) == {
+        "largest activation"
+    }
     reference = with_peak(ladder, 8188.0)
-    assert failed(rung_c("file", half_logits(ladder), reference, ladder.probes)) == set()
+    assert failed(rung_c("file", half_logits(ladder), reference, ladder.probes, policy=POLICY.C)) == set()
 
 
 def with_peak(ladder: Ladder, peak: float) -> Reference:
@@ -294,20 +301,20 @@ def test_a_baseline_of_zero_error_allows_zero_error_and_nothing_more(ladder: Lad
         unfused=same.copy(),
         simulated={"fp16": Simulated(same.copy(), 1.0)},
     )
-    assert failed(rung_b("file", same, reference, ladder.probes)) == set()
-    assert failed(rung_c("file", same, reference, ladder.probes)) == set()
+    assert failed(rung_b("file", same, reference, ladder.probes, POLICY.B)) == set()
+    assert failed(rung_c("file", same, reference, ladder.probes, policy=POLICY.C)) == set()
     same[8, 1] = 1e-30
-    assert failed(rung_b("file", same, reference, ladder.probes)) == {"rms error", "max error"}
-    assert failed(rung_c("file", same, reference, ladder.probes)) == {"rms error", "max error"}
+    assert failed(rung_b("file", same, reference, ladder.probes, POLICY.B)) == {"rms error", "max error"}
+    assert failed(rung_c("file", same, reference, ladder.probes, policy=POLICY.C)) == {"rms error", "max error"}
 
 
 def test_logits_of_zero_are_compared_like_any_other(ladder: Ladder) -> None:
     zero = np.zeros_like(ladder.reference.exact)
     reference = replace(ladder.reference, exact=zero)
-    assert failed(rung_a(ladder.certificate, zero, reference, ladder.probes)) == set()
+    assert failed(rung_a(ladder.certificate, zero, reference, ladder.probes, POLICY.A)) == set()
     other = zero.copy()
     other[0, 0] = 1e-300
-    assert failed(rung_a(ladder.certificate, other, reference, ladder.probes)) == {"whole"}
+    assert failed(rung_a(ladder.certificate, other, reference, ladder.probes, POLICY.A)) == {"whole"}
 
 
 def test_a_steady_candidate_is_repeatable_in_any_layout(ladder: Ladder) -> None:

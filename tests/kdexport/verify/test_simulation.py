@@ -17,6 +17,7 @@ from kdexport.backends.ort import load_model
 from kdexport.graph.plan import Kept, LayerPlan
 from kdexport.graph.precision import cast_to_bf16, emulate_bf16
 from kdexport.verify.parity import rung_c
+from kdexport.verify.policy import LowPolicy
 from kdexport.verify.simulation import Simulation
 from tests.kdexport.exported_students import images, small_graph, small_weights
 from tests.kdexport.verify.conftest import Ladder
@@ -125,14 +126,19 @@ def test_the_bf16_simulation_is_the_one_in_real_bfloat16(ladder: Ladder) -> None
 def test_weights_rounded_to_other_channels_scales_fail_in_int8(ladder: Ladder) -> None:
     found = ladder.reference.simulated["int8-u8"].logits
     everywhere: Any = np.concatenate([found, ladder.reference.unfused[len(found) :]])
-    assert all(c.holds for c in rung_c("f", everywhere, ladder.reference, ladder.probes, form="int8-u8"))
+    assert all(
+        c.holds for c in rung_c("f", everywhere, ladder.reference, ladder.probes, form="int8-u8", policy=LowPolicy())
+    )
     exact = ladder.reference.exact
     for factor, holds in ((2.9, True), (3.1, False)):
         candidate = everywhere.astype(np.float64)
         candidate[: len(found)] = exact[: len(found)] + factor * (found - exact[: len(found)])
-        assert rung_c("f", candidate, ladder.reference, ladder.probes, form="int8-u8")[0].holds is holds
+        assert (
+            rung_c("f", candidate, ladder.reference, ladder.probes, form="int8-u8", policy=LowPolicy())[0].holds
+            is holds
+        )
     everywhere[-1, 0] = np.nan
-    checks = rung_c("f", everywhere, ladder.reference, ladder.probes, form="int8-u8")
+    checks = rung_c("f", everywhere, ladder.reference, ladder.probes, form="int8-u8", policy=LowPolicy())
     assert [check.name for check in checks if not check.holds] == ["edge inputs not finite"]
 
 
