@@ -1,9 +1,11 @@
+import shutil
 from pathlib import Path
 
 import pytest
 
 from kdexport.gate.arms import artifact, open_bundle
 from tests.conftest import Built, made_once
+from tests.kdexport.gate.edited_bundles import edited
 
 
 @pytest.fixture(scope="session")
@@ -12,3 +14,10 @@ def twin(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_once(
         tmp_path_factory, "twin", lambda folder: artifact(open_bundle(built.bundle), "onnx-fp32", "unfused", folder)
     )
+
+
+@pytest.fixture
+def two_targets(bundle_copy: Path) -> Path:
+    """A bundle with openvino-fp32 beside onnx-fp32."""
+    shutil.copytree(bundle_copy / "targets" / "onnx-fp32", bundle_copy / "targets" / "openvino-fp32")
+    return edited(bundle_copy, lambda data: data["targets"].update({"openvino-fp32": data["targets"]["onnx-fp32"]}))

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from kdexport.errors import ConfigError, MismatchError
-from kdexport.gate.arms import Bundle
+from kdexport.gate.arms import Bundle, open_bundle
 from kdexport.gate.sequential_test import Plan, run_trial
 from kdexport.gate.stored_latencies import number_checks, prediction, read_numbers, write_anchor
 from kdexport.timing.machine import this_machine
@@ -117,4 +117,18 @@ def test_numbers_of_another_thing_are_refused(built: Built, bundle: Bundle, tmp_
 def test_what_holds_no_numbers_is_refused(text: str, bundle: Bundle, tmp_path: Path) -> None:
     (tmp_path / "n.json").write_text(text)
     with pytest.raises(ConfigError, match="neither a bundle nor numbers"):
+        read_numbers(tmp_path / "n.json", bundle, "onnx-fp32", this_machine())
+
+
+def test_numbers_of_another_target_are_no_baseline(two_targets: Path, tmp_path: Path) -> None:
+    from kdexport.gate.stored_latencies import read_numbers
+    from kdexport.timing.machine import this_machine
+
+    bundle = open_bundle(two_targets)
+    data = {
+        "schema": "kdexport.bench/2", "student": "mobilenetv2", "classes": list(bundle.manifest.spec.classes),
+        "machine": {}, "variant": "unfused", "target": "onnx-fp32", "latency": [],
+    }  # fmt: skip
+    (tmp_path / "n.json").write_text(json.dumps(data))
+    with pytest.raises(MismatchError, match="numbers of unfused onnx-fp32, and fused onnx-fp32 is gated"):
         read_numbers(tmp_path / "n.json", bundle, "onnx-fp32", this_machine())

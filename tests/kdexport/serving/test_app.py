@@ -2,7 +2,6 @@
 
 import asyncio
 import dataclasses
-import json
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,13 @@ from numpy.typing import NDArray
 
 from kdexport.errors import ServerError
 from kdexport.serving import limits as cgroup
-from kdexport.serving.app import create_app, routes
+from kdexport.serving.app import create_app
 from kdexport.serving.batching import UNKNOWN_PACE
 from kdexport.serving.limits import MIB, Limits
 from kdexport.serving.loading import LoadedModel
-from kdexport.serving.openapi import document
 from kdexport.serving.repository import parse_sources
-from kdexport.serving.service import Service, Settings, read_token
-from tests.kdexport.serving.running_server import Answer, Running, binary_request
+from kdexport.serving.service import Service, Settings
+from tests.kdexport.serving.running_server import Answer, binary_request
 
 BODY, HEADERS = binary_request(np.zeros((1, 3, 32, 32), np.float32))
 INFER = "/v2/models/zoo/infer"
@@ -149,32 +147,6 @@ def test_a_server_whose_limits_do_not_fit_its_container_does_not_start(
         service.require_memory(100 * MIB)
     monkeypatch.setattr(cgroup, "memory", lambda: 8192 * MIB)
     assert service.require_memory(100 * MIB).total < 8192 * MIB
-
-
-def test_a_weak_token_is_refused_and_never_shown(tmp_path: Path) -> None:
-    (tmp_path / "t").write_text("short")
-    with pytest.raises(ServerError, match="at least 16"):
-        read_token(tmp_path / "t")
-    assert "0123456789abcdef" not in repr(Settings(token="0123456789abcdef"))
-
-
-def test_the_openapi_document_describes_every_route_and_its_references_resolve(server: Running) -> None:
-    served = server.ask("GET", "/openapi.json").data
-    assert served == json.loads(json.dumps(document([(r.path, sorted(r.methods or ())) for r in routes()])))
-    assert set(served["paths"]) == {route.path for route in routes()}
-    operations = [operation for path in served["paths"].values() for operation in path.values()]
-    assert len({operation["operationId"] for operation in operations}) == len(operations)
-
-    def references(node: Any) -> Iterator[str]:
-        for key, item in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
-            if key == "$ref":
-                yield item
-            yield from references(item)
-
-    found = set(references(served))
-    assert "#/components/schemas/InferRequest" in found
-    for reference in found:
-        assert reference.rpartition("/")[2] in served["components"]["schemas"]
 
 
 def test_a_missing_extra_is_said_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:

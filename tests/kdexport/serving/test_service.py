@@ -1,9 +1,11 @@
-"""The bound on requests and bytes that are in progress together."""
+"""The bound on requests and bytes that are in progress together, and the bearer token."""
+
+from pathlib import Path
 
 import pytest
 
-from kdexport.errors import RequestError
-from kdexport.serving.service import Admission
+from kdexport.errors import RequestError, ServerError
+from kdexport.serving.service import Admission, Settings, read_token
 
 
 def test_places_and_bytes_are_given_back_whatever_happens() -> None:
@@ -19,3 +21,10 @@ def test_places_and_bytes_are_given_back_whatever_happens() -> None:
     # One body larger than all of the budget is still served, alone.
     with admission.enter(1000):
         pass
+
+
+def test_a_weak_token_is_refused_and_never_shown(tmp_path: Path) -> None:
+    (tmp_path / "t").write_text("short")
+    with pytest.raises(ServerError, match="at least 16"):
+        read_token(tmp_path / "t")
+    assert "0123456789abcdef" not in repr(Settings(token="0123456789abcdef"))

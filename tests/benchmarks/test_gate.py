@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-SCRIPT = Path(__file__).parents[3] / "benchmarks" / "gate.py"
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gate.py"
 
 
 def record(condition: str, index: int, verdict: str, label: str = "Quiet", **rules: bool) -> dict[str, Any]:

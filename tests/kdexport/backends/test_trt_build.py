@@ -13,9 +13,6 @@ from typing import Any
 import pytest
 
 from kdexport.backends.trt_build import EngineRequest, build
-from kdexport.backends.trt_layers import Engine, EngineLayer, parse_inspector, require_precision
-from kdexport.errors import AuditError
-from kdexport.targets import Target
 
 SURFACES = sorted((Path(__file__).parent / "surfaces").glob("tensorrt-*.json"))
 #: What methods return, by class and method.
@@ -185,48 +182,3 @@ def test_a_name_that_only_one_version_has_is_refused_by_the_other(library: Libra
             _ = config.int8_calibrator
     with pytest.raises(AttributeError, match="has no num_compute_capabilities"):
         config.num_compute_capabilities = 1
-
-
-def inspected(kind: str, *tensors: dict[str, str]) -> EngineLayer:
-    row = {"Name": "a", "LayerType": kind, "Inputs": list(tensors), "Outputs": []}
-    (layer,) = parse_inspector(json.dumps({"Layers": [row], "Bindings": ["input"]}), {"input", "logits"})
-    return layer
-
-
-@pytest.mark.parametrize(
-    ("tensor", "name"),
-    [
-        ({"Format/Datatype": "Channel major FP16 format where channel % 8 == 0"}, "Half"),
-        ({"Format/Datatype": "Row major linear FP32"}, "Float"),
-        ({"Format/Datatype": "Thirty-two wide channel vectorized row major Int8 format"}, "Int8"),
-        ({"Format": "Row major linear", "DataType": "BF16"}, "BFloat16"),
-        ({"Format": "Row major linear", "DataType": "Half"}, "Half"),
-        ({"Format/Datatype": "N/A due to dynamic shapes"}, "unreadable"),
-        ({}, "unreadable"),
-    ],
-)
-def test_types_are_read_as_either_version_writes_them(tensor: dict[str, str], name: str) -> None:
-    assert inspected("CaskConvolution", {"Name": "x", **tensor}).datatypes == (name,)
-    assert inspected("CaskConvolution", {"Name": "input", **tensor}, {"Name": "y", **tensor}).datatypes == (name,)
-
-
-def test_an_engine_that_tells_names_alone_is_no_proof() -> None:
-    (layer,) = parse_inspector('{"Layers": ["conv + relu"]}', set())
-    with pytest.raises(AuditError, match="conv \\+ relu reads or writes unreadable"):
-        require_precision(Engine(plan=Path("a"), layers=(layer,), version="11"), Target("trt", "fp16"))
-
-
-@pytest.mark.parametrize("kind", ["CaskConvolution", "correlation", "gemm", "CaskGemmConvolution"])
-def test_int8_means_that_what_multiplies_reads_int8(kind: str) -> None:
-    def engine(*types: str) -> Engine:
-        rows = ((kind, types), ("kgen", ("Float",)), ("Reformat", ("Float", "Int8")))
-        layers = tuple(EngineLayer(name=f"{k} {i}", kind=k, datatypes=t) for i, (k, t) in enumerate(rows))
-        return Engine(plan=Path("a"), layers=layers, version="10")
-
-    require_precision(engine("Float", "Int8"), Target("trt", "int8"))
-    with pytest.raises(
-        AuditError, match=rf"1 of 3 kernels of trt-int8 do not run in Int8: {kind} 0 reads or writes Float"
-    ):
-        require_precision(engine("Float"), Target("trt", "int8"))
-    with pytest.raises(AuditError, match="Half"):
-        require_precision(engine("Half", "Int8"), Target("trt", "int8"))

@@ -1,0 +1,31 @@
+"""Options as users type them."""
+
+import pytest
+
+from kdexport.commands.options import parse_batches, parse_policy, parse_share
+from kdexport.errors import ConfigError, UnknownNameError
+from kdexport.timing.session import parse_clocks
+
+
+@pytest.mark.parametrize(("text", "value"), [("2%", 0.02), ("0.1%", 0.001), (" 100 %", 1.0), ("0.000001%", 1e-8)])
+def test_shares_carry_their_sign(text: str, value: float) -> None:
+    assert parse_share("--x", text) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("text", ["2", "0.02", "0%", "-2%", "101%", "nan%", "2%%", "", "2 percent", "1e1%", "\u0662%"])
+def test_what_is_no_share_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="is no share"):
+        parse_share("--max-slowdown", text)
+
+
+def test_lists_are_read_once_each_and_strictly() -> None:
+    assert parse_batches("1, 8,1") == (1, 8)
+    assert parse_clocks("serve,host,serve") == ("serve", "host")
+    for text in ("", "1,,2", "0", "-1", "a", "1.5", "123456", "\u0661"):
+        with pytest.raises(ConfigError):
+            parse_batches(text)
+    with pytest.raises(UnknownNameError, match="no clock 'hots'"):
+        parse_clocks("hots")
+    assert (parse_policy(None), parse_policy("warn"), parse_policy("fail")) == ("exit", "warn", "fail")
+    with pytest.raises(UnknownNameError):
+        parse_policy("exit")

@@ -1,0 +1,102 @@
+"""Flipped answers and lost accuracy, from the outputs that bundles store or from models that are run."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from kdexport.bundle.manifest import TASK
+from kdexport.errors import MismatchError
+from kdexport.gate.accuracy import accuracy_gates, labelled_images, stored_outputs
+from kdexport.gate.arms import Artifact, Bundle, artifact, open_bundle
+from tests.conftest import Built
+from tests.kdexport.gate.edited_bundles import edited
+
+
+def pair(one: Path, other: Path) -> list[tuple[Artifact, Bundle]]:
+    bundles = [open_bundle(folder) for folder in (one, other)]
+    return [(artifact(bundle, "onnx-fp32", "fused", one), bundle) for bundle in bundles]
+
+
+def flipped(bundle: Path, count: int) -> Path:
+    """The bundle remembers ``count`` other answers of its model."""
+    stored = load_file(bundle / TASK)
+    stored["model.onnx:predictions"][:count] = (stored["model.onnx:predictions"][:count] + 1) % 10
+    save_file(stored, bundle / TASK)
+    return edited(bundle, lambda data: None)
+
+
+def test_stored_outputs_of_the_same_images_are_taken(
+    built: Built, bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdexport.gate.accuracy.predictions", lambda *_, **__: pytest.fail("a model was run"))
+    arms = pair(built.bundle, flipped(bundle_copy, 7))
+    for data in (None, "digits"):
+        (flips,) = accuracy_gates(arms, (0.5, None), data, 1)
+        assert (flips.images, flips.source, flips.bound.value) == (360, "stored outputs", 7 / 360)
+
+
+def test_stored_outputs_are_those_that_the_models_give(built: Built) -> None:
+    arms = pair(built.bundle, built.bundle)
+    stored = stored_outputs(arms, None)
+    assert stored is not None
+    from kdexport.gate.accuracy import labelled_images, predictions
+
+    images = labelled_images(arms[0][1], "digits")
+    np.testing.assert_array_equal(stored.candidate, predictions(*arms[1], images, 1))
+    np.testing.assert_array_equal(stored.labels, images.images.labels)
+    unfused = [(replace(arms[0][0], variant="unfused"), arms[0][1]), arms[1]]
+    against = stored_outputs(unfused, None)
+    assert against is not None
+    np.testing.assert_array_equal(against.reference, load_file(built.bundle / TASK)["predictions"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda task: task.update(data_sha256="0" * 64),
+        lambda task: task.pop("data_sha256"),
+        lambda task: task["files"].pop("model.onnx"),
+    ],
+)
+def test_what_one_bundle_does_not_remember_is_run(
+    change: Callable[[dict[str, Any]], None], built: Built, bundle_copy: Path
+) -> None:
+    arms = pair(built.bundle, edited(bundle_copy, lambda data: change(data["task"])))
+    assert stored_outputs(arms, None) is None
+    (flips,) = accuracy_gates(arms, (0.9, None), None, 1)
+    assert (flips.images, flips.source, flips.bound.value) == (9, "golden images", 0)
+
+
+def test_other_images_than_the_stored_ones_are_run(built: Built, bundle_copy: Path) -> None:
+    arms = pair(built.bundle, bundle_copy)
+    assert stored_outputs(arms, "0" * 64) is None
+    # A part of the split is not the split that was asked for.
+    part = edited(bundle_copy, lambda data: data["task"].update(data_images=361))
+    fingerprint = open_bundle(part).manifest.data["task"]["data_sha256"]
+    assert stored_outputs(pair(part, part), fingerprint) is None
+    assert stored_outputs(pair(part, part), None) is not None
+
+
+def test_outputs_of_a_cpu_say_nothing_about_a_gpu(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "kdexport.gate.accuracy.predictions", lambda *_, on_gpu: np.zeros(9, np.int64) if on_gpu else None
+    )
+    (flips,) = accuracy_gates(pair(built.bundle, built.bundle), (0.9, None), None, 1, on_gpu=True)
+    assert (flips.source, flips.images) == ("golden images", 9)
+
+
+def test_validation_images_must_be_of_the_same_classes(built: Built, tmp_path: Path) -> None:
+    bundle = open_bundle(built.bundle)
+    assert labelled_images(bundle, None).source == "golden images"
+    assert len(labelled_images(bundle, "digits").images) == 360
+    for name in "01":
+        (tmp_path / "set" / "val" / name).mkdir(parents=True)
+        shutil.copy(built.bundle / bundle.manifest.golden[0], tmp_path / "set" / "val" / name / "a.png")
+    with pytest.raises(MismatchError, match="has 2 classes"):
+        labelled_images(bundle, str(tmp_path / "set"))

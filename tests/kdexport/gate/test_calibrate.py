@@ -1,0 +1,98 @@
+"""What a machine can enforce: measured, written to runner.toml, and read again."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from kdexport.errors import ConfigError, ResolutionError
+from kdexport.gate.calibrate import (
+    MIN_SESSIONS,
+    Calibration,
+    calibrate,
+    read_calibration,
+    require_resolution,
+    resampled_false_fails,
+    write_calibration,
+)
+from kdexport.gate.sequential_test import Plan
+from kdexport.stats.sequential import minimum_detectable_effect
+from kdexport.timing.machine import this_machine
+from tests.kdexport.gate.drawn_sessions import FUSED, machine, number
+
+PLAN = Plan(max_slowdown=0.02, seed=2)
+SAME = replace(number(), reference=FUSED)
+
+
+@pytest.fixture(scope="module")
+def calm() -> Calibration:
+    return calibrate(SAME, PLAN, 4, run=machine(0.0, 0.004)[0])
+
+
+def test_a_calm_machine_is_calibrated_to_what_its_sessions_show(calm: Calibration) -> None:
+    assert (calm.gates, calm.false_fails, calm.inconclusive) == (4, 0, 0)
+    # Four gates of one sentinel and six sessions.
+    assert calm.sessions == 28
+    assert calm.session_deviation == pytest.approx(0.004, rel=0.3)
+    assert calm.mde == pytest.approx(minimum_detectable_effect(calm.session_deviation))
+    # 0 of 4: the exact bound is 1 - 0.05^(1/4).
+    assert calm.false_fail_high == pytest.approx(1 - 0.05**0.25)
+    assert calm.resampled_false_fails == 0
+    assert calm.machine == this_machine()
+
+
+def test_a_machine_without_a_verdict_is_measured_until_there_are_enough_sessions() -> None:
+    found = calibrate(SAME, PLAN, 1, run=machine(0.0, 0.5)[0])
+    assert found.sessions >= MIN_SESSIONS
+    assert found.inconclusive == found.gates > 1
+    assert found.mde > 0.3
+
+
+def test_false_fails_drawn_from_sessions_depend_on_the_sessions() -> None:
+    assert resampled_false_fails([0.001, -0.002, 0.003], math.log(1.02)) == 0
+    # Far above the limit in either direction, every time: drawn with a random sign, some gates see one sign only.
+    assert resampled_false_fails([0.3, 0.31, 0.29], math.log(1.02)) > 0.005
+
+
+def test_runner_toml_survives_its_file_and_is_whole_or_not_there(calm: Calibration, tmp_path: Path) -> None:
+    odd = replace(calm, model='a "quoted" \\ name\n\u00e9', machine=replace(calm.machine, cpu="CPU # 1 = fast"))
+    write_calibration(odd, tmp_path / "runner.toml")
+    assert read_calibration(tmp_path / "runner.toml") == odd
+    assert [path.name for path in tmp_path.iterdir()] == ["runner.toml"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("kdexport.runner/1", "kdexport.runner/9"),
+        ("\nmde = ", "\nmde = nan\nx_mde = "),
+        ("\nmde = ", "\nmde = '2%'\n#"),
+        ("\nmde = ", "\n#"),
+        ("\nmde = ", "\nmde = -1.0 #"),
+        ("[machine]", "[machin]"),
+        ("schema = ", "schema = = "),
+    ],
+)
+def test_a_foreign_or_damaged_runner_toml_is_refused(calm: Calibration, tmp_path: Path, old: str, new: str) -> None:
+    path = tmp_path / "runner.toml"
+    write_calibration(calm, path)
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(ConfigError):
+        read_calibration(path)
+
+
+def test_a_limit_below_what_the_machine_sees_is_refused_with_what_it_sees(calm: Calibration) -> None:
+    noisy = replace(calm, session_deviation=0.03, mde=0.0286)
+    with pytest.raises(ResolutionError) as caught:
+        require_resolution(noisy, 0.02)
+    assert caught.value.exit_code == 3
+    assert caught.value.message == (
+        "This runner cannot enforce 2.0%: equal arms differ by 3.00% between sessions, so that it can enforce 3.0%."
+    )
+    # What the message offers must be accepted.
+    require_resolution(noisy, noisy.smallest_slowdown)
+    assert noisy.smallest_slowdown == 0.03
+    require_resolution(calm, 0.02)

@@ -1,0 +1,70 @@
+"""A gate between two targets of one bundle, and between targets of two bundles."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from kdexport.bundle.manifest import MODEL
+from kdexport.cli import app
+from kdexport.errors import BackendUnavailableError, ConfigError
+from kdexport.gate import compare
+from kdexport.gate.compare import GateRequest, Limits, run_gate
+from kdexport.gate.sequential_test import run_trial
+from kdexport.timing.session import Request
+from tests.conftest import Built
+from tests.kdexport.gate.drawn_sessions import machine
+from tests.kdexport.optional_packages import require_openvino
+
+
+def gated(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> tuple[Any, list[Request]]:
+    """What the command says where sessions are drawn, and the sessions that it asked for."""
+    run, asked = machine(0.0, 0.002)
+    monkeypatch.setattr(compare, "run_trial", functools.partial(run_trial, run=run))
+    return CliRunner().invoke(app, ["gate", *map(str, arguments)]), asked
+
+
+def test_a_gate_compares_what_it_was_asked_to(
+    two_targets: Path, built: Built, twin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    require_openvino()
+    one = two_targets / "targets" / "openvino-fp32" / MODEL
+    other = two_targets / "targets" / "onnx-fp32" / MODEL
+    done, asked = gated(monkeypatch, two_targets, "--target", "openvino-fp32", "--against", "onnx-fp32")
+    assert done.exit_code == 0, done.output
+    assert "Is openvino-fp32 slower than onnx-fp32?" in done.output
+    sentinel, first = asked[:2]
+    assert (sentinel.reference, sentinel.candidate) == (first.candidate, first.candidate)
+    assert (first.candidate.path, first.candidate.target) == (str(one), "openvino-fp32")
+    assert (first.reference.path, first.reference.target) == (str(other), "onnx-fp32")
+    # Against another bundle, whose target is another one too.
+    arguments = ("--target", "openvino-fp32", "--against", "onnx-fp32", "--baseline", built.bundle)
+    done, asked = gated(monkeypatch, two_targets, *arguments)
+    assert done.exit_code == 0, done.output
+    assert asked[1].reference.path == str(built.bundle / "targets" / "onnx-fp32" / MODEL)
+    assert asked[1].candidate == first.candidate
+    # The unfused student runs where the fused one does.
+    monkeypatch.setattr("kdexport.gate.arms._unfused_twin", lambda *_: next(twin.iterdir()))
+    done, asked = gated(monkeypatch, two_targets, "--target", "openvino-fp32")
+    assert done.exit_code == 0, done.output
+    assert asked[1].reference.target == "openvino-fp32"
+
+
+@pytest.mark.parametrize(
+    ("target", "against", "error", "words"),
+    [
+        (None, "onnx-fp32", ConfigError, "Both arms are onnx-fp32"),
+        ("trt-rtx-fp16", None, BackendUnavailableError, "it is an engine"),
+        (None, "trt-rtx-fp16", BackendUnavailableError, "it is an engine"),
+    ],
+)
+def test_arms_that_mean_nothing_are_refused(
+    target: str | None, against: str | None, error: type[Exception], words: str, built: Built
+) -> None:
+    request = GateRequest(
+        bundle=built.bundle, baseline=None, limits=Limits(slowdown=0.02), target=target, against=against
+    )
+    with pytest.raises(error, match=words):
+        run_gate(request, lambda _: None)
