@@ -1,5 +1,4 @@
 import csv
-import json
 import math
 import statistics
 from pathlib import Path
@@ -9,37 +8,12 @@ import pytest
 from typer.testing import CliRunner
 
 from kdexport.errors import ConfigError, TrainingError
+from tests.training.study.planned_cells import TOP1, cells, finish, finished
 from tests.training.tiny import OVERRIDES
 from training.__main__ import app
-from training.runs.record import claim, note_environment
-from training.study.cells import Cell, plan, read, run_cell, teacher_directory
+from training.runs.record import claim
+from training.study.cells import Cell, read, run_cell
 from training.study.table import interval, spread, to_csv, to_markdown
-
-PAIR = "cifar100/resnet32x4-shufflenetv2"
-#: Of both methods with two seeds; the order is that of the plan.
-TOP1 = {("plain", 0): 0.5125, ("kd", 0): 0.5300, ("plain", 1): 0.5005, ("kd", 1): 0.5340}
-
-
-def cells(runs: Path, *, seeds: tuple[int, ...] = (0, 1), **train: Any) -> list[Cell]:
-    return plan([f"{PAIR}/plain", f"{PAIR}/kd"], seeds, runs, {"train": {"epochs": 3, **train}})
-
-
-def finish(cell: Cell, top1: float) -> None:
-    """A run folder as the training leaves it; its best epoch is the second."""
-    claim(cell.directory, cell.recipe, "student")
-    note_environment(cell.directory, "Some GPU", 2)
-    lines = [{"epoch": i + 1, "top1": value} for i, value in enumerate((0.1, top1 + 0.01, top1))]
-    (cell.directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (cell.directory / "student").mkdir()
-    metrics = {"top1": top1, "teacher_top1": 0.7263, "best_epoch_top1": top1 + 0.01}
-    (cell.directory / "student" / "student.json").write_text(json.dumps({"provenance": {"metrics": metrics}}))
-
-
-def finished(runs: Path) -> list[Cell]:
-    planned = cells(runs)
-    for cell in planned:
-        finish(cell, TOP1[cell.method, cell.seed])
-    return planned
 
 
 def page(planned: list[Cell]) -> str:
@@ -50,33 +24,6 @@ def rows(text: str) -> dict[str, list[str]]:
     """The cells of each row after its method."""
     lines = [[part.strip() for part in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
     return {line[0]: line[1:] for line in lines[2:]}
-
-
-def test_cells_are_planned_seed_by_seed_each_in_a_folder_of_its_own(tmp_path: Path) -> None:
-    planned = cells(tmp_path)
-    assert [(cell.method, cell.seed) for cell in planned] == [("plain", 0), ("kd", 0), ("plain", 1), ("kd", 1)]
-    assert [cell.recipe.train.seed for cell in planned] == [0, 0, 1, 1]
-    assert [cell.recipe.train.epochs for cell in planned] == [3] * 4
-    assert len({cell.directory for cell in planned}) == 4
-    assert planned[3].directory == tmp_path / PAIR / "kd" / "seed1"
-
-
-def test_a_pattern_takes_all_that_match_it_and_none_is_an_error(tmp_path: Path) -> None:
-    assert len(plan(["cifar100/*/*"], [0], tmp_path, {"distiller": {}})) == 6 * 14
-    with pytest.raises(ConfigError, match=r"No recipe matches 'cifar/\*'"):
-        plan(["cifar/*"], [0], tmp_path, {})
-    with pytest.raises(ConfigError, match="named twice"):
-        plan([f"{PAIR}/*", f"{PAIR}/kd"], [0], tmp_path, {})
-
-
-def test_cells_share_a_teacher_whatever_their_method_and_seed(tmp_path: Path) -> None:
-    folders = {teacher_directory(cell, tmp_path) for cell in cells(tmp_path)}
-    assert len(folders) == 1
-    # Its own length and rate are keys of [teacher]; those of the student do not reach it.
-    assert {teacher_directory(cell, tmp_path) for cell in cells(tmp_path, epochs=7, learning_rate=0.3)} == folders
-    assert folders.pop().parent == tmp_path / "teachers"
-    others = [cells(tmp_path, batch_size=32)[0], plan(["cifar100/vgg13-mobilenetv2/kd"], [0], tmp_path, {})[0]]
-    assert len({teacher_directory(cell, tmp_path) for cell in [*others, cells(tmp_path)[0]]}) == 3
 
 
 def test_the_page_has_means_deviations_and_paired_differences_of_the_last_epoch(tmp_path: Path) -> None:
@@ -118,13 +65,6 @@ def test_a_cell_that_was_not_run_or_not_finished_says_so(tmp_path: Path) -> None
     assert rows(page(planned))["kd"][3] == ""
 
 
-def test_numbers_of_another_recipe_are_never_shown(tmp_path: Path) -> None:
-    finished(tmp_path)
-    for changed in (cells(tmp_path, learning_rate=0.02), cells(tmp_path, nesterov=True)):
-        with pytest.raises(ConfigError, match="holds a run of another recipe"):
-            read(changed[0])
-
-
 def test_a_run_that_diverged_is_noted_not_repeated_and_does_not_stop_the_others(tmp_path: Path) -> None:
     planned, ran = cells(tmp_path, seeds=(0,)), []
 
@@ -140,15 +80,6 @@ def test_a_run_that_diverged_is_noted_not_repeated_and_does_not_stop_the_others(
     assert ran == [cell.directory for cell in planned]
     assert rows(page(planned))["kd"][1] == "failed, seed 0: loss is not finite in epoch 2."
     assert rows(page(planned))["plain"][1] == "50.00"
-
-
-def test_what_is_wrong_with_the_machine_or_the_call_stops_the_table(tmp_path: Path) -> None:
-    def absent(recipe: Any, directory: Path, teacher: Path) -> None:
-        raise ConfigError("There is no data.", remedy="Pass --data.")
-
-    with pytest.raises(ConfigError, match="no data"):
-        run_cell(cells(tmp_path)[0], tmp_path, absent)
-    assert read(cells(tmp_path)[0]).state == "not run"
 
 
 def test_one_value_has_no_deviation_and_one_difference_no_interval() -> None:

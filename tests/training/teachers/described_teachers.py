@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from training.teachers import TEACHERS, Teacher
+
 Shapes = dict[str, tuple[int, ...]]
 State = dict[str, Tensor]
 
@@ -219,3 +221,8 @@ def walk(name: str, state: State, images: Tensor) -> Walk:
     if name.startswith("vgg"):
         return walk_vgg(state, images)
     return walk_wide_resnet(state, images) if name.startswith("wrn") else walk_resnet(state, images)
+
+
+def built(name: str, image_size: int, num_classes: int = 100, *, device: str = "cpu") -> Teacher:
+    with torch.device(device):
+        return TEACHERS.build(name, num_classes=num_classes, image_size=image_size)
