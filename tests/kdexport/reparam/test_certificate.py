@@ -1,4 +1,4 @@
-"""The certificate of a fold: its errors and limit, and its warnings about what a correct merge costs in low precision."""
+"""The certificate of a fold: its errors, its limit, and its warnings of what a correct merge costs in low precision."""
 
 import json
 import math
