@@ -11,6 +11,31 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
+TESTS = ROOT / "tests"
+#: Test modules about several modules of their folder, and what each one is about.
+SPANNING = {
+    "kdexport/build/test_target_builds.py": "every target from the command to faults in its bundle",
+    "kdexport/gate/test_action.py": "the composite action that runs the gate in CI",
+    "kdexport/graph/test_audit_int8.py": "the audit, on the files that the quantizer writes",
+    "kdexport/graph/test_students_export.py": "export, cast and audit of every registered student",
+    "kdexport/reparam/test_absorbed_pads.py": "adapters composed into padded convolutions, from structure to fold",
+    "kdexport/reparam/test_mutated_merges.py": "wrong merges put into every module of the algebra",
+    "kdexport/serving/test_fuzz.py": "random requests to a running server",
+    "kdexport/serving/test_hostile.py": "requests of known attacks to a running server",
+    "kdexport/serving/test_lifecycle.py": "start, reload and shutdown of a running server",
+    "kdexport/serving/test_scale_out.py": "manifests of Kubernetes, KServe, Ray and Triton",
+    "kdexport/serving/test_telemetry.py": "no command sends telemetry",
+    "kdexport/serving/test_tritonclient.py": "the client of Triton against a running server",
+    "kdexport/stats/test_paired_accuracy.py": "the exact bounds of paired accuracy",
+    "kdexport/students/test_contract.py": "the contract of every registered student",
+    "kdexport/students/test_merge.py": "branches on every registered student and their merge",
+    "kdexport/test_lean_import.py": "what importing the package imports",
+    "training/distillers/test_contract.py": "the contract of every registered method",
+    "training/distillers/test_feature_distillers.py": "every method on every pair of networks",
+    "training/runs/test_processes.py": "training by several processes",
+    "training/teachers/test_architectures.py": "published facts of every registered teacher",
+    "training/teachers/test_contract.py": "the contract of every registered teacher",
+}
 MODULES = sorted([*(ROOT / "kdexport").rglob("*.py"), *(ROOT / "training").rglob("*.py")])
 
 
@@ -125,6 +150,31 @@ def test_modules_are_ascii_and_say_what_their_public_functions_do(path: Path) ->
 def test_each_file_name_stands_once_in_kdexport() -> None:
     names = [path.name for path in (ROOT / "kdexport").rglob("*.py") if path.name != "__init__.py"]
     assert sorted({name for name in names if names.count(name) > 1}) == []
+
+
+def test_every_test_folder_mirrors_a_package_folder() -> None:
+    folders = sorted({path.parent.relative_to(TESTS) for path in TESTS.rglob("test_*.py")})
+    assert [str(folder) for folder in folders if not any((ROOT / folder).glob("*.py")) and folder != Path()] == []
+
+
+def test_every_test_module_is_named_after_the_module_that_it_tests_or_listed() -> None:
+    unmatched = []
+    for path in TESTS.glob("*/**/test_*.py"):
+        name = path.relative_to(TESTS)
+        if not (ROOT / name.with_name(name.name.removeprefix("test_"))).is_file():
+            unmatched.append(str(name))
+    # Both differences, so that neither a new module is left out nor an entry outlives its module.
+    assert (sorted(set(unmatched) - SPANNING.keys()), sorted(SPANNING.keys() - set(unmatched))) == ([], [])
+
+
+def test_no_test_imports_from_a_test_module() -> None:
+    for path in sorted(TESTS.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            imported = [name for name in names if name.startswith("tests.")]
+            assert not [name for name in imported if re.search(r"\.test_\w+(\.|$)", name)], path
 
 
 def test_no_file_names_a_machine() -> None:
