@@ -29,8 +29,8 @@ _HOMES = {
     "fold_batch_norm": "algebra",
     "merge_branches": "algebra",
     "attach_branches": "blocks",
-    "FusedStudent": "fuse",
-    "fuse_student": "fuse",
+    "FusedStudent": "fold_student",
+    "fuse_student": "fold_student",
     "FusedProgram": "program",
     "fuse_module": "program",
 }

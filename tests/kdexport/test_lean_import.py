@@ -3,6 +3,8 @@ import sys
 
 import pytest
 
+from kdexport import reparam
+
 HEAVY = ("torch", "torchvision", "onnx", "onnxruntime", "onnxscript", "tensorrt", "tensorrt_rtx", "sklearn", "training")
 MODULES = [
     "", ".errors", ".registry", ".config", ".targets", ".data.datasets", ".data.preprocessing", ".checkpoint",
@@ -31,3 +33,8 @@ def test_torchvision_waits_for_a_network_that_needs_it() -> None:
     assert "torchvision" not in imported_by("import kdexport.students, kdexport.pipeline, training.teachers")
     large = "from kdexport.students import STUDENTS; STUDENTS.build('resnet18', num_classes=2, image_size=224)"
     assert "torchvision" in imported_by(large)
+
+
+@pytest.mark.parametrize("name", sorted(reparam.__all__))
+def test_every_public_name_that_waits_for_its_first_use_is_there(name: str) -> None:
+    assert getattr(reparam, name).__name__ == name
