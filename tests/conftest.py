@@ -89,8 +89,6 @@ def here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
     from kdexport.core import console
 
     def run(*arguments: str | Path, cwd: Path | None = None) -> Outcome:
-        # The command sets it for its children, which is none of the next test's business.
-        monkeypatch.setenv("PYTHONSAFEPATH", "1")
         monkeypatch.setenv("COLUMNS", "160")
         monkeypatch.setenv("NO_COLOR", "1")
         monkeypatch.setattr(sys, "argv", ["kdexport", *map(str, arguments)])

@@ -5,8 +5,6 @@ Each engine is built, and run, in a process of its own (``trt_build``).
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
@@ -18,6 +16,8 @@ from numpy.typing import NDArray
 
 from kdexport.backends.trt_build import MODULES, EngineRequest
 from kdexport.backends.trt_layers import Engine, EngineLayer, parse_layer_table, require_precision
+from kdexport.core.child import ChildDiedError, ChildTimeoutError, call
+from kdexport.core.console import print_json
 from kdexport.errors import EngineBuildError
 from kdexport.targets import Target, gpu_fingerprint
 
@@ -50,32 +50,18 @@ _TIMEOUT_S = 1800
 
 def build_engine(request: EngineRequest) -> Engine:
     """Build in a child process. Raises ``EngineBuildError`` with the builder's own words."""
-    command = [sys.executable, "-m", "kdexport.backends.trt_build", json.dumps(asdict(request))]
-    done = _run_child(command, f"{MODULES[request.backend]} did not build {Path(request.onnx).name}")
-    last = done.stdout.strip().rpartition("\n")[2]
+    failure = f"{MODULES[request.backend]} did not build {Path(request.onnx).name}"
+    kept = "The ONNX file is kept in the workspace; its own tools open it as it is."
     try:
-        answer: dict[str, Any] = json.loads(last)
-    except json.JSONDecodeError:
-        answer = {"error": f"the builder died with exit code {done.returncode}: {done.stderr.strip()[-500:]}"}
-    if "error" in answer:
+        answer = _call("kdexport.backends.trt_build", [json.dumps(asdict(request))], failure)
+    except ChildDiedError as error:
         raise EngineBuildError(
-            f"{MODULES[request.backend]} did not build {Path(request.onnx).name}: {answer['error']}",
-            remedy="The ONNX file is kept in the workspace; its own tools open it as it is.",
-        )
+            f"{failure}: the builder died with exit code {error.exit_code}: {error.said}", remedy=kept
+        ) from None
+    if "refused" in answer:
+        raise EngineBuildError(f"{failure}: {answer['refused']}", remedy=kept)
     layers = tuple(EngineLayer.from_json(row) for row in answer["layers"])
     return Engine(plan=Path(request.plan), layers=layers, version=str(answer["version"]))
-
-
-def _run_child(
-    command: list[str], failure: str, environment: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False, env=environment)
-    except subprocess.TimeoutExpired as error:
-        raise EngineBuildError(
-            f"{failure} within {error.timeout:g} s.",
-            remedy="Ask for fewer compute capabilities, or use a faster machine.",
-        ) from None
 
 
 def run_engine(
@@ -85,17 +71,28 @@ def run_engine(
     with tempfile.TemporaryDirectory() as folder:
         exchange = Path(folder)
         np.save(exchange / "images.npy", images)
-        command = [sys.executable, "-m", "kdexport.backends.trt", str(plan), folder, json.dumps(batches)]
         # Polygraphy chooses between TensorRT and TensorRT-RTX when it is imported.
-        environment = {**os.environ, "POLYGRAPHY_USE_TENSORRT_RTX": "1" if target.backend == "trt-rtx" else "0"}
-        done = _run_child(command, f"The engine of {target} did not answer", environment)
-        if done.returncode != 0:
+        environment = {"POLYGRAPHY_USE_TENSORRT_RTX": "1" if target.backend == "trt-rtx" else "0"}
+        arguments = [str(plan), folder, json.dumps(batches)]
+        try:
+            _call("kdexport.backends.trt", arguments, f"The engine of {target} did not answer", environment)
+        except ChildDiedError as error:
             raise EngineBuildError(
-                f"The engine of {target} does not run: {done.stderr.strip()[-500:]}",
+                f"The engine of {target} does not run: {error.said}",
                 remedy="An engine runs only on the GPU generation and TensorRT version that it was built for.",
-            )
+            ) from None
         logits: NDArray[np.float32] = np.load(exchange / "logits.npy")
     return logits
+
+
+def _call(module: str, arguments: list[str], failure: str, environment: dict[str, str] | None = None) -> Any:
+    try:
+        return call(module, arguments, timeout_s=_TIMEOUT_S, environment=environment)
+    except ChildTimeoutError as error:
+        raise EngineBuildError(
+            f"{failure} within {error.seconds:g} s.",
+            remedy="Ask for fewer compute capabilities, or use a faster machine.",
+        ) from None
 
 
 def _run(plan: str, folder: str, batches: list[int]) -> None:
@@ -110,6 +107,7 @@ def _run(plan: str, folder: str, batches: list[int]) -> None:
             lambda chunk: np.array(runner.infer({"input": chunk})["logits"]), images, tuple(batches)
         )
     np.save(Path(folder) / "logits.npy", logits)
+    print_json({"images": len(logits)})
 
 
 if __name__ == "__main__":

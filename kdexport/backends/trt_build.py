@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kdexport.backends.trt_layers import EngineLayer, parse_inspector, parse_layer_table
+from kdexport.core.console import print_json
 
 MODULES = {"trt": "tensorrt", "trt-rtx": "tensorrt_rtx"}
 
@@ -37,7 +38,7 @@ class EngineRequest:
 
 
 def build(request: EngineRequest) -> dict[str, Any]:
-    """Build, write the plan, and tell version and layers; or what the builder said against it, under ``error``."""
+    """Build, write the plan, and tell version and layers; or what the builder said against it, under ``refused``."""
     trt = importlib.import_module(MODULES[request.backend])
     messages: list[tuple[str, str]] = []
 
@@ -55,14 +56,14 @@ def build(request: EngineRequest) -> dict[str, Any]:
     parser = trt.OnnxParser(network, trt.Logger(trt.Logger.ERROR))
     if not parser.parse_from_file(request.onnx):
         faults = [parser.get_error(i) for i in range(parser.num_errors)]
-        return {"error": "; ".join(f"{fault.node_name()}: {fault.desc()}" for fault in faults)}
+        return {"refused": "; ".join(f"{fault.node_name()}: {fault.desc()}" for fault in faults)}
     if (network.num_inputs, network.num_outputs) != (1, 1):
-        return {"error": f"a graph of {network.num_inputs} inputs and {network.num_outputs} outputs, not one of each"}
+        return {"refused": f"a graph of {network.num_inputs} inputs and {network.num_outputs} outputs, not one of each"}
     interface = {network.get_input(0).name, network.get_output(0).name}
     config = _configure(trt, builder, network, request)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        return {"error": "; ".join(text for kind, text in messages if kind in ("ERROR", "INTERNAL_ERROR"))}
+        return {"refused": "; ".join(text for kind, text in messages if kind in ("ERROR", "INTERNAL_ERROR"))}
     Path(request.plan).write_bytes(bytes(plan))
     if request.backend == "trt":
         if request.timing_cache:
@@ -136,8 +137,8 @@ def _main() -> None:
         answer = build(EngineRequest(**data))
     # Native bindings raise RuntimeError, AttributeError and their own; the parent names the builder and quotes this.
     except Exception as error:  # noqa: BLE001
-        answer = {"error": f"{type(error).__name__}: {error}"}
-    sys.stdout.write(json.dumps(answer) + "\n")
+        answer = {"refused": f"{type(error).__name__}: {error}"}
+    print_json(answer)
 
 
 if __name__ == "__main__":

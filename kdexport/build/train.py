@@ -1,24 +1,20 @@
 """Starts the training package as a child process; what comes back is a directory, kept by what it was trained from."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from kdexport.core.child import CHILD, end_with_parent
+from kdexport.core.child import ChildDiedError, call
 from kdexport.core.digests import digest
-from kdexport.errors import ForwardedError, TrainingError
+from kdexport.errors import TrainingError
 
 #: One child process per GPU when there are several.
-_DISTRIBUTED = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
+_LAUNCHER = "torch.distributed.run"
 
 
 def resolve_recipe(recipe: str, overrides: dict[str, Any]) -> dict[str, Any]:
     """``{"revision": int, "recipe": {...}}``: the complete recipe after its base and ``overrides``."""
-    answer = _call(["resolve", "--recipe", recipe, *_as_options(overrides)])
-    return dict(json.loads(answer))
+    return dict(_call(["resolve", "--recipe", recipe, *_as_options(overrides)]))
 
 
 def train_teacher(recipe: str, overrides: dict[str, Any], out: Path) -> None:
@@ -52,27 +48,19 @@ def _portable(recipe: dict[str, Any]) -> dict[str, Any]:
     return {**recipe, "data": data, "teacher": teacher}
 
 
-def _call(arguments: list[str], *, processes: int = 1) -> str:
-    launcher = ["-m"] if processes == 1 else [*_DISTRIBUTED, str(processes), "-m"]
-    environment = dict(os.environ)
-    if processes == 1:
-        environment[CHILD] = str(os.getpid())
-    command = [sys.executable, *launcher, "training", *arguments]
-    # The launcher is not ours and would outlive us; what it starts ends with it.
-    ending = end_with_parent if processes > 1 and sys.platform == "linux" else None
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False, preexec_fn=ending)
-    if done.returncode == 0:
-        return done.stdout
+def _call(arguments: list[str], *, processes: int = 1) -> Any:
+    module, options = "training", arguments
+    if processes > 1:
+        module = _LAUNCHER
+        options = ["--standalone", "--nproc_per_node", str(processes), "-m", "training", *arguments]
     try:
-        error = json.loads(done.stdout.strip().rpartition("\n")[2])["error"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+        # Training takes as long as it takes, and shows its progress on stderr.
+        return call(module, options, timeout_s=None, shows_stderr=True)
+    except ChildDiedError as error:
         raise TrainingError(
-            f"The training process ended with exit code {done.returncode}.",
+            f"The training process ended with exit code {error.exit_code}.",
             remedy="Its output is above. The same command continues from the last finished epoch.",
         ) from None
-    raise ForwardedError(
-        error["message"], remedy=error["remedy"], code=error["code"], exit_code=done.returncode
-    ) from None
 
 
 def _as_options(tables: dict[str, Any], prefix: str = "") -> list[str]:

@@ -1,7 +1,5 @@
 """What `kdexport list` prints."""
 
-import json
-import subprocess
 import sys
 from collections.abc import Callable
 from typing import Annotated
@@ -9,6 +7,7 @@ from typing import Annotated
 import typer
 
 from kdexport.commands.options import Debug, Json
+from kdexport.core.child import ChildDiedError, call
 from kdexport.core.console import print_json
 from kdexport.errors import BackendUnavailableError, UnknownNameError
 from kdexport.registry import nearest
@@ -36,14 +35,14 @@ def _targets() -> Rows:
 
 def _from_training(kind: str) -> Callable[[], Rows]:
     def ask() -> Rows:
-        command = [sys.executable, "-m", "training", "names", kind]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
+        try:
+            names = call("training", ["names", kind], timeout_s=None)
+        except ChildDiedError as error:
             raise BackendUnavailableError(
-                f"The training package does not start: {done.stderr.strip()[-300:]}",
+                f"The training package does not start: {error.said}",
                 remedy="Install kdexport whole: pip install kdexport.",
-            )
-        return [(name, "") for name in json.loads(done.stdout)]
+            ) from None
+        return [(name, "") for name in names]
 
     return ask
 

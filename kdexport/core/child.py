@@ -1,28 +1,191 @@
-"""Child processes that end with their parent."""
+"""Child processes: one of our modules, started to answer with JSON, in a process that ends with its parent.
 
+``call`` waits for the end of the child, ``started`` for the line that a server writes when it is ready. Both run
+``python -m kdexport.core.child PARENT -m MODULE ...``, so that the new process is tied to its parent before it imports
+anything else. On Linux the system then kills it when its parent ends, even by SIGKILL, and whatever it does. On other
+systems a thread of the child waits for the end of stdin, a pipe that the parent alone holds open; native code that
+does not release the interpreter's lock delays this until it returns.
+"""
+
+import contextlib
 import ctypes
+import json
 import os
+import runpy
+import select
 import signal
+import subprocess
 import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NoReturn
 
-#: Set for our own child processes: they describe an error on stdout, and the parent says it.
-CHILD = "KDEXPORT_PARENT_PID"
+from kdexport.errors import ForwardedError
+
+#: The id of a process that was started here: it describes an error on stdout, and its parent prints it.
+_CHILD = "KDEXPORT_CHILD_PID"
 
 #: Set by torch's launcher for the processes that it starts, each in a session of its own.
 _LAUNCHED = "TORCHELASTIC_RUN_ID"
 
+#: Exit code of a child whose parent is gone, as after Ctrl-C.
+_ORPHANED = 130
 
-def die_with_parent() -> None:
-    """As a child process, end when the parent ends, even by SIGKILL: nothing goes on that nobody waits for."""
-    parent = os.environ.get(CHILD)
-    if parent is not None or _LAUNCHED in os.environ:
-        end_with_parent()
-    if parent is not None and sys.platform == "linux" and os.getppid() != int(parent):
-        sys.exit(130)
+#: How much of stderr an error quotes, from its end.
+_QUOTED_CHARACTERS = 500
 
 
-def end_with_parent() -> None:
-    """Have the system kill this process when its parent ends; holds for the program that it may become (``exec``)."""
+class ChildTimeoutError(Exception):
+    """A child process had no answer after ``seconds`` and was killed."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"no answer within {seconds:g} s")
+        self.seconds = seconds
+
+
+class ChildDiedError(Exception):
+    """A child process ended without an answer; ``exit_code`` is negative for a signal, ``said`` the end of stderr."""
+
+    def __init__(self, exit_code: int, said: str) -> None:
+        super().__init__(f"exit code {exit_code}: {said}")
+        self.exit_code = exit_code
+        self.said = said
+
+
+def call(
+    module: str,
+    arguments: Sequence[str],
+    *,
+    timeout_s: float | None,
+    environment: Mapping[str, str] | None = None,
+    shows_stderr: bool = False,
+) -> Any:
+    """Run ``module`` with ``arguments`` in a child process; the last JSON object or list that it writes on stdout.
+
+    ``environment`` is added to ours. With ``shows_stderr`` the child writes to our stderr, and an error quotes nothing.
+    Raises ``ForwardedError`` with the error that the child described, ``ChildDiedError`` or ``ChildTimeoutError``.
+    """
+    with _held_pipe() as stdin:
+        try:
+            done = subprocess.run(
+                _command(module, arguments), stdin=stdin, stdout=subprocess.PIPE,
+                stderr=None if shows_stderr else subprocess.PIPE, text=True, env=_environment(environment),
+                timeout=timeout_s, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            raise ChildTimeoutError(error.timeout) from None
+    return _answer(done.stdout, done.returncode, done.stderr or "")
+
+
+@contextlib.contextmanager
+def started(module: str, arguments: Sequence[str], *, timeout_s: float) -> Iterator[Any]:
+    """Start ``module`` and yield the JSON of its first line on stdout; the child is killed at the end of the block.
+
+    Raises what ``call`` raises.
+    """
+    with _held_pipe() as stdin, tempfile.TemporaryFile("w+", errors="replace") as stderr:
+        child = subprocess.Popen(
+            _command(module, arguments), stdin=stdin, stdout=subprocess.PIPE, stderr=stderr, text=True,
+            env=_environment(None),
+        )  # fmt: skip
+        with child:
+            try:
+                assert child.stdout is not None
+                if not select.select([child.stdout], [], [], timeout_s)[0]:
+                    raise ChildTimeoutError(timeout_s)
+                line = child.stdout.readline()
+                exit_code = 0 if line else child.wait()
+                stderr.seek(0)
+                yield _answer(line, exit_code, stderr.read())
+            finally:
+                child.kill()
+
+
+def end_with_launcher() -> None:
+    """As one of the processes that torch's launcher started, end when the launcher ends, even by SIGKILL."""
+    if _LAUNCHED in os.environ:
+        _end_with_parent()
+
+
+def describes_errors() -> bool:
+    """Whether this process was started by ``call`` or ``started``, whose caller prints its error."""
+    return os.environ.get(_CHILD) == str(os.getpid())
+
+
+def _command(module: str, arguments: Sequence[str]) -> list[str]:
+    return [sys.executable, "-m", "kdexport.core.child", str(os.getpid()), "-m", module, *arguments]
+
+
+def _environment(added: Mapping[str, str] | None) -> dict[str, str]:
+    # A child runs our own modules, whatever lies in the user's folder under the same names.
+    return {**os.environ, "PYTHONSAFEPATH": "1", **(added or {})}
+
+
+@contextlib.contextmanager
+def _held_pipe() -> Iterator[int]:
+    """A stdin that ends when this process does."""
+    reading, held = os.pipe()
+    try:
+        yield reading
+    finally:
+        os.close(reading)
+        os.close(held)
+
+
+def _answer(stdout: str, exit_code: int, stderr: str) -> Any:
+    answer = _last_json(stdout)
+    if isinstance(answer, dict) and isinstance(answer.get("error"), dict):
+        error = answer["error"]
+        raise ForwardedError(
+            error["message"], remedy=error["remedy"], code=error["code"], exit_code=answer["exit_code"]
+        )
+    if exit_code != 0 or answer is None:
+        raise ChildDiedError(exit_code, stderr.strip()[-_QUOTED_CHARACTERS:])
+    return answer
+
+
+def _last_json(text: str) -> Any:
+    # Libraries write to stdout too, some of them while the process ends.
+    for line in reversed(text.splitlines()):
+        with contextlib.suppress(json.JSONDecodeError):
+            value = json.loads(line)
+            if isinstance(value, dict | list):
+                return value
+    return None
+
+
+def _end_with_parent() -> None:
+    """Have the system kill this process when its parent ends; holds for what it executes too."""
     set_parent_death_signal = 1
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+def _end_with_stdin() -> None:
+    """End this process when its stdin ends, which its parent holds open."""
+
+    def wait() -> NoReturn:
+        while os.read(sys.stdin.fileno(), 1):
+            pass
+        os._exit(_ORPHANED)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _main() -> None:
+    parent, module = int(sys.argv[1]), sys.argv[3]
+    if sys.platform == "linux":
+        _end_with_parent()
+        # The parent may have ended before the line above.
+        if os.getppid() != parent:
+            sys.exit(_ORPHANED)
+    else:
+        _end_with_stdin()
+    os.environ[_CHILD] = str(os.getpid())
+    sys.argv = [module, *sys.argv[4:]]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    _main()

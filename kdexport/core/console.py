@@ -4,23 +4,20 @@ import contextlib
 import io
 import json
 import logging
-import os
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
-from kdexport.core.child import CHILD, die_with_parent
+from kdexport.core.child import describes_errors, end_with_launcher
 from kdexport.errors import KdexportError, StorageError, UnexpectedError
 
 
 def guarded(app: Callable[[], Any]) -> NoReturn:
     """Run a command line and turn each error into its sentence, remedy and exit code."""
-    # Children run our own modules, whatever lies in the user's folder under the same names.
-    os.environ["PYTHONSAFEPATH"] = "1"
     try:
-        die_with_parent()
+        end_with_launcher()
         app()
     except KdexportError as error:
         fail(error)
@@ -49,7 +46,7 @@ def fail(error: KdexportError) -> NoReturn:
     """Print an error and exit with its code; ``--json`` adds one object on stdout, ``--debug`` the traceback."""
     if "--debug" in sys.argv:
         traceback.print_exception(error, file=sys.stderr)
-    as_child = CHILD in os.environ
+    as_child = describes_errors()
     if "--json" in sys.argv or as_child:
         described = {"code": error.code, "message": error.message, "remedy": error.remedy}
         sys.stdout.write(json.dumps({"ok": False, "exit_code": error.exit_code, "error": described}) + "\n")

@@ -4,8 +4,6 @@ A graph that crashes onnxruntime ends this process and nothing else.
 """
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -16,9 +14,9 @@ from numpy.typing import NDArray
 
 from kdexport.backends.runnable import DEFAULT_TARGET, require_servable
 from kdexport.bundle.manifest import MODEL, UNIT_ERROR, Manifest
-from kdexport.core.child import CHILD
-from kdexport.core.console import guarded
-from kdexport.errors import AuditError, BundleError, ForwardedError
+from kdexport.core.child import ChildDiedError, ChildTimeoutError, call
+from kdexport.core.console import guarded, print_json
+from kdexport.errors import AuditError, BundleError
 from kdexport.serving.limits import Limits
 
 _TIMEOUT_S = 120
@@ -32,27 +30,18 @@ def try_bundle(folder: Path, provider: str, limits: Limits, target: str = DEFAUL
     Raises what the child found, or ``BundleError`` where the child died.
     """
     settings = [str(folder), provider, json.dumps(asdict(limits)), target]
-    command = [sys.executable, "-m", "kdexport.serving.isolated_load", *settings]
-    environment = {**os.environ, CHILD: str(os.getpid()), "OMP_NUM_THREADS": "1"}
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=environment, check=False, timeout=_TIMEOUT_S
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        raise BundleError(f"{folder} did not load within {_TIMEOUT_S} s.", remedy="Build it again.") from None
-    try:
-        answer = json.loads(done.stdout.strip().rpartition("\n")[2])
-        if done.returncode == 0:
-            return float(answer["allowed_error"])
-        error = answer["error"]
-    except (ValueError, KeyError, TypeError):
+        answer = call(
+            "kdexport.serving.isolated_load", settings, timeout_s=_TIMEOUT_S, environment={"OMP_NUM_THREADS": "1"}
+        )
+    except ChildTimeoutError as error:
+        raise BundleError(f"{folder} did not load within {error.seconds:g} s.", remedy="Build it again.") from None
+    except ChildDiedError as error:
         raise BundleError(
-            f"Loading {folder} ended its process with code {done.returncode}: {done.stderr.strip()[-300:]}",
+            f"Loading {folder} ended its process with code {error.exit_code}: {error.said}",
             remedy="The graph crashes onnxruntime; build the bundle again.",
         ) from None
-    raise ForwardedError(
-        error["message"], remedy=error["remedy"], code=error["code"], exit_code=done.returncode
-    ) from None
+    return float(answer["allowed_error"])
 
 
 def allowed_error(folder: Path, manifest: Manifest, target: str = DEFAULT_TARGET) -> float:
@@ -115,7 +104,7 @@ def _main() -> None:
         )  # fmt: skip
     except Exception as error:
         raise as_kdexport_error(error, folder) from error
-    sys.stdout.write(json.dumps({"allowed_error": allowed}) + "\n")
+    print_json({"allowed_error": allowed})
 
 
 if __name__ == "__main__":

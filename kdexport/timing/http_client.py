@@ -5,20 +5,14 @@ A server runs one target; arms of two targets have a server each.
 
 import contextlib
 import http.client
-import json
-import os
-import select
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kdexport.core.child import CHILD
-from kdexport.errors import ForwardedError, VerificationError
+from kdexport.core.child import ChildDiedError, ChildTimeoutError, started
+from kdexport.errors import VerificationError
 from kdexport.timing.measure import Run
 
 _START_S, _ANSWER_S = 120.0, 60.0
@@ -63,35 +57,24 @@ def serving(arms: dict[str, tuple[str, str]]) -> Iterator[Client]:
 def _server(folders: dict[str, str], target: str) -> Iterator[http.client.HTTPConnection]:
     models = [f"{name}={folder}" for name, folder in folders.items()]
     options = ["--port", "0", "--metrics-port", "0", "--instances", "1", "--watch", "0", "--drain", "0", "--json"]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "kdexport", "serve", *models, "--target", target, *options],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ, CHILD: str(os.getpid())},
-    )  # fmt: skip
-    try:
-        host, _, port = _announced(server)["url"].removeprefix("http://").rpartition(":")
+    arguments = ["serve", *models, "--target", target, *options]
+    with _ready(arguments) as url:
+        host, _, port = url.removeprefix("http://").rpartition(":")
         connection = http.client.HTTPConnection(host, int(port), timeout=_ANSWER_S)
         with contextlib.closing(connection):
             yield connection
-    finally:
-        server.kill()
-        server.wait()
-        if server.stdout is not None:
-            server.stdout.close()
 
 
-def _announced(server: "subprocess.Popen[str]") -> dict[str, Any]:
-    assert server.stdout is not None
-    readable, _, _ = select.select([server.stdout], [], [], _START_S)
-    line = server.stdout.readline() if readable else ""
-    if not line:
-        raise VerificationError(
-            f"The server did not start within {_START_S:g} s." if not readable else "The server ended at its start.",
-            remedy="Run `kdexport serve` on both bundles and read what it says.",
-        )
-    answer: dict[str, Any] = json.loads(line)
-    if not answer.get("ok"):
-        error = answer["error"]
-        raise ForwardedError(
-            error["message"], remedy=error["remedy"], code=error["code"], exit_code=answer["exit_code"]
-        )
-    return answer
+@contextlib.contextmanager
+def _ready(arguments: list[str]) -> Iterator[str]:
+    with contextlib.ExitStack() as stack:
+        try:
+            answer = stack.enter_context(started("kdexport", arguments, timeout_s=_START_S))
+        except (ChildTimeoutError, ChildDiedError) as error:
+            raise VerificationError(
+                f"The server did not start within {error.seconds:g} s."
+                if isinstance(error, ChildTimeoutError)
+                else f"The server ended at its start with exit code {error.exit_code}: {error.said}",
+                remedy="Run `kdexport serve` on both bundles and read what it says.",
+            ) from None
+        yield answer["url"]

@@ -10,7 +10,6 @@ Sessions from the outside: which processors they are held on, how they are start
 import contextlib
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -21,7 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdexport.backends.runnable import DEFAULT_TARGET, open_on_host
-from kdexport.core.child import end_with_parent
+from kdexport.core.child import ChildDiedError, ChildTimeoutError, call
+from kdexport.core.console import fail, print_json
 from kdexport.errors import ConfigError, ForwardedError, KdexportError, UnknownNameError, VerificationError
 from kdexport.registry import nearest
 from kdexport.stats.sequential import session_statistic
@@ -228,17 +228,11 @@ def _bound(function: Callable[[Any], object], images: Any) -> Run:
     return lambda: function(images)
 
 
-def _main() -> int:
-    # Nobody reads the result of a session whose gate is gone.
-    end_with_parent()
+def _main() -> None:
     try:
-        answer: dict[str, Any] = asdict(run(Request.from_json(json.loads(sys.argv[1]))))
+        print_json(asdict(run(Request.from_json(json.loads(sys.argv[1])))))
     except KdexportError as error:
-        described = {"code": error.code, "exit_code": error.exit_code, "message": error.message}
-        sys.stdout.write(json.dumps({"error": {**described, "remedy": error.remedy}}) + "\n")
-        return error.exit_code
-    sys.stdout.write(json.dumps(answer) + "\n")
-    return 0
+        fail(error)
 
 
 def parse_clocks(text: str) -> tuple[str, ...]:
@@ -265,35 +259,25 @@ def pinned_cpus(threads: int) -> tuple[int, ...]:
 
 def run_session(request: Request) -> Session:
     """Run one session in a fresh process; raises what it raised, or ``VerificationError`` if it died or hung."""
-    command = [sys.executable, "-m", "kdexport.timing.session", json.dumps(asdict(request))]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SESSION_TIMEOUT_S, check=False)
-    except subprocess.TimeoutExpired as error:
+        answer = call("kdexport.timing.session", [json.dumps(asdict(request))], timeout_s=SESSION_TIMEOUT_S)
+    except ChildTimeoutError as error:
         raise VerificationError(
-            f"A latency session did not end within {error.timeout:g} s.",
+            f"A latency session did not end within {error.seconds:g} s.",
             remedy="Use a smaller batch or fewer pairs, or a quieter machine.",
         ) from None
-    answer = _last_object(done.stdout)
-    if "error" in answer:
-        told = answer["error"]
+    except ForwardedError as error:
         raise ForwardedError(
-            f"In a latency session: {told['message']}",
-            remedy=told["remedy"], code=told["code"], exit_code=told["exit_code"],
-        )  # fmt: skip
-    if done.returncode != 0 or not answer:
+            f"In a latency session: {error.message}",
+            remedy=error.remedy, code=error.code, exit_code=error.exit_code,
+        ) from None  # fmt: skip
+    except ChildDiedError as error:
         raise VerificationError(
-            f"A latency session died with exit code {done.returncode}: {done.stderr.strip()[-300:]}",
+            f"A latency session died with exit code {error.exit_code}: {error.said}",
             remedy="Run the same command again; if it stays, open both files in onnxruntime by hand.",
-        )
+        ) from None
     return Session.from_json(answer)
 
 
-def _last_object(text: str) -> dict[str, Any]:
-    try:
-        return dict(json.loads(text.strip().rpartition("\n")[2]))
-    except (ValueError, TypeError):
-        return {}
-
-
 if __name__ == "__main__":
-    sys.exit(_main())
+    _main()
