@@ -3,8 +3,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from textwrap import dedent
 
@@ -12,6 +11,7 @@ import pytest
 
 from kdexport.core.child import ChildDiedError, ChildTimeoutError, call, started
 from kdexport.errors import ForwardedError
+from tests.processes import is_running, wait_until
 
 #: In the place of a package that a child imports: writes its process id and waits.
 WAITING = """
@@ -69,27 +69,12 @@ KINDS = {
 }
 
 
-def is_running(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return state != "Z"
-
-
-def wait_until(condition: Callable[[], bool], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 def search_path(*folders: Path) -> str:
     return os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")])
 
 
 @pytest.fixture
-def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], str]]:
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
     """Makes source code a module that a child can import."""
     monkeypatch.setenv("PYTHONPATH", search_path(tmp_path))
 
@@ -164,13 +149,13 @@ def test_an_error_of_ours_keeps_its_message_code_and_exit_code(module: Callable[
 
         guarded(main)
         """)
-    for start in (lambda: call(name, [], timeout_s=60), lambda: started(name, [], timeout_s=60).__enter__()):
-        with pytest.raises(ForwardedError) as caught:
-            start()
-        error = caught.value
-        assert (error.message, error.remedy, error.code, error.exit_code) == (
-            "Too few processors.", "Buy some.", "KDX403", 4,
-        )  # fmt: skip
+    with pytest.raises(ForwardedError) as called:
+        call(name, [], timeout_s=60)
+    with pytest.raises(ForwardedError) as begun, started(name, [], timeout_s=60):
+        pass
+    for error in (called.value, begun.value):
+        told = (error.message, error.remedy, error.code, error.exit_code)
+        assert told == ("Too few processors.", "Buy some.", "KDX403", 4)
 
 
 @pytest.mark.parametrize(
@@ -212,10 +197,11 @@ def test_a_started_child_answers_goes_on_and_is_killed_with_the_block(module: Ca
 
 
 def test_a_started_child_that_ends_or_hangs_before_its_answer_is_an_error(module: Callable[[str], str]) -> None:
-    with pytest.raises(ChildDiedError, match="exit code 5: no room"):
-        started(module("import sys; sys.stderr.write('no room'); sys.exit(5)"), [], timeout_s=60).__enter__()
-    with pytest.raises(ChildTimeoutError):
-        started(module("import time; time.sleep(300)"), [], timeout_s=0.5).__enter__()
+    dying = module("import sys; sys.stderr.write('no room'); sys.exit(5)")
+    with pytest.raises(ChildDiedError, match="exit code 5: no room"), started(dying, [], timeout_s=60):
+        pass
+    with pytest.raises(ChildTimeoutError), started(module("import time; time.sleep(300)"), [], timeout_s=0.5):
+        pass
 
 
 def test_a_child_of_a_child_describes_errors_to_the_one_that_started_it(module: Callable[[str], str]) -> None:

@@ -2,8 +2,6 @@ import json
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from typer.testing import CliRunner
 
 from kdexport.checkpoint import load_student, open_checkpoint
 from kdexport.data.datasets import open_dataset
+from tests.processes import is_running, wait_until
 from tests.training.runs.rank_run import KINDS, everything
 from tests.training.tiny import arguments, finish, start, tiny_recipe
 from training.__main__ import app
@@ -132,21 +131,6 @@ def app():
 
 guarded(app)
 """
-
-
-def is_running(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
-
-
-def wait_until(condition: Callable[[], bool], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a process learns of its parent's death on Linux")
