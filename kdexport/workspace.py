@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdexport.core.files import exclusive, publish
+from kdexport.core.files import exclusive, publish, write_text
 
 _PARTIAL = ".partial-"
 
@@ -68,4 +68,4 @@ class Workspace:
         folder.mkdir(parents=True, exist_ok=True)
         ignore = self.root / ".gitignore"
         if not ignore.exists():
-            ignore.write_text("*\n")
+            write_text(ignore, "*\n")

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from kdexport.core.console import guarded
+from kdexport.core.files import write_text
 from training import REVISION
 from training.recipe import Recipe, load_recipe, merge_overrides, parse_override
 from training.shipped_recipes import shipped_names
@@ -139,7 +140,7 @@ def architectures(
     if out is None:
         sys.stdout.write(markdown())
     else:
-        out.write_text(markdown(), encoding="utf-8")
+        write_text(out, markdown())
 
 
 @app.command()

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 
 from kdexport.checkpoint import load_student as load_trained_student
 from kdexport.checkpoint import open_checkpoint, save_tensors, sha256_file
+from kdexport.core.files import recover, write_file, write_text
 from kdexport.data.datasets import ImageSet, dataset_digest, open_dataset
 from kdexport.errors import BackendUnavailableError, CheckpointError
 from kdexport.reparam.blocks import BranchSpec, attach_branches, branch_paths
@@ -88,11 +89,9 @@ def train_teacher(recipe: Recipe, directory: Path) -> Metrics:
     history = run(job, accelerator)
     if accelerator.is_main_process:
         described = {"teacher": recipe.teacher.name, "classes": list(train.classes), "metrics": history[-1]}
-        (directory / "teacher.json").write_text(json.dumps(described, indent=2))
-        # The weights appear last and whole: they say that the teacher is done.
-        partial = directory / ".model.safetensors.partial"
-        save_tensors(partial, teacher.state_dict())
-        partial.replace(directory / "model.safetensors")
+        write_text(directory / "teacher.json", json.dumps(described, indent=2))
+        # The weights appear last: they say that the teacher is done.
+        write_file(directory / "model.safetensors", lambda path: save_tensors(path, teacher.state_dict()))
     accelerator.wait_for_everyone()
     return history[-1]
 
@@ -143,6 +142,8 @@ def train_student(recipe: Recipe, directory: Path, origin: Origin) -> Metrics:
         keep_best=keep_best,
         teacher_top1=teacher_top1,
     )
+    if accelerator.is_main_process:
+        recover(directory / "best")
     history = run(job, accelerator)
     best = max(epoch["top1"] for epoch in history)
     metrics = {**history[-1], "teacher_top1": teacher_top1, "best_epoch_top1": best}

@@ -6,7 +6,6 @@ A crash of the native builder then is an error message, and builds of one proces
 import contextlib
 import importlib
 import json
-import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -102,16 +101,14 @@ def _read(path: Path) -> bytes:
 
 def _save_timing_cache(config: Any, path: Path) -> None:
     """Add what this build measured to the shared file, together with what others have added meanwhile."""
-    from kdexport.core.files import exclusive
+    from kdexport.core.files import exclusive, write_bytes
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(path.with_suffix(".lock")):
         cache, others = config.get_timing_cache(), _read(path)
         if others:
             cache.combine(config.create_timing_cache(others), False)
-        partial = path.with_suffix(f".partial-{os.getpid()}")
-        partial.write_bytes(bytes(cache.serialize()))
-        partial.replace(path)
+        write_bytes(path, bytes(cache.serialize()))
 
 
 def _inspect(trt: Any, plan: bytes, request: EngineRequest, interface: set[str]) -> list[EngineLayer]:

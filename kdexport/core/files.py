@@ -1,4 +1,9 @@
-"""Files and folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all: whatever is written for a user, or read again later.
+
+A file or folder is made under a name beside its own and renamed when it is complete and on disk. What is written inside
+a folder that appears by rename itself (a stage's result, a bundle, a Triton model before ``publish``), or in a
+temporary folder, is written plainly.
+"""
 
 import contextlib
 import fcntl
@@ -9,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from kdexport.errors import OutputError
+
+_PARTIAL = ".partial-"
 
 
 def require_writable_file(path: Path | None) -> None:
@@ -22,20 +29,45 @@ def require_writable_file(path: Path | None) -> None:
         )
 
 
-def write_file(path: Path, text: str) -> None:
-    """Write whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` as UTF-8; ``path`` is complete, or what it was before."""
+    write_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write ``data``; ``path`` is complete, or what it was before."""
+    write_file(path, lambda partial: partial.write_bytes(data))
+
+
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write(partial)`` make a file that then takes the place of ``path``; a failure leaves ``path`` as it was."""
+    # Two processes that write one file have a partial file each.
+    partial = path.with_name(f".{path.name}{_PARTIAL}{os.getpid()}")
+    try:
+        write(partial)
+        _flush(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove what killed processes left unfinished in ``folder``, which no other process may be writing to."""
+    for partial in folder.glob(f".*{_PARTIAL}[0-9]*"):
+        partial.unlink(missing_ok=True)
 
 
 def publish(partial: Path, final: Path) -> None:
     """Give a finished folder its name; its files are on disk before the name is."""
     for path in partial.rglob("*"):
         if path.is_file():
-            with path.open("rb") as stream:
-                os.fsync(stream.fileno())
+            _flush(path)
     partial.rename(final)
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
 
 
 @contextlib.contextmanager
@@ -79,21 +111,29 @@ def require_replaceable(folder: Path, is_ours: Callable[[Path], bool]) -> None:
 def replace_folder(source: Path, target: Path) -> None:
     """Put a copy of ``source`` in the place of ``target``, which stays as it is until the copy is complete."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    incoming, outgoing = _sibling(target, "new"), _sibling(target, "old")
     with exclusive(target.parent):
+        write_folder(target, lambda incoming: shutil.copytree(source, incoming))
+
+
+def write_folder(target: Path, make: Callable[[Path], object]) -> None:
+    """Let ``make(incoming)`` make a folder that then takes the place of ``target``.
+
+    Only one process at a time may do so: ``replace_folder`` locks, a run has its folder to itself.
+    """
+    incoming, outgoing = _sibling(target, "new"), _sibling(target, "old")
+    shutil.rmtree(incoming, ignore_errors=True)
+    try:
+        make(incoming)
+        if target.exists():
+            target.rename(outgoing)
+        publish(incoming, target)
+    finally:
         shutil.rmtree(incoming, ignore_errors=True)
-        try:
-            shutil.copytree(source, incoming)
-            if target.exists():
-                target.rename(outgoing)
-            publish(incoming, target)
-        finally:
-            shutil.rmtree(incoming, ignore_errors=True)
-            recover(target)
+        recover(target)
 
 
 def recover(target: Path) -> None:
-    """After a kill between the two renames of ``replace_folder``: put the old folder back, or drop it."""
+    """After a kill between the two renames of ``write_folder``: put the old folder back, or drop it."""
     outgoing = _sibling(target, "old")
     if outgoing.is_dir() and not target.exists():
         outgoing.rename(target)

@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdexport.core.digests import digest, tool_versions
+from kdexport.core.files import write_text
 from kdexport.data.preprocessing import Preprocessing, read_image
 from kdexport.errors import BackendUnavailableError, ConfigError, DataError
 from kdexport.registry import nearest
@@ -237,9 +237,7 @@ def dataset_digest(spec: DatasetSpec, memory: Path) -> str:
         )
     value = digest([train.fingerprint(), test.fingerprint()])
     memory.mkdir(parents=True, exist_ok=True)
-    partial = remembered.with_suffix(f".partial-{os.getpid()}")
-    partial.write_text(json.dumps({"sha256": value}))
-    partial.replace(remembered)
+    write_text(remembered, json.dumps({"sha256": value}))
     return value
 
 

@@ -1,11 +1,11 @@
 """What is left of a build whose verification failed: the folder with its report, and where its fault lies."""
 
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kdexport.core.files import replace_folder, require_replaceable, require_writable
 from kdexport.errors import KdexportError, OutputError, VerificationError
 
 if TYPE_CHECKING:
@@ -16,9 +16,7 @@ def keep_failed(
     error: VerificationError, folder: Path, place: Path, *, blame: bool, progress: Callable[[str], None]
 ) -> VerificationError:
     """Copy ``folder`` to ``place``; the error that names it, and with ``blame`` the node that is at fault."""
-    shutil.rmtree(place, ignore_errors=True)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(folder, place)
+    replace_folder(folder, place)
     lines = [error.message, f"Report: {place / 'report.md'}"]
     if blame:
         lines += _blame(place, progress)
@@ -37,7 +35,6 @@ def _blame(failed: Path, progress: Callable[[str], None]) -> list[str]:
 def blame_bundle(bundle: Path, out: Path, progress: Callable[[str], None]) -> "Blame | None":
     """Explain ``bundle`` into ``out``, which is replaced whole; nothing is written where nothing is wrong."""
     from kdexport.bundle.manifest import read_manifest
-    from kdexport.core.files import replace_folder, require_replaceable, require_writable
     from kdexport.diagnose.bisect import REPORT, explain, write_blame
 
     manifest = read_manifest(bundle)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from kdexport.backends.runnable import DEFAULT_TARGET, require_runnable
-from kdexport.core.files import require_writable_file
+from kdexport.core.files import require_writable_file, write_text
 from kdexport.errors import ConfigError, ResolutionError
 from kdexport.gate.arms import Artifact, artifact, open_bundle, require_batches
 from kdexport.gate.sequential_test import Number, Outcome, Plan, run_trial
@@ -84,9 +84,7 @@ def write_calibration(calibration: Calibration, path: Path) -> None:
         "[machine]",
         *(f"{key} = {_toml(value)}" for key, value in machine.items()),
     ]
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def read_calibration(path: Path) -> Calibration:

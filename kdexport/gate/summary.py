@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from kdexport.core.files import require_writable_file, write_file
+from kdexport.core.files import require_writable_file, write_file, write_text
 from kdexport.errors import BackendUnavailableError
 from kdexport.gate.result import GateResult, latency_json
 
@@ -153,10 +153,8 @@ def require_files(files: Files) -> None:
 def write_files(result: GateResult, files: Files) -> None:
     """Write each report that was asked for, whole or not at all."""
     if files.junit is not None:
-        write_file(files.junit, junit(result))
+        write_text(files.junit, junit(result))
     if files.markdown is not None:
-        write_file(files.markdown, markdown(result))
+        write_text(files.markdown, markdown(result))
     if files.plot is not None:
-        partial = files.plot.with_name(f".{files.plot.name}.partial")
-        plot(result, partial)
-        partial.replace(files.plot)
+        write_file(files.plot, lambda path: plot(result, path))

@@ -1,10 +1,10 @@
 """The directory in which a trained student is handed over: student.json and model.safetensors, written whole."""
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from kdexport.checkpoint import StudentSpec, save_checkpoint
+from kdexport.core.files import write_folder
 from kdexport.data.datasets import ImageSet
 from kdexport.data.preprocessing import Preprocessing
 from kdexport.reparam.blocks import BranchSpec
@@ -24,10 +24,7 @@ class Origin:
 
 def hand_over(final: Path, student: Student, spec: StudentSpec) -> None:
     """Write a student's checkpoint, which appears whole in the place of an older one."""
-    partial = final.with_name(f".{final.name}.partial")
-    save_checkpoint(partial, student, spec)
-    shutil.rmtree(final, ignore_errors=True)
-    partial.replace(final)
+    write_folder(final, lambda folder: save_checkpoint(folder, student, spec))
 
 
 def student_spec(

@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from kdexport.core.files import write_file, write_text
 from kdexport.errors import BackendUnavailableError
 from training.runs.plots import Line, plot_diversity, plot_learning_curves
-from training.runs.record import write_whole
 
 #: Seconds between two drawings of a run that goes on; the last epoch is always drawn.
 _REDRAW_S = 60.0
@@ -46,10 +46,10 @@ class Journal:
         """Write all epochs so far, the newest one to TensorBoard, and the plots where it is time for them."""
         epoch = len(history)
         numbered = [{"epoch": index + 1, **metrics} for index, metrics in enumerate(history)]
-        write_whole(self._directory / "metrics.jsonl", _jsonl(numbered))
+        write_text(self._directory / "metrics.jsonl", _jsonl(numbered))
         newest = dict(history[-1])
         if diversity:
-            write_whole(self._directory / "diversity.jsonl", _jsonl(diversity))
+            write_text(self._directory / "diversity.jsonl", _jsonl(diversity))
             newest.update({f"diversity/{name}": value for name, value in diversity[-1].items() if name != "epoch"})
         for name, value in newest.items():
             self._scalars.add_scalar(name, value, epoch)
@@ -59,21 +59,18 @@ class Journal:
 
     def _draw(self, history: Sequence[Line], diversity: Sequence[Line]) -> None:
         try:
-            self._replace(
-                "curves.png",
+            write_file(
+                self._directory / "curves.png",
                 lambda path: plot_learning_curves(history, path, title=self._title, teacher_top1=self._teacher_top1),
             )
             if diversity:
-                self._replace("diversity.png", lambda path: plot_diversity(diversity, path, title=self._title))
+                write_file(
+                    self._directory / "diversity.png", lambda path: plot_diversity(diversity, path, title=self._title)
+                )
         except BackendUnavailableError as error:
             self._draws = False
             self._say(f"{self._title}: no plots. {error.message} {error.remedy}")
         self._drawn_at = time.monotonic()
-
-    def _replace(self, name: str, draw: Callable[[Path], None]) -> None:
-        partial = self._directory / f".{name}.partial"
-        draw(partial)
-        partial.replace(self._directory / name)
 
 
 def _jsonl(lines: Sequence[Line]) -> str:

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from kdexport.core.files import remove_partials
 from kdexport.errors import TrainingError
 from kdexport.students import Tapped
 from training.data import Batches, Labelled, epoch_generator
@@ -94,6 +95,8 @@ def run(job: Run, accelerator: Accelerator) -> tuple[Metrics, ...]:
     """
     settings = job.settings
     job.directory.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        remove_partials(job.directory)
     optimizer = sgd(job.task, settings)
     resumed, extra = load_state(job.directory, job.task, optimizer)
     if accelerator.scaler is not None and "scaler" in extra:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kdexport.core.digests import tool_versions
+from kdexport.core.files import write_text
 from kdexport.errors import ConfigError, StorageError
 from training import REVISION
 from training.recipe import Recipe
@@ -31,7 +32,7 @@ def claim(directory: Path, recipe: Recipe, job: str) -> None:
             )
         if not (directory / "recipe.json").is_file():
             described = {"job": job, "revision": REVISION, "recipe": recipe.identity()}
-            write_whole(directory / "recipe.json", json.dumps(described, indent=2))
+            write_text(directory / "recipe.json", json.dumps(described, indent=2))
     except OSError as error:
         raise StorageError(f"{directory} cannot be written: {error.strerror}.", remedy="Pass another --out.") from error
 
@@ -62,7 +63,7 @@ def note_environment(directory: Path, device: str, processes: int) -> None:
             "commit": source_commit(),
         }
     )
-    write_whole(path, json.dumps(entries, indent=2))
+    write_text(path, json.dumps(entries, indent=2))
 
 
 def read_environment(directory: Path) -> list[dict[str, Any]]:
@@ -97,10 +98,3 @@ def device_name() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
     return f"{model}, {torch.get_num_threads()} threads"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write ``text`` so that it appears by rename, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

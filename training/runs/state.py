@@ -1,7 +1,6 @@
 """The state of a run on disk: written whole or not at all, so that a kill at any moment loses one epoch at most."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from kdexport.checkpoint import load_strictly
+from kdexport.core.files import write_bytes
 
 _FILE = "resume.safetensors"
 _MOMENTUM = "momentum_buffer"
@@ -35,12 +35,8 @@ def save_state(
         if isinstance(buffer, Tensor):
             tensors[f"momentum.{name}"] = buffer.detach().cpu().contiguous()
     metadata = {"epoch": str(done.epoch), "history": json.dumps(done.history), "extra": json.dumps(extra)}
-    partial = directory / f".{_FILE}.partial"
     # Written by Python, so that a full disk is an OSError like everywhere else.
-    partial.write_bytes(save(tensors, metadata=metadata))
-    with partial.open("rb") as stream:
-        os.fsync(stream.fileno())
-    partial.replace(directory / _FILE)
+    write_bytes(directory / _FILE, save(tensors, metadata=metadata))
 
 
 def load_state(directory: Path, task: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Resumed, dict[str, Any]]:

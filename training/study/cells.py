@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kdexport.core.digests import digest
+from kdexport.core.files import write_text
 from kdexport.errors import ConfigError, KdexportError, ReparamError, TrainingError
 from training.recipe import Recipe, load_recipe
 from training.runs.record import is_owner, read_environment
@@ -103,7 +104,7 @@ def note_failure(cell: Cell, error: KdexportError) -> None:
     """Write why ``cell`` has no result; removing the file makes it run again."""
     cell.directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"code": error.code, "message": error.message, "remedy": error.remedy})
-    (cell.directory / _FAILURE).write_text(text)
+    write_text(cell.directory / _FAILURE, text)
 
 
 def read(cell: Cell) -> Result:

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kdexport.core.files import write_text
 from kdexport.errors import StorageError
-from training.runs.record import write_whole
 from training.study.cells import Result, plan, read, run_cell
 
 
@@ -179,6 +179,6 @@ def tabulate(
 def _replace(path: Path, text: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, text)
+        write_text(path, text)
     except OSError as error:
         raise StorageError(f"{path} cannot be written: {error.strerror}.", remedy="Pass another --out.") from error

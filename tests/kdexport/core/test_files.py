@@ -1,10 +1,21 @@
 """Files that are written by commands."""
 
+import errno
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from kdexport.core.files import require_writable_file
+from kdexport.core.files import (
+    recover,
+    remove_partials,
+    require_writable_file,
+    write_bytes,
+    write_file,
+    write_folder,
+    write_text,
+)
 from kdexport.errors import OutputError
 
 
@@ -14,3 +25,79 @@ def test_reports_that_could_not_be_written_are_refused_before_anything_runs(tmp_
     for path in (tmp_path, tmp_path / "missing" / "new.xml"):
         with pytest.raises(OutputError):
             require_writable_file(path)
+
+
+def names(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()]
+
+
+def broken_write(partial: Path) -> None:
+    partial.write_text("half of")
+    raise OSError(errno.ENOSPC, "No space left on device", str(partial))
+
+
+def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "report.md"
+    write_text(path, "gr\u00fcn\n")
+    assert path.read_bytes() == "gr\u00fcn\n".encode()
+    with pytest.raises(OSError, match="No space left"):
+        write_file(path, broken_write)
+    assert path.read_bytes() == "gr\u00fcn\n".encode()
+    write_bytes(path, b"\x00\xff")
+    assert path.read_bytes() == b"\x00\xff"
+    assert names(tmp_path) == ["report.md"]
+
+
+def test_a_kill_in_the_middle_leaves_the_file_as_it_was_and_what_is_left_can_be_removed(tmp_path: Path) -> None:
+    path = tmp_path / "state.bin"
+    path.write_text("whole")
+    code = "import os, sys; from pathlib import Path; from kdexport.core.files import write_file; "
+    code += "write_file(Path(sys.argv[1]), lambda path: (path.write_text('ha'), os.kill(os.getpid(), 9)))"
+    done = subprocess.run([sys.executable, "-c", code, str(path)], check=False)
+    assert done.returncode == -9
+    assert path.read_text() == "whole"
+    assert len(names(tmp_path)) == 2
+    remove_partials(tmp_path)
+    assert names(tmp_path) == ["state.bin"]
+
+
+def test_partials_of_this_name_alone_are_removed(tmp_path: Path) -> None:
+    kept = {".partial-notes", "a.partial-7", ".a.partial-x", ".a.partial"}
+    for name in kept | {".a.partial-7"}:
+        (tmp_path / name).touch()
+    remove_partials(tmp_path)
+    assert set(names(tmp_path)) == kept
+
+
+def test_a_folder_takes_the_place_of_another_only_when_it_is_complete(tmp_path: Path) -> None:
+    target = tmp_path / "best"
+
+    def make(folder: Path, text: str) -> None:
+        folder.mkdir()
+        (folder / "weights").write_text(text)
+
+    write_folder(target, lambda folder: make(folder, "one"))
+    write_folder(target, lambda folder: make(folder, "two"))
+
+    def make_half(folder: Path) -> None:
+        make(folder, "three")
+        broken_write(folder / "index")
+
+    with pytest.raises(OSError, match="No space left"):
+        write_folder(target, make_half)
+    assert (target / "weights").read_text() == "two"
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == ["best", "best/weights"]
+
+
+def test_a_kill_between_the_two_renames_is_recovered_from(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    (target / "old").touch()
+    code = "import os, sys; from pathlib import Path; from kdexport.core import files; "
+    code += "files.publish = lambda *_: os.kill(os.getpid(), 9); files.replace_folder(*map(Path, sys.argv[1:]))"
+    done = subprocess.run([sys.executable, "-c", code, str(source), str(target)], check=False)
+    assert done.returncode == -9
+    assert not target.exists()
+    recover(target)
+    assert names(target) == ["old"]
