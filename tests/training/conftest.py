@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.training.tiny import write_image_folders
+from tests.training.small_runs import write_image_folders
 
 
 @pytest.fixture(autouse=True, scope="module")

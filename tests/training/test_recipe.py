@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kdexport.errors import ConfigError, ReparamError
-from tests.training.tiny import environment
+from tests.training.small_runs import environment
 from training.__main__ import app
 from training.recipe import load_recipe, merge_overrides, parse_override
 

@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 
 from kdexport.students import STUDENTS, Classifier, Student, Tapped
-from tests.training.distilled import hostile, random_tapped, settings_of
+from tests.training.small_distillation import hostile, random_tapped, settings_of
 from training.distillers import DISTILLERS
 from training.distillers.distiller import Distiller, StepContext
 from training.teachers import TEACHERS, Teacher

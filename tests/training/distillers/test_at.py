@@ -6,9 +6,9 @@ import torch
 from torch.nn import functional
 
 from kdexport.students import Tapped
-from tests.training.distilled import random_tapped
 from tests.training.distillers.numpy_layers import array, averaged
 from tests.training.distillers.stage_networks import COUNT, build, loss_of, small, told
+from tests.training.small_distillation import random_tapped
 
 
 @pytest.mark.parametrize(("student", "teacher"), [("mobilenetv2", "resnet8"), ("shufflenetv2", "vgg8")])

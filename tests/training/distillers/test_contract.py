@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kdexport.reparam.blocks import attach_branches
 from kdexport.students import STUDENTS
-from tests.training.distilled import CLASSES, COUNT, SIZE, Parts, assemble, batch, heard
+from tests.training.small_distillation import CLASSES, COUNT, SIZE, Parts, assemble, batch, heard
 from training.distillers import DISTILLERS
 from training.distillers.distiller import Distiller, StepContext
 from training.distillers.settings import settings_model

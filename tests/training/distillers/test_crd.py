@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kdexport.checkpoint import load_student, open_checkpoint
 from kdexport.errors import DataError
 from kdexport.students import STUDENTS, Tapped
-from tests.training.tiny import tiny_recipe
+from tests.training.small_runs import tiny_recipe
 from training.distillers.crd import CRD, ContrastMemory, OtherClasses
 from training.distillers.distiller import StepContext
 from training.distillers.settings import CRDSettings

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from tests.training.distilled import settings_of
 from tests.training.distillers.stage_networks import build, context, loss_of, shapes_told, shown, small, told
+from tests.training.small_distillation import settings_of
 from training.distillers import DISTILLERS
 from training.distillers.distiller import StepContext
 

@@ -12,7 +12,6 @@ from torch.nn import functional
 
 from kdexport.students import Stage, Tap
 from tests.kdexport.hostile_values import noise
-from tests.training.distilled import hostile, random_tapped, settings_of
 from tests.training.distillers.numpy_layers import array, averaged, bridged, parameter
 from tests.training.distillers.stage_networks import (
     CLASSES,
@@ -26,6 +25,7 @@ from tests.training.distillers.stage_networks import (
     small,
     told,
 )
+from tests.training.small_distillation import hostile, random_tapped, settings_of
 from training.distillers import DISTILLERS
 from training.distillers.ofd import channel_moments, measured_margin, writing_batch_norms
 from training.teachers import Teacher

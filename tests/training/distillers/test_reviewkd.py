@@ -8,9 +8,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from tests.training.distilled import settings_of
 from tests.training.distillers.numpy_layers import array, averaged, bridged, convolved, nearest, parameter
 from tests.training.distillers.stage_networks import build, loss_of, shapes_of, small, told
+from tests.training.small_distillation import settings_of
 from training.distillers import DISTILLERS
 
 Array = NDArray[np.float64]

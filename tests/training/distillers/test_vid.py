@@ -10,9 +10,9 @@ from torch.nn import functional
 
 from kdexport.errors import ConfigError
 from tests.kdexport.hostile_values import noise
-from tests.training.distilled import settings_of
 from tests.training.distillers.numpy_layers import array, averaged, convolved, parameter
 from tests.training.distillers.stage_networks import build, loss_of, small, told
+from tests.training.small_distillation import settings_of
 from training.distillers import DISTILLERS
 from training.distillers.pairs import average_to_smaller, stage_pairs
 from training.recipe import Recipe

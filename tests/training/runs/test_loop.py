@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from kdexport.checkpoint import load_student, open_checkpoint
 from kdexport.errors import CheckpointError, ConfigError, TrainingError
-from tests.training.tiny import CLASSES, arguments, start, tiny_recipe
+from tests.training.small_runs import CLASSES, arguments, start, tiny_recipe
 from training.__main__ import app
 from training.data import Batch, Labelled
 from training.distillers.distiller import StepContext

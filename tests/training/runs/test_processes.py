@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 from kdexport.checkpoint import load_student, open_checkpoint
 from kdexport.data.datasets import open_dataset
 from tests.processes import is_running, wait_until
-from tests.training.runs.rank_run import KINDS, everything
-from tests.training.tiny import arguments, finish, start, tiny_recipe
+from tests.training.runs.several_processes import KINDS, everything
+from tests.training.small_runs import arguments, finish, start, tiny_recipe
 from training.__main__ import app
 from training.data import training_batches
 from training.recipe import Recipe
@@ -24,7 +24,7 @@ from training.teachers import TEACHERS
 from training.teachers.teacher import load_teacher_weights
 from training.train import evaluate_student
 
-SCRIPT = str(Path(__file__).with_name("rank_run.py"))
+SCRIPT = str(Path(__file__).with_name("several_processes.py"))
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kdexport.reparam.branches import ParallelBranches
-from tests.training.distilled import assemble, batch
+from tests.training.small_distillation import assemble, batch
 from training.distillers.branched import LayerMatch
 
 

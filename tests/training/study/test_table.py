@@ -8,8 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from kdexport.errors import ConfigError, TrainingError
+from tests.training.small_runs import OVERRIDES
 from tests.training.study.planned_cells import TOP1, cells, finish, finished
-from tests.training.tiny import OVERRIDES
 from training.__main__ import app
 from training.runs.record import claim
 from training.study.cells import Cell, read, run_cell

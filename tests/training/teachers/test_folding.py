@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kdexport.students import Stage, Tap, Tapped
-from tests.training.distilled import hostile
+from tests.training.small_distillation import hostile
 from training.runs.task import FrozenTeacher
 from training.teachers import TEACHERS, Teacher
 from training.teachers.folding import folded

@@ -1,6 +1,6 @@
 """Trains small networks with the loop, alone or as one of several processes; each writes what it ended with.
 
-python rank_run.py DIR [arguments of `python -m training`, which is run last]
+python several_processes.py DIR [arguments of `python -m training`, which is run last]
 """
 
 import sys
