@@ -1,4 +1,4 @@
-"""A student, a teacher and any method between them, small enough to take steps while one waits."""
+"""A student, a teacher and any method between them, small enough for a step to take milliseconds."""
 
 from dataclasses import dataclass
 from math import ceil
@@ -21,7 +21,7 @@ CLASSES, SIZE, IMAGES, COUNT = 5, 16, 40, 6
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What one training run consists of; ``spec`` says which branches the student carries."""
+    """The parts of a training run; ``spec`` describes the branches of the student."""
 
     student: Student
     teacher: Teacher
@@ -37,13 +37,13 @@ class Parts:
         return cast(StepResult, self.task(images, self.frozen(images), context))
 
 
-#: What a distiller is given in one step.
-Heard = tuple[Tapped, BranchFeatures, Tapped, StepContext]
+#: The inputs of a distiller in one step.
+DistillerInputs = tuple[Tapped, BranchFeatures, Tapped, StepContext]
 
 
-def heard(parts: Parts, seed: int = 0) -> Heard:
-    """What the distiller hears in the step ``seed``, without a gradient."""
-    calls: list[Heard] = []
+def distiller_inputs(parts: Parts, seed: int = 0) -> DistillerInputs:
+    """The inputs of the distiller in the step ``seed``, without a gradient."""
+    calls: list[DistillerInputs] = []
     handle = parts.distiller.register_forward_pre_hook(lambda _, inputs: calls.append(inputs))
     with torch.no_grad():
         parts.step(seed)
@@ -56,12 +56,12 @@ def settings_of(name: str, **changes: object) -> DistillerSettings:
 
 
 def labels_of_all() -> Tensor:
-    """The class of each of ``IMAGES`` training images; every class is there."""
+    """The class of each of ``IMAGES`` training images; every class occurs."""
     return torch.arange(IMAGES) * 3 % CLASSES
 
 
 def batch(seed: int, spec: BranchSpec | None = None, epoch: float = 50.25) -> tuple[Tensor, StepContext]:
-    """``COUNT`` images (N,3,S,S) off centre, and where their step stands."""
+    """``COUNT`` images (N,3,S,S) off centre, and the context of their step."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(COUNT, 3, SIZE, SIZE, generator=generator) * 1.4 + 0.3
     samples = torch.randperm(IMAGES, generator=generator)[:COUNT]
@@ -72,7 +72,7 @@ def batch(seed: int, spec: BranchSpec | None = None, epoch: float = 50.25) -> tu
 
 
 def hostile(module: nn.Module, seed: int) -> None:
-    """Statistics and scales of every batch norm far from those of a fresh one."""
+    """Set statistics and scales of every batch norm to values unlike those of a fresh one."""
     generator = torch.Generator().manual_seed(seed)
     for norm in module.modules():
         if isinstance(norm, nn.BatchNorm2d):
@@ -107,7 +107,7 @@ def assemble(name: str, *, student: str = "mobilenetv2", seed: int = 8, **change
 
 
 def random_tapped(network: Classifier, count: int, seed: int, *, classes: int = CLASSES) -> Tapped:
-    """What ``network``, which is not run, might say: float64 of uneven spread."""
+    """Random float64 outputs with the shapes of ``network``, which is not run; the spread differs between channels."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(channels: int, stride: int) -> Tensor:

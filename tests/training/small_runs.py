@@ -1,4 +1,4 @@
-"""A data set, a recipe and a child process that are small enough to train while one waits."""
+"""A data set, a recipe and a child process that are small enough for a training run in a test."""
 
 import os
 import subprocess

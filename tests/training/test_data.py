@@ -130,7 +130,7 @@ def test_every_image_comes_at_most_once_an_epoch_and_all_come_in_the_end() -> No
     assert seen == set(range(COUNT))
 
 
-def test_no_image_is_mirrored_unless_asked() -> None:
+def test_no_image_is_mirrored_by_default() -> None:
     images = noise_images()
     found = [
         origin for epoch in range(3) for origin in origins(images, resident(images, flip=False), epoch, settings())

@@ -84,7 +84,7 @@ def walked_loss(
     order: Sequence[int],
     weights: Sequence[float] | None = None,
 ) -> float:
-    """Teacher and student walk down with the same sampled noise from the same start; weighted squared distance."""
+    """The weighted squared distance of teacher and student, which share their start and the sampled noise."""
     rng = np.random.default_rng(99)
     m = schedule.num_steps
     x_teacher = x_student = rng.normal(-1.0, 3.0, teacher.shape)
@@ -100,7 +100,7 @@ def walked_loss(
 
 @dataclass(frozen=True, kw_only=True)
 class Marginal:
-    """The marginal reading, unrolled. What no gradient flows through is made of ``frozen`` branches."""
+    """The marginal reading, unrolled. Terms without a gradient are computed from ``frozen`` branches."""
 
     schedule: NoiseSchedule
     order: Sequence[int]
@@ -215,7 +215,7 @@ def test_posterior_coefficients_are_those_of_exact_gaussian_conditioning(schedul
             assert w >= 0
 
 
-def test_the_step_to_the_clean_feature_forgets_the_recursion() -> None:
+def test_the_step_to_the_clean_feature_depends_on_the_prediction_alone() -> None:
     for schedule in (NoiseSchedule.cosine(5), NoiseSchedule.linear(3), random_schedule(4)):
         for n in range(1, schedule.num_steps + 1):
             assert posterior_coefficients(schedule, n, 0) == pytest.approx((0.0, 1.0, 0.0), abs=1e-15)
@@ -251,7 +251,7 @@ def test_the_shared_noise_loss_is_the_distance_of_two_sampled_walks(name: str, o
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_schedule_of_ones_own_walks_the_same_way(seed: int) -> None:
+def test_a_custom_schedule_gives_the_same_distance(seed: int) -> None:
     schedule = random_schedule(seed)
     order = np.random.default_rng(seed).permutation(schedule.num_steps).tolist()
     branches, teacher = features(schedule.num_steps, seed)
@@ -422,7 +422,7 @@ def test_an_order_may_live_on_the_device_and_differ_for_each_sample(trajectory: 
 @pytest.mark.parametrize("trajectory", ["shared_noise", "marginal"])
 @pytest.mark.parametrize("orders", [(4,), (2, 4)], ids=["batch", "sample"])
 def test_an_order_on_the_device_is_never_read_by_the_host(trajectory: Trajectory, orders: tuple[int, ...]) -> None:
-    # Tensors of the meta device have no values: whoever asks for one fails.
+    # Tensors of the meta device have no values: reading one fails.
     branches = torch.empty(4, *SHAPE, device="meta", requires_grad=True)
     order = torch.empty(orders, dtype=torch.int64, device="meta")
     loss = reverse_process_loss(branches, branches[0].detach(), NoiseSchedule.cosine(4), order, trajectory)
@@ -556,7 +556,7 @@ def test_gradients_are_those_of_finite_differences(loss: Callable[..., torch.Ten
     assert torch.autograd.gradcheck(loss, inputs)
 
 
-def test_what_does_not_fit_the_schedule_is_refused() -> None:
+def test_arguments_that_do_not_fit_the_schedule_are_refused() -> None:
     schedule, teacher = NoiseSchedule.cosine(3), torch.zeros(2, 3)
     branches = [torch.ones(2, 3) for _ in range(3)]
     with pytest.raises(ValueError, match=r"^2 branches for a schedule of 3 steps$"):

@@ -132,7 +132,7 @@ def test_the_gradient_of_kd_is_the_difference_of_probabilities_times_the_tempera
 
 
 @pytest.mark.parametrize(("alpha", "beta", "temperature"), [(1.0, 8.0, 4.0), (0.6, 0.0, 1.3), (0.0, 2.1, 2.7)])
-def test_dkd_weighs_the_target_and_the_others_apart(alpha: float, beta: float, temperature: float) -> None:
+def test_dkd_weights_the_target_and_the_other_classes_separately(alpha: float, beta: float, temperature: float) -> None:
     student, teacher = logits(1), logits(2)
     total = 0.0
     for s, t, target in zip(student.numpy() / temperature, teacher.numpy() / temperature, TARGETS, strict=True):
@@ -143,7 +143,7 @@ def test_dkd_weighs_the_target_and_the_others_apart(alpha: float, beta: float, t
     close(dkd_loss(student, teacher, TARGETS, alpha, beta, temperature), temperature**2 * total / 3)
 
 
-def test_dkd_becomes_kd_when_the_others_weigh_what_the_teacher_leaves_them() -> None:
+def test_dkd_equals_kd_if_the_other_classes_weigh_their_share_of_the_teacher() -> None:
     student, teacher, target, temperature = logits(1)[1:2], logits(2)[1:2], torch.tensor([3]), 2.2
     left = 1 - softmax(teacher[0].numpy() / temperature)[3]
     close(dkd_loss(student, teacher, target, 1.0, float(left), temperature), kd_loss(student, teacher, 2.2).item())
@@ -169,13 +169,13 @@ def test_attention_transfer_compares_normalised_maps_at_the_smaller_size(
     close(attention_transfer_loss(students, teachers, p=p), expected)
 
 
-def test_attention_transfer_squares_unless_told() -> None:
+def test_attention_transfer_squares_by_default() -> None:
     student, teacher = noise(2, 3, 4, 4, seed=1), noise(2, 5, 4, 4, seed=2)
     close(attention_transfer_loss([student], [teacher]), attention_transfer_loss([student], [teacher], p=2).item())
     assert attention_transfer_loss([student], [teacher]) != attention_transfer_loss([student], [teacher], p=1)
 
 
-def test_attention_transfer_does_not_see_the_scale_of_an_image_and_survives_a_dead_one() -> None:
+def test_attention_transfer_ignores_the_scale_of_an_image_and_accepts_a_zero_map() -> None:
     student, teacher = noise(3, 5, 4, 4, seed=1), noise(3, 5, 4, 4, seed=2)
     scale = torch.tensor([3.0, 0.02, 700.0], dtype=torch.float64).reshape(3, 1, 1, 1)
     close(attention_transfer_loss([student * scale], [teacher]), attention_transfer_loss([student], [teacher]).item())
@@ -200,7 +200,7 @@ def context_of(student: Array, teacher: Array, weights: dict[int, float]) -> flo
 
 
 @pytest.mark.parametrize("side", CONTEXT_WEIGHTS)
-def test_the_context_loss_hands_its_weights_out_in_the_order_of_the_scales_used(side: int) -> None:
+def test_the_context_loss_assigns_its_weights_in_the_order_of_the_scales_used(side: int) -> None:
     student, teacher = noise(3, 5, side, side, seed=1), noise(3, 5, side, side, seed=2)
     expected = context_of(student.numpy(), teacher.numpy(), CONTEXT_WEIGHTS[side])
     close(hierarchical_context_loss([student], [teacher]), expected)
@@ -239,7 +239,7 @@ def test_overhaul_averages_the_teacher_to_the_students_size_before_the_margin() 
     close(overhaul_loss(student, teacher, MARGIN), expected)
 
 
-def test_overhaul_asks_nothing_below_the_margin_of_a_silent_teacher() -> None:
+def test_overhaul_has_no_loss_below_the_margin_of_an_inactive_teacher() -> None:
     teacher = -noise(3, 5, 4, 4).abs() - 0.01
     student = torch.minimum(teacher, MARGIN.reshape(1, 5, 1, 1)) - 2.0
     assert overhaul_loss(student, teacher, MARGIN).item() == 0
@@ -431,7 +431,7 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_does_not_belong_together_is_refused_with_its_shapes(case: str) -> None:
+def test_mismatched_arguments_are_refused_with_their_shapes(case: str) -> None:
     call, message = WRONG[case]
     with pytest.raises(ValueError, match=message):
         call()

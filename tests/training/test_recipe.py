@@ -44,7 +44,7 @@ def test_a_relative_base_is_found_from_any_working_directory(tmp_path: Path, mon
 
 
 @pytest.mark.parametrize("back", ["first.toml", "sub/../first.toml", "./first.toml"])
-def test_a_chain_that_comes_back_is_refused(back: str, tmp_path: Path) -> None:
+def test_a_cycle_of_bases_is_refused(back: str, tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     write(tmp_path / "second.toml", f'extends = "{back}"\n')
     first = write(tmp_path / "first.toml", 'extends = "second.toml"\n')
@@ -75,13 +75,13 @@ def test_of_several_bases_the_later_one_lies_on_top(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ["3", "[1]", "{a = 1}"])
-def test_bases_that_are_no_names_are_refused(value: str, tmp_path: Path) -> None:
+def test_bases_must_be_names(value: str, tmp_path: Path) -> None:
     message = refused(write(tmp_path / "top.toml", f"extends = {value}\n"))
     assert "extends = " in message
     assert "Give one recipe, or a list of them." in message
 
 
-def test_what_identifies_a_run_leaves_out_places_and_published_numbers() -> None:
+def test_the_identity_of_a_run_excludes_paths_and_published_numbers() -> None:
     base = load_recipe("cifar100")
     same = ("data.root=elsewhere", "data.workers=7", "teacher.checkpoint=a.pt", "published.top1=12.5")
     moved = load_recipe("cifar100", merge_overrides([parse_override(text) for text in same]))
@@ -143,7 +143,7 @@ def test_a_wrong_type_or_range_is_refused_and_nothing_is_converted(override: str
     assert message.endswith("Correct the file or the option; nothing was started.")
 
 
-def test_every_problem_is_told_at_once() -> None:
+def test_every_problem_is_reported_at_once() -> None:
     message = refused("digits", "train.epochs=-1", "data.flip=3", "nonsense.key=1")
     assert all(part in message for part in ("train.epochs = -1 (int)", "data.flip = 3 (int)", "unknown key 'nonsense'"))
 
@@ -174,7 +174,7 @@ def test_an_override_is_toml_or_else_a_bare_string(text: str, expected: dict[str
 
 
 @pytest.mark.parametrize("text", ["train.epochs", "=3", "train..epochs=3", "train.1st=3", "train epochs=3", ".=1", ""])
-def test_what_is_no_key_and_value_is_refused(text: str) -> None:
+def test_an_override_without_key_and_value_is_refused(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_override(text)
     assert str(caught.value) == f"--set {text!r} is not KEY=VALUE.\nFor example --set train.epochs=30"
@@ -222,7 +222,7 @@ def test_a_placement_that_could_not_be_folded_is_refused_before_training(command
     assert not (tmp_path / "run").exists()
 
 
-def test_another_data_set_does_not_lie_where_the_one_of_the_base_does(tmp_path: Path) -> None:
+def test_another_data_set_does_not_keep_the_root_of_the_base(tmp_path: Path) -> None:
     base = tmp_path / "base.toml"
     base.write_text('extends = "cifar100"\n[data]\nroot = "data/cifar100"\n')
     top = tmp_path / "top.toml"

@@ -48,7 +48,7 @@ def test_an_int8_file_runs_by_integer_kernels(tmp_path: Path) -> None:
     assert np.sqrt(np.mean((loaded.logits(x) - exact) ** 2)) < 3 * noise
 
 
-def test_what_a_processor_lacks_runs_in_another_precision_and_is_seen_to(model: Path) -> None:
+def test_a_precision_that_the_processor_lacks_runs_in_another_one_and_is_detected(model: Path) -> None:
     missing = [name for name in ("bf16", "fp16") if name.upper() not in capabilities()]
     if not missing:
         pytest.skip("this processor has every precision")
@@ -74,7 +74,7 @@ def test_a_damaged_file_is_refused_by_name(model: Path, tmp_path: Path, damage: 
     assert "\n" not in caught.value.message
 
 
-def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+def test_a_missing_package_is_an_error_with_the_install_command(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(BackendUnavailableError, match="OpenVINO is not installed") as caught:
         load_openvino(model, precision="fp32")

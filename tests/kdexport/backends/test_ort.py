@@ -28,7 +28,7 @@ def test_logits_are_those_of_an_independent_computation(model: Path, batch: int,
     np.testing.assert_allclose(logits, small_logits(x), rtol=0, atol=2e-6)
 
 
-def test_an_unknown_provider_is_refused_with_those_that_are_here(model: Path) -> None:
+def test_an_unknown_provider_is_refused_with_the_list_of_available_ones(model: Path) -> None:
     with pytest.raises(BackendUnavailableError) as caught:
         load_model(model, provider="AbacusExecutionProvider")
     assert caught.value.exit_code == 4
@@ -66,7 +66,7 @@ def test_every_node_is_assigned_to_the_provider(model: Path) -> None:
 
 
 @pytest.mark.parametrize("threads", [0, 1, 3])
-def test_the_number_of_threads_is_the_one_asked_for_and_none_spins(model: Path, threads: int) -> None:
+def test_the_session_has_the_requested_number_of_threads_and_none_spins(model: Path, threads: int) -> None:
     options = load_model(model, threads=threads).session.get_session_options()
     assert options.intra_op_num_threads == threads
     assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"
@@ -109,7 +109,7 @@ def test_importing_and_running_leaves_the_home_folder_empty(model: Path, tmp_pat
         (None, False),
     ],
 )
-def test_vnni_is_what_the_processor_says(flags: str | None, expected: bool, tmp_path: Path) -> None:
+def test_vnni_is_read_from_the_flags_of_the_processor(flags: str | None, expected: bool, tmp_path: Path) -> None:
     path = tmp_path / "cpuinfo"
     if flags is not None:
         path.write_text(f"processor\t: 0\nmodel name\t: avx512_vnni\nflags\t\t: {flags}\nbogomips\t: 1\n")

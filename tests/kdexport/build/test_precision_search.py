@@ -1,4 +1,4 @@
-"""`build --precision-search` on a student whose channels int8 cannot hold: without it, with it, and what is left."""
+"""`build --precision-search` on a student that int8 cannot represent: without it, with it, and its limits."""
 
 import json
 import shutil
@@ -52,10 +52,11 @@ max_slowdown = 0.9
 
 
 def hostile_student(folder: Path) -> None:
-    """A classifier fitted to the random features of a network that int8 can hold, and two channels blown up exactly.
+    """Save a student that int8 represents well except for two channels, which are scaled up with equal outputs.
 
-    Activations that are mostly positive and blocks that add little make it one: errors are not amplified. The first
-    channel lies between two convolutions and can be equalised, the second one in front of the classifier.
+    Its classifier is fitted to random features. Activations are mostly positive and blocks add little, so that errors
+    are not amplified. The first scaled channel lies between two convolutions and can be equalised; the second lies in
+    front of the classifier.
     """
     images = open_dataset(DIGITS, "train")
     pixels = torch.from_numpy(PREPROCESSING.normalise(images.read(range(FITTED), PREPROCESSING)))
@@ -110,7 +111,7 @@ def build(root: Path, out: Path, target: str, *more: str) -> Outcome:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A hostile student, and a configuration for it."""
+    """The folder of a hostile student and of its configuration."""
     folder = tmp_path_factory.mktemp("hostile")
     (folder / "tiny.toml").write_text(CONFIG)
     hostile_student(folder / "student")
@@ -136,7 +137,7 @@ def test_without_the_search_the_collapse_is_named_with_its_channels_and_the_reme
     assert not (root / "plain").exists()
 
 
-def test_with_the_search_every_check_holds_and_no_layer_is_kept_for_nothing(searched: tuple[Path, str]) -> None:
+def test_with_the_search_every_check_holds_and_every_kept_layer_is_needed(searched: tuple[Path, str]) -> None:
     data = read_manifest(searched[0]).data
     assert all(check["holds"] for check in data["parity"])
     ran = {(check["rung"], check["subject"]) for check in data["parity"]}
@@ -160,7 +161,7 @@ def test_with_the_search_every_check_holds_and_no_layer_is_kept_for_nothing(sear
         assert len(plan["trades"]) <= 8
 
 
-def test_the_trade_is_told_on_the_terminal_and_in_the_report(searched: tuple[Path, str]) -> None:
+def test_the_cost_of_the_plan_is_printed_and_written_to_the_report(searched: tuple[Path, str]) -> None:
     bundle, printed = searched
     plan = read_manifest(bundle).data["targets"]["onnx-int8"]["plan"]
     chosen = plan["trades"][plan["chosen"]]
@@ -217,7 +218,7 @@ def _quantize_weight(path: Path, name: str) -> None:
     onnx.save(model, str(path))
 
 
-def test_a_search_with_nothing_to_search_is_refused_before_anything_is_done(root: Path, tmp_path: Path) -> None:
+def test_a_search_without_an_int8_target_is_refused_before_any_work(root: Path, tmp_path: Path) -> None:
     done = build(root, tmp_path / "out", "onnx-fp32,trt-rtx-fp16", "--precision-search")
     assert done.exit_code == 2
     assert "onnx-fp32, trt-rtx-fp16 has no int8 target" in done.stderr

@@ -1,4 +1,4 @@
-"""Every target that this machine can build, from the real command to faults that are put into its bundle."""
+"""Every target that this machine can build: built by the command, verified, served, and damaged on purpose."""
 
 import json
 import shutil
@@ -46,7 +46,7 @@ def bundle(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def damaged(bundle: Path, tmp_path: Path) -> Callable[[str, Edit], list[Check]]:
-    """Change the ONNX file of a target, renew its digest, and return the failed checks of that file."""
+    """Change the ONNX file of a target, write its digest again, and return the failed checks of that file."""
 
     def run(target: str, edit: Edit) -> list[Check]:
         folder = Path(shutil.copytree(bundle, tmp_path / "bundle"))
@@ -55,7 +55,7 @@ def damaged(bundle: Path, tmp_path: Path) -> Callable[[str, Edit], list[Check]]:
         edit(model)
         onnx.save(model, str(path))
         data = json.loads((folder / MANIFEST).read_text())
-        # The other targets say nothing about this one.
+        # Checks of the other targets are not of interest here.
         for name in set(data["targets"]) - {target}:
             del data["targets"][name]
             shutil.rmtree(folder / "targets" / name)
@@ -74,7 +74,7 @@ def edited(name: str, change: Callable[[Any], Any]) -> Edit:
     return edit
 
 
-def test_every_target_is_verified_or_says_that_it_was_not_run(bundle: Path) -> None:
+def test_every_target_is_verified_or_marked_as_not_run(bundle: Path) -> None:
     data = json.loads((bundle / MANIFEST).read_text())
     assert tuple(data["targets"]) == tuple(sorted(TARGETS))
     for name, entry in data["targets"].items():
@@ -99,7 +99,7 @@ def test_every_target_is_verified_or_says_that_it_was_not_run(bundle: Path) -> N
         assert facts[subject, "dynamic batch"] == "batches of 1 and 3 gave 1 and 3 rows"
 
 
-def test_the_plan_holds_nothing_of_ours_and_the_manifest_says_what_built_it(bundle: Path) -> None:
+def test_the_plan_holds_no_metadata_of_kdexport_and_the_manifest_names_its_builder(bundle: Path) -> None:
     for name in ("trt-rtx-bf16", "trt-rtx-int8"):
         assert b"kdexport" not in (bundle / "targets" / name / "model.plan").read_bytes()
         entry = json.loads((bundle / MANIFEST).read_text())["targets"][name]
@@ -180,7 +180,7 @@ def test_a_batch_that_is_not_dynamic_is_caught(damaged: Callable[[str, Edit], li
 
 
 @pytest.mark.parametrize("target", ["onnx-bf16", "openvino-bf16", "trt-int8"])
-def test_a_precision_or_provider_that_this_machine_lacks_exits_4_before_anything_is_done(
+def test_a_precision_or_provider_that_this_machine_lacks_exits_4_before_any_work(
     kdexport: Command, built: Built, tmp_path: Path, target: str
 ) -> None:
     if target == "openvino-bf16":
@@ -197,7 +197,7 @@ def test_a_precision_or_provider_that_this_machine_lacks_exits_4_before_anything
     assert not (tmp_path / "ws").exists()
 
 
-def test_the_int8_target_is_served_as_int8_and_nothing_else_is(bundle: Path, tmp_path: Path) -> None:
+def test_only_the_int8_target_is_served_as_int8(bundle: Path, tmp_path: Path) -> None:
     allowed = try_bundle(bundle, CPU, Limits(), "onnx-int8")
     model = load(
         bundle, name="m", version=1, provider=CPU, limits=Limits(), allowed_error=allowed, target="onnx-int8"
@@ -208,7 +208,7 @@ def test_the_int8_target_is_served_as_int8_and_nothing_else_is(bundle: Path, tmp
     images = np.random.default_rng(3).standard_normal((4, 3, size, size)).astype(np.float32)
     assert np.array_equal(model.logits(images), int8.logits(images))
     assert not np.array_equal(model.logits(images), float32.logits(images))
-    # What int8 costs, not what float32 does: the factor of rung C times what the same file costs on the same machine.
+    # The error of int8, not of float32: the factor of rung C times the error of the same file on the same machine.
     assert allowed == pytest.approx(LowPolicy().max_error * model.golden.error, rel=1e-3)
     assert allowed > 100 * try_bundle(bundle, CPU, Limits())
     for target, provider, words in (

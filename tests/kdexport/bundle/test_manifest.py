@@ -1,4 +1,4 @@
-"""A bundle that was changed in any way is noticed, and a manifest that makes no sense is refused."""
+"""Every change to a bundle is detected, and a malformed manifest is refused."""
 
 import json
 from collections.abc import Callable
@@ -63,7 +63,7 @@ def test_one_weight_changed_by_one_percent_is_found_and_its_layer_named(
     file: str, name: str, bundle_copy: Path
 ) -> None:
     scale_one_weight(bundle_copy / file, name)
-    # Even where somebody adapts the digests.
+    # Even if the digests are written again to match.
     change(bundle_copy, lambda _: None, rehash=True)
     assert f"audit {file} weights layer {name} (1 of " in failures(bundle_copy)
 
@@ -95,7 +95,7 @@ def test_rung_a_alone_proves_the_algebra_block_by_block(built: Built, kdexport: 
     assert not [check for check in done.data["checks"] if check["rung"] in ("B", "C", "run")]
 
 
-def test_rung_a_names_the_layer_whose_stored_weights_are_others(bundle_copy: Path, kdexport: Command) -> None:
+def test_rung_a_names_the_layer_whose_stored_weights_differ(bundle_copy: Path, kdexport: Command) -> None:
     path = bundle_copy / "student.safetensors"
     tensors = load_file(path)
     tensors["blocks.2.1.conv.3.weight"][7] *= 1.001
@@ -131,7 +131,7 @@ def test_rung_a_block_by_block_is_held_to_the_policy_of_the_bundle(bundle_copy: 
     assert not all(check.holds for check in algebra)
 
 
-def test_another_unfused_student_is_found(bundle_copy: Path) -> None:
+def test_a_replaced_unfused_student_is_found(bundle_copy: Path) -> None:
     path = bundle_copy / "unfused.safetensors"
     tensors = load_file(path)
     name = next(key for key in tensors if key.endswith("branches.1.1.running_var"))
@@ -158,7 +158,7 @@ def test_a_missing_or_truncated_file_is_a_failed_check_and_no_crash(file: str, d
     assert file in failures(bundle_copy)
 
 
-def test_a_golden_image_of_another_content_is_found(bundle_copy: Path) -> None:
+def test_a_golden_image_with_changed_pixels_is_found(bundle_copy: Path) -> None:
     first, second = (bundle_copy / "golden" / name for name in ("000.png", "004.png"))
     first.write_bytes(second.read_bytes())
     change(bundle_copy, lambda _: None, rehash=True)
@@ -179,7 +179,7 @@ def _swap_classes(data: dict[str, Any]) -> None:
         (lambda d: d["provenance"].update(teacher_sha256="0" * 64), "provenance"),
     ],
 )
-def test_a_manifest_that_tells_another_story_than_the_files_is_found(
+def test_a_manifest_that_contradicts_the_files_is_found(
     edit: Callable[[dict[str, Any]], object], words: str, bundle_copy: Path
 ) -> None:
     change(bundle_copy, edit)
@@ -203,7 +203,7 @@ def test_a_manifest_that_tells_another_story_than_the_files_is_found(
         lambda d: d["student"].update(branches={"placement": "R9", "num_branches": 2}),
     ],
 )
-def test_a_manifest_that_makes_no_sense_is_refused(edit: Callable[[dict[str, Any]], object], bundle_copy: Path) -> None:
+def test_a_malformed_manifest_is_refused(edit: Callable[[dict[str, Any]], object], bundle_copy: Path) -> None:
     change(bundle_copy, edit)
     with pytest.raises(BundleError, match="is damaged or of another version"):
         read_manifest(bundle_copy)
@@ -214,7 +214,7 @@ def test_only_verification_makes_a_verified_bundle(built: Built) -> None:
         VerifiedBundle(built.bundle, read_manifest(built.bundle), object())
 
 
-def test_an_unfused_file_in_another_type_is_refused(bundle_copy: Path) -> None:
+def test_an_unfused_file_in_bfloat16_is_refused(bundle_copy: Path) -> None:
     path = bundle_copy / "unfused.safetensors"
     save_file({name: t.bfloat16() if t.dtype == torch.float32 else t for name, t in load_file(path).items()}, path)
     assert "bfloat16" in failures(bundle_copy)

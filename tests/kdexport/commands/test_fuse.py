@@ -1,4 +1,4 @@
-"""`kdexport fuse` as a user types it: outputs, agreement with the original, and every way to hand it something bad."""
+"""`kdexport fuse` as a user types it: outputs, agreement with the original, and every kind of bad input."""
 
 import functools
 import json
@@ -42,7 +42,7 @@ def wrong(): return "a string"
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A current directory with factories of modules, forgotten afterwards."""
+    """A current directory with modules that define factories; they are unloaded after the test."""
     (tmp_path / "shelf.py").write_text(FACTORIES)
     (tmp_path / "broken_shelf.py").write_text("import nothing_of_this_name\n")
     monkeypatch.chdir(tmp_path)
@@ -109,7 +109,7 @@ def test_a_program_becomes_a_smaller_program_and_an_onnx_file_that_compute_the_s
     assert "Nothing to merge" in again.stdout
 
 
-def test_a_factory_is_fused_and_the_table_says_what_was_done(folder: Path, fuse: Fuse) -> None:
+def test_a_factory_is_fused_and_the_table_lists_the_merges(folder: Path, fuse: Fuse) -> None:
     done = fuse("shelf:good", "--input", "1,3,17,15", "--out", "out/fused")
     assert done.exit_code == 0, done.stderr
     assert re.search(r"^0 +2 branches: 2 convolutions \+ 2 batch norms +\d\.\de-1[5-7]", done.stdout, re.MULTILINE)
@@ -122,7 +122,7 @@ def test_a_factory_is_fused_and_the_table_says_what_was_done(folder: Path, fuse:
     model = onnx.load(folder / "out" / "fused" / "model.onnx")
     assert [item.name for item in (*model.graph.input, *model.graph.output)] == ["input", "logits"]
     assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
-    # What is there is ours and is replaced; a module with nothing to merge is no failure.
+    # An earlier output of the command is replaced, and a module with nothing to merge is not an error.
     plain = fuse("shelf:plain", "--input", "2,3,9,9", "--out", "out/fused")
     assert plain.exit_code == 0
     assert "Nothing to merge" in plain.stdout
@@ -184,7 +184,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval(), path, (2, 3, 6, 7))
 
 
-class Evil:
+class WritesOnUnpickling:
     """Unpickling it writes a file."""
 
     def __reduce__(self) -> Any:
@@ -195,7 +195,7 @@ def pickled() -> bytes:
     import io
 
     buffer = io.BytesIO()
-    torch.save((Evil(),), buffer)
+    torch.save((WritesOnUnpickling(),), buffer)
     return buffer.getvalue()
 
 
@@ -244,7 +244,7 @@ HOSTILE: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_an_archive_that_would_run_something_is_refused_before_it_does(
+def test_an_archive_that_would_run_code_is_refused_before_the_code_runs(
     name: str, archive: Path, folder: Path, fuse: Fuse
 ) -> None:
     place, change, words = HOSTILE[name]
@@ -276,7 +276,7 @@ def test_a_truncated_or_altered_archive_is_refused(cut: float, archive: Path, fo
         assert "no complete archive" in done.stderr
 
 
-def test_a_folder_of_somebody_else_is_not_touched_and_ours_stays_whole_when_a_run_fails(
+def test_a_foreign_folder_is_not_touched_and_an_earlier_output_survives_a_failed_run(
     folder: Path, fuse: Fuse, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / "foreign").mkdir()
@@ -297,7 +297,7 @@ def test_a_folder_of_somebody_else_is_not_touched_and_ours_stays_whole_when_a_ru
     assert {path.name: path.read_bytes() for path in (folder / "fused").iterdir()} == kept
 
 
-def test_a_pt2_file_takes_no_shape(archive: Path, fuse: Fuse, folder: Path) -> None:
+def test_a_shape_for_a_pt2_file_is_refused(archive: Path, fuse: Fuse, folder: Path) -> None:
     done = fuse(archive, "--out", "fused", "--input", "1,3,9,9")
     assert done.exit_code == 2
     assert "Leave --input out" in done.stderr

@@ -8,17 +8,17 @@ from kdexport.timing.session import parse_clocks
 
 
 @pytest.mark.parametrize(("text", "value"), [("2%", 0.02), ("0.1%", 0.001), (" 100 %", 1.0), ("0.000001%", 1e-8)])
-def test_shares_carry_their_sign(text: str, value: float) -> None:
+def test_percentages_need_a_percent_sign(text: str, value: float) -> None:
     assert parse_share("--x", text) == pytest.approx(value)
 
 
 @pytest.mark.parametrize("text", ["2", "0.02", "0%", "-2%", "101%", "nan%", "2%%", "", "2 percent", "1e1%", "\u0662%"])
-def test_what_is_no_share_is_refused(text: str) -> None:
+def test_text_that_is_not_a_percentage_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="is no share"):
         parse_share("--max-slowdown", text)
 
 
-def test_lists_are_read_once_each_and_strictly() -> None:
+def test_lists_drop_repeated_values_and_refuse_malformed_ones() -> None:
     assert parse_batches("1, 8,1") == (1, 8)
     assert parse_clocks("serve,host,serve") == ("serve", "host")
     for text in ("", "1,,2", "0", "-1", "a", "1.5", "123456", "\u0661"):

@@ -14,7 +14,7 @@ def test_the_digest_of_a_value_is_the_sha256_of_its_canonical_json() -> None:
     assert len({digest(value) for value in values}) == len(values)
 
 
-def test_what_json_cannot_hold_has_no_digest() -> None:
+def test_a_value_that_json_cannot_represent_has_no_digest() -> None:
     with pytest.raises(TypeError):
         digest({"path": Path("x")})
 

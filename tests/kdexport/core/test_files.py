@@ -19,7 +19,7 @@ from kdexport.core.files import (
 from kdexport.errors import OutputError
 
 
-def test_reports_that_could_not_be_written_are_refused_before_anything_runs(tmp_path: Path) -> None:
+def test_a_report_path_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     require_writable_file(None)
     require_writable_file(tmp_path / "new.xml")
     for path in (tmp_path, tmp_path / "missing" / "new.xml"):

@@ -1,4 +1,4 @@
-"""int8 is calibrated on training images, and on nothing else."""
+"""int8 is calibrated on training images only."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -25,7 +25,7 @@ PREPROCESSING = Preprocessing(image_size=SIZE, resize=SIZE, mean=(0.0, 0.0, 0.0)
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> DatasetSpec:
-    """Training images between 51 and 102 of 255, a class at a time brighter; validation images black and white."""
+    """Training images of values 51 to 102 of 255, brighter for each class; validation images are black or white."""
     for label in range(5):
         for split, values in (("train", range(51 + 10 * label, 62 + 10 * label)), ("test", (0, 255))):
             folder = tmp_path / "data" / split / f"c{label}"
@@ -45,7 +45,7 @@ def test_no_validation_image_is_ever_opened(dataset: DatasetSpec, tmp_path: Path
     path = stages.calibrate(Workspace(tmp_path / "ws"), model, calibration(dataset))
     found = read_ranges(path)["input"]
     assert (found.low, found.high) == pytest.approx((51 / 255, 101 / 255))
-    # Not even where there is no other split to open by mistake.
+    # The images are still read after the validation split was deleted.
     for image in (tmp_path / "data" / "test").rglob("*.png"):
         image.unlink()
     assert sum(len(batch) for batch in calibration(dataset).batches()) == 55
@@ -59,7 +59,7 @@ def test_the_images_are_spread_over_all_classes(dataset: DatasetSpec) -> None:
     assert all(batch.dtype == np.float32 for batch in batches)
 
 
-def test_a_search_sees_training_images_that_calibration_did_not(dataset: DatasetSpec) -> None:
+def test_a_search_uses_training_images_that_calibration_did_not_use(dataset: DatasetSpec) -> None:
     def levels(images: Iterable[NDArray[np.float32]]) -> Counter[int]:
         return Counter(round(float(image.mean()) * 255) for image in images)
 
@@ -75,12 +75,12 @@ def test_a_search_sees_training_images_that_calibration_did_not(dataset: Dataset
     assert few.shape == (5, 3, SIZE, SIZE)
 
 
-def test_where_calibration_saw_every_image_a_search_sees_them_again(dataset: DatasetSpec) -> None:
+def test_a_search_uses_the_images_again_if_calibration_used_all_of_them(dataset: DatasetSpec) -> None:
     images, labels = calibration(dataset, images=1000).search_images(1000)
     assert len(images) == len(labels) == 55
 
 
-def test_int8_keeps_its_ranges_beside_it_and_other_forms_have_none(dataset: DatasetSpec, tmp_path: Path) -> None:
+def test_an_int8_file_has_its_ranges_beside_it_and_other_forms_have_none(dataset: DatasetSpec, tmp_path: Path) -> None:
     model = OnnxModel(path=small_graph(tmp_path / "a.onnx", small_weights()), form="fp32", key="a" * 64)
     workspace = Workspace(tmp_path / "ws")
     settings = calibration(dataset)
@@ -99,7 +99,7 @@ def test_int8_keeps_its_ranges_beside_it_and_other_forms_have_none(dataset: Data
 @pytest.mark.parametrize(
     "changes", [{"method": "entropy"}, {"images": 9}, {"percentile": 99.0}, {"digest": "1"}, {"weight_bits": 8}]
 )
-def test_whatever_int8_depends_on_is_in_its_key_and_in_no_other(
+def test_everything_that_int8_depends_on_is_in_its_key_and_in_no_other_key(
     dataset: DatasetSpec, changes: dict[str, object]
 ) -> None:
     before, after = calibration(dataset), calibration(dataset, **changes)  # type: ignore[arg-type]
@@ -110,7 +110,7 @@ def test_whatever_int8_depends_on_is_in_its_key_and_in_no_other(
         assert stages.cast_key("m", form, before) == stages.cast_key("m", form, after)
 
 
-def test_the_manifest_says_which_split_and_how() -> None:
+def test_the_manifest_records_the_split_and_the_method_of_calibration() -> None:
     said = calibration(DatasetSpec(name="digits"), digest="d", method="percentile", images=64).to_json()
     assert said == {
         "method": "percentile", "images": 64, "percentile": 99.99, "weight_bits": 7, "split": "train",

@@ -61,7 +61,7 @@ def test_digits_are_stratified(digits: tuple[ImageSet, ImageSet]) -> None:
 def test_no_digit_is_in_both_splits_and_none_is_lost(digits: tuple[ImageSet, ImageSet]) -> None:
     from sklearn.datasets import load_digits
 
-    # Distinct originals, found again by upscaling each the way a viewer would and looking for the nearest.
+    # Each image is matched to the nearest of the distinct originals, upscaled in the same way.
     def keys(split: ImageSet) -> list[str]:
         assert split.pixels is not None
         return [hashlib.sha256(image.tobytes()).hexdigest() for image in split.pixels]
@@ -72,7 +72,7 @@ def test_no_digit_is_in_both_splits_and_none_is_lost(digits: tuple[ImageSet, Ima
     assert not set(train) & set(test)
 
 
-def test_digits_keep_their_label_and_their_look(digits: tuple[ImageSet, ImageSet]) -> None:
+def test_digits_keep_their_label_and_their_appearance(digits: tuple[ImageSet, ImageSet]) -> None:
     from sklearn.datasets import load_digits
 
     source = load_digits()
@@ -103,7 +103,7 @@ def test_image_folders_are_read_with_sorted_classes(tmp_path: Path, test: str) -
     assert np.array_equal(held_out.read([5], SMALL)[0], pixels(101))
 
 
-def test_test_comes_before_val_where_both_are_there(tmp_path: Path) -> None:
+def test_the_test_folder_is_used_if_test_and_val_both_exist(tmp_path: Path) -> None:
     spec = image_folders(tmp_path)
     shutil.copytree(tmp_path / "test", tmp_path / "val")
     assert all("test" in path.parts for path in open_dataset(spec, "test").files)
@@ -179,7 +179,7 @@ def test_an_unknown_data_set_is_refused_with_the_known_ones(name: str) -> None:
 
 
 @pytest.mark.parametrize("exists", [True, False])
-def test_a_missing_cifar_archive_is_told_with_the_ways_to_give_it(tmp_path: Path, exists: bool) -> None:
+def test_a_missing_cifar_archive_is_an_error_with_the_ways_to_provide_it(tmp_path: Path, exists: bool) -> None:
     root = tmp_path if exists else tmp_path / "nowhere"
     with pytest.raises(DataError, match=f"CIFAR-100 was not found in {root}") as caught:
         open_dataset(DatasetSpec(name="cifar100", root=str(root)), "train")
@@ -244,7 +244,7 @@ def test_the_whole_of_cifar100_is_read_from_image_folders(tmp_path: Path) -> Non
     shutil.rmtree(tmp_path)
 
 
-def test_a_place_replaces_the_path_of_a_folder_and_is_refused_for_digits() -> None:
+def test_a_root_folder_replaces_the_path_of_a_data_set_and_is_refused_for_digits() -> None:
     assert dataset_spec("folder:/nowhere", "/elsewhere").name == "folder:/elsewhere"
     assert dataset_spec("cifar100", "/elsewhere").root == "/elsewhere"
     with pytest.raises(ConfigError, match="/elsewhere"):
@@ -358,7 +358,7 @@ def test_the_fingerprint_covers_labels_classes_and_pixels() -> None:
     assert len({of(), of(classes=("b", "a")), of(labels=(1, 1)), of(labels=(1, 0)), of(flip=1)}) == 5
 
 
-def test_data_behind_symbolic_links_is_told_apart(tmp_path: Path) -> None:
+def test_different_data_behind_symbolic_links_has_different_digests(tmp_path: Path) -> None:
     digests = []
     for name in ("one", "two"):
         spec = noise_folders(tmp_path / "real" / name)

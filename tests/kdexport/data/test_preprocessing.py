@@ -26,7 +26,7 @@ def noise_image(width: int, height: int) -> Image.Image:
 
 
 def smooth_image(width: int, height: int) -> Image.Image:
-    """Slow waves of another phase in each channel: no symmetry hides a flip, a transposition or a swap."""
+    """Slow waves with a different phase in each channel: not symmetric, so that a flip or swap changes the result."""
     x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
     waves = [np.sin(2.1 * x + 1.3 * y), np.cos(1.7 * x - 0.9 * y), np.sin(0.4 - 2.3 * y + 0.7 * x)]
     return Image.fromarray((np.stack(waves, -1) * 110 + 128).astype(np.uint8))
@@ -70,7 +70,7 @@ def test_shrinking_averages_over_the_source_rather_than_skipping_pixels() -> Non
     assert np.abs(shrunk.astype(int) - 127).max() <= 8
 
 
-def test_an_image_of_the_right_size_is_passed_on_exactly() -> None:
+def test_an_image_of_the_right_size_is_not_changed() -> None:
     image = noise_image(32, 32)
     assert np.array_equal(CIFAR.pixels(image), np.asarray(image))
 

@@ -130,7 +130,9 @@ def test_a_correct_file_is_not_blamed(precision: str, files: dict[str, Path], tm
     assert not (tmp_path / "out").exists()
 
 
-def test_what_bfloat16_stores_is_compared_though_no_cpu_runs_it(files: dict[str, Path], tmp_path: Path) -> None:
+def test_weights_stored_in_bfloat16_are_compared_although_no_cpu_runs_it(
+    files: dict[str, Path], tmp_path: Path
+) -> None:
     def edit(model: onnx.ModelProto) -> None:
         item = next(entry for entry in model.graph.initializer if entry.name == "conv.weight")
         # The exponent's last bit: twice or half of the first weight.
@@ -165,7 +167,7 @@ def test_an_overflow_of_float16_is_named_with_the_value_that_did_not_fit(tmp_pat
 
 
 def reproduce(folder: Path) -> subprocess.CompletedProcess[str]:
-    """The script alone: isolated, so that neither this checkout nor PYTHONPATH is on its path."""
+    """Run the script alone, isolated, so that neither this checkout nor PYTHONPATH is on its path."""
     guard = "import sys; sys.modules['kdexport'] = None; import runpy; runpy.run_path(sys.argv[1], run_name='__main__')"
     command = [sys.executable, "-I", "-c", guard, str(folder / "reproduce.py")]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd="/")
@@ -207,7 +209,7 @@ def test_an_error_is_not_passed_on_to_later_nodes(files: dict[str, Path]) -> Non
     assert next(row.worst for row in found.nodes if row.node == "conv") == worst.argmax()
 
 
-def test_a_cut_out_node_gives_what_it_gives_in_its_graph(files: dict[str, Path]) -> None:
+def test_an_extracted_node_gives_the_same_result_as_in_its_graph(files: dict[str, Path]) -> None:
     model = onnx.load(files["fp32"])
     feeds = {"input": images(3, size=SIZE)}
     values = run(model, feeds, ["r", "logits"])
@@ -219,7 +221,7 @@ def test_a_cut_out_node_gives_what_it_gives_in_its_graph(files: dict[str, Path])
     assert len(whole.graph.node) == 5
 
 
-def test_a_graph_that_does_not_run_is_said_so(files: dict[str, Path]) -> None:
+def test_a_graph_that_does_not_run_is_an_error(files: dict[str, Path]) -> None:
     with pytest.raises(AuditError, match="node by node"):
         run(onnx.load(files["fp32"]), {"input": images(1, size=9)[:, :2]}, ["logits"])
 
@@ -240,7 +242,7 @@ def test_the_command_names_stage_and_node_of_a_bundle(bundle_copy: Path, kdexpor
     assert reproduce(out / "reproduction").returncode == 1
 
 
-def test_an_intact_bundle_has_nothing_to_blame(built: Built, tmp_path: Path) -> None:
+def test_an_intact_bundle_has_no_fault(built: Built, tmp_path: Path) -> None:
     assert blame_bundle(built.bundle, tmp_path / "none", lambda _: None) is None
     assert not (tmp_path / "none").exists()
 
@@ -255,7 +257,7 @@ def test_the_fold_is_blamed_by_the_policy_of_the_bundle(bundle_copy: Path, tmp_p
     assert (found.stage, found.allowed) == ("fold", 1e-3)
 
 
-def test_a_folder_of_somebody_else_is_not_replaced(built: Built, tmp_path: Path) -> None:
+def test_a_foreign_folder_is_not_replaced(built: Built, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("unsaved")
     with pytest.raises(OutputError, match="not written by"):
         blame_bundle(built.bundle, tmp_path, lambda _: None)

@@ -18,7 +18,7 @@ CALIBRATION = images(24, 11, size=SIZE)
 
 
 def block_weights() -> dict[str, NDArray[np.float32]]:
-    """Output channels of very different sizes, so that one scale for all of them would be seen."""
+    """Weights whose output channels differ in size, so that a single scale for all of them would be detected."""
     rng = np.random.default_rng(4)
     gain = np.logspace(-2, 0, CHANNELS)
     shapes = {"stem": (CHANNELS, 3, 3, 3), "inner": (CHANNELS, CHANNELS, 1, 1), "linear": (CLASSES, CHANNELS)}
@@ -57,14 +57,14 @@ def block_graph(path: Path) -> Path:
 
 
 def rounded_weight(weight: NDArray[np.float32]) -> Tensor:
-    """int8 per output channel around zero, and back."""
+    """``weight`` rounded to int8 with one symmetric scale for each output channel, in float64."""
     flat = torch.from_numpy(weight).double().flatten(1)
     scale = (flat.abs().amax(1, keepdim=True) / 127).float().double()
     return ((flat / scale).round().clamp(-127, 127) * scale).reshape(weight.shape)
 
 
 def rounded(x: Tensor, calibrated: Tensor, form: Form) -> Tensor:
-    """A tensor as int8 with the range of what was ``calibrated``, and back."""
+    """``x`` rounded to int8 with the range of ``calibrated``, in float64."""
     low, high = min(calibrated.min().item(), 0.0), max(calibrated.max().item(), 0.0)
     if form == "int8-s8":
         scale = max(-low, high) / 127
@@ -75,7 +75,7 @@ def rounded(x: Tensor, calibrated: Tensor, form: Form) -> Tensor:
 
 
 def block_tensors(x: NDArray[np.float32], form: Form | None) -> dict[str, Tensor]:
-    """All tensors of the block in float64; with ``form``, rounded where that form rounds, by ranges of its own."""
+    """All tensors of the block in float64; with ``form``, rounded wherever that form rounds, with calibrated ranges."""
     exact = block_tensors(CALIBRATION, None) if form else {}
     w = block_weights()
 

@@ -249,7 +249,7 @@ def test_another_opset_is_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "empty", "absent", "folder"])
-def test_a_damaged_file_is_found_and_nothing_else_is_claimed(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_file_is_found_and_no_other_check_is_reported(tmp_path: Path, damage: str) -> None:
     path, clean = tmp_path / "damaged.onnx", exported("R1").path.read_bytes()
     contents = {"truncated": clean[: len(clean) * 2 // 3], "garbage": bytes(range(256)) * 40, "empty": b""}
     if damage in contents:

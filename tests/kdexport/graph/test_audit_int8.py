@@ -1,4 +1,4 @@
-"""Faults are put into quantized files, and each is named."""
+"""The audit of quantized files: each fault that is put into one is found and named."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -69,7 +69,7 @@ def without_input(name: str, place: int) -> Edit:
 
 
 def in_float32(name: str, place: int, tensor: str) -> Edit:
-    """A layer reads a float32 tensor past its Q/DQ."""
+    """The layer ``name`` reads a float32 tensor instead of a quantized one."""
 
     def edit(graph: onnx.GraphProto) -> None:
         if tensor not in {item.name for item in graph.initializer} and tensor.endswith("weight"):

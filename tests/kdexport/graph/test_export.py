@@ -54,13 +54,13 @@ def test_input_and_logits_are_float32_with_a_free_batch(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_file_is_valid_and_of_the_opset_that_was_asked_for(variant: str) -> None:
+def test_the_file_is_valid_and_has_the_requested_opset(variant: str) -> None:
     path = exported(variant).path
     onnx.checker.check_model(str(path), full_check=True)
     assert [(entry.domain, entry.version) for entry in graph(variant).opset_import] == [("", OPSET)]
 
 
-def test_another_opset_is_written_when_asked_for(tmp_path: Path) -> None:
+def test_another_opset_is_written_on_request(tmp_path: Path) -> None:
     model = export_onnx(small_module(), tmp_path / "m.onnx", image_size=16, opset=18, metadata={})
     assert [entry.version for entry in model.opset_import] == [18]
 
@@ -77,7 +77,7 @@ def test_metadata_comes_back_as_it_was_given() -> None:
     assert all(entry.key.startswith("kdexport.") for entry in model.metadata_props)
 
 
-def test_foreign_metadata_is_not_ours() -> None:
+def test_metadata_of_other_tools_is_not_read() -> None:
     model = onnx.ModelProto()
     model.metadata_props.add(key="author", value="not json {")
     model.metadata_props.add(key="kdexport.seed", value="[3, null]")
@@ -85,7 +85,7 @@ def test_foreign_metadata_is_not_ours() -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_bytes_hold_no_place_on_this_machine(variant: str) -> None:
+def test_the_file_holds_no_path_of_this_machine(variant: str) -> None:
     content = exported(variant).path.read_bytes()
     places = [Path.home(), ROOT, Path(sys.prefix), Path(sys.base_prefix), Path.cwd(), Path(torch.__file__).parents[1]]
     for place in {str(place) for place in places} - {"/"}:

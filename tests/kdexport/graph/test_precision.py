@@ -35,7 +35,7 @@ def test_every_weight_of_a_student_is_the_nearest_float16(variant: str) -> None:
         np.testing.assert_array_equal(stored[name], tensor.half().numpy(), err_msg=name, strict=True)
 
 
-def test_tiny_weights_are_kept_and_not_lifted(tmp_path: Path) -> None:
+def test_tiny_weights_are_rounded_and_not_raised_to_the_smallest_normal_value(tmp_path: Path) -> None:
     weights = small_weights()
     tiny = np.asarray(
         [1e-7, -1e-7, SMALLEST, -SMALLEST, SMALLEST / 2, SMALLEST * 0.51, 3.3e-6, -5.9e-5, SMALLEST_NORMAL], np.float32

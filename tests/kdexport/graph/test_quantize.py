@@ -114,7 +114,7 @@ def test_both_sides_of_an_addition_of_two_convolutions_are_handled_once(tmp_path
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_file_is_valid_and_sorted_and_keeps_what_it_says_about_the_student(
+def test_the_file_is_valid_and_sorted_and_keeps_the_metadata_of_the_student(
     files: dict[str, Path], tmp_path: Path, form: Form
 ) -> None:
     model = onnx.load(str(files[form]))
@@ -127,7 +127,7 @@ def test_the_file_is_valid_and_sorted_and_keeps_what_it_says_about_the_student(
 
 
 def test_integer_products_do_not_saturate(tmp_path: Path) -> None:
-    # The largest levels everywhere: pairs of products leave 16 bits, which the fast kernels of old processors have.
+    # The largest levels everywhere: sums of two products exceed the 16 bits of fast kernels on old processors.
     weight = np.full((4, 16, 1, 1), 1.0, np.float32)
     nodes = [helper.make_node("Conv", ["input", "w"], ["logits"], "conv")]
     ends = [
@@ -162,7 +162,7 @@ def test_kept_layers_run_in_float32_and_no_others(
     assert kept < 1e-6 * np.abs(exact).max() if len(keep) == 3 else 0 < kept < 1.2 * plain
 
 
-def test_what_lies_between_kept_layers_has_no_levels(files: dict[str, Path], tmp_path: Path) -> None:
+def test_tensors_between_kept_layers_are_not_quantized(files: dict[str, Path], tmp_path: Path) -> None:
     graph = quantize(files["fp32"], files["ranges"], tmp_path / "k.onnx", form="int8-u8", keep=["stem", "inner"]).graph
     made_by = {name: node.op_type for node in graph.node for name in node.output}
     found = {node.op_type: [made_by.get(name, "stored") for name in node.input] for node in graph.node}
@@ -172,7 +172,7 @@ def test_what_lies_between_kept_layers_has_no_levels(files: dict[str, Path], tmp
 
 
 @pytest.mark.parametrize("keep", LAYERS)
-def test_the_form_for_tensorrt_has_no_levels_in_front_of_a_kept_layer(
+def test_the_form_for_tensorrt_does_not_quantize_the_inputs_of_a_kept_layer(
     files: dict[str, Path], tmp_path: Path, keep: str
 ) -> None:
     graph = quantize(files["fp32"], files["ranges"], tmp_path / "k.onnx", form="int8-s8", keep=[keep]).graph

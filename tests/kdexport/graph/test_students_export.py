@@ -23,7 +23,7 @@ every_student = pytest.mark.parametrize("name", STUDENTS.names())
 def test_the_graph_is_that_of_the_plain_student(name: str) -> None:
     plain, multi = (operator_counts(onnx.load(str(exported(variant, name).path))) for variant in ("plain", "multi"))
     assert multi == plain
-    # No shape is computed when the file runs: all but the batch are constants.
+    # No shape is computed at run time: all dimensions but the batch are constants.
     assert not plain.keys() & {"BatchNormalization", "Shape", "Gather", "Cast", "Identity"}
     assert plain["Conv"] == FACTS[name, 32].convs
     # A weight and a bias each; the classifier, and what lies before it, are the only other layers.
@@ -40,7 +40,7 @@ def test_onnxruntime_computes_the_student_before_its_branches_were_folded(name: 
         exact = copy.deepcopy(unfused("multi", name)).double()(torch.from_numpy(x).double())
         eager = unfused("multi", name)(torch.from_numpy(x))
     got = torch.from_numpy(load_model(exported("multi", name).path).logits(x))
-    # A few roundings more or less than the branches have themselves.
+    # The folded student may differ by a few more roundings than the branches.
     assert relative_difference(got, exact) <= max(5e-6, 3 * relative_difference(eager, exact))
 
 
@@ -53,7 +53,7 @@ def test_the_audit_finds_no_fault(name: str, precision: str) -> None:
 
 
 @every_student
-def test_the_audit_notices_one_layer_too_many(name: str) -> None:
+def test_the_audit_finds_an_extra_layer(name: str) -> None:
     weights = dict(exported("multi", name).weights)
     del weights[next(key for key, values in reversed(weights.items()) if values.ndim == 4)]
     findings = audit_graph(exported("multi", name).path, weights, form="fp32", opset=OPSET)
@@ -61,7 +61,7 @@ def test_the_audit_notices_one_layer_too_many(name: str) -> None:
 
 
 @every_student
-def test_float16_is_as_near_as_float16_is(name: str) -> None:
+def test_the_float16_file_is_as_near_as_its_precision_allows(name: str) -> None:
     x = images(4, seed=9)
     exact = load_model(exported("multi", name).path).logits(x)
     got = load_model(exported_fp16("multi", name)).logits(x)

@@ -19,7 +19,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_graph(tmp_path_factory.mktemp("calibration") / "small.onnx", small_weights(), size=SIZE)
 
 
-def by_hand(x: NDArray[np.float32]) -> dict[str, NDArray[np.float64]]:
+def small_tensors(x: NDArray[np.float32]) -> dict[str, NDArray[np.float64]]:
     """The tensors of the small graph in float64."""
     w = {name: torch.from_numpy(value).double() for name, value in small_weights().items()}
     conv = functional.conv2d(torch.from_numpy(x).double(), w["conv.weight"], w["conv.bias"], padding=1)
@@ -35,13 +35,13 @@ def run(source: Path, path: Path, method: Method, percentile: float = 99.9) -> d
 
 def test_extremes_are_those_over_all_batches(source: Path, tmp_path: Path) -> None:
     found = run(source, tmp_path / "r.json", "minmax")
-    for name, values in by_hand(np.concatenate(BATCHES)).items():
+    for name, values in small_tensors(np.concatenate(BATCHES)).items():
         assert found[name].low == pytest.approx(values.min(), rel=1e-5, abs=1e-5), name
         assert found[name].high == pytest.approx(values.max(), rel=1e-5, abs=1e-5), name
 
 
-def test_a_percentile_leaves_out_what_it_says(source: Path, tmp_path: Path) -> None:
-    values = by_hand(np.concatenate(BATCHES))["c"]
+def test_a_percentile_excludes_its_share_of_the_values(source: Path, tmp_path: Path) -> None:
+    values = small_tensors(np.concatenate(BATCHES))["c"]
     found = run(source, tmp_path / "r.json", "percentile", 98.0)["c"]
     outside = np.mean((values < found.low) | (values > found.high))
     # Half a bin of the histogram on each side.
@@ -63,7 +63,7 @@ def test_ranges_read_back_and_are_the_same_bytes_each_time(source: Path, tmp_pat
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
 
 
-def test_no_image_and_an_overflow_are_refused(source: Path, tmp_path: Path) -> None:
+def test_calibration_without_images_or_with_an_overflow_is_refused(source: Path, tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     with pytest.raises(AuditError, match="No image"):
         calibrate(source, iter([]), path, method="minmax", percentile=99.9)

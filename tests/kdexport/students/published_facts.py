@@ -1,4 +1,4 @@
-"""What each student must be at 100 classes, from the literature and by arithmetic: never read off our own code.
+"""The facts of each student at 100 classes, from the literature and by arithmetic, never from our own code.
 
 Counts of the 32x32 forms are those of the public CRD and mdistiller code, of the ImageNet forms those of torchvision.
 """

@@ -1,4 +1,4 @@
-"""What holds for every student in both forms; each family has a file for what is its own."""
+"""What holds for every student in both forms; what holds for one family is in the file of that family."""
 
 import copy
 import functools
@@ -153,7 +153,7 @@ def test_logits_are_the_classifier_of_the_pooled_last_feature(name: str, image_s
         assert torch.equal(tapped.last, tapped.features[net.taps[-1].name])
         for found in (tapped.logits, net.classify(tapped.last), net.predict(tapped.pooled), expected):
             assert torch.allclose(found, logits, rtol=1e-12, atol=1e-12)
-        # Whatever lies between, the pooling sees no positions.
+        # The pooled vector does not depend on positions.
         turned = net.pool(tapped.last.flip(2, 3))
         assert torch.allclose(turned, tapped.pooled, rtol=1e-12, atol=1e-12)
 
@@ -191,7 +191,7 @@ def test_a_host_writes_its_tap_before_the_activation_and_nothing_between(name: s
 
 
 @every_form
-def test_fresh_branch_weights_follow_the_law_of_the_architecture(name: str, image_size: int) -> None:
+def test_fresh_branch_weights_follow_the_initialisation_of_the_architecture(name: str, image_size: int) -> None:
     net, conv = build(name, image_size), nn.Conv2d(48, 512, 3, groups=2)
     net.init_branch(conv)
     fan_in, fan_out = 24 * 9, 512 * 9
@@ -204,7 +204,7 @@ def test_fresh_branch_weights_follow_the_law_of_the_architecture(name: str, imag
 
 
 @every_form
-def test_a_fresh_student_has_weights_of_the_same_law(name: str, image_size: int) -> None:
+def test_a_fresh_student_has_weights_of_the_same_initialisation(name: str, image_size: int) -> None:
     net = build(name, image_size)
     for host in net.hosts:
         conv = net.get_submodule(host.conv)

@@ -69,7 +69,7 @@ def test_a_small_student_merges_exactly_into_the_plain_one(name: str, spec: Bran
     net, x = branched(name, 32, spec), noise(1, 3, *ODD_SIZES[32])
     merged = assert_merges(name, 32, net)
     assert flops(merged, x) == flops(plain(name, 32), x)
-    # Three narrow adapters read less than they save in the classifier: not more, but something else.
+    # The counts differ in either direction: three narrow adapters cost less than they save in the classifier.
     assert spec is None or flops(net, x) != flops(merged, x)
 
 
@@ -91,7 +91,7 @@ def test_branches_in_place_of_any_convolution_merge_exactly(name: str, image_siz
 
 
 @every_form
-def test_adapters_sit_at_exactly_the_taps_from_which_they_fold(name: str, image_size: int) -> None:
+def test_adapters_are_placed_exactly_at_the_taps_from_which_they_fold(name: str, image_size: int) -> None:
     facts, net = FACTS[name, image_size], STUDENTS.build(name, num_classes=7, image_size=image_size)
     state = list(net.state_dict())
     for tap, reason in facts.refusals.items():
@@ -107,7 +107,7 @@ def test_adapters_sit_at_exactly_the_taps_from_which_they_fold(name: str, image_
 
 
 @every_form
-def test_branches_are_like_their_host_and_fresh(name: str, image_size: int) -> None:
+def test_branches_have_the_shape_of_their_host_and_fresh_weights(name: str, image_size: int) -> None:
     net = STUDENTS.build(name, num_classes=7, image_size=image_size)
     hosts = {host.tap: (net.get_submodule(host.conv), net.get_submodule(host.batch_norm)) for host in net.hosts}
     attach_branches(net, BranchSpec(placement="R1", num_branches=2, layers="multi"))

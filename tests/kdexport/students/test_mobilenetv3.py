@@ -79,7 +79,7 @@ def test_the_small_form_is_torchvisions_small_but_for_two_strides() -> None:
     assert changed == {"0.0": (1, 1), "1.block.0.0": (1, 1)}
 
 
-def test_the_small_form_goes_on_from_its_first_stage_as_torchvision_does() -> None:
+def test_the_small_form_equals_torchvision_from_its_first_stage_on() -> None:
     theirs, net = torchvisions(32), build(32)
     randomize(theirs)
     net.load_state_dict(theirs.state_dict())

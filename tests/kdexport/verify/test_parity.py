@@ -78,7 +78,7 @@ def test_every_rung_holds_for_a_correct_student(ladder: Ladder) -> None:
         ("C", "max error"),
         ("C", "largest activation"),
     ]
-    # Measured, and not zero by accident.
+    # The values were measured: none of them is zero.
     assert all(check.measured > 0 for check in checks[2:])
 
 
@@ -156,7 +156,7 @@ def test_rung_b_finds_one_wrong_logit_of_one_image_and_names_it(ladder: Ladder) 
     checks = b(ladder, candidate)
     assert "max error" in failed(checks)
     assert 5 <= checks[1].measured <= 7.1
-    # The mean over many inputs alone would let it pass.
+    # The mean over many inputs alone would pass.
     assert checks[0].measured < checks[1].measured
     assert checks[1].detail.startswith("worst input image 17; the unfused fp32 model is off by ")
 
@@ -216,8 +216,8 @@ def test_one_image_that_is_shifted_fails_in_float16(ladder: Ladder) -> None:
         (1e6, {"largest activation", "rms error", "max error"}),
     ],
 )
-def test_rung_c_wants_headroom_and_finds_an_overflow(ladder: Ladder, gain: float, expected: set[str]) -> None:
-    # The gain is taken back by the next layer: float32 does not mind, float16 has nothing left above 65504.
+def test_rung_c_requires_headroom_and_finds_an_overflow(ladder: Ladder, gain: float, expected: set[str]) -> None:
+    # The next layer divides by the gain: exact in float32, but float16 overflows above 65504.
     conv, linear = nn.Conv2d(3, 4, 3, bias=False), nn.Linear(4 * 14 * 14, 5)
     net = nn.Sequential(conv, nn.Flatten(), linear).eval()
     generator = torch.Generator().manual_seed(1)
@@ -238,7 +238,7 @@ def test_rung_c_wants_headroom_and_finds_an_overflow(ladder: Ladder, gain: float
     candidate: Any = reference.simulated["fp16"].logits
     checks = rung_c("file", candidate, reference, ladder.probes, policy=POLICY.C)
     assert failed(checks) == expected
-    # A file that overflows nowhere is no better judged by a simulation that did.
+    # A simulation that overflowed gives no looser limits to a file that did not overflow.
     assert failed(rung_c("file", reference.unfused, reference, ladder.probes, policy=POLICY.C)) == expected
 
 
@@ -254,7 +254,7 @@ def test_a_value_that_is_not_finite_never_passes(
         "unfused": ladder.reference.unfused.copy(),
         "simulated": ladder.reference.simulated["fp16"].logits.copy(),
     }
-    # A candidate without any error is the easiest to let pass.
+    # The candidate has no error, so that only the bad value can fail the check.
     candidate: Any = ladder.reference.exact.copy()
     base = {"A": "exact", "B": "unfused", "C": "simulated"}[rung]
     spoiled = candidate if place == "candidate" else arrays["exact" if place == "exact" else base]
@@ -330,30 +330,33 @@ def test_a_steady_candidate_is_repeatable_in_any_layout(ladder: Ladder) -> None:
     assert seen == [True, True, False]
 
 
-def test_a_candidate_that_changes_its_mind_is_found(ladder: Ladder) -> None:
+def test_a_candidate_with_different_answers_for_one_input_is_found(ladder: Ladder) -> None:
     rng = np.random.default_rng(0)
 
-    def moody(images: NDArray[np.float32]) -> NDArray[np.float32]:
+    def unstable(images: NDArray[np.float32]) -> NDArray[np.float32]:
         values: NDArray[np.float32] = images.mean(axis=(2, 3))
         return values + rng.normal(0, 1e-6, (len(images), 3)).astype(np.float32)
 
-    assert "same input twice" in failed(check_repeatable("file", moody, ladder.probes, 5))
+    assert "same input twice" in failed(check_repeatable("file", unstable, ladder.probes, 5))
 
 
 def test_a_candidate_that_ignores_the_memory_layout_is_found(ladder: Ladder) -> None:
-    def blind(images: NDArray[np.float32]) -> NDArray[np.float32]:
+    def ignores_layout(images: NDArray[np.float32]) -> NDArray[np.float32]:
         memory = images.ravel(order="K").reshape(images.shape)
         values: NDArray[np.float32] = memory.mean(axis=(2, 3))
         return values
 
-    assert failed(check_repeatable("file", blind, ladder.probes, 5)) == {"channels-last input"}
+    assert failed(check_repeatable("file", ignores_layout, ladder.probes, 5)) == {"channels-last input"}
 
 
 def test_a_candidate_that_returns_no_number_is_not_repeatable(ladder: Ladder) -> None:
-    def void(images: NDArray[np.float32]) -> NDArray[np.float32]:
+    def not_a_number(images: NDArray[np.float32]) -> NDArray[np.float32]:
         return np.full((len(images), 3), np.nan, np.float32)
 
-    assert failed(check_repeatable("file", void, ladder.probes, 5)) == {"same input twice", "channels-last input"}
+    assert failed(check_repeatable("file", not_a_number, ladder.probes, 5)) == {
+        "same input twice",
+        "channels-last input",
+    }
 
 
 @pytest.mark.parametrize("count", [1, 3, 22, 34])
@@ -381,7 +384,7 @@ def test_a_check_holds_up_to_its_limit_and_not_above() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_json_has_no_number_that_is_none(bad: float) -> None:
+def test_json_holds_no_nan_and_no_infinity(bad: float) -> None:
     check = Check(rung="C", subject="s", name="n", holds=False, measured=bad, allowed=3.0, unit="x", detail="d")
     data = json.loads(json.dumps(check.to_json(), allow_nan=False))
     assert data == {

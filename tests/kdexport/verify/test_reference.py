@@ -194,7 +194,7 @@ def test_a_value_that_is_not_a_number_stays_visible_after_later_layers() -> None
     assert simulation.peak == np.inf
 
 
-def test_the_simulation_keeps_its_hands_off_module_and_input() -> None:
+def test_the_simulation_leaves_module_and_input_unchanged() -> None:
     net = SmallNet().eval()
     before = copy.deepcopy(net.state_dict())
     images = torch.full((2, 3, 16, 16), 1 / 3)
@@ -234,7 +234,7 @@ def test_tf32_rounds_what_products_read_and_nothing_else() -> None:
         assert conv.weight.item() == np.float32(fine)
 
 
-def test_a_simulation_costs_what_its_mantissa_says(ladder: Ladder) -> None:
+def test_the_error_of_a_simulation_follows_the_length_of_its_mantissa(ladder: Ladder) -> None:
     images, errors = ladder.probes.images, {}
     for form in (TF32, "fp16", "bf16"):
         simulated = run_torch(Simulation(ladder.fused, form), images)
@@ -244,7 +244,7 @@ def test_a_simulation_costs_what_its_mantissa_says(ladder: Ladder) -> None:
     assert errors[TF32] > 100 * np.abs(ladder.reference.unfused - ladder.reference.exact).mean()
 
 
-def test_what_is_added_up_to_a_logit_is_the_sum_of_its_absolute_products(ladder: Ladder) -> None:
+def test_the_unit_of_a_logit_is_the_sum_of_its_absolute_products(ladder: Ladder) -> None:
     # More images than one pass takes.
     images = np.random.default_rng(8).normal(0, 2, (70, 3, 16, 16)).astype(np.float32)
     net = copy.deepcopy(ladder.unfused)

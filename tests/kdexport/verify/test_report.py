@@ -131,7 +131,7 @@ def test_a_rung_is_shown_by_the_check_nearest_to_its_limit() -> None:
 
 @pytest.mark.parametrize("measured", [0.5, 2.5, float("nan"), float("inf")])
 def test_a_rung_that_fails_is_shown_by_what_fails(measured: float) -> None:
-    # Even where the number alone looks better than that of a check that holds.
+    # Even if its number is lower than that of a check that holds.
     failing = check("B", "model.onnx", "zz", measured, 2.0, holds=False)
     holding = check("B", "model.onnx", "last", 3.99, 4.0)
     row = next(row for row in rung_rows(with_check(failing, holding)) if row[0] == "B")

@@ -1,4 +1,4 @@
-"""A stored bundle under another policy: every rung is decided again, nothing is run, nothing is loosened unseen."""
+"""A stored bundle under another policy: rungs are decided without running a model, looser limits are reported."""
 
 import hashlib
 import json
@@ -49,7 +49,7 @@ def test_the_builds_own_policy_decides_what_the_build_decided(
         assert checks[check["rung"], check["subject"], check["name"]].to_json() == check
 
 
-def test_what_is_stored_is_what_plain_onnxruntime_answers_on_the_whole_test_set(built: Built) -> None:
+def test_stored_answers_are_those_of_plain_onnxruntime_on_the_whole_test_set(built: Built) -> None:
     manifest = read_manifest(built.bundle)
     digits = open_dataset(DatasetSpec(name="digits"), "test")
     spec = manifest.spec.preprocessing
@@ -94,7 +94,7 @@ def test_each_limit_of_the_policy_reaches_its_check(
     assert [change.loosens for change in changes] == [False]
 
 
-def test_a_looser_limit_is_refused_with_both_numbers_unless_it_is_asked_for(bundle_copy: Path) -> None:
+def test_a_looser_limit_is_refused_with_both_numbers_unless_looser_limits_are_allowed(bundle_copy: Path) -> None:
     text = "[B]\nrms_error = 1.5\nmax_error = 9\n[D]\nconfidence = 0.9\n[D.int8]\nflips = 0.2"
     with pytest.raises(ConfigError) as error:
         decide(bundle_copy, text)
@@ -130,7 +130,7 @@ def test_a_wrong_policy_is_refused_by_name(text: str, words: str, bundle_copy: P
         decide(bundle_copy, text, allow_looser=True)
 
 
-def test_changed_results_are_not_decided_on(bundle_copy: Path) -> None:
+def test_changed_results_are_refused(bundle_copy: Path) -> None:
     stored = load_file(bundle_copy / TASK)
     stored["predictions"][3] += 1
     save_file(stored, bundle_copy / TASK)
@@ -157,7 +157,7 @@ def test_a_manifest_that_does_not_fit_its_results_is_refused(damage: str, bundle
     assert [check.name for check in checks if not check.holds] == ["readable"]
 
 
-def test_a_stored_number_that_is_none_never_holds() -> None:
+def test_a_stored_value_that_is_not_a_number_never_holds() -> None:
     stored = Check(
         rung="B", subject="s", name="rms error", holds=True, measured=float("nan"), allowed=2, unit="x"
     ).to_json()

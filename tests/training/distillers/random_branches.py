@@ -8,7 +8,7 @@ SHAPE = (5, 3, 2, 4)
 
 
 def drawn(count: int = 4, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Branches that share most of their error, each with its own scale, channels far apart; and their target."""
+    """Branches that share most of their error, with different scales and distant channel means; and their target."""
     rng = np.random.default_rng(seed)
     target = rng.normal(0.3, 1.5, SHAPE)
     shared, away = rng.normal(size=SHAPE), 10 * rng.normal(size=(1, 3, 1, 1))

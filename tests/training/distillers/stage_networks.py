@@ -16,14 +16,14 @@ COUNT, CLASSES, SIZE = 4, 5, 21
 
 @cache
 def shapes_of(kind: str, name: str, size: int) -> Any:
-    """A network on the meta device: its taps, and forward passes that compute nothing."""
+    """A network on the meta device: it has taps, and its forward passes compute shapes only."""
     registry: Any = STUDENTS if kind == "student" else TEACHERS
     with torch.device("meta"):
         return registry.build(name, num_classes=CLASSES, image_size=size).eval()
 
 
 @cache
-def shapes_told(kind: str, name: str, size: int) -> Tapped:
+def output_shapes(kind: str, name: str, size: int) -> Tapped:
     with torch.no_grad():
         return cast(Tapped, shapes_of(kind, name, size).tapped(torch.zeros(2, 3, size, size, device="meta")))
 
@@ -38,7 +38,7 @@ def context(epoch: float = 200.0, count: int = COUNT) -> StepContext:
 
 
 def build(name: str, student: Student, teacher: Teacher, **changes: object) -> Distiller:
-    """In float64, with batch norms that are not identities and parameters that are not those of a start."""
+    """A distiller in float64, with batch norms that are not identities and parameters unlike fresh ones."""
     torch.manual_seed(2)
     distiller = DISTILLERS.build(name, settings=settings_of(name, **changes), student=student, teacher=teacher)
     hostile(distiller, 5)
@@ -54,12 +54,12 @@ def small(student: str = "mobilenetv2", teacher: str = "resnet8", size: int = SI
     return shapes_of("student", student, size), shapes_of("teacher", teacher, size)
 
 
-def told(student: Classifier, teacher: Classifier) -> tuple[Tapped, Tapped]:
+def random_outputs(student: Classifier, teacher: Classifier) -> tuple[Tapped, Tapped]:
     return random_tapped(student, COUNT, 1), random_tapped(teacher, COUNT, 2)
 
 
-def shown(teacher: Classifier) -> Teacher:
-    """A real network of the kind of ``teacher``, with statistics far from those of a fresh one."""
+def random_teacher(teacher: Classifier) -> Teacher:
+    """A teacher of the same kind as ``teacher`` with real weights, and with statistics unlike fresh ones."""
     torch.manual_seed(6)
     name = "vgg8" if type(teacher).__name__ == "SmallVgg" else "resnet8"
     real = TEACHERS.build(name, num_classes=CLASSES, image_size=teacher.image_size).eval()

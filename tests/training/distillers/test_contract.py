@@ -1,4 +1,4 @@
-"""What every method of distillation must do, whatever it computes."""
+"""The contract of every method of distillation."""
 
 import copy
 from dataclasses import fields, replace
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kdexport.reparam.blocks import attach_branches
 from kdexport.students import STUDENTS
-from tests.training.small_distillation import CLASSES, COUNT, SIZE, Parts, assemble, batch, heard
+from tests.training.small_distillation import CLASSES, COUNT, SIZE, Parts, assemble, batch, distiller_inputs
 from training.distillers import DISTILLERS
 from training.distillers.distiller import Distiller, StepContext
 from training.distillers.settings import settings_model
@@ -35,7 +35,7 @@ def untouched(module: nn.Module) -> list[str]:
 
 @cache
 def trained(name: str) -> Parts:
-    """After two optimiser steps; whoever changes more than running statistics takes a copy."""
+    """The parts after two optimiser steps; a test that changes more than running statistics must copy them."""
     parts = assemble(name)
     optimizer = torch.optim.SGD(parts.task.parameters(), lr=0.02, momentum=0.9, weight_decay=5e-4)
     for seed in range(2):
@@ -49,13 +49,13 @@ fresh = cache(assemble)
 
 
 @METHODS
-def test_the_losses_reach_all_that_is_learned(name: str) -> None:
+def test_the_losses_reach_every_trained_parameter(name: str) -> None:
     # In this student no shift is taken out again by a batch norm alone, so that every gradient counts.
     parts = assemble(name, student="shufflenetv2")
     losses = parts.step().losses
     if name != "plain":
         own(losses).backward(retain_graph=True)  # type: ignore[no-untyped-call]
-        # The method by itself: cross-entropy knows nothing of its parameters.
+        # Losses of the method alone: cross-entropy has no gradient for its parameters.
         assert untouched(parts.distiller) == []
         assert cast(Tensor, next(parts.student.parameters()).grad).any()
     losses["cross_entropy"].backward()  # type: ignore[no-untyped-call]
@@ -130,14 +130,14 @@ def test_all_that_a_method_changes_is_in_its_state(name: str) -> None:
 
 @TEACHING
 def test_the_weight_and_its_ramp_scale_the_loss(name: str) -> None:
-    student, branches, teacher, context = heard(trained(name))
+    student, branches, teacher, context = distiller_inputs(trained(name))
     distiller = copy.deepcopy(trained(name).distiller)
     state, default = copy.deepcopy(distiller.state_dict()), distiller.settings
 
     def loss(epoch: float, weight: float, ramp_epochs: float) -> float:
         changes = {"weight": weight * default.weight, "ramp_epochs": ramp_epochs}
         distiller.settings = default.model_copy(update=changes)
-        # A memory moves in every pass; what is drawn is drawn anew.
+        # A memory changes in every pass, and random draws are made again.
         distiller.load_state_dict(state)
         torch.manual_seed(0)
         with torch.no_grad():
@@ -173,14 +173,14 @@ def test_bf16_and_images_of_any_magnitude_leave_losses_and_gradients_finite(name
 
 @METHODS
 def test_a_step_never_waits_for_the_device(name: str) -> None:
-    # Tensors on the meta device have no values: whatever would fetch one, or branch on it, raises.
-    told = heard(trained(name))
+    # Tensors on the meta device have no values: reading one, or branching on it, raises.
+    told = distiller_inputs(trained(name))
     losses = copy.deepcopy(trained(name).distiller).to("meta")(*(on_meta(item) for item in told))
     assert all(value.shape == () for value in losses.values())
 
 
 def on_meta(item: Any) -> Any:
-    """``item`` without its values, with all that is in it."""
+    """``item`` and all tensors in it on the meta device, which has no values."""
     if isinstance(item, Tensor):
         return item.to("meta")
     if isinstance(item, dict):
@@ -191,7 +191,7 @@ def on_meta(item: Any) -> Any:
 
 
 @METHODS
-def test_a_method_takes_the_settings_that_bear_its_name(name: str) -> None:
+def test_a_method_takes_the_settings_of_its_name(name: str) -> None:
     distiller: Distiller = trained(name).distiller
     assert type(distiller.settings) is settings_model(name)
     assert distiller.settings.name == name

@@ -50,18 +50,18 @@ def distiller(labels: Tensor = LABELS, **changes: object) -> CRD:
 
 
 def tapped(channels: int, count: int, seed: int) -> Tapped:
-    """Pooled vectors of unlike level and spread."""
+    """Pooled vectors with different means and spreads."""
     generator = torch.Generator().manual_seed(seed)
     scale = torch.linspace(0.2, 4, count, dtype=torch.float64)[:, None]
     pooled = torch.randn(count, channels, dtype=torch.float64, generator=generator) * scale + 0.4
     return Tapped(features={}, preactivations={}, pooled=pooled, logits=pooled)
 
 
-def student_says(count: int, seed: int) -> Tapped:
+def student_outputs(count: int, seed: int) -> Tapped:
     return tapped(1280, count, seed)
 
 
-def teacher_says(count: int, seed: int) -> Tapped:
+def teacher_outputs(count: int, seed: int) -> Tapped:
     return tapped(64, count, seed + 100)
 
 
@@ -144,7 +144,7 @@ def test_losses_and_memories_are_those_of_the_published_algorithm(negatives: int
     method = distiller(negatives=negatives).double()
     recorder, reference = Recorder(method), Reference.of(method)
     for seed, samples in enumerate(EPOCHS):
-        student, teacher = student_says(len(samples), seed), teacher_says(len(samples), seed)
+        student, teacher = student_outputs(len(samples), seed), teacher_outputs(len(samples), seed)
         (name, loss), *rest = method(student, {}, teacher, context(samples)).items()
         assert (name, rest) == ("crd", [])
         assert len(recorder.drawn[-1][0]) == negatives
@@ -165,12 +165,12 @@ def test_gradients_are_those_against_the_memory_before_its_update(first: bool) -
     method = distiller().double()
     recorder, reference = Recorder(method), Reference.of(method)
     samples = EPOCHS[0]
-    student, teacher = student_says(4, 0), teacher_says(4, 0)
+    student, teacher = student_outputs(4, 0), teacher_outputs(4, 0)
     if not first:
         method(student, {}, teacher, context(samples))
         reference.loss(student, teacher, samples, recorder.drawn[-1])
         reference.remember(student, teacher, samples)
-        student, teacher = student_says(4, 1), teacher_says(4, 1)
+        student, teacher = student_outputs(4, 1), teacher_outputs(4, 1)
     method(student, {}, teacher, context(samples))["crd"].backward()
     reference.loss(student, teacher, samples, recorder.drawn[-1])
     step = 1e-6
@@ -196,7 +196,9 @@ def test_the_weight_is_reached_by_its_ramp() -> None:
     losses = []
     for fresh, epoch in ((method, 2.0), (before, 8.0)):
         torch.manual_seed(0)
-        losses.append(fresh(student_says(3, 0), {}, teacher_says(3, 0), context([3, 1, 6], epoch=epoch))["crd"].item())
+        losses.append(
+            fresh(student_outputs(3, 0), {}, teacher_outputs(3, 0), context([3, 1, 6], epoch=epoch))["crd"].item()
+        )
     assert losses[0] == pytest.approx(losses[1] / 4, rel=1e-6)
 
 
@@ -219,7 +221,7 @@ def test_negatives_are_distinct_images_of_other_classes(count: int) -> None:
     assert (drawn.sum(2) == others.count).all()
     same = LABELS[:, None] == LABELS
     assert (drawn[:, same] == 0).all()
-    # All of the others serve, whatever the size of the class.
+    # All images of other classes are drawn, for classes of every size.
     assert (drawn.sum(0)[~same] > 0).all()
 
 
@@ -247,7 +249,7 @@ def test_draws_are_uniform_in_an_image_and_independent_between_images() -> None:
         within(joint[a, b], pairs, times)
 
 
-def test_what_an_image_meets_does_not_depend_on_its_batch() -> None:
+def test_the_negatives_of_an_image_do_not_depend_on_its_batch() -> None:
     others = OtherClasses(LABELS, 4)
     drawn = []
     for samples in ([0, 7, 12, 3], [12, 5], [3]):
@@ -257,7 +259,7 @@ def test_what_an_image_meets_does_not_depend_on_its_batch() -> None:
     assert torch.equal(drawn[0][3], drawn[2][0])
 
 
-def test_one_class_has_nothing_to_contrast() -> None:
+def test_a_data_set_of_one_class_is_refused() -> None:
     with pytest.raises(DataError, match="All 9 training images are of one class"):
         distiller(torch.full((9,), 2))
 
@@ -277,7 +279,7 @@ def test_low_precision_around_the_method_changes_no_bit_of_it() -> None:
         method = distiller()
         student, teacher = (
             Tapped(features={}, preactivations={}, pooled=said.pooled.bfloat16(), logits=said.logits)
-            for said in (student_says(4, 0), teacher_says(4, 0))
+            for said in (student_outputs(4, 0), teacher_outputs(4, 0))
         )
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             loss = method(student, {}, teacher, context([7, 3, 0, 12]))["crd"]
@@ -287,10 +289,10 @@ def test_low_precision_around_the_method_changes_no_bit_of_it() -> None:
     assert all(torch.equal(value, results[1][1][name]) for name, value in results[0][1].items())
 
 
-def test_evaluation_remembers_nothing() -> None:
+def test_evaluation_changes_no_memory() -> None:
     method = distiller().eval()
     before = copy.deepcopy(method.state_dict())
-    method(student_says(4, 0), {}, teacher_says(4, 0), context([7, 3, 0, 12]))
+    method(student_outputs(4, 0), {}, teacher_outputs(4, 0), context([7, 3, 0, 12]))
     assert all(torch.equal(value, before[name]) for name, value in method.state_dict().items())
 
 
@@ -379,7 +381,7 @@ def test_a_run_resumed_after_any_epoch_ends_with_the_bits_of_an_uninterrupted_on
     timeless = [[{**json.loads(line), "images_per_s": 0.0} for line in lines] for lines in written]
     assert timeless[0] == timeless[1]
     assert "loss/crd" in timeless[0][0]
-    # Nothing of the method leaves with the student.
+    # The checkpoint of the student holds nothing of the method.
     exported = load_file(tmp_path / "whole" / "student" / "model.safetensors")
     student = load_student(open_checkpoint(tmp_path / "whole" / "student"))
     assert exported.keys() == student.state_dict().keys()

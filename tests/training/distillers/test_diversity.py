@@ -127,7 +127,7 @@ def distilled(kind: type[BranchedDistiller], **changes: object) -> BranchedDisti
 
 
 def features(seed: int = 1) -> tuple[Tapped, dict[str, list[Tensor]]]:
-    """What a teacher and three branches of each layer say, of the sizes that they have at 32 pixels."""
+    """Outputs of a teacher and of three branches of each layer, with the sizes that they have at 32 pixels."""
     generator = torch.Generator().manual_seed(seed)
     sides = {"last": (8, 2), "stage3": (16, 4), "stage2": (32, 8)}
     theirs, ours = {}, {}
@@ -141,7 +141,7 @@ def features(seed: int = 1) -> tuple[Tapped, dict[str, list[Tensor]]]:
 def test_a_distiller_measures_in_evaluation_mode_and_changes_nothing() -> None:
     distiller = distilled(KDiffusion)
     distiller.train()
-    # A part that someone has set apart stays so.
+    # A module that was already in evaluation mode stays in it.
     cast(LayerMatch, distiller.layers["last"]).bridge.eval()
     modes = [module.training for module in distiller.modules()]
     before, random = copy.deepcopy(distiller.state_dict()), torch.get_rng_state()

@@ -5,7 +5,15 @@ import copy
 import pytest
 import torch
 
-from tests.training.distillers.stage_networks import build, context, loss_of, shapes_told, shown, small, told
+from tests.training.distillers.stage_networks import (
+    build,
+    context,
+    loss_of,
+    output_shapes,
+    random_outputs,
+    random_teacher,
+    small,
+)
 from tests.training.small_distillation import settings_of
 from training.distillers import DISTILLERS
 from training.distillers.distiller import StepContext
@@ -30,20 +38,20 @@ PAIRS = [
 @pytest.mark.parametrize(("teacher", "student", "size"), PAIRS)
 def test_every_method_takes_every_pair(teacher: str, student: str, size: int) -> None:
     ours, theirs = small(student, teacher, size)
-    heard, said = shapes_told("student", student, size), shapes_told("teacher", teacher, size)
+    student_out, teacher_out = output_shapes("student", student, size), output_shapes("teacher", teacher, size)
     moved = StepContext(**{key: getattr(context(count=2), key).to("meta") for key in StepContext.__slots__})
     for name in METHODS:
         with torch.device("meta"):
             distiller = DISTILLERS.build(name, settings=settings_of(name), student=ours, teacher=theirs)
-        assert {key: value.shape for key, value in distiller(heard, {}, said, moved).items()} == {name: ()}
+        assert {key: value.shape for key, value in distiller(student_out, {}, teacher_out, moved).items()} == {name: ()}
 
 
 @pytest.mark.parametrize("name", ["ofd", "reviewkd"])
 def test_a_method_compiles_into_one_graph(name: str) -> None:
     student, teacher = small("shufflenetv2", "vgg8")
-    distiller = build(name, student, shown(teacher) if name == "ofd" else teacher)
-    heard, said = told(student, teacher)
+    distiller = build(name, student, random_teacher(teacher) if name == "ofd" else teacher)
+    student_out, teacher_out = random_outputs(student, teacher)
     torch._dynamo.reset()
     compiled = torch.compile(copy.deepcopy(distiller), backend="eager", fullgraph=True)
-    (value,) = compiled(heard, {}, said, context()).values()
-    assert value.item() == pytest.approx(loss_of(distiller, heard, said), rel=1e-12)
+    (value,) = compiled(student_out, {}, teacher_out, context()).values()
+    assert value.item() == pytest.approx(loss_of(distiller, student_out, teacher_out), rel=1e-12)

@@ -116,7 +116,7 @@ def networks() -> tuple[Student, Teacher]:
 
 
 def bare(placement: object = "R2", **changes: object) -> KDiffusion:
-    """A distiller of three branches by itself, whose weight is 1 from the start."""
+    """A distiller of three branches without its task, whose weight is 1 from the start."""
     student, teacher = networks()
     settings = KDiffusionSettings.model_validate(
         {"placement": placement, "num_branches": BRANCHES, "weight": 1.0, "ramp_epochs": 0.0, **changes}
@@ -139,7 +139,7 @@ def batch(count: int = 6, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def teacher_features(count: int, seed: int) -> Tensor:
-    """(count,64,8,8) with another mean and spread in each channel; channel 5 never speaks."""
+    """(count,64,8,8) with another mean and spread in each channel; channel 5 is always zero."""
     generator = torch.Generator().manual_seed(seed)
     spread = torch.linspace(0.05, 9, WIDTH).reshape(1, -1, 1, 1)
     features = torch.randn(count, WIDTH, 8, 8, generator=generator) * spread + spread.flip(1) - 4
@@ -148,7 +148,7 @@ def teacher_features(count: int, seed: int) -> Tensor:
 
 
 def tapped(feature: Tensor) -> Tapped:
-    """What a teacher says whose last stage gives ``feature``."""
+    """The outputs of a teacher whose last stage gives ``feature``."""
     return Tapped(features={"stage3": feature}, preactivations={}, pooled=feature, logits=feature)
 
 
@@ -223,7 +223,7 @@ def test_calibration_gives_the_pooled_feature_zero_mean_and_unit_variance() -> N
     speaking = [channel for channel in range(WIDTH) if channel != 5]
     np.testing.assert_allclose(standardised.mean((0, 2, 3)), 0, atol=1e-4)
     np.testing.assert_allclose(standardised.var((0, 2, 3), ddof=1)[speaking], 1, rtol=1e-5)
-    # A silent channel stays silent: it is not blown up.
+    # A channel that is always zero stays zero: it is not scaled up.
     assert standardised[:, 5].tolist() == np.zeros((20, 2, 2)).tolist()
     assert distiller.teacher_std[0, 5].item() == pytest.approx(1e-3)
 
@@ -473,7 +473,7 @@ def test_several_layers_are_distilled_at_once_and_fold_exactly(placement: str, m
     result.losses["diffusion"].backward()
     for parallel in layers.values():
         assert all(p.grad is not None and p.grad.abs().max() > 0 for p in parallel.branches.parameters())
-    # What is folded comes out of a checkpoint, without the taps of training.
+    # The folded student is loaded from a checkpoint, without the taps of training.
     trained = STUDENTS.build("mobilenetv2", num_classes=CLASSES, image_size=SIZE)
     attach_branches(trained, spec)
     trained.load_state_dict(student.state_dict())
@@ -615,7 +615,7 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
 
 
 @pytest.mark.parametrize("case", sorted(REFUSED))
-def test_a_choice_without_meaning_is_refused_with_its_reason(case: str) -> None:
+def test_a_contradictory_setting_is_refused_with_the_reason(case: str) -> None:
     changes, reason = REFUSED[case]
     with pytest.raises(ConfigError) as caught:
         load_recipe("digits", {"distiller": changes})
@@ -661,7 +661,7 @@ def test_the_guide_is_the_distance_behind_the_teachers_classifier(
     branches = [0.8 * torch.randn(6, WIDTH, 2, 2, generator=generator) for _ in range(BRANCHES)]
     scale, shift = torch.ones(1, WIDTH, 1, 1).double(), torch.zeros(1, WIDTH, 1, 1).double()
     if teacher_normalisation == "standardised":
-        # A channel that is silent on these images keeps its scale.
+        # A channel that is zero on these images keeps its scale.
         scale, shift = x0.std((0, 2, 3), keepdim=True).clamp(min=1e-3), x0.mean((0, 2, 3), keepdim=True)
     chosen = {"mean": [sum(branches, torch.zeros(())) / BRANCHES], "prediction": [branches[ORDER[0]]], "all": branches}
     classifier = cast(nn.Linear, networks()[1].get_submodule("fc"))
@@ -690,7 +690,7 @@ def test_the_guide_is_zero_where_the_branches_are_the_teacher(placement: str, te
 
 
 @pytest.mark.parametrize("layers", ["single", "multi"])
-def test_the_guide_trains_the_branches_and_leaves_the_teacher_out(layers: str) -> None:
+def test_the_guide_trains_the_branches_and_not_the_teacher(layers: str) -> None:
     torch.manual_seed(8)
     settings = KDiffusionSettings.model_validate({"num_branches": 3, "layers": layers, "target_guide": 0.7})
     fresh = networks()[0]
@@ -752,7 +752,7 @@ def test_a_classifier_that_reads_more_than_averages_is_refused_before_training()
 
 
 def test_the_loss_never_waits_for_the_device() -> None:
-    # Tensors of the meta device have no values: whoever asks for one fails.
+    # Tensors of the meta device have no values: reading one fails.
     distiller = bare("R1").to("meta")
     branches = [torch.empty(4, 1280, 2, 2, device="meta", requires_grad=True) for _ in range(BRANCHES)]
     step = StepContext(

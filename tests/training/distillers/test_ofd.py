@@ -20,10 +20,10 @@ from tests.training.distillers.stage_networks import (
     build,
     context,
     loss_of,
+    random_outputs,
+    random_teacher,
     shapes_of,
-    shown,
     small,
-    told,
 )
 from tests.training.small_distillation import hostile, random_tapped, settings_of
 from training.distillers import DISTILLERS
@@ -34,11 +34,11 @@ Array = NDArray[np.float64]
 
 
 def gaussian_margin(norm: nn.Module) -> Array:
-    """E[x | x < 0] of x ~ N(bias, weight^2), by a fine sum."""
+    """E[x | x < 0] of x ~ N(bias, weight^2), by the trapezoidal rule on a fine grid."""
     scale, shift = np.abs(parameter(norm, "weight")), parameter(norm, "bias")
     x = np.linspace(np.minimum(shift - 12 * scale, -1e-9), 0, 4001)
     density = np.exp(-(((x - shift) / scale) ** 2) / 2)
-    # Half of the pixel at either end: the trapezoidal rule.
+    # The trapezoidal rule counts both ends by half.
     density[[0, -1]] /= 2
     return cast(Array, (x * density).sum(0) / density.sum(0))
 
@@ -52,14 +52,14 @@ def gaussian_margin(norm: nn.Module) -> Array:
 )
 def test_ofd_is_the_partial_distance_of_preactivations(student: str, teacher: str, norms: tuple[str, ...]) -> None:
     ours, theirs = small(student, teacher)
-    real = shown(theirs)
+    real = random_teacher(theirs)
     distiller = build("ofd", ours, real, weight=0.02)
-    heard, said = told(ours, theirs)
+    student_out, teacher_out = random_outputs(ours, theirs)
     expected = 0.0
     for depth, norm in enumerate(reversed(norms)):
         a, b = ours.stages[-1 - depth].name, theirs.stages[-1 - depth].name
-        s = bridged(array(heard.preactivations[a]), distiller, f"matches.{a}.connector")
-        t = averaged(array(said.preactivations[b]), *s.shape[2:])
+        s = bridged(array(student_out.preactivations[a]), distiller, f"matches.{a}.connector")
+        t = averaged(array(teacher_out.preactivations[b]), *s.shape[2:])
         margin = gaussian_margin(real.get_submodule(norm))
         stage = 0.0
         for n, c, i, j in np.ndindex(*s.shape):
@@ -68,13 +68,13 @@ def test_ofd_is_the_partial_distance_of_preactivations(student: str, teacher: st
                 stage += (float(s[n, c, i, j]) - goal) ** 2
         expected += stage / COUNT / 2**depth
     # The margins are the teacher's, in single precision.
-    assert loss_of(distiller, heard, said) == pytest.approx(0.02 * expected, rel=1e-5)
+    assert loss_of(distiller, student_out, teacher_out) == pytest.approx(0.02 * expected, rel=1e-5)
 
 
 def test_ofd_starts_its_connectors_as_the_paper_says() -> None:
     student, teacher = small("shufflenetv2", "resnet8")
     settings = settings_of("ofd")
-    distiller = DISTILLERS.build("ofd", settings=settings, student=student, teacher=shown(teacher))
+    distiller = DISTILLERS.build("ofd", settings=settings, student=student, teacher=random_teacher(teacher))
     conv = cast(nn.Conv2d, distiller.get_submodule("matches.stage3.connector.0"))
     assert tuple(conv.weight.shape) == (64, 464, 1, 1)
     assert conv.bias is None
@@ -127,7 +127,7 @@ class _Layered(Teacher):
         return cast(Tensor, self.head(pooled))
 
 
-def test_a_margin_that_no_batch_norm_tells_is_measured_and_no_other() -> None:
+def test_only_a_margin_without_a_batch_norm_is_measured() -> None:
     torch.manual_seed(1)
     student, teacher = small()[0], _Layered().eval()
     hostile(teacher, 4)
@@ -137,12 +137,12 @@ def test_a_margin_that_no_batch_norm_tells_is_measured_and_no_other() -> None:
     assert first.isnan().all()
     known = second.clone()
     np.testing.assert_allclose(array(known), gaussian_margin(teacher.norm), rtol=1e-4)
-    said = [teacher.tapped(noise(count, 3, SIZE, SIZE, seed=count).float()) for count in (3, 1, 5)]
-    heard = random_tapped(student, 3, 1)
-    (value,) = distiller.double()(heard, {}, said[0], context(count=3)).values()
+    teacher_out = [teacher.tapped(noise(count, 3, SIZE, SIZE, seed=count).float()) for count in (3, 1, 5)]
+    student_out = random_tapped(student, 3, 1)
+    (value,) = distiller.double()(student_out, {}, teacher_out[0], context(count=3)).values()
     assert value.isnan(), "a margin that was never measured must not pass for one"
-    distiller.float().calibrate(iter(said))
-    values = np.concatenate([array(taps.preactivations["stage1"]) for taps in said])
+    distiller.float().calibrate(iter(teacher_out))
+    values = np.concatenate([array(taps.preactivations["stage1"]) for taps in teacher_out])
     expected = [values[:, c][values[:, c] < 0].mean() for c in range(6)]
     np.testing.assert_allclose(array(distiller.get_buffer("matches.stage3.margin")), expected, rtol=1e-5)
     assert torch.equal(distiller.get_buffer("matches.stage4.margin"), known)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from tests.training.distillers.numpy_layers import array, averaged, bridged, convolved, nearest, parameter
-from tests.training.distillers.stage_networks import build, loss_of, shapes_of, small, told
+from tests.training.distillers.stage_networks import build, loss_of, random_outputs, shapes_of, small
 from tests.training.small_distillation import settings_of
 from training.distillers import DISTILLERS
 
@@ -20,10 +20,10 @@ Array = NDArray[np.float64]
 def test_reviewkd_is_a_chain_from_the_pooled_vector_to_the_shallow_stages(student: str, teacher: str) -> None:
     ours, theirs = small(student, teacher)
     distiller = build("reviewkd", ours, theirs, weight=6.0, max_channels=7)
-    heard, said = told(ours, theirs)
-    levels = [(array(heard.pooled)[:, :, None, None], array(said.pooled)[:, :, None, None])]
+    student_out, teacher_out = random_outputs(ours, theirs)
+    levels = [(array(student_out.pooled)[:, :, None, None], array(teacher_out.pooled)[:, :, None, None])]
     for a, b in zip(reversed(ours.stages), reversed(theirs.stages), strict=False):
-        levels.append((array(heard.features[a.name]), array(said.preactivations[b.name])))
+        levels.append((array(student_out.features[a.name]), array(teacher_out.preactivations[b.name])))
     assert len(cast(nn.ModuleList, distiller.get_submodule("links"))) == len(levels) == 4
     expected, mixture = 0.0, None
     for index, (feature, target) in enumerate(levels):
@@ -38,7 +38,7 @@ def test_reviewkd_is_a_chain_from_the_pooled_vector_to_the_shallow_stages(studen
         mixture = nearest(own, *target.shape[2:])
         expected += context_loss(bridged(mixture, distiller, f"links.{index}.expansion"), target)
     assert not any(name.startswith("links.0.gates") for name, _ in distiller.named_parameters())
-    assert loss_of(distiller, heard, said) == pytest.approx(6 * expected, rel=1e-9)
+    assert loss_of(distiller, student_out, teacher_out) == pytest.approx(6 * expected, rel=1e-9)
 
 
 def context_loss(prediction: Array, target: Array) -> float:

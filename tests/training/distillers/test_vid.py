@@ -11,7 +11,7 @@ from torch.nn import functional
 from kdexport.errors import ConfigError
 from tests.kdexport.hostile_values import noise
 from tests.training.distillers.numpy_layers import array, averaged, convolved, parameter
-from tests.training.distillers.stage_networks import build, loss_of, small, told
+from tests.training.distillers.stage_networks import build, loss_of, random_outputs, small
 from tests.training.small_distillation import settings_of
 from training.distillers import DISTILLERS
 from training.distillers.pairs import average_to_smaller, stage_pairs
@@ -24,10 +24,10 @@ def test_vid_is_the_likelihood_under_a_gaussian_for_each_channel() -> None:
     scales = {name: p for name, p in distiller.named_parameters() if name.endswith("raw_scale")}
     for index, scale in enumerate(scales.values()):
         scale.data = noise(len(scale), seed=index) * 4
-    heard, said = told(student, teacher)
+    student_out, teacher_out = random_outputs(student, teacher)
     expected = 0.0
     for ours, theirs in zip(student.stages, teacher.stages[1:], strict=True):
-        a, b = array(heard.features[ours.name]), array(said.features[theirs.name])
+        a, b = array(student_out.features[ours.name]), array(teacher_out.features[theirs.name])
         side = min(a.shape[2], b.shape[2])
         mean, target = averaged(a, side, side), averaged(b, side, side)
         path = f"matches.{ours.name}"
@@ -37,11 +37,11 @@ def test_vid_is_the_likelihood_under_a_gaussian_for_each_channel() -> None:
             mean = convolved(np.maximum(mean, 0) if position else mean, weight)
         variance = (np.log1p(np.exp(array(scales[f"{path}.raw_scale"]))) + 1e-5).reshape(1, -1, 1, 1)
         expected += (0.5 * ((mean - target) ** 2 / variance + np.log(variance))).mean()
-    assert loss_of(distiller, heard, said) == pytest.approx(0.7 * expected, rel=1e-10)
+    assert loss_of(distiller, student_out, teacher_out) == pytest.approx(0.7 * expected, rel=1e-10)
 
 
 @pytest.mark.parametrize("variance", [5.0, 0.3, 1.1e-5, 900.0])
-def test_vid_learns_its_variances_from_the_one_it_is_told(variance: float) -> None:
+def test_vid_starts_from_the_variance_of_its_settings(variance: float) -> None:
     student, teacher = small()
     distiller = DISTILLERS.build(
         "vid", settings=settings_of("vid", initial_variance=variance), student=student, teacher=teacher
@@ -58,16 +58,16 @@ def test_vid_learns_its_variances_from_the_one_it_is_told(variance: float) -> No
     assert {f"matches.stage{i}.raw_scale" for i in (2, 3, 4)} <= set(distiller.state_dict())
 
 
-def test_vid_rests_where_the_variance_is_the_error_that_is_made() -> None:
+def test_vid_has_no_gradient_where_the_variance_equals_the_squared_error() -> None:
     student, teacher = small()
     distiller = build("vid", student, teacher)
-    heard, said = told(student, teacher)
+    student_out, teacher_out = random_outputs(student, teacher)
     (pair,) = stage_pairs(student, teacher)[-1:]
     match = cast(Any, distiller).matches[pair.student.name]
-    ours, theirs = average_to_smaller(heard.features[pair.student.name], said.features[pair.teacher.name])
+    ours, theirs = average_to_smaller(student_out.features[pair.student.name], teacher_out.features[pair.teacher.name])
     error = (match.regressor(ours) - theirs).square().mean((0, 2, 3)).detach()
     match.raw_scale.data = torch.log(torch.expm1(error - 1e-5))
-    match(heard.features[pair.student.name], said.features[pair.teacher.name]).backward()
+    match(student_out.features[pair.student.name], teacher_out.features[pair.teacher.name]).backward()
     assert match.raw_scale.grad.abs().max() < 1e-12
     assert match.regressor[4].weight.grad.abs().max() > 1e-6
 

@@ -1,4 +1,4 @@
-"""Trains small networks with the loop, alone or as one of several processes; each writes what it ended with.
+"""Train small networks with the loop, alone or as one of several processes; each process writes its final state.
 
 python several_processes.py DIR [arguments of `python -m training`, which is run last]
 """
@@ -26,7 +26,7 @@ from training.teachers import TEACHERS, Teacher
 from training.train import make_accelerator
 
 IMAGE_SIZE, CLASSES, COUNT = 12, 3, 43
-#: Fewer negatives than there are others, so that it matters which are drawn.
+#: Fewer negatives than candidates, so that the random draw matters.
 SETTINGS: dict[str, dict[str, object]] = {
     "kd": {"cross_entropy": 1.0, "weight": 0.4},
     "crd": {"negatives": 9, "dimension": 5, "weight": 0.3, "momentum": 0.4},
@@ -101,7 +101,7 @@ def main(out: Path, kind: str) -> None:
 
 
 def refuse(out: Path) -> None:
-    """Ask for a batch that two processes cannot share, and write what came of it."""
+    """Request a batch that two processes cannot share evenly, and write the resulting error."""
     try:
         make_accelerator(TrainSettings(batch_size=9, mixed_precision="no"))
         answer = "accepted"

@@ -38,7 +38,7 @@ def test_a_long_run_is_drawn_while_it_goes_on(tmp_path: Path, monkeypatch: pytes
     assert not (tmp_path / "diversity.png").exists()
 
 
-def test_without_matplotlib_the_run_goes_on_and_says_so_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_the_run_continues_with_one_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setattr("training.runs.journal._REDRAW_S", -1.0)
     said: list[str] = []

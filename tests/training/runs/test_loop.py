@@ -221,7 +221,7 @@ def test_a_diverged_run_is_refused_and_its_last_good_state_kept(tmp_path: Path) 
     assert torch.equal(kept.network.bias, sound.network.bias)
 
 
-def test_weights_that_the_last_step_broke_are_no_result(tmp_path: Path) -> None:
+def test_weights_that_overflow_in_the_last_step_are_refused(tmp_path: Path) -> None:
     class OneStep(FewBatches):
         steps = 1
 
@@ -266,7 +266,7 @@ def test_an_epoch_that_is_run_again_is_drawn_once(tmp_path: Path) -> None:
     run(job(tmp_path, linear(), chosen.model_copy(update={"epochs": 1})), make_accelerator(chosen))
     kept = (tmp_path / "resume.safetensors").read_bytes()
     run(job(tmp_path, linear(), chosen.model_copy(update={"epochs": 2})), make_accelerator(chosen))
-    # As after a kill between the line of epoch 2 and its state.
+    # The state after a kill between the line of epoch 2 and its checkpoint.
     (tmp_path / "resume.safetensors").write_bytes(kept)
     # A restarted process opens its event file in a later second.
     time.sleep(1.1)
@@ -302,9 +302,7 @@ def distilled(tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return out
 
 
-def test_a_distilled_student_reports_its_losses_and_says_where_it_comes_from(
-    distilled: Path, tiny_images: Path
-) -> None:
+def test_a_distilled_student_records_its_losses_and_its_origin(distilled: Path, tiny_images: Path) -> None:
     written = lines(distilled)
     assert [line["epoch"] for line in written] == [1, 2]
     tags = {"loss/cross_entropy", "loss/diffusion", "lr", "top1", "images_per_s"}
@@ -404,7 +402,7 @@ def test_a_run_folder_of_another_recipe_is_refused_and_left_alone(tiny_images: P
         "Pass another --out, or remove the folder."
     )
     assert (tmp_path / "run" / "recipe.json").read_bytes() == record
-    # The same recipe continues, as far as the missing teacher lets it.
+    # The same recipe continues until the missing teacher is needed.
     assert isinstance(runner.invoke(app, arguments(tiny_images, tmp_path / "run", absent)).exception, CheckpointError)
 
 

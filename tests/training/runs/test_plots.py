@@ -77,7 +77,7 @@ def test_lines_may_lack_what_other_lines_have(tmp_path: Path) -> None:
     plot_diversity(one_branch, tmp_path / "diversity.png")
 
 
-def test_what_cannot_be_plotted_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_that_cannot_be_plotted_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="There is no epoch to plot"):
         plot_learning_curves([], tmp_path / "x.png")
     with pytest.raises(DataError, match="No line has the diversity of a layer"):

@@ -42,7 +42,7 @@ def tensors(directory: Path, rank: int) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class Told:
+class CommandOutput:
     """What two processes wrote to both streams while they ran the command ``train`` in ``folder``."""
 
     folder: Path
@@ -51,22 +51,22 @@ class Told:
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory, tiny_images: Path) -> Told:
+def together(tmp_path_factory: pytest.TempPathFactory, tiny_images: Path) -> CommandOutput:
     """Two processes train some networks, then one by the command line."""
     root = tmp_path_factory.mktemp("ranks")
     command = arguments(tiny_images, root / "run", "train.epochs=2")
-    return Told(root / "run", *finish(start([*TWO, SCRIPT, str(root / "two"), *command], OMP_NUM_THREADS="1")))
+    return CommandOutput(root / "run", *finish(start([*TWO, SCRIPT, str(root / "two"), *command], OMP_NUM_THREADS="1")))
 
 
 @pytest.fixture(scope="module")
-def runs(together: Told) -> Path:
+def runs(together: CommandOutput) -> Path:
     """The same trainings by one process and by two, of networks without batch norm and of one with it."""
     everything(together.folder.parent / "one")
     return together.folder.parent
 
 
 @pytest.mark.parametrize("kind", ["plain", "kd", "crd"])
-def test_two_processes_walk_the_loss_curve_of_one_with_the_same_global_batch(kind: str, runs: Path) -> None:
+def test_two_processes_have_the_loss_curve_of_one_with_the_same_global_batch(kind: str, runs: Path) -> None:
     alone, shared = lines(runs / "one" / kind), lines(runs / "two" / kind)
     assert len(alone) == len(shared) == 3
     for one, two in zip(alone, shared, strict=True):
@@ -117,7 +117,7 @@ def test_a_batch_that_the_processes_cannot_share_evenly_is_refused(runs: Path) -
     )
 
 
-#: Stands for the training package: says who it is and waits.
+#: Replaces the training package: writes its process id to a file and waits.
 WAITING = """
 import os, time
 from pathlib import Path
@@ -134,7 +134,7 @@ guarded(app)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a process learns of its parent's death on Linux")
-def test_processes_end_when_the_command_that_wanted_them_is_killed(tmp_path: Path) -> None:
+def test_processes_end_when_the_command_that_started_them_is_killed(tmp_path: Path) -> None:
     package = tmp_path / "training"
     package.mkdir()
     (package / "__init__.py").touch()
@@ -168,7 +168,9 @@ def teacher_mean(recipe: Recipe, out: Path) -> Tensor:
     return features.mean((0, 2, 3), keepdim=True)
 
 
-def test_two_processes_distil_a_student_together_and_one_of_them_writes(tiny_images: Path, together: Told) -> None:
+def test_two_processes_distil_a_student_together_and_one_of_them_writes(
+    tiny_images: Path, together: CommandOutput
+) -> None:
     out, told = together.folder, together.stderr
     (result,) = [json.loads(line) for line in together.stdout.splitlines()]
     written = lines(out)

@@ -14,7 +14,7 @@ from training.runs.task import StepResult
 
 
 def scaler() -> torch.amp.GradScaler:
-    # So high that the first steps overflow, and so eager to grow that later ones do again.
+    # So high that the first steps overflow; it grows so fast that later steps overflow again.
     return torch.amp.GradScaler("cpu", init_scale=2.0**124, growth_interval=3)
 
 

@@ -22,7 +22,7 @@ def feed(watch: LossWatch, at: Callable[[int], dict[str, Tensor]], taken: list[i
 
 
 def silent(means: dict[str, float], steps: int) -> None:
-    """Nobody looks."""
+    """A callback that does nothing."""
 
 
 def test_a_step_gives_back_the_sum_of_its_losses_with_its_gradient() -> None:

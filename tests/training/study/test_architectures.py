@@ -12,7 +12,7 @@ PAGE = Path(__file__).parents[3] / "docs" / "architectures.md"
 
 
 def test_the_page_in_the_docs_is_what_the_command_writes_today(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A few networks stand for all, which take a minute; what each one is, other tests say.
+    # A few networks instead of all, which take a minute; other tests check the facts of each network.
     monkeypatch.setattr(STUDENTS, "names", lambda: ["mobilenetv2"])
     monkeypatch.setattr(TEACHERS, "names", lambda: ["resnet32x4", "swin_t"])
     done = CliRunner().invoke(app, ["architectures", "--out", str(tmp_path / "page.md")])
@@ -48,6 +48,6 @@ def test_a_row_is_what_was_published(name: str, size: int, parameters: int, macs
     assert row.macs / 1e6 == pytest.approx(macs, abs=0.05)
 
 
-def test_where_adapters_are_said_to_fold_is_where_they_are_taken() -> None:
+def test_adapters_are_accepted_exactly_where_the_page_lists_them() -> None:
     net = STUDENTS.build("resnet18", num_classes=5, image_size=32)
     assert [tap.name for tap in net.taps if architectures.takes_adapters(net, tap.name)] == ["stage4"]

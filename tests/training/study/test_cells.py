@@ -44,7 +44,7 @@ def test_numbers_of_another_recipe_are_never_shown(tmp_path: Path) -> None:
             read(changed[0])
 
 
-def test_what_is_wrong_with_the_machine_or_the_call_stops_the_table(tmp_path: Path) -> None:
+def test_errors_of_the_machine_or_the_call_stop_the_table(tmp_path: Path) -> None:
     def absent(recipe: Any, directory: Path, teacher: Path) -> None:
         raise ConfigError("There is no data.", remedy="Pass --data.")
 

@@ -52,7 +52,7 @@ def test_the_csv_has_one_line_for_each_run(tmp_path: Path) -> None:
     }
 
 
-def test_a_cell_that_was_not_run_or_not_finished_says_so(tmp_path: Path) -> None:
+def test_a_cell_that_was_not_run_or_not_finished_is_marked(tmp_path: Path) -> None:
     planned = cells(tmp_path)
     assert rows(page(planned))["kd"][:2] == ["74.45", "not run"]
     kd = planned[1]
@@ -113,7 +113,7 @@ def test_the_command_runs_the_cells_continues_and_writes_page_and_csv(tiny_image
 
 
 @pytest.mark.parametrize("seeds", ["", "0,0", "a", "-1", "0,,1"])
-def test_seeds_that_are_no_list_of_different_numbers_are_refused(seeds: str, tmp_path: Path) -> None:
+def test_seeds_must_be_a_list_of_different_numbers(seeds: str, tmp_path: Path) -> None:
     done = CliRunner().invoke(
         app, ["table", "--recipes", "digits", "--out", str(tmp_path / "t.md"), f"--seeds={seeds}"]
     )

@@ -179,7 +179,7 @@ def test_a_small_form_computes_what_its_description_says(name: str) -> None:
         assert relative_difference(own, theirs) < 1e-12
         assert own.std() > 0
     for key, feature in tapped.features.items():
-        # Neither may be written over after it was read.
+        # Neither may be overwritten after it was read.
         assert torch.equal(feature, tapped.preactivations[key].clamp(min=0)) is not name.startswith("wrn")
     layer = teacher.get_submodule(teacher.classifier_path)
     assert torch.equal(layer(tapped.pooled), tapped.logits)
@@ -188,7 +188,7 @@ def test_a_small_form_computes_what_its_description_says(name: str) -> None:
 
 @dataclass(frozen=True)
 class Pair:
-    """Our form and torchvision's model on the same tensors, for 7 classes, with images of a size that divides badly."""
+    """Our form and torchvision's model with equal weights and 7 classes; the last stride does not divide the image size."""
 
     name: str
     teacher: Teacher
@@ -269,7 +269,7 @@ def test_the_layer_that_is_named_reads_the_pooled_vector(pair: Pair) -> None:
     assert torch.equal(read[1], tapped.logits) is (pair.name != "vgg13")
 
 
-#: Without the largest, whose layers are those of others.
+#: Without the largest networks, whose layers occur in smaller ones.
 LIGHT = [*((name, 32) for name in SMALL), ("resnet50", LEAST), ("swin_t", LEAST)]
 
 
@@ -300,7 +300,7 @@ def test_a_teacher_trains_every_parameter(name: str, size: int) -> None:
     assert idle == []
 
 
-def law(name: str, shape: tuple[int, ...]) -> float:
+def initial_deviation(name: str, shape: tuple[int, ...]) -> float:
     """Standard deviation of fresh weights: by the fan-out for convolutions, by the fan-in for linear layers."""
     if len(shape) == 4:
         return math.sqrt(2 / (shape[0] * shape[2] * shape[3]))
@@ -308,17 +308,21 @@ def law(name: str, shape: tuple[int, ...]) -> float:
 
 
 @every_small
-def test_fresh_weights_follow_the_law_of_the_network(name: str) -> None:
+def test_fresh_weights_follow_the_initialisation_of_the_network(name: str) -> None:
     torch.manual_seed(17)
     teacher = built(name, 32)
     for key, value in teacher.named_parameters():
         if value.ndim > 1:
             # Seven standard errors: thousands of weights are tested.
             allowed = 7 / math.sqrt(2 * value.numel())
-            assert value.std(correction=0).item() == pytest.approx(law(name, tuple(value.shape)), rel=allowed), key
-            assert abs(value.mean().item()) < 7 * law(name, tuple(value.shape)) / math.sqrt(value.numel()), key
-            # A uniform law would end at 1.73 standard deviations.
-            widest = value.abs().max().item() / law(name, tuple(value.shape))
+            assert value.std(correction=0).item() == pytest.approx(
+                initial_deviation(name, tuple(value.shape)), rel=allowed
+            ), key
+            assert abs(value.mean().item()) < 7 * initial_deviation(name, tuple(value.shape)) / math.sqrt(
+                value.numel()
+            ), key
+            # A uniform distribution would end at 1.73 standard deviations.
+            widest = value.abs().max().item() / initial_deviation(name, tuple(value.shape))
             assert widest > 2 if value.ndim == 4 or name.startswith("vgg") else widest < 1.74, key
         elif key.endswith(".weight"):
             assert (value == 1).all(), key

@@ -55,7 +55,7 @@ def test_resnet56_has_the_published_number_of_parameters() -> None:
 
 @pytest.mark.parametrize("name", TEACHERS.names())
 @pytest.mark.parametrize("image_size", [32, 40])
-def test_a_teacher_tells_its_taps_truly(name: str, image_size: int) -> None:
+def test_the_taps_of_a_teacher_have_the_shapes_that_it_states(name: str, image_size: int) -> None:
     # Transformers have no small form; the same steps of their patches from there.
     image_size += 96 if name.startswith("swin") else 0
     with torch.device("meta"):
@@ -94,7 +94,7 @@ def test_saved_weights_come_back_bit_by_bit(wrapped: bool, suffix: str, tmp_path
     assert all(torch.equal(value, source.state_dict()[name]) for name, value in teacher.state_dict().items())
 
 
-def test_weights_that_are_not_there_are_missed_by_name(tmp_path: Path) -> None:
+def test_missing_weights_are_named(tmp_path: Path) -> None:
     path = tmp_path / "absent.pt"
     with pytest.raises(CheckpointError) as caught:
         load_teacher_weights(resnet(8), path)
@@ -149,13 +149,13 @@ def test_code_in_a_foreign_pickle_never_runs(wrap: object, plain: bool, tmp_path
         load_teacher_weights(resnet(8), path)
     assert not sprung.exists()
     assert "code in a pickle is never run" in caught.value.remedy
-    # The trap is a real one.
+    # The pickle does run its code when it is loaded without protection.
     torch.load(path, weights_only=False) if not plain else pickle.loads(path.read_bytes())
     assert sprung.exists()
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"conv1.weight": 3}, torch.zeros(3), {}])
-def test_what_is_no_state_dict_is_refused(content: object, tmp_path: Path) -> None:
+def test_a_file_without_a_state_dict_is_refused(content: object, tmp_path: Path) -> None:
     path = tmp_path / "odd.pt"
     torch.save(content, path)
     with pytest.raises(CheckpointError):

@@ -64,7 +64,7 @@ def test_the_prefix_of_a_parallel_wrapper_is_taken_off_when_all_names_have_it(tm
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_the_way_to_convert_a_checkpoint_with_training_options_is_told_and_works(legacy: bool, tmp_path: Path) -> None:
+def test_the_printed_command_converts_a_checkpoint_with_training_options(legacy: bool, tmp_path: Path) -> None:
     tensors, path = checkpoint("vgg8"), tmp_path / "it's a vgg8 \u00e9 last.pth"
     options = argparse.Namespace(epochs=240, lr_decay_epochs=[150, 180], model="vgg8", nested=argparse.Namespace(a=1.5))
     torch.save({"opt": options, "model": tensors}, path, _use_new_zipfile_serialization=not legacy)
@@ -98,7 +98,7 @@ def test_options_of_another_kind_are_not_converted(tmp_path: Path) -> None:
     assert "add_safe_globals" not in caught.value.remedy
 
 
-def test_names_that_are_no_words_are_no_state_dict(tmp_path: Path) -> None:
+def test_a_state_dict_whose_keys_are_not_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "odd.pth"
     torch.save({"model": {3: torch.ones(2), "bn1.bias": torch.ones(2)}}, path)
     with pytest.raises(CheckpointError, match="is not a state_dict"):
