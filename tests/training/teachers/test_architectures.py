@@ -188,7 +188,7 @@ def test_a_small_form_computes_what_its_description_says(name: str) -> None:
 
 @dataclass(frozen=True)
 class Pair:
-    """Our form and torchvision's model with equal weights and 7 classes; the last stride does not divide the image size."""
+    """Our form and torchvision's model with equal weights; the last stride does not divide the image size."""
 
     name: str
     teacher: Teacher
