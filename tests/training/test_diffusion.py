@@ -10,6 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from tests.training.noise_schedules import EVERY_SCHEDULE, conditioned, random_schedule
 from training.diffusion import (
     SCHEDULES,
     Backpropagation,
@@ -27,7 +28,6 @@ from training.distillers.settings import KDiffusionSettings
 
 Array = NDArray[np.float64]
 SHAPE = (2, 3, 2, 4)
-EVERY_SCHEDULE = pytest.mark.parametrize("name", sorted(SCHEDULES))
 #: Steps are named from the noisiest to the cleanest.
 PUBLISHED_V = {
     "cosine": (0.380, 0.581, 0.758, 1),
@@ -45,29 +45,6 @@ PUBLISHED_EXPECTATION = {
     ("linear", 4): (0.1069, 0.0123),
     ("linear", 8): (0.0298, 0.0051),
 }
-
-
-def conditioned(schedule: NoiseSchedule, n: int, s: int, sigma: float = 1.7) -> tuple[float, float, float]:
-    """(u, v, w) by conditioning the joint Gaussian of (x_s, x_n, x_0) on its last two coordinates.
-
-    x_0 gets a prior of its own, whose variance must not matter.
-    """
-    a_n, a_s = schedule.alpha_hat[n].item(), schedule.alpha_hat[s].item()
-    ratio, prior = a_n / a_s, 2.3
-    # Rows x_s, x_n, x_0; columns the independent draws x_0, noise up to s, noise from s to n.
-    noise_s, noise_step = sigma * math.sqrt(1 - a_s**2), sigma * math.sqrt(1 - ratio**2)
-    mixing = np.array([[a_s * prior, noise_s, 0], [a_n * prior, ratio * noise_s, noise_step], [prior, 0, 0]])
-    covariance = mixing @ mixing.T
-    weights = np.linalg.solve(covariance[1:, 1:], covariance[1:, 0])
-    variance = covariance[0, 0] - covariance[0, 1:] @ weights
-    return float(weights[0]), float(weights[1]), float(variance) / sigma**2
-
-
-def random_schedule(seed: int) -> NoiseSchedule:
-    rng = np.random.default_rng(seed)
-    alpha = np.sort(rng.uniform(0.05, 0.97, size=int(rng.integers(1, 9))))[::-1]
-    alpha_hat = torch.from_numpy(np.concatenate([[1.0], alpha]))
-    return NoiseSchedule(alpha_hat, (1 - alpha_hat.square()).sqrt())
 
 
 def features(count: int, seed: int = 0) -> tuple[list[Array], Array]:
@@ -164,67 +141,6 @@ def marginal_loss(branches: Sequence[Array], teacher: Array, schedule: NoiseSche
 
 def tensors(arrays: Sequence[Array]) -> list[torch.Tensor]:
     return [torch.from_numpy(array.copy()) for array in arrays]
-
-
-@EVERY_SCHEDULE
-@pytest.mark.parametrize("steps", [1, 2, 4, 7, 16])
-def test_a_schedule_falls_from_clean_to_noise_and_never_loses_the_signal(name: str, steps: int) -> None:
-    schedule = SCHEDULES[name](steps)
-    alpha, beta = schedule.alpha_hat, schedule.beta_hat
-    assert schedule.num_steps == steps
-    assert alpha.shape == beta.shape == (steps + 1,)
-    assert alpha.dtype == beta.dtype == torch.float64
-    assert (alpha[0].item(), beta[0].item()) == (1.0, 0.0)
-    torch.testing.assert_close(alpha.square() + beta.square(), torch.ones_like(alpha), rtol=0, atol=1e-15)
-    assert (alpha.diff() < 0).all()
-    assert (beta.diff() > 0).all()
-    assert alpha[-1] > 0
-    assert alpha[-1] < 0.01
-
-
-def test_the_ddpm_schedule_is_the_cumulative_product_of_its_thousand_variances() -> None:
-    signal = np.cumprod(1 - np.linspace(1e-4, 2e-2, 1000))
-    expected = [1.0, *(math.sqrt(signal[t - 1]) for t in (250, 500, 750, 1000))]
-    np.testing.assert_allclose(NoiseSchedule.ddpm_linear(4).alpha_hat.numpy(), expected, rtol=1e-12)
-
-
-def test_the_cosine_schedule_is_normalised_at_its_start_and_cut_before_zero() -> None:
-    raw = [math.cos((t / 4 + 0.008) / 1.008 * math.pi / 2) for t in range(5)]
-    expected = [value / raw[0] for value in raw[:4]] + [math.sqrt(1e-5)]
-    np.testing.assert_allclose(NoiseSchedule.cosine(4).alpha_hat.numpy(), expected, rtol=1e-12)
-
-
-def test_the_linear_schedule_adds_equal_variance_at_each_step() -> None:
-    np.testing.assert_allclose(NoiseSchedule.linear(4).beta_hat[:4].square().numpy(), [0, 0.25, 0.5, 0.75], atol=1e-15)
-
-
-@pytest.mark.parametrize(
-    "schedule",
-    [
-        *(make(steps) for make in SCHEDULES.values() for steps in (1, 3, 8)),
-        *(random_schedule(seed) for seed in range(20)),
-    ],
-)
-def test_posterior_coefficients_are_those_of_exact_gaussian_conditioning(schedule: NoiseSchedule) -> None:
-    for n in range(1, schedule.num_steps + 1):
-        for s in range(n):
-            u, v, w = posterior_coefficients(schedule, n, s)
-            np.testing.assert_allclose((u, v, w), conditioned(schedule, n, s), rtol=0, atol=1e-12)
-            a_n, a_s = schedule.alpha_hat[n].item(), schedule.alpha_hat[s].item()
-            assert u * a_n + v == pytest.approx(a_s, abs=1e-13)
-            assert w >= 0
-
-
-def test_the_step_to_the_clean_feature_depends_on_the_prediction_alone() -> None:
-    for schedule in (NoiseSchedule.cosine(5), NoiseSchedule.linear(3), random_schedule(4)):
-        for n in range(1, schedule.num_steps + 1):
-            assert posterior_coefficients(schedule, n, 0) == pytest.approx((0.0, 1.0, 0.0), abs=1e-15)
-
-
-@pytest.mark.parametrize(("n", "s"), [(2, 2), (1, 2), (5, 1), (2, -1), (0, 0)])
-def test_times_off_the_grid_or_out_of_order_are_refused(n: int, s: int) -> None:
-    with pytest.raises(ValueError, match=rf"need 0 <= s < n <= 4, got s={s}, n={n}"):
-        posterior_coefficients(NoiseSchedule.cosine(4), n, s)
 
 
 @EVERY_SCHEDULE

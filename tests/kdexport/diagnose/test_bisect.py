@@ -16,14 +16,14 @@ from onnx import numpy_helper
 from kdexport.data.preprocessing import Preprocessing
 from kdexport.diagnose.bisect import Blame, Trusted, file_fault
 from kdexport.diagnose.failed_build import blame_bundle
-from kdexport.errors import AuditError, OutputError
+from kdexport.errors import OutputError
 from kdexport.graph.precision import cast_to_bf16, cast_to_fp16
 from kdexport.graph.quantize import quantize
 from kdexport.graph.tensor_ranges import calibrate
-from kdexport.graph.trace import LIMITS, extract, run, trace
+from kdexport.graph.trace import LIMITS
 from kdexport.verify.reference import make_probes
 from tests.conftest import Built, Command
-from tests.kdexport.exported_students import images, small_graph, small_weights
+from tests.kdexport.exported_students import small_graph, small_weights
 
 Edit = Callable[[onnx.ModelProto], None]
 SIZE = 16
@@ -196,34 +196,6 @@ def test_the_reproduction_runs_alone_and_ends_when_the_fault_does(
         change(small, "conv.weight", lambda values: values.astype(np.float64) / 1.02)
     onnx.save(small, folder / "node.onnx")
     assert reproduce(folder).returncode == 0
-
-
-def test_an_error_is_not_passed_on_to_later_nodes(files: dict[str, Path]) -> None:
-    trusted, suspect = onnx.load(files["fp32"]), onnx.load(files["fp32"])
-    scaled(suspect)
-    found = trace(suspect, trusted, {"input": PROBES.images})
-    errors = {row.node: row.error for row in found.nodes}
-    assert errors["conv"] == pytest.approx(0.02, rel=0.1)
-    assert max(error for name, error in errors.items() if name != "conv") < 1e-6
-    worst = np.abs(found.own["c"] - found.trusted["c"]).reshape(len(PROBES.images), -1).max(axis=1)
-    assert next(row.worst for row in found.nodes if row.node == "conv") == worst.argmax()
-
-
-def test_an_extracted_node_gives_the_same_result_as_in_its_graph(files: dict[str, Path]) -> None:
-    model = onnx.load(files["fp32"])
-    feeds = {"input": images(3, size=SIZE)}
-    values = run(model, feeds, ["r", "logits"])
-    small = extract(model, "logits", {**feeds, "r": values["r"]}, local=True)
-    assert [node.op_type for node in small.graph.node] == ["GlobalAveragePool", "Flatten", "Gemm"]
-    assert [item.name for item in small.graph.input] == ["r"]
-    np.testing.assert_array_equal(run(small, {"r": values["r"]}, ["logits"])["logits"], values["logits"])
-    whole = extract(model, "logits", {**feeds, "r": values["r"]}, local=False)
-    assert len(whole.graph.node) == 5
-
-
-def test_a_graph_that_does_not_run_is_an_error(files: dict[str, Path]) -> None:
-    with pytest.raises(AuditError, match="node by node"):
-        run(onnx.load(files["fp32"]), {"input": images(1, size=9)[:, :2]}, ["logits"])
 
 
 def test_the_command_names_stage_and_node_of_a_bundle(bundle_copy: Path, kdexport: Command, tmp_path: Path) -> None:

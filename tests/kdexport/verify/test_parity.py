@@ -18,7 +18,7 @@ from kdexport.verify.parity import check_repeatable, rung_a, rung_b, rung_c
 from kdexport.verify.policy import Policy
 from kdexport.verify.reference import Probes, Reference, Simulated, run_torch
 from kdexport.verify.simulation import Simulation
-from tests.kdexport.verify.conftest import Ladder
+from tests.kdexport.verify.small_ladder import Ladder
 
 POLICY = Policy()
 

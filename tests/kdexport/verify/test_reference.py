@@ -10,7 +10,7 @@ from torch.nn import functional
 from kdexport.data.preprocessing import Preprocessing
 from kdexport.verify.reference import Probes, make_probes, make_reference, run_exact, run_torch
 from kdexport.verify.simulation import TF32, Simulation, round_tf32
-from tests.kdexport.verify.conftest import PREPROCESSING, Ladder, SmallNet, pixels
+from tests.kdexport.verify.small_ladder import PREPROCESSING, Ladder, SmallNet, pixels
 
 MEAN, STD = np.asarray(PREPROCESSING.mean), np.asarray(PREPROCESSING.std)
 

@@ -20,7 +20,7 @@ from kdexport.verify.parity import rung_c
 from kdexport.verify.policy import LowPolicy
 from kdexport.verify.simulation import Simulation
 from tests.kdexport.exported_students import images, small_graph, small_weights
-from tests.kdexport.verify.conftest import Ladder
+from tests.kdexport.verify.small_ladder import Ladder
 
 
 def weight_levels(weight: Tensor, top: int) -> Tensor:
