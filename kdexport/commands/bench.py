@@ -40,12 +40,13 @@ def bench(
 
 def _show(data: dict[str, Any]) -> None:
     """A table on stdout."""
-    from kdexport.commands.render import new_console, new_table
+    from kdexport.commands.render import new_console
+    from kdexport.core.tables import Table, terminal_table
 
     console = new_console()
     arms = data["arms"]
     columns = [f"{arm} ms" for arm in arms] + (["ratio", "99 % interval"] if len(arms) == 2 else [])
-    table = new_table("clock", "batch", *columns, f"p99 of {arms[0]}, ms", "images/s", "sessions")
+    rows = []
     for row in data["latency"]:
         p99 = row["p99_ms"]
         high = "unbounded" if p99["high"] is None else f"{p99['high']:.3f}"
@@ -57,8 +58,9 @@ def _show(data: dict[str, Any]) -> None:
             f"{p99['estimate']:.3f}, {p99['low']:.3f} to {high}",
             f"{1e3 * row['batch'] / row['candidate_ms']:.0f}",
         ]
-        table.add_row(row["clock"], str(row["batch"]), *cells, str(len(row["sessions"])))
-    console.print(table)
+        rows.append((row["clock"], str(row["batch"]), *cells, str(len(row["sessions"]))))
+    header = ("clock", "batch", *columns, f"p99 of {arms[0]}, ms", "images/s", "sessions")
+    console.print(terminal_table(Table(header=header, rows=tuple(rows))))
     machine = data["machine"]
     threads = data["latency"][0]["threads"]
     console.print(f"{data['bundle']}, {data['target']}, {threads} of {machine['cores']} processors, {machine['cpu']}")

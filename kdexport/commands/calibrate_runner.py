@@ -44,19 +44,20 @@ def _show(calibration: "Calibration", path: Path, *, as_json: bool) -> None:
         data = {"ok": True, "exit_code": 0, "runner": str(path), "smallest_slowdown": calibration.smallest_slowdown}
         print_json({**data, **asdict(calibration)})
         return
-    from kdexport.commands.render import new_console, new_table
+    from kdexport.commands.render import new_console
+    from kdexport.core.tables import Table, terminal_table
 
-    table = new_table("", "")
-    table.show_header = False
-    table.add_row("equal arms differ between sessions by", f"{calibration.session_deviation:.2%} (one deviation)")
-    table.add_row("smallest slowdown a gate can enforce", f"{calibration.smallest_slowdown:.1%}")
     counted = f"{calibration.false_fails} of {calibration.gates}, at most {calibration.false_fail_high:.0%} (95 %)"
-    table.add_row(f"false FAILs at {calibration.max_slowdown:.1%}", counted)
-    table.add_row("the same, gates drawn from these sessions", f"{calibration.resampled_false_fails:.2%}")
-    table.add_row("without a verdict", f"{calibration.inconclusive} of {calibration.gates}")
-    table.add_row("median time of a gate", f"{calibration.median_gate_seconds:.0f} s")
-    table.add_row("sessions, load", f"{calibration.sessions}, {calibration.load:.1f}")
+    rows = (
+        ("equal arms differ between sessions by", f"{calibration.session_deviation:.2%} (one deviation)"),
+        ("smallest slowdown a gate can enforce", f"{calibration.smallest_slowdown:.1%}"),
+        (f"false FAILs at {calibration.max_slowdown:.1%}", counted),
+        ("the same, gates drawn from these sessions", f"{calibration.resampled_false_fails:.2%}"),
+        ("without a verdict", f"{calibration.inconclusive} of {calibration.gates}"),
+        ("median time of a gate", f"{calibration.median_gate_seconds:.0f} s"),
+        ("sessions, load", f"{calibration.sessions}, {calibration.load:.1f}"),
+    )
     console = new_console()
-    console.print(table)
+    console.print(terminal_table(Table(header=("", ""), rows=rows)))
     console.print(f"{calibration.model}, {calibration.clock}, {calibration.machine.cpu}", soft_wrap=True)
     console.print(f"Written: {path}", soft_wrap=True)

@@ -94,30 +94,27 @@ def describe(fused: "FusedProgram", source: str) -> dict[str, Any]:
 
 def show(fused: "FusedProgram", out: Path) -> None:
     """Tables of what was merged and what it saves, on stdout."""
-    from kdexport.commands.render import new_console, new_table
+    from kdexport.commands.render import new_console
+    from kdexport.core.tables import Table, terminal_table
 
     console = new_console()
-    blocks = new_table("block", "merged", "error in float64")
-    for block in fused.certificate.blocks:
-        blocks.add_row(block.name, block.kind, f"{block.relative_error:.1e}")
-    if fused.certificate.blocks:
-        console.print(blocks)
+    blocks = tuple((block.name, block.kind, f"{block.relative_error:.1e}") for block in fused.certificate.blocks)
+    if blocks:
+        console.print(terminal_table(Table(header=("block", "merged", "error in float64"), rows=blocks)))
     else:
         console.print("Nothing to merge: no batch norm and no parallel linear branches were found.")
     if fused.left_alone:
         console.print()
-        stays = new_table("left alone", "because")
-        for item in fused.left_alone:
-            stays.add_row(item.place, item.reason)
-        console.print(stays)
+        stays = tuple((item.place, item.reason) for item in fused.left_alone)
+        console.print(terminal_table(Table(header=("left alone", "because"), rows=stays)))
     console.print()
-    costs = new_table("", "before", "after")
-    costs.add_row("operators", str(sum(fused.before.operators.values())), str(sum(fused.after.operators.values())))
-    costs.add_row("parameters", f"{fused.before.parameters:,}", f"{fused.after.parameters:,}")
-    costs.add_row(
-        "multiply-accumulates", f"{fused.before.multiply_accumulates:,}", f"{fused.after.multiply_accumulates:,}"
+    before, after = fused.before, fused.after
+    costs = (
+        ("operators", str(sum(before.operators.values())), str(sum(after.operators.values()))),
+        ("parameters", f"{before.parameters:,}", f"{after.parameters:,}"),
+        ("multiply-accumulates", f"{before.multiply_accumulates:,}", f"{after.multiply_accumulates:,}"),
     )
-    console.print(costs)
+    console.print(terminal_table(Table(header=("", "before", "after"), rows=costs)))
     console.print()
     for hazard in fused.certificate.hazards:
         console.print(f"Warning: {hazard}", soft_wrap=True)

@@ -89,17 +89,11 @@ def gate(
 
 def show(result: "GateResult", console: "Console") -> None:
     """The table on a terminal, and below it the verdict with its reasons."""
-    from rich.table import Table
+    from kdexport.core.tables import terminal_table
+    from kdexport.gate.summary import check_table, facts, sentence
 
-    from kdexport.gate.summary import facts, sentence
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("check", "measured", "allowed", "verdict"):
-        table.add_column(column, overflow="fold")
-    for check in result.checks:
-        table.add_row(check.name, check.measured, check.allowed, check.verdict)
     console.print(f"{result.question} {result.candidate} against {result.reference}", soft_wrap=True)
-    console.print(table)
+    console.print(terminal_table(check_table(result)))
     for line in facts(result):
         console.print(line, soft_wrap=True)
     console.print(f"Verdict: {sentence(result)}", soft_wrap=True)

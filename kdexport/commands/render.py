@@ -8,17 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 
 from kdexport.bundle.manifest import Manifest
+from kdexport.core.tables import Table, terminal_table
 from kdexport.verify.report import (
     RUNGS,
-    TRADE_HEADER,
     hazard_rows,
-    plan_entries,
-    plan_note,
+    plan_tables,
     rung_rows,
-    trade_rows,
     verdict_sentence,
 )
 
@@ -79,15 +76,10 @@ def show_verdict(folder: Path, manifest: Manifest, verdict: "Verdict") -> None:
     """What ``kdexport verify`` prints: one row per rung and file, failures in full."""
     console = new_console()
     data = {**manifest.data, "parity": [check.to_json() for check in verdict.checks], "latency": None}
-    table = new_table("rung", "subject", "nearest to its limit", "allowed", "")
-    for row in rung_rows(data):
-        table.add_row(*row)
     others = [check for check in verdict.checks if check.rung not in RUNGS]
     held = sum(check.holds for check in others)
-    table.add_row(
-        "audit", "files, graphs, golden images", f"{held} of {len(others)} hold", "", _word(held == len(others))
-    )
-    console.print(table)
+    audit = ("audit", "files, graphs, golden images", f"{held} of {len(others)} hold", "", _word(held == len(others)))
+    console.print(terminal_table(_rung_table(data, audit)))
     if not verdict.failures:
         console.print(f"Verdict: {verdict_sentence(data)}: {folder} is what was trained.", soft_wrap=True)
 
@@ -98,49 +90,30 @@ def show_changes(changes: "Sequence[Change]") -> None:
     if not changes:
         console.print("The policy changes no limit.")
         return
-    table = new_table("limit", "at the build", "now", "")
-    for change in changes:
-        table.add_row(change.key, f"{change.old}", f"{change.new}", "looser" if change.loosens else "stricter")
-    console.print(table)
+    rows = tuple((c.key, f"{c.old}", f"{c.new}", "looser" if c.loosens else "stricter") for c in changes)
+    console.print(terminal_table(Table(header=("limit", "at the build", "now", ""), rows=rows)))
     console.print()
 
 
 def show_facts(facts: "list[Fact]") -> None:
     """What ``kdexport doctor`` prints."""
-    table = new_table("", "", "")
-    table.show_header = False
-    for fact in facts:
-        table.add_row("ok" if fact.ok else "--", fact.what, fact.fact)
-    new_console().print(table)
+    rows = tuple(("ok" if fact.ok else "--", fact.what, fact.fact) for fact in facts)
+    new_console().print(terminal_table(Table(header=("", "", ""), rows=rows)))
 
 
 def _print_build(console: Console, data: dict[str, Any]) -> None:
-    console.print(_student_table(data))
-    console.print()
-    checks = new_table("rung", "subject", "nearest to its limit", "allowed", "")
-    for row in rung_rows(data):
-        checks.add_row(*row)
-    console.print(checks)
-    console.print()
-    targets = new_table("target", "status", "kernels")
-    for name, entry in data["targets"].items():
-        told = "multiplying in" if entry["precision"] == "int8" else "all"
-        kernels = f"{entry['kernels']}, {told} {entry['precision']}" if "kernels" in entry else ""
-        targets.add_row(name, entry["status"], kernels)
-    console.print(targets)
-    console.print()
+    for table in (_student_table(data), _rung_table(data), _target_table(data)):
+        console.print(terminal_table(table))
+        console.print()
     _print_plans(console, data)
     _print_hazards(console, data)
 
 
 def _print_plans(console: Console, data: dict[str, Any]) -> None:
-    for name, plan in plan_entries(data):
-        table = new_table(*TRADE_HEADER)
-        for row in trade_rows(plan):
-            table.add_row(*row)
-        console.print(f"Precision plan of {name}")
-        console.print(table)
-        console.print(plan_note(plan), soft_wrap=True)
+    for table in plan_tables(data):
+        console.print(table.title)
+        console.print(terminal_table(table))
+        console.print(table.note, soft_wrap=True)
         console.print()
 
 
@@ -156,28 +129,35 @@ def _print_hazards(console: Console, data: dict[str, Any]) -> None:
 
 
 def _student_table(data: dict[str, Any]) -> Table:
-    table = new_table("", "unfused", "fused", "")
     metrics, certificate, operators = data["provenance"].get("metrics", {}), data["certificate"], data["operators"]
+    rows = []
     if "teacher_top1" in metrics:
-        table.add_row("teacher top-1", f"{metrics['teacher_top1']:.2%}")
+        rows.append(("teacher top-1", f"{metrics['teacher_top1']:.2%}", "", ""))
     if "top1" in metrics:
-        table.add_row("student top-1", f"{metrics['top1']:.2%}")
-    table.add_row("operators", str(sum(operators["unfused"].values())), str(sum(operators["fused"].values())))
-    table.add_row("parameters", f"{certificate['unfused_parameters']:,}", f"{certificate['fused_parameters']:,}")
+        rows.append(("student top-1", f"{metrics['top1']:.2%}", "", ""))
+    rows += [
+        ("operators", str(sum(operators["unfused"].values())), str(sum(operators["fused"].values())), ""),
+        ("parameters", f"{certificate['unfused_parameters']:,}", f"{certificate['fused_parameters']:,}", ""),
+    ]
     latency = data["latency"]
     if latency is not None:
         interval = f"99 % interval {latency['low']:.3f} to {latency['high']:.3f}"
         ratio = f"ratio {latency['ratio']:.3f}, {interval}: {latency['verdict']}"
-        table.add_row("latency", f"{latency['reference_ms']:.3f} ms", f"{latency['candidate_ms']:.3f} ms", ratio)
-    return table
+        rows.append(("latency", f"{latency['reference_ms']:.3f} ms", f"{latency['candidate_ms']:.3f} ms", ratio))
+    return Table(header=("", "unfused", "fused", ""), rows=tuple(rows))
 
 
-def new_table(*columns: str) -> Table:
-    """An empty table in the style of all commands."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
+def _rung_table(data: dict[str, Any], *further: tuple[str, ...]) -> Table:
+    return Table(header=("rung", "subject", "nearest to its limit", "allowed", ""), rows=(*rung_rows(data), *further))
+
+
+def _target_table(data: dict[str, Any]) -> Table:
+    rows = []
+    for name, entry in data["targets"].items():
+        told = "multiplying in" if entry["precision"] == "int8" else "all"
+        kernels = f"{entry['kernels']}, {told} {entry['precision']}" if "kernels" in entry else ""
+        rows.append((name, entry["status"], kernels))
+    return Table(header=("target", "status", "kernels"), rows=tuple(rows))
 
 
 def _word(holds: bool) -> str:

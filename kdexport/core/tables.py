@@ -1,32 +1,57 @@
-"""Tables as pages for people: Markdown, and HTML in one file."""
+"""Tables of text for people: on a terminal, as Markdown, and as HTML in one file."""
 
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Table:
-    """A heading, a header row, rows of text, and a sentence that says how to read it."""
+    """A header row and rows of text, each of as many cells; pages add a heading and a sentence on how to read it."""
 
-    title: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    title: str = ""
     note: str = ""
 
+    def __post_init__(self) -> None:
+        assert all(len(row) == len(self.header) for row in self.rows)
 
-def _one_line(cell: str) -> str:
-    return " ".join(html.escape(cell, quote=False).replace("|", "/").split())
+
+def terminal_table(table: Table) -> "RichTable":
+    """Header and rows for ``rich``, in the style of all commands; a header of empty cells is not shown."""
+    from rich.table import Table as RichTable
+
+    shown = RichTable(box=None, pad_edge=False, header_style="bold", show_header=any(table.header))
+    for column in table.header:
+        shown.add_column(column, overflow="fold")
+    for row in table.rows:
+        shown.add_row(*row)
+    return shown
+
+
+def markdown_text(text: str) -> str:
+    """``text`` as one line of Markdown that shows it as it is, in a cell too."""
+    # A cell is one line without a separator, or the row falls apart.
+    return " ".join(html.escape(text, quote=False).replace("|", "/").split())
+
+
+def markdown_table(table: Table) -> list[str]:
+    """The lines of header and rows."""
+    rows = [table.header, *(tuple(map(markdown_text, row)) for row in table.rows)]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return [lines[0], f"|{'---|' * len(table.header)}", *lines[1:]]
 
 
 def markdown_page(title: str, tables: Sequence[Table]) -> str:
     """Headings, tables and notes."""
     lines = [f"# {title}", ""]
     for table in tables:
-        lines += [f"## {table.title}", ""]
-        lines += [f"| {' | '.join(table.header)} |", f"|{'---|' * len(table.header)}"]
-        # A cell is one line without a separator, or the row falls apart.
-        lines += [f"| {' | '.join(_one_line(cell) for cell in row)} |" for row in table.rows]
+        lines += [f"## {table.title}", "", *markdown_table(table)]
         lines += ["", table.note, ""] if table.note else [""]
     return "\n".join(lines)
 

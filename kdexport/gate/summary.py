@@ -8,6 +8,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from kdexport.core.files import require_writable_file, write_file, write_text
+from kdexport.core.tables import Table, markdown_table, markdown_text
 from kdexport.errors import BackendUnavailableError
 from kdexport.gate.result import GateResult, latency_json
 
@@ -46,27 +47,27 @@ def sentence(result: GateResult) -> str:
     return f"{wanted} (exit {result.exit_code}). {'; '.join(reasons)}."
 
 
+def check_table(result: GateResult, *, marks: bool = False) -> Table:
+    """One row per check, its verdict with a sign beside it where ``marks``."""
+    rows = tuple(
+        (c.name, c.measured, c.allowed, f"{_MARKS[c.verdict]} {c.verdict}" if marks else c.verdict)
+        for c in result.checks
+    )
+    return Table(header=("check", "measured", "allowed", "verdict"), rows=rows)
+
+
 def markdown(result: GateResult) -> str:
     """A page for a job summary."""
     lines = [
-        f"## {_MARKS[result.verdict]} {result.verdict}: {_cell(result.question)}",
+        f"## {_MARKS[result.verdict]} {result.verdict}: {markdown_text(result.question)}",
         "",
         f"`{result.candidate}` against `{result.reference}`",
         "",
-        "| check | measured | allowed | verdict |",
-        "|---|---|---|---|",
+        *markdown_table(check_table(result, marks=True)),
     ]
-    lines += [
-        f"| {_cell(check.name)} | {_cell(check.measured)} | {check.allowed} | {_MARKS[check.verdict]} {check.verdict} |"
-        for check in result.checks
-    ]
-    lines += ["", *(f"- {_cell(check.name)}: {_cell(check.reason)}" for check in result.checks)]
-    lines += ["", "<sub>", *(f"{_cell(line)}<br>" for line in facts(result)), "</sub>", ""]
+    lines += ["", *(f"- {markdown_text(check.name)}: {markdown_text(check.reason)}" for check in result.checks)]
+    lines += ["", "<sub>", *(f"{markdown_text(line)}<br>" for line in facts(result)), "</sub>", ""]
     return "\n".join(lines)
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "/").replace("<", "&lt;").replace("\n", " ")
 
 
 def junit(result: GateResult) -> str:

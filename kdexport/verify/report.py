@@ -9,10 +9,10 @@ from typing import Any
 
 from kdexport.core.tables import Table, html_page, markdown_page
 
-TRADE_HEADER = ("plan", "top-1", "flips", "noise", "mean KL, nats", "size", "latency")
+_TRADE_HEADER = ("plan", "top-1", "flips", "noise", "mean KL, nats", "size", "latency")
 
 
-def plan_entries(data: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _plan_entries(data: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """(targets, plan) of each plan of a manifest: targets of one form share one."""
     searched = [(name, entry["plan"]) for name, entry in data["targets"].items() if "plan" in entry]
     while searched:
@@ -21,7 +21,7 @@ def plan_entries(data: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         searched = [(name, other) for name, other in searched if other != plan]
 
 
-def trade_rows(plan: dict[str, Any]) -> list[tuple[str, ...]]:
+def _trade_rows(plan: dict[str, Any]) -> list[tuple[str, ...]]:
     """What the float32 graph, the plain cast and the chosen plan cost on the images of the search."""
     plain, chosen = plan["trades"][0], plan["trades"][plan["chosen"]]
     rows = [("float32", plan["float32"]), ("int8, no plan", plain)]
@@ -32,11 +32,16 @@ def trade_rows(plan: dict[str, Any]) -> list[tuple[str, ...]]:
 
 def plan_tables(data: dict[str, Any]) -> Iterator[Table]:
     """One table for each plan of a manifest."""
-    for name, plan in plan_entries(data):
-        yield Table(f"Precision plan of {name}", TRADE_HEADER, tuple(trade_rows(plan)), plan_note(plan))
+    for name, plan in _plan_entries(data):
+        yield Table(
+            title=f"Precision plan of {name}",
+            header=_TRADE_HEADER,
+            rows=tuple(_trade_rows(plan)),
+            note=_plan_note(plan),
+        )
 
 
-def plan_note(plan: dict[str, Any]) -> str:
+def _plan_note(plan: dict[str, Any]) -> str:
     """What was searched, what was found, and why."""
     budget = plan["budget"]
     noise = "" if budget["noise"] is None else f" and {budget['noise']:.1%} noise"
@@ -163,7 +168,7 @@ def _summary(data: dict[str, Any]) -> Table:
         if "teacher_top1" in metrics:
             accuracy += f", teacher {metrics['teacher_top1']:.2%}"
         note = f"{accuracy}. {note}"
-    return Table("Student", ("", "unfused", "fused"), tuple(rows), note)
+    return Table(title="Student", header=("", "unfused", "fused"), rows=tuple(rows), note=note)
 
 
 def _targets(data: dict[str, Any]) -> Iterable[Table]:
@@ -172,7 +177,9 @@ def _targets(data: dict[str, Any]) -> Iterable[Table]:
         for name, entry in data["targets"].items()
     ]
     note = "'built, not executed': the engine was compiled and its layer table read, but no machine here can run it."
-    yield Table("Targets", ("target", "precision", "status", "kernels", "builder"), tuple(rows), note)
+    yield Table(
+        title="Targets", header=("target", "precision", "status", "kernels", "builder"), rows=tuple(rows), note=note
+    )
 
 
 def _ladder(data: dict[str, Any]) -> Iterable[Table]:
@@ -182,10 +189,12 @@ def _ladder(data: dict[str, Any]) -> Iterable[Table]:
         "float64 oracle in multiples of the unfused fp32 model's own. C: the same in multiples of the simulated "
         "precision. D: the task."
     )
-    yield Table("Checks", ("rung", "subject", "measured", "allowed", "", "detail"), tuple(rows), note)
+    yield Table(
+        title="Checks", header=("rung", "subject", "measured", "allowed", "", "detail"), rows=tuple(rows), note=note
+    )
 
 
-def task_rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
+def _task_rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
     """One row per file that ran on the validation set; bundles of earlier versions have none."""
     task = data.get("task") or {"files": {}}
     checks = {(check["subject"], check["name"]): check for check in data["parity"] if check["rung"] == "D"}
@@ -212,7 +221,7 @@ def _claim(check: dict[str, Any] | None) -> str:
 
 
 def _task(data: dict[str, Any]) -> Iterable[Table]:
-    rows = task_rows(data)
+    rows = _task_rows(data)
     if not rows:
         return
     task = data["task"]
@@ -223,7 +232,7 @@ def _task(data: dict[str, Any]) -> Iterable[Table]:
         "the limit is kept nor that it is broken."
     )
     header = ("file", "precision", "top-1", "top-1 lost", "flips", "unexplained", "mean KL, nats")
-    yield Table("Task", header, tuple(rows), note)
+    yield Table(title="Task", header=header, rows=tuple(rows), note=note)
 
 
 def _latency(data: dict[str, Any]) -> Iterable[Table]:
@@ -244,7 +253,7 @@ def _latency(data: dict[str, Any]) -> Iterable[Table]:
         f"allowed one (90 % power)."
     )
     header = ("fused / unfused", "99 % interval", "medians", "sessions", "allowed", "verdict")
-    yield Table("Latency", header, (row,), note)
+    yield Table(title="Latency", header=header, rows=(row,), note=note)
 
 
 def _certificate(data: dict[str, Any]) -> Table:
@@ -253,7 +262,7 @@ def _certificate(data: dict[str, Any]) -> Table:
     rows = [(block["name"], block["kind"], f"{block['relative_error']:.1e}") for block in blocks]
     whole = ("whole student", "", f"{certificate['whole_relative_error']:.1e}")
     note = f"float64 error relative to the block's largest output; up to {certificate['limit']:.0e} allowed."
-    return Table("Merge certificate", ("block", "kind", "error"), (whole, *rows), note)
+    return Table(title="Merge certificate", header=("block", "kind", "error"), rows=(whole, *rows), note=note)
 
 
 def hazard_rows(data: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -265,11 +274,11 @@ def _hazards(data: dict[str, Any]) -> Iterable[Table]:
     rows = hazard_rows(data)
     if rows:
         note = "The merge is exact all the same; these layers lose more than others in float16 or int8."
-        yield Table("Warnings", ("layer", "kind", "numbers"), tuple(rows), note)
+        yield Table(title="Warnings", header=("layer", "kind", "numbers"), rows=tuple(rows), note=note)
 
 
 def _origin(data: dict[str, Any]) -> Table:
     provenance = data["provenance"]
     rows = [(key, str(provenance[key])) for key in sorted(provenance) if key.endswith("sha256") or key == "seed"]
     rows += [(f"version of {name}", version) for name, version in data["versions"].items()]
-    return Table("Origin", ("what", "value"), (("build key", data["build_key"]), *rows))
+    return Table(title="Origin", header=("what", "value"), rows=(("build key", data["build_key"]), *rows))

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
+from kdexport.core.tables import Table, markdown_table
 from kdexport.errors import ConfigError, ReparamError
 from kdexport.reparam.blocks import attach_branches
 from kdexport.reparam.spec import BranchSpec
@@ -20,7 +21,7 @@ _CLASSES = 100
 _ADAPTER_CHANNELS = 64
 
 
-_HEADER = "| name | input | parameters | MB fp32 | MACs | conv / BN | entries | taps (channels@side) | pooled |"
+_HEADER = ("name", "input", "parameters", "MB fp32", "MACs", "conv / BN", "entries", "taps (channels@side)", "pooled")
 _PAGE = """\
 # Architectures
 
@@ -32,8 +33,6 @@ gives each tap after and before its activation, the pooled vector and the logits
 
 ## Students
 
-{header}
-{rule}
 {students}
 
 R1: stages whose own convolution and batch norm can be branched; any other convolution that a batch norm follows can be
@@ -42,8 +41,6 @@ the reason. Folded, a student has the operators and multiply-accumulates of the 
 
 ## Teachers
 
-{teacher_header}
-{teacher_rule}
 {teachers}
 """
 
@@ -122,16 +119,23 @@ def _at_sizes(build: Callable[..., Classifier], name: str) -> Iterator[Row]:
 
 def markdown() -> str:
     """The page docs/architectures.md."""
-    students = (f"{_cells(row)} {row.hosts} | {row.adapters} |" for row in student_rows())
-    teachers = (_cells(row) for row in teacher_rows())
-    header, rule = f"{_HEADER} R1 | R2 |", "---|" * 9
+    students = tuple((*_cells(row), row.hosts, row.adapters) for row in student_rows())
+    teachers = tuple(map(_cells, teacher_rows()))
     return _PAGE.format(
-        header=header, rule=f"|{rule}---|---|", students="\n".join(students),
-        teacher_header=_HEADER, teacher_rule=f"|{rule}", teachers="\n".join(teachers),
-    )  # fmt: skip
+        students="\n".join(markdown_table(Table(header=(*_HEADER, "R1", "R2"), rows=students))),
+        teachers="\n".join(markdown_table(Table(header=_HEADER, rows=teachers))),
+    )
 
 
-def _cells(row: Row) -> str:
-    counts = f"{row.convolutions} / {row.batch_norms} | {row.entries} | {row.taps} | {row.pooled} |"
-    size = f"{row.parameters * 4 / 1e6:.2f} | {row.macs / 1e6:,.2f}M"
-    return f"| {row.name} | {row.size} | {row.parameters:,} | {size} | {counts}"
+def _cells(row: Row) -> tuple[str, ...]:
+    return (
+        row.name,
+        str(row.size),
+        f"{row.parameters:,}",
+        f"{row.parameters * 4 / 1e6:.2f}",
+        f"{row.macs / 1e6:,.2f}M",
+        f"{row.convolutions} / {row.batch_norms}",
+        str(row.entries),
+        row.taps,
+        str(row.pooled),
+    )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kdexport.core.files import write_text
+from kdexport.core.tables import Table, markdown_table
 from kdexport.errors import StorageError
 from training.study.cells import Result, plan, read, run_cell
 
@@ -73,12 +74,10 @@ def _pair(pair: str, results: list[Result]) -> list[str]:
         teacher += f" (published {published.teacher:.2f}, {published.source})"
     lines = [f"## {pair}", "", f"{teacher}.", ""]
     header = ("method", "published", "last epoch", "best epoch", "against plain", "seeds", "epochs", "device", "date")
-    lines += [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
     plain = {r.cell.seed: r.last for r in results if r.cell.method == "plain" and r.last is not None}
-    for method in dict.fromkeys(result.cell.method for result in results):
-        row = [result for result in results if result.cell.method == method]
-        lines.append(f"| {' | '.join([method, *_row(row, plain)])} |")
-    return [*lines, ""]
+    methods = dict.fromkeys(result.cell.method for result in results)
+    rows = [(method, *_row([r for r in results if r.cell.method == method], plain)) for method in methods]
+    return [*lines, *markdown_table(Table(header=header, rows=tuple(rows))), ""]
 
 
 def _row(row: list[Result], plain: dict[int, float]) -> list[str]:

@@ -124,7 +124,7 @@ def test_markdown_is_a_table_whatever_the_names_are() -> None:
     rows = [line for line in page.splitlines() if line.startswith("|")]
     assert {line.count("|") for line in rows} == {5}
     assert "FAIL" in page.splitlines()[0]
-    assert "A & B &lt;CPU>" in page
+    assert "A &amp; B &lt;CPU&gt;" in page
 
 
 def test_a_plot_is_a_picture_also_where_nothing_was_timed(tmp_path: Path) -> None:
