@@ -1,7 +1,7 @@
 """The builder against the recorded surface of the real bindings of TensorRT 10 and 11, which need a GPU to run.
 
-``surfaces/`` holds the public names and members of tensorrt-cu13-bindings as the wheels have them. A fake that knows
-nothing else stands in for the library: whatever this code asks of it and the real one lacks is an error here too.
+``surfaces/`` holds the public names and members of tensorrt-cu13-bindings as the wheels have them. A fake with
+these names alone replaces the library: a name that the real library lacks is an error here too.
 """
 
 import json
@@ -43,12 +43,12 @@ VALUES = {
     ("ICudaEngine", "get_tensor_mode"): "TensorIOMode.INPUT",
     ("EngineInspector", "get_engine_information"): INSPECTED,
 }
-#: Members that are values and no methods.
+#: Members that are values, not methods.
 PROPERTIES = {"num_inputs", "num_outputs", "name", "num_io_tensors", "num_errors"}
 
 
-class Library:
-    """A module with the names of a recorded one; ``calls`` is what it was asked."""
+class RecordedLibrary:
+    """A module with the names of a recorded one; ``calls`` lists the calls of its methods."""
 
     def __init__(self, surface: dict[str, Any]) -> None:
         self.surface = surface
@@ -61,13 +61,13 @@ class Library:
             raise AttributeError(f"TensorRT {self.surface['version']} has no {name}")
         if name == "ILogger":
             return type("ILogger", (), {"__init__": lambda self: None})
-        return Thing(self, name)
+        return RecordedObject(self, name)
 
 
-class Thing:
+class RecordedObject:
     """A class of the library, or an object of it."""
 
-    def __init__(self, library: Library, kind: str) -> None:
+    def __init__(self, library: RecordedLibrary, kind: str) -> None:
         self.__dict__.update(_library=library, _kind=kind, _kept={})
 
     def _require(self, name: str) -> None:
@@ -89,7 +89,7 @@ class Thing:
         def method(*arguments: Any) -> Any:
             self._library.calls.append((self._kind, name, arguments))
             if (self._kind, name) in MAKES:
-                return Thing(self._library, MAKES[(self._kind, name)])
+                return RecordedObject(self._library, MAKES[(self._kind, name)])
             return VALUES.get((self._kind, name))
 
         return method
@@ -99,13 +99,13 @@ class Thing:
         self._kept[name] = value
         self._library.calls.append((self._kind, f"{name} =", (value,)))
 
-    def __call__(self, *arguments: Any) -> "Thing":
-        return Thing(self._library, self._kind)
+    def __call__(self, *arguments: Any) -> "RecordedObject":
+        return RecordedObject(self._library, self._kind)
 
 
 @pytest.fixture(params=SURFACES, ids=lambda path: path.stem)
-def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Library:
-    found = Library(json.loads(request.param.read_text()))
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> RecordedLibrary:
+    found = RecordedLibrary(json.loads(request.param.read_text()))
     monkeypatch.setitem(sys.modules, "tensorrt", found)
     return found
 
@@ -124,11 +124,11 @@ def request_for(tmp_path: Path, **changes: Any) -> EngineRequest:
     return replace(base, **changes)
 
 
-def asked(library: Library, kind: str, name: str) -> list[tuple[Any, ...]]:
+def calls_of(library: RecordedLibrary, kind: str, name: str) -> list[tuple[Any, ...]]:
     return [arguments for found, method, arguments in library.calls if (found, method) == (kind, name)]
 
 
-def test_both_recorded_versions_differ_where_the_code_must_not_care() -> None:
+def test_the_recorded_versions_differ_in_names_that_the_code_does_not_use() -> None:
     old, new = (json.loads(path.read_text()) for path in SURFACES)
     assert (old["version"].split(".")[0], new["version"].split(".")[0]) == ("10", "11")
     assert "FP16" in old["members"]["BuilderFlag"]
@@ -137,46 +137,48 @@ def test_both_recorded_versions_differ_where_the_code_must_not_care() -> None:
     assert "int8_calibrator" not in new["members"]["IBuilderConfig"]
 
 
-def test_an_engine_is_built_with_what_both_versions_have(library: Library, tmp_path: Path) -> None:
+def test_an_engine_is_built_with_what_both_versions_have(library: RecordedLibrary, tmp_path: Path) -> None:
     answer = build(request_for(tmp_path))
     assert answer["version"] == library.surface["version"]
     assert answer["layers"] == [
         {"name": "conv", "kind": "CaskConvolution", "datatypes": ("Half",), "nodes": ("node_conv", "node_relu")}
     ]
     assert (tmp_path / "a.plan").read_bytes() == b"plan"
-    assert asked(library, "Builder", "create_network") == [(2,)]
-    assert asked(library, "IBuilderConfig", "clear_flag") == [("BuilderFlag.TF32",)]
-    assert asked(library, "IBuilderConfig", "set_flag") == []
-    assert asked(library, "IBuilderConfig", "profiling_verbosity =") == [("ProfilingVerbosity.DETAILED",)]
-    assert asked(library, "IBuilderConfig", "set_memory_pool_limit") == [("MemoryPoolType.WORKSPACE", 256 * 2**20)]
-    shapes = asked(library, "IOptimizationProfile", "set_shape")
+    assert calls_of(library, "Builder", "create_network") == [(2,)]
+    assert calls_of(library, "IBuilderConfig", "clear_flag") == [("BuilderFlag.TF32",)]
+    assert calls_of(library, "IBuilderConfig", "set_flag") == []
+    assert calls_of(library, "IBuilderConfig", "profiling_verbosity =") == [("ProfilingVerbosity.DETAILED",)]
+    assert calls_of(library, "IBuilderConfig", "set_memory_pool_limit") == [("MemoryPoolType.WORKSPACE", 256 * 2**20)]
+    shapes = calls_of(library, "IOptimizationProfile", "set_shape")
     assert shapes == [("input", (1, 3, 32, 32), (8, 3, 32, 32), (64, 3, 32, 32))]
-    # The shape at which layers are told; the capabilities of TensorRT-RTX are not asked of TensorRT.
-    assert asked(library, "IExecutionContext", "set_input_shape") == [("input", (8, 3, 32, 32))]
+    # The shape at which layers are listed; the compute capabilities of TensorRT-RTX are not set for TensorRT.
+    assert calls_of(library, "IExecutionContext", "set_input_shape") == [("input", (8, 3, 32, 32))]
 
 
-def test_tf32_is_on_only_where_it_was_asked_for(library: Library, tmp_path: Path) -> None:
+def test_tf32_is_on_only_if_requested(library: RecordedLibrary, tmp_path: Path) -> None:
     build(request_for(tmp_path, tf32=True, workspace_mb=0))
-    assert asked(library, "IBuilderConfig", "set_flag") == [("BuilderFlag.TF32",)]
-    assert asked(library, "IBuilderConfig", "clear_flag") == []
-    assert asked(library, "IBuilderConfig", "set_memory_pool_limit") == []
+    assert calls_of(library, "IBuilderConfig", "set_flag") == [("BuilderFlag.TF32",)]
+    assert calls_of(library, "IBuilderConfig", "clear_flag") == []
+    assert calls_of(library, "IBuilderConfig", "set_memory_pool_limit") == []
 
 
-def test_measured_times_are_shared_and_those_of_others_are_kept(library: Library, tmp_path: Path) -> None:
+def test_the_timing_cache_is_shared_and_keeps_the_times_of_other_builds(
+    library: RecordedLibrary, tmp_path: Path
+) -> None:
     build(request_for(tmp_path))
     cache = tmp_path / "timing" / "shared.cache"
     assert cache.read_bytes() == b"times"
-    assert asked(library, "IBuilderConfig", "create_timing_cache") == [(b"",)]
+    assert calls_of(library, "IBuilderConfig", "create_timing_cache") == [(b"",)]
     cache.write_bytes(b"of another build")
     build(request_for(tmp_path))
     # Read before the build, and read again when it is saved, because another build may have ended in between.
-    assert asked(library, "IBuilderConfig", "create_timing_cache")[1:] == [(b"of another build",)] * 2
-    assert len(asked(library, "ITimingCache", "combine")) == 1
+    assert calls_of(library, "IBuilderConfig", "create_timing_cache")[1:] == [(b"of another build",)] * 2
+    assert len(calls_of(library, "ITimingCache", "combine")) == 1
     assert [path.suffix for path in sorted(cache.parent.iterdir())] == [".cache", ".lock"]
 
 
-def test_a_name_that_only_one_version_has_is_refused_by_the_other(library: Library) -> None:
-    config = Thing(library, "IBuilderConfig")
+def test_the_fake_refuses_names_that_its_version_lacks(library: RecordedLibrary) -> None:
+    config = RecordedObject(library, "IBuilderConfig")
     if library.surface["version"].startswith("11"):
         with pytest.raises(AttributeError, match="has no int8_calibrator"):
             _ = config.int8_calibrator

@@ -52,7 +52,7 @@ def test_types_of_inputs_weights_and_outputs_are_read() -> None:
     }
 
 
-def test_float32_scaling_constants_of_one_element_are_left_out() -> None:
+def test_float32_scaling_constants_of_one_element_are_omitted() -> None:
     constants = ", ".join(
         [tensor("scale", "Float", "1"), tensor("shift", "Float", ""), tensor("w", "Half", "16,4,3,3")]
     )
@@ -61,7 +61,7 @@ def test_float32_scaling_constants_of_one_element_are_left_out() -> None:
     }
 
 
-def test_the_interface_is_left_out_and_names_that_only_begin_like_it_are_not() -> None:
+def test_the_interface_is_omitted_and_layers_with_similar_names_are_not() -> None:
     found = parsed(
         row("first", "kgen", tensor("input", "Float"), "", tensor("a", "Half")),
         row("near", "kgen", tensor("input_2", "Float"), "", tensor("b", "Half")),
@@ -70,7 +70,7 @@ def test_the_interface_is_left_out_and_names_that_only_begin_like_it_are_not() -
     assert [types for _, types in found.values()] == [("Half",), ("Float", "Half"), ("Half",)]
 
 
-def test_a_name_with_spaces_or_commas_is_a_layer_like_any_other() -> None:
+def test_a_layer_name_may_hold_spaces_and_commas() -> None:
     name = "node_conv2d + PWN(relu, add)"
     assert parsed(row(name, "correlation", tensor("(Unnamed Layer* 3) [Shuffle]_output", "Float"))) == {
         name: ("correlation", ("Float",))
@@ -91,13 +91,13 @@ def test_the_copy_of_the_logits_belongs_to_the_interface() -> None:
     "sources",
     ["", "[ONNX Layer: node_linear]", "[ONNX Layer: graph_output_cast0]\x1f[ONNX Layer: node_linear]"],
 )
-def test_a_float32_kernel_that_computes_does_not_pass_for_a_copy(sources: str) -> None:
+def test_a_float32_kernel_that_computes_is_not_taken_for_a_copy(sources: str) -> None:
     found = parsed(row("linear", "gemm", tensor("wide", "Float"), "", tensor("logits", "Float"), sources))
     assert found == {"linear": ("gemm", ("Float",))}
 
 
 @pytest.mark.parametrize("messages", [[], [""], ["Layers:"], ["no table", "Engine Metadata:"]])
-def test_a_log_without_a_table_has_no_layers_and_no_engine_passes_without(messages: list[str]) -> None:
+def test_a_log_without_a_layer_table_has_no_layers_and_fails_the_precision_check(messages: list[str]) -> None:
     assert parse_layer_table(messages, {"input"}) == []
     with pytest.raises(AuditError, match="no kernel listed"):
         require_precision(engine_of(), FP16)
@@ -115,7 +115,7 @@ def test_one_kernel_of_another_type_is_found_among_many(types: tuple[str, ...]) 
     )
 
 
-def test_bookkeeping_alone_is_no_engine() -> None:
+def test_an_engine_of_bookkeeping_layers_alone_is_refused() -> None:
     with pytest.raises(AuditError, match="no kernel listed"):
         require_precision(engine_of(("a", "shape_call", ()), ("b", "signal", ("Int64",)), ("c", "wait", ())), FP32)
 
@@ -148,14 +148,14 @@ def test_types_are_read_as_either_version_writes_them(tensor: dict[str, str], na
     assert inspected("CaskConvolution", {"Name": "input", **tensor}, {"Name": "y", **tensor}).datatypes == (name,)
 
 
-def test_an_engine_that_tells_names_alone_is_no_proof() -> None:
+def test_an_engine_that_lists_only_layer_names_fails_the_precision_check() -> None:
     (layer,) = parse_inspector('{"Layers": ["conv + relu"]}', set())
     with pytest.raises(AuditError, match="conv \\+ relu reads or writes unreadable"):
         require_precision(Engine(plan=Path("a"), layers=(layer,), version="11"), Target("trt", "fp16"))
 
 
 @pytest.mark.parametrize("kind", ["CaskConvolution", "correlation", "gemm", "CaskGemmConvolution"])
-def test_int8_means_that_what_multiplies_reads_int8(kind: str) -> None:
+def test_int8_requires_that_every_multiplying_kernel_reads_int8(kind: str) -> None:
     def engine(*types: str) -> Engine:
         rows = ((kind, types), ("kgen", ("Float",)), ("Reformat", ("Float", "Int8")))
         layers = tuple(EngineLayer(name=f"{k} {i}", kind=k, datatypes=t) for i, (k, t) in enumerate(rows))

@@ -91,7 +91,7 @@ def test_a_slower_candidate_fails_with_exit_1(slower: Path, built: Built, invoke
     assert "Traceback" not in done.stderr
 
 
-def test_numbers_of_bench_are_a_baseline_that_only_warns(
+def test_numbers_of_bench_as_a_baseline_only_warn(
     built: Built, kdexport: Command, invoke: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from kdexport.cli import app
@@ -115,7 +115,7 @@ def test_numbers_of_bench_are_a_baseline_that_only_warns(
     assert (refused.exit_code, "need the baseline's files" in refused.stderr) == (2, True)
 
 
-def test_a_calibration_is_written_and_then_obeyed(
+def test_a_calibration_is_written_and_then_applied(
     built: Built, invoke: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from kdexport.cli import app
@@ -159,7 +159,7 @@ def test_a_calibration_is_written_and_then_obeyed(
         (("--max-flips", "1%", "--data", "nowhere"), 2, ["KDX201", "nowhere"]),
     ],
 )
-def test_bad_input_gets_a_code_and_a_sentence_before_anything_is_timed(
+def test_bad_input_gets_a_code_and_a_sentence_before_any_timing(
     arguments: tuple[str, ...], exit_code: int, words: list[str], built: Built, tmp_path: Path, invoke: Command
 ) -> None:
     baseline = () if "--baseline" in arguments else ("--baseline", str(built.bundle))

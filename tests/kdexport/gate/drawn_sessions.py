@@ -1,4 +1,4 @@
-"""Sessions that were never run: their ratios are drawn, everything else is as a session says it."""
+"""Sessions whose ratios are drawn at random; everything else is as in a measured session."""
 
 import math
 from collections.abc import Callable

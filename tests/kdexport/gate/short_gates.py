@@ -1,4 +1,4 @@
-"""The command with short gates, for tests of what is around the statistics: four sessions of twelve pairs, one look."""
+"""The command with short gates, for tests of everything but the statistics: four sessions of twelve pairs, one look."""
 
 import functools
 

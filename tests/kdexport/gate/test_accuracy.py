@@ -24,14 +24,14 @@ def pair(one: Path, other: Path) -> list[tuple[Artifact, Bundle]]:
 
 
 def flipped(bundle: Path, count: int) -> Path:
-    """The bundle remembers ``count`` other answers of its model."""
+    """``bundle`` with ``count`` stored answers of its model changed."""
     stored = load_file(bundle / TASK)
     stored["model.onnx:predictions"][:count] = (stored["model.onnx:predictions"][:count] + 1) % 10
     save_file(stored, bundle / TASK)
     return edited(bundle, lambda data: None)
 
 
-def test_stored_outputs_of_the_same_images_are_taken(
+def test_stored_outputs_of_the_same_images_are_used(
     built: Built, bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kdexport.gate.accuracy.predictions", lambda *_, **__: pytest.fail("a model was run"))
@@ -41,7 +41,7 @@ def test_stored_outputs_of_the_same_images_are_taken(
         assert (flips.images, flips.source, flips.bound.value) == (360, "stored outputs", 7 / 360)
 
 
-def test_stored_outputs_are_those_that_the_models_give(built: Built) -> None:
+def test_stored_outputs_equal_those_of_the_models(built: Built) -> None:
     arms = pair(built.bundle, built.bundle)
     stored = stored_outputs(arms, None)
     assert stored is not None
@@ -64,7 +64,7 @@ def test_stored_outputs_are_those_that_the_models_give(built: Built) -> None:
         lambda task: task["files"].pop("model.onnx"),
     ],
 )
-def test_what_one_bundle_does_not_remember_is_run(
+def test_models_are_run_if_one_bundle_has_no_stored_outputs(
     change: Callable[[dict[str, Any]], None], built: Built, bundle_copy: Path
 ) -> None:
     arms = pair(built.bundle, edited(bundle_copy, lambda data: change(data["task"])))
@@ -73,17 +73,17 @@ def test_what_one_bundle_does_not_remember_is_run(
     assert (flips.images, flips.source, flips.bound.value) == (9, "golden images", 0)
 
 
-def test_other_images_than_the_stored_ones_are_run(built: Built, bundle_copy: Path) -> None:
+def test_models_are_run_on_images_whose_outputs_are_not_stored(built: Built, bundle_copy: Path) -> None:
     arms = pair(built.bundle, bundle_copy)
     assert stored_outputs(arms, "0" * 64) is None
-    # A part of the split is not the split that was asked for.
+    # A part of the split is not the requested split.
     part = edited(bundle_copy, lambda data: data["task"].update(data_images=361))
     fingerprint = open_bundle(part).manifest.data["task"]["data_sha256"]
     assert stored_outputs(pair(part, part), fingerprint) is None
     assert stored_outputs(pair(part, part), None) is not None
 
 
-def test_outputs_of_a_cpu_say_nothing_about_a_gpu(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outputs_of_a_cpu_are_not_used_for_a_gpu(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "kdexport.gate.accuracy.predictions", lambda *_, on_gpu: np.zeros(9, np.int64) if on_gpu else None
     )

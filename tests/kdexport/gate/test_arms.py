@@ -42,7 +42,7 @@ def test_a_bundle_whose_checks_failed_is_refused(bundle_copy: Path) -> None:
         (lambda data: data["student"]["preprocessing"].update(image_size=24), "different image sizes"),
     ],
 )
-def test_bundles_of_different_things_are_not_compared(
+def test_bundles_of_different_students_are_not_compared(
     change: Callable[[dict[str, Any]], None], words: str, built: Built, bundle_copy: Path
 ) -> None:
     other = open_bundle(rewritten(bundle_copy, change))
@@ -91,7 +91,7 @@ def test_the_unfused_twin_is_served_beside_the_fused_student(
     assert (flips.images, flips.bound.value, drop.bound.value) == (9, 0.0, 0.0)
 
 
-def test_no_target_runs_as_something_else(two_targets: Path, tmp_path: Path) -> None:
+def test_a_target_that_would_run_in_another_precision_is_refused(two_targets: Path, tmp_path: Path) -> None:
     for target, clock, words in (
         ("onnx-fp16", "host", "computes a float16 graph in float32"),
         ("onnx-bf16", "host", "no bfloat16 convolution"),

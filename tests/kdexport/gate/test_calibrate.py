@@ -30,7 +30,7 @@ def calm() -> Calibration:
     return calibrate(SAME, PLAN, 4, run=machine(0.0, 0.004)[0])
 
 
-def test_a_calm_machine_is_calibrated_to_what_its_sessions_show(calm: Calibration) -> None:
+def test_a_quiet_machine_is_calibrated_from_its_sessions(calm: Calibration) -> None:
     assert (calm.gates, calm.false_fails, calm.inconclusive) == (4, 0, 0)
     # Four gates of one sentinel and six sessions.
     assert calm.sessions == 28
@@ -55,7 +55,7 @@ def test_false_fails_drawn_from_sessions_depend_on_the_sessions() -> None:
     assert resampled_false_fails([0.3, 0.31, 0.29], math.log(1.02)) > 0.005
 
 
-def test_runner_toml_survives_its_file_and_is_whole_or_not_there(calm: Calibration, tmp_path: Path) -> None:
+def test_runner_toml_is_read_back_equal_and_written_whole(calm: Calibration, tmp_path: Path) -> None:
     odd = replace(calm, model='a "quoted" \\ name\n\u00e9', machine=replace(calm.machine, cpu="CPU # 1 = fast"))
     write_calibration(odd, tmp_path / "runner.toml")
     assert read_calibration(tmp_path / "runner.toml") == odd
@@ -84,7 +84,7 @@ def test_a_foreign_or_damaged_runner_toml_is_refused(calm: Calibration, tmp_path
         read_calibration(path)
 
 
-def test_a_limit_below_what_the_machine_sees_is_refused_with_what_it_sees(calm: Calibration) -> None:
+def test_a_limit_below_the_resolution_of_the_machine_is_refused_with_that_resolution(calm: Calibration) -> None:
     noisy = replace(calm, session_deviation=0.03, mde=0.0286)
     with pytest.raises(ResolutionError) as caught:
         require_resolution(noisy, 0.02)

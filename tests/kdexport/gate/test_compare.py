@@ -20,13 +20,13 @@ from tests.kdexport.optional_packages import require_openvino
 
 
 def gated(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> tuple[Any, list[Request]]:
-    """What the command says where sessions are drawn, and the sessions that it asked for."""
+    """The result of the command with drawn sessions, and the sessions that it requested."""
     run, asked = machine(0.0, 0.002)
     monkeypatch.setattr(compare, "run_trial", functools.partial(run_trial, run=run))
     return CliRunner().invoke(app, ["gate", *map(str, arguments)]), asked
 
 
-def test_a_gate_compares_what_it_was_asked_to(
+def test_a_gate_compares_the_requested_arms(
     two_targets: Path, built: Built, twin: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     require_openvino()
@@ -45,7 +45,7 @@ def test_a_gate_compares_what_it_was_asked_to(
     assert done.exit_code == 0, done.output
     assert asked[1].reference.path == str(built.bundle / "targets" / "onnx-fp32" / MODEL)
     assert asked[1].candidate == first.candidate
-    # The unfused student runs where the fused one does.
+    # The unfused student runs in the same runtime as the fused one.
     monkeypatch.setattr("kdexport.gate.arms._unfused_twin", lambda *_: next(twin.iterdir()))
     done, asked = gated(monkeypatch, two_targets, "--target", "openvino-fp32")
     assert done.exit_code == 0, done.output
@@ -60,7 +60,7 @@ def test_a_gate_compares_what_it_was_asked_to(
         (None, "trt-rtx-fp16", BackendUnavailableError, "it is an engine"),
     ],
 )
-def test_arms_that_mean_nothing_are_refused(
+def test_equal_arms_and_engines_without_a_gpu_are_refused(
     target: str | None, against: str | None, error: type[Exception], words: str, built: Built
 ) -> None:
     request = GateRequest(

@@ -138,7 +138,7 @@ def test_a_plot_is_a_picture_also_where_nothing_was_timed(tmp_path: Path) -> Non
             assert len(np.unique(np.asarray(picture.convert("L")))) > 10
 
 
-def test_a_plot_without_matplotlib_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plot_without_matplotlib_is_an_error_with_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BackendUnavailableError) as caught:
         summary.require_plots()

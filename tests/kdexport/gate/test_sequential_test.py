@@ -19,7 +19,7 @@ PLAN = Plan(max_slowdown=0.02, seed=3)
         (math.log(1.02), "INCONCLUSIVE", "holds the limit 1.020 after 20 sessions"),
     ],
 )
-def test_a_calm_machine_decides(effect: float, verdict: str, words: str) -> None:
+def test_a_quiet_machine_decides(effect: float, verdict: str, words: str) -> None:
     run, asked = machine(effect, 0.002)
     (outcome,) = run_trial([number()], PLAN, run=run)
     assert outcome.verdict == verdict
@@ -52,7 +52,7 @@ def test_the_candidate_is_timed_against_itself_first() -> None:
         (math.log(0.9), "PASS", "faster"),
     ],
 )
-def test_a_machine_that_cannot_tell_the_candidate_from_itself_decides_only_what_is_further_away(
+def test_a_machine_that_measures_equal_arms_as_different_decides_only_beyond_that_difference(
     effect: float, verdict: str, words: str
 ) -> None:
     calm, asked = machine(effect, 0.001)
@@ -83,14 +83,14 @@ def test_a_number_of_a_bad_sentinel_does_not_keep_others_from_their_verdicts() -
 
 
 @pytest.mark.parametrize("sentinels", [(0.01,), (0.05, 0.01, -0.01), (0.05, 0.04, 0.01, -0.01, 0.0)])
-def test_a_minority_of_bad_sentinels_is_forgiven(sentinels: tuple[float, ...]) -> None:
+def test_a_minority_of_bad_sentinels_is_tolerated(sentinels: tuple[float, ...]) -> None:
     ratios = iter([*sentinels, *[0.0, 0.001] * 3])
     (outcome,) = run_trial([number()], PLAN, run=lambda request: session(next(ratios)))
     assert outcome.verdict == "PASS"
     assert outcome.sentinels == sentinels
 
 
-def test_a_noisy_machine_is_inconclusive_and_says_what_it_can_see() -> None:
+def test_a_noisy_machine_is_inconclusive_and_reports_its_resolution() -> None:
     run, _ = machine(0.0, 0.06)
     (outcome,) = run_trial([number()], Plan(max_slowdown=0.02, seed=3, sentinel=False), run=run)
     assert outcome.verdict == "INCONCLUSIVE"
@@ -128,7 +128,7 @@ def test_throttled_sessions_end_without_a_verdict() -> None:
     assert run_trial([number()], PLAN, run=run)[0].verdict == "FAIL"
 
 
-def test_every_session_has_a_seed_of_its_own_and_what_was_asked_for() -> None:
+def test_every_session_has_its_own_seed_and_the_requested_settings() -> None:
     run, asked = machine(math.log(1.02), 0.002)
     plan = Plan(max_slowdown=0.04, threads=1, pairs=17, seed=5, tails=True, slowdown=0.1)
     run_trial([number("serve", 4)], plan, run=run)
@@ -145,7 +145,7 @@ def test_every_session_has_a_seed_of_its_own_and_what_was_asked_for() -> None:
 
 
 @pytest.mark.parametrize(("cycles", "verdict"), [(None, "FAIL"), (0.004, "FAIL"), (-0.001, "INCONCLUSIVE")])
-def test_what_is_slower_in_time_alone_is_the_clock(cycles: float | None, verdict: str) -> None:
+def test_a_slowdown_in_time_but_not_in_cycles_is_attributed_to_the_clock(cycles: float | None, verdict: str) -> None:
     def run(request: Request) -> Session:
         itself = request.reference.path == request.candidate.path
         noise = 1e-4 * (request.seed % 7)

@@ -20,7 +20,7 @@ PLAN = Plan(max_slowdown=0.02)
 
 
 def numbers(built: Built, anchored: list[float], **changes: Any) -> dict[str, Any]:
-    """Stored sessions whose candidate took ``anchored`` times the anchor, and milliseconds that mean nothing."""
+    """Stored sessions whose candidate took ``anchored`` times the anchor, and milliseconds without a meaning."""
     manifest = json.loads((built.bundle / "manifest.json").read_text())
     row = {"clock": "host", "batch": 1, "threads": 1, "sessions": []}
     row["sessions"] = [{"candidate_ms": 7.7, "anchored": math.log(value)} for value in anchored]
@@ -97,13 +97,13 @@ def test_the_anchor_runs_where_the_clock_is(tmp_path: Path) -> None:
         assert write_anchor(tmp_path, "gpu") is None
 
 
-def test_too_noisy_a_machine_says_nothing_about_numbers(built: Built, bundle: Bundle, tmp_path: Path) -> None:
+def test_numbers_are_inconclusive_on_a_noisy_machine(built: Built, bundle: Bundle, tmp_path: Path) -> None:
     (check,) = checks(tmp_path / "n.json", numbers(built, [2.0, 2.001] * 6), bundle, deviation=0.5)
     assert check.verdict == "INCONCLUSIVE"
     assert "too noisy" in check.reason
 
 
-def test_numbers_of_another_thing_are_refused(built: Built, bundle: Bundle, tmp_path: Path) -> None:
+def test_numbers_of_another_machine_or_student_are_refused(built: Built, bundle: Bundle, tmp_path: Path) -> None:
     elsewhere = {**asdict(this_machine()), "cpu": "another"}
     with pytest.raises(MismatchError, match="another machine \\(cpu differ\\)"):
         checks(tmp_path / "n.json", numbers(built, [2.0] * 12, machine=elsewhere), bundle)
@@ -114,7 +114,7 @@ def test_numbers_of_another_thing_are_refused(built: Built, bundle: Bundle, tmp_
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": "kdexport.gate/1"}', "[" * 100_000, "\x00"])
-def test_what_holds_no_numbers_is_refused(text: str, bundle: Bundle, tmp_path: Path) -> None:
+def test_a_file_without_numbers_is_refused(text: str, bundle: Bundle, tmp_path: Path) -> None:
     (tmp_path / "n.json").write_text(text)
     with pytest.raises(ConfigError, match="neither a bundle nor numbers"):
         read_numbers(tmp_path / "n.json", bundle, "onnx-fp32", this_machine())

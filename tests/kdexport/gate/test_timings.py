@@ -25,7 +25,7 @@ def test_two_targets_of_one_bundle_are_timed_each_in_its_runtime(two_targets: Pa
 
 
 @pytest.mark.parametrize("arms", [("fused", "fused"), ("fused", "onnx-fp32"), ("a", "b", "c")])
-def test_a_bench_of_one_thing_against_itself_is_refused(arms: tuple[str, ...], built: Built) -> None:
+def test_a_bench_of_equal_arms_is_refused(arms: tuple[str, ...], built: Built) -> None:
     request = BenchRequest(
         bundle=built.bundle, arms=arms, clocks=("host",), batches=(1,), target=None, threads=1, sessions=2, seed=0
     )

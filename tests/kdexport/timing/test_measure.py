@@ -12,7 +12,7 @@ from kdexport.timing.measure import Pairing, Reading, measure, must_drop, slowed
 
 
 class Clock:
-    """A clock that only runs when an arm does, and the order of those runs."""
+    """A clock that advances only while an arm runs, and the order of the runs."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, drift: float = 0.0) -> None:
         self.now, self.order, self.drift = 0.0, "", drift
@@ -50,7 +50,7 @@ def test_a_session_measures_the_ratio_and_both_medians(monkeypatch: pytest.Monke
     np.testing.assert_allclose(measured.pairs_s, [[2e-3, 3e-3]] * 10)
 
 
-def test_drift_of_the_machine_hits_both_arms_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drift_of_the_machine_affects_both_arms_equally(monkeypatch: pytest.MonkeyPatch) -> None:
     # The machine becomes several times slower during the session: one arm after the other would differ by much.
     clock = Clock(monkeypatch, drift=1e-3)
     measured = measure(clock.arm("r", 1e-3), clock.arm("c", 1e-3), Pairing(pairs=100, seed=5))
@@ -90,7 +90,7 @@ def test_a_slowdown_of_a_third_is_measured_on_real_work() -> None:
     assert (measured.pairs_s > 0).all()
 
 
-def test_every_run_of_the_candidate_is_kept_where_tails_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_run_of_the_candidate_is_kept_if_tails_are_requested(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     pairing = Pairing(pairs=10, seed=3, tails=True)
     measured = measure(clock.arm("r", 2e-3), clock.arm("c", 3e-3), pairing)
@@ -107,7 +107,7 @@ def test_the_order_that_is_recorded_is_the_order_that_ran(monkeypatch: pytest.Mo
     assert [tail[start] == "c" for start in range(0, len(tail), 20)] == list(measured.candidate_first)
 
 
-def test_a_session_that_was_still_warming_up_forgets_it_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_session_discards_pairs_of_its_warm_up_and_continues(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     candidate = clock.arm("c", 1e-3)
 
@@ -125,7 +125,7 @@ def test_a_session_that_was_still_warming_up_forgets_it_and_goes_on(monkeypatch:
 
 
 @pytest.mark.parametrize("share", [0.05, 0.1, 0.5])
-def test_an_injected_slowdown_is_the_share_it_states(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_injected_slowdown_has_the_stated_size(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
 
     def perf_counter() -> float:

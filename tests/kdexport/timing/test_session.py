@@ -31,7 +31,7 @@ def session(request_: Request) -> Session:
     return run_session(request_)
 
 
-def test_a_session_says_what_it_rests_on(session: Session, request_: Request) -> None:
+def test_a_session_records_its_conditions_and_measurements(session: Session, request_: Request) -> None:
     assert session.log_ratio == pytest.approx(session_statistic(session.pairs_ms), abs=1e-4)
     assert len(session.pairs_ms) == len(session.candidate_first) == 12
     assert (session.cpus, session.threads, session.seed) == (request_.cpus, 1, 5)
@@ -75,7 +75,7 @@ def test_an_error_of_a_session_keeps_its_code(request_: Request, tmp_path: Path)
     assert caught.value.exit_code == 2
 
 
-def test_a_session_that_dies_is_an_error_with_its_last_words(
+def test_a_session_that_crashes_is_an_error_with_its_last_output(
     request_: Request, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     dying = tmp_path / "python"
