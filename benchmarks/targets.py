@@ -19,7 +19,6 @@ import torch
 from merge import briefly_trained
 from numpy.typing import NDArray
 
-from kdexport.backends.discovery import unavailable
 from kdexport.backends.openvino import load_openvino
 from kdexport.backends.ort import load_model
 from kdexport.checkpoint import load_student, open_checkpoint
@@ -94,7 +93,7 @@ def cpu_targets(source: Path, image_size: int, threads: int) -> dict[str, Logits
         "openvino-fp32": load_openvino(source, precision="fp32", threads=threads).logits,
         "openvino-int8, 7-bit weights": load_openvino(seven, precision="int8", threads=threads).logits,
     }
-    if unavailable(parse_target("openvino-bf16")) is None:
+    if parse_target("openvino-bf16").unavailable() is None:
         narrow = source.with_name(f"{source.stem}-bf16.onnx")
         cast_to_bf16(source, narrow)
         models["openvino-bf16"] = load_openvino(narrow, precision="bf16", threads=threads).logits

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdexport.backends.discovery import require_available
 from kdexport.build import stages
 from kdexport.build import train as trainer
 from kdexport.build.precision_search import require_searchable, search_all, search_requests, stage_keys
@@ -19,7 +18,7 @@ from kdexport.data.datasets import DatasetSpec, dataset_digest, dataset_spec, op
 from kdexport.diagnose.failed_build import keep_failed
 from kdexport.errors import BundleError, CheckpointError, VerificationError
 from kdexport.graph.plan import PLAIN
-from kdexport.targets import Target, gpu_fingerprint
+from kdexport.targets import Target, require_available
 from kdexport.workspace import Workspace
 
 
@@ -180,7 +179,7 @@ def _bundle_key(request: BuildRequest, plan: _Plan, trained: TrainedStudent) -> 
     config = request.config
     settings = [table.model_dump(mode="json") for table in (config.export, config.verify, config.latency)]
     settings.append(config.policy)
-    targets = [(str(target), target.needs_engine and bool(gpu_fingerprint())) for target in request.targets]
+    targets = [(str(target), target.not_executable() is None) for target in request.targets]
     made = stage_keys(trained, request.targets, config, _calibration(request, plan, trained))
     return digest(["bundle", config.student, made, targets, settings, plan.dataset_sha256, source_digest()])
 
@@ -217,7 +216,7 @@ def _make_bundle(
             for target in request.targets
         }
     engines = {}
-    for target in (target for target in request.targets if target.needs_engine):
+    for target in (target for target in request.targets if target.compiles):
         with reporter.stage("compile") as progress:
             progress(str(target))
             engines[target] = stages.compile_engine(workspace, casts[target], target, config.export, spec.image_size)

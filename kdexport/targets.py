@@ -1,28 +1,19 @@
 """Targets are ``<backend>-<precision>``: what they need, and whether this machine has it."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from kdexport.errors import ConfigError, UnknownNameError
+from kdexport.backends import BACKENDS, backend
+from kdexport.backends.base import Backend, Missing
+from kdexport.errors import BackendUnavailableError, ConfigError, UnknownNameError
 from kdexport.registry import nearest
 
-PRECISIONS = ("fp32", "fp16", "bf16", "int8")
-
-#: Backends with what they are.
-BACKENDS = {
-    "onnx": "onnxruntime",
-    "openvino": "OpenVINO on a CPU",
-    "trt": "TensorRT, needs a GPU",
-    "trt-rtx": "TensorRT-RTX, builds without a GPU",
-}
-
-#: The ONNX graphs that precisions are written into: int8 has two, because no runtime executes the other's.
-FORMS = ("fp32", "fp16", "bf16", "int8-u8", "int8-s8")
+#: The target that every bundle holds as its exported model.
+DEFAULT_TARGET = "onnx-fp32"
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A backend and a precision."""
+    """A backend and a precision, by name."""
 
     backend: str
     precision: str
@@ -31,29 +22,51 @@ class Target:
         return f"{self.backend}-{self.precision}"
 
     @property
-    def needs_engine(self) -> bool:
-        """Whether a plan is compiled from the ONNX file."""
-        return self.backend in ("trt", "trt-rtx")
+    def runtime(self) -> Backend:
+        """The backend; raises ``UnknownNameError`` where none of that name is registered."""
+        return backend(self.backend)
+
+    @property
+    def compiles(self) -> bool:
+        """Whether something is compiled from the ONNX file."""
+        return self.runtime.compiles
 
     @property
     def form(self) -> str:
-        """The ONNX graph that this target is made of, one of ``FORMS``."""
-        if self.precision != "int8":
-            return self.precision
-        return "int8-s8" if self.needs_engine else "int8-u8"
+        """The ONNX graph that this target is made of, one of ``backends.base.FORMS``."""
+        return self.runtime.form(self.precision)
+
+    @property
+    def artifact(self) -> str:
+        """The file in the target's folder that its runtime opens."""
+        return self.runtime.artifact
+
+    @property
+    def runs_as_reference(self) -> bool:
+        """Whether the reference run of the ONNX file, by onnxruntime on the CPU, is this target's own run."""
+        return self.runtime.runs_as_reference(self.precision)
+
+    def unavailable(self) -> Missing | None:
+        """Why the target cannot be built on this machine, None where it can."""
+        return self.runtime.unavailable(self.precision)
+
+    def not_executable(self) -> Missing | None:
+        """Why the built target cannot run on this machine, None where it can."""
+        return self.runtime.not_executable(self.precision)
 
 
 def target_names() -> tuple[str, ...]:
     """All targets that can be asked for."""
-    return tuple(f"{backend}-{precision}" for backend in BACKENDS for precision in PRECISIONS)
+    runtimes = [backend(name) for name in BACKENDS.names()]
+    return tuple(f"{runtime.name}-{precision}" for runtime in runtimes for precision in runtime.precisions)
 
 
 def parse_target(name: str) -> Target:
     """``trt-rtx-fp16`` as a ``Target``; raises ``UnknownNameError`` with the nearest names."""
-    backend, _, precision = name.rpartition("-")
     if name not in target_names():
         raise UnknownNameError(f"There is no target named {name!r}.", remedy=nearest(name, target_names()))
-    return Target(backend, precision)
+    runtime, _, precision = name.rpartition("-")
+    return Target(runtime, precision)
 
 
 def parse_targets(names: list[str]) -> tuple[Target, ...]:
@@ -64,12 +77,38 @@ def parse_targets(names: list[str]) -> tuple[Target, ...]:
     return targets
 
 
-def gpu_fingerprint() -> list[str]:
-    """Driver version and models of NVIDIA GPUs as the driver tells them, without loading it; empty without a GPU."""
-    driver = Path("/proc/driver/nvidia")
-    if not (driver / "version").is_file():
-        return []
-    lines = [(driver / "version").read_text().splitlines()[0]]
-    for info in sorted(driver.glob("gpus/*/information")):
-        lines += [line for line in info.read_text().splitlines() if line.startswith("Model:")]
-    return lines
+def require_available(targets: tuple[Target, ...]) -> None:
+    """Raise ``BackendUnavailableError`` for the first target that this machine cannot build."""
+    for target in targets:
+        missing = target.unavailable()
+        if missing is not None:
+            raise BackendUnavailableError(
+                f"Target {target} cannot be built: {missing.reason}.", remedy=f"{missing.remedy}."
+            )
+
+
+def servable_targets(provider: str) -> tuple[str, ...]:
+    """Targets that ``kdexport serve`` runs in their own precision on an onnxruntime provider."""
+    return tuple(str(target) for target in map(parse_target, target_names()) if provider in providers(target))
+
+
+def providers(target: Target) -> tuple[str, ...]:
+    """onnxruntime providers on which ``kdexport serve`` runs ``target`` in its own precision."""
+    return target.runtime.providers(target.precision)
+
+
+def require_servable(name: str, provider: str) -> None:
+    """Raise ``BackendUnavailableError`` unless ``provider`` runs the target ``name`` in its own precision."""
+    target = parse_target(name)
+    accepted = providers(target)
+    if provider in accepted:
+        return
+    if accepted:
+        raise BackendUnavailableError(
+            f"{provider} would run {target} in another precision.", remedy=f"Serve it on {' or '.join(accepted)}."
+        )
+    served = [str(other) for other in map(parse_target, target_names()) if providers(other)]
+    raise BackendUnavailableError(
+        f"The server runs {', '.join(served)} with onnxruntime, not {target}.",
+        remedy=f"{target.runtime.served_elsewhere()}.",
+    )

@@ -1,1 +1,17 @@
-"""What runs or compiles a graph: torch, onnxruntime, TensorRT."""
+"""What compiles and runs a graph: one file a runtime, all behind ``base.Backend``."""
+
+from functools import cache
+from typing import TYPE_CHECKING
+
+from kdexport.registry import Registry
+
+if TYPE_CHECKING:
+    from kdexport.backends.base import Backend
+
+BACKENDS: "Registry[Backend]" = Registry("backend", "kdexport.backends")
+
+
+@cache
+def backend(name: str) -> "Backend":
+    """The backend of that name; raises ``UnknownNameError`` with the nearest names."""
+    return BACKENDS.build(name)

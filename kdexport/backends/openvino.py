@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdexport.backends.base import Finding
+from kdexport.backends import BACKENDS
+from kdexport.backends.base import Backend, Clock, Device, Execution, Finding, Missing, Runner
 from kdexport.errors import AuditError, BackendUnavailableError, first_line
-from kdexport.targets import Target
 
 _DEVICE = "CPU"
 
@@ -43,6 +43,8 @@ class OpenvinoModel:
 
     request: Any
     layers: tuple[Layer, ...]
+    #: The devices that OpenVINO says it executes on.
+    device: str = _DEVICE
 
     def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """(N,3,S,S) float32 to logits (N,K)."""
@@ -105,7 +107,8 @@ def load_openvino(path: Path, *, precision: str, threads: int = 0) -> OpenvinoMo
         core = openvino.Core()
         compiled = core.compile_model(core.read_model(str(path)), _DEVICE, options)
         layers = tuple(_layer(node) for node in compiled.get_runtime_model().get_ops())
-        return OpenvinoModel(compiled.create_infer_request(), layers)
+        devices = ", ".join(compiled.get_property("EXECUTION_DEVICES"))
+        return OpenvinoModel(compiled.create_infer_request(), layers, devices)
     # OpenVINO raises RuntimeError with a stack of its own files in the text.
     except RuntimeError as error:
         raise AuditError(
@@ -121,23 +124,7 @@ def _layer(node: Any) -> Layer:
     return Layer(node.get_friendly_name(), facts["layerType"].astype(str), facts["runtimePrecision"].astype(str), nodes)
 
 
-def _openvino_lacks(target: Target) -> tuple[str, str] | None:
-    if importlib.util.find_spec("openvino") is None:
-        return "OpenVINO is not installed", "pip install 'kdexport[openvino]'"
-    if target.precision == "fp32":
-        return None
-
-    here = capabilities()
-    if target.precision.upper() in here:
-        return None
-    # Asked all the same, OpenVINO would run float32 and not say so.
-    return (
-        f"OpenVINO has no {target.precision} on this CPU, only {', '.join(name.lower() for name in here)}",
-        "Build on a machine whose CPU has it, or for another precision",
-    )
-
-
-def names_of_nodes(path: Path, nodes: Sequence[str]) -> set[str]:
+def _names_of_nodes(path: Path, nodes: Sequence[str]) -> set[str]:
     """What OpenVINO may call some nodes: by their own names, or by those of what they compute."""
     import onnx
 
@@ -145,9 +132,9 @@ def names_of_nodes(path: Path, nodes: Sequence[str]) -> set[str]:
     return {name for node in graph.node if node.name in nodes for name in (node.name, *node.output)}
 
 
-def runtime_types_finding(model: OpenvinoModel, target: Target, kept: Set[str]) -> Finding:
-    """Whether each layer that multiplies runs in the precision of ``target``, those of ``kept`` in float32."""
-    wanted = RUNTIME_TYPES[target.precision]
+def runtime_types(model: OpenvinoModel, precision: str, kept: Set[str]) -> Finding:
+    """Whether each layer that multiplies runs in ``precision``, those of ``kept`` in float32."""
+    wanted = RUNTIME_TYPES[precision]
     wrong = [
         layer
         for layer in model.computing
@@ -160,4 +147,72 @@ def runtime_types_finding(model: OpenvinoModel, target: Target, kept: Set[str]) 
         facts = (
             f"{len(wrong)} of {len(model.computing)} layers run otherwise: {wrong[0].name} in {wrong[0].runtime_type}"
         )
-    return Finding(f"every layer in {target.precision}", not wrong and bool(model.computing), facts)
+    return Finding(f"every layer in {precision}", not wrong and bool(model.computing), facts)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OpenvinoRunner(Runner):
+    """A target on OpenVINO's CPU device."""
+
+    model: OpenvinoModel
+    precision: str
+    kept: frozenset[str]
+
+    @property
+    def execution(self) -> Execution:
+        types = tuple(sorted({layer.runtime_type for layer in self.model.computing}))
+        version = str(import_openvino().__version__)
+        return Execution(runtime="OpenVINO", version=version, device=self.model.device, types=types)
+
+    def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        return self.model.logits(images)
+
+    def findings(self) -> list[Finding]:
+        return [runtime_types(self.model, self.precision, self.kept)]
+
+
+@BACKENDS.register("openvino")
+class OpenVino(Backend):
+    """OpenVINO on the CPU, in precisions that this processor computes in."""
+
+    name = "openvino"
+    description = "OpenVINO on a CPU"
+    title = "OpenVINO"
+    packages = ("openvino",)
+
+    def unavailable(self, precision: str) -> Missing | None:
+        if importlib.util.find_spec("openvino") is None:
+            return Missing("OpenVINO is not installed", "pip install 'kdexport[openvino]'")
+        if precision == "fp32":
+            return None
+        here = capabilities()
+        if precision.upper() in here:
+            return None
+        # Asked all the same, OpenVINO would run float32 and not say so.
+        return Missing(
+            f"OpenVINO has no {precision} on this CPU, only {', '.join(name.lower() for name in here)}",
+            "Build on a machine whose CPU has it, or for another precision",
+        )
+
+    def open(
+        self,
+        path: Path,
+        precision: str,
+        *,
+        device: Device | None = None,
+        threads: int = 0,
+        kept: Sequence[str] = (),
+    ) -> Runner:
+        if device == "gpu":
+            raise BackendUnavailableError("OpenVINO runs on the CPU here.", remedy="Pass --clock host.")
+        model = load_openvino(path, precision=precision, threads=threads)
+        names = _names_of_nodes(path, kept) if kept else set()
+        return OpenvinoRunner(model, precision, frozenset(names))
+
+    def not_timed_on(self, precision: str, clock: Clock) -> Missing | None:
+        if clock == "gpu":
+            return Missing("OpenVINO runs it on the CPU", "Pass --clock host")
+        return self.unavailable(precision)
+
+    def served_elsewhere(self) -> str:
+        return "OpenVINO's own model server takes its file"

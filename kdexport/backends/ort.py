@@ -1,9 +1,10 @@
 """onnxruntime, strictly: the provider that was asked for is the one that runs, and its telemetry is off."""
 
 import functools
+import importlib
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdexport.backends.base import Finding
+from kdexport.backends import BACKENDS, nvidia
+from kdexport.backends.base import Backend, Clock, Device, Execution, Finding, Missing, Runner
 from kdexport.errors import AuditError, BackendUnavailableError, first_line
-from kdexport.targets import Target, gpu_fingerprint
 
 CPU = "CPUExecutionProvider"
 
@@ -147,20 +148,6 @@ def optimised_operators(path: Path) -> dict[str, int]:
     return dict(sorted(Counter(node.op_type for node in graph.node).items()))
 
 
-def _onnx_lacks(target: Target) -> tuple[str, str] | None:
-    if target.precision == "bf16":
-        return (
-            "onnxruntime has no bfloat16 convolution",
-            "Build openvino-bf16 for a CPU with AMX or AVX512-BF16, or trt-rtx-bf16 for a GPU",
-        )
-    if target.precision == "fp16" and not gpu_fingerprint():
-        return (
-            "onnxruntime computes a float16 graph in float32 on a CPU, and this machine has no GPU",
-            "Build onnx-fp32 or onnx-int8 for a CPU",
-        )
-    return None
-
-
 def integer_kernels(path: Path, kept: int) -> Finding:
     """onnxruntime runs every convolution and linear layer of an int8 file but the kept ones by an integer kernel."""
     counts = optimised_operators(path)
@@ -169,3 +156,116 @@ def integer_kernels(path: Path, kept: int) -> Finding:
     moves = {kind: counts.get(kind, 0) for kind in ("QuantizeLinear", "DequantizeLinear", "Transpose")}
     facts = ", ".join(f"{count} {kind}" for kind, count in (real | left | moves).items() if count)
     return Finding("integer kernels", sum(left.values()) == kept and sum(real.values()) > 0, facts)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OrtRunner(Runner):
+    """A target on one provider of onnxruntime."""
+
+    model: OrtModel
+    path: Path
+    provider: str
+
+    @property
+    def execution(self) -> Execution:
+        return execution_of(self.model, self.provider)
+
+    def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        return self.model.logits(images)
+
+    def findings(self) -> list[Finding]:
+        return [provider_finding(self.model, self.provider)]
+
+
+def execution_of(model: OrtModel, provider: str) -> Execution:
+    """What ran: the provider of the nodes as onnxruntime assigned them, several names if they are not all on one."""
+    devices = " and ".join(sorted(model.nodes_by_provider)) or provider
+    return Execution(runtime="onnxruntime", version=str(import_onnxruntime().__version__), device=devices)
+
+
+def provider_finding(model: OrtModel, provider: str) -> Finding:
+    """Whether every node runs on ``provider``."""
+    elsewhere = {key: count for key, count in model.nodes_by_provider.items() if key != provider}
+    fact = ", ".join(f"{count} nodes on {key}" for key, count in model.nodes_by_provider.items())
+    return Finding("provider of each node", not elsewhere, fact)
+
+
+@BACKENDS.register("onnx")
+class OnnxRuntime(Backend):
+    """onnxruntime: the CPU provider for float32 and int8, CUDA for float16."""
+
+    name = "onnx"
+    description = "onnxruntime"
+    title = "onnxruntime"
+    packages = ("onnxruntime-gpu", "onnxruntime")
+
+    def unavailable(self, precision: str) -> Missing | None:
+        if precision == "bf16":
+            return Missing(
+                "onnxruntime has no bfloat16 convolution",
+                "Build openvino-bf16 for a CPU with AMX or AVX512-BF16, or trt-rtx-bf16 for a GPU",
+            )
+        if precision == "fp16" and not nvidia.gpu_fingerprint():
+            return Missing(
+                "onnxruntime computes a float16 graph in float32 on a CPU, and this machine has no GPU",
+                "Build onnx-fp32 or onnx-int8 for a CPU",
+            )
+        return None
+
+    def not_executable(self, precision: str) -> Missing | None:
+        missing = self.unavailable(precision)
+        return missing if missing is not None or self.device(precision) == "cpu" else _cuda_missing()
+
+    def runs_as_reference(self, precision: str) -> bool:
+        return self.device(precision) == "cpu"
+
+    def device(self, precision: str) -> Device:
+        return "gpu" if precision == "fp16" else "cpu"
+
+    def open(
+        self, path: Path, precision: str, *, device: Device | None = None, threads: int = 0, kept: Sequence[str] = ()
+    ) -> Runner:
+        provider = CUDA if (device or self.device(precision)) == "gpu" else CPU
+        return OrtRunner(load_model(path, provider=provider, threads=threads), path, provider)
+
+    def not_timed_on(self, precision: str, clock: Clock) -> Missing | None:
+        if clock == "gpu":
+            if precision in ("int8", "bf16"):
+                return Missing(f"{CUDA} has no {precision} convolution", "Pass onnx-fp32, onnx-fp16, or a trt target")
+            return _cuda_missing()
+        if precision == "fp16":
+            return Missing(
+                "onnxruntime computes a float16 graph in float32 on a CPU", "Pass --clock gpu, or another --target"
+            )
+        return self.unavailable(precision)
+
+    def capture(self, path: Path, precision: str, given: Any, stream: Any) -> tuple[Callable[[], object], Any]:
+        torch: Any = importlib.import_module("torch")
+        options = {"enable_cuda_graph": "1", "user_compute_stream": str(stream.cuda_stream)}
+        model = load_model(path, provider=CUDA, provider_options=options)
+        placed = provider_finding(model, CUDA)
+        if not placed.holds:
+            raise BackendUnavailableError(
+                f"{path} does not run on the GPU alone: {placed.fact}.",
+                remedy="Pass --clock host, or another --target.",
+            )
+        (source,), (result,) = model.session.get_inputs(), model.session.get_outputs()
+        output = torch.empty((len(given), int(result.shape[-1])), dtype=torch.float32, device="cuda")
+        binding = model.session.io_binding()
+        binding.bind_input(source.name, "cuda", 0, np.float32, tuple(given.shape), given.data_ptr())
+        binding.bind_output(result.name, "cuda", 0, np.float32, tuple(output.shape), output.data_ptr())
+        # ``given`` is read at each replay: the closure keeps it.
+        return lambda _alive=given: model.session.run_with_iobinding(binding), output
+
+    def providers(self, precision: str) -> tuple[str, ...]:
+        # A float16 graph on a CPU would be computed in float32, and an int8 one on CUDA in float32 between casts.
+        return {"fp32": (CPU, CUDA, TENSORRT), "fp16": (CUDA,), "int8": (CPU,)}.get(precision, ())
+
+    def triton_platform(self, precision: str) -> str | Missing:
+        return "onnxruntime"
+
+
+def _cuda_missing() -> Missing | None:
+    if CUDA in import_onnxruntime().get_available_providers():
+        return None
+    return Missing(f"onnxruntime has no {CUDA} here", "Install onnxruntime-gpu with its CUDA libraries")

@@ -3,10 +3,13 @@
 Each engine is built, and run, in a process of its own (``trt_build``).
 """
 
+import importlib
 import importlib.util
 import json
 import sys
 import tempfile
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,36 +17,30 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kdexport.backends import BACKENDS, nvidia
+from kdexport.backends.base import (
+    TF32,
+    Backend,
+    Clock,
+    CompileRequest,
+    Device,
+    Execution,
+    Finding,
+    Missing,
+    Runner,
+    run_in_batches,
+)  # fmt: skip
 from kdexport.backends.trt_build import MODULES, EngineRequest
-from kdexport.backends.trt_layers import Engine, EngineLayer, parse_layer_table, require_precision
+from kdexport.backends.trt_layers import Engine, EngineLayer, require_precision
 from kdexport.core.child import ChildDiedError, ChildTimeoutError, call
 from kdexport.core.console import print_json
-from kdexport.errors import EngineBuildError
-from kdexport.targets import Target, gpu_fingerprint
+from kdexport.core.digests import digest, tool_versions
+from kdexport.errors import AuditError, EngineBuildError
 
+#: The compiled engine, as the builder wrote it, and the table of its layers.
+PLAN = "model.plan"
+LAYERS = "layers.json"
 
-def _rtx_lacks(_target: Target) -> tuple[str, str] | None:
-    if importlib.util.find_spec("tensorrt_rtx") is None:
-        return "TensorRT-RTX is not installed", "pip install 'kdexport[trt-rtx]'"
-    return None
-
-
-def _trt_lacks(_target: Target) -> tuple[str, str] | None:
-    if importlib.util.find_spec("tensorrt") is None:
-        return (
-            "TensorRT is not installed",
-            "Install it from NVIDIA's package index (the packages tensorrt-cu13 or tensorrt, 10.13 to 11), or "
-            "build for trt-rtx instead, which needs no GPU at build time",
-        )
-    if not gpu_fingerprint():
-        return "TensorRT builds engines on a GPU, and this machine has none", "Run on a machine with an NVIDIA GPU"
-    return None
-
-
-__all__ = [
-    "Engine", "EngineLayer", "EngineRequest", "build_engine", "parse_layer_table", "require_precision",
-    "run_engine",
-]  # fmt: skip
 
 _TIMEOUT_S = 1800
 
@@ -65,24 +62,27 @@ def build_engine(request: EngineRequest) -> Engine:
 
 
 def run_engine(
-    plan: Path, target: Target, images: NDArray[np.float32], batches: tuple[int, ...]
-) -> NDArray[np.float32]:
-    """Logits (N,K) of an engine on this machine's GPU, in a child process, in batches of the given sizes in turn."""
+    plan: Path, backend: str, images: NDArray[np.float32], batches: tuple[int, ...]
+) -> tuple[NDArray[np.float32], Execution]:
+    """Logits (N,K) of an engine on this machine's GPU, in batches of the given sizes in turn, and what ran it.
+
+    The engine runs in a child process.
+    """
     with tempfile.TemporaryDirectory() as folder:
         exchange = Path(folder)
         np.save(exchange / "images.npy", images)
         # Polygraphy chooses between TensorRT and TensorRT-RTX when it is imported.
-        environment = {"POLYGRAPHY_USE_TENSORRT_RTX": "1" if target.backend == "trt-rtx" else "0"}
-        arguments = [str(plan), folder, json.dumps(batches)]
+        environment = {"POLYGRAPHY_USE_TENSORRT_RTX": str(int(MODULES[backend] != MODULES["trt"]))}
+        arguments = [str(plan), backend, folder, json.dumps(batches)]
         try:
-            _call("kdexport.backends.trt", arguments, f"The engine of {target} did not answer", environment)
+            facts = _call("kdexport.backends.trt", arguments, f"The engine {plan} did not answer", environment)
         except ChildDiedError as error:
             raise EngineBuildError(
-                f"The engine of {target} does not run: {error.said}",
+                f"The engine {plan} does not run: {error.said}",
                 remedy="An engine runs only on the GPU generation and TensorRT version that it was built for.",
             ) from None
         logits: NDArray[np.float32] = np.load(exchange / "logits.npy")
-    return logits
+    return logits, Execution(runtime=facts["runtime"], version=facts["version"], device=facts["device"])
 
 
 def _call(module: str, arguments: list[str], failure: str, environment: dict[str, str] | None = None) -> Any:
@@ -95,11 +95,9 @@ def _call(module: str, arguments: list[str], failure: str, environment: dict[str
         ) from None
 
 
-def _run(plan: str, folder: str, batches: list[int]) -> None:
+def _run(plan: str, backend: str, folder: str, batches: list[int]) -> None:
     from polygraphy.backend.common import BytesFromPath
     from polygraphy.backend.trt import EngineFromBytes, TrtRunner
-
-    from kdexport.backends.base import run_in_batches
 
     images = np.load(Path(folder) / "images.npy")
     with TrtRunner(EngineFromBytes(BytesFromPath(plan))) as runner:
@@ -107,8 +105,241 @@ def _run(plan: str, folder: str, batches: list[int]) -> None:
             lambda chunk: np.array(runner.infer({"input": chunk})["logits"]), images, tuple(batches)
         )
     np.save(Path(folder) / "logits.npy", logits)
-    print_json({"images": len(logits)})
+    module: Any = importlib.import_module(MODULES[backend])
+    models = [line.removeprefix("Model:").strip() for line in nvidia.gpu_fingerprint()[1:]]
+    facts = {"runtime": module.__name__, "version": str(module.__version__), "device": ", ".join(models) or "GPU"}
+    print_json(facts)
+
+
+def load_engine(folder: Path) -> Engine:
+    """An engine and the layer table of its build, from a target's folder."""
+    data: dict[str, Any] = json.loads((folder / LAYERS).read_text())
+    layers = tuple(EngineLayer.from_json(row) for row in data["layers"])
+    return Engine(plan=folder / PLAN, layers=layers, version=str(data["version"]))
+
+
+class EngineRunner(Runner):
+    """An engine that runs in a process of its own at each call."""
+
+    starts_a_process = True
+
+    def __init__(self, plan: Path, backend: str) -> None:
+        self._plan, self._backend = plan, backend
+        self._execution: Execution | None = None
+
+    @property
+    def execution(self) -> Execution:
+        if self._execution is None:
+            raise RuntimeError(f"{self._plan} has not run yet")
+        return self._execution
+
+    def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        return self.run(images, (len(images),))
+
+    def run(self, images: NDArray[np.float32], batches: tuple[int, ...]) -> NDArray[np.float32]:
+        logits, self._execution = run_engine(self._plan, self._backend, images, batches)
+        return logits
+
+
+class _Engines(Backend):
+    """What TensorRT and TensorRT-RTX have in common: one builder API, a plan and the table of its layers."""
+
+    artifact = PLAN
+
+    def form(self, precision: str) -> str:
+        return "int8-s8" if precision == "int8" else precision
+
+    def computes_in(self, precision: str, options: dict[str, Any]) -> str:
+        return TF32 if precision == "fp32" and options.get("tf32", False) else self.form(precision)
+
+    def not_executable(self, precision: str) -> Missing | None:
+        missing = self.unavailable(precision)
+        if missing is None and not nvidia.gpu_fingerprint():
+            return Missing("this machine has no NVIDIA GPU", "Verify the bundle on a machine with a GPU")
+        return missing
+
+    def device(self, precision: str) -> Device:
+        return "gpu"
+
+    def timing_key(self) -> str:
+        """Digest of what measured kernel times hold for: the builder's version, GPU and driver."""
+        return digest(["timing", tool_versions(*self.packages), nvidia.gpu_fingerprint()])
+
+    def compile(self, request: CompileRequest) -> None:
+        engine = build_engine(
+            EngineRequest(
+                backend=self.name,
+                onnx=str(request.onnx),
+                plan=str(request.folder / PLAN),
+                shape=(3, request.image_size, request.image_size),
+                batches=request.batches,
+                compute_capabilities=tuple(request.options.get("compute_capabilities", ())),
+                workspace_mb=request.options.get("workspace_mb", 0),
+                tf32=request.options.get("tf32", False),
+                timing_cache="" if request.cache is None else str(request.cache / f"{self.timing_key()}.cache"),
+            )
+        )
+        require_precision(engine, f"{self.name}-{request.precision}", request.kept)
+        table = {"version": engine.version, "layers": [asdict(layer) for layer in engine.layers]}
+        (request.folder / LAYERS).write_text(json.dumps(table, indent=1))
+
+    def describe(self, folder: Path) -> dict[str, Any]:
+        engine = load_engine(folder)
+        kinds = Counter(layer.kind for layer in engine.layers)
+        return {
+            "version": engine.version,
+            "kernels": sum(bool(layer.datatypes) for layer in engine.layers),
+            "layers": dict(sorted(kinds.items())),
+        }
+
+    def audit(self, folder: Path, precision: str, kept: Sequence[str]) -> list[Finding]:
+        try:
+            engine = load_engine(folder)
+            require_precision(engine, f"{self.name}-{precision}", kept)
+        except AuditError as error:
+            return [Finding("readable", False, error.message)]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            return [Finding("readable", False, f"{LAYERS}: {type(error).__name__}: {error}")]
+        return [Finding(f"every kernel in {precision}", True, f"{len(engine.layers)} layers listed by the build")]
+
+    def open(
+        self,
+        path: Path,
+        precision: str,
+        *,
+        device: Device | None = None,
+        threads: int = 0,
+        kept: Sequence[str] = (),
+    ) -> Runner:
+        return EngineRunner(path, self.name)
+
+    def capture(self, path: Path, precision: str, given: Any, stream: Any) -> tuple[Callable[[], object], Any]:
+        torch: Any = importlib.import_module("torch")
+        trt: Any = importlib.import_module(MODULES[self.name])
+        runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+        engine = runtime.deserialize_cuda_engine(path.read_bytes())
+        context = None if engine is None else engine.create_execution_context()
+        if context is None:
+            raise EngineBuildError(
+                f"TensorRT {trt.__version__} does not open {path}.",
+                remedy="An engine runs only on the GPU generation and TensorRT version that it was built for.",
+            )
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        (source,) = (name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT)
+        (result,) = (name for name in names if name != source)
+        accepted = context.set_input_shape(source, tuple(given.shape))
+        output = torch.empty(tuple(context.get_tensor_shape(result)), dtype=torch.float32, device="cuda")
+        context.set_tensor_address(source, given.data_ptr())
+        context.set_tensor_address(result, output.data_ptr())
+        # The first run of a shape sets resources up and cannot be captured.
+        if not accepted or not context.execute_async_v3(stream.cuda_stream):
+            raise EngineBuildError(
+                f"{path} does not run a batch of {len(given)}.",
+                remedy="Use a batch size that the engine was built for.",
+            )
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            captured = context.execute_async_v3(stream.cuda_stream)
+        if not captured:
+            raise EngineBuildError(
+                f"TensorRT {trt.__version__} refuses to run {path} inside a captured CUDA graph.",
+                remedy="Pass --clock host with another --target, or build the engine again on this machine.",
+            )
+
+        def launch(_alive: tuple[Any, ...] = (runtime, engine, context, given)) -> None:
+            # ``replay`` takes the current stream.
+            with torch.cuda.stream(stream):
+                graph.replay()
+
+        return launch, output
+
+    def served_elsewhere(self) -> str:
+        return "`kdexport triton` writes a model repository with an engine"
+
+
+@BACKENDS.register("trt")
+class TensorRT(_Engines):
+    """TensorRT 10.13 to 11, on the GPU that the engine is built for."""
+
+    name = "trt"
+    description = "TensorRT, needs a GPU"
+    title = "TensorRT"
+    packages = ("tensorrt", "tensorrt-cu13")
+
+    def unavailable(self, precision: str) -> Missing | None:
+        if importlib.util.find_spec("tensorrt") is None:
+            return Missing(
+                "TensorRT is not installed",
+                "Install it from NVIDIA's package index (the packages tensorrt-cu13 or tensorrt, 10.13 to 11), or "
+                "build for trt-rtx instead, which needs no GPU at build time",
+            )
+        if not nvidia.gpu_fingerprint():
+            return Missing(
+                "TensorRT builds engines on a GPU, and this machine has none", "Run on a machine with an NVIDIA GPU"
+            )
+        return None
+
+    def key_material(self, precision: str) -> list[Any]:
+        return [tool_versions(*self.packages), nvidia.gpu_fingerprint()]
+
+    def finish(self, folder: Path, *, image_size: int, num_classes: int) -> None:
+        from kdexport.backends.epcontext import SERVED, wrap_plan
+
+        version = load_engine(folder).version
+        reason = wrap_plan(folder, built_with=version, image_size=image_size, classes=num_classes)
+        if reason:
+            # No fault of the plan: trtexec, Polygraphy and Triton open it as it is.
+            (folder / "served.txt").write_text(f"There is no {SERVED} here. {reason}\n", encoding="utf-8")
+
+    def not_timed_on(self, precision: str, clock: Clock) -> Missing | None:
+        if clock == "host":
+            return _NOT_ON_HOST
+        if importlib.util.find_spec("tensorrt") is None:
+            return Missing("TensorRT is not installed", "Install the TensorRT version that the engine was built with")
+        return None
+
+    def triton_platform(self, precision: str) -> str | Missing:
+        return "tensorrt"
+
+
+@BACKENDS.register("trt-rtx")
+class TensorRTRTX(_Engines):
+    """TensorRT-RTX: builds for many GPU generations without a GPU, and compiles its kernels while it runs."""
+
+    name = "trt-rtx"
+    description = "TensorRT-RTX, builds without a GPU"
+    title = "TensorRT-RTX"
+    packages = ("tensorrt_rtx_cu13",)
+
+    def unavailable(self, precision: str) -> Missing | None:
+        if importlib.util.find_spec("tensorrt_rtx") is None:
+            return Missing("TensorRT-RTX is not installed", "pip install 'kdexport[trt-rtx]'")
+        return None
+
+    def key_material(self, precision: str) -> list[Any]:
+        return [tool_versions(*self.packages), []]
+
+    def not_timed_on(self, precision: str, clock: Clock) -> Missing | None:
+        if clock == "host":
+            return _NOT_ON_HOST
+        # A captured graph may hold for good the slow kernels that come first.
+        return Missing(
+            "TensorRT-RTX compiles while it runs, so that the time of a captured graph means little",
+            "Pass a trt or onnx target",
+        )
+
+    def triton_platform(self, precision: str) -> str | Missing:
+        return Missing(
+            "is a TensorRT-RTX plan, and Triton's TensorRT backend loads plans of TensorRT alone",
+            "Pass --target onnx-fp32, or build the bundle with a trt-... target on a machine with a GPU",
+        )
+
+
+_NOT_ON_HOST = Missing(
+    "it is an engine, and this clock times the CPU", "Pass --clock gpu on a machine with an NVIDIA GPU"
+)
 
 
 if __name__ == "__main__":
-    _run(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]))
+    _run(sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4]))

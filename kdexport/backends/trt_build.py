@@ -116,10 +116,12 @@ def _inspect(trt: Any, plan: bytes, request: EngineRequest, interface: set[str])
     runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
     engine = runtime.deserialize_cuda_engine(plan)
     inspector = engine.create_engine_inspector()
-    # Without a shape the types of a dynamic engine are not told.
-    inspector.execution_context = engine.create_execution_context()
     name = next(n for n in map(engine.get_tensor_name, range(engine.num_io_tensors)) if _is_input(trt, engine, n))
-    inspector.execution_context.set_input_shape(name, (request.batches[1], *request.shape))
+    # The inspector holds no reference: a context that nobody else holds is freed at once. Without a shape the types of
+    # a dynamic engine are not told.
+    context = engine.create_execution_context()
+    context.set_input_shape(name, (request.batches[1], *request.shape))
+    inspector.execution_context = context
     return parse_inspector(inspector.get_engine_information(trt.LayerInformationFormat.JSON), interface)
 
 

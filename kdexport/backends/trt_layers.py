@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from kdexport.errors import AuditError
-from kdexport.targets import Target
 
 #: What kernels may read and write; those that multiply must have the first.
 _DATATYPES = {"fp32": ("Float",), "fp16": ("Half",), "bf16": ("BFloat16",), "int8": ("Int8", "Float")}
@@ -54,13 +53,13 @@ class Engine:
     version: str
 
 
-def require_precision(engine: Engine, target: Target, kept: Sequence[str] = ()) -> None:
-    """Raise ``AuditError`` unless every kernel computes in the target's precision, by the build's own layer table.
+def require_precision(engine: Engine, target: str, kept: Sequence[str] = ()) -> None:
+    """Raise ``AuditError`` unless each kernel computes in the precision of ``target``, by the layer table of its build.
 
     int8 means that every convolution and linear layer reads int8; what is between them runs in float32. Each node of
     ``kept`` must be multiplied by a float32 kernel.
     """
-    allowed = _DATATYPES[target.precision]
+    allowed = _DATATYPES[target.rpartition("-")[2]]
     kernels = [layer for layer in engine.layers if layer.kind not in _BOOKKEEPING]
     wrong = [layer for layer in kernels if not (_keeps(layer, kept) or _runs_in(layer, allowed))]
     if wrong or not any(layer.datatypes for layer in kernels):

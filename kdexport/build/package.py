@@ -3,25 +3,20 @@
 import json
 import platform
 import shutil
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kdexport.artifacts import EngineFile, FusedFiles, OnnxModel
-from kdexport.backends.discovery import can_execute
 from kdexport.build.stages import UNFUSED_MODEL, is_int8
 from kdexport.bundle.manifest import (
     FUSED,
-    LAYERS,
     MANIFEST,
     MODEL,
     NOT_EXECUTED,
-    PLAN,
     RANGES,
     SCHEMA_VERSION,
-    SERVED,
     TARGETS,
     UNFUSED,
     VERIFIED,
@@ -32,10 +27,9 @@ from kdexport.checkpoint import StudentSpec, TrainedStudent
 from kdexport.config import BuildConfig
 from kdexport.core.digests import tool_versions
 from kdexport.data.datasets import ImageSet, spread
-from kdexport.errors import AuditError, BackendUnavailableError, CheckpointError, DataError, VerificationError
+from kdexport.errors import CheckpointError, DataError, VerificationError
 from kdexport.graph.audit import operator_counts
-from kdexport.graph.epcontext import provider_tensorrt_major, require_servable, write_context
-from kdexport.targets import Target
+from kdexport.targets import DEFAULT_TARGET, Target, providers
 from kdexport.verify.golden import write_golden_set
 from kdexport.verify.latency import Comparison, LatencyResult, compare_latency
 from kdexport.verify.policy import parse_policy
@@ -83,6 +77,8 @@ def package(folder: Path, parts: Parts, progress: Progress) -> VerifiedBundle:
     verdict = verify_folder(folder, manifest, pixels, task=task, progress=progress)
     data["task"] = None if verdict.record is None else _save_task(folder, verdict.record, parts.validation)
     latency = _compare_latency(parts, progress) if not verdict.failures else None
+    for name, execution in verdict.executed.items():
+        data["targets"][name] |= {"status": VERIFIED, "executed": execution.to_json()}
     data["parity"] = [check.to_json() for check in verdict.checks]
     data["parity_images"] = count
     data["latency"] = None if latency is None else latency.to_json()
@@ -114,20 +110,10 @@ def _copy_files(folder: Path, parts: Parts) -> None:
         if is_int8(model.form):
             shutil.copyfile(model.path.with_name(RANGES), place / RANGES)
         if target in parts.engines:
-            for name in (PLAN, LAYERS):
-                shutil.copyfile(parts.engines[target].folder / name, place / name)
-            if target.backend == "trt":
-                _wrap(place, parts)
-
-
-def _wrap(place: Path, parts: Parts) -> None:
-
-    version = str(json.loads((place / LAYERS).read_text())["version"])
-    spec = parts.trained.spec
-    reason = wrap_plan(place, built_with=version, image_size=spec.image_size, classes=spec.num_classes)
-    if reason:
-        # No fault of the plan: trtexec, Polygraphy and Triton open it as it is.
-        (place / "served.txt").write_text(f"There is no {SERVED} here. {reason}\n", encoding="utf-8")
+            for path in sorted(parts.engines[target].folder.iterdir()):
+                shutil.copyfile(path, place / path.name)
+            spec = parts.trained.spec
+            target.runtime.finish(place, image_size=spec.image_size, num_classes=spec.num_classes)
 
 
 def _write_golden(folder: Path, parts: Parts) -> list[str]:
@@ -135,7 +121,7 @@ def _write_golden(folder: Path, parts: Parts) -> list[str]:
     low = {
         str(target): open_file(model.path, model.form).logits
         for target, model in parts.casts.items()
-        if target.backend == "onnx" and target.precision != "fp32"
+        if str(target) != DEFAULT_TARGET and providers(target)
     }
     policy = parse_policy(parts.config.policy, "[policy]")
     return write_golden_set(folder, parts.trained, parts.validation, chosen, low, policy=policy)
@@ -176,12 +162,12 @@ def _describe(parts: Parts, golden: list[str]) -> dict[str, Any]:
 
 
 def _target_entry(target: Target, parts: Parts) -> dict[str, Any]:
-    executed = not target.needs_engine or can_execute(target)
     entry: dict[str, Any] = {
         "precision": target.precision,
         "backend": target.backend,
-        "engine": target.needs_engine,
-        "status": VERIFIED if executed else NOT_EXECUTED,
+        "engine": target.compiles,
+        # Until its own runtime has run it in this verification.
+        "status": NOT_EXECUTED,
         "form": target.form,
     }
     if is_int8(target.form):
@@ -189,10 +175,7 @@ def _target_entry(target: Target, parts: Parts) -> dict[str, Any]:
     if target.form in parts.searched:
         entry["plan"] = parts.searched[target.form]
     if target in parts.engines:
-        table = json.loads((parts.engines[target].folder / LAYERS).read_text())
-        entry["version"] = table["version"]
-        entry["kernels"] = sum(bool(layer["datatypes"]) for layer in table["layers"])
-        entry["layers"] = dict(sorted(Counter(layer["kind"] for layer in table["layers"]).items()))
+        entry.update(target.runtime.describe(parts.engines[target].folder))
     return entry
 
 
@@ -238,15 +221,3 @@ def require_matching(spec: StudentSpec, student: str, validation: ImageSet) -> N
         )
     if len(validation) < 1:
         raise DataError("There is no validation image.", remedy="Add images to the test split.")
-
-
-def wrap_plan(folder: Path, *, built_with: str, image_size: int, classes: int) -> str:
-    """Write ``served.onnx`` beside the TensorRT plan in ``folder``, or return why onnxruntime could not open it."""
-    try:
-        require_servable(built_with, provider_tensorrt_major())
-    except (AuditError, BackendUnavailableError) as error:
-        return error.message
-    write_context(
-        folder / PLAN, folder / SERVED, backend="trt", image_size=image_size, classes=classes, built_with=built_with
-    )
-    return ""

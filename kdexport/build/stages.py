@@ -3,29 +3,25 @@
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
 
 from kdexport.artifacts import EngineFile, FusedFiles, OnnxModel
-from kdexport.backends.trt import build_engine
-from kdexport.backends.trt_build import EngineRequest
-from kdexport.backends.trt_layers import require_precision
-from kdexport.bundle.manifest import FUSED, LAYERS, MODEL, PLAN, RANGES
+from kdexport.backends.base import CompileRequest
+from kdexport.bundle.manifest import FUSED, MODEL, RANGES
 from kdexport.checkpoint import TrainedStudent, load_student, load_tensors, save_tensors
 from kdexport.config import BuildConfig, ExportSettings
 from kdexport.core.digests import digest, source_digest, tool_versions
 from kdexport.data.calibration_images import Calibration
 from kdexport.errors import ExportError
 from kdexport.graph.plan import PLAIN, LayerPlan
-from kdexport.targets import Target, gpu_fingerprint
+from kdexport.targets import Target
 from kdexport.workspace import Workspace
 
 CERTIFICATE = "certificate.json"
 UNFUSED_MODEL = "unfused.onnx"
 _EXPORT_TOOLS = ("torch", "torchvision", "onnx", "onnx-ir", "onnxscript", "numpy")
 _CAST_TOOLS = ("onnx", "onnx-ir", "ml_dtypes", "onnxruntime-gpu", "onnxruntime", "numpy")
-_ENGINE_TOOLS = {"trt": ("tensorrt", "tensorrt-cu13"), "trt-rtx": ("tensorrt_rtx_cu13",)}
 
 
 def fuse_key(trained: TrainedStudent) -> str:
@@ -73,14 +69,8 @@ def weight_bits(form: str, calibration: Calibration) -> int:
 
 def compile_key(model: str, target: Target, settings: ExportSettings) -> str:
     """Digest of all that an engine depends on: the model with its weights, shapes, tools, GPU and driver."""
-    gpu = [] if target.backend == "trt-rtx" else gpu_fingerprint()
-    tools = tool_versions(*_ENGINE_TOOLS[target.backend])
-    return digest(["compile", model, str(target), settings.model_dump(mode="json"), tools, gpu])
-
-
-def timing_key(target: Target) -> str:
-    """Digest of what measured kernel times hold for: the builder's version, GPU and driver."""
-    return digest(["timing", tool_versions(*_ENGINE_TOOLS[target.backend]), gpu_fingerprint()])
+    made = target.runtime.key_material(target.precision)
+    return digest(["compile", model, str(target), settings.model_dump(mode="json"), made])
 
 
 def stage_keys(
@@ -105,7 +95,7 @@ def stage_keys(
             keys += [("equalise", source), ("calibrate", calibrate_key(source, calibration))]
         if target.form != "fp32":
             keys.append(("cast", model))
-        if target.needs_engine:
+        if target.compiles:
             keys.append(("compile", compile_key(model, target, config.export)))
     return keys
 
@@ -218,21 +208,18 @@ def compile_engine(
     """Build the engine of ``target`` and assert the precision of each of its kernels."""
 
     def make(folder: Path) -> None:
-        request = EngineRequest(
-            backend=target.backend,
-            onnx=str(model.path),
-            plan=str(folder / PLAN),
-            shape=(3, image_size, image_size),
-            batches=(settings.min_batch, settings.opt_batch, settings.max_batch),
-            compute_capabilities=tuple(settings.compute_capabilities),
-            workspace_mb=settings.workspace_mb,
-            tf32=settings.tf32,
-            timing_cache=str(workspace.root / "timing" / f"{timing_key(target)}.cache"),
+        target.runtime.compile(
+            CompileRequest(
+                onnx=model.path,
+                folder=folder,
+                precision=target.precision,
+                image_size=image_size,
+                batches=(settings.min_batch, settings.opt_batch, settings.max_batch),
+                kept=tuple(model.plan.nodes),
+                options=settings.model_dump(mode="json"),
+                cache=workspace.root / "timing",
+            )
         )
-        engine = build_engine(request)
-        require_precision(engine, target, model.plan.nodes)
-        table = {"version": engine.version, "layers": [asdict(layer) for layer in engine.layers]}
-        (folder / LAYERS).write_text(json.dumps(table, indent=1))
 
     key = compile_key(model.key, target, settings)
     return EngineFile(folder=workspace.produce("compile", key, make), target=target, key=key)

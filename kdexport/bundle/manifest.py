@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from kdexport.backends.base import ONNX_FILE
 from kdexport.checkpoint import StudentSpec, build_student, load_strictly, load_tensors, sha256_file
 from kdexport.errors import BundleError
 from kdexport.graph.plan import LayerPlan
-from kdexport.targets import parse_target, target_names
+from kdexport.targets import Target, parse_target, target_names
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,7 +28,7 @@ UNFUSED = "unfused.safetensors"
 
 FUSED = "student.safetensors"
 
-MODEL = "model.onnx"
+MODEL = ONNX_FILE
 
 TARGETS = "targets"
 
@@ -41,15 +42,8 @@ UNIT_ERROR = "unit_error"
 #: Per-image results of rung D.
 TASK = "metrics/validation.safetensors"
 
-LAYERS = "layers.json"
-
 #: The calibrated range of each tensor, beside an int8 model.
 RANGES = "ranges.json"
-
-PLAN = "model.plan"
-
-#: A TensorRT plan as a model that onnxruntime opens.
-SERVED = "served.onnx"
 
 VERIFIED, NOT_EXECUTED = "verified", "built, not executed"
 
@@ -96,7 +90,7 @@ def _require_sound(data: dict[str, Any]) -> None:
     for name, entry in data["targets"].items():
         if name not in target_names() or entry["precision"] != name.rpartition("-")[2]:
             raise ValueError(f"target {name!r} with precision {entry['precision']!r}")
-        if bool(entry["engine"]) != parse_target(name).needs_engine or entry["status"] not in (VERIFIED, NOT_EXECUTED):
+        if bool(entry["engine"]) != parse_target(name).compiles or entry["status"] not in (VERIFIED, NOT_EXECUTED):
             raise ValueError(f"target {name!r} says engine {entry['engine']!r}, status {entry['status']!r}")
         if "plan" in entry:
             LayerPlan.from_json(entry["plan"])
@@ -176,6 +170,13 @@ def onnx_files(manifest: Manifest) -> dict[str, str]:
     for name in manifest.targets:
         files[f"{TARGETS}/{name}/{MODEL}"] = parse_target(name).form
     return files
+
+
+def target_of(name: str) -> Target | None:
+    """The target whose ONNX file ``name`` is; None for the exported model of the bundle itself."""
+    place = PurePosixPath(name)
+    inside = place.parent.parent.as_posix() == TARGETS and place.name == MODEL
+    return parse_target(place.parent.name) if inside else None
 
 
 def load_unfused(folder: Path, spec: StudentSpec) -> "nn.Module":

@@ -24,7 +24,7 @@ def bench(
     """Time a bundle: latency of each arm, their ratio with its interval, p99 where there are enough runs."""
     from kdexport.core.progress import Reporter
     from kdexport.gate.timings import BenchRequest, run_bench
-    from kdexport.timing.session import parse_clocks
+    from kdexport.timing.clocks import parse_clocks
 
     request = BenchRequest(
         bundle=bundle, arms=tuple(word.strip() for word in arms.split(",")), clocks=parse_clocks(clock),

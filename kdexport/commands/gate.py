@@ -59,7 +59,7 @@ def gate(
     from kdexport.core.progress import Reporter
     from kdexport.gate.compare import GateRequest, Limits, run_gate
     from kdexport.gate.summary import Files, require_files, write_files
-    from kdexport.timing.session import parse_clocks
+    from kdexport.timing.clocks import parse_clocks
 
     files = Files(junit=junit, markdown=markdown, plot=plot)
     request = GateRequest(

@@ -22,14 +22,13 @@ def _students() -> Rows:
 
 
 def _targets() -> Rows:
-    from kdexport.backends.discovery import unavailable
-    from kdexport.targets import BACKENDS, parse_target, target_names
+    from kdexport.targets import parse_target, target_names
 
     rows = []
     for name in target_names():
         target = parse_target(name)
-        missing = unavailable(target)
-        rows.append((name, BACKENDS[target.backend] + (f" (not here: {missing[0]})" if missing else "")))
+        missing = target.unavailable()
+        rows.append((name, target.runtime.description + (f" (not here: {missing[0]})" if missing else "")))
     return rows
 
 

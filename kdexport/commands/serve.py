@@ -63,11 +63,11 @@ def serve(
 ) -> None:
     """Serve verified bundles: Open Inference Protocol v2, images on /v1/classify, metrics."""
     require_extra()
-    from kdexport.backends.runnable import require_servable
     from kdexport.serving.limits import Limits
     from kdexport.serving.repository import parse_sources
     from kdexport.serving.server import Address
     from kdexport.serving.service import Service, Settings, read_token
+    from kdexport.targets import require_servable
 
     limits = Limits(
         queue=queue, connections=connections, body=max_body, bodies=max(max_bodies, max_body), pixels=max_pixels,

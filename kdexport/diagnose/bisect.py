@@ -15,13 +15,14 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from kdexport.backends.base import INPUT
 from kdexport.bundle.manifest import FUSED, MODEL, Manifest, layer_plans, load_unfused, onnx_files, read_golden
 from kdexport.checkpoint import load_tensors
 from kdexport.diagnose.differences import overflow, stored_difference
 from kdexport.diagnose.reproduction import write_reproduction
 from kdexport.errors import AuditError, KdexportError
 from kdexport.graph.equalise import apply_scalings
-from kdexport.graph.export import INPUT, export_onnx
+from kdexport.graph.export import export_onnx
 from kdexport.graph.plan import PLAIN
 from kdexport.graph.trace import LIMITS, NodeError, Trace, computing_nodes, first_off, results, trace
 from kdexport.reparam.fold_student import fuse_student

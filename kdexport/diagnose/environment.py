@@ -9,14 +9,13 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdexport.backends.discovery import unavailable
+from kdexport.backends.nvidia import gpu_fingerprint
 from kdexport.backends.ort import CPU
-from kdexport.backends.runnable import DEFAULT_TARGET, require_servable
 from kdexport.core.digests import tool_versions
 from kdexport.serving.isolated_load import allowed_error, require_one_file
 from kdexport.serving.limits import Limits
 from kdexport.serving.loading import as_kdexport_error, load, read_files
-from kdexport.targets import gpu_fingerprint, parse_target, target_names
+from kdexport.targets import DEFAULT_TARGET, parse_target, require_servable, target_names
 
 _PACKAGES = (
     "torch",
@@ -92,7 +91,7 @@ def _disk() -> Fact:
 
 
 def _target(name: str) -> Fact:
-    missing = unavailable(parse_target(name))
+    missing = parse_target(name).unavailable()
     return Fact(
         f"target {name}", missing is None, "can be built here" if missing is None else f"{missing[0]}. {missing[1]}."
     )

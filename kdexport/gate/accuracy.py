@@ -5,17 +5,15 @@ What both bundles remember of the same validation images: accuracy gates then ne
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kdexport.backends.base import run_in_batches
-from kdexport.backends.ort import CUDA, load_model
-from kdexport.backends.runnable import open_on_host
-from kdexport.backends.trt import run_engine
-from kdexport.bundle.manifest import GOLDEN_LOGITS, MODEL, PLAN, TARGETS
+from kdexport.backends.base import Device
+from kdexport.bundle.manifest import GOLDEN_LOGITS
 from kdexport.data.datasets import ImageSet, dataset_spec, open_dataset
 from kdexport.data.preprocessing import Preprocessing
 from kdexport.errors import BundleError, MismatchError, VerificationError
@@ -29,7 +27,7 @@ from kdexport.stats.proportions import (
     trials_needed,
 )
 from kdexport.targets import parse_target
-from kdexport.verify.task_record import TaskRecord, load_record
+from kdexport.verify.task_record import TaskRecord, load_record, record_name
 
 _CHUNK = 256
 
@@ -109,11 +107,9 @@ def predictions(
 
 def _opened(model: Artifact, batches: tuple[int, ...], threads: int, on_gpu: bool) -> _Logits:
     target = parse_target(model.target)
-    if target.needs_engine:
-        return lambda images: run_engine(model.model, target, images, batches)
-    on_host = None if on_gpu else open_on_host(model.model, model.target, threads=threads)
-    logits = on_host or load_model(model.model, provider=CUDA).logits
-    return lambda images: run_in_batches(logits, images, batches)
+    device: Device = "gpu" if on_gpu else "cpu"
+    runner = target.runtime.open(model.model, target.precision, device=device, threads=threads)
+    return partial(runner.run, batches=batches)
 
 
 def judge_accuracy(
@@ -164,7 +160,7 @@ def accuracy_gates(
     if limits == (None, None):
         return []
     images = None if data is None else labelled_images(arms[-1][1], data)
-    if not on_gpu or all(parse_target(arm.target).needs_engine for arm, _ in arms):
+    if not on_gpu or all(_ran_on_gpu(arm) for arm, _ in arms):
         stored = stored_outputs(arms, None if images is None else images.images.fingerprint())
         if stored is not None:
             return judge_accuracy(stored.reference, stored.candidate, stored.labels, limits, "stored outputs")
@@ -212,13 +208,14 @@ def _predictions(arm: Artifact, bundle: Bundle, record: TaskRecord) -> NDArray[n
     if arm.variant == "unfused":
         return record.reference.predictions
     target = parse_target(arm.target)
-    if target.backend == "openvino":
-        name = f"{TARGETS}/{target}/{MODEL} on OpenVINO"
-    elif target.needs_engine:
-        name = f"{TARGETS}/{target}/{PLAN}"
-    else:
-        # Of files with one content, only the first was run.
-        same = (name for name in record.files if bundle.manifest.files.get(name) == arm.sha256)
-        name = next(same, "")
+    # Of files with one content, only the first was run.
+    same = (name for name in record.files if bundle.manifest.files.get(name) == arm.sha256)
+    name = next(same, "") if target.runs_as_reference else record_name(target)
     metrics = record.files.get(name)
     return None if metrics is None else metrics.predictions
+
+
+def _ran_on_gpu(arm: Artifact) -> bool:
+    """Whether what the bundle remembers of the arm was computed on a GPU."""
+    target = parse_target(arm.target)
+    return arm.variant == "fused" and target.runtime.device(target.precision) == "gpu"

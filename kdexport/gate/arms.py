@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from kdexport.backends.runnable import DEFAULT_TARGET
-from kdexport.bundle.manifest import MANIFEST, MODEL, PLAN, TARGETS, Manifest, changed_files, read_manifest
+from kdexport.bundle.manifest import MANIFEST, MODEL, TARGETS, Manifest, changed_files, read_manifest
 from kdexport.checkpoint import sha256_file
 from kdexport.errors import BundleError, ConfigError, MismatchError, UnknownNameError
 from kdexport.registry import nearest
-from kdexport.targets import parse_target
+from kdexport.targets import DEFAULT_TARGET, parse_target
 
 Variant = Literal["fused", "unfused"]
 
@@ -118,14 +117,14 @@ def artifact(bundle: Bundle, target: str, variant: Variant, scratch: Path) -> Ar
     """
     wanted = parse_target(target)
     if variant == "unfused":
-        if wanted.needs_engine:
+        if wanted.compiles:
             raise ConfigError(
                 f"No engine of the unfused student is kept that {target} could be compared with.",
                 remedy="Pass --against with another target, or a baseline bundle.",
             )
         folder = _unfused_twin(bundle, scratch)
         return _artifact(f"{bundle.folder} unfused fp32", folder, folder / MODEL, f"{wanted.backend}-fp32", variant)
-    placed = bundle.folder / TARGETS / target / (PLAN if wanted.needs_engine else MODEL)
+    placed = bundle.folder / TARGETS / target / wanted.artifact
     # The float32 target of onnxruntime is the exported model itself.
     model = bundle.folder / MODEL if target == DEFAULT_TARGET and not placed.is_file() else placed
     if not model.is_file():

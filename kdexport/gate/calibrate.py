@@ -14,16 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from kdexport.backends.runnable import DEFAULT_TARGET, require_runnable
 from kdexport.core.files import require_writable_file, write_text
 from kdexport.errors import ConfigError, ResolutionError
 from kdexport.gate.arms import Artifact, artifact, open_bundle, require_batches
 from kdexport.gate.sequential_test import Number, Outcome, Plan, run_trial
 from kdexport.stats import sequential as statistics
 from kdexport.stats.proportions import upper_share
+from kdexport.targets import DEFAULT_TARGET
 from kdexport.timing.anchor import SIZE, write_network
+from kdexport.timing.clocks import parse_clocks, require_timeable
 from kdexport.timing.machine import Machine, require_cores, this_machine
-from kdexport.timing.session import Request, Session, parse_clocks, run_session
+from kdexport.timing.session import Request, Session, run_session
 
 SCHEMA = "kdexport.runner/1"
 
@@ -146,7 +147,7 @@ def run_calibration(request: CalibrationRequest, progress: Callable[[str], None]
     (clock,) = parse_clocks(request.clock) if "," not in request.clock else ("",)
     if not clock:
         raise ConfigError("A machine is calibrated for one clock at a time.", remedy="Pass --clock host, serve or gpu.")
-    require_runnable(DEFAULT_TARGET, clock)
+    require_timeable(DEFAULT_TARGET, clock)
     plan = Plan(max_slowdown=request.max_slowdown, threads=request.threads, seed=request.seed)
     with tempfile.TemporaryDirectory(prefix="kdexport-gate-") as folder:
         if request.bundle is None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kdexport.backends.runnable import require_runnable
 from kdexport.errors import ConfigError
 from kdexport.gate.accuracy import accuracy_gates
 from kdexport.gate.arms import (
@@ -24,6 +23,7 @@ from kdexport.gate.calibrate import read_calibration, require_resolution
 from kdexport.gate.result import Check, GateResult, Policy, accuracy_check, latency_check, tail_check
 from kdexport.gate.sequential_test import Number, Plan, run_trial
 from kdexport.gate.stored_latencies import number_checks, read_numbers, write_anchor
+from kdexport.timing.clocks import require_timeable
 from kdexport.timing.machine import require_cores, this_machine
 
 Progress = Callable[[str], None]
@@ -205,5 +205,5 @@ def _against(request: GateRequest, bundle: Bundle, candidate: Artifact) -> _Side
 
 def _require_timed(bundle: Bundle, target: str, request: GateRequest) -> None:
     for clock in request.clocks:
-        require_runnable(target, clock)
+        require_timeable(target, clock)
     require_batches(bundle, request.batches)

@@ -15,13 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from kdexport.backends.runnable import DEFAULT_TARGET, require_runnable
 from kdexport.errors import BackendUnavailableError, ConfigError, MismatchError
 from kdexport.gate.arms import Bundle
 from kdexport.gate.result import Check
 from kdexport.gate.sequential_test import Outcome, Plan
 from kdexport.stats import sequential as statistics
+from kdexport.targets import DEFAULT_TARGET
 from kdexport.timing.anchor import write_network
+from kdexport.timing.clocks import require_timeable
 from kdexport.timing.machine import Machine
 
 BENCH_SCHEMA = "kdexport.bench/2"
@@ -32,7 +33,7 @@ def write_anchor(folder: Path, clock: str) -> Path | None:
     """The network that latencies on ``clock`` are stored in units of; None where this machine cannot run it there."""
     # The server runs on the processor that the arms of ``host`` run on.
     try:
-        require_runnable(DEFAULT_TARGET, "host" if clock == "serve" else clock)
+        require_timeable(DEFAULT_TARGET, "host" if clock == "serve" else clock)
     except BackendUnavailableError:
         return None
     return write_network(folder / "anchor.onnx")

@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kdexport.backends.runnable import require_runnable
 from kdexport.errors import ConfigError
 from kdexport.gate.arms import Artifact, Bundle, artifact, choose_target, open_bundle, require_batches
 from kdexport.gate.result import latency_json
 from kdexport.gate.sequential_test import Number, Outcome, Plan, measure_all
 from kdexport.gate.stored_latencies import BENCH_SCHEMA, write_anchor
+from kdexport.timing.clocks import require_timeable
 from kdexport.timing.machine import require_cores, this_machine
 
 _VARIANTS = ("fused", "unfused")
@@ -46,7 +46,7 @@ def run_bench(request: BenchRequest, progress: Callable[[str], None]) -> dict[st
     targets = [choose_target(bundle, request.target if arm in _VARIANTS else arm) for arm in request.arms]
     for clock in request.clocks:
         for target in targets:
-            require_runnable(target, clock)
+            require_timeable(target, clock)
     require_batches(bundle, request.batches)
     plan = Plan(max_slowdown=0.02, threads=request.threads, seed=request.seed, tails=True)
     with tempfile.TemporaryDirectory(prefix="kdexport-bench-") as folder:

@@ -17,9 +17,8 @@ import onnx
 from numpy.typing import DTypeLike, NDArray
 from onnx import TensorProto, numpy_helper
 
-from kdexport.backends.base import Finding
+from kdexport.backends.base import INPUT, LOGITS, Finding
 from kdexport.errors import first_line
-from kdexport.graph.export import INPUT, LOGITS
 from kdexport.graph.precision import BF16_OPSET
 from kdexport.graph.tensor_ranges import Range
 

@@ -15,12 +15,11 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from kdexport import __version__
+from kdexport.backends.base import BATCH, INPUT, LOGITS
 from kdexport.checkpoint import StudentSpec
 from kdexport.core.console import quiet
 from kdexport.core.digests import digest
 from kdexport.errors import ExportError, first_line
-
-INPUT, LOGITS, BATCH = "input", "logits", "batch"
 
 
 def export_onnx(

@@ -10,10 +10,10 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from kdexport.backends.base import INPUT
 from kdexport.backends.ort import import_onnxruntime
 from kdexport.core.console import quiet
 from kdexport.errors import AuditError
-from kdexport.graph.export import INPUT
 
 Method = Literal["minmax", "entropy", "percentile"]
 METHODS: tuple[Method, ...] = ("minmax", "entropy", "percentile")

@@ -11,8 +11,8 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 import onnx
 
+from kdexport.backends.base import INPUT
 from kdexport.graph.equalise import equalise, explain_ranges, layer_ranges
-from kdexport.graph.export import INPUT
 from kdexport.graph.plan import PLAIN, Kept, LayerPlan
 from kdexport.precision_search.costs import Judge, SearchBudget, SearchImages, Trade
 from kdexport.precision_search.sensitivity import sensitivities

@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from kdexport.graph.export import INPUT, LOGITS
+from kdexport.backends.base import INPUT, LOGITS
 from kdexport.graph.trace import Arrays, extract, results, run, settled, trace
 from kdexport.stats.logits import logit_noise
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kdexport.backends.runnable import DEFAULT_TARGET, require_servable
 from kdexport.bundle.manifest import MODEL, UNIT_ERROR, Manifest
 from kdexport.core.child import ChildDiedError, ChildTimeoutError, call
 from kdexport.core.console import guarded, print_json
 from kdexport.errors import AuditError, BundleError
 from kdexport.serving.limits import Limits
+from kdexport.targets import DEFAULT_TARGET, require_servable
 
 _TIMEOUT_S = 120
 #: ``allowed_error`` of a bundle without ``unit_error`` is this multiple of it, whatever its policy says.

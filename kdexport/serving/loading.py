@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdexport.backends.ort import CPU, OrtModel, load_model
-from kdexport.backends.runnable import DEFAULT_TARGET, require_servable
 from kdexport.bundle.manifest import MANIFEST, MODEL, TARGETS, VERIFIED, Manifest, changed_files, read_manifest
 from kdexport.checkpoint import sha256_file
 from kdexport.errors import AuditError, BundleError, KdexportError, VerificationError
@@ -19,6 +18,7 @@ from kdexport.serving.images import normalisation_table, normalise
 from kdexport.serving.limits import Limits
 from kdexport.serving.self_check import Golden, compare_golden
 from kdexport.serving.wire import Signature
+from kdexport.targets import DEFAULT_TARGET, require_servable
 
 
 def served_file(manifest: Manifest, target: str) -> str:

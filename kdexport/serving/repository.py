@@ -6,13 +6,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from kdexport.backends.runnable import DEFAULT_TARGET
 from kdexport.bundle.manifest import MANIFEST
 from kdexport.errors import BundleError, ConfigError, KdexportError, RequestError
 from kdexport.serving.batching import measure_pace
 from kdexport.serving.isolated_load import try_bundle
 from kdexport.serving.limits import Limits
 from kdexport.serving.loading import LoadedModel, as_kdexport_error, bundle_digest, load
+from kdexport.targets import DEFAULT_TARGET
 
 _log = logging.getLogger("kdexport.serving")
 

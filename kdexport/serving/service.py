@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from kdexport.backends.ort import CPU
-from kdexport.backends.runnable import DEFAULT_TARGET
 from kdexport.errors import RequestError, ServerError
 from kdexport.serving import limits as cgroup
 from kdexport.serving.batching import Instances
@@ -23,6 +22,7 @@ from kdexport.serving.limits import MIB, Limits, MemoryBound, memory_bound
 from kdexport.serving.loading import LoadedModel
 from kdexport.serving.metrics import Metrics, ModelStatistics
 from kdexport.serving.repository import Change, Repository, Source
+from kdexport.targets import DEFAULT_TARGET
 
 
 class Admission:

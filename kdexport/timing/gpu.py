@@ -15,9 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdexport.backends.ort import CUDA, load_model
-from kdexport.backends.trt_build import MODULES
-from kdexport.errors import BackendUnavailableError, EngineBuildError
+from kdexport.errors import EngineBuildError
 from kdexport.targets import parse_target
 from kdexport.timing.measure import Reading, Run
 
@@ -57,8 +55,8 @@ def open_on_gpu(path: Path, target: str, images: NDArray[np.float32]) -> Replay:
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         given = torch.from_numpy(images).cuda()
-        open_ = _open_engine if parse_target(target).needs_engine else _open_onnx
-        launch, output = open_(torch, stream, path, target, given)
+        wanted = parse_target(target)
+        launch, output = wanted.runtime.capture(path, wanted.precision, given, stream)
         replay = Replay(launch, stream, output)
         for _ in range(_RUNS_BEFORE_REPLAY):
             replay()
@@ -93,62 +91,6 @@ def device_facts() -> dict[str, Any]:
         "uuid": f"GPU-{properties.uuid}",
         "capability": f"{properties.major}.{properties.minor}",
     }
-
-
-_Opened = tuple[Callable[[], object], Any]
-
-
-def _open_onnx(torch: Any, stream: Any, path: Path, _target: str, given: Any) -> _Opened:
-    options = {"enable_cuda_graph": "1", "user_compute_stream": str(stream.cuda_stream)}
-    model = load_model(path, provider=CUDA, provider_options=options)
-    elsewhere = {name: count for name, count in model.nodes_by_provider.items() if name != CUDA}
-    if elsewhere:
-        counted = ", ".join(f"{count} nodes on {name}" for name, count in elsewhere.items())
-        raise BackendUnavailableError(
-            f"{path} does not run on the GPU alone: {counted}.", remedy="Pass --clock host, or another --target."
-        )
-    (source,), (result,) = model.session.get_inputs(), model.session.get_outputs()
-    output = torch.empty((len(given), int(result.shape[-1])), dtype=torch.float32, device="cuda")
-    binding = model.session.io_binding()
-    binding.bind_input(source.name, "cuda", 0, np.float32, tuple(given.shape), given.data_ptr())
-    binding.bind_output(result.name, "cuda", 0, np.float32, tuple(output.shape), output.data_ptr())
-    # ``given`` is read at each replay: the closure keeps it.
-    return lambda _alive=given: model.session.run_with_iobinding(binding), output
-
-
-def _open_engine(torch: Any, stream: Any, path: Path, target: str, given: Any) -> _Opened:
-    trt: Any = importlib.import_module(MODULES[parse_target(target).backend])
-    runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
-    engine = runtime.deserialize_cuda_engine(path.read_bytes())
-    context = None if engine is None else engine.create_execution_context()
-    if context is None:
-        raise EngineBuildError(
-            f"TensorRT {trt.__version__} does not open {path}.",
-            remedy="An engine runs only on the GPU generation and TensorRT version that it was built for.",
-        )
-    names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-    (source,) = (name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT)
-    (result,) = (name for name in names if name != source)
-    accepted = context.set_input_shape(source, tuple(given.shape))
-    output = torch.empty(tuple(context.get_tensor_shape(result)), dtype=torch.float32, device="cuda")
-    context.set_tensor_address(source, given.data_ptr())
-    context.set_tensor_address(result, output.data_ptr())
-    # The first run of a shape sets resources up and cannot be captured.
-    if not accepted or not context.execute_async_v3(stream.cuda_stream):
-        raise EngineBuildError(
-            f"{path} does not run a batch of {len(given)}.", remedy="Use a batch size that the engine was built for."
-        )
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        context.execute_async_v3(stream.cuda_stream)
-
-    def launch(_alive: tuple[Any, ...] = (runtime, engine, context, given)) -> None:
-        # ``replay`` takes the current stream.
-        with torch.cuda.stream(stream):
-            graph.replay()
-
-    return launch, output
 
 
 #: Reasons for which the driver holds the clock back, as NVML names them; idling and settings are none of them.

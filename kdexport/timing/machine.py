@@ -4,9 +4,9 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
+from kdexport.backends.nvidia import gpu_fingerprint
 from kdexport.core.digests import tool_versions
 from kdexport.errors import RunnerError
-from kdexport.targets import gpu_fingerprint
 from kdexport.timing.session import usable_cpus
 
 

@@ -19,16 +19,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdexport.backends.runnable import DEFAULT_TARGET, open_on_host
+from kdexport.backends.base import Logits
 from kdexport.core.child import ChildDiedError, ChildTimeoutError, call
 from kdexport.core.console import fail, print_json
-from kdexport.errors import ConfigError, ForwardedError, KdexportError, UnknownNameError, VerificationError
-from kdexport.registry import nearest
+from kdexport.errors import ConfigError, ForwardedError, KdexportError, VerificationError
 from kdexport.stats.sequential import session_statistic
+from kdexport.targets import DEFAULT_TARGET, parse_target
 from kdexport.timing.anchor import SIZE
+from kdexport.timing.clocks import CLOCKS
 from kdexport.timing.measure import Block, Guard, Measured, Pairing, Run, host_block, measure, slowed
-
-CLOCKS = ("host", "serve", "gpu")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -224,6 +223,12 @@ def _on_gpu(arms: dict[str, Arm], order: list[str], images: NDArray[np.float32],
     )
 
 
+def open_on_host(path: Path, target: str, *, threads: int) -> Logits:
+    """A target's file on the CPU, in its own runtime: (n,3,S,S) float32 to logits (n,K)."""
+    wanted = parse_target(target)
+    return wanted.runtime.open(path, wanted.precision, device="cpu", threads=threads).logits
+
+
 def _bound(function: Callable[[Any], object], images: Any) -> Run:
     return lambda: function(images)
 
@@ -233,15 +238,6 @@ def _main() -> None:
         print_json(asdict(run(Request.from_json(json.loads(sys.argv[1])))))
     except KdexportError as error:
         fail(error)
-
-
-def parse_clocks(text: str) -> tuple[str, ...]:
-    """``host,serve`` as clocks, each once."""
-    names = tuple(dict.fromkeys(word.strip() for word in text.split(",")))
-    for name in names:
-        if name not in CLOCKS:
-            raise UnknownNameError(f"There is no clock {name!r}.", remedy=nearest(name, CLOCKS))
-    return names
 
 
 SESSION_TIMEOUT_S = 600

@@ -6,10 +6,10 @@ from dataclasses import replace
 import numpy as np
 import onnx
 
+from kdexport.backends.base import INPUT
 from kdexport.bundle.manifest import MODEL, TARGETS
 from kdexport.errors import AuditError
 from kdexport.graph.equalise import explain_ranges, layer_ranges
-from kdexport.graph.export import INPUT
 from kdexport.stats.logits import COLLAPSED, logit_noise
 from kdexport.targets import parse_target
 from kdexport.verify.check import Check

@@ -52,10 +52,9 @@ class Subject:
         target = name.removeprefix(f"{TARGETS}/").removesuffix(f"/{MODEL}")
         return layer_plans(self.manifest).get(target, PLAIN)
 
-    def form(self, target: Target) -> str:
-        """What ``target`` computes in: TF32 is a form of its own, though its graph says float32."""
-        tf32 = target.needs_engine and target.precision == "fp32" and self.manifest.data["export"].get("tf32", False)
-        return TF32 if tf32 else target.form
+    def computes_in(self, target: Target) -> str:
+        """The form that ``target`` computes in: TF32 is one of its own, though its graph holds float32."""
+        return target.runtime.computes_in(target.precision, self.manifest.data["export"])
 
 
 #: Folding in float64 and rounding once may differ by the last bit between machines, and by nothing more.

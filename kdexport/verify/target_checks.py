@@ -1,42 +1,46 @@
-"""Checks on each file and target of a bundle: what its graph says, where it runs, and what it computes."""
+"""Checks on each ONNX file and each target of a bundle: what its graph says, what ran it, and what it computes."""
 
 import json
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from kdexport.backends.base import Finding, run_in_batches
-from kdexport.backends.discovery import can_execute, unavailable
-from kdexport.backends.openvino import load_openvino, names_of_nodes, runtime_types_finding
-from kdexport.backends.ort import CPU, OrtModel, integer_kernels, load_model
-from kdexport.backends.trt import run_engine
-from kdexport.backends.trt_layers import Engine, EngineLayer, require_precision
-from kdexport.bundle.manifest import LAYERS, MODEL, NOT_EXECUTED, PLAN, RANGES, TARGETS, UNFUSED
+from kdexport.backends.base import Execution, Finding, Missing, Runner
+from kdexport.backends.ort import CPU, OrtModel, execution_of, integer_kernels, load_model, provider_finding
+from kdexport.bundle.manifest import RANGES, TARGETS, UNFUSED
 from kdexport.checkpoint import sha256_file
-from kdexport.errors import AuditError, KdexportError
+from kdexport.errors import AuditError, BackendUnavailableError, KdexportError
 from kdexport.graph.audit import audit_graph
 from kdexport.graph.export import model_metadata, read_metadata
 from kdexport.graph.precision import emulate_bf16
 from kdexport.graph.tensor_ranges import Range, read_ranges
-from kdexport.targets import parse_target
+from kdexport.targets import Target, parse_target
 from kdexport.verify.check import Check, broken, from_finding
 from kdexport.verify.parity import check_batches, check_repeatable, rung_b, rung_c
 from kdexport.verify.student_checks import Subject
 
-Logits = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+
+@dataclass(frozen=True, slots=True)
+class FileResult:
+    """The checks of one file or target, and what ran it: None where nothing did."""
+
+    checks: tuple[Check, ...]
+    execution: Execution | None = None
 
 
-def onnx_checks(subject: Subject, name: str, form: str) -> list[Check]:
-    """Audit and rung B or C of the ONNX file ``name``, whose precision is written as ``form``."""
+def graph_checks(subject: Subject, name: str, form: str) -> FileResult:
+    """Audit of the ONNX file ``name``, and rung B or C of its reference run by onnxruntime on the CPU.
+
+    ``form`` is the one that the file's precision is written in.
+    """
     path = subject.folder / name
     try:
         ranges = _ranges(path, form)
     except (OSError, ValueError, TypeError) as error:
-        return [broken("audit", name, f"{RANGES}: {type(error).__name__}: {error}")]
+        return FileResult((broken("audit", name, f"{RANGES}: {type(error).__name__}: {error}"),))
     plan = subject.plan(name)
     findings = audit_graph(
         path,
@@ -48,30 +52,84 @@ def onnx_checks(subject: Subject, name: str, form: str) -> list[Check]:
     )
     checks = [from_finding(name, finding) for finding in findings]
     if not findings[0].holds:
-        return checks
+        return FileResult(tuple(checks))
     checks.append(from_finding(name, _metadata(subject, path)))
     try:
         model = open_file(path, form)
         if form == "int8-u8":
             checks.append(from_finding(name, integer_kernels(path, len(plan.kept))))
     except AuditError as error:
-        return [*checks, broken("audit", name, error.message)]
-    elsewhere = {key: count for key, count in model.nodes_by_provider.items() if key != CPU}
-    fact = ", ".join(f"{count} nodes on {key}" for key, count in model.nodes_by_provider.items())
-    checks.append(from_finding(name, Finding("provider of each node", not elsewhere, fact)))
-    return [*checks, *_computed(subject, f"{name} on onnxruntime CPU", model.logits, form)]
+        return FileResult((*checks, broken("audit", name, error.message)))
+    checks.append(from_finding(name, provider_finding(model, CPU)))
+    checks += _computed(subject, f"{name} on onnxruntime CPU", _Reference(model), form)
+    return FileResult(tuple(checks), execution_of(model, CPU))
 
 
-def _computed(subject: Subject, where: str, logits: Logits, form: str) -> list[Check]:
+def target_checks(subject: Subject, name: str) -> FileResult:
+    """Audit of target ``name`` and its rung in its own runtime, where this machine can run it.
+
+    The execution is None unless the runtime opened the file here, ran every image, and told what it ran on.
+    """
+    target = parse_target(name)
+    folder, kept = subject.folder / TARGETS / name, subject.plan(name).nodes
+    where = f"{TARGETS}/{name}/{target.artifact}"
+    checks = [from_finding(where, finding) for finding in target.runtime.audit(folder, target.precision, kept)]
+    if not all(check.holds for check in checks):
+        return FileResult(tuple(checks))
+    missing = target.not_executable()
+    if missing is not None:
+        return FileResult((*checks, _not_executed(run_label(target), missing)))
+    try:
+        runner = target.runtime.open(folder / target.artifact, target.precision, kept=kept)
+        label = run_label(target)
+        checks += [from_finding(label, finding) for finding in runner.findings()]
+        checks += _computed(subject, label, runner, subject.computes_in(target))
+        return FileResult(tuple(checks), runner.execution)
+    except BackendUnavailableError as error:
+        return FileResult((*checks, _not_executed(run_label(target), Missing(error.message.rstrip("."), error.remedy))))
+    except AuditError as error:
+        return FileResult((*checks, broken("audit", run_label(target), error.message)))
+    except KdexportError as error:
+        return FileResult((*checks, broken("run", run_label(target), error.message)))
+
+
+def run_label(target: Target) -> str:
+    """How reports and stored results name a target's run in its own runtime."""
+    where = f"{TARGETS}/{target}/{target.artifact}"
+    device = target.runtime.device(target.precision).upper()
+    return where if target.compiles else f"{where} on {target.runtime.title} {device}"
+
+
+def _not_executed(where: str, missing: Missing) -> Check:
+    return from_finding(where, Finding("execution", True, f"not executed on this machine: {missing.reason}"))
+
+
+class _Reference(Runner):
+    """The reference run of an ONNX file."""
+
+    def __init__(self, model: OrtModel) -> None:
+        self._model = model
+
+    @property
+    def execution(self) -> Execution:
+        return execution_of(self._model, CPU)
+
+    def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        return self._model.logits(images)
+
+
+def _computed(subject: Subject, where: str, runner: Runner, form: str) -> list[Check]:
     """Batches, the rung of ``form``, and repeatability of something that runs."""
-    dynamic = check_batches(where, logits, subject.probes)
+    if runner.starts_a_process:
+        return _rung(subject, where, runner.run(subject.probes.images, subject.batches), form)
+    dynamic = check_batches(where, runner.logits, subject.probes)
     if not dynamic.holds:
         return [dynamic]
-    candidate = run_in_batches(logits, subject.probes.images, subject.batches)
+    candidate = runner.run(subject.probes.images, subject.batches)
     return [
         dynamic,
         *_rung(subject, where, candidate, form),
-        *check_repeatable(where, logits, subject.probes, min(8, subject.batches[-1])),
+        *check_repeatable(where, runner.logits, subject.probes, min(8, subject.batches[-1])),
     ]
 
 
@@ -86,10 +144,13 @@ def _ranges(path: Path, form: str) -> dict[str, Range]:
 
 
 def open_file(path: Path, form: str) -> OrtModel:
-    """The file as what it says: where this CPU has no kernels of its precision, its own arithmetic step by step."""
+    """The reference run of an ONNX file, by onnxruntime on the CPU.
+
+    Where this CPU has no kernels of the file's precision, its own arithmetic is run step by step.
+    """
     if form == "bf16":
         return load_model(path, content=emulate_bf16(path), optimise=False)
-    # Q/DQ around float32 operators is what the form for TensorRT means, and what no optimisation here leaves alone.
+    # Q/DQ around float32 operators is what the form for TensorRT means; onnxruntime's optimisation would change it.
     return load_model(path, optimise=form != "int8-s8")
 
 
@@ -100,48 +161,3 @@ def _metadata(subject: Subject, path: Path) -> Finding:
     expected = json.loads(json.dumps(model_metadata(subject.manifest.spec, sha256_file(subject.folder / UNFUSED))))
     wrong = [key for key in expected if key != "version" and written.get(key) != expected[key]]
     return Finding("metadata", not wrong, f"{', '.join(wrong) or 'all'} {'differ' if wrong else 'as'} in the manifest")
-
-
-def openvino_checks(subject: Subject, name: str) -> list[Check]:
-    """Precision of each layer as OpenVINO runs target ``name`` here, and its rung."""
-    target, path = parse_target(name), subject.folder / TARGETS / name / MODEL
-    where = f"{TARGETS}/{name}/{MODEL} on OpenVINO CPU"
-    missing = unavailable(target)
-    if missing is not None:
-        return [from_finding(where, Finding("execution", True, f"not executed on this machine: {missing[0]}"))]
-    try:
-        model = load_openvino(path, precision=target.precision)
-    except KdexportError as error:
-        return [broken("audit", where, error.message)]
-    precision = from_finding(
-        where, runtime_types_finding(model, target, names_of_nodes(path, subject.plan(name).nodes))
-    )
-    return [precision, *_computed(subject, where, model.logits, target.form)]
-
-
-def engine_checks(subject: Subject, name: str) -> list[Check]:
-    """Precision of each kernel of the engine of target ``name``, and its rung where this machine can run it."""
-    target, where = parse_target(name), f"{TARGETS}/{name}/{PLAN}"
-    try:
-        engine = load_engine(subject.folder / TARGETS / name)
-        require_precision(engine, target, subject.plan(name).nodes)
-    except AuditError as error:
-        return [broken("audit", where, error.message)]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return [broken("audit", where, f"{LAYERS}: {type(error).__name__}: {error}")]
-    fact = f"{len(engine.layers)} layers listed by the build"
-    checks = [from_finding(where, Finding(f"every kernel in {target.precision}", True, fact))]
-    if subject.manifest.targets[name]["status"] == NOT_EXECUTED or not can_execute(target):
-        return [*checks, from_finding(where, Finding("execution", True, "not executed on this machine"))]
-    try:
-        candidate = run_engine(engine.plan, target, subject.probes.images, subject.batches)
-    except KdexportError as error:
-        return [*checks, broken("run", where, error.message)]
-    return [*checks, *_rung(subject, where, candidate, subject.form(target))]
-
-
-def load_engine(folder: Path) -> Engine:
-    """An engine and the layer table of its build, from a target's folder."""
-    data: dict[str, Any] = json.loads((folder / LAYERS).read_text())
-    layers = tuple(EngineLayer.from_json(row) for row in data["layers"])
-    return Engine(plan=folder / PLAN, layers=layers, version=str(data["version"]))

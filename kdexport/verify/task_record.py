@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from kdexport.backends.base import Logits, run_in_batches
-from kdexport.backends.discovery import can_execute, unavailable
-from kdexport.backends.openvino import load_openvino
-from kdexport.backends.trt import run_engine
 from kdexport.bundle.manifest import (
-    MODEL,
-    NOT_EXECUTED,
-    PLAN,
     TARGETS,
     TASK,
     Manifest,
@@ -24,7 +19,7 @@ from kdexport.bundle.manifest import (
 )
 from kdexport.checkpoint import load_tensors, save_tensors, sha256_file
 from kdexport.data.datasets import ImageSet
-from kdexport.errors import BundleError, KdexportError
+from kdexport.errors import BackendUnavailableError, BundleError, KdexportError
 from kdexport.targets import Target, parse_target
 from kdexport.verify.check import Check, check_at_most
 from kdexport.verify.parity import unit_error
@@ -177,7 +172,10 @@ def _chunks(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 
 
 def _runners(subject: Subject) -> tuple[dict[str, _Runner], list[Check]]:
-    """Each distinct file once on onnxruntime (a float32 target is the exported model itself), and what else runs it."""
+    """Each distinct ONNX file once as its reference run, and each target that another runtime runs on this machine.
+
+    A float32 target of onnxruntime is the exported model itself.
+    """
     found: dict[str, _Runner] = {}
     faults: list[Check] = []
     seen: set[str] = set()
@@ -191,18 +189,26 @@ def _runners(subject: Subject) -> tuple[dict[str, _Runner], list[Check]]:
             seen.add(content)
         except (KdexportError, OSError) as error:
             faults.append(_silent(name, str(error).partition("\n")[0]))
-    for name, entry in subject.manifest.targets.items():
-        target = parse_target(name)
-        if entry["engine"] and entry["status"] != NOT_EXECUTED and can_execute(target):
-            found[f"{TARGETS}/{name}/{PLAN}"] = _runner(subject, subject.form(target), _engine(subject, target, batch))
-        elif target.backend == "openvino" and unavailable(target) is None:
-            path = subject.folder / TARGETS / name / MODEL
-            try:
-                logits = _batched(load_openvino(path, precision=target.precision).logits, batch)
-                found[f"{TARGETS}/{name}/{MODEL} on OpenVINO"] = _runner(subject, target.form, logits)
-            except KdexportError as error:
-                faults.append(_silent(name, error.message))
+    for target in map(parse_target, subject.manifest.targets):
+        if target.runs_as_reference or target.not_executable() is not None:
+            continue
+        path, kept = subject.folder / TARGETS / str(target) / target.artifact, subject.plan(str(target)).nodes
+        try:
+            opened = target.runtime.open(path, target.precision, kept=kept)
+        except BackendUnavailableError:
+            # The checks of the target say that it was not executed, and why.
+            continue
+        except KdexportError as error:
+            faults.append(_silent(str(target), error.message))
+            continue
+        found[record_name(target)] = _runner(subject, subject.computes_in(target), partial(opened.run, batches=batch))
     return found, faults
+
+
+def record_name(target: Target) -> str:
+    """The name under which the record holds what ``target`` answered in its own runtime."""
+    where = f"{TARGETS}/{target}/{target.artifact}"
+    return where if target.compiles else f"{where} on {target.runtime.title}"
 
 
 def _silent(name: str, fact: str) -> Check:
@@ -211,11 +217,6 @@ def _silent(name: str, fact: str) -> Check:
 
 def _runner(subject: Subject, form: str, logits: Logits) -> _Runner:
     return _Runner(form.partition("-")[0], unit_error(form, subject.reference), logits)
-
-
-def _engine(subject: Subject, target: Target, batch: tuple[int, ...]) -> Logits:
-    plan = subject.folder / TARGETS / str(target) / PLAN
-    return lambda images: run_engine(plan, target, images, batch)
 
 
 def _batched(logits: Logits, batch: tuple[int, ...]) -> Logits:

@@ -3,20 +3,22 @@
 Verification of a finished bundle from its own files alone.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kdexport.bundle.manifest import TASK, Manifest, onnx_files, read_golden
+from kdexport.backends.base import Execution
+from kdexport.bundle.manifest import TASK, Manifest, onnx_files, read_golden, target_of
 from kdexport.errors import BundleError, DataError, VerificationError
+from kdexport.targets import Target, parse_target
 from kdexport.verify.check import Check, check_at_most
 from kdexport.verify.int8_collapse import explain_collapse
 from kdexport.verify.policy import Policy, stored_policy
 from kdexport.verify.student_checks import check_algebra, check_golden, check_integrity, student_checks
-from kdexport.verify.target_checks import engine_checks, onnx_checks, openvino_checks
+from kdexport.verify.target_checks import graph_checks, target_checks
 from kdexport.verify.task_record import TaskImages, TaskRecord, load_record, measure_task, task_checks
 
 _SEAL = object()
@@ -29,11 +31,13 @@ _BUILD_AGAIN = (
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """All checks of one verification, the per-image results that rung D was decided on, and what a failure asks for."""
+    """All checks of one verification, and the per-image results that rung D was decided on."""
 
     checks: tuple[Check, ...]
     record: TaskRecord | None = None
     remedy: str = ""
+    #: What ran each target in this verification; a target that is missing here did not run.
+    executed: Mapping[str, Execution] = field(default_factory=dict)
 
     @property
     def failures(self) -> tuple[Check, ...]:
@@ -90,21 +94,32 @@ def verify_folder(
     checks, subject = student_checks(folder, manifest, pixels)
     if subject is None:
         return Verdict(tuple(checks))
+    executed: dict[str, Execution] = {}
     for name, form in onnx_files(manifest).items():
         progress(name)
-        checks += onnx_checks(subject, name, form)
-    for name, entry in manifest.targets.items():
-        if entry["engine"]:
-            progress(f"{name} engine")
-            checks += engine_checks(subject, name)
-        elif entry["backend"] == "openvino":
-            progress(f"{name} on OpenVINO")
-            checks += openvino_checks(subject, name)
+        result = graph_checks(subject, name, form)
+        checks += result.checks
+        target = target_of(name)
+        if target is not None and result.execution is not None and _is_own_run(target):
+            executed[str(target)] = result.execution
+    for target in map(parse_target, manifest.targets):
+        if target.runs_as_reference:
+            continue
+        progress(f"{target} on {target.runtime.title}")
+        result = target_checks(subject, str(target))
+        checks += result.checks
+        if result.execution is not None:
+            executed[str(target)] = result.execution
     if task is None:
-        return Verdict(tuple(checks))
+        return Verdict(tuple(checks), executed=executed)
     record, faults = measure_task(subject, task, progress)
     checks, remedy = explain_collapse(subject, [*checks, *faults, *task_checks(record, subject.policy)])
-    return Verdict(tuple(checks), record, remedy)
+    return Verdict(tuple(checks), record, remedy, executed)
+
+
+def _is_own_run(target: Target) -> bool:
+    """Whether the reference run of a target's ONNX file is the run of the target itself."""
+    return target.runs_as_reference and target.not_executable() is None
 
 
 def replay(folder: Path, manifest: Manifest, progress: Callable[[str], None]) -> Verdict:
@@ -114,9 +129,10 @@ def replay(folder: Path, manifest: Manifest, progress: Callable[[str], None]) ->
         return Verdict(tuple(checks))
     progress("golden images")
     checks += check_golden(folder, manifest, pixels)
-    checks += verify_folder(folder, manifest, pixels, progress=progress).checks
+    verdict = verify_folder(folder, manifest, pixels, progress=progress)
     progress("task, as stored")
-    return Verdict((*checks, *stored_task(folder, manifest, stored_policy(manifest.data))))
+    stored = stored_task(folder, manifest, stored_policy(manifest.data))
+    return Verdict((*checks, *verdict.checks, *stored), executed=verdict.executed)
 
 
 def stored_task(folder: Path, manifest: Manifest, policy: Policy) -> list[Check]:

@@ -1,8 +1,9 @@
 import pytest
 
-from kdexport.backends.discovery import require_available, unavailable
+from kdexport.backends import BACKENDS
+from kdexport.backends.base import FORMS, PRECISIONS
 from kdexport.errors import BackendUnavailableError, ConfigError, UnknownNameError
-from kdexport.targets import BACKENDS, FORMS, PRECISIONS, Target, parse_target, parse_targets, target_names
+from kdexport.targets import Target, parse_target, parse_targets, require_available, target_names
 from tests.kdexport.optional_packages import require_openvino
 
 
@@ -21,7 +22,7 @@ from tests.kdexport.optional_packages import require_openvino
 )
 def test_a_target_is_a_backend_and_a_precision(name: str, backend: str, precision: str, engine: bool) -> None:
     target = parse_target(name)
-    assert (target.backend, target.precision, target.needs_engine) == (backend, precision, engine)
+    assert (target.backend, target.precision, target.compiles) == (backend, precision, engine)
     assert str(target) == name
 
 
@@ -38,24 +39,24 @@ def test_a_target_is_made_of_the_graph_that_its_runtime_executes(name: str, form
 
 
 def test_every_backend_has_every_precision_by_name() -> None:
-    assert len(target_names()) == len(BACKENDS) * len(PRECISIONS) == 16
+    assert len(target_names()) == len(BACKENDS.names()) * len(PRECISIONS) == 16
 
 
 def test_onnxruntime_refuses_what_it_would_compute_in_another_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kdexport.backends.ort.gpu_fingerprint", list)
+    monkeypatch.setattr("kdexport.backends.nvidia.gpu_fingerprint", list)
     for precision, words in (("bf16", "no bfloat16 convolution"), ("fp16", "float16 graph in float32 on a CPU")):
         with pytest.raises(BackendUnavailableError, match=words) as caught:
             require_available((Target("onnx", precision),))
         assert caught.value.exit_code == 4
-    assert unavailable(Target("onnx", "int8")) is None
-    monkeypatch.setattr("kdexport.backends.ort.gpu_fingerprint", lambda: ["driver", "Model: H100"])
-    assert unavailable(Target("onnx", "fp16")) is None
+    assert Target("onnx", "int8").unavailable() is None
+    monkeypatch.setattr("kdexport.backends.nvidia.gpu_fingerprint", lambda: ["driver", "Model: H100"])
+    assert Target("onnx", "fp16").unavailable() is None
 
 
 def test_openvino_refuses_a_precision_that_this_processor_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     require_openvino()
     monkeypatch.setattr("kdexport.backends.openvino.capabilities", lambda: ("FP32", "BF16"))
-    assert unavailable(Target("openvino", "bf16")) is None
+    assert Target("openvino", "bf16").unavailable() is None
     with pytest.raises(BackendUnavailableError, match=r"no fp16 on this CPU, only fp32, bf16") as caught:
         require_available((Target("openvino", "fp32"), Target("openvino", "fp16")))
     assert caught.value.exit_code == 4
@@ -96,7 +97,7 @@ def test_no_target_is_a_configuration_error() -> None:
 
 
 def test_onnx_is_available_everywhere() -> None:
-    assert unavailable(Target("onnx", "fp32")) is None
+    assert Target("onnx", "fp32").unavailable() is None
     require_available((Target("onnx", "fp32"),))
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdexport.bundle.manifest import MODEL, PLAN, TARGETS, VERIFIED, Manifest
+from kdexport.backends.base import Missing
+from kdexport.bundle.manifest import TARGETS, VERIFIED, Manifest
 from kdexport.errors import BundleError, ConfigError, UnknownNameError
 from kdexport.registry import nearest
 from kdexport.serving.triton.pbtxt import Device, Schedule
@@ -77,7 +78,7 @@ def plan_export(manifest: Manifest, request: TritonRequest) -> TritonPlan:
         version=request.version,
         target=request.target,
         backend="tensorrt" if engine else "onnxruntime",
-        source=f"{TARGETS}/{request.target}/{PLAN if engine else MODEL}",
+        source=f"{TARGETS}/{request.target}/{parse_target(request.target).artifact}",
         schedule=_schedule(manifest, request, device),
         contract=_contract(manifest, entry),
     )
@@ -98,16 +99,9 @@ def _target_entry(manifest: Manifest, name: str) -> dict[str, Any]:
     if name not in manifest.targets:
         raise UnknownNameError(f"The bundle holds no target {name!r}.", remedy=nearest(name, manifest.targets))
     target, entry = parse_target(name), manifest.targets[name]
-    if target.backend == "trt-rtx":
-        raise ConfigError(
-            f"{name} is a TensorRT-RTX plan, and Triton's TensorRT backend loads plans of TensorRT alone.",
-            remedy="Pass --target onnx-fp32, or build the bundle with a trt-... target on a machine with a GPU.",
-        )
-    if target.backend == "openvino":
-        raise ConfigError(
-            f"{name} was verified in OpenVINO, and a model repository is written for onnxruntime and TensorRT alone.",
-            remedy="Pass --target onnx-fp32 or onnx-int8; build the bundle with it where it is missing.",
-        )
+    platform = target.runtime.triton_platform(target.precision)
+    if isinstance(platform, Missing):
+        raise ConfigError(f"{name} {platform.reason}.", remedy=f"{platform.remedy}.")
     if entry["status"] != VERIFIED:
         raise BundleError(
             f"The engine of {name} was built and never run, so nothing says that it computes the right logits.",

@@ -14,7 +14,6 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from kdexport.backends import trt
-from kdexport.backends.discovery import require_available
 from kdexport.backends.trt import build_engine
 from kdexport.backends.trt_build import EngineRequest
 from kdexport.backends.trt_layers import Engine, EngineLayer, require_precision
@@ -22,12 +21,12 @@ from kdexport.errors import AuditError, BackendUnavailableError, EngineBuildErro
 from kdexport.graph.precision import cast_to_bf16, cast_to_fp16
 from kdexport.graph.quantize import quantize
 from kdexport.graph.tensor_ranges import calibrate
-from kdexport.targets import Target, parse_target
+from kdexport.targets import parse_target, require_available
 from tests.kdexport.exported_students import SIZE, exported, exported_fp16, exported_unfused, small_graph, small_weights
 from tests.kdexport.graph.int8_block import CALIBRATION, block_graph, block_weights
 from tests.kdexport.graph.int8_block import SIZE as BLOCK
 
-FP16, FP32 = Target("trt-rtx", "fp16"), Target("trt-rtx", "fp32")
+FP16, FP32 = "trt-rtx-fp16", "trt-rtx-fp32"
 
 
 Build = Callable[..., Engine]
@@ -254,16 +253,16 @@ def test_bfloat16_and_int8_build_and_every_kernel_is_what_was_asked(build: Build
     source = block_graph(tmp_path / "a.onnx")
     cast_to_bf16(source, tmp_path / "bf16.onnx")
     engine = build(tmp_path / "bf16.onnx", size=BLOCK)
-    require_precision(engine, Target("trt-rtx", "bf16"))
+    require_precision(engine, "trt-rtx-bf16")
     assert {kind for layer in engine.layers for kind in layer.datatypes} == {"BFloat16"}
     calibrate(source, [CALIBRATION], tmp_path / "r.json", method="minmax", percentile=99.9)
     quantize(source, tmp_path / "r.json", tmp_path / "int8.onnx", form="int8-s8")
     engine = build(tmp_path / "int8.onnx", size=BLOCK)
-    require_precision(engine, Target("trt-rtx", "int8"))
+    require_precision(engine, "trt-rtx-int8")
     assert sum("Int8" in layer.datatypes and layer.kind in ("correlation", "gemm") for layer in engine.layers) == 3
     for asked in ("fp32", "bf16", "fp16"):
         with pytest.raises(AuditError, match="do not run in"):
-            require_precision(engine, Target("trt-rtx", asked))
+            require_precision(engine, f"trt-rtx-{asked}")
 
 
 def test_a_float32_convolution_left_in_an_int8_graph_is_found_in_the_engine(build: Build, tmp_path: Path) -> None:
@@ -275,11 +274,11 @@ def test_a_float32_convolution_left_in_an_int8_graph_is_found_in_the_engine(buil
     inner.input[0], inner.input[1] = "x", "left over"
     onnx.save(model, str(tmp_path / "mixed.onnx"))
     with pytest.raises(AuditError, match=r"1 of \d+ kernels of trt-rtx-int8 do not run in Int8: .*inner"):
-        require_precision(build(tmp_path / "mixed.onnx", size=BLOCK), Target("trt-rtx", "int8"))
+        require_precision(build(tmp_path / "mixed.onnx", size=BLOCK), "trt-rtx-int8")
 
 
 def test_a_layer_that_a_plan_keeps_is_read_back_as_float32_and_excuses_no_other(build: Build, tmp_path: Path) -> None:
-    source, target = block_graph(tmp_path / "a.onnx"), Target("trt-rtx", "int8")
+    source, target = block_graph(tmp_path / "a.onnx"), "trt-rtx-int8"
     calibrate(source, [CALIBRATION], tmp_path / "r.json", method="minmax", percentile=99.9)
     quantize(source, tmp_path / "r.json", tmp_path / "kept.onnx", form="int8-s8", keep=["inner"])
     engine = build(tmp_path / "kept.onnx", size=BLOCK)

@@ -9,7 +9,7 @@ from kdexport.backends.trt_layers import Engine, EngineLayer, parse_inspector, p
 from kdexport.errors import AuditError
 from kdexport.targets import Target
 
-FP16, FP32 = Target("trt-rtx", "fp16"), Target("trt-rtx", "fp32")
+FP16, FP32 = "trt-rtx-fp16", "trt-rtx-fp32"
 
 
 def engine_of(*layers: tuple[str, str, tuple[str, ...]]) -> Engine:
@@ -151,7 +151,7 @@ def test_types_are_read_as_either_version_writes_them(tensor: dict[str, str], na
 def test_an_engine_that_lists_only_layer_names_fails_the_precision_check() -> None:
     (layer,) = parse_inspector('{"Layers": ["conv + relu"]}', set())
     with pytest.raises(AuditError, match="conv \\+ relu reads or writes unreadable"):
-        require_precision(Engine(plan=Path("a"), layers=(layer,), version="11"), Target("trt", "fp16"))
+        require_precision(Engine(plan=Path("a"), layers=(layer,), version="11"), "trt-fp16")
 
 
 @pytest.mark.parametrize("kind", ["CaskConvolution", "correlation", "gemm", "CaskGemmConvolution"])
@@ -161,10 +161,10 @@ def test_int8_requires_that_every_multiplying_kernel_reads_int8(kind: str) -> No
         layers = tuple(EngineLayer(name=f"{k} {i}", kind=k, datatypes=t) for i, (k, t) in enumerate(rows))
         return Engine(plan=Path("a"), layers=layers, version="10")
 
-    require_precision(engine("Float", "Int8"), Target("trt", "int8"))
+    require_precision(engine("Float", "Int8"), "trt-int8")
     with pytest.raises(
         AuditError, match=rf"1 of 3 kernels of trt-int8 do not run in Int8: {kind} 0 reads or writes Float"
     ):
-        require_precision(engine("Float"), Target("trt", "int8"))
+        require_precision(engine("Float"), "trt-int8")
     with pytest.raises(AuditError, match="Half"):
-        require_precision(engine("Half", "Int8"), Target("trt", "int8"))
+        require_precision(engine("Half", "Int8"), "trt-int8")

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from kdexport.backends import nvidia, trt
+from kdexport.backends.trt import TensorRT
 from kdexport.build import stages
 from kdexport.build.precision_search import search_key, search_requests
 from kdexport.checkpoint import StudentSpec, TrainedStudent, open_checkpoint, save_checkpoint
@@ -121,19 +123,19 @@ def test_an_engine_depends_on_model_precision_shapes_and_builder_settings(change
     assert engine_key(**changes) != engine_key()
 
 
-@pytest.mark.parametrize("key", [engine_key, lambda: stages.timing_key(Target("trt", "fp16"))])
+@pytest.mark.parametrize("key", [engine_key, lambda: TensorRT().timing_key()])
 def test_an_engine_and_kernel_times_depend_on_gpu_driver_and_builder(monkeypatch: pytest.MonkeyPatch, key: Any) -> None:
     found = [key()]
     for gpu in (["NVRM 580.1", "Model: H100"], ["NVRM 580.2", "Model: H100"], ["NVRM 580.2", "Model: L4"]):
-        monkeypatch.setattr(stages, "gpu_fingerprint", lambda gpu=gpu: gpu)
+        monkeypatch.setattr(nvidia, "gpu_fingerprint", lambda gpu=gpu: gpu)
         found.append(key())
     for version in ("10.16.1", "11.4.0"):
-        monkeypatch.setattr(stages, "tool_versions", lambda *names, version=version: dict.fromkeys(names, version))
+        monkeypatch.setattr(trt, "tool_versions", lambda *names, version=version: dict.fromkeys(names, version))
         found.append(key())
     assert len(set(found)) == len(found) == 6
 
 
 def test_an_engine_that_is_built_without_a_gpu_does_not_depend_on_one(monkeypatch: pytest.MonkeyPatch) -> None:
     before = engine_key(target=Target("trt-rtx", "fp16"))
-    monkeypatch.setattr(stages, "gpu_fingerprint", lambda: ["NVRM 580.1", "Model: L4"])
+    monkeypatch.setattr(nvidia, "gpu_fingerprint", lambda: ["NVRM 580.1", "Model: L4"])
     assert engine_key(target=Target("trt-rtx", "fp16")) == before

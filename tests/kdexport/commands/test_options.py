@@ -4,7 +4,7 @@ import pytest
 
 from kdexport.commands.options import parse_batches, parse_policy, parse_share
 from kdexport.errors import ConfigError, UnknownNameError
-from kdexport.timing.session import parse_clocks
+from kdexport.timing.clocks import parse_clocks
 
 
 @pytest.mark.parametrize(("text", "value"), [("2%", 0.02), ("0.1%", 0.001), (" 100 %", 1.0), ("0.000001%", 1e-8)])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kdexport.backends.runnable import require_runnable
+from kdexport.timing.clocks import require_timeable
 from kdexport.bundle.manifest import MODEL
 from kdexport.errors import BackendUnavailableError, BundleError, ConfigError, MismatchError, UnknownNameError
 from kdexport.gate.accuracy import accuracy_gates
@@ -59,9 +59,9 @@ def test_targets_and_clocks_that_cannot_run_here_are_named(built: Built) -> None
         choose_target(bundle, "onnx-fp61")
     for target, clock in (("onnx-fp32", "gpu"), (choose_target(bundle, "trt-rtx-fp16"), "host")):
         with pytest.raises(BackendUnavailableError) as caught:
-            require_runnable(target, clock)
+            require_timeable(target, clock)
         assert caught.value.exit_code == 4
-    require_runnable("onnx-fp32", "serve")
+    require_timeable("onnx-fp32", "serve")
     require_batches(bundle, [1, 64])
     with pytest.raises(ConfigError, match=r"Batch 65 is outside of what .* was exported for: 1 to 64"):
         require_batches(bundle, [1, 65])
@@ -98,7 +98,7 @@ def test_a_target_that_would_run_in_another_precision_is_refused(two_targets: Pa
         ("openvino-fp32", "serve", "runs the onnx-fp32"),
     ):
         with pytest.raises(BackendUnavailableError, match=words) as caught:
-            require_runnable(target, clock)
+            require_timeable(target, clock)
         assert caught.value.exit_code == 4
     bundle = open_bundle(two_targets)
     assert choose_target(bundle, "openvino-fp32") == "openvino-fp32"

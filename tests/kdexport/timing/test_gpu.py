@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kdexport.backends import runnable
 from kdexport.backends.ort import CUDA, OrtModel
 from kdexport.errors import BackendUnavailableError, ConfigError, EngineBuildError
+from kdexport.timing import clocks
 from kdexport.timing import gpu as cuda_module
 from kdexport.timing import measure as measure_module
 from kdexport.timing.gpu import NvmlGuard, open_nvml
@@ -165,7 +165,7 @@ def onnx(device: Device, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         )  # fmt: skip
         return OrtModel(session, seen["nodes"])
 
-    monkeypatch.setattr(cuda_module, "load_model", load)
+    monkeypatch.setattr("kdexport.backends.ort.load_model", load)
     return seen
 
 
@@ -379,15 +379,15 @@ def test_what_a_gpu_cannot_run_as_it_says_is_refused(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     if words is None:
-        runnable.require_runnable(target, "gpu")
+        clocks.require_timeable(target, "gpu")
         return
     with pytest.raises(BackendUnavailableError, match=words) as caught:
-        runnable.require_runnable(target, "gpu")
+        clocks.require_timeable(target, "gpu")
     assert caught.value.exit_code == 4
 
 
 def test_without_a_device_the_clock_is_refused(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", FakeTorch(device, available=False))
     with pytest.raises(BackendUnavailableError, match="no CUDA device") as caught:
-        runnable.require_runnable("onnx-fp32", "gpu")
+        clocks.require_timeable("onnx-fp32", "gpu")
     assert caught.value.exit_code == 4

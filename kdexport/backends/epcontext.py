@@ -2,13 +2,18 @@
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import onnx
-from onnx import TensorProto, helper
-
+from kdexport.backends.base import BATCH, INPUT, LOGITS
 from kdexport.errors import AuditError, BackendUnavailableError, BundleError
-from kdexport.graph.export import BATCH, INPUT, LOGITS
 
+if TYPE_CHECKING:
+    import onnx
+
+#: A TensorRT plan as a model that onnxruntime opens.
+SERVED = "served.onnx"
+
+_PLAN = "model.plan"
 _SOURCES = {"trt": "TensorrtExecutionProvider", "trt-rtx": "NvTensorRTRTXExecutionProvider"}
 
 _DOMAIN = "com.microsoft"
@@ -16,11 +21,14 @@ _DOMAIN = "com.microsoft"
 
 def write_context(
     plan: Path, path: Path, *, backend: str, image_size: int, classes: int, built_with: str
-) -> onnx.ModelProto:
+) -> "onnx.ModelProto":
     """Write ``path`` beside ``plan``: input (batch,3,S,S) to logits (batch,K), both float32, by the plan's own kernels.
 
     The plan stays a file of its own, named relative to ``path``; ``built_with`` is the TensorRT version it needs.
     """
+    import onnx
+    from onnx import TensorProto, helper
+
     if plan.parent != path.parent:
         raise BundleError(
             f"{plan} and {path} lie in different folders.", remedy="onnxruntime reads a plan beside its model alone."
@@ -74,3 +82,15 @@ def require_servable(built_with: str, provider_major: int | None) -> None:
             remedy=f"Build with TensorRT {provider_major} to serve behind onnxruntime, or serve the plan with Triton's "
             f"TensorRT {major} backend.",
         )
+
+
+def wrap_plan(folder: Path, *, built_with: str, image_size: int, classes: int) -> str:
+    """Write ``served.onnx`` beside the TensorRT plan in ``folder``, or return why onnxruntime could not open it."""
+    try:
+        require_servable(built_with, provider_tensorrt_major())
+    except (AuditError, BackendUnavailableError) as error:
+        return error.message
+    write_context(
+        folder / _PLAN, folder / SERVED, backend="trt", image_size=image_size, classes=classes, built_with=built_with
+    )
+    return ""

@@ -4,10 +4,9 @@ import onnx
 import pytest
 from onnx import TensorProto
 
+from kdexport.backends.epcontext import provider_tensorrt_major, require_servable, wrap_plan, write_context
 from kdexport.backends.ort import import_onnxruntime
-from kdexport.build.package import wrap_plan
 from kdexport.errors import AuditError, BackendUnavailableError, BundleError
-from kdexport.graph.epcontext import provider_tensorrt_major, require_servable, write_context
 
 
 def written(tmp_path: Path, backend: str = "trt") -> onnx.ModelProto:
@@ -85,7 +84,7 @@ def test_the_version_is_read_from_the_provider_that_is_installed() -> None:
 def test_a_plan_is_wrapped_only_where_onnxruntime_could_open_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, major: int | None, there: bool
 ) -> None:
-    monkeypatch.setattr("kdexport.build.package.provider_tensorrt_major", lambda: major)
+    monkeypatch.setattr("kdexport.backends.epcontext.provider_tensorrt_major", lambda: major)
     (tmp_path / "model.plan").write_bytes(b"plan")
     reason = wrap_plan(tmp_path, built_with="10.16.1.11", image_size=8, classes=3)
     assert (tmp_path / "served.onnx").is_file() is there
