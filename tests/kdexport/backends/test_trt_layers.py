@@ -7,7 +7,6 @@ import pytest
 
 from kdexport.backends.trt_layers import Engine, EngineLayer, parse_inspector, parse_layer_table, require_precision
 from kdexport.errors import AuditError
-from kdexport.targets import Target
 
 FP16, FP32 = "trt-rtx-fp16", "trt-rtx-fp32"
 

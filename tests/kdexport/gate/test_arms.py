@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from kdexport.timing.clocks import require_timeable
 from kdexport.bundle.manifest import MODEL
 from kdexport.errors import BackendUnavailableError, BundleError, ConfigError, MismatchError, UnknownNameError
 from kdexport.gate.accuracy import accuracy_gates
 from kdexport.gate.arms import artifact, choose_target, open_bundle, require_batches, require_comparable
+from kdexport.timing.clocks import require_timeable
 from kdexport.timing.session import Arm, Request, pinned_cpus, run_session
 from tests.conftest import Built
 from tests.kdexport.gate.edited_bundles import rewritten
