@@ -1,6 +1,5 @@
 """The commands as a user types them: output, exit codes, errors."""
 
-import json
 import subprocess
 import sys
 import time
@@ -27,13 +26,6 @@ def test_help_comes_within_half_a_second_and_imports_nothing_heavy() -> None:
     assert best < 0.5
 
 
-def test_verify_passes_on_what_build_made(built: Built, here: Command) -> None:
-    done = here("verify", built.bundle)
-    assert done.exit_code == 0, done.stderr
-    assert "is what was trained" in done.stdout
-    assert "trt-rtx-fp16 built, not executed" in done.stdout
-
-
 def test_json_prints_one_object_and_nothing_else(built: Built, kdexport: Command, here: Command) -> None:
     for run, *arguments in (
         (kdexport, "verify", built.bundle),
@@ -54,20 +46,6 @@ def test_an_error_in_json_has_its_code_and_remedy(kdexport: Command, tmp_path: P
     assert done.exit_code == 2
     assert done.data["error"]["code"] == "KDX203"
     assert "kdexport build" in done.data["error"]["remedy"]
-
-
-def test_inspect_tells_how_to_feed_the_student(built: Built, here: Command) -> None:
-    done = here("inspect", built.bundle)
-    assert done.exit_code == 0
-    assert "float32 (batch, 3, 32, 32)" in done.stdout
-    assert "mobilenetv2, 10 classes" in done.stdout
-
-
-def test_lists_name_what_there_is(here: Command) -> None:
-    assert "mobilenetv2" in here("list", "students").stdout.split()
-    assert {"resnet56", "resnet8"} <= set(here("list", "teachers").stdout.split())
-    assert "kdiffusion" in here("list", "distillers").stdout.split()
-    assert "trt-rtx-fp16" in here("list", "targets").stdout
 
 
 @pytest.mark.parametrize(
@@ -166,26 +144,3 @@ def test_the_options_of_each_command_are_frozen() -> None:
             "--version", "bundle",
         ],
     }  # fmt: skip
-
-
-def test_every_error_code_is_explained_by_the_command(here: Command) -> None:
-    from kdexport.errors import error_codes
-
-    for code in list(error_codes())[:3]:
-        assert here("explain", code).stdout.startswith(code)
-
-
-def test_training_commands_refuse_bad_recipes(kdexport: Command, tmp_path: Path) -> None:
-    from tests.conftest import run_command
-
-    done = run_command("resolve", "--recipe", "digts", module="training")
-    assert done.exit_code == 2
-    assert "digits" in done.stderr
-    done = run_command("resolve", "--recipe", "digits", "--set", "train.epoch=3", module="training")
-    assert done.exit_code == 2
-    assert "train.epoch" in done.stderr
-    assert "epochs" in done.stderr
-    resolved = json.loads(
-        run_command("resolve", "--recipe", "digits", "--set", "train.epochs=3", module="training").stdout
-    )
-    assert resolved["recipe"]["train"]["epochs"] == 3

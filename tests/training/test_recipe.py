@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from kdexport.errors import ConfigError, ReparamError
+from tests.conftest import run_command
 from tests.training.small_runs import environment
 from training.__main__ import app
 from training.recipe import load_recipe, merge_overrides, parse_override
@@ -235,3 +236,17 @@ def test_another_data_set_does_not_keep_the_root_of_the_base(tmp_path: Path) -> 
     assert load_recipe(str(base), both).data.spec().name == "folder:/moved"
     assert load_recipe(str(base), {"data": {"root": "/moved"}}).data.spec().root == "/moved"
     assert load_recipe(str(base), {"data": {"name": "cifar100"}}).data.root == "data/cifar100"
+
+
+def test_training_commands_refuse_bad_recipes() -> None:
+    done = run_command("resolve", "--recipe", "digts", module="training")
+    assert done.exit_code == 2
+    assert "digits" in done.stderr
+    done = run_command("resolve", "--recipe", "digits", "--set", "train.epoch=3", module="training")
+    assert done.exit_code == 2
+    assert "train.epoch" in done.stderr
+    assert "epochs" in done.stderr
+    resolved = json.loads(
+        run_command("resolve", "--recipe", "digits", "--set", "train.epochs=3", module="training").stdout
+    )
+    assert resolved["recipe"]["train"]["epochs"] == 3
