@@ -1,11 +1,11 @@
 """The hand-over from training: a directory with student.json and model.safetensors, and nothing pickled."""
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdexport.core.digests import sha256_file
 from kdexport.data.preprocessing import Preprocessing
 from kdexport.errors import CheckpointError
 from kdexport.registry import nearest
@@ -75,12 +75,6 @@ class TrainedStudent:
     weights: Path
     weights_sha256: str
     spec: StudentSpec
-
-
-def sha256_file(path: Path) -> str:
-    """sha256 of a file, in hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def open_checkpoint(directory: Path) -> TrainedStudent:

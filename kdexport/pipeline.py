@@ -8,9 +8,9 @@ from kdexport.build import stages
 from kdexport.build import train as trainer
 from kdexport.build.precision_search import require_searchable, search_all, search_requests, stage_keys
 from kdexport.bundle.manifest import FUSED, MANIFEST, UNFUSED, Manifest, changed_files, read_manifest
-from kdexport.checkpoint import TrainedStudent, open_checkpoint, sha256_file
+from kdexport.checkpoint import TrainedStudent, open_checkpoint
 from kdexport.config import BuildConfig
-from kdexport.core.digests import digest, source_digest
+from kdexport.core.digests import digest, sha256_file, source_digest
 from kdexport.core.files import replace_folder, require_replaceable, require_writable
 from kdexport.core.progress import Reporter
 from kdexport.data.calibration_images import Calibration

@@ -15,7 +15,8 @@ import torch
 from accelerate import Accelerator
 
 from kdexport.checkpoint import load_student as load_trained_student
-from kdexport.checkpoint import open_checkpoint, save_tensors, sha256_file
+from kdexport.checkpoint import open_checkpoint, save_tensors
+from kdexport.core.digests import sha256_file
 from kdexport.core.files import recover, write_file, write_text
 from kdexport.data.datasets import ImageSet, dataset_digest, open_dataset
 from kdexport.errors import BackendUnavailableError, CheckpointError

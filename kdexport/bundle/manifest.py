@@ -7,7 +7,8 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from kdexport.backends.base import ONNX_FILE
-from kdexport.checkpoint import StudentSpec, build_student, load_strictly, load_tensors, sha256_file
+from kdexport.checkpoint import StudentSpec, build_student, load_strictly, load_tensors
+from kdexport.core.digests import sha256_file
 from kdexport.errors import BundleError
 from kdexport.graph.plan import LayerPlan
 from kdexport.targets import Target, parse_target, target_names

@@ -1,6 +1,5 @@
 """`kdexport fuse`: merge what somebody else built, prove it, write it as a program and as ONNX."""
 
-import hashlib
 import json
 import tempfile
 from pathlib import Path
@@ -54,6 +53,7 @@ def write(fused: "FusedProgram", out: Path, source: str) -> dict[str, Any]:
     import torch
 
     from kdexport.core.console import quiet
+    from kdexport.core.digests import sha256_file
     from kdexport.core.files import replace_folder
     from kdexport.graph.export import export_program
 
@@ -66,9 +66,7 @@ def write(fused: "FusedProgram", out: Path, source: str) -> dict[str, Any]:
         metadata = {"source": name, "certificate": fused.certificate.whole_relative_error}
         export_program(fused.program, place / MODEL, opset=_OPSET, metadata=metadata, weights=fused.weights)
         described = describe(fused, name)
-        described["files"] = {
-            item: hashlib.sha256((place / item).read_bytes()).hexdigest() for item in (PROGRAM, MODEL)
-        }
+        described["files"] = {item: sha256_file(place / item) for item in (PROGRAM, MODEL)}
         text = json.dumps(described, indent=1, sort_keys=True) + "\n"
         (place / CERTIFICATE).write_text(text, encoding="utf-8")
         replace_folder(place, out)

@@ -1,4 +1,4 @@
-"""Digests of what a stage reads: JSON values, source code, and whole data sets without reading them twice."""
+"""Digests: of files and bytes, of JSON values, and of the source code and packages that make a result."""
 
 import functools
 import hashlib
@@ -10,7 +10,18 @@ from typing import Any
 
 def digest(value: Any) -> str:
     """sha256 of a JSON value in canonical form."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return sha256_bytes(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
+
+
+def sha256_bytes(data: bytes) -> str:
+    """sha256 of ``data`` in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """sha256 of a file, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def tool_versions(*packages: str) -> dict[str, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from kdexport.bundle.manifest import MANIFEST, MODEL, TARGETS, Manifest, changed_files, read_manifest
-from kdexport.checkpoint import sha256_file
+from kdexport.core.digests import sha256_file
 from kdexport.errors import BundleError, ConfigError, MismatchError, UnknownNameError
 from kdexport.registry import nearest
 from kdexport.targets import DEFAULT_TARGET, parse_target

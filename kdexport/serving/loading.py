@@ -1,6 +1,5 @@
 """A bundle folder becomes a model that answers: only if its files, its provider and its golden images are in order."""
 
-import hashlib
 import os
 import stat
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 
 from kdexport.backends.ort import CPU, OrtModel, load_model
 from kdexport.bundle.manifest import MANIFEST, MODEL, TARGETS, VERIFIED, Manifest, changed_files, read_manifest
-from kdexport.checkpoint import sha256_file
+from kdexport.core.digests import sha256_bytes, sha256_file
 from kdexport.errors import AuditError, BundleError, KdexportError, VerificationError
 from kdexport.serving.batching import UNKNOWN_PACE, Pace
 from kdexport.serving.images import normalisation_table, normalise
@@ -89,7 +88,7 @@ def read_files(folder: Path, target: str = DEFAULT_TARGET) -> Files:
     name = served_file(manifest, target)
     _require_verified(folder, manifest, name)
     graph = (folder / name).read_bytes()
-    if hashlib.sha256(graph).hexdigest() != manifest.files.get(name) or bundle_digest(folder) != digest:
+    if sha256_bytes(graph) != manifest.files.get(name) or bundle_digest(folder) != digest:
         raise VerificationError(f"{folder} changed while it was read.", remedy="Replace bundles by renaming a folder.")
     return Files(manifest=manifest, digest=digest, name=name, graph=graph)
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from kdexport.backends.base import Execution, Finding, Missing, Runner
 from kdexport.backends.ort import CPU, OrtModel, execution_of, integer_kernels, load_model, provider_finding
 from kdexport.bundle.manifest import RANGES, TARGETS, UNFUSED
-from kdexport.checkpoint import sha256_file
+from kdexport.core.digests import sha256_file
 from kdexport.errors import AuditError, BackendUnavailableError, KdexportError
 from kdexport.graph.audit import audit_graph
 from kdexport.graph.export import model_metadata, read_metadata

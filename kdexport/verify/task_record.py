@@ -17,7 +17,8 @@ from kdexport.bundle.manifest import (
     load_unfused,
     onnx_files,
 )
-from kdexport.checkpoint import load_tensors, save_tensors, sha256_file
+from kdexport.checkpoint import load_tensors, save_tensors
+from kdexport.core.digests import sha256_file
 from kdexport.data.datasets import ImageSet
 from kdexport.errors import BackendUnavailableError, BundleError, KdexportError
 from kdexport.targets import Target, parse_target

@@ -1,6 +1,5 @@
 """A verified bundle as a version of a model in a Triton repository."""
 
-import hashlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from kdexport.bundle.manifest import MODEL, TARGETS
-from kdexport.checkpoint import sha256_file
+from kdexport.core.digests import sha256_bytes, sha256_file
 from kdexport.data.preprocessing import read_image
 from kdexport.errors import BundleError, OutputError
 from kdexport.serving.triton.pbtxt import (
@@ -107,7 +106,7 @@ def _write_shared(staged: Path, bundle: VerifiedBundle, plan: TritonPlan) -> Non
     pixels = spec.preprocessing.pixels(read_image(bundle.folder / bundle.manifest.golden[0]))
     image = spec.preprocessing.normalise(pixels[np.newaxis])[0].astype("<f4").tobytes()
     # Named by its content: the old file stays in place for as long as the old configuration may be read.
-    warmup = f"golden-{hashlib.sha256(image).hexdigest()[:16]}"
+    warmup = f"golden-{sha256_bytes(image)[:16]}"
     (staged / WARMUP).mkdir()
     (staged / WARMUP / warmup).write_bytes(image)
     (staged / LABELS).write_text("".join(f"{name}\n" for name in spec.classes), encoding="utf-8")
