@@ -69,7 +69,7 @@ def kernels(engine: Engine) -> list[EngineLayer]:
     return [layer for layer in engine.layers if layer.datatypes]
 
 
-def test_every_kernel_of_a_student_has_the_type_that_was_asked_for(build: Build) -> None:
+def test_every_kernel_of_a_student_has_the_requested_type(build: Build) -> None:
     for model, target, name in ((exported_fp16("R1"), FP16, "Half"), (exported("R1").path, FP32, "Float")):
         engine = build(model)
         require_precision(engine, target)
@@ -80,7 +80,7 @@ def test_every_kernel_of_a_student_has_the_type_that_was_asked_for(build: Build)
         assert re.fullmatch(r"\d+(\.\d+)+", engine.version)
 
 
-def test_a_float32_graph_asked_for_as_float16_is_refused_with_a_kernel(build: Build) -> None:
+def test_a_float32_graph_requested_as_float16_is_refused_and_a_kernel_is_named(build: Build) -> None:
     engine = build(exported("R1").path)
     with pytest.raises(AuditError) as caught:
         require_precision(engine, FP16)
@@ -131,7 +131,7 @@ def test_the_branches_cost_kernels_that_folding_saves(build: Build) -> None:
     assert len(kernels(unfused)) >= len(kernels(fused)) + 3
 
 
-def test_an_engine_is_for_the_gpu_generations_that_were_asked_for(build: Build) -> None:
+def test_an_engine_is_built_for_the_requested_gpu_generations(build: Build) -> None:
     def generations(*capabilities: str) -> set[bytes]:
         plan = build(exported_fp16("R1"), capabilities=capabilities).plan
         return {name.lower() for name in re.findall(rb"sm_?\d{2,3}", plan.read_bytes())}
@@ -173,7 +173,7 @@ def test_an_unknown_generation_is_an_error_with_its_name_and_no_traceback(build:
     assert caught.value.exit_code == 1
 
 
-def test_what_cannot_be_parsed_is_refused_in_the_words_of_the_builder(build: Build, tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_parsed_is_refused_with_the_message_of_the_builder(build: Build, tmp_path: Path) -> None:
     garbage = tmp_path / "garbage.onnx"
     garbage.write_bytes(b"garbage" * 40)
     with pytest.raises(EngineBuildError, match=r"tensorrt_rtx did not build garbage\.onnx: .*[Ff]ailed to parse"):
@@ -223,14 +223,14 @@ def test_a_builder_that_hangs_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_p
         build_engine(request(tmp_path / "a.onnx"))
 
 
-def test_a_backend_that_is_not_installed_is_no_traceback(tmp_path: Path) -> None:
+def test_a_missing_backend_is_an_error_without_a_traceback(tmp_path: Path) -> None:
     if importlib.util.find_spec("tensorrt") is not None:
         pytest.skip("TensorRT is installed")
     with pytest.raises(EngineBuildError, match=r"tensorrt did not build a\.onnx: ModuleNotFoundError"):
         build_engine(request(tmp_path / "a.onnx", backend="trt"))
 
 
-def test_a_target_without_tensorrt_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_target_without_tensorrt_is_an_error_with_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BackendUnavailableError) as caught:
         require_available((parse_target("onnx-fp32"), parse_target("trt-fp16")))
@@ -249,7 +249,7 @@ def test_importing_the_backend_imports_no_tensorrt() -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_bfloat16_and_int8_build_and_every_kernel_is_what_was_asked(build: Build, tmp_path: Path) -> None:
+def test_bfloat16_and_int8_build_and_every_kernel_has_the_requested_type(build: Build, tmp_path: Path) -> None:
     source = block_graph(tmp_path / "a.onnx")
     cast_to_bf16(source, tmp_path / "bf16.onnx")
     engine = build(tmp_path / "bf16.onnx", size=BLOCK)
@@ -277,7 +277,7 @@ def test_a_float32_convolution_left_in_an_int8_graph_is_found_in_the_engine(buil
         require_precision(build(tmp_path / "mixed.onnx", size=BLOCK), "trt-rtx-int8")
 
 
-def test_a_layer_that_a_plan_keeps_is_read_back_as_float32_and_excuses_no_other(build: Build, tmp_path: Path) -> None:
+def test_only_the_layers_that_a_plan_keeps_may_run_in_float32(build: Build, tmp_path: Path) -> None:
     source, target = block_graph(tmp_path / "a.onnx"), "trt-rtx-int8"
     calibrate(source, [CALIBRATION], tmp_path / "r.json", method="minmax", percentile=99.9)
     quantize(source, tmp_path / "r.json", tmp_path / "kept.onnx", form="int8-s8", keep=["inner"])
@@ -292,7 +292,7 @@ def test_a_layer_that_a_plan_keeps_is_read_back_as_float32_and_excuses_no_other(
         require_precision(engine, target, ["inner", "stem"])
 
 
-def test_the_form_for_cpus_is_refused_in_the_words_of_the_builder(build: Build, tmp_path: Path) -> None:
+def test_the_form_for_cpus_is_refused_with_the_message_of_the_builder(build: Build, tmp_path: Path) -> None:
     source = block_graph(tmp_path / "a.onnx")
     calibrate(source, [CALIBRATION], tmp_path / "r.json", method="minmax", percentile=99.9)
     quantize(source, tmp_path / "r.json", tmp_path / "u8.onnx", form="int8-u8")

@@ -1,4 +1,4 @@
-"""What a cached result is found by: everything that it depends on, and nothing else."""
+"""The key of a cached result: it depends on everything that the result depends on, and on nothing else."""
 
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def test_two_students_of_one_architecture_share_no_result_and_no_engine(tmp_path
     assert keys(student(tmp_path / "c", 1)) == first
 
 
-def test_one_changed_bit_of_a_weight_is_another_engine(tmp_path: Path) -> None:
+def test_one_changed_bit_of_a_weight_changes_the_key_of_the_engine(tmp_path: Path) -> None:
     first = student(tmp_path / "a", 1)
     changed = bytearray(first.weights.read_bytes())
     changed[-1] ^= 1
@@ -68,9 +68,7 @@ SCALE = LayerPlan(equalised=(Scaling(("a.weight",), "b.weight", 1, (1, 2)),))
 
 
 @pytest.mark.parametrize("plan", [KEEP, SCALE])
-def test_a_precision_plan_makes_another_model_and_another_engine_of_its_form_alone(
-    tmp_path: Path, plan: LayerPlan
-) -> None:
+def test_a_precision_plan_changes_only_the_keys_of_its_own_form(tmp_path: Path, plan: LayerPlan) -> None:
     trained, config = student(tmp_path / "a", 1), BuildConfig(student="mobilenetv2", recipe="digits")
     plain = keys(trained)
     planned = stages.stage_keys(trained, TARGETS, config, CALIBRATION, {"int8-s8": plan})
@@ -82,7 +80,7 @@ def test_a_precision_plan_makes_another_model_and_another_engine_of_its_form_alo
     ] * (plan is SCALE)
 
 
-def test_scalings_are_told_apart_by_every_number() -> None:
+def test_every_number_of_a_scaling_changes_the_key() -> None:
     found = [SCALE, LayerPlan(equalised=(Scaling(("a.weight",), "b.weight", 1, (1, 3)),)), KEEP, LayerPlan()]
     assert len({stages.cast_key("m", "int8-u8", CALIBRATION, plan) for plan in found}) == len(found)
 
