@@ -1,4 +1,4 @@
-"""``kdexport serve``."""
+"""``kdexport serve``: serve verified bundles over HTTP."""
 
 import importlib.util
 import json
@@ -23,7 +23,7 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def require_extra() -> None:
-    """Raise ``BackendUnavailableError`` where the packages of the server are not installed."""
+    """Raise ``BackendUnavailableError`` if a package of the server is not installed."""
     missing = [name for name in _EXTRA if importlib.util.find_spec(name) is None]
     if missing:
         raise BackendUnavailableError(
@@ -33,32 +33,39 @@ def require_extra() -> None:
 
 
 def serve(
-    bundles: Annotated[list[str], typer.Argument(help="Bundles, or folders of bundles named 1, 2, 3; NAME=FOLDER.")],
+    bundles: Annotated[
+        list[str], typer.Argument(help="FOLDER or NAME=FOLDER: a bundle, or bundles in folders named 1, 2, 3.")
+    ],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
-    metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="Port of /metrics.")] = 8002,
-    target: Annotated[str, typer.Option(help="Target of each bundle to run: onnx-fp32, onnx-int8, onnx-fp16.")] = (
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 means any free one.")] = 8000,
+    metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="Port of /metrics; 0 means any free one.")] = 8002,
+    target: Annotated[str, typer.Option(help="Target of the bundles to run: onnx-fp32, onnx-int8 or onnx-fp16.")] = (
         "onnx-fp32"
     ),
-    provider: Annotated[str, typer.Option(help="cpu, cuda or tensorrt.")] = "cpu",
-    instances: Annotated[int, typer.Option(min=0, max=256, help="Parallel runs; 0: as many as processors.")] = 0,
-    queue: Annotated[int, typer.Option(min=0, help="Requests that may wait.")] = 32,
-    connections: Annotated[int, typer.Option(min=8, help="Open connections.")] = 512,
-    max_body: Annotated[int, typer.Option(min=1024, help="Bytes of one body, packed and unpacked.")] = 16 * 2**20,
-    max_bodies: Annotated[int, typer.Option(min=1024, help="Bytes of all bodies together.")] = 128 * 2**20,
-    max_pixels: Annotated[int, typer.Option(min=1024, help="Pixels of one image.")] = 25_000_000,
-    min_side: Annotated[int, typer.Option(min=1, help="Pixels of an image's short side.")] = 16,
-    queue_timeout: Annotated[float, typer.Option(min=0.001, help="Seconds in the queue.")] = 2.0,
-    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds from body to answer.")] = 10.0,
-    header_timeout: Annotated[float, typer.Option(min=0.05, help="Seconds for a request header.")] = 5.0,
-    body_timeout: Annotated[float, typer.Option(min=0.05, help="Seconds for a body.")] = 10.0,
-    drain: Annotated[float, typer.Option(min=0, help="Seconds of serving on after SIGTERM.")] = 5.0,
-    grace: Annotated[float, typer.Option(min=0, help="Seconds for what is left after that.")] = 20.0,
-    watch: Annotated[float, typer.Option(min=0, help="Seconds between looks for a new bundle; 0: SIGHUP only.")] = 5.0,
-    token_file: Annotated[Path | None, typer.Option(help="File with the bearer token that requests need.")] = None,
+    provider: Annotated[str, typer.Option(help="Execution provider: cpu, cuda or tensorrt.")] = "cpu",
+    instances: Annotated[
+        int, typer.Option(min=0, max=256, help="Parallel runs of the model; 0 means one per processor.")
+    ] = 0,
+    queue: Annotated[int, typer.Option(min=0, help="Requests that may wait in the queue.")] = 32,
+    connections: Annotated[int, typer.Option(min=8, help="Most open connections.")] = 512,
+    max_body: Annotated[int, typer.Option(min=1024, help="Most bytes of one body, compressed and decompressed.")] = 16
+    * 2**20,
+    max_bodies: Annotated[int, typer.Option(min=1024, help="Most bytes of all bodies together.")] = 128 * 2**20,
+    max_pixels: Annotated[int, typer.Option(min=1024, help="Most pixels of an image.")] = 25_000_000,
+    min_side: Annotated[int, typer.Option(min=1, help="Fewest pixels of an image's short side.")] = 16,
+    queue_timeout: Annotated[float, typer.Option(min=0.001, help="Most seconds in the queue.")] = 2.0,
+    timeout: Annotated[float, typer.Option(min=0.001, help="Most seconds from body to response.")] = 10.0,
+    header_timeout: Annotated[float, typer.Option(min=0.05, help="Most seconds for a request header to arrive.")] = 5.0,
+    body_timeout: Annotated[float, typer.Option(min=0.05, help="Most seconds for a body to arrive.")] = 10.0,
+    drain: Annotated[float, typer.Option(min=0, help="Seconds to keep serving after SIGTERM.")] = 5.0,
+    grace: Annotated[float, typer.Option(min=0, help="Most seconds to finish open requests after that.")] = 20.0,
+    watch: Annotated[
+        float, typer.Option(min=0, help="Seconds between checks for new bundles; 0 means only on SIGHUP.")
+    ] = 5.0,
+    token_file: Annotated[Path | None, typer.Option(help="File with the bearer token that requests must have.")] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain, PEM.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Private key, PEM.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout once ready.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout when ready.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Print tracebacks of errors.")] = False,
 ) -> None:
     """Serve verified bundles: Open Inference Protocol v2, images on /v1/classify, metrics."""
@@ -86,12 +93,12 @@ def serve(
 def run(
     service: "Service", address: "Address", *, watch_seconds: float, context: "ssl.SSLContext | None", as_json: bool
 ) -> None:
-    """Load, announce, serve, drain."""
+    """Load the models, print where they are served, serve until a signal, and drain."""
     import asyncio
 
     from kdexport.serving.server import Server
 
-    # Until the server handles it, a reload that comes too early must not end the process.
+    # SIGHUP asks for a reload; before the server handles it, it must not end the process.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(message)s")
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
@@ -99,7 +106,9 @@ def run(
     service.load()
     bound = service.require_memory(resident_bytes())
     if address.host not in _LOOPBACK and service.settings.token is None:
-        sys.stderr.write(f"warning: {address.host} is open to others and no --token-file guards it.\n")
+        sys.stderr.write(
+            f"warning: other machines can reach {address.host}, and no token is required; pass --token-file FILE.\n"
+        )
 
     def announce(running: "Running") -> None:
         scheme = "http" if context is None else "https"
@@ -109,20 +118,20 @@ def run(
             golden = model.golden
             sys.stderr.write(
                 f"{model.name} version {model.version}, {model.target} on {model.provider}, {service.count} instances; "
-                f"{golden.images} golden images within {golden.error:.1e} of the reference "
+                f"largest difference to the reference on {golden.images} golden images: {golden.error:.1e} "
                 f"(up to {golden.allowed:.1e} allowed)\n"
             )
         sys.stderr.write(f"memory: {bound.describe()}\nserving {url}, metrics {metrics_url}\n")
         if as_json:
-            sys.stdout.write(json.dumps(_ready(service, url, metrics_url, bound.total)) + "\n")
+            sys.stdout.write(json.dumps(_describe(service, url, metrics_url, bound.total)) + "\n")
             sys.stdout.flush()
 
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         cut = runner.run(server.run(context=context, started=announce))
-    sys.stderr.write(f"stopped; {cut} requests were cut off\n")
+    sys.stderr.write(f"stopped; {cut} requests got no response\n")
 
 
-def _ready(service: "Service", url: str, metrics_url: str, bound: int) -> dict[str, Any]:
+def _describe(service: "Service", url: str, metrics_url: str, bound: int) -> dict[str, Any]:
     models = service.repository.models.values()
     return {
         "ok": True,
@@ -138,7 +147,7 @@ def _ready(service: "Service", url: str, metrics_url: str, bound: int) -> dict[s
 
 
 def resident_bytes() -> int:
-    """The largest resident size of this process so far."""
+    """The largest resident size of this process so far, in bytes."""
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -157,7 +166,7 @@ def _provider(name: str) -> str:
 
     providers = {"cpu": CPU, "cuda": CUDA, "tensorrt": TENSORRT}
     if name not in providers:
-        raise ConfigError(f"There is no provider {name!r}.", remedy=f"Known: {', '.join(providers)}.")
+        raise ConfigError(f"--provider {name!r} is not known.", remedy=f"Known providers: {', '.join(providers)}.")
     return providers[name]
 
 
@@ -167,10 +176,14 @@ def _tls(cert: Path | None, key: Path | None) -> "ssl.SSLContext | None":
     if cert is None and key is None:
         return None
     if cert is None or key is None:
-        raise ConfigError("TLS needs both files.", remedy="Pass --tls-cert and --tls-key.")
+        given, missing = ("--tls-cert", "--tls-key") if key is None else ("--tls-key", "--tls-cert")
+        raise ConfigError(f"{given} was given without {missing}; TLS needs both.", remedy=f"Add {missing} FILE.")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         context.load_cert_chain(cert, key)
     except (ssl.SSLError, OSError) as error:
-        raise ConfigError(f"{cert} and {key} are no certificate and key: {error}.", remedy="Both are PEM.") from error
+        raise ConfigError(
+            f"{cert} and {key} are not a certificate and its private key: {error}.",
+            remedy="Pass the PEM file of the certificate chain as --tls-cert and that of its key as --tls-key.",
+        ) from error
     return context

@@ -1,4 +1,4 @@
-"""``kdexport triton``: options in, a sentence or a JSON object out."""
+"""``kdexport triton``: write a verified bundle into a Triton model repository."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class DeviceChoice(StrEnum):
-    """Where Triton runs the model."""
+    """The device on which Triton runs the model."""
 
     cpu = "cpu"
     gpu = "gpu"
@@ -22,25 +22,32 @@ class DeviceChoice(StrEnum):
 
 def triton(
     bundle: Annotated[Path, typer.Argument(help="A folder that `kdexport build` wrote.")],
-    repository: Annotated[Path, typer.Option(help="Triton model repository; created where it is missing.")],
-    name: Annotated[str | None, typer.Option(help="Name of the model; default the student's.")] = None,
-    version: Annotated[int | None, typer.Option(min=1, help="Version; default the next free one.")] = None,
-    target: Annotated[str, typer.Option(help="Which target of the bundle: onnx-fp32, trt-fp16, ...")] = "onnx-fp32",
-    device: Annotated[DeviceChoice | None, typer.Option(help="cpu, or gpu; default gpu for a plan.")] = None,
+    repository: Annotated[Path, typer.Option(help="Triton model repository; created if it does not exist.")],
+    name: Annotated[str | None, typer.Option(help="Name of the model; default: the student's.")] = None,
+    version: Annotated[int | None, typer.Option(min=1, help="Version; default: the next free one.")] = None,
+    target: Annotated[str, typer.Option(help="Target of the bundle to write: onnx-fp32, trt-fp16, ...")] = "onnx-fp32",
+    device: Annotated[
+        DeviceChoice | None, typer.Option(help="cpu or gpu; default: gpu for a TensorRT plan, else cpu.")
+    ] = None,
     instances: Annotated[
-        int, typer.Option(min=1, max=256, help="Model instances; on a CPU one thread each, so give it the cores.")
+        int,
+        typer.Option(
+            min=1, max=256, help="Model instances; on a CPU each has one thread, so pass the number of cores."
+        ),
     ] = 1,
     max_batch: Annotated[
-        int | None, typer.Option(min=1, help="Largest batch; default 1 on a CPU, the bundle's largest on a GPU.")
+        int | None, typer.Option(min=1, help="Largest batch; default: 1 on a CPU, the bundle's largest on a GPU.")
     ] = None,
-    delay_us: Annotated[int, typer.Option(min=0, help="How long a request may wait to be batched, microseconds.")] = 0,
+    delay_us: Annotated[int, typer.Option(min=0, help="Most microseconds that a request waits to be batched.")] = 0,
     max_queue: Annotated[
-        int | None, typer.Option(min=1, help="Requests that may wait; default 2 x instances x max batch + 32.")
+        int | None, typer.Option(min=1, help="Requests that may wait; default: 2 x instances x max batch + 32.")
     ] = None,
-    queue_timeout_ms: Annotated[int, typer.Option(min=1, help="Waiting longer is rejected, milliseconds.")] = 2000,
-    keep_versions: Annotated[int, typer.Option(min=1, help="How many of the latest versions Triton serves.")] = 2,
+    queue_timeout_ms: Annotated[
+        int, typer.Option(min=1, help="Most milliseconds in the queue; Triton then rejects the request.")
+    ] = 2000,
+    keep_versions: Annotated[int, typer.Option(min=1, help="Number of latest versions that Triton serves.")] = 2,
     tensorrt_version: Annotated[
-        str | None, typer.Option(help="TensorRT of the Triton that will load a plan, such as 10.13.2.6.")
+        str | None, typer.Option(help="TensorRT version of the Triton server that will load the plan, e.g. 10.13.2.6.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Print tracebacks of errors.")] = False,
@@ -64,7 +71,7 @@ def triton(
     )  # fmt: skip
     plan = plan_export(manifest, request)
     with Reporter().stage("verify") as progress:
-        # Digests take a moment and the ladder a minute: a changed file is said at once.
+        # Digests take a moment and the ladder a minute: a changed file is reported at once.
         Verdict(tuple(check_integrity(bundle, manifest))).require()
         verdict = replay(bundle, manifest, progress)
     result = export_triton(seal(bundle, manifest, verdict), plan)
@@ -82,13 +89,13 @@ def _as_json(plan: "TritonPlan", result: "TritonResult") -> str:
 
 def _as_text(plan: "TritonPlan", result: "TritonResult") -> str:
     schedule = plan.schedule
-    what = "is there already, nothing was added" if result.up_to_date else "written"
+    state = "already exists; nothing was added" if result.up_to_date else "written"
     lines = [
-        f"{result.model}: version {result.version} {what}",
+        f"{result.model}: version {result.version} {state}",
         f"{plan.target} on {plan.backend}, {schedule.instances} x {schedule.device}, batches up to "
-        f"{schedule.max_batch}, {schedule.max_queue} requests may wait {schedule.queue_timeout_us // 1000} ms",
+        f"{schedule.max_batch}, up to {schedule.max_queue} requests wait up to {schedule.queue_timeout_us // 1000} ms",
     ]
     if plan.contract["tensorrt"]:
-        lines.append(f"The plan needs TensorRT {plan.contract['tensorrt']} exactly.")
+        lines.append(f"The plan loads only in TensorRT {plan.contract['tensorrt']}.")
     lines.append(f"Next: tritonserver --model-repository={plan.repository} --disable-auto-complete-config")
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""How the commands speak: results on stdout, progress and errors on stderr, no traceback without ``--debug``."""
+"""Output of the commands: results on stdout, progress and errors on stderr, tracebacks only with ``--debug``."""
 
 import contextlib
 import io
@@ -15,7 +15,7 @@ from kdexport.errors import KdexportError, StorageError, UnexpectedError
 
 
 def guarded(app: Callable[[], Any]) -> NoReturn:
-    """Run a command line and turn each error into its sentence, remedy and exit code."""
+    """Run a command line and turn each error into its message, remedy and exit code."""
     try:
         end_with_launcher()
         app()
@@ -23,27 +23,27 @@ def guarded(app: Callable[[], Any]) -> NoReturn:
         fail(error)
     except OSError as error:
         fail(storage_error(error))
-    except Exception as error:  # noqa: BLE001, the last place before a traceback
+    except Exception as error:  # noqa: BLE001, otherwise the user would see a traceback
         fail(UnexpectedError(error))
     except KeyboardInterrupt:
-        sys.stderr.write("Interrupted. The same command continues from the last finished step.\n")
+        sys.stderr.write("Interrupted. Run the same command again to continue from the last finished step.\n")
         sys.exit(130)
     sys.exit(0)
 
 
 def storage_error(error: OSError) -> StorageError:
-    """A full disk, a missing permission or a path that cannot be as our own error."""
+    """Turn a full disk, a missing permission or an impossible path into kdexport's own error."""
     place = f"{error.filename}: " if error.filename else ""
     wrapped = StorageError(
         f"{place}{error.strerror or error}.",
-        remedy="Free some space, or pass a folder that can be read and written; nothing half-written is left behind.",
+        remedy="Free some space, or pass a folder that can be read and written. No partly written file was left.",
     )
     wrapped.__cause__ = error
     return wrapped
 
 
 def fail(error: KdexportError) -> NoReturn:
-    """Print an error and exit with its code; ``--json`` adds one object on stdout, ``--debug`` the traceback."""
+    """Print an error and exit with its code; ``--json`` adds a JSON object on stdout, ``--debug`` the traceback."""
     if "--debug" in sys.argv:
         traceback.print_exception(error, file=sys.stderr)
     as_child = describes_errors()
@@ -57,13 +57,13 @@ def fail(error: KdexportError) -> NoReturn:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """Write one object on one line of stdout."""
+    """Write a JSON object as one line on stdout."""
     sys.stdout.write(json.dumps(value) + "\n")
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """The exporter prints and warns about its own internals; real failures raise."""
+    """Silence warnings and output of a library, such as the exporter, that reports failures as exceptions."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -100,28 +100,37 @@ def decode(
 
     ``inspect`` sees the header before a pixel is decoded, and may refuse it with a ``KdexportError`` of its own.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         # Our own limit lies below the one at which Pillow warns; its warnings are process-wide state, and this runs
         # in threads.
         image = Image.open(io.BytesIO(data), formats=formats)
         if image.width * image.height > _MAX_PIXELS:
-            raise ValueError(f"{image.width}x{image.height} pixels")
+            raise _unreadable(name, f"it has {image.width}x{image.height} pixels", formats)
         if image.mode[0] in "IF":
             # Pillow clips these at 255 where it converts them to RGB, which leaves an almost white image.
-            raise ValueError(f"its channels are wider than 8 bits (mode {image.mode})")
+            raise _unreadable(name, f"its channels are wider than 8 bits (mode {image.mode})", formats)
         inspect(image)
         image.load()
     except KdexportError:
         raise
-    # Pillow's decoders raise many kinds of error on hostile bytes; each means the same to the user.
+    except UnidentifiedImageError as error:
+        raise _unreadable(name, f"its content is not {', '.join(formats[:-1])} or {formats[-1]}", formats) from error
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _unreadable(name, "it has too many pixels", formats) from error
+    # Pillow's decoders raise many kinds of error on hostile bytes; each means the same to the user. Their text is
+    # left out, because the server sends this message to its clients, and the text may hold addresses of memory.
     except Exception as error:
-        raise DataError(
-            f"{name} is not a readable image: {error}.",
-            remedy=f"Repair or remove the file; {', '.join(formats)} up to {_MAX_PIXELS:,} pixels are read.",
-        ) from error
+        raise _unreadable(name, f"it is damaged or truncated ({type(error).__name__})", formats) from error
     return image
+
+
+def _unreadable(name: str, reason: str, formats: tuple[str, ...]) -> DataError:
+    return DataError(
+        f"{name} is not a readable image: {reason}.",
+        remedy=f"Repair or remove the file; {', '.join(formats)} up to {_MAX_PIXELS:,} pixels are read.",
+    )
 
 
 def read_image(path: Path) -> "Image.Image":

@@ -1,9 +1,8 @@
-"""A bounded queue in front of N onnxruntime instances.
+"""A bounded queue in front of N onnxruntime instances, and the batch size with which each model runs fastest.
 
-Threads, because ``session.run`` lets go of the interpreter; one session per model, because onnxruntime runs it from any
-number of threads at once and its weights are then in memory once. All counting happens on the event loop's thread.
-
-How a model runs best on this machine, measured when it is loaded.
+Instances are threads, because ``session.run`` releases the interpreter's lock. All of them share one session per model:
+onnxruntime runs it from several threads at once, and its weights are in memory only once. All counting happens on the
+event loop's thread.
 """
 
 import asyncio
@@ -25,12 +24,16 @@ from kdexport.serving.wire import Signature
 
 Logits = NDArray[np.float32]
 
-#: As long as this the event loop may be busy with a model: two hand-overs between threads take about half of it.
-_QUICK_SECONDS = 0.001
+#: The longest run on the event loop: two hand-overs between threads take about half of it.
+_INLINE_SECONDS = 0.001
+#: A larger batch is chosen only if it is at least this much faster per image; a smaller gain only adds waiting.
+_MIN_SPEEDUP = 1.1
+_TIMED_RUNS = 5
+_MAX_TIMED_BATCH = 64
 
 
 class Runnable(Protocol):
-    """What an instance runs."""
+    """A model that an instance can run."""
 
     def logits(self, images: NDArray[np.float32]) -> Logits:
         """(n,3,S,S) float32 to (n,K) float32."""
@@ -39,23 +42,23 @@ class Runnable(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pace:
-    """How a model runs best here: ``seconds`` for one image, and how many images are cheaper ``together``."""
+    """How fast a model runs on this machine: ``seconds`` for one image, and the best batch size ``together``."""
 
     seconds: float
     together: int
 
     def quick(self, images: int) -> bool:
-        """Whether running ``images`` takes no longer than handing them to a thread and back is worth."""
-        return self.seconds * images <= _QUICK_SECONDS
+        """Whether running ``images`` on the event loop is faster than handing them to a thread and back."""
+        return self.seconds * images <= _INLINE_SECONDS
 
 
-#: A model that nobody timed: one request after the other, each in a thread.
+#: For a model that was not timed: each request runs alone, in a thread.
 UNKNOWN_PACE = Pace(seconds=math.inf, together=1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Timed:
-    """Logits (n,K), nanoseconds in the queue and in the model, and how many images ran together."""
+    """Logits (n,K), nanoseconds in the queue and in the model, and the size of the batch that they were part of."""
 
     logits: Logits
     queue_ns: int
@@ -74,7 +77,7 @@ class _Job:
     taken: bool = False
 
     def take(self) -> bool:
-        """Claim the job, for running or for giving it up; only the first to ask gets it."""
+        """Claim the job to run or to cancel it; only the first caller gets True."""
         with self.lock:
             if self.taken:
                 return False
@@ -83,7 +86,7 @@ class _Job:
 
 
 class Instances:
-    """``count`` threads that run jobs first in, first out, images of one model together where that is cheaper."""
+    """``count`` threads that run jobs first in, first out, and jobs of one model together if that is faster."""
 
     def __init__(self, count: int, *, capacity: int) -> None:
         self.count = count
@@ -96,16 +99,16 @@ class Instances:
 
     @property
     def pending(self) -> int:
-        """Jobs that wait or run."""
+        """The number of jobs that wait or run."""
         return self._pending
 
     async def run(
         self, model: Runnable, images: NDArray[np.float32], queue_seconds: float, pace: Pace = UNKNOWN_PACE
     ) -> Timed:
-        """Logits of ``images``; raises ``RequestError`` where the queue is full or the wait too long.
+        """Logits of ``images``; raises ``RequestError`` if the queue is full or the wait too long.
 
-        A cancelled call leaves the queue at once; what runs already runs to its end and is dropped. A quick model runs
-        on the event loop as long as nobody else is here.
+        A cancelled call leaves the queue at once; a job that already runs is finished and its result dropped. A quick
+        model runs on the event loop if no other request is pending.
         """
         if self._pending >= self._capacity:
             raise RequestError(
@@ -115,12 +118,12 @@ class Instances:
         self._pending += 1
         try:
             if pace.quick(len(images)):
-                # Requests that arrived together are all here after it.
+                # Let requests that arrived at the same time reach the queue.
                 await asyncio.sleep(0)
                 if time.monotonic_ns() - queued_ns > queue_seconds * 1e9:
-                    raise _late(queue_seconds)
+                    raise _queue_timeout(queue_seconds)
                 if self._pending == 1:
-                    return _run_here(model, images, queued_ns)
+                    return _run_inline(model, images, queued_ns)
             return await self._in_thread(model, images, queue_seconds, queued_ns, pace.together)
         finally:
             self._pending -= 1
@@ -130,7 +133,7 @@ class Instances:
     ) -> Timed:
         loop = asyncio.get_running_loop()
         job = _Job(model, images, loop.create_future(), queued_ns, together)
-        timer = loop.call_later(queue_seconds, _give_up, job, queue_seconds)
+        timer = loop.call_later(queue_seconds, _cancel_job, job, queue_seconds)
         try:
             self._jobs.put(job)
             return await job.future
@@ -139,28 +142,28 @@ class Instances:
             job.take()
 
     def close(self) -> None:
-        """End the threads after the jobs that they have."""
+        """Finish the jobs in the queue and end the threads."""
         for _ in self._threads:
             self._jobs.put(None)
         for thread in self._threads:
             thread.join()
 
     def _work(self) -> None:
-        held: _Job | None = None
+        next_job: _Job | None = None
         while True:
-            job = held or self._jobs.get()
-            held = None
+            job = next_job or self._jobs.get()
+            next_job = None
             if job is None:
                 return
             if not job.take():
                 continue
             batch = [job]
             if job.together > 1:
-                held = self._gather(batch)
+                next_job = self._gather(batch)
             _run(batch)
 
     def _gather(self, batch: list[_Job]) -> _Job | None:
-        """Add waiting jobs of the same model without waiting for more; returns one that did not fit."""
+        """Add waiting jobs of the same model, without waiting for more; returns the first that does not fit."""
         images = len(batch[0].images)
         while images < batch[0].together:
             try:
@@ -178,16 +181,21 @@ class Instances:
         return None
 
 
-def _give_up(job: _Job, seconds: float) -> None:
+def _cancel_job(job: _Job, seconds: float) -> None:
     if job.take() and not job.future.done():
-        job.future.set_exception(_late(seconds))
+        job.future.set_exception(_queue_timeout(seconds))
 
 
-def _late(seconds: float) -> RequestError:
-    return RequestError(f"The request waited {seconds:g} s for an instance.", status=503, reason="queue_timeout")
+def _queue_timeout(seconds: float) -> RequestError:
+    return RequestError(
+        f"The request waited {seconds:g} s in the queue, the longest wait allowed.",
+        remedy="Retry later, or allow a longer wait in the parameter timeout.",
+        status=503,
+        reason="queue_timeout",
+    )
 
 
-def _run_here(model: Runnable, images: NDArray[np.float32], queued_ns: int) -> Timed:
+def _run_inline(model: Runnable, images: NDArray[np.float32], queued_ns: int) -> Timed:
     started = time.monotonic_ns()
     logits = model.logits(images)
     return Timed(logits, started - queued_ns, time.monotonic_ns() - started, len(images))
@@ -198,46 +206,41 @@ def _run(batch: list[_Job]) -> None:
     images = batch[0].images if len(batch) == 1 else np.concatenate([job.images for job in batch])
     try:
         logits = batch[0].model.logits(images)
-    # Whatever onnxruntime raises is the answer of these jobs alone; the instance goes on.
+    # An error of onnxruntime fails the jobs of this batch only; the instance keeps running.
     except Exception as error:  # noqa: BLE001
         for job in batch:
-            _tell(job, functools.partial(job.future.set_exception, error))
+            _resolve(job, functools.partial(job.future.set_exception, error))
         return
     spent, first = time.monotonic_ns() - started, 0
     for job in batch:
         last = first + len(job.images)
         timed = Timed(logits[first:last], started - job.queued_ns, spent, len(images))
-        _tell(job, functools.partial(job.future.set_result, timed))
+        _resolve(job, functools.partial(job.future.set_result, timed))
         first = last
 
 
-def _tell(job: _Job, action: Callable[[], None]) -> None:
-    def settle() -> None:
+def _resolve(job: _Job, action: Callable[[], None]) -> None:
+    """Set the result of the job's future on the event loop."""
+
+    def resolve() -> None:
         if not job.future.done():
             action()
 
     try:
-        job.future.get_loop().call_soon_threadsafe(settle)
+        job.future.get_loop().call_soon_threadsafe(resolve)
     except RuntimeError:
-        # The event loop ended while the model ran: nobody waits any more.
+        # The event loop was closed while the model ran, and its requests with it.
         return
 
 
-#: A larger batch must be at least this much faster an image, or it only adds waiting.
-_WORTH = 1.1
-
-_RUNS = 5
-
-_MOST = 64
-
-
 def measure_pace(model: OrtModel, provider: str, signature: Signature) -> Pace:
-    """Time single images on a CPU, where a batch costs more an image, and batches of 1, 2, 4, ... elsewhere."""
+    """Time single images on a CPU, where batches are slower per image, and batches of 1, 2, 4, ... on a GPU."""
     if provider == CPU:
         return Pace(seconds=_median_seconds(model, 1, signature.image_size), together=1)
-    sizes = [2**power for power in range(_MOST.bit_length()) if 2**power <= min(_MOST, signature.max_batch)]
+    largest = min(_MAX_TIMED_BATCH, signature.max_batch)
+    sizes = [2**power for power in range(largest.bit_length())]
     times = {batch: _median_seconds(model, batch, signature.image_size) for batch in sizes}
-    # Work for a device never runs on the event loop, which would wait for the device.
+    # A model on a GPU never runs on the event loop, which would block until the GPU has finished.
     return Pace(seconds=UNKNOWN_PACE.seconds, together=choose_batch(times))
 
 
@@ -245,7 +248,7 @@ def _median_seconds(model: OrtModel, batch: int, image_size: int) -> float:
     images = np.zeros((batch, 3, image_size, image_size), np.float32)
     model.logits(images)
     samples = []
-    for _ in range(_RUNS):
+    for _ in range(_TIMED_RUNS):
         started = time.perf_counter()
         model.logits(images)
         samples.append(time.perf_counter() - started)
@@ -253,10 +256,10 @@ def _median_seconds(model: OrtModel, batch: int, image_size: int) -> float:
 
 
 def choose_batch(times: dict[int, float]) -> int:
-    """The smallest batch after which doubling no longer makes an image at least 10 % cheaper; ``times`` in seconds."""
+    """The smallest batch whose double is less than 10% faster per image; ``times`` maps batch size to seconds."""
     best, *larger = sorted(times)
     for batch in larger:
-        if times[best] / best < _WORTH * times[batch] / batch:
+        if times[best] / best < _MIN_SPEEDUP * times[batch] / batch:
             break
         best = batch
     return best

@@ -1,4 +1,4 @@
-"""uvicorn's HTTP protocol with a deadline for everything that a client does, and a bound on how many there are."""
+"""uvicorn's HTTP protocol with a deadline for every step of a client, and a limit on open connections."""
 
 import asyncio
 import json
@@ -11,68 +11,70 @@ from uvicorn.server import ServerState
 from kdexport.serving.limits import Limits
 from kdexport.serving.metrics import Metrics
 
-#: The application's own deadline for a body comes first, so that the client hears why.
+#: The application's deadline for a body ends this much earlier, because its response gives the reason.
 _BODY_SLACK_SECONDS = 2.0
-#: Requests of one connection that may wait for the answer before them; clients in use send one at a time.
-_PIPELINED = 8
+#: Requests of one connection that may wait for an earlier response; common clients send one at a time.
+_MAX_PIPELINED = 8
 
 
-class Crowd:
-    """All connections of a listener; the idle ones in the order in which they fell idle."""
+class ConnectionPool:
+    """The open connections of a listener, and the idle ones among them in the order in which they became idle."""
 
     def __init__(self, limits: Limits, metrics: Metrics | None = None) -> None:
         self.limits = limits
         self.metrics = metrics
-        self.everyone: set[Connection] = set()
+        self.open: set[Connection] = set()
         self.idle: dict[Connection, None] = {}
         self.closing = False
 
-    def admit(self, newcomer: "Connection") -> bool:
-        """Count a connection; the longest idle one makes room for it. False where all are at work."""
-        if len(self.everyone) >= self.limits.connections:
-            longest = next(iter(self.idle), None)
-            if longest is None:
+    def add(self, connection: "Connection") -> bool:
+        """Add a connection, and at the limit close the longest idle one for it; False if none is idle."""
+        if len(self.open) >= self.limits.connections:
+            longest_idle = next(iter(self.idle), None)
+            if longest_idle is None:
                 return False
-            longest.evict()
+            longest_idle.evict()
             if self.metrics is not None:
                 self.metrics.evicted.inc()
-        self.everyone.add(newcomer)
-        self.idle[newcomer] = None
+        self.open.add(connection)
+        self.idle[connection] = None
         self._count()
         return True
 
-    def busy(self, connection: "Connection") -> None:
-        """A request of this connection is being read or answered."""
+    def mark_busy(self, connection: "Connection") -> None:
+        """Record that a request of this connection is being read or answered."""
         self.idle.pop(connection, None)
 
-    def at_rest(self, connection: "Connection") -> None:
-        """This connection waits for its next request."""
+    def mark_idle(self, connection: "Connection") -> None:
+        """Record that this connection waits for its next request."""
         self.idle[connection] = None
 
-    def leave(self, connection: "Connection") -> None:
-        """A connection is gone."""
-        self.everyone.discard(connection)
+    def remove(self, connection: "Connection") -> None:
+        """Remove a closed connection."""
+        self.open.discard(connection)
         self.idle.pop(connection, None)
         self._count()
 
     def close(self) -> None:
-        """From now on every answer is the last one of its connection."""
+        """Close each connection after its next response."""
         self.closing = True
-        for connection in self.everyone:
-            connection.finish_after_answer()
+        for connection in self.open:
+            connection.close_after_response()
 
     def _count(self) -> None:
         if self.metrics is not None:
-            self.metrics.connections.set(len(self.everyone))
+            self.metrics.connections.set(len(self.open))
 
 
 class Connection(HttpToolsProtocol):
-    """One connection. At most one deadline runs at a time: for the header, then for the body; writing has its own."""
+    """One connection, with one deadline for reading (first the header, then the body) and one for writing."""
 
-    def __init__(self, crowd: Crowd, config: Config, server_state: ServerState, app_state: dict[str, Any]) -> None:
+    def __init__(
+        self, pool: ConnectionPool, config: Config, server_state: ServerState, app_state: dict[str, Any]
+    ) -> None:
         super().__init__(config=config, server_state=server_state, app_state=app_state)
-        self._crowd = crowd
-        self._limits = crowd.limits
+        self._pool = pool
+        self._limits = pool.limits
         self._deadline: asyncio.TimerHandle | None = None
         self._write_deadline: asyncio.TimerHandle | None = None
         self._in_header = False
@@ -83,16 +85,16 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._admitted = self._crowd.admit(self)
+        self._admitted = self._pool.add(self)
         if not self._admitted:
-            self._refuse(503, "Too many connections.")
+            self._refuse(503, f"The server has {self._limits.connections} busy connections, its limit. Retry later.")
             return
-        self._arm(self._limits.header_seconds, 408, "The request header did not arrive in time.")
+        self._start_header_deadline()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._disarm()
+        self._stop_deadline()
         self._stop_write_deadline()
-        self._crowd.leave(self)
+        self._pool.remove(self)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -104,27 +106,27 @@ class Connection(HttpToolsProtocol):
         if self._in_header:
             self._header_bytes += len(data)
             if self._header_bytes > self._limits.header:
-                self._refuse(431, f"The request header has more than {self._limits.header} bytes.")
-        elif self._deadline is None and self._resting:
-            # Line ends between requests are legal, and hold the connection no longer than a header may.
-            self._arm(self._limits.header_seconds, 408, "The request header did not arrive in time.")
+                self._refuse_header()
+        elif self._deadline is None and self._is_idle:
+            # Line ends between requests are legal, but may not keep the connection open longer than a header.
+            self._start_header_deadline()
 
     @property
-    def _resting(self) -> bool:
+    def _is_idle(self) -> bool:
         return not self._body_open and (self.cycle is None or self.cycle.response_complete)
 
     def on_message_begin(self) -> None:
-        if len(self.pipeline) >= _PIPELINED:
+        if len(self.pipeline) >= _MAX_PIPELINED:
             # Each of them is an object in memory, and a few hundred fit into one packet.
-            raise ValueError("too many requests at once")
+            raise ValueError("too many pipelined requests")
         if self.cycle is not None and not self.cycle.response_complete:
-            # Whoever sends the next request before the answer to this one is the first to go when room is short.
+            # A client that pipelines counts as idle: it is closed first when the connection limit is reached.
             self._pipelining = True
-            self._crowd.at_rest(self)
+            self._pool.mark_idle(self)
         super().on_message_begin()
         self._in_header, self._header_bytes = True, 0
         if self._deadline is None:
-            self._arm(self._limits.header_seconds, 408, "The request header did not arrive in time.")
+            self._start_header_deadline()
 
     def on_url(self, url: bytes) -> None:
         self._count_header(len(url))
@@ -135,37 +137,38 @@ class Connection(HttpToolsProtocol):
         super().on_header(name, value)
 
     def _count_header(self, size: int) -> None:
-        # The whole header may come in one piece, which data_received counts only afterwards.
+        # A whole header can arrive at once, which data_received counts only after parsing it.
         self._header_bytes += size
         if self._header_bytes > 2 * self._limits.header:
-            raise ValueError("the header is too long")
+            raise ValueError("the request header is too long")
 
     def on_headers_complete(self) -> None:
         self._in_header, self._body_open = False, True
         if not self._pipelining:
-            self._crowd.busy(self)
-        self._arm(self._limits.body_seconds + _BODY_SLACK_SECONDS, 408, "The body did not arrive in time.")
+            self._pool.mark_busy(self)
+        seconds = self._limits.body_seconds
+        self._start_deadline(seconds + _BODY_SLACK_SECONDS, f"The body did not arrive within {seconds:g} s.")
         super().on_headers_complete()
-        if self._crowd.closing:
+        if self._pool.closing:
             self.cycle.keep_alive = False
 
     def on_message_complete(self) -> None:
         self._body_open = False
-        self._disarm()
+        self._stop_deadline()
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self.transport.is_closing():
-            # Closing waits for a client that reads; not for one that does not.
+            # Closing waits until the client has read the response, but no longer than the write deadline.
             self._start_write_deadline()
         elif self.cycle.waiting_for_100_continue or (self.expect_100_continue and self._body_open):
-            # The client was never told to send its body, and may or may not: what follows cannot be told apart.
+            # The client was not told to send its body and may send it or not, so the next request has no known start.
             self.transport.close()
             self._start_write_deadline()
         elif not self.pipeline:
             self._pipelining = False
-            self._crowd.at_rest(self)
+            self._pool.mark_idle(self)
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -181,45 +184,48 @@ class Connection(HttpToolsProtocol):
         else:
             super().timeout_keep_alive_handler()
 
-    def send_400_response(self, msg: str) -> None:
+    def send_400_response(self, msg: str) -> None:  # noqa: ARG002, the text is the library's
         if self._header_bytes > self._limits.header:
-            self._refuse(431, f"The request header has more than {self._limits.header} bytes.")
+            self._refuse_header()
         else:
-            self._refuse(400, msg)
+            self._refuse(400, "The request is not valid HTTP/1.1, or has too many pipelined requests.")
 
-    def finish_after_answer(self) -> None:
-        """The answer under way, or the next one, is the last of this connection."""
+    def close_after_response(self) -> None:
+        """Close the connection after the current or next response."""
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.keep_alive = False
 
     def evict(self) -> None:
-        """Make room: nothing of this connection is under way."""
-        self._crowd.leave(self)
+        """Close this idle connection at once."""
+        self._pool.remove(self)
         self.transport.abort()
 
+    def _refuse_header(self) -> None:
+        self._refuse(431, f"The request header has more than {self._limits.header} bytes. Send fewer headers.")
+
     def _refuse(self, status: int, message: str) -> None:
-        """Answer without the application and close; an earlier request that is whole still gets its own answer."""
-        self._disarm()
+        """Answer without the application and close; a complete earlier request still gets its own response."""
+        self._stop_deadline()
         if self.transport.is_closing():
             return
-        if self._answers_earlier():
-            # What follows it is never read: nothing after it can be told apart.
+        if self._earlier_request_pending():
+            # Nothing after it is read: the start of the next request is not known.
             self.cycle.keep_alive = False
             self.flow.pause_reading()
             return
-        if self._leave_unfinished():
+        if self._abandon_request():
             body = json.dumps({"error": message}).encode()
             head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
             self.transport.write(STATUS_LINE[status] + head + body)
         self.transport.close()
         self._start_write_deadline()
 
-    def _answers_earlier(self) -> bool:
-        """Whether the newest request is whole and not answered yet, so that what is refused comes after it."""
+    def _earlier_request_pending(self) -> bool:
+        """Whether a complete request, which came before the refused bytes, has no response yet."""
         return self.cycle is not None and not self.cycle.response_complete and not self._body_open
 
-    def _leave_unfinished(self) -> bool:
-        """Take the request under way from the application; False where its answer has begun, or others wait."""
+    def _abandon_request(self) -> bool:
+        """Disconnect the application from the current request; False if its response has begun or others wait."""
         if self.cycle is None or self.cycle.response_complete:
             return True
         if self.cycle.response_started or self.pipeline:
@@ -228,11 +234,15 @@ class Connection(HttpToolsProtocol):
         self.cycle.message_event.set()
         return True
 
-    def _arm(self, seconds: float, status: int, message: str) -> None:
-        self._disarm()
-        self._deadline = self.loop.call_later(seconds, self._refuse, status, message)
+    def _start_header_deadline(self) -> None:
+        seconds = self._limits.header_seconds
+        self._start_deadline(seconds, f"The request header did not arrive within {seconds:g} s.")
 
-    def _disarm(self) -> None:
+    def _start_deadline(self, seconds: float, message: str) -> None:
+        self._stop_deadline()
+        self._deadline = self.loop.call_later(seconds, self._refuse, 408, message)
+
+    def _stop_deadline(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None

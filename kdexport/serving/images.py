@@ -1,4 +1,4 @@
-"""Uploaded images: what is accepted, within which bounds, decoded by the very code that training uses."""
+"""Uploaded images: checked against the limits, decoded and normalised exactly as in training."""
 
 import threading
 from collections.abc import Iterator
@@ -15,15 +15,15 @@ from kdexport.serving.limits import Limits
 if TYPE_CHECKING:
     from PIL import Image
 
-#: BMP and PPM are read from disk as well, but nobody uploads them.
+#: Fewer than training reads from disk: each decoder is one more that hostile bytes can reach.
 FORMATS = ("JPEG", "PNG", "WEBP")
 _WEBP_HEADER = 30
-#: libwebp holds two canvases beside Pillow's two images: a pixel of it counts double.
+#: libwebp holds two canvases beside Pillow's two images, so a WebP pixel counts twice.
 _WEBP_COST = 2
 
 
 class PixelBudget:
-    """Pixels that all decoding threads may have open together: a large image waits, small ones pass side by side."""
+    """The pixels that all decoding threads may hold together: a large image waits until enough of them are free."""
 
     def __init__(self, pixels: int) -> None:
         self._free = pixels
@@ -31,7 +31,7 @@ class PixelBudget:
 
     @contextmanager
     def spend(self) -> "Iterator[Spending]":
-        """A spending of 0 pixels so far; given back at the end."""
+        """An image's share of the budget, 0 pixels at first; all of it is given back at the end of the block."""
         spending = Spending(self)
         try:
             yield spending
@@ -39,7 +39,7 @@ class PixelBudget:
             self.move(spending.pixels)
 
     def move(self, pixels: int) -> None:
-        """Give back ``pixels``, or wait for and take -``pixels``."""
+        """Give back ``pixels``; if negative, wait until as many are free and take them."""
         with self._changed:
             self._changed.wait_for(lambda: self._free + pixels >= 0)
             self._free += pixels
@@ -47,7 +47,7 @@ class PixelBudget:
 
 
 class Spending:
-    """What one image takes from a ``PixelBudget``."""
+    """The pixels that one image holds of a ``PixelBudget``."""
 
     def __init__(self, budget: PixelBudget) -> None:
         self._budget = budget
@@ -60,7 +60,7 @@ class Spending:
 
 
 def decode_upload(data: bytes, preprocessing: Preprocessing, limits: Limits, budget: PixelBudget) -> NDArray[np.uint8]:
-    """Image bytes to (S,S,3) uint8 as training does it; raises ``RequestError`` beyond the limits."""
+    """Image bytes to (S,S,3) uint8 as in training; raises ``RequestError`` if unreadable or beyond the limits."""
     size = _webp_size(data)
     if size is not None:
         # libwebp allocates its canvases while the header is read.
@@ -71,21 +71,25 @@ def decode_upload(data: bytes, preprocessing: Preprocessing, limits: Limits, bud
             cost = _WEBP_COST if image.format == "WEBP" else 1
             require_size(image.width, image.height, limits, cost)
             if image.format != "MPO" and getattr(image, "is_animated", False):
-                raise RequestError("The image is animated; send one frame.", reason="image")
+                raise RequestError("The image is animated.", remedy="Send a single frame.", reason="image")
             spending.take(image.width * image.height * cost)
 
         try:
             return preprocessing.pixels(decode(data, "The upload", formats=FORMATS, inspect=inspect))
         except DataError as error:
-            raise RequestError(error.message, remedy=f"{', '.join(FORMATS)} are served.", reason="image") from None
+            raise RequestError(error.message, remedy=f"Send one of {', '.join(FORMATS)}.", reason="image") from None
 
 
 def require_size(width: int, height: int, limits: Limits, cost: int = 1) -> None:
-    """Raise where an image has too many pixels, too few, or too extreme an aspect ratio; ``cost`` divides the limit."""
+    """Raise ``RequestError`` for too many pixels, a side that is too short, or sides that differ too much.
+
+    ``cost`` is how often each pixel counts.
+    """
     allowed = limits.pixels // cost
     if width * height > allowed:
         raise RequestError(
             f"The image has {width}x{height} pixels (up to {allowed:,} allowed{' for WebP' if cost > 1 else ''}).",
+            remedy="Scale it down before sending it.",
             status=413,
             reason="image",
         )
@@ -93,16 +97,19 @@ def require_size(width: int, height: int, limits: Limits, cost: int = 1) -> None
     if short < limits.min_side:
         raise RequestError(
             f"The image is {width}x{height}; its short side must have at least {limits.min_side} pixels.",
+            remedy="Send the image at its original size.",
             reason="image",
         )
     if long > limits.aspect * short:
         raise RequestError(
-            f"The image is {width}x{height}; its sides may differ by up to {limits.aspect} times.", reason="image"
+            f"The image is {width}x{height}; its long side may be up to {limits.aspect} times its short side.",
+            remedy="Crop it.",
+            reason="image",
         )
 
 
 def _webp_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height from the first chunk of a WebP file (RFC 9649), None for anything else."""
+    """Width and height from the first chunk of a WebP file (RFC 9649), None for other formats."""
     head = data[:_WEBP_HEADER]
     if len(head) < _WEBP_HEADER or head[:4] != b"RIFF" or head[8:12] != b"WEBP":
         return None
@@ -115,13 +122,13 @@ def _webp_size(data: bytes) -> tuple[int, int] | None:
 
 
 def normalisation_table(preprocessing: Preprocessing) -> NDArray[np.float32]:
-    """(3,256) float32: what ``preprocessing.normalise`` makes of each of the 256 values in each channel."""
+    """(3,256) float32: the result of ``preprocessing.normalise`` for each of the 256 values of each channel."""
     values = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1)
     return np.ascontiguousarray(preprocessing.normalise(values[None, :, None, :])[0, :, :, 0])
 
 
 def normalise(pixels: NDArray[np.uint8], table: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(S,S,3) uint8 to (1,3,S,S) float32 by table: the same bits as the arithmetic, in a fifth of the time."""
+    """(S,S,3) uint8 to (1,3,S,S) float32 by table: bit-identical to the arithmetic, in a fifth of the time."""
     height, width, channels = pixels.shape
     planes = np.empty((1, channels, height, width), np.float32)
     for channel in range(channels):

@@ -1,9 +1,11 @@
-"""Tries a bundle in a process of its own before the server touches it, and says how far its logits may be off.
+"""Load a bundle completely in a process of its own, before the server opens it.
 
-A graph that crashes onnxruntime ends this process and nothing else.
+A graph that crashes onnxruntime ends that process, not the server. The process also finds the largest error that the
+logits of the golden images may have.
 """
 
 import json
+import logging
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -19,35 +21,44 @@ from kdexport.errors import AuditError, BundleError
 from kdexport.serving.limits import Limits
 from kdexport.targets import DEFAULT_TARGET, require_servable
 
-_TIMEOUT_S = 120
+_log = logging.getLogger("kdexport.serving")
+_TIMEOUT_SECONDS = 120
 #: ``allowed_error`` of a bundle without ``unit_error`` is this multiple of it, whatever its policy says.
 _FORMER_FACTOR = 4.0
 
 
 def try_bundle(folder: Path, provider: str, limits: Limits, target: str = DEFAULT_TARGET) -> float:
-    """Load ``folder`` completely in a child process; the largest error of a logit that its golden images may have.
+    """Load ``folder`` in a child process; returns the largest error of a logit that its golden images may have.
 
-    Raises what the child found, or ``BundleError`` where the child died.
+    Raises the child's error, or ``BundleError`` if the child died.
     """
     settings = [str(folder), provider, json.dumps(asdict(limits)), target]
     try:
         answer = call(
-            "kdexport.serving.isolated_load", settings, timeout_s=_TIMEOUT_S, environment={"OMP_NUM_THREADS": "1"}
+            "kdexport.serving.isolated_load",
+            settings,
+            timeout_s=_TIMEOUT_SECONDS,
+            environment={"OMP_NUM_THREADS": "1"},
         )
     except ChildTimeoutError as error:
-        raise BundleError(f"{folder} did not load within {error.seconds:g} s.", remedy="Build it again.") from None
-    except ChildDiedError as error:
         raise BundleError(
-            f"Loading {folder} ended its process with code {error.exit_code}: {error.said}",
-            remedy="The graph crashes onnxruntime; build the bundle again.",
+            f"Loading {folder} took more than {error.seconds:g} s.",
+            remedy="Try it again on a machine with less load; if it still does, build the bundle again.",
+        ) from None
+    except ChildDiedError as error:
+        # The message below can reach clients (/v2/repository/index); what another library printed can not.
+        _log.error("Output of the process that loaded %s: %s", folder, error.said)
+        raise BundleError(
+            f"The process that loaded {folder} crashed (exit code {error.exit_code}).",
+            remedy="Build the bundle again; the server's log has the output of the process.",
         ) from None
     return float(answer["allowed_error"])
 
 
 def allowed_error(folder: Path, manifest: Manifest, target: str = DEFAULT_TARGET) -> float:
-    """The largest error of a logit that the bundle's own policy allows on its golden images.
+    """The largest error of a golden logit that the bundle's own policy allows.
 
-    An older bundle has no error in its file that this limit is a multiple of; its unfused student gives it then.
+    It is a multiple of an error stored in the bundle, or of the unfused student's if the bundle is too old to have it.
     """
     from kdexport.serving.self_check import read_reference
     from kdexport.verify.policy import stored_policy
@@ -56,8 +67,8 @@ def allowed_error(folder: Path, manifest: Manifest, target: str = DEFAULT_TARGET
     if target != DEFAULT_TARGET:
         if f"allowed_error.{target}" not in tensors:
             raise BundleError(
-                f"{folder} does not say how far {target} may lie from the reference: an earlier version built it.",
-                remedy="Build it again.",
+                f"{folder} has no limit for the error of {target}: an earlier version of kdexport built it.",
+                remedy="Build the bundle again.",
             )
         return float(tensors[f"allowed_error.{target}"])
     return stored_policy(manifest.data).B.max_error * _float32_unit(folder, manifest, tensors)
@@ -78,16 +89,27 @@ def _float32_unit(folder: Path, manifest: Manifest, tensors: Mapping[str, NDArra
 
 
 def require_one_file(graph: bytes) -> None:
-    """Raise ``AuditError`` for a graph that keeps weights in other files or brings code of its own."""
+    """Raise ``AuditError`` for a graph with weights in other files, custom operators or functions."""
     import onnx
     from onnx.external_data_helper import _get_all_tensors, uses_external_data
 
     model = onnx.ModelProto.FromString(graph)
     if any(uses_external_data(tensor) for tensor in _get_all_tensors(model)):
-        raise AuditError(f"{MODEL} keeps weights outside itself.", remedy="Build it again; one file holds all.")
-    foreign = {entry.domain for entry in model.opset_import} - {"", "ai.onnx"}
-    if foreign or model.functions:
-        raise AuditError(f"{MODEL} uses operators of {sorted(foreign) or 'its own'}.", remedy="Build it again.")
+        raise AuditError(
+            f"{MODEL} stores weights in other files; the server takes graphs of one file only.",
+            remedy="Build the bundle again.",
+        )
+    foreign = sorted({entry.domain for entry in model.opset_import} - {"", "ai.onnx"})
+    if foreign:
+        raise AuditError(
+            f"{MODEL} uses the operator sets {', '.join(foreign)}; only ONNX's own is allowed.",
+            remedy="Build the bundle again.",
+        )
+    if model.functions:
+        raise AuditError(
+            f"{MODEL} defines {len(model.functions)} functions of its own; none are allowed.",
+            remedy="Build the bundle again.",
+        )
 
 
 def _main() -> None:

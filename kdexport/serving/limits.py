@@ -1,7 +1,4 @@
-"""Every bound of the server in one place, and the memory that they allow at most.
-
-What this process may use: processors and memory as its control group and affinity allow, not as the host has.
-"""
+"""The limits of the server, the memory that they allow, and the processors and memory of its control group."""
 
 import math
 import os
@@ -10,16 +7,18 @@ from pathlib import Path
 
 MIB = 2**20
 
-#: What decoding one pixel takes at most, the upload included. Measured as growth of the resident size on 6 megapixels:
-#: CMYK JPEG 8.2, progressive JPEG 7.2, PNG 6.0 with alpha and 4.1 without, JPEG 4.2; WebP, of which each counts double,
-#: 16.2 and 18.9 without loss.
-DECODE_BYTES_A_PIXEL = 10
-
-#: The largest Python object that one JSON token can become (an empty dictionary and its place in a list).
-JSON_BYTES_A_TOKEN = 80
-
-#: What a connection holds at most: the event loop's read buffer, the body that waits beside it, a write buffer.
-CONNECTION_BYTES = 384 * 1024
+#: The most memory that decoding takes per pixel, the upload included. Measured as growth of the resident size at 6
+#: megapixels: CMYK JPEG 8.2, progressive JPEG 7.2, PNG 6.0 with alpha and 4.1 without, JPEG 4.2; WebP, whose pixels
+#: count twice, 16.2 lossy and 18.9 lossless.
+_DECODE_BYTES_PER_PIXEL = 10
+#: The largest Python object that one JSON token can become (an empty dictionary and its entry in a list).
+_JSON_BYTES_PER_TOKEN = 80
+#: The most memory of a connection: the event loop's read buffer, the unread part of the body, and the write buffer.
+_BYTES_PER_CONNECTION = 384 * 1024
+#: Activations of a running model, in multiples of its input.
+_ACTIVATIONS_PER_INPUT = 32
+#: Memory limits of control groups version 1 above this mean "unlimited": the kernel writes a number near 2^63.
+_UNLIMITED_BYTES = 2**60
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,13 +50,13 @@ class Limits:
     grace_seconds: float = 20.0
 
     def places(self, instances: int, together: int = 1) -> int:
-        """Requests that are inside at once: those that run, up to ``together`` in each instance, those that wait."""
+        """The most requests in progress: two batches of up to ``together`` per instance, and those that wait."""
         return 2 * instances * together + self.queue
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryBound:
-    """The most that this process takes under these limits, in bytes; ``base`` was measured, the rest is computed."""
+    """The most memory of this process under its limits, in bytes; ``base`` is measured, the rest is computed."""
 
     base: int
     bodies: int
@@ -68,7 +67,7 @@ class MemoryBound:
 
     @property
     def total(self) -> int:
-        """The sum."""
+        """The sum of all parts."""
         return self.base + self.bodies + self.decoding + self.json + self.tensors + self.connections
 
     def describe(self) -> str:
@@ -93,45 +92,41 @@ def memory_bound(
 ) -> MemoryBound:
     """The bound for ``instances`` runs of up to ``together`` images and ``decoders`` decoding threads.
 
-    ``image_bytes`` is the float32 tensor of one image, ``max_elements`` the most numbers that one request may hold.
+    ``image_bytes`` is the size of one image's float32 tensor, ``max_elements`` the most numbers in one request.
     """
     places = limits.places(instances, together)
     return MemoryBound(
         base=base,
         bodies=limits.bodies,
-        # The pixel budget is shared by all decoding threads.
-        decoding=limits.pixels * DECODE_BYTES_A_PIXEL,
-        json=decoders * (2 * max_elements + limits.json_slack) * JSON_BYTES_A_TOKEN,
-        # An aligned or decoded copy of each waiting tensor; activations of running ones are taken as 32 inputs each.
-        tensors=places * image_bytes + limits.bodies + instances * together * 32 * image_bytes,
-        connections=limits.connections * CONNECTION_BYTES,
+        # All decoding threads share one budget of pixels.
+        decoding=limits.pixels * _DECODE_BYTES_PER_PIXEL,
+        json=decoders * (2 * max_elements + limits.json_slack) * _JSON_BYTES_PER_TOKEN,
+        # An aligned or decoded copy of each waiting tensor, and the activations of those that run.
+        tensors=places * image_bytes + limits.bodies + instances * together * _ACTIVATIONS_PER_INPUT * image_bytes,
+        connections=limits.connections * _BYTES_PER_CONNECTION,
     )
 
 
-#: Above this a v1 limit means "none": the kernel writes a number near 2^63.
-_UNLIMITED = 2**60
-
-
 def processors(root: Path = Path("/")) -> int:
-    """Usable processors: the affinity mask, cut to the group's quota, at least 1."""
+    """The number of usable processors: the affinity mask, limited by the control group's quota; at least 1."""
     usable = len(os.sched_getaffinity(0))
     quotas = [quota for folder in _folders(root, "cpu") if (quota := _quota(folder)) is not None]
     return max(1, min([usable, *(math.ceil(quota) for quota in quotas)]))
 
 
 def memory(root: Path = Path("/")) -> int | None:
-    """Bytes that the control group allows, None where there is no limit."""
+    """The control group's memory limit in bytes, None if it has none."""
     limits = []
     for folder in _folders(root, "memory"):
         for name in ("memory.max", "memory.limit_in_bytes"):
             words = _words(folder / name)
-            if words and words[0].isdigit() and int(words[0]) < _UNLIMITED:
+            if words and words[0].isdigit() and int(words[0]) < _UNLIMITED_BYTES:
                 limits.append(int(words[0]))
     return min(limits) if limits else None
 
 
 def _folders(root: Path, controller: str) -> list[Path]:
-    """The group's own folder and its parents, version 2 and 1: each of them may set a limit."""
+    """The folders of the control group and its parents, versions 2 and 1: each of them may set a limit."""
     found: list[Path] = []
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -142,9 +137,9 @@ def _folders(root: Path, controller: str) -> list[Path]:
         if names and controller not in names.split(","):
             continue
         base = root / "sys/fs/cgroup" / (controller if names else "")
-        # Inside a container the path is often that of the host: then only the mount's own root exists.
-        places = [base / path.strip("/"), *(base / path.strip("/")).parents]
-        found += [place for place in places if place.is_relative_to(base)]
+        # Inside a container the path is often the host's; then only the root of the mount exists.
+        candidates = [base / path.strip("/"), *(base / path.strip("/")).parents]
+        found += [folder for folder in candidates if folder.is_relative_to(base)]
     return found
 
 

@@ -1,4 +1,4 @@
-"""A bundle folder becomes a model that answers: only if its files, its provider and its golden images are in order."""
+"""Load a bundle for serving: check its files, open its graph on the provider, and compare its golden images."""
 
 import os
 import stat
@@ -21,22 +21,22 @@ from kdexport.targets import DEFAULT_TARGET, require_servable
 
 
 def served_file(manifest: Manifest, target: str) -> str:
-    """The file of ``target`` in its bundle; raises ``BundleError`` where it was not built or not verified."""
+    """The path of ``target``'s graph in its bundle; raises ``BundleError`` if it was not built or not verified."""
     if target == DEFAULT_TARGET:
         return MODEL
     entry = manifest.targets.get(target)
     if entry is None or entry["status"] != VERIFIED:
         state = "was not built" if entry is None else f"is {entry['status']!r}, not verified"
         raise BundleError(
-            f"{target} {state}; the bundle has {', '.join(sorted(manifest.targets)) or 'no target'}.",
-            remedy=f"Build it with --target {target}.",
+            f"{target} {state}; the targets of the bundle are {', '.join(sorted(manifest.targets)) or 'none'}.",
+            remedy=f"Build the bundle with --target {target}.",
         )
     return f"{TARGETS}/{target}/{MODEL}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class LoadedModel:
-    """A bundle that was checked in this process and can answer."""
+    """A model of a bundle that passed all checks in this process."""
 
     name: str
     version: int
@@ -61,7 +61,7 @@ class LoadedModel:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Files:
-    """A bundle whose files are what its manifest says: the manifest, and the graph of one target as it was read."""
+    """The manifest of a bundle whose files match their digests, and the graph of one target as read from disk."""
 
     manifest: Manifest
     digest: str
@@ -80,21 +80,24 @@ def read_files(folder: Path, target: str = DEFAULT_TARGET) -> Files:
     manifest = read_manifest(folder)
     changes = changed_files(folder, manifest.files)
     if changes:
-        listed = ", ".join(f"{name} {what}" for name, what in list(changes.items())[:5])
+        listed = ", ".join(f"{name} {change}" for name, change in list(changes.items())[:5])
         raise VerificationError(
-            f"{len(changes)} files of {folder} are not those that were verified: {listed}.",
+            f"{len(changes)} files of {folder} differ from those that were verified: {listed}.",
             remedy="Copy the bundle again, or build it again.",
         )
     name = served_file(manifest, target)
     _require_verified(folder, manifest, name)
     graph = (folder / name).read_bytes()
     if sha256_bytes(graph) != manifest.files.get(name) or bundle_digest(folder) != digest:
-        raise VerificationError(f"{folder} changed while it was read.", remedy="Replace bundles by renaming a folder.")
+        raise VerificationError(
+            f"{folder} changed while it was read.",
+            remedy="Copy the new bundle to another folder and rename that folder into place.",
+        )
     return Files(manifest=manifest, digest=digest, name=name, graph=graph)
 
 
 def bundle_digest(folder: Path) -> str:
-    """sha256 of the manifest, which names the sha256 of everything else."""
+    """The sha256 of the manifest, which lists the sha256 of every other file."""
     path = folder / MANIFEST
     if not path.is_file():
         raise BundleError(
@@ -104,7 +107,7 @@ def bundle_digest(folder: Path) -> str:
 
 
 def require_plain_files(folder: Path) -> None:
-    """Raise ``BundleError`` for a link or device inside: what is outside the folder was never verified."""
+    """Raise ``BundleError`` for a link or device inside: files outside the folder were never verified."""
     pending = [folder] if folder.is_dir() else []
     while pending:
         with os.scandir(pending.pop()) as entries:
@@ -114,8 +117,8 @@ def require_plain_files(folder: Path) -> None:
                     pending.append(Path(entry.path))
                 elif not stat.S_ISREG(facts.st_mode) or facts.st_nlink != 1:
                     raise BundleError(
-                        f"{entry.path} is not a regular file of its own (a link or a device).",
-                        remedy="Copy the bundle with its contents: cp -rL.",
+                        f"{entry.path} is a link or a device; a bundle may have regular files only.",
+                        remedy=f"Copy the bundle with the contents of its links: cp -rL {folder} NEW_FOLDER",
                     )
 
 
@@ -124,10 +127,10 @@ def _require_verified(folder: Path, manifest: Manifest, name: str) -> None:
     failed = [check for check in checks if not check.get("holds")]
     if failed or not any(str(check.get("subject", "")).startswith(name) for check in checks):
         raise VerificationError(
-            f"{folder} was not verified: {len(failed)} of {len(checks)} checks in its manifest do not hold."
+            f"{folder} was not verified: {len(failed)} of {len(checks)} checks in its manifest failed."
             if failed
             else f"{folder} was not verified: its manifest has no check of {name}.",
-            remedy="Build it again; only verified bundles are served.",
+            remedy="Build the bundle again; only verified bundles are served.",
         )
 
 
@@ -148,13 +151,12 @@ def load(
     require_servable(target, provider)
     files = read_files(folder, target)
     manifest = files.manifest
-    threads = 1 if provider == CPU else 0
-    model = load_model(folder / files.name, provider=provider, threads=threads, content=files.graph)
+    model = _open_graph(folder / files.name, files.graph, provider)
     elsewhere = {key: count for key, count in model.nodes_by_provider.items() if key != provider}
     if elsewhere:
         raise AuditError(
-            f"{provider} was asked for, and nodes of {name} run elsewhere: {elsewhere}.",
-            remedy="Install the libraries of that provider, or serve on another one.",
+            f"Some nodes of {name} do not run on {provider}: {elsewhere}.",
+            remedy="Install the libraries of that provider, or choose another --provider.",
         )
     signature = _signature(model, manifest, limits)
     table = normalisation_table(manifest.spec.preprocessing)
@@ -173,13 +175,26 @@ def load(
     )
 
 
+def _open_graph(path: Path, content: bytes, provider: str) -> OrtModel:
+    threads = 1 if provider == CPU else 0
+    try:
+        return load_model(path, provider=provider, threads=threads, content=content)
+    except AuditError as error:
+        # The reason of a refused bundle can reach clients (/v2/repository/index); onnxruntime's own text can not.
+        raise AuditError(
+            f"onnxruntime cannot open {path} ({type(error.__cause__).__name__}).",
+            remedy=f"Build the bundle again; `kdexport doctor {path.parent} --debug` shows onnxruntime's own message.",
+        ) from error
+
+
 def _signature(model: OrtModel, manifest: Manifest, limits: Limits) -> Signature:
     inputs, outputs = model.session.get_inputs(), model.session.get_outputs()
     size, classes = manifest.spec.image_size, manifest.spec.classes
     found = [(len(inputs), len(outputs)), inputs[0].type, list(inputs[0].shape[1:]), list(outputs[0].shape[1:])]
     if found != [(1, 1), "tensor(float)", [3, size, size], [len(classes)]]:
         raise AuditError(
-            f"{MODEL} takes and gives {found}, the manifest says [n,3,{size},{size}] float to {len(classes)} classes.",
+            f"The inputs and outputs of {MODEL} are {found}; the manifest requires one float input [n,3,{size},{size}] "
+            f"and one output of {len(classes)} classes.",
             remedy="Build the bundle again.",
         )
     image_bytes = 12 * size * size
@@ -194,7 +209,13 @@ def _signature(model: OrtModel, manifest: Manifest, limits: Limits) -> Signature
 
 
 def as_kdexport_error(error: Exception, folder: Path) -> KdexportError:
-    """Anything that a foreign folder can raise while it is loaded, as our own error."""
+    """``error`` if it is one of kdexport's, else a ``BundleError`` that names its type but not its text.
+
+    The message can reach clients (/v2/repository/index), and the text of a library may hold addresses of memory.
+    """
     if isinstance(error, KdexportError):
         return error
-    return BundleError(f"{folder} cannot be loaded: {type(error).__name__}: {error}.", remedy="Build it again.")
+    return BundleError(
+        f"{folder} cannot be loaded ({type(error).__name__}).",
+        remedy=f"Build the bundle again; `kdexport doctor {folder} --debug` shows where the error was raised.",
+    )

@@ -1,4 +1,4 @@
-"""Prometheus metrics: Triton's names where Triton has one, so that its dashboards carry over."""
+"""Prometheus metrics, with Triton's names if Triton has such a metric, so that its dashboards work unchanged."""
 
 import re
 import time
@@ -14,7 +14,7 @@ _MODEL = ("model", "version")
 
 
 class Metrics:
-    """All metrics of one server, in a registry of their own."""
+    """All metrics of one server, in their own registry."""
 
     def __init__(self) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -25,41 +25,45 @@ class Metrics:
             return Counter(name, text, labels, registry=self.registry)
 
         self.success = counter("nv_inference_request_success", "Requests answered with 200")
-        self.failure = counter("nv_inference_request_failure", "Requests answered otherwise", (*_MODEL, "reason"))
-        self.images = counter("nv_inference_count", "Images inferred")
+        self.failure = counter(
+            "nv_inference_request_failure", "Requests answered with another status", (*_MODEL, "reason")
+        )
+        self.images = counter("nv_inference_count", "Images on which the model was run")
         self.runs = counter("nv_inference_exec_count", "Runs of the model")
-        self.duration = counter("nv_inference_request_duration_us", "Microseconds from header to answer")
+        self.duration = counter("nv_inference_request_duration_us", "Microseconds from header to response")
         self.queue = counter("nv_inference_queue_duration_us", "Microseconds in the queue")
-        self.input = counter("nv_inference_compute_input_duration_us", "Microseconds of reading and decoding inputs")
+        self.input = counter("nv_inference_compute_input_duration_us", "Microseconds for reading and decoding inputs")
         self.infer = counter("nv_inference_compute_infer_duration_us", "Microseconds in the model")
-        self.output = counter("nv_inference_compute_output_duration_us", "Microseconds of writing answers")
-        self.pending = Gauge("nv_inference_pending_request_count", "Requests inside", _MODEL, registry=self.registry)
+        self.output = counter("nv_inference_compute_output_duration_us", "Microseconds for writing responses")
+        self.pending = Gauge(
+            "nv_inference_pending_request_count", "Requests in progress", _MODEL, registry=self.registry
+        )
         self.latency = Histogram(
-            "kdexport_request_duration_seconds", "Seconds from header to answer, of answers with 200", _MODEL,
+            "kdexport_request_duration_seconds", "Seconds from header to response, if the status is 200", _MODEL,
             registry=self.registry, buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
         )  # fmt: skip
-        self.refused = counter("kdexport_refused_requests", "Requests refused before a model was run", ("reason",))
-        self.not_finite = counter("kdexport_not_finite_outputs", "Answers withheld because a logit was NaN or infinite")
+        self.refused = counter("kdexport_refused_requests", "Requests refused before the model ran", ("reason",))
+        self.not_finite = counter("kdexport_not_finite_outputs", "Requests for which a logit was NaN or infinite")
         self.reloads = counter("kdexport_bundle_loads", "Bundles loaded or refused", ("outcome",))
         self.connections = Gauge("kdexport_connections", "Open connections", registry=self.registry)
         self.evicted = Counter(
-            "kdexport_evicted_connections", "Idle connections closed for newer ones", registry=self.registry
+            "kdexport_evicted_connections", "Idle connections closed in favour of newer ones", registry=self.registry
         )
 
     def text(self) -> bytes:
-        """The exposition; Triton's counters carry no ``_total``."""
+        """The metrics in Prometheus' text format; Triton's counters have no suffix ``_total``."""
         return _SUFFIX.sub(rb"\1", generate_latest(self.registry))
 
 
 @dataclass(slots=True)
 class Durations:
-    """A count and a sum of nanoseconds, as Triton's statistics have them."""
+    """A count of events and the sum of their nanoseconds, as in Triton's statistics."""
 
     count: int = 0
     ns: int = 0
 
     def add(self, ns: int) -> None:
-        """One more event."""
+        """Count an event."""
         self.count += 1
         self.ns += ns
 
@@ -69,7 +73,7 @@ class Durations:
 
 
 class ModelStatistics:
-    """What one version of a model did, for /stats and /metrics; touched on the event loop alone."""
+    """Counts and durations of one model version, for /stats and /metrics; used only on the event loop."""
 
     def __init__(self, metrics: Metrics, name: str, version: int) -> None:
         self._labels = (name, str(version))
@@ -85,9 +89,9 @@ class ModelStatistics:
         self.by_batch: dict[int, Durations] = {}
 
     def succeeded(self, images: int, together: int, times_ns: dict[str, int]) -> None:
-        """Count an answer; ``times_ns`` holds total, queue, input, infer and output."""
+        """Count a request answered with 200; ``times_ns`` has total, queue, input, infer and output."""
         self.inferences += images
-        # Of a run that several requests shared, each counts its part.
+        # Each of several requests that shared a run counts its part of it.
         self.executions += images / together
         self.last_ms = int(time.time() * 1000)
         self.parts["success"].add(times_ns["total"])
@@ -102,12 +106,12 @@ class ModelStatistics:
         self._children["latency"].observe(times_ns["total"] / 1e9)
 
     def failed(self, reason: str, total_ns: int) -> None:
-        """Count an answer other than 200."""
+        """Count a request answered with another status."""
         self.parts["fail"].add(total_ns)
         self._metrics.failure.labels(*self._labels, reason).inc()
 
     def to_json(self) -> dict[str, Any]:
-        """Triton's statistics of one model version."""
+        """The statistics in the form of Triton's."""
         name, version = self._labels
         parts = {key: value.to_json() for key, value in self.parts.items()}
         zero = Durations().to_json()

@@ -1,4 +1,4 @@
-"""``GET /openapi.json``: what the server answers, for clients that generate their own code."""
+"""``GET /openapi.json``: the OpenAPI document of the server, from which clients can generate code."""
 
 import json
 import re
@@ -21,7 +21,7 @@ _TENSOR = {
         "parameters": {"type": "object"},
     },
 }
-_ANSWER = {
+_RESPONSE = {
     "type": "object",
     "required": ["model_name", "model_version", "outputs"],
     "properties": {
@@ -54,17 +54,17 @@ _PREDICTIONS = {
 _ERROR = {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}
 _BINARY = {"type": "string", "format": "binary"}
 
-_FAULTS = {
-    "400": "The request is malformed, or asks for what the model does not have",
-    "401": "No valid token",
-    "404": "No such model or version",
-    "408": "The body came too slowly",
+_ERRORS = {
+    "400": "The request is not valid, or names an input or output that the model does not have",
+    "401": "No valid bearer token",
+    "404": "No such model, version or path",
+    "408": "The header or body did not arrive in time",
     "413": "Body or image too large",
     "415": "Content-Encoding other than gzip or deflate",
-    "429": "Too many requests; see Retry-After",
-    "500": "The model answered with NaN or infinity",
+    "429": "The server is at capacity; see Retry-After",
+    "500": "The model computed NaN or infinity",
     "503": "Starting, draining, or too long in the queue",
-    "504": "No answer within the deadline",
+    "504": "No response within the deadline",
 }
 _SUMMARIES = {
     "/v2/health/live": "Liveness",
@@ -79,23 +79,23 @@ _SUFFIXES = {"infer": "Inference", "ready": "Model readiness", "config": "Config
 
 
 async def openapi(request: Request) -> Response:
-    """OpenAPI 3.1, written from the routes themselves."""
+    """An OpenAPI 3.1 document, generated from the routes."""
     state = request.app.state
     if not hasattr(state, "openapi"):
-        described = document([(route.path, sorted(route.methods)) for route in request.app.routes])
-        state.openapi = json.dumps(described, separators=(",", ":")).encode()
+        generated = document([(route.path, sorted(route.methods)) for route in request.app.routes])
+        state.openapi = json.dumps(generated, separators=(",", ":")).encode()
     return Response(state.openapi, media_type="application/json")
 
 
 def document(routes: list[tuple[str, list[str]]]) -> dict[str, Any]:
-    """The document for (path, methods) pairs."""
+    """The OpenAPI document for (path, methods) pairs."""
     paths: dict[str, Any] = {}
     for path, methods in routes:
         for method in (name.lower() for name in methods if name != "HEAD"):
             paths.setdefault(path, {})[method] = _operation(path, method)
     header = InferRequest.model_json_schema(ref_template="#/components/schemas/{model}")
     schemas = {**header.pop("$defs", {}), "InferRequest": header}
-    schemas |= {"InferResponse": _ANSWER, "Predictions": _PREDICTIONS, "Error": _ERROR}
+    schemas |= {"InferResponse": _RESPONSE, "Predictions": _PREDICTIONS, "Error": _ERROR}
     return {
         "openapi": "3.1.0",
         "info": {"title": "kdexport", "version": __version__, "description": "Open Inference Protocol v2 and images."},
@@ -127,8 +127,8 @@ def _operation(path: str, method: str) -> dict[str, Any]:
         images = {f"image/{kind}": _BINARY for kind in ("jpeg", "png", "webp")}
         operation["requestBody"] = _content({**images, "multipart/form-data": form})
         operation["responses"]["200"]["content"] = _content({"application/json": _ref("Predictions")})["content"]
-    for status, why in _FAULTS.items():
-        operation["responses"][status] = {"description": why, **_content({"application/json": _ref("Error")})}
+    for status, description in _ERRORS.items():
+        operation["responses"][status] = {"description": description, **_content({"application/json": _ref("Error")})}
         del operation["responses"][status]["required"]
     return operation
 

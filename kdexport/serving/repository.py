@@ -1,4 +1,4 @@
-"""Models by name and version, replaced as a whole: a request keeps the model that it began with."""
+"""The served models by name and version: a reload replaces the whole table, and running requests keep their model."""
 
 import logging
 import threading
@@ -21,13 +21,13 @@ Key = tuple[str, int]
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A model's name and the folder named for it: a bundle, or a folder of bundles named 1, 2, 3."""
+    """A model's name and its folder: a bundle, or a folder of bundles named 1, 2, 3."""
 
     name: str
     folder: Path
 
     def versions(self) -> dict[int, Path]:
-        """Bundle folders by version; a bundle itself is version 1."""
+        """Bundle folders by version; a single bundle is version 1."""
         if (self.folder / MANIFEST).is_file() or not self.folder.is_dir():
             return {1: self.folder}
         numbered = {int(path.name): path for path in self.folder.iterdir() if _is_version(path.name) and path.is_dir()}
@@ -39,8 +39,8 @@ def _is_version(name: str) -> bool:
 
 
 def parse_source(argument: str) -> Source:
-    """``FOLDER`` or ``NAME=FOLDER``; raises ``ConfigError`` for a name that does not fit into a URL."""
-    name, separator, folder = argument.rpartition("=")
+    """Read ``FOLDER`` or ``NAME=FOLDER``; raises ``ConfigError`` for a name that cannot be part of a URL."""
+    name, separator, folder = argument.partition("=")
     path = Path(folder if separator and "/" not in name else argument)
     name = name if separator and "/" not in name else path.resolve().name
     if (
@@ -49,27 +49,30 @@ def parse_source(argument: str) -> Source:
         or not all(letter.isascii() and (letter.isalnum() or letter in "._-") for letter in name)
     ):
         raise ConfigError(
-            f"{name!r} is no model name: letters, digits, dot, dash and underscore are.",
-            remedy="Name the model: kdexport serve NAME=FOLDER.",
+            f"{name!r} is not a valid model name: 1 to 128 letters, digits, dots, dashes and underscores are allowed.",
+            remedy=f"Give the model another name: kdexport serve NAME={path}",
         )
     return Source(name, path)
 
 
 def parse_sources(arguments: Iterable[str]) -> tuple[Source, ...]:
-    """Several sources, each name once; raises ``ConfigError``."""
+    """Read several sources; raises ``ConfigError`` if there are none, or two of the same name."""
     sources = tuple(parse_source(argument) for argument in arguments)
     names = [source.name for source in sources]
     for name in names:
         if names.count(name) > 1:
-            raise ConfigError(f"Two bundles are named {name}.", remedy="Name them: kdexport serve NAME=FOLDER.")
+            raise ConfigError(
+                f"Two bundles have the name {name}; each needs its own.",
+                remedy=f"Name them: kdexport serve {name}=FOLDER {name}-2=FOLDER",
+            )
     if not sources:
-        raise ConfigError("No bundle was named.", remedy="For example: kdexport serve dist/mobilenetv2")
+        raise ConfigError("No bundle was given.", remedy="For example: kdexport serve dist/mobilenetv2")
     return sources
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
-    """What a reload did: keys that are new, replaced or gone, and what was refused and why."""
+    """The result of a reload: keys of new or replaced models, of removed ones, and the errors of refused ones."""
 
     loaded: tuple[Key, ...] = ()
     removed: tuple[Key, ...] = ()
@@ -77,7 +80,7 @@ class Change:
 
 
 class Repository:
-    """What is served now. Reading needs no lock: the table is replaced, never changed."""
+    """The served models. Reading needs no lock, because a reload replaces the table and never changes it."""
 
     def __init__(
         self, sources: tuple[Source, ...], *, provider: str, limits: Limits, target: str = DEFAULT_TARGET
@@ -88,7 +91,7 @@ class Repository:
         self._limits = limits
         self._models: dict[Key, LoadedModel] = {}
         self._refused: dict[Key, str] = {}
-        self._seen: object = None
+        self._last_signature: object = None
         self._reloading = threading.Lock()
 
     @property
@@ -98,44 +101,49 @@ class Repository:
 
     @property
     def refused(self) -> dict[Key, str]:
-        """Why a newer bundle of a key is not served."""
+        """Error messages of the bundles that the last reload refused."""
         return self._refused
 
     def find(self, name: str, version: str | None = None) -> LoadedModel:
-        """A model by name and version, the newest where none is named; raises ``RequestError`` with 404."""
+        """The model of this name and version, or the newest version; raises ``RequestError`` with status 404."""
         versions = sorted(number for key, number in self._models if key == name)
         if not versions:
-            raise RequestError(f"There is no model {name[:80]!r}.", status=404, reason="unknown_model")
+            raise RequestError(
+                f"The server has no model {name[:80]!r}.",
+                remedy="POST /v2/repository/index lists its models.",
+                status=404,
+                reason="unknown_model",
+            )
         if version is None:
             return self._models[name, versions[-1]]
         if not _is_version(version) or int(version) not in versions:
             raise RequestError(
-                f"Model {name!r} has no version {version[:20]!r}, only {', '.join(map(str, versions))}.",
+                f"Model {name!r} has no version {version[:20]!r}; its versions are {', '.join(map(str, versions))}.",
                 status=404, reason="unknown_model",
             )  # fmt: skip
         return self._models[name, int(version)]
 
     def load_all(self) -> None:
-        """Load everything for the first time; raises the first error."""
+        """Load all bundles at the start; raises the first error."""
         change = self.reload()
         for error in change.refused.values():
             raise error
 
     def reload(self) -> Change:
-        """Load what is new or changed and swap it in; whatever is refused leaves what is served as it is."""
+        """Load new and changed bundles and replace the table; a refused bundle leaves its old model in place."""
         with self._reloading:
-            self._seen = self._signature()
+            self._last_signature = self._signature()
             wanted = {(source.name, n): path for source in self.sources for n, path in source.versions().items()}
             models, refused = dict(self._models), dict[Key, KdexportError]()
             for key, folder in wanted.items():
                 try:
                     if key not in models or bundle_digest(folder) != models[key].digest:
                         models[key] = self._load(key, folder)
-                # A folder can be damaged in any way; what runs must go on whatever it is.
+                # A folder can be damaged in any way, and none of them may stop the models that run.
                 except Exception as error:  # noqa: BLE001
                     refused[key] = as_kdexport_error(error, folder)
             for key in models.keys() - wanted.keys():
-                # The last version of a model stays: a folder that is gone is an accident, not a wish.
+                # The last version of a model stays: a folder that is missing is more likely an accident.
                 if any(name == key[0] and (name, number) in models for name, number in wanted):
                     del models[key]
             before, self._models = self._models, models
@@ -144,8 +152,8 @@ class Repository:
             return Change(loaded=loaded, removed=tuple(before.keys() - models.keys()), refused=refused)
 
     def changed(self) -> bool:
-        """Whether a folder was replaced, added or removed since the last reload, by its manifest's inode and time."""
-        return self._seen is not None and self._signature() != self._seen
+        """Whether a folder was replaced, added or removed since the last reload: inode and time of its manifest."""
+        return self._last_signature is not None and self._signature() != self._last_signature
 
     def _signature(self) -> object:
         found: list[tuple[str, int, tuple[int, ...] | None]] = []
@@ -161,10 +169,10 @@ class Repository:
 
     def _load(self, key: Key, folder: Path) -> LoadedModel:
         name, version = key
-        # The manifest first: the commonest mistake is a wrong path, and it needs no child process to be found.
+        # A wrong path is the most common mistake, and is found here without a child process.
         if not (folder / MANIFEST).is_file():
             raise BundleError(
-                f"{folder} is neither a bundle nor a folder of bundles named 1, 2, 3.",
+                f"{folder} is neither a bundle nor a folder of bundles named 1, 2, 3: it has no {MANIFEST}.",
                 remedy="Pass a folder that `kdexport build` wrote.",
             )
         allowed = try_bundle(folder, self._provider, self._limits, self._target)

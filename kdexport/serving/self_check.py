@@ -1,4 +1,4 @@
-"""The golden images of a bundle, run from their bytes as an upload is, against the logits that came with them."""
+"""Compare the golden images of a bundle, decoded like uploads, with the reference logits stored in it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +13,12 @@ from kdexport.errors import BundleError, RequestError, VerificationError
 from kdexport.serving.images import FORMATS, PixelBudget, decode_upload, normalise
 from kdexport.serving.limits import Limits
 
-_UPLOADED = tuple(f".{name.lower()}" for name in (*FORMATS, "JPG"))
+_UPLOAD_SUFFIXES = tuple(f".{name.lower()}" for name in (*FORMATS, "JPG"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Golden:
-    """What the golden images said: largest error of a logit against what rung B allows, and how many images."""
+    """The result of the comparison: number of images, largest error of a logit, and the limit on it."""
 
     images: int
     error: float
@@ -26,7 +26,7 @@ class Golden:
 
 
 def read_reference(folder: Path) -> dict[str, NDArray[np.float64]]:
-    """The tensors of golden/logits.safetensors; raises ``BundleError``."""
+    """The reference logits and error limits of golden/logits.safetensors; raises ``BundleError``."""
     from safetensors.numpy import load_file
 
     try:
@@ -35,7 +35,7 @@ def read_reference(folder: Path) -> dict[str, NDArray[np.float64]]:
         return {"logits": tensors["logits"], **limits}
     except Exception as error:
         raise BundleError(
-            f"{folder / GOLDEN_LOGITS} cannot be read: {error}.", remedy="Build the bundle again."
+            f"{folder / GOLDEN_LOGITS} cannot be read ({type(error).__name__}).", remedy="Build the bundle again."
         ) from error
 
 
@@ -47,40 +47,52 @@ def compare_golden(
     limits: Limits,
     allowed_error: float,
 ) -> Golden:
-    """Run every golden image from its bytes, as an upload and as training reads it; raises ``VerificationError``."""
+    """Decode and run every golden image as an upload would be; raises ``VerificationError`` if a result differs."""
     expected = read_reference(folder)["logits"]
-    if expected.shape != (len(manifest.golden), len(manifest.spec.classes)):
-        raise BundleError(f"{GOLDEN_LOGITS} has shape {expected.shape}.", remedy="Build the bundle again.")
-    worst, where = 0.0, ""
+    shape = (len(manifest.golden), len(manifest.spec.classes))
+    if expected.shape != shape:
+        raise BundleError(
+            f"{GOLDEN_LOGITS} has shape {expected.shape}; the manifest requires {shape}.",
+            remedy="Build the bundle again.",
+        )
+    worst = 0.0
     for name, exact in zip(manifest.golden, expected, strict=True):
         pixels = _golden_pixels(folder / name, manifest, limits)
         logits = model.logits(normalise(pixels, table))[0].astype(np.float64)
         error = float(np.abs(logits - exact).max())
         if not error <= allowed_error:
             raise VerificationError(
-                f"{name} gives other logits here than when the bundle was verified: off by {error:.3g} (up to "
-                f"{allowed_error:.3g} allowed).",
-                remedy="Preprocessing, onnxruntime or the provider computes otherwise; `kdexport verify` says more.",
+                f"The logits of {name} differ from those of the reference by {error:.3g} (up to {allowed_error:.3g} "
+                "allowed).",
+                remedy=f"Run `kdexport verify {folder}` to find out whether the file, onnxruntime or the provider is "
+                "the cause.",
             )
-        # Two classes that lie within twice the allowed error of each other may change places.
+        # The order of two classes is only fixed if their logits differ by more than twice the allowed error.
         if exact[int(logits.argmax())] < exact.max() - 2 * allowed_error:
-            raise VerificationError(f"{name} gets another label.", remedy="`kdexport verify` says more.")
-        worst, where = max((worst, where), (error, name))
+            raise VerificationError(
+                f"{name} is classified as {manifest.spec.classes[int(logits.argmax())]!r}; the reference gives "
+                f"{manifest.spec.classes[int(exact.argmax())]!r}.",
+                remedy=f"Run `kdexport verify {folder}` for details.",
+            )
+        worst = max(worst, error)
     return Golden(images=len(expected), error=worst, allowed=allowed_error)
 
 
 def _golden_pixels(path: Path, manifest: Manifest, limits: Limits) -> NDArray[np.uint8]:
     preprocessing = manifest.spec.preprocessing
     trained = preprocessing.pixels(read_image(path))
-    if path.suffix.lower() not in _UPLOADED:
+    if path.suffix.lower() not in _UPLOAD_SUFFIXES:
         return trained
     try:
         served = decode_upload(path.read_bytes(), preprocessing, limits, PixelBudget(limits.pixels))
     except RequestError as error:
         raise VerificationError(
-            f"The server would refuse {path.name}, an image of the model's own data: {error.message}",
-            remedy="Widen the limits on images to what this model is meant for.",
+            f"The server would refuse {path.name}, a golden image of the bundle: {error.message}",
+            remedy="Adjust --max-pixels or --min-side to the images of this model.",
         ) from error
     if not np.array_equal(trained, served):
-        raise VerificationError(f"{path.name} is decoded otherwise here than in training.", remedy="Report this image.")
+        raise VerificationError(
+            f"{path.name} has other pixels as an upload than as a training image; they must be equal.",
+            remedy="Install the version of Pillow that built the bundle, or build the bundle again with this one.",
+        )
     return served

@@ -1,4 +1,4 @@
-"""Runs the app under uvicorn's protocol: two listeners, signals, and an end that loses nothing."""
+"""Run the application under uvicorn's protocol: listeners, signals, reloads, and shutdown without lost requests."""
 
 import asyncio
 import contextlib
@@ -18,21 +18,22 @@ from uvicorn.server import ServerState
 
 from kdexport.errors import KdexportError, ServerError
 from kdexport.serving.app import create_app, create_metrics_app
-from kdexport.serving.connection import Connection, Crowd
+from kdexport.serving.connection import Connection, ConnectionPool
 from kdexport.serving.limits import Limits
 from kdexport.serving.metrics import Metrics
 from kdexport.serving.service import Service
 
 _log = logging.getLogger("kdexport.serving")
 _BACKLOG = 2048
-_TICK_SECONDS = 1.0
+_DATE_HEADER_SECONDS = 1.0
 _POLL_SECONDS = 0.05
-_FAREWELL_SECONDS = 1.0
+_TLS_SHUTDOWN_SECONDS = 1.0
+_INTERRUPTED = 130
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Address:
-    """Where to listen; port 0 lets the system choose."""
+    """The host and ports to listen on; port 0 means any free port."""
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -41,14 +42,14 @@ class Address:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Running:
-    """Where a server listens."""
+    """The ports of a running server."""
 
     port: int
     metrics_port: int
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A bound socket; raises ``ServerError`` with the reason where it cannot be had."""
+    """A socket bound to this address; raises ``ServerError`` if it is taken or not of this machine."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         bound = socket.socket(family, socket.SOCK_STREAM)
@@ -56,17 +57,18 @@ def bind(host: str, port: int) -> socket.socket:
         bound.bind(address)
     except OSError as error:
         raise ServerError(
-            f"Cannot listen on {host}:{port}: {error.strerror or error}.", remedy="Choose another --host or --port."
+            f"Cannot listen on {host}:{port}: {error.strerror or error}.",
+            remedy="Choose another --host, --port or --metrics-port.",
         ) from error
     bound.setblocking(False)
     return bound
 
 
 class Listener:
-    """One socket, one app, and the connections between them."""
+    """A socket, the application behind it, and its open connections."""
 
     def __init__(self, app: Any, sock: socket.socket, limits: Limits, *, metrics: Metrics | None = None) -> None:
-        self.crowd = Crowd(limits, metrics)
+        self.pool = ConnectionPool(limits, metrics)
         self._socket = sock
         self._config = Config(
             app,
@@ -85,47 +87,48 @@ class Listener:
 
     @property
     def port(self) -> int:
-        """The port that the system gave."""
+        """The port that it listens on."""
         return int(self._socket.getsockname()[1])
 
     async def start(self, context: ssl.SSLContext | None) -> None:
         """Accept connections."""
-        self.tick()
-        # A duplicate is what the event loop closes: connections that still wait in the kernel are not lost with it.
+        self.update_date_header()
+        # The event loop closes this duplicate of the socket; connections that wait in the kernel stay with the other.
         self._server = await asyncio.get_running_loop().create_server(
             self._connection,
             sock=self._socket.dup(),
             ssl=context,
             backlog=_BACKLOG,
-            ssl_handshake_timeout=self.crowd.limits.header_seconds if context else None,
-            # A client that is idle does not answer the farewell of TLS either.
-            ssl_shutdown_timeout=_FAREWELL_SECONDS if context else None,
+            ssl_handshake_timeout=self.pool.limits.header_seconds if context else None,
+            # An idle client does not answer the shutdown message of TLS either.
+            ssl_shutdown_timeout=_TLS_SHUTDOWN_SECONDS if context else None,
         )
         self._context = context
 
     def _connection(self) -> Connection:
-        return Connection(self.crowd, self._config, self._state, {})
+        return Connection(self.pool, self._config, self._state, {})
 
-    def tick(self) -> None:
-        """Write the Date header anew."""
+    def update_date_header(self) -> None:
+        """Set the Date header of responses to the current time."""
         self._state.default_headers = [(b"date", formatdate(time.time(), usegmt=True).encode())]
 
     async def stop(self, seconds: float) -> int:
-        """Stop accepting, answer everyone who is connected; how many requests were cut off after ``seconds``."""
+        """Stop accepting and answer all connected clients; returns the number of requests cut off after ``seconds``."""
         assert self._server is not None
-        self.crowd.close()
+        self.pool.close()
         self._server.close()
-        await self._accept_the_waiting()
+        await self._accept_waiting()
         self._socket.close()
         deadline = time.monotonic() + seconds
-        while self.crowd.everyone and time.monotonic() < deadline:
+        while self.pool.open and time.monotonic() < deadline:
             await asyncio.sleep(_POLL_SECONDS)
-        at_work = self.crowd.everyone - self.crowd.idle.keys()
-        for connection in list(self.crowd.everyone):
+        busy = self.pool.open - self.pool.idle.keys()
+        for connection in list(self.pool.open):
             connection.transport.abort()
-        return len(at_work)
+        return len(busy)
 
-    async def _accept_the_waiting(self) -> None:
+    async def _accept_waiting(self) -> None:
+        """Accept the connections that wait in the kernel."""
         loop = asyncio.get_running_loop()
         while True:
             try:
@@ -137,13 +140,13 @@ class Listener:
 
 
 class Server:
-    """A service behind two listeners, from its first request to its last."""
+    """A service behind two listeners: the models on one port, the metrics on another."""
 
     def __init__(self, service: Service, address: Address, *, watch_seconds: float = 0.0) -> None:
         limits = service.limits
         self._service = service
         self._watch_seconds = watch_seconds
-        # uvicorn's "off" lifespan: models are loaded before, so that an error is a sentence and an exit code.
+        # uvicorn's lifespan is off: models are loaded before, so that an error gives a message and an exit code.
         app = create_app(service=service)
         self._main = Listener(app, bind(address.host, address.port), limits, metrics=service.metrics)
         self._metrics = Listener(create_metrics_app(service), bind(address.host, address.metrics_port), limits)
@@ -153,7 +156,7 @@ class Server:
     async def run(
         self, *, context: ssl.SSLContext | None = None, started: Callable[[Running], None] = lambda _: None
     ) -> int:
-        """Serve until SIGTERM or SIGINT; returns the number of requests that were cut off."""
+        """Serve until SIGTERM or SIGINT; returns the number of requests that got no response."""
         loop = asyncio.get_running_loop()
         stopping = asyncio.Event()
         self._reload_wanted = asyncio.Event()
@@ -163,37 +166,38 @@ class Server:
         await self._main.start(context)
         await self._metrics.start(None)
         started(Running(port=self._main.port, metrics_port=self._metrics.port))
-        chores = [asyncio.create_task(chore) for chore in (self._tick(), self._reload(), self._watch())]
+        jobs = (self._update_date_headers(), self._reload(), self._watch())
+        tasks = [asyncio.create_task(job) for job in jobs]
         await stopping.wait()
         cut = await self._drain()
-        for chore in chores:
-            chore.cancel()
-        await asyncio.gather(*chores, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.to_thread(self._service.close)
         return cut
 
     def _stop(self, stopping: asyncio.Event) -> None:
         self._signals += 1
         if self._signals > 1:
-            os._exit(130)
+            os._exit(_INTERRUPTED)
         stopping.set()
 
     async def _drain(self) -> int:
-        """Not ready at once, but serving on: whoever balances the load needs a moment to notice."""
+        """Report not ready but keep serving until load balancers have noticed; then stop both listeners."""
         limits = self._service.limits
-        _log.warning("Draining: %g s until the port closes.", limits.drain_seconds)
+        _log.warning("Draining: the port closes in %g s.", limits.drain_seconds)
         self._service.draining = True
-        self._main.crowd.close()
+        self._main.pool.close()
         await asyncio.sleep(limits.drain_seconds)
         cut = await self._main.stop(limits.grace_seconds)
         await self._metrics.stop(0)
         return cut
 
-    async def _tick(self) -> None:
+    async def _update_date_headers(self) -> None:
         while True:
-            await asyncio.sleep(_TICK_SECONDS)
-            self._main.tick()
-            self._metrics.tick()
+            await asyncio.sleep(_DATE_HEADER_SECONDS)
+            self._main.update_date_header()
+            self._metrics.update_date_header()
 
     async def _watch(self) -> None:
         while self._watch_seconds:
@@ -209,4 +213,4 @@ class Server:
             try:
                 await asyncio.to_thread(self._service.reload)
             except (KdexportError, OSError) as error:
-                _log.error("Reload failed: %s", error)
+                _log.error("The reload failed, and the loaded models stay: %s", error)

@@ -1,7 +1,4 @@
-"""Everything that outlives a request: models, instances, decoding threads, places, statistics.
-
-Who gets in before a byte of a body is read: so many requests, so many bytes; everyone else hears 429 at once.
-"""
+"""The state that requests share: models, instances, decoding threads, admission and statistics."""
 
 import asyncio
 import hmac
@@ -24,9 +21,18 @@ from kdexport.serving.metrics import Metrics, ModelStatistics
 from kdexport.serving.repository import Change, Repository, Source
 from kdexport.targets import DEFAULT_TARGET
 
+_log = logging.getLogger("kdexport.serving")
+_MIN_TOKEN_CHARACTERS = 16
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
 
 class Admission:
-    """Places and bytes of all requests that are inside; used on the event loop alone, so it needs no lock."""
+    """Admits requests up to a number and a sum of body sizes, before a byte of their bodies is read.
+
+    It is used only on the event loop and therefore needs no lock.
+    """
 
     def __init__(self, *, places: int, bodies: int) -> None:
         self.places = places
@@ -36,7 +42,7 @@ class Admission:
 
     @contextmanager
     def enter(self, size: int) -> Iterator[None]:
-        """A place and ``size`` bytes until the end of the block; raises ``RequestError`` with 429 where none is."""
+        """Reserve a place and ``size`` bytes for the block; raises ``RequestError`` with status 429 at the limit."""
         if self.inside >= self.places:
             raise RequestError(
                 f"{self.inside} requests are inside (up to {self.places} allowed); try again.",
@@ -59,16 +65,9 @@ class Admission:
             self.held -= size
 
 
-_log = logging.getLogger("kdexport.serving")
-
-Arguments = ParamSpec("Arguments")
-
-Result = TypeVar("Result")
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """How a service runs; ``instances`` 0 takes one per usable processor, or one on a GPU."""
+    """How a service runs; ``instances`` 0 means one per usable processor, or one on a GPU."""
 
     provider: str = CPU
     target: str = DEFAULT_TARGET
@@ -78,7 +77,7 @@ class Settings:
 
 
 class Service:
-    """The state behind the app; ``load`` before the first request, ``close`` after the last."""
+    """The models of a server and all that runs them; call ``load`` before the first request, ``close`` at the end."""
 
     def __init__(self, sources: tuple[Source, ...], settings: Settings) -> None:
         self.settings = settings
@@ -100,18 +99,23 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        """Whether new requests should come here."""
+        """Whether load balancers should send new requests to this server."""
         return self._instances is not None and not self.draining
 
     @property
     def instances(self) -> Instances:
-        """The running instances; raises ``RequestError`` with 503 before they are."""
+        """The running instances; raises ``RequestError`` with status 503 before they have started."""
         if self._instances is None:
-            raise RequestError("The server is starting.", status=503, reason="starting")
+            raise RequestError(
+                "The server is starting.",
+                remedy="Retry when GET /v2/health/ready answers 200.",
+                status=503,
+                reason="starting",
+            )
         return self._instances
 
     def load(self) -> None:
-        """Load every model; its golden images warm it. Raises ``KdexportError``. Blocking."""
+        """Load every model and run its golden images, which warms it up. Blocking; raises ``KdexportError``."""
         if self._instances is not None:
             return
         self.repository.load_all()
@@ -121,20 +125,20 @@ class Service:
         self.metrics.reloads.labels("loaded").inc(len(self.repository.models))
 
     def reload(self) -> Change:
-        """Take over what changed on disk; a bad bundle is refused and the old one goes on. Blocking."""
+        """Load the bundles that changed on disk; a refused bundle leaves its old model in place. Blocking."""
         change = self.repository.reload()
         for name, version in change.loaded:
-            _log.warning("Serving %s version %d from its new bundle.", name, version)
+            _log.warning("%s version %d is now served from its new bundle.", name, version)
         for name, version in change.removed:
-            _log.warning("%s version %d is gone.", name, version)
+            _log.warning("%s version %d is no longer served: its folder was removed.", name, version)
         for (name, version), error in change.refused.items():
-            _log.error("%s version %d: the new bundle is refused: %s", name, version, error.message)
+            _log.error("%s version %d: the new bundle is refused: %s %s", name, version, error.message, error.remedy)
         self.metrics.reloads.labels("loaded").inc(len(change.loaded))
         self.metrics.reloads.labels("refused").inc(len(change.refused))
         return change
 
     def close(self) -> None:
-        """End all threads after what they have."""
+        """Wait for the running work and end all threads."""
         if self._instances is not None:
             self._instances.close()
             self._instances = None
@@ -143,11 +147,11 @@ class Service:
     async def off_loop(
         self, work: Callable[Arguments, Result], *args: Arguments.args, **kwargs: Arguments.kwargs
     ) -> Result:
-        """Run ``work`` in the decoding threads."""
+        """Run ``work`` in a decoding thread."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, lambda: work(*args, **kwargs))
 
     def statistics(self, model: LoadedModel) -> ModelStatistics:
-        """The statistics of one loaded bundle; a new bundle under the same version begins at zero."""
+        """The statistics of a loaded bundle; they start at zero when another bundle takes its version."""
         key = (model.name, model.version, model.digest)
         if key not in self._statistics:
             kept = {(m.name, m.version, m.digest) for m in self.repository.models.values()} | {key}
@@ -156,15 +160,20 @@ class Service:
         return self._statistics[key]
 
     def authorise(self, headers: Mapping[str, str]) -> None:
-        """Raise ``RequestError`` with 401 where a token is set and the request does not bear it."""
+        """Raise ``RequestError`` with status 401 if the server has a token and the request does not."""
         if self._authorization is None:
             return
         given = headers.get("authorization", "").encode("utf-8", "surrogateescape")
         if not hmac.compare_digest(given, self._authorization):
-            raise RequestError("The request bears no valid token.", status=401, reason="unauthorised")
+            raise RequestError(
+                "The request has no valid bearer token.",
+                remedy="Send the header Authorization: Bearer TOKEN.",
+                status=401,
+                reason="unauthorised",
+            )
 
     def bound(self, base: int) -> MemoryBound:
-        """The most memory that this service takes, where ``base`` bytes are taken after loading."""
+        """The most memory of this process, given that it takes ``base`` bytes after loading."""
         signatures = [model.signature for model in self.repository.models.values()]
         return memory_bound(
             self.limits,
@@ -177,24 +186,35 @@ class Service:
         )
 
     def require_memory(self, base: int) -> MemoryBound:
-        """The bound; raises ``ServerError`` where the control group allows less."""
+        """The memory bound; raises ``ServerError`` if the control group allows less."""
         bound, allowed = self.bound(base), cgroup.memory()
         if allowed is not None and bound.total > allowed:
             raise ServerError(
-                f"The limits allow {bound.describe()}, the control group {allowed / MIB:.0f} MiB.",
+                f"With these limits the server takes {bound.describe()}, but its control group allows "
+                f"{allowed / MIB:.0f} MiB.",
                 remedy="Lower --max-bodies, --max-pixels or --connections, or give the container more memory.",
             )
         return bound
 
 
 def read_token(path: Path | None) -> str | None:
-    """A bearer token from a file; raises ``ServerError`` for an empty or unreadable one."""
+    """The bearer token in a file; raises ``ServerError`` if it cannot be read or is too weak."""
     if path is None:
         return None
-    token = path.read_text(encoding="utf-8").strip()
-    if len(token) < 16 or not token.isascii():
+    try:
+        token = path.read_bytes().strip().decode("ascii")
+    except OSError as error:
         raise ServerError(
-            f"{path} holds a token of {len(token)} characters (at least 16 ASCII characters required).",
-            remedy="For example: openssl rand -hex 32 > token",
+            f"The token file {path} cannot be read: {error.strerror}.", remedy="Check the path and its permissions."
+        ) from error
+    except UnicodeDecodeError:
+        raise ServerError(
+            f"The token in {path} has characters outside ASCII; only ASCII is allowed.",
+            remedy=f"Write another one: openssl rand -hex 32 > {path}",
+        ) from None
+    if len(token) < _MIN_TOKEN_CHARACTERS:
+        raise ServerError(
+            f"The token in {path} has {len(token)} characters (at least {_MIN_TOKEN_CHARACTERS} required).",
+            remedy=f"Write a longer one: openssl rand -hex 32 > {path}",
         )
     return token

@@ -1,15 +1,16 @@
-"""Tensors on the wire: raw little-endian bytes or JSON numbers in, logits or classes out.
+"""Open Inference Protocol v2 on the wire: header and tensor of a request in, logits or class labels out.
 
-Open Inference Protocol v2: the typed request header, and what may be asked of a classifier.
-
-Fields and meaning: kserve/open-inference-protocol (REST), with Triton's extensions for binary
-tensors and classification.
+Fields and their meaning: kserve/open-inference-protocol (REST), with Triton's extensions for binary tensors and
+classification.
 """
 
 import itertools
 import json
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import numpy as np
@@ -19,136 +20,32 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from kdexport.errors import RequestError
 from kdexport.serving.limits import Limits
 
+HEADER_LENGTH = "inference-header-content-length"
+_FLOAT32_BYTES = 4
 _MAX_NAME = 256
-
-#: Largest value of a dimension or byte count that a header may name; products stay far below 2^63 in Python anyway.
+#: Largest dimension or byte count that a header may give; Python's integers hold their products.
 _MAX_COUNT = 2**40
 
-Name = Annotated[str, Field(max_length=_MAX_NAME)]
+#: What each kind of pydantic error means, in words of our own; ``{name}`` is a bound from the error's context.
+_FAULTS: Mapping[str, str] = MappingProxyType(
+    {
+        "missing": "is missing",
+        "model_type": "must be an object",
+        "list_type": "must be an array",
+        "string_type": "must be a string",
+        "bool_type": "must be true or false",
+        "int_type": "must be an integer",
+        "int_parsing_size": "is too large",
+        "greater_than_equal": "must be at least {ge}",
+        "less_than_equal": "must be at most {le}",
+        "too_short": "must have at least {min_length} entries",
+        "too_long": "must have at most {max_length} entries",
+        "string_too_long": "must have at most {max_length} characters",
+    }
+)
 
-Scalar = bool | int | float | str
-
-Parameters = Annotated[dict[Name, Scalar], Field(max_length=64)]
-
-
-class _Message(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, hide_input_in_errors=True)
-
-
-class TensorParameters(_Message):
-    """Parameters of one input: only a binary size changes its meaning."""
-
-    binary_data_size: Annotated[int, Field(ge=0, le=_MAX_COUNT)] | None = None
-    shared_memory_region: str | None = None
-
-
-class RequestInput(_Message):
-    """One input tensor; ``data`` is absent where its bytes follow the header."""
-
-    name: Name
-    shape: Annotated[list[Annotated[int, Field(ge=0, le=_MAX_COUNT)]], Field(max_length=64)]
-    datatype: Annotated[str, Field(max_length=16)]
-    parameters: TensorParameters = TensorParameters()
-    data: Any = None
-
-
-class OutputParameters(_Message):
-    """Parameters of one wanted output."""
-
-    binary_data: bool | None = None
-    classification: Annotated[int, Field(ge=0, le=_MAX_COUNT)] = 0
-    shared_memory_region: str | None = None
-
-
-class RequestOutput(_Message):
-    """One wanted output."""
-
-    name: Name
-    parameters: OutputParameters = OutputParameters()
-
-
-class InferParameters(_Message):
-    """Parameters of the request; others are allowed by the protocol and change nothing here."""
-
-    binary_data_output: bool = False
-    timeout: Annotated[int, Field(ge=0, le=_MAX_COUNT)] = 0
-    sequence_id: int | str = 0
-
-
-class InferRequest(_Message):
-    """The JSON part of an inference request."""
-
-    id: Annotated[str, Field(max_length=1024)] | None = None
-    inputs: Annotated[list[RequestInput], Field(min_length=1, max_length=1024)]
-    outputs: Annotated[list[RequestOutput], Field(max_length=1024)] = []
-    parameters: InferParameters = InferParameters()
-
-
-def parse_header(data: bytes | memoryview, limits: Limits, max_elements: int) -> InferRequest:
-    """The JSON of a request as ``InferRequest``; raises ``RequestError`` with the first fault.
-
-    Tokens and depth are counted before any object is made of them, so that memory follows from the limits.
-    """
-    raw = bytes(data)
-    require_modest(raw, limits, max_elements)
-    try:
-        return InferRequest.model_validate_json(raw)
-    except ValidationError as error:
-        fault = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        place = ".".join(str(part) for part in fault["loc"][:6])[:200]
-        raise RequestError(f"The request is not valid: {place + ': ' if place else ''}{fault['msg'][:300]}.") from None
-
-
-def require_modest(raw: bytes, limits: Limits, max_elements: int) -> None:
-    """Raise where JSON has more tokens than a request can need, or nests deeper than allowed."""
-    openers = raw.count(b"[") + raw.count(b"{")
-    tokens = raw.count(b",") + openers
-    allowed = 2 * max_elements + limits.json_slack
-    if tokens > allowed:
-        raise RequestError(
-            f"The JSON has {tokens:,} elements (up to {allowed:,} allowed).", status=413, reason="too_large"
-        )
-    if openers > limits.json_depth and _depth(raw) > limits.json_depth:
-        raise RequestError(f"The JSON nests deeper than {limits.json_depth} levels.", reason="too_deep")
-
-
-def _depth(raw: bytes) -> int:
-    """Deepest nesting; brackets inside strings count too, which only ever overstates it."""
-    import numpy as np
-
-    codes = np.frombuffer(raw, np.uint8)
-    up = (codes == ord("[")) | (codes == ord("{"))
-    down = (codes == ord("]")) | (codes == ord("}"))
-    places = np.flatnonzero(up | down)
-    steps = np.where(up[places], 1, -1)
-    return int(np.cumsum(steps, dtype=np.int32).max(initial=0))
-
-
-def require_answerable(request: InferRequest, output_name: str, limits: Limits) -> None:
-    """Raise ``RequestError`` for what a stateless classifier with one input and one output cannot do."""
-    if len(request.inputs) != 1:
-        raise RequestError(f"The request has {len(request.inputs)} inputs (1 allowed).")
-    if len(request.inputs[0].shape) > limits.dims:
-        raise RequestError(f"The input has {len(request.inputs[0].shape)} dimensions (up to {limits.dims} allowed).")
-    if len(request.outputs) > limits.tensors:
-        raise RequestError(f"The request wants {len(request.outputs)} outputs (up to {limits.tensors} allowed).")
-    names = [output.name for output in request.outputs]
-    if len(set(names)) != len(names):
-        raise RequestError("An output is asked for twice.")
-    for name in names:
-        if name != output_name:
-            raise RequestError(f"There is no output {name[:80]!r}; the model has {output_name!r}.")
-    if request.parameters.sequence_id not in (0, ""):
-        raise RequestError("The model keeps no state: sequence_id cannot be used.")
-    regions = [request.inputs[0].parameters.shared_memory_region]
-    regions += [output.parameters.shared_memory_region for output in request.outputs]
-    if any(region is not None for region in regions):
-        raise RequestError("Shared memory is not served; send the tensor in the body.")
-
-
-HEADER_LENGTH = "inference-header-content-length"
-
-_ITEM = 4
+_Name = Annotated[str, Field(max_length=_MAX_NAME)]
+_Count = Annotated[int, Field(ge=0, le=_MAX_COUNT)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,180 +60,329 @@ class Signature:
 
     @property
     def elements(self) -> int:
-        """Numbers in one image."""
+        """Numbers in the tensor of one image."""
         return 3 * self.image_size * self.image_size
 
     @property
     def image_bytes(self) -> int:
         """Bytes of the float32 tensor of one image."""
-        return _ITEM * self.elements
+        return _FLOAT32_BYTES * self.elements
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, hide_input_in_errors=True)
+
+
+class TensorParameters(_Message):
+    """Parameters of an input tensor."""
+
+    binary_data_size: _Count | None = None
+    shared_memory_region: str | None = None
+
+
+class RequestInput(_Message):
+    """An input tensor; ``data`` is absent if its bytes follow the header."""
+
+    name: _Name
+    shape: Annotated[list[_Count], Field(max_length=64)]
+    datatype: Annotated[str, Field(max_length=16)]
+    parameters: TensorParameters = TensorParameters()
+    data: Any = None
+
+
+class OutputParameters(_Message):
+    """Parameters of a requested output."""
+
+    binary_data: bool | None = None
+    classification: _Count = 0
+    shared_memory_region: str | None = None
+
+
+class RequestOutput(_Message):
+    """A requested output."""
+
+    name: _Name
+    parameters: OutputParameters = OutputParameters()
+
+
+class InferParameters(_Message):
+    """Parameters of the request; the protocol allows others, which are ignored."""
+
+    binary_data_output: bool = False
+    timeout: _Count = 0
+    sequence_id: int | str = 0
+
+
+class InferRequest(_Message):
+    """The JSON part of an inference request."""
+
+    id: Annotated[str, Field(max_length=1024)] | None = None
+    inputs: Annotated[list[RequestInput], Field(min_length=1, max_length=1024)]
+    outputs: Annotated[list[RequestOutput], Field(max_length=1024)] = []
+    parameters: InferParameters = InferParameters()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Asked:
-    """A request whose tensor was read: (n,3,S,S) float32, aligned and contiguous."""
+class ParsedRequest:
+    """The header of a request and its tensor: (n,3,S,S) float32, aligned and contiguous."""
 
-    request: InferRequest
+    header: InferRequest
     images: NDArray[np.float32]
 
 
 def body_limit(signature: Signature, limits: Limits, *, binary: bool) -> int:
-    """Bytes that a request for this model can need, raw or as JSON text, and never more than the body limit."""
-    each = signature.image_bytes * 1.2 if binary else signature.elements * 26
-    return min(limits.body, int(signature.max_batch * each) + limits.header)
+    """The most bytes that a request for this model can need, raw or as JSON text; at most the limit on bodies."""
+    bytes_per_image = signature.image_bytes * 1.2 if binary else signature.elements * 26
+    return min(limits.body, int(signature.max_batch * bytes_per_image) + limits.header)
 
 
-def read_request(body: bytes | bytearray, header_length: int | None, signature: Signature, limits: Limits) -> Asked:
-    """The request in ``body``; raises ``RequestError``.
+def read_request(
+    body: bytes | bytearray, header_length: int | None, signature: Signature, limits: Limits
+) -> ParsedRequest:
+    """Parse and check the request in ``body``; raises ``RequestError``.
 
     ``header_length`` is the value of Inference-Header-Content-Length: None for JSON alone, 0 for a body that is the
     tensor and nothing else.
     """
     if header_length == 0:
-        return _raw(body, signature)
+        return _read_raw_tensor(body, signature)
     length = len(body) if header_length is None else header_length
     if length > len(body):
-        raise RequestError(f"Inference-Header-Content-Length is {length}, the body has {len(body)} bytes.")
+        raise RequestError(
+            f"Inference-Header-Content-Length is {length}, but the body has {len(body)} bytes.",
+            remedy="Set it to the number of bytes of the JSON header.",
+        )
     if header_length is not None and length > limits.header:
         raise RequestError(
-            f"The request header has {length} bytes (up to {limits.header} allowed).", status=413, reason="too_large"
+            f"The JSON header has {length:,} bytes (up to {limits.header:,} allowed).",
+            remedy="Send the tensor as bytes after the header.",
+            status=413,
+            reason="too_large",
         )
     view = memoryview(body)
-    request = parse_header(view[:length], limits, signature.max_batch * signature.elements)
-    require_answerable(request, signature.output_name, limits)
-    given = request.inputs[0]
-    count = _batch(given, signature)
-    flat = _from_bytes(given, view[length:]) if given.data is None else _from_json(given, view[length:])
-    return Asked(request, _shaped(flat, count, signature))
+    header = _parse_header(view[:length], limits, signature.max_batch * signature.elements)
+    _require_supported(header, signature.output_name, limits)
+    tensor = header.inputs[0]
+    count = _count_images(tensor, signature)
+    flat = _from_bytes(tensor, view[length:]) if tensor.data is None else _from_json(tensor, view[length:])
+    return ParsedRequest(header, _as_images(flat, count, signature))
 
 
-def _raw(body: bytes | bytearray, signature: Signature) -> Asked:
+def _read_raw_tensor(body: bytes | bytearray, signature: Signature) -> ParsedRequest:
     count, rest = divmod(len(body), signature.image_bytes)
     if rest or not 1 <= count <= signature.max_batch:
         raise RequestError(
-            f"The body has {len(body)} bytes; a raw request is 1 to {signature.max_batch} images of "
-            f"{signature.image_bytes} bytes."
+            f"The body has {len(body):,} bytes; a raw tensor has 1 to {signature.max_batch} images of "
+            f"{signature.image_bytes:,} bytes each.",
+            remedy=f"Send float32 values of shape [n, 3, {signature.image_size}, {signature.image_size}].",
         )
     shape = [count, 3, signature.image_size, signature.image_size]
-    given = RequestInput(name=signature.input_name, shape=shape, datatype="FP32")
-    request = InferRequest.model_validate({"inputs": [given], "parameters": {"binary_data_output": True}})
-    return Asked(request, _shaped(np.frombuffer(body, "<f4"), count, signature))
+    tensor = RequestInput(name=signature.input_name, shape=shape, datatype="FP32")
+    header = InferRequest.model_validate({"inputs": [tensor], "parameters": {"binary_data_output": True}})
+    return ParsedRequest(header, _as_images(np.frombuffer(body, "<f4"), count, signature))
 
 
-def _batch(given: RequestInput, signature: Signature) -> int:
-    """Number of images; raises where name, datatype or shape is not the model's."""
-    size = signature.image_size
-    if given.name != signature.input_name:
-        raise RequestError(f"There is no input {given.name[:80]!r}; the model has {signature.input_name!r}.")
-    if given.datatype != "FP32":
-        raise RequestError(f"Input {given.name!r} has datatype {given.datatype!r}; the model takes 'FP32'.")
-    if given.shape[1:] != [3, size, size] or not 1 <= given.shape[0] <= signature.max_batch:
+def _parse_header(data: memoryview, limits: Limits, max_elements: int) -> InferRequest:
+    """The JSON of a request as ``InferRequest``; raises ``RequestError`` with the first fault.
+
+    Tokens and depth are counted before any object is made of them, so that memory follows from the limits.
+    """
+    raw = bytes(data)
+    _require_bounded_json(raw, limits, max_elements)
+    try:
+        return InferRequest.model_validate_json(raw)
+    except ValidationError as error:
+        raise RequestError(f"The request is not valid {_describe_fault(error)}.") from None
+
+
+def _describe_fault(error: ValidationError) -> str:
+    """The first fault by its kind and place; pydantic's own text may change and never enters a response."""
+    fault = error.errors(include_url=False, include_input=False)[0]
+    if fault["type"] == "json_invalid":
+        position = re.search(r"line \d+ column \d+$", fault["msg"])
+        return f"JSON: {position[0]}" if position else "JSON"
+    place = ".".join(str(part) for part in fault["loc"][:6])[:200] or "the JSON value"
+    rule = _FAULTS.get(fault["type"], "has a value of the wrong kind")
+    return f"(Open Inference Protocol v2): {place} {rule.format_map(fault.get('ctx', {}))}"
+
+
+def _require_bounded_json(raw: bytes, limits: Limits, max_elements: int) -> None:
+    """Raise if JSON has more tokens than a request can need, or is nested deeper than allowed."""
+    openers = raw.count(b"[") + raw.count(b"{")
+    tokens = raw.count(b",") + openers
+    allowed = 2 * max_elements + limits.json_slack
+    if tokens > allowed:
         raise RequestError(
-            f"Input {given.name!r} has shape {given.shape}; the model takes [n, 3, {size}, {size}] with n from 1 to "
+            f"The JSON has {tokens:,} elements (up to {allowed:,} allowed).",
+            remedy="Send fewer images in one request.",
+            status=413,
+            reason="too_large",
+        )
+    if openers > limits.json_depth and (depth := _depth(raw)) > limits.json_depth:
+        raise RequestError(
+            f"The JSON is nested {depth:,} levels deep (up to {limits.json_depth} allowed).",
+            remedy="Send the data as one flat array.",
+            reason="too_deep",
+        )
+
+
+def _depth(raw: bytes) -> int:
+    """The deepest nesting; brackets inside strings count too, so the result can only be too large."""
+    codes = np.frombuffer(raw, np.uint8)
+    up = (codes == ord("[")) | (codes == ord("{"))
+    down = (codes == ord("]")) | (codes == ord("}"))
+    brackets = np.flatnonzero(up | down)
+    steps = np.where(up[brackets], 1, -1)
+    return int(np.cumsum(steps, dtype=np.int32).max(initial=0))
+
+
+def _require_supported(header: InferRequest, output_name: str, limits: Limits) -> None:
+    """Raise ``RequestError`` for a request that a stateless classifier with one input and one output cannot serve."""
+    if len(header.inputs) != 1:
+        raise RequestError(f"The request has {len(header.inputs)} inputs; the model takes exactly 1.")
+    if len(header.inputs[0].shape) > limits.dims:
+        raise RequestError(f"The input has {len(header.inputs[0].shape)} dimensions (up to {limits.dims} allowed).")
+    if len(header.outputs) > limits.tensors:
+        raise RequestError(f"The request lists {len(header.outputs)} outputs (up to {limits.tensors} allowed).")
+    names = [output.name for output in header.outputs]
+    if len(set(names)) != len(names):
+        raise RequestError("The request lists the same output twice.", remedy="List each output once.")
+    for name in names:
+        if name != output_name:
+            raise RequestError(f"The model has no output {name[:80]!r}; its only output is {output_name!r}.")
+    if header.parameters.sequence_id not in (0, ""):
+        raise RequestError(
+            "The request has a sequence_id, but the model keeps no state between requests.", remedy="Omit sequence_id."
+        )
+    regions = [header.inputs[0].parameters.shared_memory_region]
+    regions += [output.parameters.shared_memory_region for output in header.outputs]
+    if any(region is not None for region in regions):
+        raise RequestError("This server does not support shared memory.", remedy="Send the tensor in the body.")
+
+
+def _count_images(tensor: RequestInput, signature: Signature) -> int:
+    """The number of images; raises if name, datatype or shape differ from the model's."""
+    size = signature.image_size
+    if tensor.name != signature.input_name:
+        raise RequestError(f"The model has no input {tensor.name[:80]!r}; its only input is {signature.input_name!r}.")
+    if tensor.datatype != "FP32":
+        raise RequestError(f"Input {tensor.name!r} has datatype {tensor.datatype!r}; the model takes 'FP32'.")
+    if tensor.shape[1:] != [3, size, size] or not 1 <= tensor.shape[0] <= signature.max_batch:
+        raise RequestError(
+            f"Input {tensor.name!r} has shape {tensor.shape}; the model takes [n, 3, {size}, {size}] with n from 1 to "
             f"{signature.max_batch}."
         )
-    return given.shape[0]
+    return tensor.shape[0]
 
 
-def _from_bytes(given: RequestInput, rest: memoryview) -> NDArray[np.float32]:
-    size = given.parameters.binary_data_size
+def _from_bytes(tensor: RequestInput, rest: memoryview) -> NDArray[np.float32]:
+    size, expected = tensor.parameters.binary_data_size, _FLOAT32_BYTES * math.prod(tensor.shape)
     if size is None:
-        raise RequestError(f"Input {given.name!r} has neither data nor binary_data_size.")
-    if size != len(rest):
-        raise RequestError(f"binary_data_size is {size}, and {len(rest)} bytes follow the header.")
-    if size != _ITEM * math.prod(given.shape):
         raise RequestError(
-            f"binary_data_size is {size}; shape {given.shape} of FP32 takes {_ITEM * math.prod(given.shape)} bytes."
+            f"Input {tensor.name!r} has neither data nor binary_data_size.",
+            remedy="Send the values in data, or as bytes after the header with their number in binary_data_size.",
         )
+    if size != len(rest):
+        raise RequestError(f"binary_data_size is {size}, but {len(rest)} bytes follow the header.")
+    if size != expected:
+        raise RequestError(f"binary_data_size is {size}; shape {tensor.shape} of FP32 takes {expected} bytes.")
     return np.frombuffer(rest, "<f4")
 
 
-def _from_json(given: RequestInput, rest: memoryview) -> NDArray[np.float32]:
-    if given.parameters.binary_data_size is not None or len(rest):
-        raise RequestError(f"Input {given.name!r} has data as JSON and as bytes.")
-    values = _flat(given)
-    if len(values) != math.prod(given.shape) or not set(map(type, values)) <= {int, float}:
+def _from_json(tensor: RequestInput, rest: memoryview) -> NDArray[np.float32]:
+    if tensor.parameters.binary_data_size is not None or len(rest):
         raise RequestError(
-            f"The data of input {given.name!r} has {len(values)} elements; shape {given.shape} takes "
-            f"{math.prod(given.shape)} numbers."
+            f"Input {tensor.name!r} has its data both as JSON and as bytes.", remedy="Send it in one of the two forms."
         )
+    values = _flatten(tensor)
+    expected = math.prod(tensor.shape)
+    if len(values) != expected:
+        raise RequestError(
+            f"The data of input {tensor.name!r} has {len(values):,} elements; shape {tensor.shape} takes {expected:,}."
+        )
+    if not set(map(type, values)) <= {int, float}:
+        raise RequestError(f"The data of input {tensor.name!r} has an element that is not a number.")
     try:
         with np.errstate(over="ignore"):
             return np.array(values, np.float64).astype(np.float32)
     except OverflowError:
-        raise RequestError(f"The data of input {given.name!r} holds a number beyond float32.") from None
+        raise RequestError(
+            f"The data of input {tensor.name!r} has a number that float32 cannot represent (up to 3.4e38 allowed)."
+        ) from None
 
 
-def _flat(given: RequestInput) -> list[Any]:
-    """JSON data in row-major order: flat as it is, or nested exactly like the shape; both are in use."""
-    values = given.data
+def _flatten(tensor: RequestInput) -> list[Any]:
+    """JSON data in row-major order: clients send it flat, or nested like the shape."""
+    values = tensor.data
     if not isinstance(values, list):
-        raise RequestError(f"The data of input {given.name!r} is not an array.")
+        raise RequestError(f"The data of input {tensor.name!r} is not an array.")
     if not (values and isinstance(values[0], list)):
         return values
-    count = given.shape[0]
-    for extent in given.shape[1:]:
+    count = tensor.shape[0]
+    for extent in tensor.shape[1:]:
         if len(values) != count or not all(isinstance(row, list) and len(row) == extent for row in values):
-            raise RequestError(f"The data of input {given.name!r} is nested otherwise than its shape {given.shape}.")
+            raise RequestError(
+                f"The nesting of the data of input {tensor.name!r} does not match its shape {tensor.shape}.",
+                remedy="Send the data as one flat array.",
+            )
         values = list(itertools.chain.from_iterable(values))
         count *= extent
     return values
 
 
-def _shaped(flat: NDArray[np.float32], count: int, signature: Signature) -> NDArray[np.float32]:
+def _as_images(flat: NDArray[np.float32], count: int, signature: Signature) -> NDArray[np.float32]:
     images = flat.reshape(count, 3, signature.image_size, signature.image_size)
-    # The tensor begins wherever the header ended; onnxruntime is entitled to aligned memory of its own byte order.
+    # The tensor starts wherever the header ended; onnxruntime needs aligned memory in native byte order.
     aligned = np.require(images, np.float32, ["C", "A"])
     if not np.isfinite(aligned).all():
-        raise RequestError(f"Input {signature.input_name!r} holds NaN or infinity.")
+        raise RequestError(f"Input {signature.input_name!r} has NaN or infinity; all values must be finite.")
     return aligned
 
 
 def write_response(
-    asked: InferRequest, logits: NDArray[np.float32], signature: Signature, *, model: str, version: str
+    header: InferRequest, logits: NDArray[np.float32], signature: Signature, *, model: str, version: str
 ) -> tuple[bytes, int | None]:
-    """(body, header length or None) of the answer: JSON, or JSON followed by raw tensors."""
-    wanted = asked.outputs or [RequestOutput(name=signature.output_name)]
+    """(body, header length or None) of the response: JSON, or JSON followed by raw tensors."""
+    requested = header.outputs or [RequestOutput(name=signature.output_name)]
     outputs, blobs = [], []
-    for output in wanted:
+    for output in requested:
         binary = output.parameters.binary_data
         if binary is None:
-            binary = asked.parameters.binary_data_output
-        described, blob = _output(output, logits, signature, binary=binary)
-        outputs.append(described)
+            binary = header.parameters.binary_data_output
+        description, blob = _encode_output(output, logits, signature, binary=binary)
+        outputs.append(description)
         blobs.append(blob)
-    header = {"model_name": model, "model_version": version, "outputs": outputs}
-    if asked.id is not None:
-        header = {"id": asked.id, **header}
-    text = json.dumps(header, separators=(",", ":")).encode()
+    response = {"model_name": model, "model_version": version, "outputs": outputs}
+    if header.id is not None:
+        response = {"id": header.id, **response}
+    text = json.dumps(response, separators=(",", ":")).encode()
     return (b"".join([text, *blobs]), len(text)) if any(blobs) else (text, None)
 
 
-def _output(
+def _encode_output(
     output: RequestOutput, logits: NDArray[np.float32], signature: Signature, *, binary: bool
 ) -> tuple[dict[str, Any], bytes]:
-    top = output.parameters.classification
+    top = min(output.parameters.classification, logits.shape[1])
     if top == 0:
-        described = {"name": output.name, "datatype": "FP32", "shape": list(logits.shape)}
+        description = {"name": output.name, "datatype": "FP32", "shape": list(logits.shape)}
         if not binary:
-            return {**described, "data": logits.reshape(-1).tolist()}, b""
+            return {**description, "data": logits.reshape(-1).tolist()}, b""
         blob = logits.astype("<f4", copy=False).tobytes()
     else:
-        words = [word for row in logits for word in classes_of(row, min(top, row.size), signature.classes)]
-        shape = [len(logits), min(top, logits.shape[1])]
-        described = {"name": output.name, "datatype": "BYTES", "shape": shape}
+        entries = [entry for row in logits for entry in _classification(row, top, signature.classes)]
+        description = {"name": output.name, "datatype": "BYTES", "shape": [len(logits), top]}
         if not binary:
-            return {**described, "data": words}, b""
-        encoded = [word.encode() for word in words]
-        blob = b"".join(len(word).to_bytes(4, "little") + word for word in encoded)
-    return {**described, "parameters": {"binary_data_size": len(blob)}}, blob
+            return {**description, "data": entries}, b""
+        encoded = [entry.encode() for entry in entries]
+        blob = b"".join(len(entry).to_bytes(4, "little") + entry for entry in encoded)
+    return {**description, "parameters": {"binary_data_size": len(blob)}}, blob
 
 
-def ranked(row: NDArray[np.float32], top: int) -> list[int]:
-    """Indices of the ``top`` largest values of (K,), best first; ties in index order."""
+def rank(row: NDArray[np.float32], top: int) -> list[int]:
+    """Indices of the ``top`` largest values of (K,), largest first; equal values in index order."""
     return [int(index) for index in np.argsort(-row, kind="stable")[:top]]
 
 
-def classes_of(row: NDArray[np.float32], top: int, classes: tuple[str, ...]) -> list[str]:
-    """``score:index:label`` for the ``top`` largest of (K,) logits, as Triton's classification extension has it."""
-    return [f"{row[index]:f}:{index}:{classes[index]}" for index in ranked(row, top)]
+def _classification(row: NDArray[np.float32], top: int, classes: tuple[str, ...]) -> list[str]:
+    """``score:index:label`` for the ``top`` largest of (K,) logits, the form of Triton's classification extension."""
+    return [f"{row[index]:f}:{index}:{classes[index]}" for index in rank(row, top)]

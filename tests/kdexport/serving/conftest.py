@@ -1,4 +1,4 @@
-"""One small bundle and one server for all tests that leave both as they are."""
+"""One small bundle and one server, shared by all tests that do not change them."""
 
 import shutil
 from collections.abc import Iterator
@@ -13,13 +13,13 @@ from tests.kdexport.serving.served_bundles import make_bundle
 
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A verified bundle that nobody changes."""
+    """A verified bundle that no test changes."""
     return made_once(tmp_path_factory, "zoo", make_bundle) / "bundle"
 
 
 @pytest.fixture
 def zoo_copy(zoo: Path, tmp_path: Path) -> Path:
-    """A copy that a test may damage."""
+    """A copy of the bundle that a test may damage."""
     return Path(shutil.copytree(zoo, tmp_path / "zoo"))
 
 

@@ -1,5 +1,6 @@
-"""A server as a user starts it, in a process of its own, and the plainest of clients."""
+"""A server started by its command in a process of its own, and a minimal client."""
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -10,7 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +26,7 @@ _START_SECONDS = 240.0
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back."""
+    """A response."""
 
     status: int
     headers: Mapping[str, str]
@@ -37,7 +38,7 @@ class Answer:
 
     @property
     def error(self) -> str:
-        """The message of an error in the protocol's only form."""
+        """The message of an error response, whose only key is ``error``."""
         data = self.data
         assert set(data) == {"error"}
         return str(data["error"])
@@ -70,7 +71,7 @@ class Running:
             connection.close()
 
     def metric(self, name: str, **labels: str) -> float:
-        """One sample of /metrics; 0 where there is none yet."""
+        """The sum of the samples of /metrics with this name and labels; 0 if there are none yet."""
         text = self.ask("GET", "/metrics", port=self.metrics_port).body.decode()
         total = 0.0
         for line in text.splitlines():
@@ -84,7 +85,7 @@ class Running:
         return socket.create_connection(("127.0.0.1", self.port), timeout=60)
 
     def resident(self) -> int:
-        """Bytes."""
+        """The resident size in bytes."""
         pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
         return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
@@ -94,7 +95,7 @@ class Running:
         return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
     def stop(self) -> str:
-        """SIGTERM; returns what the server said on stderr."""
+        """Send SIGTERM and wait; returns the output of the server on stderr."""
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(timeout=60)
         return self.log.read_text()
@@ -106,7 +107,7 @@ def command(*arguments: str | Path) -> list[str]:
 
 @contextlib.contextmanager
 def running(*arguments: str | Path, cwd: Path | None = None) -> Iterator[Running]:
-    """Start a server, wait for its one line of JSON, and end it whatever happens."""
+    """Start a server, wait for its line of JSON, and kill it at the end of the block."""
     with tempfile.NamedTemporaryFile("w", suffix=".log") as log:
         process = subprocess.Popen(
             [*command(*arguments), "--json"],
@@ -136,3 +137,36 @@ def binary_request(images: Any, *, model: str = "zoo", **header: Any) -> tuple[b
     }  # fmt: skip
     text = json.dumps({"inputs": [described], **header}).encode()
     return text + images.tobytes(), {"Inference-Header-Content-Length": str(len(text))}
+
+
+async def call(
+    app: Any, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None,
+    *, sent: list[MutableMapping[str, Any]] | None = None,
+) -> Answer:  # fmt: skip
+    """One request to an ASGI application in this process; the messages of its response are appended to ``sent``."""
+    messages: list[MutableMapping[str, Any]] = [] if sent is None else sent
+    parts: list[dict[str, Any]] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> dict[str, Any]:
+        if not parts:
+            await asyncio.sleep(60)
+        return parts.pop()
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        messages.append(message)
+
+    pairs = [(k.lower().encode(), v.encode()) for k, v in (headers or {}).items()]
+    scope = {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "path": path,
+        "raw_path": path.encode(), "query_string": b"", "root_path": "", "scheme": "http", "headers": pairs,
+        "server": ("127.0.0.1", 80), "client": ("127.0.0.1", 1),
+    }  # fmt: skip
+    await app(scope, receive, send)
+    return read_answer(messages)
+
+
+def read_answer(messages: Sequence[MutableMapping[str, Any]]) -> Answer:
+    """The response that ASGI messages carry."""
+    start, *rest = messages
+    headers = {key.decode(): value.decode() for key, value in start["headers"]}
+    return Answer(start["status"], headers, b"".join(message.get("body", b"") for message in rest))

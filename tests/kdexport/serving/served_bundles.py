@@ -1,4 +1,4 @@
-"""Bundles of students with random weights, through the stages and the packaging of a real build; nothing is trained."""
+"""Bundles of students with random weights, made by the stages and packaging of a real build, without training."""
 
 import io
 from collections.abc import Mapping
@@ -29,12 +29,12 @@ CONFIG = {
     "verify": {"images": 8, "golden": 8},
     "latency": {"sessions": 3, "pairs": 10, "max_slowdown": 0.9},
 }
-#: A colon and a quote, because labels travel inside "score:index:label" and inside JSON.
+#: With a colon, quotes and a non-ASCII letter, because labels are part of "score:index:label" and of JSON.
 CLASSES = ("cat", "dog: big", 'a "bird"', "\u00e9l\u00e9phant", "fish", "frog", "hen")
 
 
 def photo(width: int, height: int, seed: int) -> Image.Image:
-    """Waves and noise: it survives JPEG, and no symmetry hides a flip or a swap of channels."""
+    """Waves and noise: JPEG preserves them, and no symmetry hides a flip or a swap of channels."""
     rng = np.random.default_rng(seed)
     x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
     waves = [np.sin(rng.uniform(2, 9) * x + rng.uniform(2, 9) * y + rng.uniform(0, 6)) for _ in range(3)]
@@ -69,7 +69,7 @@ def make_bundle(
     seed: int = 5,
     policy: Mapping[str, Any] = MappingProxyType({}),
 ) -> Path:
-    """A verified bundle below ``root``; batch norms are no identities and the preprocessing is no square."""
+    """A verified bundle below ``root``, with random batch norms and a resize that differs from the image size."""
     preprocessing = Preprocessing(image_size=image_size, resize=resize, mean=(0.41, 0.47, 0.39), std=(0.21, 0.27, 0.24))
     torch.manual_seed(seed)
     student = STUDENTS.build("mobilenetv2", num_classes=len(classes), image_size=image_size)

@@ -1,4 +1,4 @@
-"""The ASGI application without our server around it: any ASGI server, Ray Serve included, can run it."""
+"""The ASGI application alone, as any other ASGI server, Ray Serve included, would run it."""
 
 import asyncio
 import dataclasses
@@ -18,39 +18,15 @@ from kdexport.serving.limits import MIB, Limits
 from kdexport.serving.loading import LoadedModel
 from kdexport.serving.repository import parse_sources
 from kdexport.serving.service import Service, Settings
-from tests.kdexport.serving.running_server import Answer, binary_request
+from tests.kdexport.serving.running_server import binary_request, call
 
 BODY, HEADERS = binary_request(np.zeros((1, 3, 32, 32), np.float32))
 INFER = "/v2/models/zoo/infer"
 
 
-async def call(app: Any, method: str, path: str, body: bytes = b"", headers: dict[str, str] | None = None) -> Answer:
-    """One request by the letter of ASGI."""
-    sent: list[MutableMapping[str, Any]] = []
-    parts: list[dict[str, Any]] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def receive() -> dict[str, Any]:
-        if not parts:
-            await asyncio.sleep(60)
-        return parts.pop()
-
-    async def send(message: MutableMapping[str, Any]) -> None:
-        sent.append(message)
-
-    pairs = [(k.lower().encode(), v.encode()) for k, v in (headers or {}).items()]
-    scope = {
-        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method, "path": path,
-        "raw_path": path.encode(), "query_string": b"", "root_path": "", "scheme": "http", "headers": pairs,
-        "server": ("127.0.0.1", 80), "client": ("127.0.0.1", 1),
-    }  # fmt: skip
-    await app(scope, receive, send)
-    content = b"".join(message.get("body", b"") for message in sent[1:])
-    return Answer(sent[0]["status"], {k.decode(): v.decode() for k, v in sent[0]["headers"]}, content)
-
-
 @pytest.fixture(scope="module")
 def models(zoo: Path) -> dict[tuple[str, int], LoadedModel]:
-    """Loaded once; services of this module share them."""
+    """The loaded models, shared by all services of this module."""
     service = Service(parse_sources([f"zoo={zoo}"]), Settings())
     service.repository.load_all()
     return service.repository.models
@@ -63,7 +39,7 @@ def make(models: dict[tuple[str, int], LoadedModel], monkeypatch: pytest.MonkeyP
 
     def build(limits: Limits | None = None, **change: Any) -> Service:
         service = Service(parse_sources([f"zoo={zoo}"]), Settings(limits=limits or Limits(), instances=1))
-        # A model that was put in place of another one keeps none of its pace.
+        # The measured pace of the replaced model does not apply to its replacement.
         pace: dict[str, Any] = {"pace": UNKNOWN_PACE} if "ort" in change else {}
         ready = {key: dataclasses.replace(model, **change, **pace) for key, model in models.items()}
         service.repository._models = ready
@@ -79,7 +55,7 @@ def make(models: dict[tuple[str, int], LoadedModel], monkeypatch: pytest.MonkeyP
 
 @dataclasses.dataclass(frozen=True)
 class Constant:
-    """Stands for an opened graph that answers with one value, after a while."""
+    """In place of an opened graph: returns one value for every logit, after ``seconds``."""
 
     value: float
     seconds: float = 0.0
@@ -124,7 +100,10 @@ def test_an_answer_that_is_not_finite_is_500_and_counted(make: Any, value: float
     service = make(None, ort=Constant(value))
     answer = asyncio.run(call(create_app(service=service), "POST", INFER, BODY, HEADERS))
     assert answer.status == 500
-    assert answer.error == "The model answered with NaN or infinity."
+    assert answer.error == (
+        "The model computed NaN or infinity for this input. Check that the input is normalised as the bundle's "
+        "manifest.json requires."
+    )
     assert b'kdexport_not_finite_outputs_total{model="zoo",version="1"} 1.0' in service.metrics.text()
 
 
@@ -143,13 +122,15 @@ def test_a_server_whose_limits_do_not_fit_its_container_does_not_start(
 ) -> None:
     service = make()
     monkeypatch.setattr(cgroup, "memory", lambda: 256 * MIB)
-    with pytest.raises(ServerError, match=r"The limits allow at most \d+ MiB .*, the control group 256 MiB"):
+    with pytest.raises(
+        ServerError, match=r"the server takes at most \d+ MiB \(.*\), but its control group allows 256 MiB\."
+    ):
         service.require_memory(100 * MIB)
     monkeypatch.setattr(cgroup, "memory", lambda: 8192 * MIB)
     assert service.require_memory(100 * MIB).total < 8192 * MIB
 
 
-def test_a_missing_extra_is_said_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_an_error_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib.util
 
     from kdexport.commands.serve import require_extra

@@ -1,4 +1,4 @@
-"""Clients that are slow, many or gone take nothing from the others."""
+"""Slow, many or disconnected clients do not affect the others."""
 
 import http.client
 import socket
@@ -12,8 +12,8 @@ import pytest
 from tests.kdexport.serving.running_server import LIMITS, Answer, Running, binary_request
 
 INFER = "/v2/models/zoo/infer"
-PLACES = LIMITS.places(2)
-CROWD = 1200
+MAX_REQUESTS = LIMITS.places(2)
+SLOW_CLIENTS = 1200
 ZEROS = np.zeros((1, 3, 32, 32), np.float32)
 
 
@@ -35,7 +35,7 @@ def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
 
 
 def received(stream: socket.socket) -> bytes:
-    """Everything until the server closes."""
+    """All bytes until the server closes the connection."""
     data = b""
     try:
         while part := stream.recv(65536):
@@ -46,18 +46,18 @@ def received(stream: socket.socket) -> bytes:
 
 
 def reply(stream: socket.socket) -> Answer:
-    """One whole answer."""
+    """One complete response."""
     response = http.client.HTTPResponse(stream)
     response.begin()
     return Answer(response.status, {k.lower(): v for k, v in response.getheaders()}, response.read())
 
 
 @contextmanager
-def crowd(server: Running, opening: bytes) -> Iterator[list[socket.socket]]:
-    """1,200 connections that sent ``opening`` and then say nothing."""
+def open_connections(server: Running, opening: bytes) -> Iterator[list[socket.socket]]:
+    """1,200 connections that send ``opening`` and then nothing."""
     with ExitStack() as stack:
         streams = []
-        for _ in range(CROWD):
+        for _ in range(SLOW_CLIENTS):
             stream = stack.enter_context(server.connect())
             stream.setblocking(False)
             streams.append(stream)
@@ -69,7 +69,7 @@ def crowd(server: Running, opening: bytes) -> Iterator[list[socket.socket]]:
 
 
 def probes(server: Running, count: int = 20) -> int:
-    """Health probes that were answered, each within five seconds."""
+    """The number of health probes that were answered within five seconds."""
     answered = 0
     for _ in range(count):
         try:
@@ -89,15 +89,15 @@ def probes(server: Running, count: int = 20) -> int:
     ids=["nothing", "half a header", "half a body"],
 )
 def test_1200_slow_connections_leave_health_probes_answered(server: Running, opening: bytes) -> None:
-    with crowd(server, opening):
+    with open_connections(server, opening):
         assert probes(server) >= 18
     until(lambda: server.metric("nv_inference_pending_request_count") == 0)
     assert server.ask("POST", INFER, *binary_request(ZEROS)).status == 200
 
 
 def test_1200_slow_readers_leave_health_probes_answered(server: Running) -> None:
-    # Several requests for a document of 20 kB that nobody reads.
-    with crowd(server, b"GET /openapi.json HTTP/1.1\r\nHost: a\r\n\r\n" * 4):
+    # Several requests for a document of 20 kB that the client does not read.
+    with open_connections(server, b"GET /openapi.json HTTP/1.1\r\nHost: a\r\n\r\n" * 4):
         assert probes(server) >= 18
     assert server.peak() < 300 * 2**20
 
@@ -112,8 +112,8 @@ def test_thousands_of_requests_in_one_packet_end_the_connection(server: Running)
 
 def test_connections_are_bounded_and_the_longest_idle_one_goes_first(server: Running) -> None:
     before = server.metric("kdexport_evicted_connections_total")
-    with crowd(server, b"") as streams:
-        until(lambda: server.metric("kdexport_evicted_connections_total") - before >= CROWD - 512)
+    with open_connections(server, b"") as streams:
+        until(lambda: server.metric("kdexport_evicted_connections_total") - before >= SLOW_CLIENTS - 512)
         assert server.metric("kdexport_connections") <= 512
         streams[0].setblocking(True)
         assert received(streams[0]) == b""
@@ -122,15 +122,17 @@ def test_connections_are_bounded_and_the_longest_idle_one_goes_first(server: Run
 @pytest.mark.parametrize(
     "opening", [b"", b"GET /v2 HTTP/1.1\r\nX: ", b"\r\n\r\n\r\n"], ids=["nothing", "part", "line ends"]
 )
-def test_a_header_that_does_not_come_ends_the_connection(server: Running, opening: bytes) -> None:
+def test_a_header_that_does_not_arrive_ends_the_connection(server: Running, opening: bytes) -> None:
     with server.connect() as stream:
         began = time.monotonic()
         stream.sendall(opening)
-        assert received(stream).startswith(b"HTTP/1.1 408")
+        answer = received(stream)
+        assert answer.startswith(b"HTTP/1.1 408")
+        assert answer.endswith(b'{"error": "The request header did not arrive within 2 s."}')
         assert 1.5 < time.monotonic() - began < 12
 
 
-def test_a_header_that_drips_is_not_given_more_time(server: Running) -> None:
+def test_a_header_that_arrives_slowly_gets_no_more_time(server: Running) -> None:
     with server.connect() as stream:
         began = time.monotonic()
         stream.sendall(b"GET /v2 HTTP/1.1\r\n")
@@ -157,21 +159,21 @@ def test_line_ends_between_requests_do_not_keep_a_connection(server: Running) ->
         assert time.monotonic() - began < 15
 
 
-def test_a_body_that_does_not_come_is_408_and_frees_its_place(server: Running) -> None:
+def test_a_body_that_does_not_arrive_is_408_and_frees_its_place(server: Running) -> None:
     body, headers = binary_request(ZEROS)
     with server.connect() as stream:
         stream.sendall(head(body, headers) + body[:100])
         until(lambda: server.metric("nv_inference_pending_request_count") == 1)
         answer = reply(stream)
     assert answer.status == 408
-    assert "within 4 s" in answer.error
+    assert answer.error == ("The body did not arrive within 4 s. Send it again, over a faster connection or smaller.")
     until(lambda: server.metric("nv_inference_pending_request_count") == 0)
 
 
-def test_full_means_429_before_the_body_is_read_and_leaving_frees_the_place(server: Running) -> None:
+def test_at_capacity_a_request_is_429_before_its_body_is_read_and_a_disconnect_frees_the_place(server: Running) -> None:
     body, headers = binary_request(ZEROS)
     with ExitStack() as stack:
-        streams = [stack.enter_context(server.connect()) for _ in range(PLACES)]
+        streams = [stack.enter_context(server.connect()) for _ in range(MAX_REQUESTS)]
         for stream in streams:
             stream.sendall(head(body, headers))
         # Not a byte of this body is sent: the answer comes from the header alone.
@@ -184,10 +186,10 @@ def test_full_means_429_before_the_body_is_read_and_leaving_frees_the_place(serv
         assert server.ask("GET", "/v2/health/ready").status == 200
     until(lambda: server.metric("nv_inference_pending_request_count") == 0)
     assert server.ask("POST", INFER, body, headers).status == 200
-    assert server.metric("nv_inference_request_failure", reason="canceled") >= PLACES
+    assert server.metric("nv_inference_request_failure", reason="canceled") >= MAX_REQUESTS
 
 
-def test_a_client_that_leaves_the_queue_frees_its_place(server: Running) -> None:
+def test_a_client_that_disconnects_in_the_queue_frees_its_place(server: Running) -> None:
     body, headers = binary_request(np.zeros((8, 3, 32, 32), np.float32))
     for _ in range(30):
         with server.connect() as stream:
@@ -196,8 +198,8 @@ def test_a_client_that_leaves_the_queue_frees_its_place(server: Running) -> None
     assert server.ask("POST", INFER, body, headers).status == 200
 
 
-def test_bytes_are_bounded_across_requests_whatever_their_number(server: Running) -> None:
-    # Nine bodies of 15 MiB that are announced: eight fit into 128 MiB.
+def test_the_sum_of_all_bodies_is_limited(server: Running) -> None:
+    # Nine bodies of 15 MiB are announced; eight fit into 128 MiB.
     announced = b"POST /v1/classify HTTP/1.1\r\nHost: a\r\nContent-Length: 15728640\r\n\r\n"
     with ExitStack() as stack:
         for _ in range(8):
@@ -212,7 +214,7 @@ def test_bytes_are_bounded_across_requests_whatever_their_number(server: Running
     until(lambda: server.metric("nv_inference_pending_request_count") == 0)
 
 
-def test_a_client_that_asks_first_hears_the_refusal_and_the_connection_ends(server: Running) -> None:
+def test_expect_100_continue_gets_the_refusal_and_the_connection_ends(server: Running) -> None:
     with server.connect() as stream:
         stream.sendall(
             b"POST /v1/classify HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 99999999\r\n\r\n"
@@ -220,7 +222,7 @@ def test_a_client_that_asks_first_hears_the_refusal_and_the_connection_ends(serv
         assert received(stream).startswith(b"HTTP/1.1 413")
 
 
-def test_a_client_that_asks_first_is_told_to_go_on(server: Running) -> None:
+def test_expect_100_continue_gets_a_100(server: Running) -> None:
     body, headers = binary_request(ZEROS)
     with server.connect() as stream:
         stream.sendall(head(body, {**headers, "Expect": "100-continue"}))
@@ -251,9 +253,9 @@ def test_pipelined_requests_are_answered_in_order(server: Running) -> None:
 
 
 @pytest.mark.parametrize("together", [True, False])
-def test_a_chunk_that_is_none_is_400_and_frees_its_place(server: Running, together: bool) -> None:
+def test_an_invalid_chunk_is_400_and_frees_its_place(server: Running, together: bool) -> None:
     opening = f"POST {INFER} HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n".encode()
-    for _ in range(PLACES + 1):
+    for _ in range(MAX_REQUESTS + 1):
         with server.connect() as stream:
             if together:
                 stream.sendall(opening + b"xyz\r\n")
@@ -263,7 +265,7 @@ def test_a_chunk_that_is_none_is_400_and_frees_its_place(server: Running, togeth
                 stream.sendall(b"xyz\r\n")
             answer = reply(stream)
             assert (answer.status, answer.headers["connection"]) == (400, "close")
-            assert answer.error
+            assert answer.error == "The request is not valid HTTP/1.1, or has too many pipelined requests."
             assert received(stream) == b""
     body, headers = binary_request(ZEROS)
     assert server.ask("POST", INFER, body, headers).status == 200
@@ -272,7 +274,7 @@ def test_a_chunk_that_is_none_is_400_and_frees_its_place(server: Running, togeth
 @pytest.mark.parametrize(
     "junk", [b"\x00\x01 no request\r\n\r\n", b"G\xffT / HTTP/1.1\r\n\r\n", b"\r\n\r\nPOST /v2 HTTP/9.9\r\n\r\n"]
 )
-def test_what_follows_a_whole_request_does_not_cost_its_answer(server: Running, junk: bytes) -> None:
+def test_invalid_bytes_after_a_complete_request_do_not_affect_its_response(server: Running, junk: bytes) -> None:
     body, headers = binary_request(ZEROS)
     for after in (junk, b"GET /v2 HTTP/1.1\r\nHost: a\r\n\r\n" + junk):
         with server.connect() as stream:

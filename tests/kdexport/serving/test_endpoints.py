@@ -1,4 +1,4 @@
-"""Images: the label of a JPEG is the one that the training pipeline gives it, whatever way it comes in."""
+"""Images: an upload gets the label that the training pipeline gives it, in every format and form of request."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ from tests.kdexport.serving.served_bundles import CLASSES, encoded, photo
 
 
 def trained_logits(zoo: Path, data: bytes) -> np.ndarray[Any, Any]:
-    """Logits (K,) by the code that training and verification use, without the server's tables and pools."""
+    """Logits (K,) by the code of training and verification, without the server's tables and threads."""
     preprocessing = read_manifest(zoo).spec.preprocessing
     images = preprocessing.normalise(preprocessing.pixels(decode(data, "x"))[None])
     return np.asarray(load_model(zoo / "model.onnx", threads=1).logits(images)[0], np.float64)
@@ -77,12 +77,14 @@ def test_a_form_is_the_same_image(server: Running) -> None:
     assert server.ask("POST", "/v1/classify", body, headers).data == server.ask("POST", "/v1/classify", data).data
 
 
-def test_top_is_how_many_and_five_by_default(server: Running) -> None:
+def test_top_is_the_number_of_labels_and_five_by_default(server: Running) -> None:
     data = encoded(photo(80, 60, 2), "PNG")
     counts = [len(server.ask("POST", f"/v1/classify{q}", data).data["predictions"]) for q in ("", "?top=1", "?top=7")]
     assert counts == [5, 1, 7]
     for top in ("0", "8", "-1", "x", "1e9", "9" * 30):
-        assert server.ask("POST", f"/v1/classify?top={top}", data).status == 400
+        answer = server.ask("POST", f"/v1/classify?top={top}", data)
+        assert answer.status == 400
+        assert answer.error == f"top must be a number from 1 to 7, the classes of the model; got {top[:20]!r}."
 
 
 def test_model_and_version_can_be_named(server: Running) -> None:
@@ -95,20 +97,20 @@ def test_model_and_version_can_be_named(server: Running) -> None:
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b"", "The body is empty"),
-        (b"\x00" * 500, "not a readable image"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a readable image"),
-        (encoded(photo(60, 40, 1), "GIF"), "JPEG, PNG, WEBP are served"),
-        (encoded(photo(60, 40, 1), "BMP"), "JPEG, PNG, WEBP are served"),
-        (encoded(photo(60, 40, 1), "TIFF"), "JPEG, PNG, WEBP are served"),
-        (encoded(photo(60, 40, 1), "JPEG")[:600], "not a readable image"),
-        (encoded(photo(60, 15, 1), "PNG"), "its short side must have at least 16 pixels"),
-        (encoded(photo(700, 32, 1), "PNG"), "its sides may differ by up to 20 times"),
+        (b"", "The body is empty. Send a JPEG, PNG or WebP image."),
+        (b"\x00" * 500, "The upload is not a readable image: its content is not JPEG, PNG or WEBP."),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "The upload is not a readable image: its content is not"),
+        (encoded(photo(60, 40, 1), "GIF"), "its content is not JPEG, PNG or WEBP. Send one of JPEG, PNG, WEBP."),
+        (encoded(photo(60, 40, 1), "BMP"), "its content is not JPEG, PNG or WEBP. Send one of JPEG, PNG, WEBP."),
+        (encoded(photo(60, 40, 1), "TIFF"), "its content is not JPEG, PNG or WEBP. Send one of JPEG, PNG, WEBP."),
+        (encoded(photo(60, 40, 1), "JPEG")[:600], "not a readable image: it is damaged or truncated (OSError)."),
+        (encoded(photo(60, 15, 1), "PNG"), "The image is 60x15; its short side must have at least 16 pixels."),
+        (encoded(photo(700, 32, 1), "PNG"), "The image is 700x32; its long side may be up to 20 times its short side."),
         (encoded(Image.fromarray(np.zeros((40, 40), np.uint16)), "PNG"), "wider than 8 bits"),
     ],
     ids=["empty", "zeros", "svg", "gif", "bmp", "tiff", "truncated", "small", "thin", "16 bits"],
 )
-def test_what_is_no_image_for_us_is_a_400_that_says_why(server: Running, data: bytes, words: str) -> None:
+def test_an_upload_that_cannot_be_used_is_a_400_with_the_reason(server: Running, data: bytes, words: str) -> None:
     answer = server.ask("POST", "/v1/classify", data)
     assert answer.status == 400
     assert words in answer.error
@@ -118,7 +120,7 @@ def test_what_is_no_image_for_us_is_a_400_that_says_why(server: Running, data: b
 def test_an_animation_is_refused(server: Running, kind: str) -> None:
     frames = [photo(40, 40, seed) for seed in range(3)]
     data = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
-    assert "animated" in server.ask("POST", "/v1/classify", data).error
+    assert server.ask("POST", "/v1/classify", data).error == "The image is animated. Send a single frame."
 
 
 def test_a_photo_with_a_second_picture_inside_is_read_as_its_first(server: Running, zoo: Path) -> None:
@@ -131,17 +133,41 @@ def test_a_photo_with_a_second_picture_inside_is_read_as_its_first(server: Runni
 @pytest.mark.parametrize(
     ("body", "content_type", "words"),
     [
-        (multipart(b"x")[0], "multipart/form-data", "no boundary"),
-        (multipart(b"x")[0][:-10], "multipart/form-data; boundary=zz", "ends early"),
-        (b"nonsense", "multipart/form-data; boundary=zz", "damaged"),
-        (b"--zz\r\n\r\n1\r\n" * 2 + b"--zz--\r\n", "multipart/form-data; boundary=zz", "2 parts"),
-        (b"--zz\r\n\r\n1\r\n" * 50 + b"--zz--\r\n", "multipart/form-data; boundary=zz", "more than 8 parts"),
-        (b"--zz\r\n" + b"a: b\r\n" * 5000 + b"\r\n\r\n--zz--\r\n", "multipart/form-data; boundary=zz", "damaged"),
-        (b"--zz--\r\n", "multipart/form-data; boundary=" + "z" * 5000, "damaged"),
+        (multipart(b"x")[0], "multipart/form-data", "The Content-Type of the multipart body has no boundary."),
+        (
+            multipart(b"x")[0][:-10],
+            "multipart/form-data; boundary=zz",
+            "The multipart body ends before its closing boundary. Send the whole body.",
+        ),
+        (
+            b"nonsense",
+            "multipart/form-data; boundary=zz",
+            "The multipart body is damaged, or its boundary is not the one in the Content-Type.",
+        ),
+        (
+            b"--zz\r\n\r\n1\r\n" * 2 + b"--zz--\r\n",
+            "multipart/form-data; boundary=zz",
+            "The form has 2 parts (1 allowed). Send one part: the image.",
+        ),
+        (
+            b"--zz\r\n\r\n1\r\n" * 50 + b"--zz--\r\n",
+            "multipart/form-data; boundary=zz",
+            "The form has more than 8 parts. Send one part: the image.",
+        ),
+        (
+            b"--zz\r\n" + b"a: b\r\n" * 5000 + b"\r\n\r\n--zz--\r\n",
+            "multipart/form-data; boundary=zz",
+            "The multipart body is damaged, or its boundary is not the one in the Content-Type.",
+        ),
+        (
+            b"--zz--\r\n",
+            "multipart/form-data; boundary=" + "z" * 5000,
+            "The multipart body is damaged, or its boundary is not the one in the Content-Type.",
+        ),
     ],
     ids=["boundary", "early end", "nonsense", "two parts", "many parts", "many headers", "long boundary"],
 )
-def test_a_form_that_is_none_is_a_400(server: Running, body: bytes, content_type: str, words: str) -> None:
+def test_a_damaged_form_is_a_400_with_the_reason(server: Running, body: bytes, content_type: str, words: str) -> None:
     answer = server.ask("POST", "/v1/classify", body, {"Content-Type": content_type})
     assert answer.status == 400
     assert words in answer.error

@@ -1,6 +1,6 @@
-"""Requests by grammar and images by mutation: whatever comes in, no answer is a 5xx and the server stays as it was.
+"""Generated requests and mutated images: no response is a 5xx, and the server stays alive and small.
 
-KDEXPORT_FUZZ sets how many requests are sent; 20,000 before a release.
+KDEXPORT_FUZZ sets the number of requests; use 20,000 before a release.
 """
 
 import http.client
@@ -77,7 +77,7 @@ def mutate(rng: random.Random, node: Any) -> Any:
 
 
 def request(rng: random.Random) -> tuple[str, str, bytes, dict[str, str]]:
-    """(method, path, body, headers), valid or nearly so."""
+    """(method, path, body, headers) of a valid or almost valid request."""
     header = good(rng)
     for _ in range(rng.choice([0, 1, 1, 2, 4])):
         header = mutate(rng, header)
@@ -112,7 +112,7 @@ def send(
     return response.status, content
 
 
-def test_no_request_of_the_grammar_is_a_5xx(server: Running) -> None:
+def test_no_generated_request_is_a_5xx(server: Running) -> None:
     rng = random.Random(20260714)
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     before, statuses = server.peak(), dict[int, int]()
@@ -120,10 +120,10 @@ def test_no_request_of_the_grammar_is_a_5xx(server: Running) -> None:
         sent = request(rng)
         status, content = send(connection, *sent)
         statuses[status] = statuses.get(status, 0) + 1
-        # A request that allows itself a microsecond in the queue is told that it waited longer.
+        # A request with a timeout of a microsecond is refused because it waited longer.
         assert status < 500 or (status == 503 and b"waited" in content and b"timeout" in sent[2]), (status, sent)
     connection.close()
-    # A fuzzer whose requests are all refused for the same reason tests one line.
+    # If all requests were refused for the same reason, only one line would be tested.
     assert statuses[200] > REQUESTS / 20
     assert statuses[400] > REQUESTS / 4
     assert server.peak() - before < 48 * MIB
@@ -131,7 +131,7 @@ def test_no_request_of_the_grammar_is_a_5xx(server: Running) -> None:
 
 
 def mutated(rng: random.Random, data: bytes) -> bytes:
-    """Bytes flipped, cut, doubled, or overwritten with what breaks length fields."""
+    """Flip, cut or double some bytes, or overwrite them with extreme values of length fields."""
     changed = bytearray(data)
     for _ in range(rng.choice([1, 1, 2, 8, 64])):
         at = rng.randrange(len(changed))
@@ -145,7 +145,7 @@ def mutated(rng: random.Random, data: bytes) -> bytes:
         elif action == 3:
             changed[at:at] = changed[at : at + rng.randrange(1, 40)]
         else:
-            # Headers are where sizes and counts are.
+            # Sizes and counts are in the header.
             changed[rng.randrange(min(64, len(changed)))] = rng.randrange(256)
         if not changed:
             break

@@ -1,4 +1,4 @@
-"""A server starts only if all is well, changes models without a dropped request, and ends without one."""
+"""A server starts only if all checks pass, and it reloads and stops without losing a request."""
 
 import http.client
 import json
@@ -28,7 +28,7 @@ BODY, HEADERS = binary_request(np.zeros((1, 3, 32, 32), np.float32))
 
 @dataclass
 class Load:
-    """What eight clients saw."""
+    """The responses that eight clients received."""
 
     answered: int = 0
     broken: list[str] = field(default_factory=list)
@@ -38,7 +38,7 @@ class Load:
 
 
 def client(port: int, load: Load) -> None:
-    """Requests until the port refuses or the test ends; one that gets no answer is broken."""
+    """Send requests until the port is closed or the test ends; a request without a response is broken."""
     connection: http.client.HTTPConnection | None = None
     while not load.stopped.is_set():
         if connection is None:
@@ -92,10 +92,10 @@ def test_sigterm_under_load_breaks_no_request(zoo: Path, trial: int) -> None:
         assert load.broken == []
         assert load.statuses == {200}
         assert load.answered > 20
-        assert "0 requests were cut off" in server.log.read_text()
+        assert "stopped; 0 requests got no response" in server.log.read_text()
 
 
-def test_sigterm_says_not_ready_at_once_and_serves_on_for_the_drain(zoo: Path) -> None:
+def test_after_sigterm_the_server_is_not_ready_and_serves_until_the_drain_ends(zoo: Path) -> None:
     with running(f"zoo={zoo}", "--drain", "3", "--watch", "0") as server:
         server.process.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + 2.5
@@ -109,7 +109,7 @@ def test_sigterm_says_not_ready_at_once_and_serves_on_for_the_drain(zoo: Path) -
 
 
 def renamed_classes(bundle: Path, mark: str) -> None:
-    """A bundle that answers with other labels and whose files are all still those that were verified."""
+    """Give a bundle other labels; all of its files stay those that were verified."""
     path = bundle / "manifest.json"
     data = json.loads(path.read_text())
     data["student"]["classes"] = [f"{mark}{name}" for name in CLASSES]
@@ -117,7 +117,7 @@ def renamed_classes(bundle: Path, mark: str) -> None:
 
 
 def swap(new: Path, place: Path) -> None:
-    """Put ``new`` in the place of ``place`` by renaming."""
+    """Replace the folder ``place`` by ``new`` by renaming."""
     old = place.with_name("old")
     place.rename(old)
     new.rename(place)
@@ -167,8 +167,9 @@ def test_sighup_replaces_models_under_load_and_refuses_a_bad_one(
     assert load.statuses == {200}
     (row,) = server.ask("POST", "/v2/repository/index").data
     assert row["state"] == "READY"
-    assert "model.onnx changed" in row["reason"]
-    assert "the new bundle is refused" in server.log.read_text()
+    assert row["reason"].startswith("A newer bundle was refused: 1 files of ")
+    assert row["reason"].endswith(" differ from those that were verified: model.onnx changed.")
+    assert "zoo version 1: the new bundle is refused:" in server.log.read_text()
 
 
 def test_a_new_version_is_found_without_a_signal_and_is_the_default(zoo: Path, tmp_path: Path) -> None:
@@ -200,10 +201,13 @@ def test_several_bundles_and_a_token(zoo: Path, zoo_copy: Path, tmp_path: Path) 
             answer = server.ask("POST", "/v1/classify?model=one", data, headers)
             assert answer.status == 401
             assert answer.headers["www-authenticate"] == "Bearer"
+            assert answer.error == (
+                "The request has no valid bearer token. Send the header Authorization: Bearer TOKEN."
+            )
         assert server.ask("GET", "/v2/models/one").status == 401
         assert server.ask("GET", "/v2/health/ready").status == 200
         answer = server.ask("POST", "/v1/classify", data, bearer)
-        assert "add ?model=NAME, one of one, two" in answer.error
+        assert answer.error == "The request names no model, and the server has 2. Add ?model=NAME with one of one, two."
         assert (
             server.ask("POST", "/v1/classify?model=two&top=1", data, bearer).data["predictions"][0]["label"][:4]
             == "two "
@@ -213,7 +217,7 @@ def test_several_bundles_and_a_token(zoo: Path, zoo_copy: Path, tmp_path: Path) 
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
-def test_tls_serves_and_an_idle_connection_holds_up_no_end(zoo: Path, tmp_path: Path) -> None:
+def test_tls_serves_and_an_idle_connection_does_not_delay_the_shutdown(zoo: Path, tmp_path: Path) -> None:
     key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
     request = f"openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -keyout {key} -out {cert}"
     subprocess.run(request.split(), check=True, capture_output=True)
@@ -224,28 +228,41 @@ def test_tls_serves_and_an_idle_connection_holds_up_no_end(zoo: Path, tmp_path: 
         connection.request("POST", "/v2/models/zoo/infer", BODY, HEADERS)
         assert connection.getresponse().read()
         began = time.monotonic()
-        assert "0 requests were cut off" in server.stop()
+        assert "stopped; 0 requests got no response" in server.stop()
         assert time.monotonic() - began < 15
         connection.close()
 
 
-def test_a_port_that_is_taken_is_said(server: Running, zoo: Path) -> None:
+def test_a_port_that_is_taken_is_an_error(server: Running, zoo: Path) -> None:
     done = run_command("serve", zoo, "--port", str(server.port), "--metrics-port", "0")
     assert done.exit_code == 4
-    assert f"KDX402: Cannot listen on 127.0.0.1:{server.port}: Address already in use" in done.stderr
+    assert done.stderr == (
+        f"error KDX402: Cannot listen on 127.0.0.1:{server.port}: Address already in use.\n"
+        "Choose another --host, --port or --metrics-port.\n"
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["nowhere"], 2, "neither a bundle nor a folder of bundles"),
-        (["a=x", "a=y"], 2, "Two bundles are named a"),
-        (["spaced name=x"], 2, "is no model name"),
-        (["x", "--provider", "tpu"], 2, "There is no provider 'tpu'"),
-        (["x", "--tls-cert", "c.pem"], 2, "TLS needs both files"),
+        (["nowhere"], 2, "nowhere is neither a bundle nor a folder of bundles named 1, 2, 3: it has no manifest.json."),
+        (
+            ["a=x", "a=y"],
+            2,
+            "Two bundles have the name a; each needs its own.\nName them: kdexport serve a=FOLDER a-2=FOLDER\n",
+        ),
+        (["spaced name=x"], 2, "'spaced name' is not a valid model name: 1 to 128 letters, digits, dots, dashes"),
+        (["x", "--provider", "tpu"], 2, "--provider 'tpu' is not known.\nKnown providers: cpu, cuda, tensorrt.\n"),
+        (
+            ["x", "--tls-cert", "c.pem"],
+            2,
+            "--tls-cert was given without --tls-key; TLS needs both.\nAdd --tls-key FILE.\n",
+        ),
     ],
 )
-def test_a_start_that_cannot_be_is_one_sentence(arguments: list[str], code: int, words: str, tmp_path: Path) -> None:
+def test_a_start_that_fails_is_an_error_with_a_remedy(
+    arguments: list[str], code: int, words: str, tmp_path: Path
+) -> None:
     done = subprocess.run(command(*arguments), capture_output=True, text=True, cwd=tmp_path, check=False, timeout=300)
     assert done.returncode == code
     assert words in done.stderr

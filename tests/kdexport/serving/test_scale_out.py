@@ -1,4 +1,4 @@
-"""The manifests have the fields that Triton's, KServe's and Ray's schemas publish, and agree with the commands."""
+"""The deployment manifests have the fields of KServe's and Ray's published schemas, and options that exist."""
 
 import re
 import shlex
@@ -25,13 +25,13 @@ def read(name: str) -> Any:
 
 
 class Published(BaseModel):
-    """Fields as the schema publishes them, as far as the manifests use them; any other field is an error."""
+    """The published fields that the manifests use; any other field is an error."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class Kubernetes(Published):
-    """The same, with names in camel case."""
+    """Published fields with names in camel case."""
 
     model_config = ConfigDict(alias_generator=to_camel)
 
@@ -53,7 +53,7 @@ class Probe(Kubernetes):
 
 
 class EnvVar(Kubernetes):
-    # Kubernetes refuses a number here, which YAML makes of an unquoted 1.
+    # Kubernetes refuses a number here, and YAML reads an unquoted 1 as a number.
     name: str
     value: str
 
@@ -240,12 +240,12 @@ def test_a_manifest_has_published_fields_of_the_published_types(name: str) -> No
     MANIFESTS[name].model_validate(read(name))
 
 
-#: Below these a key is the user's own word.
+#: The keys below these are chosen by the user.
 FREE = {"annotations", "args", "env_vars"}
 
 
 def misspelt(value: Any, under: str = "") -> Iterator[Any]:
-    """Copies of a document, each with one key of it misspelt."""
+    """Copies of a document, each with one misspelt key."""
     if isinstance(value, dict) and under not in FREE:
         for key, item in value.items():
             yield {(f"{name}x" if name == key else name): other for name, other in value.items()}
@@ -258,7 +258,7 @@ def misspelt(value: Any, under: str = "") -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("name", sorted(MANIFESTS))
-def test_the_check_would_notice_any_misspelt_field(name: str) -> None:
+def test_a_misspelt_field_is_an_error(name: str) -> None:
     documents = list(misspelt(read(name)))
     assert len(documents) > 15
     for document in documents:
@@ -291,7 +291,7 @@ def test_ports_names_and_deadlines_of_the_runtime_agree_with_each_other() -> Non
     assert service["terminationGracePeriodSeconds"] > defaults["drain"] + defaults["grace"]
 
 
-def test_the_ray_application_is_the_one_that_lies_beside_its_configuration() -> None:
+def test_the_ray_application_is_the_file_beside_its_configuration() -> None:
     (application,) = read("ray/serve.yaml")["applications"]
     module, _, function = application["import_path"].partition(":")
     source = (DEPLOY / "ray" / f"{module}.py").read_text()
@@ -323,12 +323,12 @@ def test_the_page_names_files_and_options_that_exist() -> None:
     assert set(re.findall(r"`(--[a-z-]+)", DOCS)) <= options
 
 
-def test_the_page_says_what_was_not_run() -> None:
+def test_the_page_lists_what_was_not_run() -> None:
     assert "## What was run, and what was not" in DOCS
 
 
 @pytest.mark.parametrize("name", [name for name in sorted(MANIFESTS) if name.startswith("kserve")])
-def test_kserves_own_models_know_every_field(name: str) -> None:
+def test_kserves_own_models_have_every_field(name: str) -> None:
     models = pytest.importorskip("kserve.models", reason="needs the package kserve")
     kubernetes = pytest.importorskip("kubernetes.client.models")
     kinds = {"InferenceService": "V1beta1InferenceService", "ServingRuntime": "V1alpha1ServingRuntime"}
@@ -355,6 +355,6 @@ def test_kserves_own_models_know_every_field(name: str) -> None:
     check(document, kinds[document["kind"]], document["kind"])
 
 
-def test_rays_own_schema_takes_the_configuration() -> None:
+def test_rays_own_schema_accepts_the_configuration() -> None:
     schema = pytest.importorskip("ray.serve.schema", reason="needs the package ray[serve]")
     schema.ServeDeploySchema.model_validate(read("ray/serve.yaml"))

@@ -1,4 +1,4 @@
-"""onnxruntime's telemetry is off wherever kdexport imports it: a fresh home stays empty."""
+"""onnxruntime's telemetry is off wherever kdexport imports it: an empty home folder stays empty."""
 
 import ast
 import os
@@ -28,7 +28,7 @@ def fresh_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return home
 
 
-def test_a_server_writes_nothing_into_its_home(fresh_home: Path, zoo: Path) -> None:
+def test_a_server_writes_nothing_to_the_home_folder(fresh_home: Path, zoo: Path) -> None:
     with running(f"zoo={zoo}", "--drain", "0") as server:
         image = (zoo / "golden" / "000.jpeg").read_bytes()
         assert server.ask("POST", "/v1/classify", image).status == 200
@@ -36,14 +36,14 @@ def test_a_server_writes_nothing_into_its_home(fresh_home: Path, zoo: Path) -> N
     assert written(fresh_home) == []
 
 
-def test_verify_and_doctor_write_nothing_into_their_home(fresh_home: Path, zoo: Path) -> None:
+def test_doctor_writes_nothing_to_the_home_folder(fresh_home: Path, zoo: Path) -> None:
     assert run_command("doctor", zoo).exit_code == 0
     assert [name for name in written(fresh_home) if "Microsoft" in name] == []
     assert written(fresh_home) == []
 
 
-def test_without_the_switch_this_version_of_onnxruntime_would_write(fresh_home: Path, zoo: Path) -> None:
-    """If this fails, onnxruntime changed: the tests above then prove nothing and need another sign."""
+def test_without_the_variable_this_version_of_onnxruntime_would_write(fresh_home: Path, zoo: Path) -> None:
+    """If this fails, onnxruntime changed, and the tests above need another way to notice telemetry."""
     code = f"import onnxruntime, time; onnxruntime.InferenceSession({str(zoo / 'model.onnx')!r}); time.sleep(1)"
     subprocess.run([sys.executable, "-c", code], check=True, env=dict(os.environ), capture_output=True)
     if not written(fresh_home):
@@ -51,7 +51,7 @@ def test_without_the_switch_this_version_of_onnxruntime_would_write(fresh_home: 
     assert any("onnxruntime" in name for name in written(fresh_home))
 
 
-def test_onnxruntime_is_never_imported_before_the_switch() -> None:
+def test_the_variable_is_set_before_every_import_of_onnxruntime() -> None:
     places = 0
     for path in sorted([*(ROOT / "kdexport").rglob("*.py"), *(ROOT / "training").rglob("*.py")]):
         lines = path.read_text().splitlines()

@@ -1,4 +1,4 @@
-"""The real tritonclient, sync and asyncio, unchanged, against a running server."""
+"""The unchanged tritonclient, sync and asyncio, against a running server."""
 
 import asyncio
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ def images() -> NDArray[np.float32]:
 
 @pytest.fixture(scope="module")
 def expected(zoo: Path, images: NDArray[np.float32]) -> NDArray[np.float32]:
-    """What onnxruntime says without a server."""
+    """The logits of onnxruntime without a server."""
     return load_model(zoo / "model.onnx", threads=1).logits(images)
 
 
@@ -49,7 +49,7 @@ def test_health_and_readiness(client: Any) -> None:
     assert not client.is_model_ready("none")
 
 
-def test_metadata_names_every_extension_that_is_served(client: Any) -> None:
+def test_metadata_lists_the_supported_extensions(client: Any) -> None:
     metadata = client.get_server_metadata()
     assert metadata["name"] == "kdexport"
     assert {"binary_tensor_data", "classification", "statistics"} <= set(metadata["extensions"])
@@ -59,7 +59,7 @@ def test_metadata_names_every_extension_that_is_served(client: Any) -> None:
     assert model["outputs"] == [{"name": "logits", "datatype": "FP32", "shape": [-1, len(CLASSES)]}]
 
 
-def test_configuration_is_the_one_that_triton_would_print(client: Any) -> None:
+def test_the_configuration_has_the_form_of_tritons(client: Any) -> None:
     from google.protobuf import json_format
     from tritonclient.grpc import model_config_pb2
 
@@ -140,7 +140,10 @@ def test_the_asyncio_client(server: Running, images: NDArray[np.float32], expect
             many = [opened.infer("zoo", [given(images, binary=index % 2 == 0)]) for index in range(12)]
             for result in await asyncio.gather(*many):
                 assert np.array_equal(result.as_numpy("logits"), expected)
-            with pytest.raises(InferenceServerException, match="There is no model"):
+            with pytest.raises(
+                InferenceServerException,
+                match=r"The server has no model .none.\. POST /v2/repository/index lists its models\.",
+            ):
                 await opened.infer("none", [given(images)])
 
     asyncio.run(check())
@@ -165,14 +168,14 @@ def test_statistics_and_metrics_count_the_same(server: Running, client: Any, ima
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"name": "other"}, "There is no input 'other'; the model has 'input'"),
+        ({"name": "other"}, r"The model has no input 'other'; its only input is 'input'\."),
         ({"shape": [1, 3, 32, 31]}, r"the model takes \[n, 3, 32, 32\] with n from 1 to 8"),
         ({"shape": [9, 3, 32, 32]}, "n from 1 to 8"),
         ({"shape": [3072]}, "n from 1 to 8"),
         ({"datatype": "FP16"}, "the model takes 'FP32'"),
     ],
 )
-def test_errors_say_what_was_given_and_what_is_taken(client: Any, change: dict[str, Any], words: str) -> None:
+def test_errors_name_the_given_and_the_expected_value(client: Any, change: dict[str, Any], words: str) -> None:
     described = {"name": "input", "shape": [1, 3, 32, 32], "datatype": "FP32", **change}
     tensor = triton.InferInput(described["name"], described["shape"], described["datatype"])
     kind = np.float16 if described["datatype"] == "FP16" else np.float32
@@ -183,13 +186,15 @@ def test_errors_say_what_was_given_and_what_is_taken(client: Any, change: dict[s
 
 
 def test_an_unknown_version_and_output_are_errors(client: Any, images: NDArray[np.float32]) -> None:
-    with pytest.raises(InferenceServerException, match="no version '7', only 1"):
+    with pytest.raises(InferenceServerException, match=r"Model 'zoo' has no version '7'; its versions are 1\."):
         client.infer("zoo", [given(images)], model_version="7")
-    with pytest.raises(InferenceServerException, match="There is no output 'features'"):
+    with pytest.raises(
+        InferenceServerException, match=r"The model has no output 'features'; its only output is 'logits'\."
+    ):
         client.infer("zoo", [given(images)], outputs=[triton.InferRequestedOutput("features")])
 
 
-def test_a_timeout_that_the_client_asks_for_is_kept(client: Any, images: NDArray[np.float32]) -> None:
+def test_the_timeout_of_a_request_limits_its_wait(client: Any, images: NDArray[np.float32]) -> None:
     assert client.infer("zoo", [given(images)], timeout=5_000_000).as_numpy("logits") is not None
     # An idle server may still be faster than a microsecond of queueing; fifty times in a row it is not.
     refusals = []
@@ -198,4 +203,8 @@ def test_a_timeout_that_the_client_asks_for_is_kept(client: Any, images: NDArray
             client.infer("zoo", [given(images)], timeout=1)
         except InferenceServerException as error:
             refusals.append((error.status(), error.message()))
-    assert set(refusals) == {("503", "The request waited 1e-06 s for an instance.")}
+    message = (
+        "The request waited 1e-06 s in the queue, the longest wait allowed. Retry later, or allow a longer wait in the "
+        "parameter timeout."
+    )
+    assert set(refusals) == {("503", message)}
