@@ -112,7 +112,10 @@ class Instances:
         """
         if self._pending >= self._capacity:
             raise RequestError(
-                f"{self._pending} requests wait already (up to {self._capacity} allowed).", status=429, reason="queue"
+                f"The queue is full: {self._pending} requests run or wait (limit {self._capacity}).",
+                remedy="Retry later.",
+                status=429,
+                reason="queue",
             )
         queued_ns = time.monotonic_ns()
         self._pending += 1

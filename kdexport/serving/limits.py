@@ -107,14 +107,14 @@ def memory_bound(
     )
 
 
-def processors(root: Path = Path("/")) -> int:
+def usable_processors(root: Path = Path("/")) -> int:
     """The number of usable processors: the affinity mask, limited by the control group's quota; at least 1."""
     usable = len(os.sched_getaffinity(0))
     quotas = [quota for folder in _folders(root, "cpu") if (quota := _quota(folder)) is not None]
     return max(1, min([usable, *(math.ceil(quota) for quota in quotas)]))
 
 
-def memory(root: Path = Path("/")) -> int | None:
+def memory_limit(root: Path = Path("/")) -> int | None:
     """The control group's memory limit in bytes, None if it has none."""
     limits = []
     for folder in _folders(root, "memory"):

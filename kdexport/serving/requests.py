@@ -33,7 +33,7 @@ Work = Callable[[Body], Coroutine[Any, Any, Response]]
 Result = TypeVar("Result")
 
 
-class ClientGoneError(Exception):
+class ClientDisconnectedError(Exception):
     """The client closed its connection before the response."""
 
 
@@ -76,7 +76,7 @@ class ModelRequest:
         """The whole body of up to ``length`` bytes, decompressed to up to ``limit``."""
         body = await read_body(self.request.receive, length, self.service.limits)
         self.watch.begin()
-        return body if encoding is None else await self.service.off_loop(unpack, body, encoding, limit)
+        return body if encoding is None else await self.service.off_loop(decompress, body, encoding, limit)
 
     async def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits of ``images`` through the queue; raises ``RequestError`` if a logit is not finite."""
@@ -117,7 +117,7 @@ async def respond(run: ModelRequest, limit: int, work: Work) -> Response:
             service.metrics.refused.labels(error.reason).inc()
         statistics.failed(error.reason, watch.total)
         raise
-    except ClientGoneError:
+    except ClientDisconnectedError:
         statistics.failed("canceled", watch.total)
         # No client receives this; without a response the ASGI server would log an error.
         return Response(status_code=_CLIENT_CLOSED_REQUEST)
@@ -135,7 +135,7 @@ async def _within_deadline(run: ModelRequest, length: int, encoding: str | None,
     body = await run.body(length, encoding, limit)
     try:
         async with asyncio.timeout(seconds):
-            return await unless_gone(run.request.receive, work(body))
+            return await cancel_on_disconnect(run.request.receive, work(body))
     except TimeoutError:
         raise RequestError(
             f"The response was not ready within {seconds:g} s.",
@@ -167,7 +167,7 @@ def too_large(size: int, limit: int) -> RequestError:
 
 
 async def read_body(receive: Receive, length: int, limits: Limits) -> Body:
-    """Up to ``length`` bytes; 413 beyond, 408 if they take too long. Raises ``ClientGoneError``."""
+    """Up to ``length`` bytes; 413 beyond, 408 if they take too long. Raises ``ClientDisconnectedError``."""
     try:
         async with asyncio.timeout(limits.body_seconds):
             message = await receive()
@@ -176,7 +176,7 @@ async def read_body(receive: Receive, length: int, limits: Limits) -> Body:
             body, chunks = bytearray(), 0
             while True:
                 if message["type"] != "http.request":
-                    raise ClientGoneError
+                    raise ClientDisconnectedError
                 body += message.get("body", b"")
                 chunks += 1
                 _require(body, length)
@@ -217,7 +217,7 @@ def require_encoding(value: str | None) -> str | None:
     return name
 
 
-def unpack(body: Body, encoding: str, limit: int) -> bytes:
+def decompress(body: Body, encoding: str, limit: int) -> bytes:
     """Decompress ``body`` into at most ``limit`` bytes; 413 beyond, 400 for damaged or trailing data."""
     decompressor = zlib.decompressobj(_WINDOW_BITS[encoding])
     try:
@@ -240,8 +240,8 @@ def unpack(body: Body, encoding: str, limit: int) -> bytes:
     return data
 
 
-async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
-    """Await ``work``; cancel it and raise ``ClientGoneError`` if the client closes its connection."""
+async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
+    """Await ``work``; cancel it and raise ``ClientDisconnectedError`` if the client closes its connection."""
     loop, worker = asyncio.get_running_loop(), asyncio.current_task()
     assert worker is not None
     watch = _DisconnectWatch(receive, worker)
@@ -252,7 +252,7 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, Result]) -> Re
         if not watch.disconnected:
             raise
         worker.uncancel()
-        raise ClientGoneError from None
+        raise ClientDisconnectedError from None
     finally:
         timer.cancel()
         watch.end()

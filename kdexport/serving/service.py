@@ -12,10 +12,9 @@ from typing import ParamSpec, TypeVar
 
 from kdexport.backends.ort import CPU
 from kdexport.errors import RequestError, ServerError
-from kdexport.serving import limits as cgroup
 from kdexport.serving.batching import Instances
 from kdexport.serving.images import PixelBudget
-from kdexport.serving.limits import MIB, Limits, MemoryBound, memory_bound
+from kdexport.serving.limits import MIB, Limits, MemoryBound, memory_bound, memory_limit, usable_processors
 from kdexport.serving.loading import LoadedModel
 from kdexport.serving.metrics import Metrics, ModelStatistics
 from kdexport.serving.repository import Change, Repository, Source
@@ -37,32 +36,34 @@ class Admission:
     def __init__(self, *, places: int, bodies: int) -> None:
         self.places = places
         self.bodies = bodies
-        self.inside = 0
-        self.held = 0
+        self.in_progress = 0
+        self.reserved = 0
 
     @contextmanager
     def enter(self, size: int) -> Iterator[None]:
         """Reserve a place and ``size`` bytes for the block; raises ``RequestError`` with status 429 at the limit."""
-        if self.inside >= self.places:
+        if self.in_progress >= self.places:
             raise RequestError(
-                f"{self.inside} requests are inside (up to {self.places} allowed); try again.",
+                f"The server is at capacity: {self.in_progress} requests in progress (limit {self.places}).",
+                remedy="Retry later.",
                 status=429,
                 reason="busy",
             )
-        if self.held + size > self.bodies and self.inside:
+        if self.reserved + size > self.bodies and self.in_progress:
             raise RequestError(
-                f"Bodies of {self.held:,} bytes are inside, {size:,} more are too many (up to {self.bodies:,} "
-                "allowed); try again.",
+                f"The server is at capacity: the bodies of requests in progress have up to {self.reserved:,} bytes, "
+                f"and this one up to {size:,} (limit {self.bodies:,} together).",
+                remedy="Retry later.",
                 status=429,
                 reason="busy",
             )
-        self.inside += 1
-        self.held += size
+        self.in_progress += 1
+        self.reserved += size
         try:
             yield
         finally:
-            self.inside -= 1
-            self.held -= size
+            self.in_progress -= 1
+            self.reserved -= size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,7 +88,7 @@ class Service:
             sources, provider=settings.provider, limits=settings.limits, target=settings.target
         )
         self.budget = PixelBudget(settings.limits.pixels)
-        self.decoders = cgroup.processors()
+        self.decoders = usable_processors()
         self.count = settings.instances or (self.decoders if settings.provider == CPU else 1)
         self.draining = False
         self.together = 1
@@ -187,7 +188,7 @@ class Service:
 
     def require_memory(self, base: int) -> MemoryBound:
         """The memory bound; raises ``ServerError`` if the control group allows less."""
-        bound, allowed = self.bound(base), cgroup.memory()
+        bound, allowed = self.bound(base), memory_limit()
         if allowed is not None and bound.total > allowed:
             raise ServerError(
                 f"With these limits the server takes {bound.describe()}, but its control group allows "

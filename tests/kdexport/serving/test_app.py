@@ -11,7 +11,6 @@ import pytest
 from numpy.typing import NDArray
 
 from kdexport.errors import ServerError
-from kdexport.serving import limits as cgroup
 from kdexport.serving.app import create_app
 from kdexport.serving.batching import UNKNOWN_PACE
 from kdexport.serving.limits import MIB, Limits
@@ -121,12 +120,12 @@ def test_a_server_whose_limits_do_not_fit_its_container_does_not_start(
     make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service = make()
-    monkeypatch.setattr(cgroup, "memory", lambda: 256 * MIB)
+    monkeypatch.setattr("kdexport.serving.service.memory_limit", lambda: 256 * MIB)
     with pytest.raises(
         ServerError, match=r"the server takes at most \d+ MiB \(.*\), but its control group allows 256 MiB\."
     ):
         service.require_memory(100 * MIB)
-    monkeypatch.setattr(cgroup, "memory", lambda: 8192 * MIB)
+    monkeypatch.setattr("kdexport.serving.service.memory_limit", lambda: 8192 * MIB)
     assert service.require_memory(100 * MIB).total < 8192 * MIB
 
 

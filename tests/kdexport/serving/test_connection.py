@@ -182,7 +182,7 @@ def test_at_capacity_a_request_is_429_before_its_body_is_read_and_a_disconnect_f
             answer = reply(late)
         assert answer.status == 429
         assert answer.headers["retry-after"] == "1"
-        assert "(up to 36 allowed)" in answer.error
+        assert answer.error == "The server is at capacity: 36 requests in progress (limit 36). Retry later."
         assert server.ask("GET", "/v2/health/ready").status == 200
     until(lambda: server.metric("nv_inference_pending_request_count") == 0)
     assert server.ask("POST", INFER, body, headers).status == 200
@@ -209,7 +209,10 @@ def test_the_sum_of_all_bodies_is_limited(server: Running) -> None:
             late.sendall(announced)
             answer = reply(late)
         assert answer.status == 429
-        assert "15,728,640 more" in answer.error
+        assert answer.error == (
+            "The server is at capacity: the bodies of requests in progress have up to 125,829,120 bytes, and this one "
+            "up to 15,728,640 (limit 134,217,728 together). Retry later."
+        )
         assert server.ask("POST", INFER, *binary_request(ZEROS)).status == 200
     until(lambda: server.metric("nv_inference_pending_request_count") == 0)
 

@@ -15,7 +15,7 @@ from tests.kdexport.serving.served_bundles import encoded, photo
 SMALL = Preprocessing(image_size=8, resize=8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
-def test_normalisation_by_table_has_the_bits_of_the_arithmetic() -> None:
+def test_normalisation_by_table_is_bit_identical_to_the_arithmetic() -> None:
     preprocessing = Preprocessing(image_size=16, resize=16, mean=(0.41, 0.47, 0.39), std=(0.21, 0.27, 0.24))
     values = np.arange(256, dtype=np.uint8).reshape(16, 16)
     pixels = np.stack([values, values[::-1], values.T], -1)
@@ -23,7 +23,7 @@ def test_normalisation_by_table_has_the_bits_of_the_arithmetic() -> None:
     assert ours.tobytes() == preprocessing.normalise(pixels[None]).tobytes()
 
 
-def test_pixels_that_are_open_together_are_bounded() -> None:
+def test_the_pixels_of_all_open_images_are_limited() -> None:
     budget, peak, open_now, lock = PixelBudget(100), [0], [0], threading.Lock()
 
     def decode(pixels: int) -> None:
@@ -46,7 +46,7 @@ def test_pixels_that_are_open_together_are_bounded() -> None:
 
 
 class Watched(PixelBudget):
-    """A budget that remembers what was taken from it and given back."""
+    """A budget that records what is taken and given back."""
 
     def __init__(self, pixels: int) -> None:
         super().__init__(pixels)
@@ -58,7 +58,7 @@ class Watched(PixelBudget):
 
 
 @pytest.mark.parametrize(("kind", "side", "cost"), [("PNG", 80, 1), ("WEBP", 56, 2)])
-def test_a_webp_image_spends_twice_its_pixels(kind: str, side: int, cost: int) -> None:
+def test_the_pixels_of_a_webp_image_count_twice(kind: str, side: int, cost: int) -> None:
     budget = Watched(80 * 80)
     pixels = decode_upload(encoded(photo(side, side, 3), kind), SMALL, Limits(pixels=80 * 80), budget)
     assert pixels.shape == (8, 8, 3)
@@ -68,6 +68,8 @@ def test_a_webp_image_spends_twice_its_pixels(kind: str, side: int, cost: int) -
 @pytest.mark.parametrize(("kind", "side", "allowed"), [("PNG", 84, "6,400"), ("WEBP", 60, "3,200")])
 def test_a_webp_image_may_have_half_as_many_pixels(kind: str, side: int, allowed: str) -> None:
     data = encoded(photo(side, side, 3), kind)
-    with pytest.raises(RequestError, match=f"up to {allowed} allowed") as refused:
+    with pytest.raises(
+        RequestError, match=rf"The image has {side}x{side} pixels \(up to {allowed} allowed( for WebP)?\)\."
+    ) as refused:
         decode_upload(data, SMALL, Limits(pixels=80 * 80), PixelBudget(80 * 80))
     assert refused.value.status == 413

@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from kdexport.serving import limits as cgroup
-from kdexport.serving.limits import MIB, Limits, memory_bound
+from kdexport.serving.limits import MIB, Limits, memory_bound, memory_limit, usable_processors
 
 
 @pytest.mark.parametrize(
@@ -35,7 +34,7 @@ def test_processors_are_those_of_the_control_group(
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert cgroup.processors(tmp_path) == expected
+    assert usable_processors(tmp_path) == expected
 
 
 @pytest.mark.parametrize(
@@ -51,10 +50,10 @@ def test_memory_is_that_of_the_control_group(name: str, text: str, expected: int
     (tmp_path / "proc/self/cgroup").write_text("0::/\n")
     (tmp_path / "sys/fs/cgroup").mkdir(parents=True)
     (tmp_path / "sys/fs/cgroup" / name).write_text(text)
-    assert cgroup.memory(tmp_path) == expected
+    assert memory_limit(tmp_path) == expected
 
 
-def test_the_memory_bound_grows_with_every_limit_that_holds_memory() -> None:
+def test_the_memory_bound_grows_with_every_limit_that_affects_memory() -> None:
     def total(**change: Any) -> int:
         limits = Limits(**change)
         bound = memory_bound(limits, base=MIB, instances=2, decoders=2, image_bytes=600_000, max_elements=10**6)
@@ -67,7 +66,7 @@ def test_the_memory_bound_grows_with_every_limit_that_holds_memory() -> None:
     assert 500 * MIB < usual < 2000 * MIB
 
 
-def test_the_documented_limits_are_the_ones_that_hold() -> None:
+def test_the_documented_limits_are_the_defaults() -> None:
     text = (Path(__file__).parents[3] / "docs" / "serving.md").read_text()
     limits = Limits()
     for words in (

@@ -5,7 +5,7 @@ import re
 from kdexport.serving.metrics import Metrics, ModelStatistics
 
 
-def test_metrics_carry_the_names_of_triton_without_a_suffix() -> None:
+def test_metrics_have_tritons_names_without_a_suffix() -> None:
     metrics = Metrics()
     statistics = ModelStatistics(metrics, "m", 3)
     times = {"total": 5_000_000, "queue": 1_000_000, "input": 500_000, "infer": 3_000_000, "output": 250_000}

@@ -1,4 +1,4 @@
-"""The body of a request: read in parts, bounded, unpacked, and abandoned when the client leaves."""
+"""The body of a request: read in parts, limited, decompressed, and abandoned when the client disconnects."""
 
 import asyncio
 import zlib
@@ -8,7 +8,7 @@ import pytest
 
 from kdexport.errors import RequestError
 from kdexport.serving.limits import Limits
-from kdexport.serving.requests import ClientGoneError, read_body, unless_gone, unpack
+from kdexport.serving.requests import ClientDisconnectedError, cancel_on_disconnect, decompress, read_body
 from tests.kdexport.serving.event_loop import run
 
 
@@ -39,11 +39,11 @@ def test_a_body_is_read_in_parts_and_bounded_by_bytes_chunks_and_time() -> None:
         with pytest.raises(RequestError) as caught:
             run(read_body(receiver(*messages), 3, limits))
         assert caught.value.status == status
-    with pytest.raises(ClientGoneError):
+    with pytest.raises(ClientDisconnectedError):
         run(read_body(receiver(part(b"a"), {"type": "http.disconnect"}), 3, limits))
 
 
-def test_work_ends_when_the_client_leaves() -> None:
+def test_work_is_cancelled_when_the_client_disconnects() -> None:
     ended = []
 
     async def work() -> int:
@@ -53,34 +53,34 @@ def test_work_ends_when_the_client_leaves() -> None:
             ended.append(True)
         return 1
 
-    with pytest.raises(ClientGoneError):
-        run(unless_gone(receiver({"type": "http.disconnect"}), work()))
+    with pytest.raises(ClientDisconnectedError):
+        run(cancel_on_disconnect(receiver({"type": "http.disconnect"}), work()))
     assert ended == [True]
 
     async def quick() -> int:
         return 7
 
-    assert run(unless_gone(receiver(), quick())) == 7
+    assert run(cancel_on_disconnect(receiver(), quick())) == 7
 
     async def from_outside() -> None:
         async def slow() -> None:
             await asyncio.sleep(30)
 
-        task = asyncio.create_task(unless_gone(receiver(), slow()))
+        task = asyncio.create_task(cancel_on_disconnect(receiver(), slow()))
         await asyncio.sleep(0.05)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        # A deadline around it stays a deadline.
+        # A deadline around it still raises TimeoutError.
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.05):
-                await unless_gone(receiver(), slow())
+                await cancel_on_disconnect(receiver(), slow())
 
     run(from_outside())
 
 
-def test_unpacking_stops_at_the_limit() -> None:
+def test_decompression_stops_at_the_limit() -> None:
     packed = zlib.compress(bytes(1000))
-    assert unpack(packed, "deflate", 1000) == bytes(1000)
-    with pytest.raises(RequestError, match="more than 999 bytes"):
-        unpack(packed, "deflate", 999)
+    assert decompress(packed, "deflate", 1000) == bytes(1000)
+    with pytest.raises(RequestError, match=r"The body decompresses to more than 999 bytes\."):
+        decompress(packed, "deflate", 999)

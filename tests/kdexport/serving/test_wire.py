@@ -1,4 +1,4 @@
-"""The size that a request may have."""
+"""The limit on the size of a request."""
 
 import numpy as np
 
