@@ -1,11 +1,11 @@
-"""How fast, and how robust, is ``kdexport serve``? Everything on loopback, beside bare onnxruntime in the same run.
+"""Measure the speed and robustness of ``kdexport serve`` on one machine, against bare onnxruntime in the same run.
 
 python benchmarks/serving.py all --litserve PYTHON --mlserver PYTHON
 python benchmarks/serving.py throughput --seconds 3 --rounds 1
 python benchmarks/serving.py report
 
-PYTHON is the interpreter of a virtual environment of its own in which that server, onnxruntime and Pillow are
-installed. Needs wrk. Raw results are appended to docs/results/serving.jsonl; the report is made from that file.
+PYTHON is the interpreter of a separate virtual environment with that server, onnxruntime and Pillow. wrk must be
+installed. Raw results are appended to docs/results/serving.jsonl, and the report is made from that file.
 """
 
 import argparse
@@ -29,9 +29,9 @@ TOPICS = ("throughput", "overload", "soak", "fuzz", "images", "slow", "sigterm")
 
 
 def main() -> None:
-    """Read the arguments and run one topic or all."""
+    """Run one topic or all, and write the report."""
     arguments = _arguments()
-    # A SIGTERM must not leave a server behind.
+    # After SIGTERM the server that is measured must end too.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     require_wrk()
     results = ROOT / "docs" / "results" if arguments.results is None else arguments.results
@@ -80,7 +80,7 @@ def _robustness(topic: str, arguments: argparse.Namespace, records: Records, log
     big, small = MODELS["mobilenetv2-224"], MODELS["cifar-student"]
     model = small if topic in ("fuzz", "images", "sigterm") else big
     bundle = random_bundle(model, arguments.bundles / model.name)
-    # What is no whole request is waited for until its deadline: a short one, or 20,000 of them take a day.
+    # The server waits for the rest of an incomplete request until its deadline, so it is short for 20,000 of them.
     options = {
         "fuzz": ("--header-timeout", "1", "--body-timeout", "1"),
         "sigterm": ("--drain", "1"),
@@ -104,16 +104,20 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("topic", choices=("all", *TOPICS, "report"))
     parser.add_argument("--models", default=",".join(MODELS), help="for throughput, comma separated")
-    parser.add_argument("--bundles", type=Path, default=ROOT / "dist" / "benchmark", help="where bundles are kept")
+    parser.add_argument(
+        "--bundles", type=Path, default=ROOT / "dist" / "benchmark", help="folder in which bundles are kept"
+    )
     parser.add_argument("--source", type=Path, default=ROOT, help="working tree whose `kdexport serve` is measured")
     parser.add_argument("--results", type=Path, help="folder of serving.md and serving.jsonl; default docs/results")
-    parser.add_argument("--fresh", action="store_true", help="drop earlier raw results first")
+    parser.add_argument("--fresh", action="store_true", help="delete earlier raw results first")
     parser.add_argument("--litserve", help="Python of an environment with LitServe")
     parser.add_argument("--mlserver", help="Python of an environment with MLServer")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=8, help="of one run")
-    parser.add_argument("--max-foreign", type=float, default=0.15, help="CPU share of others in a run that counts")
-    parser.add_argument("--attempts", type=int, default=2, help="at a run that others disturb")
+    parser.add_argument("--seconds", type=float, default=8, help="length of one run")
+    parser.add_argument(
+        "--max-foreign", type=float, default=0.15, help="largest CPU share of other processes in a quiet run"
+    )
+    parser.add_argument("--attempts", type=int, default=2, help="runs until one is quiet")
     parser.add_argument("--soak-seconds", type=float, default=600)
     parser.add_argument("--fuzz-requests", type=int, default=20_000)
     parser.add_argument("--images", type=int, default=600)

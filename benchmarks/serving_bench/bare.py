@@ -1,4 +1,4 @@
-"""Bare onnxruntime in a process of its own: the limit that a server is compared with.
+"""Bare onnxruntime in a separate process: the upper limit with which a server is compared.
 
 python bare.py MODEL.onnx IMAGE_SIZE THREADS SECONDS
 """
@@ -17,7 +17,7 @@ import numpy as np
 
 @dataclass(frozen=True, slots=True)
 class Bare:
-    """Images a second over all threads, latency of one call, and CPU time of one image."""
+    """Images per second over all threads, latency of one call, and CPU time of one image."""
 
     rate: float
     p50_ms: float

@@ -1,4 +1,4 @@
-"""Verified bundles of students with random weights: the speed of a graph does not depend on what it was taught."""
+"""Verified bundles of students with random weights, because the speed of a graph does not depend on training."""
 
 import tempfile
 from dataclasses import dataclass
@@ -38,12 +38,12 @@ MODELS = {
 
 
 def random_bundle(model: Model, out: Path) -> Path:
-    """The bundle of ``model`` at ``out``, built and verified once; later calls find it there."""
+    """The bundle of ``model`` at ``out``; built and verified by the first call."""
     if (out / MANIFEST).is_file():
         return out
     torch.manual_seed(7)
     student = STUDENTS.build(model.student, num_classes=model.classes, image_size=model.image_size)
-    _settle(student, model.image_size)
+    _set_batch_norm_statistics(student, model.image_size)
     spec = StudentSpec(
         student=model.student,
         classes=tuple(f"class {index}" for index in range(model.classes)),
@@ -62,8 +62,8 @@ def random_bundle(model: Model, out: Path) -> Path:
     return out
 
 
-def _settle(student: torch.nn.Module, image_size: int) -> None:
-    """Batch norm statistics of real activations, so that logits stay in an ordinary range."""
+def _set_batch_norm_statistics(student: torch.nn.Module, image_size: int) -> None:
+    """Give batch norms the statistics of real activations, so that logits stay in a normal range."""
     student.train()
     with torch.no_grad():
         for _ in range(8):

@@ -15,13 +15,13 @@ from serving_bench.records import Records
 from serving_bench.servers import Arm
 from serving_bench.wrk import load
 
-#: Six times what fits in: a server of two instances takes 2 x 2 running and handed-over requests and 32 waiting.
+#: Six times the requests that two instances admit: 2 x 2 that run or are handed over, and 32 that wait.
 OVERLOAD_CLIENTS = 216
 BACKOFF_MS = 500
 
 
 def overload(arm: Arm, records: Records, *, rounds: int, seconds: float, logs: Path) -> None:
-    """Good answers a second at six times the admitted load, over those at 8 clients just before and after."""
+    """Successful responses per second at six times the admitted load, over those with 8 clients before and after."""
     for number in range(rounds):
         with running(arm.command, logs / "overload.log") as server:
             payload = arm.payloads["FP32 binary"]()
@@ -38,7 +38,7 @@ def overload(arm: Arm, records: Records, *, rounds: int, seconds: float, logs: P
 
 
 def soak(arm: Arm, records: Records, *, seconds: float, logs: Path) -> None:
-    """Binary tensors and JPEGs without a pause; memory and file descriptors over time."""
+    """Memory and file descriptors over time, under binary tensors and JPEGs without a pause."""
     with running(arm.command, logs / "soak.log") as server:
         samples: list[tuple[float, float, int]] = []
         answered, failed, period = 0, 0, max(2.0, min(10.0, seconds / 40))
@@ -49,7 +49,7 @@ def soak(arm: Arm, records: Records, *, seconds: float, logs: Path) -> None:
             memory = server.memory()
             answered, failed = answered + result.ok, failed + result.refused + result.broken
             samples.append((elapsed, memory.rss_mb, memory.descriptors))
-        # Idle again: what stays open now has leaked.
+        # When the server is idle again, any descriptor that is still open has leaked.
         time.sleep(8)
         idle = server.memory()
     times, rss, descriptors = (np.asarray(column) for column in zip(*samples, strict=True))
@@ -64,19 +64,19 @@ def soak(arm: Arm, records: Records, *, seconds: float, logs: Path) -> None:
 
 
 def terminations(arm: Arm, records: Records, *, times: int, logs: Path) -> None:
-    """SIGTERM under load from 8 clients, again and again: requests that were sent and never fully answered."""
-    fates: Counter[str] = Counter()
+    """Repeated SIGTERM under load from 8 clients: count the requests that get no complete response."""
+    outcomes: Counter[str] = Counter()
     slowest = 0.0
     for number in range(times):
         with running(arm.command, logs / "sigterm.log") as server:
             seen, seconds = asyncio.run(_terminate(server, arm.payloads["FP32 binary"](), 0.6 + 0.05 * (number % 7)))
-        fates += seen
+        outcomes += seen
         slowest = max(slowest, seconds)
-    records.add("sigterm", arm=arm.name, times=times, clients=8, fates=dict(fates), slowest_stop_s=slowest)
+    records.add("sigterm", arm=arm.name, times=times, clients=8, fates=dict(outcomes), slowest_stop_s=slowest)
 
 
 async def _terminate(server: Server, payload: Payload, after_s: float) -> tuple[Counter[str], float]:
-    fates: Counter[str] = Counter()
+    outcomes: Counter[str] = Counter()
     data = encode(payload)
     over = asyncio.Event()
 
@@ -84,8 +84,8 @@ async def _terminate(server: Server, payload: Payload, after_s: float) -> tuple[
         connection = Connection(server.port)
         while not over.is_set():
             answer = await connection.request(data)
-            fates[answer.fate if answer.fate != "answered" else f"status {answer.status}"] += 1
-            if answer.fate == "refused connection":
+            outcomes[answer.outcome if answer.outcome != "answered" else f"status {answer.status}"] += 1
+            if answer.outcome == "refused connection":
                 break
         connection.close()
 
@@ -94,4 +94,4 @@ async def _terminate(server: Server, payload: Payload, after_s: float) -> tuple[
     seconds = await asyncio.to_thread(stop, server)
     over.set()
     await asyncio.gather(*clients)
-    return fates, seconds
+    return outcomes, seconds

@@ -1,4 +1,4 @@
-"""How much of the machine others used meanwhile: a run beside a compiler says nothing about a server."""
+"""The CPU share of other processes during a run: beside a busy compiler no server can be measured."""
 
 import os
 import resource
@@ -10,8 +10,8 @@ from serving_bench.process import Server
 _TICK = os.sysconf("SC_CLK_TCK")
 
 
-class Neighbours:
-    """CPU seconds a second that neither this benchmark nor its children used, since it was made."""
+class ForeignLoad:
+    """CPU time of all processes except this benchmark and its children, since the object was made."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
@@ -23,12 +23,12 @@ class Neighbours:
         return used + self._server.cpu_seconds()
 
     def share(self) -> float:
-        """0 on a machine of one's own, 1 for one core that others kept busy."""
+        """CPU seconds per second: 0 on an idle machine, 1 if other processes kept one core busy."""
         started, busy, own = self._start
         return max(0.0, (_busy() - busy - (self._own() - own)) / (time.monotonic() - started))
 
 
 def _busy() -> float:
-    """CPU seconds of all cores since boot, idle and waiting for disks left out."""
+    """CPU seconds of all cores since boot, without idle time and time waiting for disks."""
     fields = [int(value) for value in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
     return (sum(fields) - fields[3] - fields[4]) / _TICK

@@ -16,9 +16,9 @@ _WORKERS = 8
 
 
 def fuzz(arm: Arm, model: str, size: int, records: Records, *, count: int, logs: Path, seed: int = 11) -> None:
-    """Send ``count`` requests on 8 connections; no 5xx may come back, and the server must stay alive and small."""
+    """Send ``count`` requests on 8 connections; no response may be a 5xx, and the server must stay alive and small."""
     with running(arm.command, logs / "fuzz.log") as server:
-        fates, worst, unanswered = asyncio.run(_fuzz(server.port, model, size, count, seed))
+        outcomes, worst, unanswered = asyncio.run(_fuzz(server.port, model, size, count, seed))
         memory = server.memory()
         alive = server.process.poll() is None and server.answers("/v2/health/ready")
     records.add(
@@ -26,9 +26,9 @@ def fuzz(arm: Arm, model: str, size: int, records: Records, *, count: int, logs:
         arm=arm.name,
         count=count,
         seed=seed,
-        fates=dict(sorted(fates.items())),
+        fates=dict(sorted(outcomes.items())),
         alive=alive,
-        server_errors=sum(n for fate, n in fates.items() if fate.startswith("5")),
+        server_errors=sum(n for outcome, n in outcomes.items() if outcome.startswith("5")),
         peak_mb=memory.peak_mb,
         unanswered=dict(unanswered.most_common(8)),
         examples=[text.decode("latin-1") for text in worst[:5]],
@@ -36,9 +36,9 @@ def fuzz(arm: Arm, model: str, size: int, records: Records, *, count: int, logs:
     )
 
 
-def _asked_for(body: bytes) -> bool:
-    """Whether a refusal tells of a wait shorter than the server's own: the request, packed or not, asked for it."""
-    waited = re.search(rb"waited ([\d.e-]+) s for an instance", body)
+def _set_own_timeout(body: bytes) -> bool:
+    """Whether a refusal is for a wait shorter than the server's limit, which the request itself must have set."""
+    waited = re.search(rb"waited ([\d.e-]+) s in the queue", body)
     return waited is not None and float(waited[1]) < Limits().queue_seconds
 
 
@@ -46,7 +46,7 @@ async def _fuzz(
     port: int, model: str, size: int, count: int, seed: int
 ) -> tuple[Counter[str], list[bytes], Counter[str]]:
     grammar = Grammar(model, size, seed)
-    fates: Counter[str] = Counter()
+    outcomes: Counter[str] = Counter()
     worst: list[bytes] = []
     unanswered: Counter[str] = Counter()
     left = count
@@ -57,20 +57,20 @@ async def _fuzz(
         while left > 0:
             left -= 1
             data = grammar.request()
-            # What is no whole request is waited for until the server's own deadlines end it.
+            # The server waits for the rest of an incomplete request until its own deadline.
             answer = await connection.request(data, timeout_s=15)
-            fates[str(answer.status) if answer.fate == "answered" else answer.fate] += 1
-            if answer.status == 503 and _asked_for(answer.body):
-                fates["503"] -= 1
-                fates["waited as long as asked"] += 1
+            outcomes[str(answer.status) if answer.outcome == "answered" else answer.outcome] += 1
+            if answer.status == 503 and _set_own_timeout(answer.body):
+                outcomes["503"] -= 1
+                outcomes["waited as long as asked"] += 1
             elif answer.status >= 500:
                 worst.append(data[:2000])
-            elif answer.fate != "answered":
+            elif answer.outcome != "answered":
                 unanswered[data.split(b"\r\n")[0][:80].decode("latin-1")] += 1
             if answer.status in (400, 405, 411, 413, 431) or data.startswith(b"\r"):
-                # What follows a broken request on its connection is anybody's guess.
+                # After a broken request the server cannot know where the next one starts.
                 connection.close()
         connection.close()
 
     await asyncio.gather(*(worker() for _ in range(_WORKERS)))
-    return +fates, worst, unanswered
+    return +outcomes, worst, unanswered

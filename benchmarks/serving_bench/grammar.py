@@ -1,4 +1,4 @@
-"""Requests from a grammar of the Open Inference Protocol in which any rule may be broken."""
+"""Requests generated from a grammar of the Open Inference Protocol whose rules may be broken."""
 
 import gzip
 import json
@@ -20,16 +20,16 @@ _METHODS = ("POST", "GET", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH", "TRACE",
 
 
 class Grammar:
-    """A seeded source of requests for one model of side ``size``; every choice may be the right one or a wrong one."""
+    """A seeded source of requests for a model of image side ``size``; each choice may be valid or not."""
 
     def __init__(self, model: str, size: int, seed: int) -> None:
         self._model, self._size, self._random = model, size, random.Random(seed)
 
     def request(self) -> bytes:
-        """One request; about a third of them are valid in all but one place."""
+        """One request; about a third of them have exactly one fault."""
         pick = self._random
         if pick.random() < 0.04:
-            return self._line_noise()
+            return self._not_http()
         body, headers = self._body()
         if pick.random() < 0.15:
             body, headers = self._encoded(body, headers)
@@ -194,7 +194,7 @@ class Grammar:
         ends = pick.choice((b"0\r\n\r\n", b"0\r\n\r\n", b"-1\r\n", b"zz\r\n", b"0\r\nX: y\r\n\r\n"))
         return b"".join(b"%x\r\n%s\r\n" % (len(part), part) for part in parts) + ends
 
-    def _line_noise(self) -> bytes:
+    def _not_http(self) -> bytes:
         pick = self._random
         return pick.choice((
             pick.randbytes(pick.randrange(1, 300)), b"GET / HTTP/9.9\r\n\r\n", b"\r\n\r\n\r\n",

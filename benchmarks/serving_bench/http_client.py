@@ -1,4 +1,4 @@
-"""A small HTTP/1.1 client on raw sockets that says exactly what happened to a request, and can break every rule."""
+"""A small HTTP/1.1 client on raw sockets that reports the outcome of each request and can send invalid ones."""
 
 import asyncio
 import contextlib
@@ -7,21 +7,21 @@ from typing import Literal
 
 from serving_bench.payloads import Payload
 
-Fate = Literal["answered", "refused connection", "broken", "late"]
+Outcome = Literal["answered", "refused connection", "broken", "late"]
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What became of one request; ``closing`` where the server announced that it ends the connection."""
+    """The outcome of one request; ``closing`` if the server announced that it closes the connection."""
 
-    fate: Fate
+    outcome: Outcome
     status: int = 0
     body: bytes = b""
     closing: bool = False
 
 
 def encode(payload: Payload, *, method: str = "POST", host: str = "localhost") -> bytes:
-    """A whole request with its Content-Length."""
+    """A complete request with its Content-Length."""
     lines = [f"{method} {payload.path} HTTP/1.1", f"Host: {host}", f"Content-Length: {len(payload.body)}"]
     lines += [f"{name}: {value}" for name, value in payload.headers.items()]
     return "\r\n".join([*lines, "", ""]).encode() + payload.body
@@ -36,14 +36,14 @@ class Connection:
         self._writer: asyncio.StreamWriter | None = None
 
     async def request(self, data: bytes, timeout_s: float = 30.0) -> Answer:
-        """Send ``data`` and read one answer; connects first where there is no connection."""
+        """Send ``data`` and read one response; connects first if there is no connection."""
         if self._writer is None or self._reader is None:
             try:
                 self._reader, self._writer = await asyncio.open_connection("127.0.0.1", self._port, limit=2**20)
             except OSError:
                 return Answer("refused connection")
         reader, writer = self._reader, self._writer
-        # A server may answer before it has read the body: reading and writing go on at the same time.
+        # A server may answer before it has read the body, so reading and writing happen at the same time.
         sending = asyncio.ensure_future(_send(writer, data))
         try:
             answer = await asyncio.wait_for(_read(reader, bodiless=data.startswith(b"HEAD ")), timeout_s)
@@ -55,12 +55,12 @@ class Connection:
         sending.cancel()
         with contextlib.suppress(asyncio.CancelledError, OSError):
             await sending
-        if answer.fate != "answered" or answer.closing or not sent:
+        if answer.outcome != "answered" or answer.closing or not sent:
             self.close()
         return answer
 
     def close(self) -> None:
-        """End the connection; the next request makes another."""
+        """Close the connection; the next request opens another."""
         if self._writer is not None:
             self._writer.close()
         self._reader = self._writer = None

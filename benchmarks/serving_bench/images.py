@@ -1,4 +1,4 @@
-"""Images that are broken, huge, odd or of formats that nobody offered."""
+"""Upload images that are damaged, huge, unusual or of unsupported formats."""
 
 import asyncio
 import io
@@ -23,7 +23,7 @@ def _chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def bomb(width: int, height: int, *, depth: int = 1) -> bytes:
-    """A PNG of one colour, tiny as a file whatever its size."""
+    """A PNG of one colour: a tiny file of any number of pixels."""
     row = bytes(1 + (width * depth + 7) // 8)
     packer = zlib.compressobj(9)
     pixels = b"".join([*(packer.compress(row) for _ in range(min(height, 20_000))), packer.flush()])
@@ -38,7 +38,7 @@ def _saved(image: Image.Image, kind: str, **options: object) -> bytes:
 
 
 def corpus() -> dict[str, bytes]:
-    """Images by what is special about them."""
+    """Images by the property that makes each of them unusual."""
     rng = np.random.default_rng(4)
     colour = Image.fromarray(rng.integers(0, 256, (97, 131, 3), np.uint8))
     grey16 = Image.fromarray(rng.integers(0, 65536, (40, 50), np.uint16))
@@ -81,7 +81,7 @@ def corpus() -> dict[str, bytes]:
 
 
 def mutated(data: bytes, pick: random.Random) -> bytes:
-    """Cut, flip, repeat or splice a few bytes."""
+    """Truncate the data, or change, repeat or overwrite a few bytes."""
     if not data:
         return data
     changed = bytearray(data)
@@ -95,31 +95,31 @@ def mutated(data: bytes, pick: random.Random) -> bytes:
         start = pick.randrange(len(changed))
         changed[start:start] = changed[start : start + pick.randrange(1, 200)]
     else:
-        # Sizes stand in the first bytes of every format.
+        # Every format has its sizes in the first bytes.
         for _ in range(3):
             changed[pick.randrange(min(64, len(changed)))] = pick.choice((0, 1, 0x7F, 0x80, 0xFF))
     return bytes(changed)
 
 
 def images(arm: Arm, model: str, records: Records, *, count: int, logs: Path, seed: int = 5) -> None:
-    """The corpus as it is and ``count`` mutations of it, four at a time: no 5xx, and a bounded peak of memory."""
+    """Upload the corpus and ``count`` mutations of it, four at a time; count 5xx and record the peak of memory."""
     pick = random.Random(seed)
     kinds = corpus()
     jobs = [(name, data) for name, data in kinds.items()]
     jobs += [(f"{name}, mutated", mutated(kinds[name], pick)) for name in pick.choices(list(kinds), k=count)]
     with running(arm.command, logs / "images.log") as server:
-        fates, failures = asyncio.run(_post(server.port, model, jobs))
+        outcomes, failures = asyncio.run(_post(server.port, model, jobs))
         memory = server.memory()
         alive = server.answers("/v2/health/ready")
     records.add(
-        "images", arm=arm.name, kinds=len(kinds), mutations=count, seed=seed, fates=dict(sorted(fates.items())),
-        server_errors=sum(n for fate, n in fates.items() if fate.startswith("5")), failures=failures[:10], alive=alive,
-        peak_mb=memory.peak_mb,
+        "images", arm=arm.name, kinds=len(kinds), mutations=count, seed=seed, fates=dict(sorted(outcomes.items())),
+        server_errors=sum(n for outcome, n in outcomes.items() if outcome.startswith("5")), failures=failures[:10],
+        alive=alive, peak_mb=memory.peak_mb,
     )  # fmt: skip
 
 
 async def _post(port: int, model: str, jobs: list[tuple[str, bytes]]) -> tuple[Counter[str], list[str]]:
-    fates: Counter[str] = Counter()
+    outcomes: Counter[str] = Counter()
     failures: list[str] = []
     queue = list(reversed(jobs))
 
@@ -129,11 +129,11 @@ async def _post(port: int, model: str, jobs: list[tuple[str, bytes]]) -> tuple[C
             name, data = queue.pop()
             payload = Payload("image", f"/v1/classify?model={model}", {"Content-Type": "image/jpeg"}, data)
             answer = await connection.request(encode(payload), timeout_s=30)
-            fate = str(answer.status) if answer.fate == "answered" else answer.fate
-            fates[fate] += 1
-            if not fate.startswith(("2", "4")):
-                failures.append(f"{name}: {fate} {answer.body[:200].decode('latin-1')}")
+            outcome = str(answer.status) if answer.outcome == "answered" else answer.outcome
+            outcomes[outcome] += 1
+            if not outcome.startswith(("2", "4")):
+                failures.append(f"{name}: {outcome} {answer.body[:200].decode('latin-1')}")
         connection.close()
 
     await asyncio.gather(*(worker() for _ in range(4)))
-    return fates, failures
+    return outcomes, failures

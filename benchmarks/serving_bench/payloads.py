@@ -1,4 +1,4 @@
-"""Request bodies: the same image as an FP32 tensor in binary and JSON, and as a JPEG, in each server's own way."""
+"""Request bodies in the form of each server: one image as a binary FP32 tensor, as JSON and as a JPEG."""
 
 import base64
 import io
@@ -15,7 +15,7 @@ BOUNDARY = "kdexport-benchmark"
 
 @dataclass(frozen=True, slots=True)
 class Payload:
-    """What one request sends."""
+    """Path, headers and body of a request."""
 
     kind: str
     path: str
@@ -29,7 +29,7 @@ def tensor(image_size: int) -> NDArray[np.float32]:
 
 
 def photo(width: int, height: int) -> bytes:
-    """A JPEG with the detail of a photograph, about 0.27 bytes a pixel."""
+    """A JPEG with as much detail as a photograph, about 0.27 bytes per pixel."""
     rng = np.random.default_rng(2)
     layers = np.zeros((height, width, 3))
     for step, strength in ((64, 70), (16, 40), (4, 18), (1, 9)):
@@ -41,7 +41,7 @@ def photo(width: int, height: int) -> bytes:
 
 
 def oip_binary(model: str, image_size: int) -> Payload:
-    """Open Inference Protocol, binary tensor in, binary tensor out."""
+    """Open Inference Protocol, with binary input and output."""
     values = tensor(image_size)
     header = {
         "inputs": [
@@ -58,7 +58,7 @@ def oip_binary(model: str, image_size: int) -> Payload:
 
 
 def oip_json(model: str, image_size: int) -> Payload:
-    """Open Inference Protocol, all in JSON."""
+    """Open Inference Protocol, with input and output as JSON."""
     values = tensor(image_size)
     entry = {"name": "input", "shape": list(values.shape), "datatype": "FP32"}
     body = json.dumps({"inputs": [{**entry, "data": [round(float(value), 5) for value in values.ravel()]}]})
@@ -66,7 +66,7 @@ def oip_json(model: str, image_size: int) -> Payload:
 
 
 def oip_base64_jpeg(model: str, image_size: int) -> Payload:
-    """A JPEG as base64 in a BYTES tensor: the only way into a server that reads JSON alone."""
+    """A JPEG as base64 in a BYTES tensor, for a server that reads only JSON."""
     data = base64.b64encode(jpeg(image_size)).decode()
     entry = {"name": "image", "shape": [1], "datatype": "BYTES", "data": [data]}
     body = json.dumps({"inputs": [entry]}).encode()
@@ -74,23 +74,23 @@ def oip_base64_jpeg(model: str, image_size: int) -> Payload:
 
 
 def jpeg(image_size: int) -> bytes:
-    """What a user would upload to a student of this size."""
+    """A typical upload for a student of this size."""
     return photo(640, 480) if image_size > 64 else photo(image_size, image_size)
 
 
 def raw_jpeg(path: str, image_size: int) -> Payload:
-    """The image as the whole body."""
+    """The image as the body."""
     return Payload("JPEG", path, {"Content-Type": "image/jpeg"}, jpeg(image_size))
 
 
 def multipart(kind: str, path: str, data: bytes) -> Payload:
-    """One form file, ``request``."""
+    """A form with one file, ``request``."""
     head = f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="request"; filename="x"\r\n\r\n'
     body = head.encode() + data + f"\r\n--{BOUNDARY}--\r\n".encode()
     return Payload(kind, path, {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}, body)
 
 
-#: kdexport's own requests by kind: (model, image size) to payload.
+#: The requests to kdexport by kind: (model, image size) to payload.
 KDEXPORT: dict[str, Callable[[str, int], Payload]] = {
     "FP32 binary": oip_binary,
     "FP32 JSON": oip_json,

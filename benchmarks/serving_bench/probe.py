@@ -1,4 +1,4 @@
-"""Health probes from a process of their own, so that a busy client does not count as a busy server.
+"""Health probes from a separate process, so that a busy client does not look like a busy server.
 
 python probe.py PORT SECONDS
 """
@@ -11,7 +11,7 @@ import urllib.request
 
 
 def probe(port: int, seconds: float) -> dict[str, int]:
-    """Ask /v2/health/live four times a second, each time on a new connection; answered is what came within 2 s."""
+    """Request /v2/health/live four times a second, on a new connection each; count the answers within 2 s."""
     url = f"http://127.0.0.1:{port}/v2/health/live"
     deadline = time.monotonic() + seconds
     probes = answered = 0

@@ -1,4 +1,4 @@
-"""A server as a child process: started by its command line, watched through /proc, ended with its whole session."""
+"""A server as a child process: started by a command line, measured through /proc, and ended with its session."""
 
 import contextlib
 import os
@@ -18,7 +18,7 @@ _TICK = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """How a server is started: ``{port}`` in an argument is replaced; it is ready when ``ready`` answers 200."""
+    """The command line of a server, with ``{port}`` for its port; it is ready when the path ``ready`` answers 200."""
 
     name: str
     arguments: tuple[str, ...]
@@ -29,7 +29,7 @@ class Command:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Resident memory now and at its peak, in MB, over the server and its children, and open file descriptors."""
+    """Resident memory and its peak in MB, and open file descriptors, of the server and its children."""
 
     rss_mb: float
     peak_mb: float
@@ -44,11 +44,11 @@ class Server:
 
     @property
     def pid(self) -> int:
-        """The process that was started."""
+        """The id of the process that was started."""
         return self.process.pid
 
-    def family(self) -> list[int]:
-        """Process ids of the server's session: itself and its children."""
+    def session(self) -> list[int]:
+        """Ids of the processes in the server's session: itself and its children."""
         found = []
         for entry in Path("/proc").glob("[0-9]*/stat"):
             with contextlib.suppress(OSError, IndexError, ValueError):
@@ -59,16 +59,16 @@ class Server:
     def cpu_seconds(self) -> float:
         """User and system time that the session has used so far."""
         total = 0
-        for pid in self.family():
+        for pid in self.session():
             with contextlib.suppress(OSError):
                 fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
                 total += int(fields[11]) + int(fields[12])
         return total / _TICK
 
     def memory(self) -> Memory:
-        """Sums over the session."""
+        """Memory and descriptors of the session."""
         rss = peak = descriptors = 0
-        for pid in self.family():
+        for pid in self.session():
             with contextlib.suppress(OSError):
                 status = dict(
                     line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line
@@ -79,7 +79,7 @@ class Server:
         return Memory(rss / 1024, peak / 1024, descriptors)
 
     def answers(self, path: str, timeout_s: float = 2.0) -> bool:
-        """Whether GET ``path`` gives 200 in time, on a connection of its own."""
+        """Whether GET ``path`` gives 200 in time, on a new connection."""
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=timeout_s) as reply:
                 return bool(reply.status == 200)
@@ -88,7 +88,7 @@ class Server:
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
+    """A port that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -96,7 +96,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def running(command: Command, log: Path, *, descriptors: int | None = None) -> Iterator[Server]:
-    """Start a server, wait until it is ready, end it with SIGTERM and whatever is left of its session with SIGKILL."""
+    """Start a server and wait until it is ready; at the end SIGTERM, then SIGKILL for the rest of its session."""
     port = free_port()
 
     def limit() -> None:
@@ -127,7 +127,7 @@ def _await_ready(server: Server, timeout_s: float = 120.0) -> None:
 
 
 def stop(server: Server, grace_s: float = 30.0) -> float:
-    """End a server; returns the seconds until it was gone."""
+    """End a server; returns the seconds until it ended."""
     started = time.monotonic()
     if server.process.poll() is None:
         server.process.send_signal(signal.SIGTERM)

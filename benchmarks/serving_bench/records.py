@@ -1,4 +1,4 @@
-"""Raw results, one JSON object a line, appended as soon as they exist: an interrupted campaign keeps what it has."""
+"""Raw results, one JSON object per line, appended at once, so that an interrupted benchmark keeps them."""
 
 import json
 import os
@@ -14,7 +14,7 @@ class Records:
         self.path = path
 
     def add(self, topic: str, **values: Any) -> None:
-        """Append one result and show it."""
+        """Append a result to the file and print it."""
         row = {"topic": topic, "time": round(time.time()), "load": round(os.getloadavg()[0], 2), **values}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as stream:

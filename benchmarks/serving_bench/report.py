@@ -1,4 +1,4 @@
-"""The Markdown report, from raw results alone."""
+"""The Markdown report of the serving benchmark, made from its raw results only."""
 
 import platform
 from collections import defaultdict
@@ -11,19 +11,19 @@ from typing import Any
 Row = dict[str, Any]
 
 _PREFACE = """\
-# Serving: how fast, and what breaks it
+# Serving: speed and robustness
 
-Made by `benchmarks/serving.py` from `serving.jsonl`. Loopback; client and server share the machine's cores. Students
-have random weights: speed does not depend on what was learnt. A ratio is the server's requests a second over the images
-a second of bare onnxruntime (batch 1, one thread unless said otherwise), measured just before and just after the run;
-the middle of the rounds is shown with the lowest and the highest. CPU is what the server spends on a request over what
-bare onnxruntime spends on an image. Runs in which others used more than the allowed share of a core are left out where
-a quiet one exists; the last column counts the quiet ones.
+Made by `benchmarks/serving.py` from `serving.jsonl`. Client and server run on the same machine and share its cores.
+Students have random weights, because speed does not depend on training. A ratio is the server's requests per second
+over the images per second of bare onnxruntime (batch 1, one thread unless stated otherwise), measured just before and
+just after the run; tables show the median of the rounds with the minimum and maximum. CPU is the server's CPU time per
+request over that of bare onnxruntime per image. Runs in which other processes used more than the allowed share of a
+core are left out if there is a quiet run; the last column counts the quiet runs.
 """
 
 
 def report(rows: Sequence[Row]) -> str:
-    """All topics that have results, in a fixed order."""
+    """The report: all topics that have results, in a fixed order."""
     by_topic: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         by_topic[row["topic"]].append(row)
@@ -105,7 +105,7 @@ def _overload(rows: list[Row]) -> str:
             str(sum(row["result"]["broken"] for row in found)),
             f"{max(row['memory']['peak_mb'] for row in found):.0f}",
         ])  # fmt: skip
-    head = ["back-off", "goodput over peak", "p50 ms, refusals too", "answered", "refused", "broken", "peak MB"]
+    head = ["back-off", "goodput over peak", "p50 ms, including refusals", "answered", "refused", "broken", "peak MB"]
     return f"## Overload: {rows[0]['clients']} clients, six times what is admitted\n\n{_table(head, lines)}"
 
 
@@ -126,22 +126,22 @@ def _soak(rows: list[Row]) -> str:
 
 def _sigterm(rows: list[Row]) -> str:
     lines = [
-        [str(row["times"]), str(row["clients"]), _fates(row), str(row["fates"].get("broken", 0)),
+        [str(row["times"]), str(row["clients"]), _outcomes(row), str(row["fates"].get("broken", 0)),
          f"{row['slowest_stop_s']:.1f}"]
         for row in rows
     ]  # fmt: skip
-    head = ["times", "clients", "answers", "sent and never fully answered", "slowest stop, s"]
+    head = ["times", "clients", "answers", "without a complete response", "slowest stop, s"]
     return f"## SIGTERM under load\n\n{_table(head, lines)}"
 
 
-def _fates(row: Row) -> str:
+def _outcomes(row: Row) -> str:
     return ", ".join(f"{name}: {count}" for name, count in row["fates"].items())
 
 
 def _fuzz(rows: list[Row]) -> str:
     lines = [
         [str(row["count"]), str(row["seed"]), str(row["server_errors"]), f"{row['peak_mb']:.0f}", str(row["alive"]),
-         _fates(row)]
+         _outcomes(row)]
         for row in rows
     ]  # fmt: skip
     return f"## Fuzzed requests\n\n{_table(['requests', 'seed', '5xx', 'peak MB', 'ready after', 'answers'], lines)}"
@@ -150,7 +150,7 @@ def _fuzz(rows: list[Row]) -> str:
 def _images(rows: list[Row]) -> str:
     lines = [
         [f"{row['kinds']} + {row['mutations']}", str(row["seed"]), str(row["server_errors"]), f"{row['peak_mb']:.0f}",
-         str(row["alive"]), _fates(row)]
+         str(row["alive"]), _outcomes(row)]
         for row in rows
     ]  # fmt: skip
     head = ["kinds + mutations", "seed", "5xx", "peak MB", "ready after", "answers"]
@@ -163,5 +163,5 @@ def _slow(rows: list[Row]) -> str:
          f"{row['share']:.0%}", f"{row['peak_mb']:.0f}", str(row["alive_after"])]
         for row in rows
     ]  # fmt: skip
-    head = ["slow", "clients", "connections made", "probes answered in 2 s", "share", "peak MB", "alive after"]
+    head = ["slow part", "clients", "connections opened", "probes answered in 2 s", "share", "peak MB", "alive after"]
     return f"## Slow clients, 1024 file descriptors\n\n{_table(head, lines)}"

@@ -1,4 +1,4 @@
-"""The servers that are measured, each with the same ONNX file, one onnxruntime session and one thread in it."""
+"""The servers that are measured, each with the same ONNX file and one onnxruntime session of one thread."""
 
 import json
 import sys
@@ -20,13 +20,13 @@ from serving_bench.process import Command
 
 ROOT = Path(__file__).parents[2]
 _PEERS = Path(__file__).parent / "peers"
-#: Telemetry off and no thread pool of numpy's, in every arm alike.
+#: The same for every server: no telemetry and no threads of numpy.
 ENVIRONMENT = {"ORT_DISABLE_TELEMETRY": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """A server and how it is asked for each kind of payload."""
+    """A server and its request for each kind of payload."""
 
     name: str
     command: Command
@@ -35,7 +35,7 @@ class Arm:
 
 def kdexport_arm(model: Model, bundle: Path, source: Path, *, instances: int, options: tuple[str, ...] = ()) -> Arm:
     """``kdexport serve`` from the working tree ``source``."""
-    # A free port of its own for the metrics: several servers may run beside each other.
+    # Any free port for the metrics, because several servers may run at the same time.
     arguments = (
         sys.executable, "-m", "kdexport", "serve", f"{model.name}={bundle}", "--port", "{port}", "--metrics-port", "0",
         "--instances", str(instances), *options,
@@ -51,7 +51,7 @@ def _bound(make: Callable[[str, int], Payload], model: Model) -> Callable[[], Pa
 
 
 def litserve_arm(model: Model, bundle: Path, python: str, *, mode: str) -> Arm:
-    """LitServe with one API; ``mode`` is ``tensor`` or ``image``. Raw bodies reach it as multipart alone."""
+    """LitServe with one API; ``mode`` is ``tensor`` or ``image``. It takes raw data only as a multipart form."""
     data = tensor(model.image_size).tobytes() if mode == "tensor" else jpeg(model.image_size)
     kind = "FP32 binary" if mode == "tensor" else "JPEG"
     arguments = (python, str(_PEERS / "litserve_server.py"), str(bundle), mode, "{port}")
@@ -61,7 +61,7 @@ def litserve_arm(model: Model, bundle: Path, python: str, *, mode: str) -> Arm:
 
 
 def mlserver_arm(model: Model, bundle: Path, python: str, folder: Path) -> Arm:
-    """MLServer with a runtime of its own and without its worker processes; it reads JSON alone."""
+    """MLServer with a custom runtime and without worker processes; it reads only JSON."""
     settings = {"http_port": "{port}", "grpc_port": 0, "metrics_port": 0, "parallel_workers": 0, "debug": False}
     parameters = {"uri": str(bundle), "version": "1"}
     runtime = {"name": model.name, "implementation": "mlserver_runtime.OnnxClassifier", "parameters": parameters}

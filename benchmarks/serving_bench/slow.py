@@ -1,4 +1,4 @@
-"""Slow headers, slow bodies and slow readers on many connections, with health probes from a process of their own."""
+"""Slow headers, slow bodies and slow readers on many connections, with health probes from a separate process."""
 
 import asyncio
 import contextlib
@@ -21,7 +21,7 @@ _PROBE = Path(__file__).with_name("probe.py")
 
 
 def slow(arm: Arm, records: Records, *, connections: int, seconds: float, logs: Path) -> None:
-    """Each mode against a server of 1024 file descriptors: the share of probes that were answered within 2 s."""
+    """Run each mode against a server with 1024 file descriptors; record the share of probes answered within 2 s."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, connections + 512), hard))
     for mode in MODES:
@@ -43,7 +43,7 @@ def slow(arm: Arm, records: Records, *, connections: int, seconds: float, logs: 
 
 
 async def _attack(mode: str, port: int, payload: Payload, connections: int, seconds: float) -> int:
-    """Keep ``connections`` slow clients at it, each coming back when it is thrown out; returns how often one came."""
+    """Run ``connections`` slow clients that reconnect when they are closed; returns the number of connections."""
     data = encode(payload)
     deadline = time.monotonic() + seconds
     opened = 0
@@ -71,7 +71,7 @@ async def _trickle(
     head = data.index(b"\r\n\r\n") + 4
     position = 1 if mode == "header" else head
     if mode == "reader":
-        # Small requests with long answers, ten at a time, and never a look at what comes back.
+        # Small requests with long responses, ten at a time, without reading the responses.
         while time.monotonic() < deadline and not writer.is_closing():
             writer.write(_LONG_ANSWER * 10)
             await asyncio.wait_for(writer.drain(), max(0.1, deadline - time.monotonic()))

@@ -6,7 +6,7 @@ from typing import Any
 
 from serving_bench.bare import Bare, bare
 from serving_bench.bundles import Model
-from serving_bench.neighbours import Neighbours
+from serving_bench.foreign_load import ForeignLoad
 from serving_bench.process import running
 from serving_bench.records import Records
 from serving_bench.servers import Arm
@@ -15,7 +15,7 @@ from serving_bench.wrk import load
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """What is measured: an arm with a kind of payload, at a number of clients, against a number of bare threads."""
+    """One measurement: an arm, a kind of payload, a number of clients, and the number of bare threads to compare."""
 
     arm: Arm
     kind: str
@@ -25,7 +25,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How long and how often: rounds over all cells, seconds a run, and how much of a core others may use in it."""
+    """Rounds over all cells, seconds per run, the CPU share of other processes in a quiet run, and tries per run."""
 
     rounds: int
     seconds: float
@@ -34,12 +34,12 @@ class Effort:
 
 
 def measure(cells: list[Cell], model: Model, bundle: Path, records: Records, effort: Effort, logs: Path) -> None:
-    """All cells in turn, round by round, so that a slow minute of the machine meets every cell alike.
+    """Measure all cells in each round, so that a slow minute of the machine affects all cells equally.
 
-    A run that others disturbed is kept in the raw results, marked, and tried again.
+    A run that is not quiet stays in the raw results with a mark, and is repeated.
     """
     for number in range(effort.rounds):
-        # Back and forth: a trend of the machine over the round cancels out.
+        # Every other round runs in reverse order, so that a trend of the machine cancels out.
         for cell in cells if number % 2 == 0 else cells[::-1]:
             for attempt in range(effort.attempts):
                 row = _run(cell, model, bundle, effort.seconds, logs)
@@ -54,13 +54,15 @@ def _run(cell: Cell, model: Model, bundle: Path, seconds: float, logs: Path) -> 
     with running(cell.arm.command, logs / f"{cell.arm.command.name}.log".replace(" ", "-")) as server:
         payload = cell.arm.payloads[cell.kind]()
         if not load(server, payload, clients=cell.clients, seconds=1).ok:
-            # A server is fast at refusing: a cell without an answer is a fault of this benchmark.
-            raise RuntimeError(f"{cell.arm.name} answers no {payload.kind}; see {server.log}")
-        neighbours = Neighbours(server)
+            # Refusals are fast; a cell without one successful response is an error of this benchmark.
+            raise RuntimeError(
+                f"{cell.arm.name} answered no request of kind {payload.kind} with 2xx; read its log {server.log}"
+            )
+        foreign_load = ForeignLoad(server)
         before = bare(path, model.image_size, threads=cell.bare_threads, seconds=seconds / 2)
         result = load(server, payload, clients=cell.clients, seconds=seconds)
         after = bare(path, model.image_size, threads=cell.bare_threads, seconds=seconds / 2)
-        foreign, memory = neighbours.share(), server.memory()
+        foreign, memory = foreign_load.share(), server.memory()
     reference = _mean(before, after)
     return {
         "model": model.name, "arm": cell.arm.name, "kind": cell.kind, "sent_as": payload.kind,

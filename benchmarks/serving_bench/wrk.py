@@ -1,4 +1,4 @@
-"""Closed-loop load with wrk, which takes little of the two cores that it shares with the server."""
+"""Closed-loop load from wrk, which takes little of the cores that it shares with the server."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ function done(summary, latency, requests)
     latency:percentile(99) / 1e3, latency.max / 1e3, e.connect, e.read, e.write, e.status, e.timeout))
 end
 """
-# wrk asks for the delay when a connection is about to send again: as many pauses as refusals, whichever connection.
+# wrk calls delay() before each request of any connection, so there are as many pauses as refusals.
 _BACKOFF = """
 local refused = 0
 function response(status) if status == 429 or status == 503 then refused = refused + 1 end end
@@ -37,7 +37,7 @@ function delay() if refused > 0 then refused = refused - 1; return {ms} end; ret
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What came out of one run: ``ok`` answers 2xx and 3xx, ``refused`` all others, ``broken`` no whole answer."""
+    """The result of one run: responses 2xx and 3xx (``ok``), other responses (``refused``), none (``broken``)."""
 
     clients: int
     seconds: float
@@ -51,20 +51,20 @@ class Load:
 
     @property
     def rate(self) -> float:
-        """Good answers a second."""
+        """Successful responses per second."""
         return self.ok / self.seconds
 
 
 def require_wrk() -> str:
-    """The path of wrk; ``RuntimeError`` where it is not installed."""
+    """The path of wrk; raises ``RuntimeError`` if it is not installed."""
     found = shutil.which("wrk")
     if found is None:
-        raise RuntimeError("wrk is not installed; on Debian: apt-get install wrk")
+        raise RuntimeError("wrk is not installed. On Debian: apt-get install wrk")
     return found
 
 
 def load(server: Server, payload: Payload, *, clients: int, seconds: float, backoff_ms: int | None = None) -> Load:
-    """``clients`` connections, each sending its next request when it has the answer to the last."""
+    """Load from ``clients`` connections, each of which sends its next request after the response to the last."""
     with tempfile.TemporaryDirectory() as folder:
         body, script = Path(folder) / "body", Path(folder) / "load.lua"
         body.write_bytes(payload.body)
