@@ -1,6 +1,6 @@
-"""The app of ``kdexport serve`` as a Ray Serve application: ``serve run deploy/ray/serve.yaml`` in this folder's place.
+"""The application of ``kdexport serve`` under Ray Serve: ``PYTHONPATH=deploy/ray serve run deploy/ray/serve.yaml``.
 
-Ray's proxy and replicas cost several times the CPU of one ``kdexport serve``: worth it for many machines, not for one.
+Ray's proxy and replicas cost several times the CPU of ``kdexport serve``, so use it for many machines, not for one.
 """
 
 from ray import serve
@@ -10,15 +10,15 @@ from kdexport.serving.service import Settings
 
 
 def build(arguments: dict[str, str]) -> serve.Application:
-    """One application for ``arguments["bundle"]``, a bundle folder or ``NAME=FOLDER`` that every node can read.
+    """The application for ``arguments["bundle"]``: ``FOLDER`` or ``NAME=FOLDER``, readable on every node.
 
-    A replica has one instance: Ray gives it ``num_cpus`` and starts more replicas, not more threads.
+    A replica has one instance, because Ray scales by replicas of ``num_cpus`` each, not by threads.
     """
     bundle = arguments["bundle"]
 
     @serve.deployment(name="Student")
     @serve.ingress(lambda: create_app([bundle], Settings(instances=1)))
     class Student:
-        """Holds nothing: the app loads the bundle when the replica starts, and verifies it first."""
+        """Empty: the application checks and loads the bundle when the replica starts."""
 
     return Student.bind()
