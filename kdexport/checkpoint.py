@@ -75,6 +75,8 @@ class TrainedStudent:
     weights: Path
     weights_sha256: str
     spec: StudentSpec
+    #: The source of the plugin that defines the student; empty for a student of this package.
+    plugin_sha256: str = ""
 
 
 def open_checkpoint(directory: Path) -> TrainedStudent:

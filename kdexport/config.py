@@ -67,6 +67,8 @@ class BuildConfig(Settings):
     targets: list[str] = Field(default_factory=lambda: ["onnx-fp32"])
     #: A recipe of ``training/recipes`` by name, or the path of a TOML file.
     recipe: str
+    #: Files (relative to this one) and modules that register students, teachers, distillers or backends.
+    plugins: list[str] = Field(default_factory=list)
     #: Overrides of recipe keys, as in ``[overrides.train] epochs = 30``.
     overrides: dict[str, dict[str, Any]] = Field(default_factory=dict)
     export: ExportSettings = ExportSettings()
@@ -88,11 +90,24 @@ def find_config(student: str, folder: Path = Path("export_configs")) -> Path:
     for place in (packaged, checkout):
         if (place / f"{student}.toml").is_file():
             return place / f"{student}.toml"
-    known = [path.stem for place in (folder, packaged, checkout) if place.is_dir() for path in place.glob("*.toml")]
-    raise UnknownNameError(
-        f"There is no student {student!r} with an export configuration.",
-        remedy=f"Pass --config FILE for a student of your own. {nearest(student, set(known))}",
+    known = {path.stem for place in (folder, packaged, checkout) if place.is_dir() for path in place.glob("*.toml")}
+    _require_registered(student, known)
+    raise ConfigError(
+        f"The student {student!r} has no export configuration.",
+        remedy=f'Write {student}.toml with two lines, student = "{student}" and recipe = "digits" (`kdexport list '
+        f"recipes` prints all recipes), and pass --config {student}.toml.",
     )
+
+
+def _require_registered(student: str, configured: set[str]) -> None:
+    from kdexport.students import STUDENTS
+
+    if student not in STUDENTS.names():
+        raise UnknownNameError(
+            f"There is no student or export configuration named {student!r}.",
+            remedy=f"{nearest(student, {*configured, *STUDENTS.names()})} Pass --plugin FILE.py for a student of your "
+            "own.",
+        )
 
 
 def load_config(path: Path) -> BuildConfig:

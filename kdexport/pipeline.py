@@ -1,6 +1,6 @@
 """`kdexport build`: from a recipe or a checkpoint to a verified bundle, doing only what is not done yet."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ class _Plan:
     """The resolved recipe and the digests of what it reads."""
 
     recipe: dict[str, Any]
+    plugins: dict[str, str]
     overrides: dict[str, Any]
     revision: int
     dataset: DatasetSpec
@@ -75,7 +76,7 @@ def build(request: BuildRequest, reporter: Reporter) -> BuildResult:
     if not (request.out / MANIFEST).is_file():
         _require_student(request.config.student)
     plan = _plan(request, workspace, reporter)
-    trained = _trained(request, plan, workspace, reporter)
+    trained = replace(_trained(request, plan, workspace, reporter), plugin_sha256=plan.plugins.get("student", ""))
     key = _bundle_key(request, plan, trained)
     if request.fresh:
         keys = stage_keys(trained, request.targets, request.config, _calibration(request, plan, trained), workspace)
@@ -124,6 +125,7 @@ def _plan(request: BuildRequest, workspace: Workspace, reporter: Reporter) -> _P
         dataset_sha256 = dataset_digest(dataset, workspace.root / "dataset")
     return _Plan(
         recipe=recipe,
+        plugins=resolved["plugins"],
         overrides=overrides,
         revision=resolved["revision"],
         dataset=dataset,
@@ -136,7 +138,7 @@ def _trained(request: BuildRequest, plan: _Plan, workspace: Workspace, reporter:
         return open_checkpoint(request.checkpoint)
     teacher = plan.recipe["teacher"]["checkpoint"]
     teacher_sha256 = sha256_file(Path(teacher)) if teacher else _train_teacher(request, plan, workspace, reporter)
-    key = trainer.student_key(plan.recipe, plan.dataset_sha256, teacher_sha256, plan.revision)
+    key = trainer.student_key(plan.recipe, plan.dataset_sha256, teacher_sha256, plan.revision, plan.plugins)
     if request.fresh:
         workspace.forget("train", key)
     if not workspace.has("train", key):
@@ -163,7 +165,7 @@ def _train_teacher(request: BuildRequest, plan: _Plan, workspace: Workspace, rep
 
 
 def _teacher_key(plan: _Plan) -> str:
-    return trainer.teacher_key(plan.recipe, plan.dataset_sha256, plan.revision)
+    return trainer.teacher_key(plan.recipe, plan.dataset_sha256, plan.revision, plan.plugins)
 
 
 def _calibration(request: BuildRequest, plan: _Plan, trained: TrainedStudent) -> Calibration:
@@ -179,7 +181,7 @@ def _bundle_key(request: BuildRequest, plan: _Plan, trained: TrainedStudent) -> 
     config = request.config
     settings = [table.model_dump(mode="json") for table in (config.export, config.verify, config.latency)]
     settings.append(config.policy)
-    targets = [(str(target), target.not_executable() is None) for target in request.targets]
+    targets = [(str(target), target.plugin_sha256, target.not_executable() is None) for target in request.targets]
     made = stage_keys(trained, request.targets, config, _calibration(request, plan, trained))
     return digest(["bundle", config.student, made, targets, settings, plan.dataset_sha256, source_digest()])
 

@@ -1,12 +1,21 @@
-"""Named factories, found by scanning a package: a new entry is one new file."""
+"""Named factories, found by scanning a package and by importing plugins: a new entry is one new file."""
 
 import difflib
 import importlib
 import pkgutil
+import sys
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from kdexport.errors import UnknownNameError
+from kdexport.errors import ConfigError, UnknownNameError
+from kdexport.plugins import (
+    Place,
+    import_active_plugins,
+    import_installed_plugins,
+    note_registration,
+    source_digest,
+)  # fmt: skip
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -20,22 +29,43 @@ def nearest(name: str, known: Iterable[str]) -> str:
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, slots=True)
+class _Entry(Generic[T]):
+    factory: Callable[..., T]
+    place: Place
+
+
 class Registry(Generic[T]):
-    """Factories by name; the modules of ``package`` are imported on first use, so that they register themselves."""
+    """Factories by name; modules of ``package`` and plugins are imported on first use and register themselves.
+
+    Plugins are those of ``kdexport.plugins``: files and modules given by ``--plugin``, and the entry points of the
+    group ``kdexport.<kind>s`` of installed packages.
+    """
 
     def __init__(self, kind: str, package: str) -> None:
         self.kind = kind
         self._package = package
-        self._factories: dict[str, Callable[..., T]] = {}
+        self._entries: dict[str, _Entry[T]] = {}
         self._scanned = False
 
+    @property
+    def group(self) -> str:
+        """The entry points that this registry reads."""
+        return f"kdexport.{self.kind}s"
+
     def register(self, name: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
-        """Decorator that enters a factory under ``name``; a second entry of one name raises ``ValueError``."""
+        """Decorator that enters a factory under ``name``; a second entry of one name raises ``ConfigError``."""
+        caller = sys._getframe(1)
+        place = Place(str(caller.f_globals.get("__name__")), caller.f_code.co_filename, caller.f_lineno)
 
         def enter(factory: Callable[..., T]) -> Callable[..., T]:
-            if name in self._factories:
-                raise ValueError(f"{self.kind} {name!r} is registered twice")
-            self._factories[name] = factory
+            if name in self._entries:
+                raise ConfigError(
+                    f"The {self.kind} {name!r} is registered twice: in {self._entries[name].place}, and in {place}.",
+                    remedy="Give one of the two another name.",
+                )
+            self._entries[name] = _Entry(factory, place)
+            note_registration(place)
             return factory
 
         return enter
@@ -43,23 +73,34 @@ class Registry(Generic[T]):
     def names(self) -> tuple[str, ...]:
         """All registered names, sorted."""
         self._scan()
-        return tuple(sorted(self._factories))
+        return tuple(sorted(self._entries))
 
     def check(self, name: str) -> None:
         """Raise ``UnknownNameError`` unless ``name`` is registered."""
         self._scan()
-        if name not in self._factories:
-            raise UnknownNameError(f"There is no {self.kind} named {name!r}.", remedy=nearest(name, self._factories))
+        if name not in self._entries:
+            raise UnknownNameError(
+                f"There is no {self.kind} named {name!r}.",
+                remedy=f"{nearest(name, self._entries)} Pass --plugin FILE.py for a {self.kind} of your own.",
+            )
 
     def build(self, name: str, **options: object) -> T:
         """Call the factory of ``name``; raises ``UnknownNameError`` with the nearest names."""
         self.check(name)
-        return self._factories[name](**options)
+        return self._entries[name].factory(**options)
+
+    def plugin_digest(self, name: str) -> str:
+        """sha256 of the source of the plugin that registered ``name``; empty for an entry of this project."""
+        self.check(name)
+        place = self._entries[name].place
+        return "" if place.is_ours else source_digest(place.module)
 
     def _scan(self) -> None:
-        if self._scanned:
-            return
-        package = importlib.import_module(self._package)
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{self._package}.{module.name}")
-        self._scanned = True
+        if not self._scanned:
+            package = importlib.import_module(self._package)
+            for module in pkgutil.iter_modules(package.__path__):
+                importlib.import_module(f"{self._package}.{module.name}")
+            import_installed_plugins(self.group)
+            self._scanned = True
+        # A build configuration may name more of them later.
+        import_active_plugins()

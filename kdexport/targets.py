@@ -27,6 +27,11 @@ class Target:
         return backend(self.backend)
 
     @property
+    def plugin_sha256(self) -> str:
+        """The source of the plugin that defines the backend; empty for a backend of this package."""
+        return BACKENDS.plugin_digest(self.backend)
+
+    @property
     def compiles(self) -> bool:
         """Whether something is compiled from the ONNX file."""
         return self.runtime.compiles

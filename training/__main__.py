@@ -7,10 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
+from kdexport.commands.options import Plugins
 from kdexport.core.console import guarded
 from kdexport.core.files import write_text
 from training import REVISION
-from training.recipe import Recipe, load_recipe, merge_overrides, parse_override
+from training.recipe import Recipe, load_recipe, merge_overrides, parse_override, plugin_digests
 from training.shipped_recipes import shipped_names
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -50,7 +51,13 @@ def _numbers(text: str) -> list[int]:
 
 
 @app.command()
-def teacher(recipe: RecipeOption, out: OutOption, set_: SetOption = None, data: DataOption = None) -> None:
+def teacher(
+    recipe: RecipeOption,
+    out: OutOption,
+    set_: SetOption = None,
+    data: DataOption = None,
+    plugin: Plugins = None,
+) -> None:
     """Train the recipe's teacher."""
     from training.runs.record import claim, device_name, note_environment
     from training.train import make_accelerator, rehearse, train_teacher
@@ -74,6 +81,7 @@ def train(
     set_: SetOption = None,
     data: DataOption = None,
     teacher_checkpoint: TeacherOption = None,
+    plugin: Plugins = None,
 ) -> None:
     """Distil the recipe's student; without teacher weights the teacher is trained first, in the same run."""
     from training.train import distil, make_accelerator
@@ -93,6 +101,7 @@ def table(
     set_: SetOption = None,
     data: DataOption = None,
     teacher_checkpoint: TeacherOption = None,
+    plugin: Plugins = None,
     title: Annotated[str, typer.Option("--title")] = "Distillation results",
     report: Annotated[bool, typer.Option("--report", help="Write the table of what there is; run nothing.")] = False,
 ) -> None:
@@ -112,6 +121,7 @@ def evaluate(
     set_: SetOption = None,
     data: DataOption = None,
     teacher_checkpoint: TeacherOption = None,
+    plugin: Plugins = None,
 ) -> None:
     """Print the top-1 of a student checkpoint, or of the teacher's, on the test split."""
     from training.train import evaluate_student, evaluate_teacher
@@ -123,16 +133,22 @@ def evaluate(
 
 @app.command()
 def resolve(
-    recipe: RecipeOption, set_: SetOption = None, data: DataOption = None, teacher_checkpoint: TeacherOption = None
+    recipe: RecipeOption,
+    set_: SetOption = None,
+    data: DataOption = None,
+    teacher_checkpoint: TeacherOption = None,
+    plugin: Plugins = None,
 ) -> None:
-    """Print the complete recipe as JSON, with the revision of the code that would run it."""
-    resolved = _resolve(recipe, set_, data, teacher_checkpoint).model_dump(mode="json")
-    sys.stdout.write(json.dumps({"revision": REVISION, "recipe": resolved}) + "\n")
+    """Print the complete recipe as JSON, with the revision of the code that would run it and the digests of plugins."""
+    resolved = _resolve(recipe, set_, data, teacher_checkpoint)
+    described = {"revision": REVISION, "recipe": resolved.model_dump(mode="json"), "plugins": plugin_digests(resolved)}
+    sys.stdout.write(json.dumps(described) + "\n")
 
 
 @app.command()
 def architectures(
     out: Annotated[Path | None, typer.Option("--out", help="Write the page there instead of printing it.")] = None,
+    plugin: Plugins = None,
 ) -> None:
     """Print the table of every student and teacher, measured from the networks, as Markdown."""
     from training.study.architectures import markdown
@@ -144,7 +160,9 @@ def architectures(
 
 
 @app.command()
-def names(kind: Annotated[str, typer.Argument(help="teachers, distillers or recipes.")]) -> None:
+def names(
+    kind: Annotated[str, typer.Argument(help="teachers, distillers or recipes.")], plugin: Plugins = None
+) -> None:
     """Print registered names as a JSON list."""
     from kdexport.errors import UnknownNameError
     from kdexport.registry import nearest

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from kdexport.core.toml import Settings, parse, read_toml
 from kdexport.data.datasets import DatasetSpec, dataset_spec
 from kdexport.errors import ConfigError
+from kdexport.plugins import has_plugins
 from training.distillers.settings import AnyDistiller, KDiffusionSettings, NonNegative, Positive
 from training.shipped_recipes import shipped_names, shipped_recipe
 
@@ -110,6 +111,25 @@ def load_recipe(source: str, overrides: dict[str, Any] | None = None) -> Recipe:
     """Read a recipe by name or path: what it extends, in that order, then itself, then ``overrides`` (nested)."""
     data = read_tables(source)
     return parse(Recipe, _tuples(_laid_over(data, overrides or {})), f"recipe {source}")
+
+
+def plugin_digests(recipe: Recipe) -> dict[str, str]:
+    """sha256 of the plugin that the student, the teacher or the distiller of ``recipe`` comes from, where one does.
+
+    Raises ``UnknownNameError`` for a name that no plugin registers. Without plugins nothing is imported.
+    """
+    if not has_plugins(("kdexport.students", "kdexport.teachers", "kdexport.distillers")):
+        return {}
+    from kdexport.students import STUDENTS
+    from training.distillers import DISTILLERS
+    from training.teachers import TEACHERS
+
+    found = {
+        "student": STUDENTS.plugin_digest(recipe.student.name),
+        "teacher": TEACHERS.plugin_digest(recipe.teacher.name),
+        "distiller": DISTILLERS.plugin_digest(recipe.distiller.name),
+    }
+    return {kind: source for kind, source in found.items() if source}
 
 
 def parse_override(text: str) -> dict[str, Any]:

@@ -29,7 +29,9 @@ def fuse_key(trained: TrainedStudent) -> str:
     described = trained.spec.to_json()
     # How fast or how well it was trained says nothing about what is exported.
     described["provenance"] = {name: v for name, v in described["provenance"].items() if name != "metrics"}
-    return digest(["fuse", trained.weights_sha256, described, source_digest(), tool_versions("torch")])
+    return digest(
+        ["fuse", trained.weights_sha256, described, trained.plugin_sha256, source_digest(), tool_versions("torch")]
+    )
 
 
 def export_key(fused: str, settings: ExportSettings) -> str:
@@ -69,7 +71,7 @@ def weight_bits(form: str, calibration: Calibration) -> int:
 
 def compile_key(model: str, target: Target, settings: ExportSettings) -> str:
     """Digest of all that an engine depends on: the model with its weights, shapes, tools, GPU and driver."""
-    made = target.runtime.key_material(target.precision)
+    made = [target.runtime.key_material(target.precision), target.plugin_sha256]
     return digest(["compile", model, str(target), settings.model_dump(mode="json"), made])
 
 

@@ -1,6 +1,7 @@
 """Starts the training package as a child process; what comes back is a directory, kept by what it was trained from."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ _LAUNCHER = "torch.distributed.run"
 
 
 def resolve_recipe(recipe: str, overrides: dict[str, Any]) -> dict[str, Any]:
-    """``{"revision": int, "recipe": {...}}``: the complete recipe after its base and ``overrides``."""
+    """``{"revision": int, "recipe": {...}, "plugins": {...}}``: the complete recipe after its base and ``overrides``.
+
+    ``plugins`` has the sha256 of each plugin's source that the recipe's student, teacher or distiller comes from.
+    """
     return dict(_call(["resolve", "--recipe", recipe, *_as_options(overrides)]))
 
 
@@ -27,17 +31,20 @@ def train_student(recipe: str, overrides: dict[str, Any], out: Path, *, processe
     _call(["train", "--recipe", recipe, *_as_options(overrides), "--out", str(out)], processes=processes)
 
 
-def student_key(recipe: dict[str, Any], dataset_sha256: str, teacher_sha256: str, revision: int) -> str:
-    """Digest of all that a distilled student depends on."""
-    return digest(["train", _portable(recipe), dataset_sha256, teacher_sha256, revision])
+def student_key(
+    recipe: dict[str, Any], dataset_sha256: str, teacher_sha256: str, revision: int, plugins: Mapping[str, str]
+) -> str:
+    """Digest of all that a distilled student depends on; ``plugins`` as ``resolve_recipe`` gives them."""
+    return digest(["train", _portable(recipe), dataset_sha256, teacher_sha256, revision, *sorted(plugins.items())])
 
 
-def teacher_key(recipe: dict[str, Any], dataset_sha256: str, revision: int) -> str:
+def teacher_key(recipe: dict[str, Any], dataset_sha256: str, revision: int, plugins: Mapping[str, str]) -> str:
     """Digest of all that the recipe's teacher depends on."""
     tables = {name: table for name, table in _portable(recipe).items() if name in ("data", "teacher", "train")}
     # The student's own length and rate do not reach the teacher.
     tables["train"] = {name: v for name, v in tables["train"].items() if name not in ("epochs", "learning_rate")}
-    return digest(["teacher", tables, dataset_sha256, revision])
+    source = [plugins["teacher"]] if "teacher" in plugins else []
+    return digest(["teacher", tables, dataset_sha256, revision, *source])
 
 
 def _portable(recipe: dict[str, Any]) -> dict[str, Any]:

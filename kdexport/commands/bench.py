@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kdexport.commands.options import Batch, Clock, Debug, Json, Seed, Threads, parse_batches
+from kdexport.commands.options import Batch, Clock, Debug, Json, Plugins, Seed, Threads, parse_batches
 from kdexport.core.console import print_json
 
 
@@ -18,6 +18,7 @@ def bench(
     threads: Threads = 1,
     sessions: Annotated[int, typer.Option(min=2, max=100, help="Fresh processes.")] = 6,
     seed: Seed = 0,
+    plugin: Plugins = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kdexport.commands.options import Debug, Json
+from kdexport.commands.options import Debug, Json, Plugins
 from kdexport.core.console import print_json
 from kdexport.errors import ConfigError
 
@@ -30,6 +30,7 @@ def build(
     precision_search: Annotated[
         bool, typer.Option("--precision-search", help="Keep the fewest layers of int8 targets in float32.")
     ] = False,
+    plugin: Plugins = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -64,10 +65,13 @@ def build(
 
 def _settings(student: str | None, config: Path | None, *, precision_search: bool) -> "BuildConfig":
     from kdexport.config import find_config, load_config
+    from kdexport.plugins import use_plugins
 
     if student is None and config is None:
         raise ConfigError("Neither --student nor --config was given.", remedy="For example: --student mobilenetv2")
-    settings = load_config(config if config is not None else find_config(str(student)))
+    path = config if config is not None else find_config(str(student))
+    settings = load_config(path)
+    use_plugins(settings.plugins, path.parent)
     if student is not None and student != settings.student:
         settings = settings.model_copy(update={"student": student})
     if precision_search:

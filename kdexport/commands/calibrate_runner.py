@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kdexport.commands.options import Debug, Json, Seed, Threads, parse_share
+from kdexport.commands.options import Debug, Json, Plugins, Seed, Threads, parse_share
 from kdexport.core.console import print_json
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ def calibrate_runner(
     batch: Annotated[int, typer.Option(min=1, help="Batch size.")] = 1,
     threads: Threads = 1,
     seed: Seed = 0,
+    plugin: Plugins = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

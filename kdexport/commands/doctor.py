@@ -5,13 +5,14 @@ from typing import Annotated
 
 import typer
 
-from kdexport.commands.options import Debug, Json
+from kdexport.commands.options import Debug, Json, Plugins
 from kdexport.core.console import print_json
 
 
 def doctor(
     bundle: Annotated[Path | None, typer.Argument(help="A bundle: check that it can be served here.")] = None,
     target: Annotated[str, typer.Option(help="Target of it that would be served.")] = "onnx-fp32",
+    plugin: Plugins = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -6,12 +6,14 @@ from typing import Annotated
 
 import typer
 
+from kdexport.commands.options import Plugins
 from kdexport.diagnose.failed_build import blame_bundle, blame_lines
 
 
 def explain_failure(
     bundle: Annotated[Path, typer.Argument(help="A bundle, or the folder of a failed build.")],
     out: Annotated[Path, typer.Option(help="Folder for the finding and its reproduction.")] = Path("blame"),
+    plugin: Plugins = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Print tracebacks of errors.")] = False,
 ) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kdexport.commands.options import Plugins
 from kdexport.errors import OutputError
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ def fuse(
     shapes: Annotated[
         list[str] | None, typer.Option("--input", help="Shape of an input, for a factory: 1,3,224,224. Repeatable.")
     ] = None,
+    plugin: Plugins = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Print tracebacks of errors.")] = False,
 ) -> None:

@@ -10,6 +10,7 @@ from kdexport.commands.options import (
     Clock,
     Debug,
     Json,
+    Plugins,
     Seed,
     Threads,
     parse_batches,
@@ -52,6 +53,7 @@ def gate(
     junit: Annotated[Path | None, typer.Option(help="Write JUnit XML.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write Markdown, for a job summary.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Write a PNG of the paired ratios.")] = None,
+    plugin: Plugins = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

@@ -5,12 +5,13 @@ from typing import Annotated
 
 import typer
 
-from kdexport.commands.options import Debug, Json
+from kdexport.commands.options import Debug, Json, Plugins
 from kdexport.core.console import print_json
 
 
 def inspect(
     bundle: Annotated[Path, typer.Argument(help="A folder that `kdexport build` wrote.")],
+    plugin: Plugins = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

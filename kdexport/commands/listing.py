@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from kdexport.commands.options import Debug, Json
+from kdexport.commands.options import Debug, Json, Plugins
 from kdexport.core.child import ChildDiedError, call
 from kdexport.core.console import print_json
 from kdexport.errors import BackendUnavailableError, UnknownNameError
@@ -57,6 +57,7 @@ LISTS: dict[str, Callable[[], Rows]] = {
 
 def list_(
     kind: Annotated[str, typer.Argument(help="students, teachers, distillers, targets or recipes.")],
+    plugin: Plugins = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:

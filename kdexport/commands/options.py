@@ -41,6 +41,24 @@ def parse_policy(text: str | None) -> "Policy":
     return words[text]
 
 
+def _use_plugins(sources: list[str] | None) -> list[str] | None:
+    from kdexport.plugins import use_plugins
+
+    use_plugins(sources)
+    return sources
+
+
+#: Every command that takes names has it; what it was given is in the environment before the command starts.
+Plugins = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--plugin",
+        metavar="FILE.py|MODULE",
+        help="Import students, teachers, distillers or backends of your own. Repeatable.",
+        callback=_use_plugins,
+    ),
+]
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 Debug = Annotated[bool, typer.Option("--debug", help="Print tracebacks of errors.")]

@@ -45,8 +45,14 @@ def show_build(result: "BuildResult") -> None:
     _print_build(console, data)
     console.print(f"Verdict: {verdict_sentence(data)}.")
     console.print(f"Bundle:  {result.out}  (report.html, report.md)", soft_wrap=True)
-    console.print(f"Next:    {_program()} verify {result.out}", soft_wrap=True)
+    console.print(f"Next:    {_program()} verify {result.out}{_plugin_options()}", soft_wrap=True)
     console.print(f"         {_program()} inspect {result.out}", soft_wrap=True)
+
+
+def _plugin_options() -> str:
+    from kdexport.plugins import active_plugins
+
+    return "".join(f" --plugin {source}" for source in active_plugins())
 
 
 def _program() -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kdexport.commands.options import Plugins
 from kdexport.errors import BackendUnavailableError, ConfigError
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def serve(
     token_file: Annotated[Path | None, typer.Option(help="File with the bearer token that requests must have.")] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain, PEM.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Private key, PEM.")] = None,
+    plugin: Plugins = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout when ready.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Print tracebacks of errors.")] = False,
 ) -> None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kdexport.commands.options import Plugins
+
 if TYPE_CHECKING:
     from kdexport.serving.triton.variants import TritonPlan
     from kdexport.serving.triton.writer import TritonResult
@@ -49,6 +51,7 @@ def triton(
     tensorrt_version: Annotated[
         str | None, typer.Option(help="TensorRT version of the Triton server that will load the plan, e.g. 10.13.2.6.")
     ] = None,
+    plugin: Plugins = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Print tracebacks of errors.")] = False,
 ) -> None:

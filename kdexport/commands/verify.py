@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from kdexport.commands.options import Plugins
 from kdexport.errors import ConfigError, UnknownNameError
 
 
@@ -22,6 +23,7 @@ def verify(
     allow_looser: Annotated[
         bool, typer.Option("--allow-looser", help="Let the policy raise limits above those of the build.")
     ] = False,
+    plugin: Plugins = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Print tracebacks of errors.")] = False,
 ) -> None:

@@ -1,7 +1,13 @@
+import importlib
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+
+from kdexport.registry import Registry
+from tests.kdexport.orchard import plant
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -21,3 +27,14 @@ def single_thread() -> Iterator[None]:
 def seeded() -> None:
     """Fresh layers draw the same weights in every run and in any order of tests."""
     torch.manual_seed(1234)
+
+
+@pytest.fixture
+def fruits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry[object]]:
+    """A registry with the fruits quince and medlar."""
+    plant(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module("orchard")
+    yield module.FRUITS
+    for name in [name for name in sys.modules if name.split(".")[0] == "orchard"]:
+        del sys.modules[name]

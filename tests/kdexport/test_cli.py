@@ -62,6 +62,7 @@ def test_an_error_in_json_has_its_code_and_remedy(kdexport: Command, tmp_path: P
         (("verify", "nowhere", "--rung", "E"), 2, ["KDX101", "--rung A"]),
         (("frobnicate",), 2, ["No such command"]),
         (("build", "--student"), 2, ["requires an argument"]),
+        (("list", "students", "--plugin", "nowhere.py"), 2, ["KDX100", "nowhere.py"]),
     ],
 )
 def test_bad_input_gets_a_sentence_and_no_traceback(
@@ -108,39 +109,39 @@ def test_the_options_of_each_command_are_frozen() -> None:
     }
     assert options == {
         "build": [
-            "--blame", "--checkpoint", "--config", "--data", "--debug", "--fresh", "--json", "--out",
+            "--blame", "--checkpoint", "--config", "--data", "--debug", "--fresh", "--json", "--out", "--plugin",
             "--precision-search", "--processes", "--resume", "--student", "--target", "--teacher-checkpoint",
             "--workspace",
         ],
-        "explain-failure": ["--debug", "--json", "--out", "bundle"],
-        "verify": ["--allow-looser", "--debug", "--json", "--rethreshold", "--rung", "bundle"],
-        "inspect": ["--debug", "--json", "bundle"],
-        "list": ["--debug", "--json", "kind"],
-        "doctor": ["--debug", "--json", "--target", "bundle"],
+        "explain-failure": ["--debug", "--json", "--out", "--plugin", "bundle"],
+        "verify": ["--allow-looser", "--debug", "--json", "--plugin", "--rethreshold", "--rung", "bundle"],
+        "inspect": ["--debug", "--json", "--plugin", "bundle"],
+        "list": ["--debug", "--json", "--plugin", "kind"],
+        "doctor": ["--debug", "--json", "--plugin", "--target", "bundle"],
         "explain": ["--debug", "--json", "code"],
         "bench": [
-            "--arms", "--batch", "--clock", "--debug", "--json", "--seed", "--sessions", "--target", "--threads",
-            "bundle",
+            "--arms", "--batch", "--clock", "--debug", "--json", "--plugin", "--seed", "--sessions", "--target",
+            "--threads", "bundle",
         ],
         "gate": [
             "--against", "--baseline", "--batch", "--clock", "--data", "--debug", "--json", "--junit", "--markdown",
-            "--max-flips", "--max-slowdown", "--max-top1-drop", "--on-inconclusive", "--plot", "--runner", "--seed",
-            "--slo-p99", "--target", "--threads", "bundle",
+            "--max-flips", "--max-slowdown", "--max-top1-drop", "--on-inconclusive", "--plot", "--plugin", "--runner",
+            "--seed", "--slo-p99", "--target", "--threads", "bundle",
         ],
         "calibrate-runner": [
-            "--batch", "--clock", "--debug", "--gates", "--json", "--max-slowdown", "--out", "--seed", "--threads",
-            "bundle",
+            "--batch", "--clock", "--debug", "--gates", "--json", "--max-slowdown", "--out", "--plugin", "--seed",
+            "--threads", "bundle",
         ],
-        "fuse": ["--debug", "--input", "--json", "--out", "source"],
+        "fuse": ["--debug", "--input", "--json", "--out", "--plugin", "source"],
         "serve": [
             "--body-timeout", "--connections", "--debug", "--drain", "--grace", "--header-timeout", "--host",
             "--instances", "--json", "--max-bodies", "--max-body", "--max-pixels", "--metrics-port", "--min-side",
-            "--port", "--provider", "--queue", "--queue-timeout", "--target", "--timeout", "--tls-cert", "--tls-key",
-            "--token-file", "--watch", "bundles",
+            "--plugin", "--port", "--provider", "--queue", "--queue-timeout", "--target", "--timeout", "--tls-cert",
+            "--tls-key", "--token-file", "--watch", "bundles",
         ],
         "triton": [
             "--debug", "--delay-us", "--device", "--instances", "--json", "--keep-versions", "--max-batch",
-            "--max-queue", "--name", "--queue-timeout-ms", "--repository", "--target", "--tensorrt-version",
+            "--max-queue", "--name", "--plugin", "--queue-timeout-ms", "--repository", "--target", "--tensorrt-version",
             "--version", "bundle",
         ],
     }  # fmt: skip

@@ -182,6 +182,7 @@ def test_an_unknown_student_points_to_the_configurations_there_are(tmp_path: Pat
     assert caught.value.exit_code == 2
     assert "Did you mean teapot" in caught.value.remedy
     assert "mobilenetv2" in caught.value.remedy
+    assert caught.value.remedy.endswith("Pass --plugin FILE.py for a student of your own.")
 
 
 @pytest.mark.parametrize("name", ["mobilenetv2", "quickstart"])

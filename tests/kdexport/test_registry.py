@@ -1,41 +1,17 @@
+import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from kdexport.errors import UnknownNameError
+from kdexport.errors import ConfigError, UnknownNameError
 from kdexport.registry import Registry, nearest
 from kdexport.students import STUDENTS
-
-MODULE = """
-from {package} import FRUITS
-
-@FRUITS.register("{name}")
-def build(**options):
-    return ("{name}", options)
-"""
-
-
-@pytest.fixture
-def fruits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry[object]]:
-    """A package with a registry and two entries, each in a file of its own."""
-    package = tmp_path / "orchard"
-    package.mkdir()
-    (package / "__init__.py").write_text(
-        "from kdexport.registry import Registry\nFRUITS = Registry('fruit', 'orchard')\n"
-    )
-    for name in ("quince", "medlar"):
-        (package / f"{name}_tree.py").write_text(MODULE.format(package="orchard", name=name))
-    monkeypatch.syspath_prepend(tmp_path)
-    module = __import__("orchard")
-    yield module.FRUITS
-    for name in [name for name in sys.modules if name.split(".")[0] == "orchard"]:
-        del sys.modules[name]
+from tests.kdexport.orchard import tree
 
 
 def test_a_new_entry_is_one_new_file(fruits: Registry[object], tmp_path: Path) -> None:
-    (tmp_path / "orchard" / "damson_tree.py").write_text(MODULE.format(package="orchard", name="damson"))
+    (tmp_path / "orchard" / "damson_tree.py").write_text(tree("damson"))
     assert fruits.names() == ("damson", "medlar", "quince")
 
 
@@ -52,7 +28,10 @@ def test_build_passes_the_options_on(fruits: Registry[object]) -> None:
 def test_an_unknown_name_points_to_the_nearest(fruits: Registry[object]) -> None:
     with pytest.raises(UnknownNameError) as caught:
         fruits.build("quinze", size=3)
-    assert str(caught.value) == "There is no fruit named 'quinze'.\nDid you mean quince? Known: medlar, quince."
+    assert str(caught.value) == (
+        "There is no fruit named 'quinze'.\n"
+        "Did you mean quince? Known: medlar, quince. Pass --plugin FILE.py for a fruit of your own."
+    )
     with pytest.raises(UnknownNameError):
         fruits.check("")
 
@@ -60,13 +39,19 @@ def test_an_unknown_name_points_to_the_nearest(fruits: Registry[object]) -> None
 def test_a_name_far_from_all_others_gets_the_list_and_no_guess(fruits: Registry[object]) -> None:
     with pytest.raises(UnknownNameError) as caught:
         fruits.check("zzzz")
-    assert caught.value.remedy == "Known: medlar, quince."
+    assert caught.value.remedy == "Known: medlar, quince. Pass --plugin FILE.py for a fruit of your own."
 
 
-def test_a_second_entry_of_one_name_is_refused(fruits: Registry[object]) -> None:
+def test_a_second_entry_of_one_name_is_refused(fruits: Registry[object], tmp_path: Path) -> None:
     fruits.names()
-    with pytest.raises(ValueError, match="fruit 'quince' is registered twice"):
+    with pytest.raises(ConfigError) as caught:
         fruits.register("quince")(lambda: None)
+    first, second = tmp_path / "orchard" / "quince_tree.py", Path(__file__)
+    assert re.fullmatch(
+        rf"The fruit 'quince' is registered twice: in {first}, line 4, and in {second}, line \d+\.\n"
+        r"Give one of the two another name\.",
+        str(caught.value),
+    )
 
 
 def test_nearest_offers_at_most_three_names() -> None:

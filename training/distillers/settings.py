@@ -1,15 +1,16 @@
 """What can be set for each method of distillation, read and checked without importing torch.
 
-A method that is not listed has the keys of ``DistillerSettings`` alone. Defaults are those of the method's own code for
-CIFAR-100 where it has any; a key without a published value says so.
+A method without ``@method_settings`` has the keys of ``DistillerSettings`` alone. Defaults are those of the method's
+own code for CIFAR-100 where it has any; a key without a published value says so.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, ValidationInfo, model_validator
 
 from kdexport.core.toml import Settings
+from kdexport.plugins import import_active_plugins, import_installed_plugins
 
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -34,6 +35,21 @@ class DistillerSettings(Settings):
         return settings_model(name) if isinstance(name, str) else cls
 
 
+_BY_NAME: dict[str, type[DistillerSettings]] = {}
+
+S = TypeVar("S", bound=DistillerSettings)
+
+
+def method_settings(model: type[S]) -> type[S]:
+    """Decorator: ``model`` reads ``[distiller]`` where that names the method that is the default of ``name``."""
+    name = model.model_fields["name"].default
+    if not isinstance(name, str) or name in _BY_NAME:
+        raise ValueError(f"{model.__name__} needs a default of `name` that no other settings have, not {name!r}")
+    _BY_NAME[name] = model
+    return model
+
+
+@method_settings
 class KDSettings(DistillerSettings):
     """Hinton et al., 2015, as the CRD protocol sets it."""
 
@@ -43,6 +59,7 @@ class KDSettings(DistillerSettings):
     temperature: Positive = 4.0
 
 
+@method_settings
 class DKDSettings(DistillerSettings):
     """Zhao et al., 2022; ``beta`` is tuned per pair there."""
 
@@ -53,6 +70,7 @@ class DKDSettings(DistillerSettings):
     temperature: Positive = 4.0
 
 
+@method_settings
 class DISTSettings(DistillerSettings):
     """Huang et al., 2022: correlations between classes and within a class."""
 
@@ -62,6 +80,7 @@ class DISTSettings(DistillerSettings):
     temperature: Positive = 4.0
 
 
+@method_settings
 class ATSettings(DistillerSettings):
     """Zagoruyko & Komodakis, 2017."""
 
@@ -70,6 +89,7 @@ class ATSettings(DistillerSettings):
     power: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 2.0
 
 
+@method_settings
 class VIDSettings(DistillerSettings):
     """Ahn et al., 2019."""
 
@@ -78,6 +98,7 @@ class VIDSettings(DistillerSettings):
     initial_variance: Annotated[float, Field(gt=1e-5, allow_inf_nan=False)] = 5.0
 
 
+@method_settings
 class CRDSettings(DistillerSettings):
     """Tian et al., 2020."""
 
@@ -92,6 +113,7 @@ class CRDSettings(DistillerSettings):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5
 
 
+@method_settings
 class OFDSettings(DistillerSettings):
     """Heo et al., 2019."""
 
@@ -99,6 +121,7 @@ class OFDSettings(DistillerSettings):
     weight: NonNegative = 1e-3
 
 
+@method_settings
 class ReviewKDSettings(DistillerSettings):
     """Chen et al., 2021; ``weight`` is tuned per pair there: 5 or 8, not published for MobileNetV2."""
 
@@ -108,6 +131,7 @@ class ReviewKDSettings(DistillerSettings):
     max_channels: Annotated[int, Field(ge=1)] = 512
 
 
+@method_settings
 class NORMSettings(DistillerSettings):
     """Liu et al., 2023; ``cross_entropy`` is tuned per pair there, from 0.0625 to 0.5.
 
@@ -151,12 +175,14 @@ class BranchedSettings(DistillerSettings):
                 raise ValueError(f"{key} = {getattr(self, key)!r} does nothing without {needed}")
 
 
+@method_settings
 class AverageSettings(BranchedSettings):
     """The mean of the branches against the teacher: KDiffusion without diffusion."""
 
     name: Literal["average"] = "average"
 
 
+@method_settings
 class KDiffusionSettings(BranchedSettings):
     """Yao et al., AAAI 2024, and each choice that the paper leaves open; docs/method.md has the reasons."""
 
@@ -199,27 +225,12 @@ class KDiffusionSettings(BranchedSettings):
         return self
 
 
-_LISTED: dict[str, type[DistillerSettings]] = {
-    model.model_fields["name"].default: model
-    for model in (
-        KDSettings,
-        DKDSettings,
-        DISTSettings,
-        ATSettings,
-        VIDSettings,
-        CRDSettings,
-        OFDSettings,
-        ReviewKDSettings,
-        NORMSettings,
-        AverageSettings,
-        KDiffusionSettings,
-    )
-}
-
-
 def settings_model(name: str) -> type[DistillerSettings]:
-    """The settings of the method ``name``; the common ones where it is not listed."""
-    return _LISTED.get(name, DistillerSettings)
+    """The settings of the method ``name``; the common ones where it has none of its own."""
+    if name not in _BY_NAME:
+        import_installed_plugins("kdexport.distillers")
+        import_active_plugins()
+    return _BY_NAME.get(name, DistillerSettings)
 
 
 def _by_name(value: Any, info: ValidationInfo) -> Any:

@@ -12,7 +12,7 @@ from kdexport.core.digests import tool_versions
 from kdexport.core.files import write_text
 from kdexport.errors import ConfigError, StorageError
 from training import REVISION
-from training.recipe import Recipe
+from training.recipe import Recipe, plugin_digests
 
 _PACKAGES = ("torch", "torchvision", "accelerate", "numpy", "pillow", "safetensors")
 
@@ -31,7 +31,9 @@ def claim(directory: Path, recipe: Recipe, job: str) -> None:
                 remedy="Pass another --out, or remove the folder.",
             )
         if not (directory / "recipe.json").is_file():
+            plugins = plugin_digests(recipe)
             described = {"job": job, "revision": REVISION, "recipe": recipe.identity()}
+            described |= {"plugins": plugins} if plugins else {}
             write_text(directory / "recipe.json", json.dumps(described, indent=2))
     except OSError as error:
         raise StorageError(f"{directory} cannot be written: {error.strerror}.", remedy="Pass another --out.") from error
@@ -44,7 +46,8 @@ def is_owner(directory: Path, recipe: Recipe, job: str) -> bool:
         return True
     try:
         kept = json.loads(record.read_text())
-        return bool((kept["job"], kept["revision"], kept["recipe"]) == (job, REVISION, recipe.identity()))
+        same = (kept["job"], kept["revision"], kept["recipe"]) == (job, REVISION, recipe.identity())
+        return same and bool(kept.get("plugins", {}) == plugin_digests(recipe))
     except (ValueError, KeyError, TypeError):
         return False
 
