@@ -364,3 +364,21 @@ def test_an_error_of_a_plugin_in_a_child_process_is_that_of_the_command(tmp_path
         f"error KDX100: The plugin {path} cannot be imported (line 1): ModuleNotFoundError: No module named "
         f"'nonsense_of_mine'\nCorrect it, or omit --plugin {path}.\n"
     )
+
+
+BACKEND = """
+from kdexport.backends import BACKENDS
+from kdexport.backends.ort import OnnxRuntime
+
+@BACKENDS.register("mine")
+class Mine(OnnxRuntime):
+    name, description, precisions = "mine", "onnxruntime, of my own", ("fp32",)
+"""
+
+
+def test_a_backend_of_a_plugin_gives_targets(tmp_path: Path) -> None:
+    done = run_command("list", "targets", "--plugin", plugin(tmp_path, BACKEND))
+    assert re.search(r"^mine-fp32 +onnxruntime, of my own$", done.stdout, flags=re.MULTILINE)
+    without = run_command("build", "--student", "mobilenetv2", "--target", "mine-fp32")
+    assert without.exit_code == 2
+    assert "There is no target named 'mine-fp32'." in without.stderr
