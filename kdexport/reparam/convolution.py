@@ -7,16 +7,15 @@ float64 on the CPU. What a ``Convolution`` c computes from x is, per output o an
 
 where x~ is x, continued outside by the padding mode. A linear layer is the case of no spatial dimension.
 
-The layers that are a convolution: Conv, Linear, batch norm, average pooling.
+Batch norm and average pooling are convolutions too.
 """
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from kdexport.errors import ReparamError
 from kdexport.reparam import algebra
@@ -28,17 +27,6 @@ Padding = tuple[tuple[int, int], ...]
 
 #: A sum this small beside its terms, a few float64 roundings, is zero.
 _CANCELLED = 1e-14
-
-_CONVS: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-_FUNCTIONS: tuple[Any, ...] = (functional.linear, functional.conv1d, functional.conv2d, functional.conv3d)
-
-_PADS: dict[str, tuple[Any, ...]] = {
-    "zeros": (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d),
-    "reflect": (nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d),
-    "replicate": (nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d),
-    "circular": (nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d),
-}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -134,97 +122,10 @@ def add_shifts(one: Tensor, other: Tensor) -> Tensor:
     return torch.where(total.abs() <= _CANCELLED * one.abs(), 0.0, total)
 
 
-def pad(x: Tensor, padding: Padding, mode: str) -> Tensor:
-    """``x`` (N,I,*spatial) continued by (before, after) positions per dimension."""
-    sides = [side for pair in reversed(padding) for side in pair]
-    if not any(sides):
-        return x
-    return functional.pad(x, sides, mode="constant" if mode == "zeros" else mode)
-
-
-def apply(conv: Convolution, x: Tensor) -> Tensor:
-    """What ``conv`` computes from ``x`` (N,I,*spatial), in the type of ``x``."""
-    weight, bias = conv.weight.to(x), conv.bias.to(x)
-    if not conv.kernel:
-        rows = weight.reshape(conv.groups, -1, weight.shape[1])
-        return torch.einsum("ngi,goi->ngo", x.reshape(len(x), conv.groups, -1), rows).flatten(1) + bias
-    function = _FUNCTIONS[len(conv.kernel)]
-    return cast(
-        Tensor,
-        function(pad(x, conv.padding, conv.padding_mode), weight, bias, conv.stride, 0, conv.dilation, conv.groups),
-    )
-
-
-def to_module(conv: Convolution, dtype: torch.dtype) -> nn.Module:
-    """An ``nn`` layer that computes ``conv``, rounded once to ``dtype``; behind a padding layer if it is asymmetric."""
-    dims = len(conv.kernel)
-    if dims == 0:
-        if conv.groups > 1:
-            raise ReparamError("A linear layer has no groups.", remedy="Expand them with expand_groups first.")
-        linear = nn.Linear(conv.in_channels, conv.out_channels, dtype=dtype)
-        return _fill(linear, conv)
-    symmetric = all(before == after for before, after in conv.padding)
-    inner = tuple(before if symmetric else 0 for before, _ in conv.padding)
-    layer = _CONVS[dims - 1](
-        conv.in_channels, conv.out_channels, conv.kernel, conv.stride, inner, conv.dilation, conv.groups,
-        padding_mode=conv.padding_mode if symmetric else "zeros", dtype=dtype,
-    )  # fmt: skip
-    if symmetric:
-        return _fill(layer, conv)
-    sides = tuple(side for pair in reversed(conv.padding) for side in pair)
-    pad_type = _PADS[conv.padding_mode][dims - 1]
-    first = pad_type(sides, 0.0) if conv.padding_mode == "zeros" else pad_type(sides)
-    return nn.Sequential(first, _fill(layer, conv))
-
-
-def _fill(layer: nn.Module, conv: Convolution) -> nn.Module:
-    with torch.no_grad():
-        cast(Tensor, layer.weight).copy_(conv.weight)
-        cast(Tensor, layer.bias).copy_(conv.bias)
-    return layer.requires_grad_(False).eval()
-
-
-AnyPool = nn.AvgPool1d | nn.AvgPool2d | nn.AvgPool3d
-
-_POOLS: tuple[type[nn.Module], ...] = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
-
-
 def same_padding(kernel: tuple[int, ...], dilation: tuple[int, ...]) -> Padding:
     """What torch makes of padding="same": the odd position of an even span goes behind."""
     totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
     return tuple((total // 2, total - total // 2) for total in totals)
-
-
-def from_layer(layer: nn.Module) -> Convolution:
-    """A Conv1d, Conv2d, Conv3d or Linear as it is, whatever its padding, mode, groups or dilation.
-
-    Raises ``ReparamError`` for another type, a subclass or parametrization included: its forward may do more.
-    """
-    kind = type(layer)
-    if kind is nn.Linear:
-        linear = cast(nn.Linear, layer)
-        return Convolution(_double(linear.weight), _bias(linear.bias, linear.out_features), (), (), ())
-    if kind not in _CONVS:
-        raise ReparamError(
-            f"A {kind.__name__} is no plain convolution or linear layer.",
-            remedy="Pass Conv1d, Conv2d, Conv3d or Linear; remove parametrizations first.",
-        )
-    conv = cast("nn.Conv1d | nn.Conv2d | nn.Conv3d", layer)
-    kernel, dilation = tuple(conv.kernel_size), tuple(conv.dilation)
-    padding: Padding
-    if isinstance(conv.padding, str):
-        padding = same_padding(kernel, dilation) if conv.padding == "same" else ((0, 0),) * len(kernel)
-    else:
-        padding = tuple((side, side) for side in conv.padding)
-    return Convolution(
-        _double(conv.weight),
-        _bias(conv.bias, conv.out_channels),
-        tuple(conv.stride),
-        dilation,
-        padding,
-        conv.padding_mode,
-        conv.groups,
-    )
 
 
 def fold_norm(conv: Convolution, batch_norm: AnyBatchNorm) -> Convolution:
@@ -263,21 +164,6 @@ def from_batch_norm(batch_norm: AnyBatchNorm, dims: int) -> Convolution:
     return fold_norm(identity(batch_norm.num_features, dims), batch_norm)
 
 
-def average_pool(pool: AnyPool, channels: int) -> Convolution:
-    """An average pooling module over ``channels`` channels; see ``pool_convolution``."""
-    dims = 1 + _POOLS.index(type(pool))
-    kernel, stride, sides = (_tuple(value, dims) for value in (pool.kernel_size, pool.stride, pool.padding))
-    return pool_convolution(
-        channels,
-        kernel,
-        stride,
-        sides,
-        ceil_mode=pool.ceil_mode,
-        count_include_pad=pool.count_include_pad,
-        divisor_override=None if isinstance(pool, nn.AvgPool1d) else pool.divisor_override,
-    )
-
-
 def pool_convolution(
     channels: int,
     kernel: tuple[int, ...],
@@ -307,15 +193,3 @@ def pool_convolution(
     weight = torch.full((channels, 1, *kernel), 1.0 / divisor, dtype=torch.float64)
     padding = tuple((side, side) for side in sides)
     return Convolution(weight, weight.new_zeros(channels), stride, (1,) * len(kernel), padding, groups=channels)
-
-
-def _double(value: Tensor) -> Tensor:
-    return value.detach().to("cpu", torch.float64)
-
-
-def _bias(bias: Tensor | None, channels: int) -> Tensor:
-    return torch.zeros(channels, dtype=torch.float64) if bias is None else _double(bias)
-
-
-def _tuple(value: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
-    return (value,) * dims if isinstance(value, int) else tuple(value) * (dims if len(value) == 1 else 1)

@@ -3,7 +3,6 @@
 Figures are drawn by objects of their own, without pyplot's global state, and the same lines give the same bytes.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,20 +17,6 @@ if TYPE_CHECKING:
 Line = Mapping[str, float]
 
 _DPI = 90
-
-
-def read_lines(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl or diversity.jsonl; raises ``DataError`` where one is no object of numbers."""
-    lines = []
-    try:
-        for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-            line = json.loads(text)
-            if not isinstance(line, dict) or not all(isinstance(value, int | float) for value in line.values()):
-                raise DataError(f"{path}, line {number}, is no object of numbers.", remedy="Pass a run's own file.")
-            lines.append(line)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}.", remedy="Pass the metrics.jsonl of a run.") from error
-    return lines
 
 
 def plot_learning_curves(

@@ -7,8 +7,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from kdexport.reparam.convolution import Convolution, apply
+from kdexport.reparam.convolution import Convolution
 from tests.kdexport.hostile_values import noise, randomize, relative_difference
+from tests.kdexport.reparam.layers_as_data import apply
 
 CONVS: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS: tuple[Any, ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

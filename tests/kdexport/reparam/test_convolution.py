@@ -11,22 +11,18 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from kdexport.errors import ReparamError
-from kdexport.reparam.compose import add, compose, composed_weights, concatenate, expand_groups, pool_to_linear
+from kdexport.reparam.compose import add, compose, composed_weights, concatenate, expand_groups
 from kdexport.reparam.convolution import (
     Convolution,
-    apply,
-    average_pool,
     fold_norm,
     from_batch_norm,
-    from_layer,
     identity,
     scale,
     shift,
-    to_module,
 )
-from tests.kdexport.hostile_values import noise, relative_difference
+from tests.kdexport.hostile_values import noise
+from tests.kdexport.reparam.layers_as_data import apply, average_pool, from_layer
 from tests.kdexport.reparam.random_layers import (
-    LIMIT,
     MODES,
     NORMS,
     POOLS,
@@ -213,19 +209,6 @@ def test_an_intermediate_padded_with_the_shift_of_its_batch_norm_is_one_convolut
         compose(first, pad)
 
 
-@pytest.mark.parametrize("dims", [1, 2, 3])
-def test_a_pointwise_layer_folds_through_the_mean_into_the_classifier(dims: int) -> None:
-    conv = random_conv(
-        random.Random(dims), dims, inputs=6, outputs=8, kernel_size=1, stride=(1,) * dims, padding=0, groups=2
-    )
-    linear = nn.Linear(8, 3)
-    hostile(nn.Sequential(conv, linear), dims)
-    merged = pool_to_linear(from_layer(conv), from_layer(linear))
-    x = noise(3, 6, *[5, 7, 4][:dims])
-    wanted = linear(conv(x).flatten(2).mean(2))
-    assert relative_difference(apply(merged, x.flatten(2).mean(2)), wanted.detach()) < LIMIT
-
-
 @MANY
 @given(SEEDS, DIMS)
 def test_scale_shift_and_groups(seed: int, dims: int) -> None:
@@ -244,23 +227,11 @@ def test_scale_shift_and_groups(seed: int, dims: int) -> None:
 
 @MANY
 @given(SEEDS, DIMS)
-def test_the_layer_made_from_data_computes_the_same(seed: int, dims: int) -> None:
+def test_a_layer_behind_any_padding_as_data_computes_the_same(seed: int, dims: int) -> None:
     rng = random.Random(seed)
     mode = rng.choice(MODES)
     branch = hostile(same_size_conv(rng, dims, inputs=6, outputs=6, stride=(2,) * dims, padding_mode=mode), seed)
-    assert_same(padded(branch), to_module(padded(branch), torch.float64), sizes(rng, dims))
     assert_same(padded(branch), branch, sizes(rng, dims))
-
-
-def test_a_made_layer_is_rounded_once_and_a_symmetric_one_needs_no_padding_layer() -> None:
-    layer = hostile(nn.Conv2d(4, 6, (3, 5), 2, (1, 2), padding_mode="reflect", groups=2), 1)
-    made = to_module(from_layer(layer), torch.float32)
-    assert type(made) is nn.Conv2d
-    assert made.padding_mode == "reflect"
-    assert torch.equal(made.weight, cast(Tensor, layer.weight).float())
-    linear = to_module(from_layer(hostile(nn.Linear(3, 2), 2)), torch.float64)
-    assert type(linear) is nn.Linear
-    assert not linear.training
 
 
 def conv2d(inputs: int = 4, outputs: int = 4, kernel: int = 3, **options: Any) -> Convolution:
@@ -283,14 +254,9 @@ def conv2d(inputs: int = 4, outputs: int = 4, kernel: int = 3, **options: Any) -
         (lambda: compose(conv2d(kernel=1, stride=2), conv2d(padding=1, padding_mode="reflect")), "continues its"),
         (lambda: compose(conv2d(padding=1, padding_mode="reflect"), conv2d(padding=1)), "padded by reflect"),
         (lambda: compose(conv2d(), conv2d(inputs=6)), "6 inputs"),
-        (lambda: pool_to_linear(conv2d(), from_layer(nn.Linear(4, 2))), "does not commute"),
-        (lambda: pool_to_linear(conv2d(kernel=1, stride=2), from_layer(nn.Linear(4, 2))), "does not commute"),
-        (lambda: pool_to_linear(conv2d(kernel=1, padding=1), from_layer(nn.Linear(4, 2))), "does not commute"),
         (lambda: expand_groups(conv2d(groups=4), 3), "4 groups is none of 3"),
         (lambda: average_pool(nn.AvgPool2d(3, 1, 1, count_include_pad=False), 4), "count_include_pad=False"),
         (lambda: average_pool(nn.AvgPool2d(3, 2, ceil_mode=True), 4), "ceil_mode"),
-        (lambda: from_layer(nn.ConvTranspose2d(3, 3, 3)), "ConvTranspose2d"),
-        (lambda: from_layer(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 3, 3))), "ParametrizedConv2d"),
         (lambda: fold_norm(conv2d(), nn.BatchNorm2d(4)), "training mode"),
         (lambda: fold_norm(conv2d(), nn.BatchNorm2d(6).eval()), "6 channels"),
         (lambda: fold_norm(conv2d(), nn.BatchNorm2d(4, track_running_stats=False).eval()), "running statistics"),

@@ -1,6 +1,5 @@
 """Plots of a run, drawn from the lines that the run wrote."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from PIL import Image
 from kdexport.errors import BackendUnavailableError, DataError
 from tests.training.distillers.random_branches import drawn
 from training.distillers.diversity import as_floats, branch_diversity
-from training.runs.plots import plot_diversity, plot_learning_curves, read_lines
+from training.runs.plots import plot_diversity, plot_learning_curves
 
 
 def run_lines(epochs: int) -> list[dict[str, float]]:
@@ -86,17 +85,3 @@ def test_lines_that_cannot_be_plotted_are_an_error(tmp_path: Path, monkeypatch: 
     with pytest.raises(BackendUnavailableError, match=r"Plots need matplotlib(?s:.)*kdexport\[plots\]"):
         plot_learning_curves(run_lines(2), tmp_path / "x.png")
     assert not (tmp_path / "x.png").exists()
-
-
-def test_lines_are_read_from_the_file_of_a_run(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in run_lines(3)))
-    assert read_lines(path) == run_lines(3)
-    path.write_text('{"epoch": 1}\n["no", "object"]\n')
-    with pytest.raises(DataError, match=r"metrics\.jsonl, line 2, is no object of numbers"):
-        read_lines(path)
-    path.write_text('{"epoch": 1, "top1": ')
-    with pytest.raises(DataError, match="cannot be read"):
-        read_lines(path)
-    with pytest.raises(DataError, match="cannot be read"):
-        read_lines(tmp_path / "none.jsonl")
