@@ -1,12 +1,13 @@
-"""How often the gate is wrong on this machine, and how often the rules that others use are, on the same sessions.
+"""How often the gate is wrong on this machine, and how often other common rules are wrong on the same sessions.
 
 python benchmarks/gate.py run --out gate.jsonl             # equal arms, and candidates slowed by 5 % and 10 %
-python benchmarks/gate.py run --out gate.jsonl --load 2    # the same beside two processes of unrelated work
-python benchmarks/gate.py run --out gate.jsonl --label "Beside other jobs"     # load that somebody else brings
+python benchmarks/gate.py run --out gate.jsonl --load 2    # the same, beside two processes with other work
+python benchmarks/gate.py run --out gate.jsonl --label "Beside other jobs"     # load from other jobs
 python benchmarks/gate.py report gate.jsonl --out docs/results/gate.md
 
-A run that was stopped goes on where it was. Each replicate is a whole gate as `kdexport gate --baseline` runs it: a
-sentinel, then sessions in fresh processes until the verdict. A slowdown is a busy wait of that share after every run.
+A run that was stopped is continued by the same command. Each replicate is a whole gate as `kdexport gate --baseline`
+runs it: a sentinel, then sessions in fresh processes until the verdict. A slowdown of 5 % is a busy wait of 5 % of the
+run time after every run.
 """
 
 import argparse
@@ -27,9 +28,9 @@ import numpy as np
 from scipy.stats import mannwhitneyu
 
 from kdexport.gate.arms import Artifact, artifact, open_bundle
-from kdexport.gate.sequential_test import Number, Outcome, Plan, request, run_trial
-from kdexport.stats.proportions import lower_share, upper_share
-from kdexport.timing.anchor import SIZE, write_network
+from kdexport.gate.sequential_test import Measurement, Outcome, Plan, run_sequential_test, session_request
+from kdexport.stats.proportions import estimate_proportion
+from kdexport.timing.anchor import SIZE, write_anchor_network
 from kdexport.timing.machine import this_machine
 from kdexport.timing.session import Session, run_session
 
@@ -43,7 +44,7 @@ RULES = {
 
 
 def rules(first: Session, second: Session) -> dict[str, bool]:
-    """Which rules would fail the build on the single runs of the reference in one and of the candidate in another."""
+    """Which rules fail the build, given the reference's runs in ``first`` and the candidate's in ``second``."""
     reference, candidate = np.asarray(first.reference_tails_ms), np.asarray(second.tails_ms)
     slower = bool(np.median(candidate) > np.median(reference))
     return {
@@ -54,14 +55,14 @@ def rules(first: Session, second: Session) -> dict[str, bool]:
     }
 
 
-def replicate(number: Number, condition: str, index: int, max_slowdown: float) -> dict[str, Any]:
-    """One whole gate, and what the other rules say about its first session."""
+def replicate(measurement: Measurement, condition: str, index: int, max_slowdown: float) -> dict[str, Any]:
+    """One whole gate, and the result of the other rules on its first two sessions."""
     seed = 1000 * list(CONDITIONS).index(condition) + index
     plan = Plan(max_slowdown=max_slowdown, seed=seed, tails=True, slowdown=CONDITIONS[condition])
     started = time.monotonic()
-    (outcome,) = run_trial([number], plan)
+    (outcome,) = run_sequential_test([measurement], plan)
     seconds = time.monotonic() - started
-    first, second = outcome.sessions[:2] or [run_session(request(number, plan, at)) for at in (0, 1)]
+    first, second = outcome.sessions[:2] or [run_session(session_request(measurement, plan, at)) for at in (0, 1)]
     judged = {"together": rules(first, first), "apart": rules(first, second)}
     return {"condition": condition, "replicate": index, "seconds": seconds, "rules": judged, **_facts(outcome)}
 
@@ -82,7 +83,7 @@ def _facts(outcome: Outcome) -> dict[str, Any]:
 
 
 def _work(seed: int) -> None:
-    """Bursts of computing between pauses, as another job on the machine would have."""
+    """Bursts of computation between pauses, like another job on the machine."""
     rng, matrix = random.Random(seed), np.ones((200, 200))
     while True:
         until = time.monotonic() + rng.uniform(0.05, 0.6)
@@ -93,7 +94,7 @@ def _work(seed: int) -> None:
 
 @contextlib.contextmanager
 def unrelated(count: int) -> Iterator[None]:
-    """Run ``count`` busy processes beside what is measured."""
+    """Run ``count`` busy processes during the measurement."""
     workers = [multiprocessing.Process(target=_work, args=(seed,), daemon=True) for seed in range(count)]
     for worker in workers:
         worker.start()
@@ -106,7 +107,7 @@ def unrelated(count: int) -> Iterator[None]:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Finished replicates; a line that was cut off by a kill is left out."""
+    """Finished replicates; an incomplete last line of a killed run is skipped."""
     records = []
     for line in path.read_text().splitlines() if path.is_file() else []:
         with contextlib.suppress(json.JSONDecodeError):
@@ -115,39 +116,41 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Run what is not done yet, conditions in turn, so that whatever the machine does meets all of them."""
-    beside = f"Beside {arguments.load} processes of unrelated work" if arguments.load else "Nothing else started"
+    """Run the missing replicates; conditions alternate, so that changes of the machine affect all of them alike."""
+    beside = f"Beside {arguments.load} processes with other work" if arguments.load else "Nothing else started"
     label = arguments.label or beside
     done = {(r["condition"], r["label"], r["replicate"]) for r in read(arguments.out)}
     counts = dict(zip(CONDITIONS, (arguments.equal, arguments.five, arguments.ten), strict=True))
     wanted = sorted((i / counts[name], name, i) for name in CONDITIONS for i in range(counts[name]))
     with tempfile.TemporaryDirectory() as folder, unrelated(arguments.load), arguments.out.open("a") as stream:
-        number, model = _number(arguments.bundle, Path(folder))
+        measurement, model = _measurement(arguments.bundle, Path(folder))
         for _, condition, index in wanted:
             if (condition, label, index) in done:
                 continue
-            record = replicate(number, condition, index, arguments.max_slowdown)
+            record = replicate(measurement, condition, index, arguments.max_slowdown)
             record |= {"label": label, "model": model, "max_slowdown": arguments.max_slowdown}
             stream.write(json.dumps({**record, "machine": asdict(this_machine())}) + "\n")
             stream.flush()
             print(f"{condition:6} {index:4}  {record['verdict']:12} {record['seconds']:5.1f} s  {record['reason']}")
 
 
-def _number(bundle: Path | None, folder: Path) -> tuple[Number, str]:
+def _measurement(bundle: Path | None, folder: Path) -> tuple[Measurement, str]:
     if bundle is None:
-        arm = Artifact(label="built-in network", model=write_network(folder / "n.onnx"), folder=folder, sha256="")
+        arm = Artifact(
+            label="built-in network", model=write_anchor_network(folder / "n.onnx"), folder=folder, sha256=""
+        )
         size = SIZE
     else:
         opened = open_bundle(bundle)
         arm, size = artifact(opened, "onnx-fp32", "fused", folder), opened.image_size
     label = "built-in network" if bundle is None else f"{opened.manifest.spec.student}, {size}x{size}"
-    return Number(reference=arm, candidate=arm, clock="host", batch=1, image_size=size), label
+    return Measurement(reference=arm, candidate=arm, clock="host", batch=1, image_size=size), label
 
 
-def share(count: int, total: int) -> str:
-    """A share with its exact one-sided 95 % bounds."""
-    low, high = lower_share(count, total, 0.95), upper_share(count, total, 0.95)
-    return f"{count} of {total}: {count / total:.1%} ({low:.1%} to {high:.1%})"
+def proportion(count: int, total: int) -> str:
+    """A proportion with its exact one-sided 95 % bounds."""
+    found = estimate_proportion(count, total, 0.95)
+    return f"{count} of {total}: {found.value:.1%} ({found.low:.1%} to {found.high:.1%})"
 
 
 def report(arguments: argparse.Namespace) -> None:
@@ -168,16 +171,16 @@ def _head(records: list[dict[str, Any]]) -> str:
 `benchmarks/gate.py`, {first["model"]}, batch 1, one thread, limit {first["max_slowdown"]:.0%}, host clock; median run
 {milliseconds:.2f} ms. {machine["cpu"]}, {machine["cores"]} cores, onnxruntime {machine["onnxruntime"]}.
 
-Each row counts whole gates: a sentinel, then up to 20 sessions in fresh processes. Shares have exact one-sided 95 %
-bounds. A slowdown is a busy wait of that share after every run of the candidate.
+Each row counts whole gates: a sentinel, then up to 20 sessions in fresh processes. Proportions have exact one-sided
+95 % bounds. A slowdown is a busy wait of that fraction of the run time after every run of the candidate.
 
-The other rules see single runs of the gate's first two sessions. "Apart" takes the reference's runs from the first and
-the candidate's from the second: one process after the other, as such rules are used. "Together" takes both from the
-first, where they are interleaved, which flatters them.
+The other rules are applied to single runs of the gate's first two sessions. "Apart" takes the runs of the reference
+from the first session and those of the candidate from the second: two processes, one after the other, as such rules are
+commonly used. "Together" takes both from the first session, where they are interleaved, which favours these rules.
 
-It shows how this gate and those rules judge a change of known size on one machine. It does not show other machines,
-the clocks `serve` and `gpu`, changes that differ from run to run, or slower students, whose gates take longer: a block
-is at least ten runs.
+The page shows how this gate and those rules judge a change of known size on one machine. It does not cover other
+machines, the clocks `serve` and `gpu`, changes that differ from run to run, or slower students, whose gates take longer
+because a block is at least ten runs.
 """
 
 
@@ -195,7 +198,7 @@ def _verdicts(rows: list[dict[str, Any]]) -> str:
         deviation = f"{np.median(deviations):.2%}" if deviations else "none"
         loads = [row["loadavg"] for row in mine]
         lines.append(
-            f"| {name} | {share(verdicts.count('FAIL'), len(mine))} | {verdicts.count('PASS')} | "
+            f"| {name} | {proportion(verdicts.count('FAIL'), len(mine))} | {verdicts.count('PASS')} | "
             f"{verdicts.count('INCONCLUSIVE')}, {sum('too noisy' in row['reason'] for row in mine)} by the sentinel | "
             f"{np.median([row['sessions'] for row in mine]):.0f} | {np.median([row['seconds'] for row in mine]):.1f} | "
             f"{deviation} | {min(loads):.1f} to {max(loads):.1f} |"
@@ -211,13 +214,13 @@ def _rules(rows: list[dict[str, Any]]) -> str:
         cells = []
         for name in names:
             mine = [row for row in rows if row["condition"] == name]
-            cells.append(share(sum(map(fails, mine)), len(mine)))
+            cells.append(proportion(sum(map(fails, mine)), len(mine)))
         return f"| {label} | {' | '.join(cells)} |"
 
     lines.append(line("this gate", lambda row: row["verdict"] == "FAIL"))
     for how in ("apart", "together"):
         for key, text in RULES.items():
-            lines.append(line(f"{text}, {how}", lambda row, at=how, key=key: row["rules"][at][key]))
+            lines.append(line(f"{text}, {how}", lambda row, how=how, key=key: row["rules"][how][key]))
     return "\n".join(lines)
 
 
@@ -227,11 +230,11 @@ def main() -> None:
     running = commands.add_parser("run", help="run replicates")
     running.add_argument("--out", type=Path, required=True)
     running.add_argument("--bundle", type=Path, help="a bundle; default a small built-in network")
-    running.add_argument("--equal", type=int, default=150, help="replicates of equal arms")
+    running.add_argument("--equal", type=int, default=150, help="replicates with equal arms")
     running.add_argument("--five", type=int, default=60, help="replicates slowed by 5 %%")
     running.add_argument("--ten", type=int, default=100, help="replicates slowed by 10 %%")
-    running.add_argument("--load", type=int, default=0, help="busy processes beside")
-    running.add_argument("--label", help="heading of these replicates; default says what --load started")
+    running.add_argument("--load", type=int, default=0, help="busy processes to run during the measurement")
+    running.add_argument("--label", help="heading of these replicates; default describes --load")
     running.add_argument("--max-slowdown", type=float, default=0.02)
     running.set_defaults(function=run)
     reporting = commands.add_parser("report", help="write the page")

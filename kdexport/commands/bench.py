@@ -1,4 +1,4 @@
-"""`kdexport bench`: latency of a bundle and of its arms."""
+"""`kdexport bench`: the latency of a bundle, fused and unfused or by target."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,18 +11,18 @@ from kdexport.core.console import print_json
 
 def bench(
     bundle: Annotated[Path, typer.Argument(help="A folder that `kdexport build` wrote.")],
-    arms: Annotated[str, typer.Option(help="One or two of fused, unfused and the bundle's targets.")] = "fused,unfused",
+    arms: Annotated[str, typer.Option(help="One or two of: fused, unfused, a target of the bundle.")] = "fused,unfused",
     clock: Clock = "host",
     batch: Batch = "1",
     target: Annotated[str | None, typer.Option(help="Target; default onnx-fp32.")] = None,
     threads: Threads = 1,
-    sessions: Annotated[int, typer.Option(min=2, max=100, help="Fresh processes.")] = 6,
+    sessions: Annotated[int, typer.Option(min=2, max=100, help="Number of sessions, each in a fresh process.")] = 6,
     seed: Seed = 0,
     plugin: Plugins = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Time a bundle: latency of each arm, their ratio with its interval, p99 where there are enough runs."""
+    """Time a bundle: latency of each arm, their ratio with its interval, and p99 if there are enough runs."""
     from kdexport.core.progress import Reporter
     from kdexport.gate.timings import BenchRequest, run_bench
     from kdexport.timing.clocks import parse_clocks
@@ -40,7 +40,7 @@ def bench(
 
 
 def _show(data: dict[str, Any]) -> None:
-    """A table on stdout."""
+    """Print the result as a table."""
     from kdexport.commands.render import new_console
     from kdexport.core.tables import Table, terminal_table
 

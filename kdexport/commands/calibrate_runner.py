@@ -1,4 +1,4 @@
-"""`kdexport calibrate-runner`: what differences this machine can measure."""
+"""`kdexport calibrate-runner`: the smallest slowdown that this machine can enforce."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kdexport.commands.options import Debug, Json, Plugins, Seed, Threads, parse_share
+from kdexport.commands.options import Debug, Json, Plugins, Seed, Threads, parse_percentage
 from kdexport.core.console import print_json
 
 if TYPE_CHECKING:
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 def calibrate_runner(
-    bundle: Annotated[Path | None, typer.Argument(help="A bundle; default a small network that is built in.")] = None,
-    out: Annotated[Path, typer.Option(help="Where to write what was seen.")] = Path("runner.toml"),
+    bundle: Annotated[Path | None, typer.Argument(help="A bundle; default a small built-in network.")] = None,
+    out: Annotated[Path, typer.Option(help="File to write.")] = Path("runner.toml"),
     gates: Annotated[int, typer.Option(min=1, max=1000, help="A/A gates to run.")] = 5,
     max_slowdown: Annotated[str, typer.Option(help="Limit of those gates.")] = "2%",
     clock: Annotated[str, typer.Option(help="host, serve or gpu.")] = "host",
@@ -26,12 +26,12 @@ def calibrate_runner(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure what this machine can see: A/A gates, deviation between sessions, smallest slowdown."""
+    """Calibrate this machine with A/A gates: deviation between sessions, false FAILs, smallest enforceable slowdown."""
     from kdexport.core.progress import Reporter
     from kdexport.gate.calibrate import CalibrationRequest, run_calibration
 
     request = CalibrationRequest(
-        bundle=bundle, out=out, gates=gates, max_slowdown=parse_share("--max-slowdown", max_slowdown), clock=clock,
+        bundle=bundle, out=out, gates=gates, max_slowdown=parse_percentage("--max-slowdown", max_slowdown), clock=clock,
         batch=batch, threads=threads, seed=seed,
     )  # fmt: skip
     with Reporter().stage("calibrate") as progress:
@@ -40,7 +40,7 @@ def calibrate_runner(
 
 
 def _show(calibration: "Calibration", path: Path, *, as_json: bool) -> None:
-    """Print what a machine can see."""
+    """Print the calibration."""
     if as_json:
         data = {"ok": True, "exit_code": 0, "runner": str(path), "smallest_slowdown": calibration.smallest_slowdown}
         print_json({**data, **asdict(calibration)})
@@ -48,13 +48,13 @@ def _show(calibration: "Calibration", path: Path, *, as_json: bool) -> None:
     from kdexport.commands.render import new_console
     from kdexport.core.tables import Table, terminal_table
 
-    counted = f"{calibration.false_fails} of {calibration.gates}, at most {calibration.false_fail_high:.0%} (95 %)"
+    false_fails = f"{calibration.false_fails} of {calibration.gates}, at most {calibration.false_fail_high:.0%} (95 %)"
     rows = (
-        ("equal arms differ between sessions by", f"{calibration.session_deviation:.2%} (one deviation)"),
-        ("smallest slowdown a gate can enforce", f"{calibration.smallest_slowdown:.1%}"),
-        (f"false FAILs at {calibration.max_slowdown:.1%}", counted),
-        ("the same, gates drawn from these sessions", f"{calibration.resampled_false_fails:.2%}"),
-        ("without a verdict", f"{calibration.inconclusive} of {calibration.gates}"),
+        ("standard deviation between sessions", f"{calibration.session_deviation:.2%}"),
+        ("smallest slowdown that a gate can enforce", f"{calibration.smallest_slowdown:.1%}"),
+        (f"false FAILs at {calibration.max_slowdown:.1%}", false_fails),
+        ("the same, resampled from these sessions", f"{calibration.resampled_false_fails:.2%}"),
+        ("inconclusive", f"{calibration.inconclusive} of {calibration.gates}"),
         ("median time of a gate", f"{calibration.median_gate_seconds:.0f} s"),
         ("sessions, load", f"{calibration.sessions}, {calibration.load:.1f}"),
     )

@@ -1,4 +1,4 @@
-"""`kdexport gate`: is the candidate slower than the baseline."""
+"""`kdexport gate`: compare a candidate with a baseline, with a verdict."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,8 +14,8 @@ from kdexport.commands.options import (
     Seed,
     Threads,
     parse_batches,
-    parse_policy,
-    parse_share,
+    parse_on_inconclusive,
+    parse_percentage,
 )  # fmt: skip
 from kdexport.core.console import print_json
 
@@ -26,28 +26,28 @@ if TYPE_CHECKING:
 
 Images = Annotated[
     str | None,
-    typer.Option(help="Validation images, a folder or digits; default what both bundles remember, or golden."),
+    typer.Option(help="Validation images: folder or digits; default stored predictions or golden images."),
 ]
-Against = Annotated[str | None, typer.Option(help="Target to compare with: of the baseline, else of the same bundle.")]
+Against = Annotated[str | None, typer.Option(help="Target to compare with, of the baseline or else of the bundle.")]
 
 
 def gate(
     bundle: Annotated[Path, typer.Argument(help="The candidate: a folder that `kdexport build` wrote.")],
     baseline: Annotated[
         Path | None,
-        typer.Option(help="Bundle to compare with, timed here again; numbers of `bench --json` only warn."),
+        typer.Option(help="Bundle to compare with, timed again here; a file of `bench --json` can only warn."),
     ] = None,
     max_slowdown: Annotated[str, typer.Option(help="Allowed slowdown of the median.")] = "2%",
-    max_flips: Annotated[str | None, typer.Option(help="Allowed share of images with another label.")] = None,
+    max_flips: Annotated[str | None, typer.Option(help="Allowed fraction of changed predictions.")] = None,
     max_top1_drop: Annotated[str | None, typer.Option(help="Allowed drop of top-1.")] = None,
-    slo_p99: Annotated[float | None, typer.Option(min=0.0, help="Milliseconds that the p99 must stay below.")] = None,
+    slo_p99: Annotated[float | None, typer.Option(min=0.0, help="Limit of the p99 in milliseconds.")] = None,
     data: Images = None,
     clock: Clock = "host",
     batch: Batch = "1",
     target: Annotated[str | None, typer.Option(help="Target; default onnx-fp32.")] = None,
     against: Against = None,
     threads: Threads = 1,
-    runner: Annotated[Path | None, typer.Option(help="Calibration; default runner.toml where there is one.")] = None,
+    runner: Annotated[Path | None, typer.Option(help="Calibration; default runner.toml if it exists.")] = None,
     on_inconclusive: Annotated[str | None, typer.Option(help="warn: exit 0; fail: exit 1; default exit 3.")] = None,
     seed: Seed = 0,
     junit: Annotated[Path | None, typer.Option(help="Write JUnit XML.")] = None,
@@ -68,13 +68,13 @@ def gate(
         bundle=bundle,
         baseline=baseline,
         limits=Limits(
-            slowdown=parse_share("--max-slowdown", max_slowdown),
-            flips=None if max_flips is None else parse_share("--max-flips", max_flips),
-            top1_drop=None if max_top1_drop is None else parse_share("--max-top1-drop", max_top1_drop),
+            slowdown=parse_percentage("--max-slowdown", max_slowdown),
+            flips=None if max_flips is None else parse_percentage("--max-flips", max_flips),
+            top1_drop=None if max_top1_drop is None else parse_percentage("--max-top1-drop", max_top1_drop),
             p99_ms=slo_p99,
         ),
         data=data, clocks=parse_clocks(clock), batches=parse_batches(batch), target=target, against=against,
-        threads=threads, runner=runner, policy=parse_policy(on_inconclusive), seed=seed,
+        threads=threads, runner=runner, policy=parse_on_inconclusive(on_inconclusive), seed=seed,
     )  # fmt: skip
     require_files(files)
     with Reporter().stage("gate") as progress:
@@ -90,7 +90,7 @@ def gate(
 
 
 def show(result: "GateResult", console: "Console") -> None:
-    """The table on a terminal, and below it the verdict with its reasons."""
+    """Print the table of checks, the measurements, and the verdict with its reasons."""
     from kdexport.core.tables import terminal_table
     from kdexport.gate.summary import check_table, facts, sentence
 

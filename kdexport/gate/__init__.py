@@ -1,1 +1,1 @@
-"""The latency gate: paired sessions in fresh processes, a group-sequential test, three verdicts."""
+"""The gate: paired latency sessions in fresh processes, a group-sequential test, exact accuracy bounds."""

@@ -1,6 +1,7 @@
-"""Does the candidate still give the reference's labels, and as many right ones? On real images, with exact bounds.
+"""The accuracy gates: how many predictions of the candidate differ from the reference's, and how much top-1 is lost.
 
-What both bundles remember of the same validation images: accuracy gates then need no model.
+Both arms are compared on the same labelled images, with exact bounds. If both bundles store predictions for exactly
+these images, those are compared and no model runs.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,23 +21,23 @@ from kdexport.errors import BundleError, MismatchError, VerificationError
 from kdexport.gate.arms import Artifact, Bundle
 from kdexport.stats.proportions import (
     ACCURACY_CONFIDENCE,
-    Bound,
-    bounded_share,
+    Estimate,
     drop_trials_needed,
-    top1_drop,
+    estimate_drop,
+    estimate_proportion,
     trials_needed,
 )
+from kdexport.stats.sequential import Verdict
 from kdexport.targets import parse_target
 from kdexport.verify.task_record import TaskRecord, load_record, record_name
 
 _CHUNK = 256
-
 _Logits = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
-class Labelled:
-    """Images with their labels, read a chunk at a time by the preprocessing of whoever looks at them."""
+class LabelledImages:
+    """Images with their labels, read a chunk at a time; each bundle applies its own preprocessing."""
 
     images: ImageSet
     source: str
@@ -50,98 +51,24 @@ class Labelled:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AccuracyResult:
-    """One accuracy gate: a share of images between its bounds, and why it is not PASS."""
+    """One accuracy gate: the estimated fraction of images against its limit, and the reason for the verdict."""
 
     name: str
-    bound: Bound
+    estimate: Estimate
+    limit: float
+    verdict: Verdict
     images: int
     source: str
     reason: str
 
 
-def labelled_images(bundle: Bundle, data: str | None) -> Labelled:
-    """The bundle's golden images, or the test split at ``data``: an image folder, a CIFAR-100 folder, or ``digits``."""
-    if data is None:
-        from safetensors.numpy import load_file
+@dataclass(frozen=True, slots=True, eq=False)
+class StoredOutputs:
+    """Labels (N,) of images, and the predictions (N,) of reference and candidate from when their bundles were built."""
 
-        try:
-            labels = load_file(bundle.folder / GOLDEN_LOGITS)["labels"].astype(np.int64)
-        except KeyError:
-            raise BundleError(
-                f"{bundle.folder} holds no labels of its golden images.", remedy="Build it again, or pass --data DIR."
-            ) from None
-        spec = bundle.manifest.spec
-        files = tuple(bundle.folder / name for name in bundle.manifest.golden)
-        golden = ImageSet(classes=spec.classes, labels=labels, pixels=None, files=files)
-        return Labelled(images=golden, source="golden images")
-    root = Path(data)
-    is_cifar = any((folder / "meta").is_file() for folder in (root, root / "cifar-100-python"))
-    name = "digits" if data == "digits" else "cifar100" if is_cifar else "folder:"
-    images = open_dataset(dataset_spec(name, "" if data == "digits" else data), "test")
-    if images.classes != bundle.manifest.spec.classes:
-        raise MismatchError(
-            f"{data} has {len(images.classes)} classes, {bundle.folder} has "
-            f"{bundle.manifest.spec.num_classes}, or they have other names or another order.",
-            remedy="Pass the validation set of the classes that the bundle was trained for.",
-        )
-    return Labelled(images=images, source=data)
-
-
-def predictions(
-    model: Artifact, bundle: Bundle, images: Labelled, threads: int, *, on_gpu: bool = False
-) -> NDArray[np.int64]:
-    """(N,) labels that an arm gives where it is timed; raises ``VerificationError`` where logits are not finite."""
-    run = _opened(model, (int(bundle.manifest.data["export"]["max_batch"]),), threads, on_gpu)
-    found: list[NDArray[np.int64]] = []
-    for inputs in images.chunks(bundle.manifest.spec.preprocessing):
-        logits = run(inputs)
-        if not np.isfinite(logits).all():
-            first = sum(map(len, found)) + int(np.flatnonzero(~np.isfinite(logits).all(axis=1))[0])
-            raise VerificationError(
-                f"{model.label} gives logits that are not finite on image {first} of {images.source}.",
-                remedy="`kdexport verify` on its bundle says more.",
-            )
-        found.append(logits.argmax(axis=1).astype(np.int64))
-    return np.concatenate(found)
-
-
-def _opened(model: Artifact, batches: tuple[int, ...], threads: int, on_gpu: bool) -> _Logits:
-    target = parse_target(model.target)
-    device: Device = "gpu" if on_gpu else "cpu"
-    runner = target.runtime.open(model.model, target.precision, device=device, threads=threads)
-    return partial(runner.run, batches=batches)
-
-
-def judge_accuracy(
-    reference: NDArray[np.integer[Any]],
-    candidate: NDArray[np.integer[Any]],
-    labels: NDArray[np.integer[Any]],
-    limits: tuple[float | None, float | None],
-    source: str,
-) -> list[AccuracyResult]:
-    """Gates on (N,) predictions; ``limits`` are the largest share of flips and the largest drop of top-1, or None."""
-    max_flips, max_drop = limits
-    results = []
-    if max_flips is not None:
-        flips = int((reference != candidate).sum())
-        bound = bounded_share(flips, len(labels), max_flips, ACCURACY_CONFIDENCE)
-        needed = trials_needed(max_flips, ACCURACY_CONFIDENCE) if max_flips else 0
-        results.append(_result("flips", bound, len(labels), source, needed))
-    if max_drop is not None:
-        right, still = reference == labels, candidate == labels
-        lost, gained = int((right & ~still).sum()), int((~right & still).sum())
-        bound = top1_drop(lost, gained, len(labels), max_drop)
-        needed = drop_trials_needed(max_drop) if max_drop else 0
-        results.append(_result("top-1 drop", bound, len(labels), source, needed))
-    return results
-
-
-def _result(name: str, bound: Bound, images: int, source: str, needed: int) -> AccuracyResult:
-    said = f"{bound.value:.2%} of {images} images, bounds {bound.low:.2%} to {bound.high:.2%}"
-    said += f" (up to {bound.limit:.2%} allowed)"
-    if bound.verdict == "INCONCLUSIVE":
-        said += f"; it takes {needed} images without a change to prove that" if images < needed else ""
-    return AccuracyResult(name=name, bound=bound, images=images, source=source, reason=said)
+    reference: NDArray[np.integer[Any]]
+    candidate: NDArray[np.integer[Any]]
+    labels: NDArray[np.integer[Any]]
 
 
 def accuracy_gates(
@@ -152,10 +79,10 @@ def accuracy_gates(
     *,
     on_gpu: bool = False,
 ) -> list[AccuracyResult]:
-    """Reference and candidate on the same images; nothing is run where no limit was given.
+    """Compare reference and candidate on the same images; without a limit nothing runs and the result is empty.
 
-    Outputs that both bundles hold of the same images are taken as they are: without ``data``, or where ``data`` has
-    the fingerprint of those images. Those of ONNX files are of a CPU and say nothing about a GPU.
+    Predictions that both bundles store for the same images are used if ``data`` is None or has the fingerprint of
+    those images. Stored predictions of ONNX files were computed on a CPU and are not used if ``on_gpu``.
     """
     if limits == (None, None):
         return []
@@ -169,19 +96,99 @@ def accuracy_gates(
     return judge_accuracy(reference, candidate, images.images.labels, limits, images.source)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class StoredOutputs:
-    """Labels (N,) of images, and what reference and candidate said about each when their bundles were built."""
+def judge_accuracy(
+    reference: NDArray[np.integer[Any]],
+    candidate: NDArray[np.integer[Any]],
+    labels: NDArray[np.integer[Any]],
+    limits: tuple[float | None, float | None],
+    source: str,
+) -> list[AccuracyResult]:
+    """Judge (N,) predictions; ``limits`` are the allowed fraction of flips and top-1 drop, None if not checked."""
+    max_flips, max_drop = limits
+    results = []
+    if max_flips is not None:
+        flips = int((reference != candidate).sum())
+        estimate = estimate_proportion(flips, len(labels), ACCURACY_CONFIDENCE)
+        needed = trials_needed(max_flips, ACCURACY_CONFIDENCE) if max_flips else 0
+        results.append(_result("flips", estimate, max_flips, len(labels), source, needed))
+    if max_drop is not None:
+        right, still = reference == labels, candidate == labels
+        lost, gained = int((right & ~still).sum()), int((~right & still).sum())
+        estimate = estimate_drop(lost, gained, len(labels))
+        needed = drop_trials_needed(max_drop) if max_drop else 0
+        results.append(_result("top-1 drop", estimate, max_drop, len(labels), source, needed))
+    return results
 
-    reference: NDArray[np.integer[Any]]
-    candidate: NDArray[np.integer[Any]]
-    labels: NDArray[np.integer[Any]]
+
+def _result(name: str, estimate: Estimate, limit: float, images: int, source: str, needed: int) -> AccuracyResult:
+    verdict = estimate.verdict(limit)
+    reason = f"{estimate.value:.2%} of {images} images, bounds {estimate.low:.2%} to {estimate.high:.2%}"
+    reason += f" (up to {limit:.2%} allowed)"
+    if verdict == "INCONCLUSIVE" and images < needed:
+        reason += f"; a proof needs at least {needed} images, none of them changed"
+    return AccuracyResult(
+        name=name, estimate=estimate, limit=limit, verdict=verdict, images=images, source=source, reason=reason
+    )
+
+
+def labelled_images(bundle: Bundle, data: str | None) -> LabelledImages:
+    """The bundle's golden images, or the test split at ``data``: an image folder, a CIFAR-100 folder, or ``digits``."""
+    if data is None:
+        from safetensors.numpy import load_file
+
+        try:
+            labels = load_file(bundle.folder / GOLDEN_LOGITS)["labels"].astype(np.int64)
+        except KeyError:
+            raise BundleError(
+                f"{bundle.folder} stores no labels for its golden images.",
+                remedy="Build the bundle again, or pass --data DIR with labelled images.",
+            ) from None
+        spec = bundle.manifest.spec
+        files = tuple(bundle.folder / name for name in bundle.manifest.golden)
+        golden = ImageSet(classes=spec.classes, labels=labels, pixels=None, files=files)
+        return LabelledImages(images=golden, source="golden images")
+    root = Path(data)
+    is_cifar = any((folder / "meta").is_file() for folder in (root, root / "cifar-100-python"))
+    name = "digits" if data == "digits" else "cifar100" if is_cifar else "folder:"
+    images = open_dataset(dataset_spec(name, "" if data == "digits" else data), "test")
+    if images.classes != bundle.manifest.spec.classes:
+        raise MismatchError(
+            f"The classes of {data} ({len(images.classes)}) and of {bundle.folder} "
+            f"({bundle.manifest.spec.num_classes}) differ in number, name or order.",
+            remedy="Pass --data with a validation set of the classes that the bundle was trained for.",
+        )
+    return LabelledImages(images=images, source=data)
+
+
+def predictions(
+    model: Artifact, bundle: Bundle, images: LabelledImages, threads: int, *, on_gpu: bool = False
+) -> NDArray[np.int64]:
+    """(N,) predicted labels of an arm, computed where it is timed; ``VerificationError`` if a logit is not finite."""
+    run = _opened(model, (int(bundle.manifest.data["export"]["max_batch"]),), threads, on_gpu)
+    found: list[NDArray[np.int64]] = []
+    for inputs in images.chunks(bundle.manifest.spec.preprocessing):
+        logits = run(inputs)
+        if not np.isfinite(logits).all():
+            first = sum(map(len, found)) + int(np.flatnonzero(~np.isfinite(logits).all(axis=1))[0])
+            raise VerificationError(
+                f"{model.label} computes logits that are not finite for image {first} of {images.source}.",
+                remedy=f"Run `kdexport verify {bundle.folder}` for details.",
+            )
+        found.append(logits.argmax(axis=1).astype(np.int64))
+    return np.concatenate(found)
+
+
+def _opened(model: Artifact, batches: tuple[int, ...], threads: int, on_gpu: bool) -> _Logits:
+    target = parse_target(model.target)
+    device: Device = "gpu" if on_gpu else "cpu"
+    runner = target.runtime.open(model.model, target.precision, device=device, threads=threads)
+    return partial(runner.run, batches=batches)
 
 
 def stored_outputs(arms: Sequence[tuple[Artifact, Bundle]], data_sha256: str | None) -> StoredOutputs | None:
-    """Outputs of both arms on the same images, None where a bundle lacks them or remembers other images.
+    """Stored predictions of both arms on the same images; None if a bundle lacks them or stores different images.
 
-    ``data_sha256`` is the fingerprint of the images that were asked for: they must be those, and all of them.
+    If ``data_sha256``, the fingerprint of the requested images, is given, the predictions must cover exactly those.
     """
     described = [bundle.manifest.data.get("task") or {} for _, bundle in arms]
     fingerprints = {entry.get("data_sha256") for entry in described}
@@ -208,7 +215,7 @@ def _predictions(arm: Artifact, bundle: Bundle, record: TaskRecord) -> NDArray[n
     if arm.variant == "unfused":
         return record.reference.predictions
     target = parse_target(arm.target)
-    # Of files with one content, only the first was run.
+    # Of several files with the same content, only the first was run.
     same = (name for name in record.files if bundle.manifest.files.get(name) == arm.sha256)
     name = next(same, "") if target.runs_as_reference else record_name(target)
     metrics = record.files.get(name)
@@ -216,6 +223,6 @@ def _predictions(arm: Artifact, bundle: Bundle, record: TaskRecord) -> NDArray[n
 
 
 def _ran_on_gpu(arm: Artifact) -> bool:
-    """Whether what the bundle remembers of the arm was computed on a GPU."""
+    """Whether the predictions that the bundle stores for the arm were computed on a GPU."""
     target = parse_target(arm.target)
     return arm.variant == "fused" and target.runtime.device(target.precision) == "gpu"

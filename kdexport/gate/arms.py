@@ -1,4 +1,4 @@
-"""What a gate times: files of one bundle or of two, proven whole and comparable before anything runs."""
+"""The arms of a comparison: files of one bundle or two, checked for integrity and comparability before timing."""
 
 import json
 import shutil
@@ -18,20 +18,20 @@ Variant = Literal["fused", "unfused"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bundle:
-    """A bundle whose files are those of its manifest and whose checks held when it was built."""
+    """A bundle whose files match its manifest and whose checks passed when it was built."""
 
     folder: Path
     manifest: Manifest
 
     @property
     def image_size(self) -> int:
-        """Pixels a side."""
+        """Side of the input images in pixels."""
         return self.manifest.spec.image_size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Artifact:
-    """One arm: the file that runs as ``target``, and the bundle folder that a server would be given for it."""
+    """One arm: the file that runs as ``target``, and the bundle folder from which a server serves it."""
 
     label: str
     model: Path
@@ -41,31 +41,33 @@ class Artifact:
     variant: Variant = "fused"
 
     def path(self, clock: str) -> str:
-        """What a session of ``clock`` opens."""
+        """The file or folder that a session with ``clock`` opens."""
         return str(self.folder if clock == "serve" else self.model)
 
 
 def open_bundle(folder: Path) -> Bundle:
-    """Read a bundle and check its files; raises ``BundleError`` where they are not those that were verified."""
+    """Read a bundle; raises ``BundleError`` if its files differ from its manifest or its checks did not pass."""
     manifest = read_manifest(folder)
     changes = changed_files(folder, manifest.files)
     if changes:
         listed = ", ".join(f"{name} {what}" for name, what in list(changes.items())[:5])
         raise BundleError(
             f"{len(changes)} files of {folder} do not match its manifest: {listed}.",
-            remedy="Nothing was timed. Fetch the bundle again, or build it again.",
+            remedy="Download or build the bundle again; nothing was timed.",
         )
-    failed = [check for check in manifest.data["parity"] if not check.get("holds")]
-    if failed or not manifest.data["parity"]:
+    checks = manifest.data["parity"]
+    failed = [check for check in checks if not check.get("holds")]
+    if failed or not checks:
         raise BundleError(
-            f"{folder} was not verified: {len(failed)} of {len(manifest.data['parity'])} checks do not hold.",
-            remedy="Build it again; a gate compares verified bundles only.",
+            f"{folder} is not verified: {len(checks) - len(failed)} of {len(checks)} checks passed "
+            "(all of one or more required).",
+            remedy="Build the bundle again; only verified bundles are compared.",
         )
     return Bundle(folder=folder, manifest=manifest)
 
 
 def require_comparable(candidate: Bundle, baseline: Bundle) -> None:
-    """Raise ``MismatchError`` where two bundles do not answer the same question."""
+    """Raise ``MismatchError`` if two bundles differ in student, classes or image size."""
     one, two = candidate.manifest.spec, baseline.manifest.spec
     facts = [
         ("students", one.student, two.student),
@@ -75,20 +77,20 @@ def require_comparable(candidate: Bundle, baseline: Bundle) -> None:
     for what, mine, theirs in facts:
         if mine != theirs:
             raise MismatchError(
-                f"The bundles are of different {what}: {candidate.folder} has {mine}, {baseline.folder} has {theirs}.",
-                remedy="Pass a baseline of the same student, classes and image size.",
+                f"The bundles have different {what}: {mine} in {candidate.folder}, {theirs} in {baseline.folder}.",
+                remedy="Pass --baseline with a bundle of the same student, classes and image size.",
             )
     if one.classes != two.classes:
         at = next(index for index, pair in enumerate(zip(one.classes, two.classes, strict=True)) if pair[0] != pair[1])
         raise MismatchError(
-            f"The bundles are of different classes: class {at} is {one.classes[at]!r} in {candidate.folder} and "
+            f"The bundles have different classes: class {at} is {one.classes[at]!r} in {candidate.folder} and "
             f"{two.classes[at]!r} in {baseline.folder}.",
-            remedy="Pass a baseline that was trained for the same classes in the same order.",
+            remedy="Pass --baseline with a bundle trained for the same classes in the same order.",
         )
 
 
 def choose_target(bundle: Bundle, name: str | None) -> str:
-    """The target that is timed: ``name``, or onnx-fp32, which every bundle holds as its exported model."""
+    """The target to time: ``name``, by default onnx-fp32, which every bundle contains as its exported model."""
     if name is None or name == DEFAULT_TARGET:
         return DEFAULT_TARGET
     parse_target(name)
@@ -100,27 +102,27 @@ def choose_target(bundle: Bundle, name: str | None) -> str:
 
 
 def require_batches(bundle: Bundle, batches: Sequence[int]) -> None:
-    """Raise ``ConfigError`` for a batch size that the bundle was not exported for."""
+    """Raise ``ConfigError`` for a batch size outside of the range that the bundle was exported for."""
     export = bundle.manifest.data["export"]
     for batch in batches:
         if not export["min_batch"] <= batch <= export["max_batch"]:
             raise ConfigError(
-                f"Batch {batch} is outside of what {bundle.folder} was exported for: {export['min_batch']} to "
-                f"{export['max_batch']}.",
+                f"{bundle.folder} was exported for batch sizes {export['min_batch']} to {export['max_batch']}; "
+                f"got {batch}.",
                 remedy="Pass --batch with sizes in that range.",
             )
 
 
 def artifact(bundle: Bundle, target: str, variant: Variant, scratch: Path) -> Artifact:
-    """The file of one arm. The unfused student is exported into ``scratch`` as `build` exports it, and runs in float32
-    in the runtime of ``target``.
+    """The file of one arm. The unfused student is exported into ``scratch`` in the same way as by `kdexport build`,
+    and runs in float32 in the runtime of ``target``.
     """
     wanted = parse_target(target)
     if variant == "unfused":
         if wanted.compiles:
             raise ConfigError(
-                f"No engine of the unfused student is kept that {target} could be compared with.",
-                remedy="Pass --against with another target, or a baseline bundle.",
+                f"{target} cannot be compared with the unfused student: a bundle contains no engine of it.",
+                remedy="Pass --against with another target, or --baseline with another bundle.",
             )
         folder = _unfused_twin(bundle, scratch)
         return _artifact(f"{bundle.folder} unfused fp32", folder, folder / MODEL, f"{wanted.backend}-fp32", variant)
@@ -129,7 +131,8 @@ def artifact(bundle: Bundle, target: str, variant: Variant, scratch: Path) -> Ar
     model = bundle.folder / MODEL if target == DEFAULT_TARGET and not placed.is_file() else placed
     if not model.is_file():
         raise BundleError(
-            f"{bundle.folder} holds no {placed.name} of {target}.", remedy="Build it again with --target."
+            f"{bundle.folder} contains no {placed.name} for {target}.",
+            remedy=f"Build the bundle again with --target {target}.",
         )
     return _artifact(f"{bundle.folder} fused {target}", bundle.folder, model, target, variant)
 
@@ -139,9 +142,9 @@ def _artifact(label: str, folder: Path, model: Path, target: str, variant: Varia
 
 
 def _unfused_twin(bundle: Bundle, scratch: Path) -> Path:
-    """A copy of the bundle whose model is the unfused student, so that the server can be timed with it too.
+    """A copy of the bundle with the unfused student as its model, so that the server can be timed with it too.
 
-    It lives as long as the gate and is never handed to anybody: its checks are those of the fused student.
+    It is deleted when the comparison ends and must not be published: its checks are those of the fused student.
     """
     from kdexport.bundle.manifest import load_unfused
     from kdexport.graph.export import export_onnx

@@ -1,6 +1,7 @@
-"""What equal arms do on this machine: whole A/A gates, and what their sessions say about smaller limits."""
+"""Calibration of a machine by A/A gates: its noise between sessions, and the smallest slowdown that it can enforce."""
 
 import datetime
+import functools
 import json
 import math
 import os
@@ -17,25 +18,27 @@ import numpy as np
 from kdexport.core.files import require_writable_file, write_text
 from kdexport.errors import ConfigError, ResolutionError
 from kdexport.gate.arms import Artifact, artifact, open_bundle, require_batches
-from kdexport.gate.sequential_test import Number, Outcome, Plan, run_trial
+from kdexport.gate.sequential_test import Measurement, Outcome, Plan, run_sequential_test
 from kdexport.stats import sequential as statistics
-from kdexport.stats.proportions import upper_share
+from kdexport.stats.proportions import upper_bound
 from kdexport.targets import DEFAULT_TARGET
-from kdexport.timing.anchor import SIZE, write_network
+from kdexport.timing.anchor import SIZE, write_anchor_network
 from kdexport.timing.clocks import parse_clocks, require_timeable
 from kdexport.timing.machine import Machine, require_cores, this_machine
 from kdexport.timing.session import Request, Session, run_session
 
 SCHEMA = "kdexport.runner/1"
+MIN_SESSIONS = 20
+_RESAMPLED_GATES = 20_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Calibration:
-    """What equal arms did on one machine: ``gates`` whole A/A gates, and the sessions of all of them together.
+    """The result of ``gates`` A/A gates on one machine, and of the sessions of all of them together.
 
-    ``session_deviation`` and ``mde`` are log ratios; ``mde`` is what a limit must not lie below. ``false_fail_high`` is
-    the exact 95 % upper bound of the share of false FAILs; ``resampled_false_fails`` the same share over gates drawn
-    from the measured sessions.
+    ``session_deviation`` and ``mde`` are log ratios; a limit must not be below ``mde``. ``false_fail_high`` is the
+    exact 95 % upper bound of the proportion of false FAILs; ``resampled_false_fails`` is that proportion over gates
+    simulated by resampling the measured sessions.
     """
 
     machine: Machine
@@ -59,76 +62,13 @@ class Calibration:
 
     @property
     def smallest_slowdown(self) -> float:
-        """The smallest --max-slowdown that this machine can enforce, rounded up to a tenth of a percent."""
+        """The smallest --max-slowdown that this machine can enforce, rounded up to 0.1 %."""
         return math.ceil(math.expm1(self.mde) * 1000 - 1e-9) / 1000
-
-
-def require_resolution(calibration: Calibration, max_slowdown: float) -> None:
-    """Raise ``ResolutionError`` for a threshold that the calibrated machine cannot see."""
-    if math.log1p(max_slowdown) < calibration.mde:
-        raise ResolutionError(
-            f"This runner cannot enforce {max_slowdown:.1%}: equal arms differ by {calibration.session_deviation:.2%} "
-            f"between sessions, so that it can enforce {calibration.smallest_slowdown:.1%}.",
-            remedy=f"Pass --max-slowdown {calibration.smallest_slowdown:.1%}, or calibrate a quieter machine.",
-        )
-
-
-def write_calibration(calibration: Calibration, path: Path) -> None:
-    """Write runner.toml, whole or not at all."""
-    data = asdict(calibration)
-    machine = data.pop("machine")
-    lines = [
-        "# Written by `kdexport calibrate-runner`; `kdexport gate` refuses thresholds below what was seen here.",
-        f"schema = {json.dumps(SCHEMA)}",
-        *(f"{key} = {_toml(value)}" for key, value in data.items()),
-        "",
-        "[machine]",
-        *(f"{key} = {_toml(value)}" for key, value in machine.items()),
-    ]
-    write_text(path, "\n".join(lines) + "\n")
-
-
-def read_calibration(path: Path) -> Calibration:
-    """Read runner.toml; raises ``ConfigError`` where it is not one."""
-    from kdexport.core.toml import read_toml
-
-    data = read_toml(path)
-    try:
-        if data.pop("schema") != SCHEMA:
-            raise ValueError(f"its schema is not {SCHEMA}")
-        return _checked(data)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{path} was not written by `kdexport calibrate-runner` of this version: {error}.",
-            remedy="Run `kdexport calibrate-runner` again.",
-        ) from None
-
-
-def _checked(data: dict[str, Any]) -> Calibration:
-    calibration = Calibration(**{**data, "machine": Machine(**data["machine"])})
-    for name in ("mde", "session_deviation", "max_slowdown"):
-        value = getattr(calibration, name)
-        if not isinstance(value, float) or not 0 <= value < 10:
-            raise ValueError(f"{name} is {value!r}")
-    return calibration
-
-
-def _toml(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=True) if isinstance(value, str) else repr(value)
-    # What is written must be read back as it is: TOML knows floats that repr does not, and the other way round.
-    if tomllib.loads(f"x = {text}")["x"] != value:
-        raise ValueError(f"{value!r} has no form in TOML")
-    return text
-
-
-MIN_SESSIONS = 20
-
-_RESAMPLED_GATES = 20_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CalibrationRequest:
-    """What `kdexport calibrate-runner` was asked."""
+    """Arguments of `kdexport calibrate-runner`."""
 
     bundle: Path | None
     out: Path
@@ -141,19 +81,24 @@ class CalibrationRequest:
 
 
 def run_calibration(request: CalibrationRequest, progress: Callable[[str], None]) -> Calibration:
-    """Run A/A gates on this machine and write what was seen."""
+    """Run A/A gates on this machine and write the calibration to ``request.out``."""
     require_cores(request.threads)
     require_writable_file(request.out)
     (clock,) = parse_clocks(request.clock) if "," not in request.clock else ("",)
     if not clock:
-        raise ConfigError("A machine is calibrated for one clock at a time.", remedy="Pass --clock host, serve or gpu.")
+        raise ConfigError(
+            f"A calibration is for one clock; got {request.clock!r}.", remedy="Pass --clock host, serve or gpu."
+        )
     require_timeable(DEFAULT_TARGET, clock)
     plan = Plan(max_slowdown=request.max_slowdown, threads=request.threads, seed=request.seed)
     with tempfile.TemporaryDirectory(prefix="kdexport-gate-") as folder:
         if request.bundle is None:
             if clock == "serve":
-                raise ConfigError(f"The clock {clock} needs a bundle.", remedy="Pass a bundle, or --clock host.")
-            model = write_network(Path(folder) / "network.onnx")
+                raise ConfigError(
+                    "The clock serve needs a bundle to serve, and none was given.",
+                    remedy="Pass a bundle folder, or --clock host.",
+                )
+            model = write_anchor_network(Path(folder) / "network.onnx")
             arm = Artifact(label="built-in network", model=model, folder=Path(folder), sha256="")
             size = SIZE
         else:
@@ -161,21 +106,21 @@ def run_calibration(request: CalibrationRequest, progress: Callable[[str], None]
             require_batches(bundle, [request.batch])
             arm = artifact(bundle, DEFAULT_TARGET, "fused", Path(folder))
             size = bundle.image_size
-        number = Number(reference=arm, candidate=arm, clock=clock, batch=request.batch, image_size=size)
-        calibration = calibrate(number, plan, request.gates, progress=progress)
+        measurement = Measurement(reference=arm, candidate=arm, clock=clock, batch=request.batch, image_size=size)
+        calibration = calibrate(measurement, plan, request.gates, progress=progress)
     write_calibration(calibration, request.out)
     return calibration
 
 
 def calibrate(
-    number: Number,
+    measurement: Measurement,
     plan: Plan,
     gates: int,
     *,
     progress: Callable[[str], None] = lambda _: None,
     run: Callable[[Request], Session] = run_session,
 ) -> Calibration:
-    """Run ``gates`` A/A gates of ``number``, whose two arms are one artifact, and more until there are 20 sessions."""
+    """Run ``gates`` A/A gates of ``measurement``, whose arms are equal, and more until there are 20 sessions."""
     outcomes: list[Outcome] = []
     seconds: list[float] = []
     ratios: list[float] = []
@@ -183,17 +128,21 @@ def calibrate(
         index = len(outcomes)
         started = time.monotonic()
         settings = Plan(max_slowdown=plan.max_slowdown, threads=plan.threads, pairs=plan.pairs, seed=plan.seed + index)
-        label = f"gate {index + 1}"
-        (outcome,) = run_trial([number], settings, progress=lambda text, at=label: progress(f"{at}: {text}"), run=run)  # type: ignore[misc]
+        labelled = functools.partial(_labelled, progress, f"A/A gate {index + 1}")
+        (outcome,) = run_sequential_test([measurement], settings, progress=labelled, run=run)
         outcomes.append(outcome)
         seconds.append(time.monotonic() - started)
-        # A sentinel is a session of equal arms like any other.
+        # In an A/A gate, a sentinel is a session like any other.
         ratios += [*outcome.sentinels, *(session.log_ratio for session in outcome.sessions)]
-    return _summary(number, plan, outcomes, seconds, ratios)
+    return _summary(measurement, plan, outcomes, seconds, ratios)
+
+
+def _labelled(progress: Callable[[str], None], label: str, text: str) -> None:
+    progress(f"{label}: {text}")
 
 
 def _summary(
-    number: Number, plan: Plan, outcomes: list[Outcome], seconds: list[float], ratios: list[float]
+    measurement: Measurement, plan: Plan, outcomes: list[Outcome], seconds: list[float], ratios: list[float]
 ) -> Calibration:
     deviation = float(np.std(ratios, ddof=1))
     verdicts = [outcome.verdict for outcome in outcomes]
@@ -201,9 +150,9 @@ def _summary(
     return Calibration(
         machine=this_machine(),
         measured=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
-        model=number.candidate.label,
-        clock=number.clock,
-        batch=number.batch,
+        model=measurement.candidate.label,
+        clock=measurement.clock,
+        batch=measurement.batch,
         threads=plan.threads,
         pairs=plan.pairs,
         max_slowdown=plan.max_slowdown,
@@ -212,7 +161,7 @@ def _summary(
         mde=statistics.minimum_detectable_effect(deviation),
         gates=len(outcomes),
         false_fails=fails,
-        false_fail_high=upper_share(fails, len(outcomes), 0.95),
+        false_fail_high=upper_bound(fails, len(outcomes), 0.95),
         inconclusive=verdicts.count("INCONCLUSIVE"),
         resampled_false_fails=resampled_false_fails(ratios, math.log1p(plan.max_slowdown)),
         median_gate_seconds=float(np.median(seconds)),
@@ -221,12 +170,74 @@ def _summary(
 
 
 def resampled_false_fails(ratios: list[float], limit: float) -> float:
-    """Share of false FAILs among gates drawn from the sessions (K,) of equal arms.
+    """Proportion of false FAILs among gates resampled from the sessions (K,) of equal arms.
 
-    Each is drawn with a random sign: which of two equal arms is called the candidate is a coin flip.
+    Each session is drawn with a random sign, because either of two equal arms could be called the candidate.
     """
     rng = np.random.default_rng(20240208)
     shape = (_RESAMPLED_GATES, statistics.LOOKS[-1])
     draws = rng.choice(np.asarray(ratios), shape) * rng.choice([-1.0, 1.0], shape)
     verdicts, _ = statistics.sequential(draws, limit)
     return float(np.mean(verdicts == "FAIL"))
+
+
+def require_resolution(calibration: Calibration, max_slowdown: float) -> None:
+    """Raise ``ResolutionError`` for a limit below the smallest slowdown that the calibrated machine can enforce."""
+    if math.log1p(max_slowdown) < calibration.mde:
+        raise ResolutionError(
+            f"This runner cannot enforce {max_slowdown:.1%}: equal arms differ by {calibration.session_deviation:.2%} "
+            f"between sessions, so at least {calibration.smallest_slowdown:.1%} is needed.",
+            remedy=f"Pass --max-slowdown {calibration.smallest_slowdown:.1%}, or calibrate a quieter machine.",
+        )
+
+
+def write_calibration(calibration: Calibration, path: Path) -> None:
+    """Write runner.toml atomically."""
+    data = asdict(calibration)
+    machine = data.pop("machine")
+    lines = [
+        "# Written by `kdexport calibrate-runner`; `kdexport gate` refuses limits that this machine cannot enforce.",
+        f"schema = {json.dumps(SCHEMA)}",
+        *(f"{key} = {_toml(value)}" for key, value in data.items()),
+        "",
+        "[machine]",
+        *(f"{key} = {_toml(value)}" for key, value in machine.items()),
+    ]
+    write_text(path, "\n".join(lines) + "\n")
+
+
+def read_calibration(path: Path) -> Calibration:
+    """Read runner.toml; raises ``ConfigError`` if it is not valid."""
+    from kdexport.core.toml import read_toml
+
+    data = read_toml(path)
+    try:
+        if data.pop("schema") != SCHEMA:
+            raise ValueError(f"the schema must be {SCHEMA}")
+        return _checked(data)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{path} is not a calibration of this version of kdexport: {_described(error)}.",
+            remedy=f"Run `kdexport calibrate-runner --out {path}` again.",
+        ) from None
+
+
+def _described(error: Exception) -> str:
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
+
+
+def _checked(data: dict[str, Any]) -> Calibration:
+    calibration = Calibration(**{**data, "machine": Machine(**data["machine"])})
+    for name in ("mde", "session_deviation", "max_slowdown"):
+        value = getattr(calibration, name)
+        if not isinstance(value, float) or not 0 <= value < 10:
+            raise ValueError(f"{name} must be a number from 0 to 10; got {value!r}")
+    return calibration
+
+
+def _toml(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=True) if isinstance(value, str) else repr(value)
+    # The value must be read back unchanged: repr and TOML do not write all floats in the same way.
+    if tomllib.loads(f"x = {text}")["x"] != value:
+        raise ValueError(f"{value!r} cannot be written in TOML.")
+    return text

@@ -1,4 +1,4 @@
-"""From a request to a verdict: what is compared, whether it can be, and everything that is measured for it."""
+"""``kdexport gate``: open both arms, check that they can be compared, measure them, and judge every check."""
 
 import contextlib
 import tempfile
@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from kdexport.errors import ConfigError
 from kdexport.gate.accuracy import accuracy_gates
@@ -21,8 +20,8 @@ from kdexport.gate.arms import (
 )
 from kdexport.gate.calibrate import read_calibration, require_resolution
 from kdexport.gate.result import Check, GateResult, Policy, accuracy_check, latency_check, tail_check
-from kdexport.gate.sequential_test import Number, Plan, run_trial
-from kdexport.gate.stored_latencies import number_checks, read_numbers, write_anchor
+from kdexport.gate.sequential_test import Measurement, Plan, run_sequential_test
+from kdexport.gate.stored_latencies import StoredLatencies, read_latencies, stored_checks, write_anchor
 from kdexport.timing.clocks import require_timeable
 from kdexport.timing.machine import require_cores, this_machine
 
@@ -32,7 +31,7 @@ RUNNER = Path("runner.toml")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """What is allowed: shares as fractions, p99 in milliseconds; None gates nothing."""
+    """The limits of a gate: fractions (0.02 is 2 %), and p99 in milliseconds; None means not checked."""
 
     slowdown: float
     flips: float | None = None
@@ -42,7 +41,7 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GateRequest:
-    """What `kdexport gate` was asked."""
+    """Arguments of `kdexport gate`."""
 
     bundle: Path
     baseline: Path | None
@@ -59,10 +58,11 @@ class GateRequest:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Sides:
-    """Both arms with the bundles that they come from.
+class _Arms:
+    """Both arms with their bundles.
 
-    Where the baseline is nothing but ``numbers``, ``anchors`` holds what they are in units of, by clock.
+    If the baseline is a file of stored latencies, ``stored`` holds them, and ``anchors`` maps each clock to the network
+    in units of which they are compared.
     """
 
     question: str
@@ -70,59 +70,59 @@ class _Sides:
     reference: Artifact
     candidate_bundle: Bundle
     reference_bundle: Bundle
-    numbers: dict[str, Any] | None = None
+    stored: StoredLatencies | None = None
     anchors: Mapping[str, Path | None] = field(default_factory=dict)
 
 
 def run_gate(request: GateRequest, progress: Progress) -> GateResult:
-    """Check that the comparison makes sense, then measure; raises ``KdexportError`` where it does not."""
+    """Measure and judge both arms; raises ``KdexportError`` if they cannot be compared."""
     started = time.monotonic()
     require_cores(request.threads)
-    said = _resolution(request)
+    calibration = _resolution(request)
     limits = request.limits
     plan = Plan(
         max_slowdown=limits.slowdown, threads=request.threads, seed=request.seed, tails=limits.p99_ms is not None
     )
-    with _sides(request, progress) as sides:
-        arms = [(sides.reference, sides.reference_bundle), (sides.candidate, sides.candidate_bundle)]
-        if sides.numbers is None:
+    with _open_arms(request, progress) as arms:
+        if arms.stored is None:
             progress("accuracy")
             on_gpu = request.clocks == ("gpu",)
             wanted = (limits.flips, limits.top1_drop)
-            accuracy = accuracy_gates(arms, wanted, request.data, request.threads, on_gpu=on_gpu)
+            pair = ((arms.reference, arms.reference_bundle), (arms.candidate, arms.candidate_bundle))
+            accuracy = accuracy_gates(pair, wanted, request.data, request.threads, on_gpu=on_gpu)
         else:
             accuracy = []
-        outcomes = run_trial(_gated(request, sides), plan, progress=progress)
+        outcomes = run_sequential_test(_measurements(request, arms), plan, progress=progress)
     checks: list[Check] = [accuracy_check(result) for result in accuracy]
-    if sides.numbers is None:
+    if arms.stored is None:
         checks += [latency_check(outcome, plan) for outcome in outcomes]
     else:
-        checks += number_checks(sides.numbers, outcomes, plan)
+        checks += stored_checks(arms.stored, outcomes, plan)
     if limits.p99_ms is not None:
         checks += [tail_check(outcome, limits.p99_ms) for outcome in outcomes]
     return GateResult(
-        question=sides.question,
-        candidate=sides.candidate.label,
-        reference=sides.reference.label if sides.numbers is None else str(request.baseline),
+        question=arms.question,
+        candidate=arms.candidate.label,
+        reference=arms.reference.label if arms.stored is None else str(request.baseline),
         plan=plan,
         outcomes=outcomes,
         checks=tuple(checks),
         machine=this_machine(),
         seconds=time.monotonic() - started,
         policy=request.policy,
-        calibration=said,
+        calibration=calibration,
     )
 
 
-def _gated(request: GateRequest, sides: _Sides) -> list[Number]:
+def _measurements(request: GateRequest, arms: _Arms) -> list[Measurement]:
     return [
-        Number(
-            reference=sides.reference,
-            candidate=sides.candidate,
+        Measurement(
+            reference=arms.reference,
+            candidate=arms.candidate,
             clock=clock,
             batch=batch,
-            image_size=sides.candidate_bundle.image_size,
-            anchor=sides.anchors.get(clock),
+            image_size=arms.candidate_bundle.image_size,
+            anchor=arms.anchors.get(clock),
         )
         for clock in request.clocks
         for batch in request.batches
@@ -130,21 +130,21 @@ def _gated(request: GateRequest, sides: _Sides) -> list[Number]:
 
 
 def _resolution(request: GateRequest) -> str:
-    """Refuse a limit that the calibrated machine cannot see; what was found as a sentence."""
+    """A description of the calibration; raises ``ResolutionError`` for a limit that the machine cannot enforce."""
     path = request.runner or (RUNNER if RUNNER.is_file() else None)
     if path is None:
         return "not calibrated"
     calibration = read_calibration(path)
     fits = calibration.machine == this_machine() and calibration.threads == request.threads
     if not fits or calibration.clock not in request.clocks:
-        return f"{path} is of another machine, clock or number of threads and was not used"
+        return f"{path} is for a different machine, clock or number of threads and was not used"
     require_resolution(calibration, request.limits.slowdown)
-    return f"calibrated {calibration.measured}: {calibration.smallest_slowdown:.1%} or more can be enforced here"
+    return f"calibrated on {calibration.measured}: this machine can enforce {calibration.smallest_slowdown:.1%} or more"
 
 
 @contextlib.contextmanager
-def _sides(request: GateRequest, progress: Progress) -> Iterator[_Sides]:
-    progress("files")
+def _open_arms(request: GateRequest, progress: Progress) -> Iterator[_Arms]:
+    progress("checking the files of the bundles")
     bundle = open_bundle(request.bundle)
     target = choose_target(bundle, request.target)
     _require_timed(bundle, target, request)
@@ -152,7 +152,7 @@ def _sides(request: GateRequest, progress: Progress) -> Iterator[_Sides]:
         candidate = artifact(bundle, target, "fused", Path(folder))
         if request.baseline is None and request.against is None:
             progress("exporting the unfused student")
-            yield _Sides(
+            yield _Arms(
                 question="Is the fused student slower than the unfused one?",
                 candidate=candidate,
                 reference=artifact(bundle, target, "unfused", Path(folder)),
@@ -160,46 +160,46 @@ def _sides(request: GateRequest, progress: Progress) -> Iterator[_Sides]:
                 reference_bundle=bundle,
             )
         elif request.baseline is not None and request.baseline.is_file():
-            yield _numbers(request, bundle, candidate, request.baseline, Path(folder))
+            yield _against_stored(request, bundle, candidate, request.baseline, Path(folder))
         else:
-            yield _against(request, bundle, candidate)
+            yield _against_bundle(request, bundle, candidate)
 
 
-def _numbers(request: GateRequest, bundle: Bundle, candidate: Artifact, path: Path, scratch: Path) -> _Sides:
+def _against_stored(request: GateRequest, bundle: Bundle, candidate: Artifact, path: Path, scratch: Path) -> _Arms:
     if (request.limits.flips, request.limits.top1_drop, request.against) != (None, None, None):
         raise ConfigError(
-            f"{path} holds numbers, and accuracy gates and --against need the baseline's files.",
-            remedy="Pass the baseline bundle, or leave --max-flips, --max-top1-drop and --against away.",
+            f"{path} contains only latencies, but accuracy gates and --against need the files of the baseline.",
+            remedy="Pass --baseline with the bundle folder, or omit --max-flips, --max-top1-drop and --against.",
         )
-    return _Sides(
+    return _Arms(
         question="Is the candidate slower than stored numbers?",
         candidate=candidate,
         reference=candidate,
         candidate_bundle=bundle,
         reference_bundle=bundle,
-        numbers=read_numbers(path, bundle, candidate.target, this_machine()),
+        stored=read_latencies(path, bundle, candidate.target, this_machine()),
         anchors={clock: write_anchor(scratch, clock) for clock in request.clocks},
     )
 
 
-def _against(request: GateRequest, bundle: Bundle, candidate: Artifact) -> _Sides:
-    """Another bundle, another target of this one, or both at once."""
-    stored, question = bundle, f"Is {candidate.target} slower than {request.against}?"
+def _against_bundle(request: GateRequest, bundle: Bundle, candidate: Artifact) -> _Arms:
+    """The reference is another bundle, another target of the same bundle, or both."""
+    baseline, question = bundle, f"Is {candidate.target} slower than {request.against}?"
     if request.baseline is not None:
-        stored, question = open_bundle(request.baseline), "Is the candidate slower than the baseline?"
-        require_comparable(bundle, stored)
-    target = choose_target(stored, request.against or request.target)
-    if stored is bundle and target == candidate.target:
+        baseline, question = open_bundle(request.baseline), "Is the candidate slower than the baseline?"
+        require_comparable(bundle, baseline)
+    target = choose_target(baseline, request.against or request.target)
+    if baseline is bundle and target == candidate.target:
         raise ConfigError(
-            f"Both arms are {target} of {bundle.folder}.", remedy="Pass --against with another target than --target."
+            f"Both arms are {target} of {bundle.folder}.", remedy="Pass --against with a target other than --target."
         )
-    _require_timed(stored, target, request)
-    return _Sides(
+    _require_timed(baseline, target, request)
+    return _Arms(
         question=question,
         candidate=candidate,
-        reference=artifact(stored, target, "fused", stored.folder),
+        reference=artifact(baseline, target, "fused", baseline.folder),
         candidate_bundle=bundle,
-        reference_bundle=stored,
+        reference_bundle=baseline,
     )
 
 

@@ -1,4 +1,4 @@
-"""What a gate found, as one frozen object and as JSON; the verdict of the whole and its exit code."""
+"""The result of a gate: its checks, their overall verdict, the exit code, and the JSON object."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -8,14 +8,13 @@ import numpy as np
 
 from kdexport.gate.accuracy import AccuracyResult
 from kdexport.gate.sequential_test import Outcome, Plan
-from kdexport.stats.proportions import TAIL_CONFIDENCE, Bound, bounded_share, quantile_bounds, trials_needed
+from kdexport.stats.proportions import TAIL_CONFIDENCE, estimate_proportion, quantile_bounds, trials_needed
 from kdexport.timing.machine import Machine
 
 SCHEMA = "kdexport.gate/1"
-Word = Literal["PASS", "FAIL", "INCONCLUSIVE", "WARN"]
+CheckVerdict = Literal["PASS", "FAIL", "INCONCLUSIVE", "WARN"]
 Policy = Literal["exit", "warn", "fail"]
-
-_EXIT: dict[Word, int] = {"PASS": 0, "WARN": 0, "FAIL": 1, "INCONCLUSIVE": 3}
+_EXIT: dict[CheckVerdict, int] = {"PASS": 0, "WARN": 0, "FAIL": 1, "INCONCLUSIVE": 3}
 _TAIL = 0.99
 
 
@@ -24,7 +23,7 @@ class Check:
     """One line of a gate's report."""
 
     name: str
-    verdict: Word
+    verdict: CheckVerdict
     measured: str
     allowed: str
     reason: str
@@ -32,7 +31,7 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GateResult:
-    """A finished gate. ``policy`` says what an undecided gate exits with: 3, 0 with a warning, or 1."""
+    """A finished gate. ``policy`` sets the exit code of an undecided gate: 3, 0 with a warning, or 1."""
 
     question: str
     candidate: str
@@ -46,21 +45,21 @@ class GateResult:
     calibration: str = "not calibrated"
 
     @property
-    def verdict(self) -> Word:
-        """The worst of all checks."""
-        words = [check.verdict for check in self.checks]
-        order: tuple[Word, ...] = ("FAIL", "INCONCLUSIVE", "WARN")
-        return next((word for word in order if word in words), "PASS")
+    def verdict(self) -> CheckVerdict:
+        """The worst verdict of all checks."""
+        found = {check.verdict for check in self.checks}
+        worst_first: tuple[CheckVerdict, ...] = ("FAIL", "INCONCLUSIVE", "WARN")
+        return next((verdict for verdict in worst_first if verdict in found), "PASS")
 
     @property
     def exit_code(self) -> int:
-        """0 pass, 1 fail, 3 inconclusive; the policy decides about the last."""
+        """0 pass, 1 fail, 3 inconclusive; the policy may turn the last into 0 or 1."""
         if self.verdict == "INCONCLUSIVE" and self.policy != "exit":
             return 0 if self.policy == "warn" else 1
         return _EXIT[self.verdict]
 
     def to_json(self) -> dict[str, Any]:
-        """One JSON object; numbers that are not finite are null."""
+        """One JSON object; numbers that are not finite become null."""
         return {
             "schema": SCHEMA,
             "ok": self.exit_code == 0,
@@ -79,13 +78,13 @@ class GateResult:
 
 
 def latency_check(outcome: Outcome, plan: Plan) -> Check:
-    """The line of one gated ratio."""
+    """The check of one latency ratio."""
     interval = outcome.interval
     measured = "not measured"
     if interval is not None:
         measured = f"{math.exp(interval.mean):.3f}x, {math.exp(interval.low):.3f} to {math.exp(interval.high):.3f}"
     return Check(
-        name=outcome.number.name,
+        name=outcome.measurement.name,
         verdict=outcome.verdict,
         measured=measured,
         allowed=f"{1 + plan.max_slowdown:.3f}x",
@@ -94,54 +93,59 @@ def latency_check(outcome: Outcome, plan: Plan) -> Check:
 
 
 def accuracy_check(result: AccuracyResult) -> Check:
-    """The line of one accuracy gate."""
-    bound = result.bound
+    """The check of one accuracy gate."""
+    estimate = result.estimate
     return Check(
         name=f"{result.name}, {result.source}",
-        verdict=bound.verdict,
-        measured=f"{bound.value:.2%}, {bound.low:.2%} to {bound.high:.2%}",
-        allowed=f"{bound.limit:.2%}",
+        verdict=result.verdict,
+        measured=f"{estimate.value:.2%}, {estimate.low:.2%} to {estimate.high:.2%}",
+        allowed=f"{result.limit:.2%}",
         reason=result.reason,
     )
 
 
 def tail_check(outcome: Outcome, limit_ms: float) -> Check:
-    """Is the 99th percentile of the candidate at most ``limit_ms``? By the binomial count of runs above it."""
-    name = f"p99 on {outcome.number.name}"
+    """The check that the candidate's p99 is at most ``limit_ms``, by a binomial bound on the runs above it."""
+    name = f"p99 on {outcome.measurement.name}"
     times = tails_ms(outcome)
     if not times.size:
         return Check(
-            name=name, verdict="INCONCLUSIVE", measured="not measured", allowed=f"{limit_ms:g} ms", reason="no run"
+            name=name,
+            verdict="INCONCLUSIVE",
+            measured="not measured",
+            allowed=f"{limit_ms:g} ms",
+            reason="no run was measured",
         )
     above = int((times > limit_ms).sum())
-    bound: Bound = bounded_share(above, len(times), 1 - _TAIL, TAIL_CONFIDENCE)
-    estimate, low, high = quantile_bounds(times, _TAIL)
+    estimate = estimate_proportion(above, len(times), TAIL_CONFIDENCE)
+    p99, low, high = quantile_bounds(times, _TAIL)
     upper = "unbounded" if high is None else f"{high:.3f}"
-    reason = f"{above} of {len(times)} runs above {limit_ms:g} ms: {bound.low:.2%} to {bound.high:.2%}, 1 % allowed"
+    reason = f"{above} of {len(times)} runs above {limit_ms:g} ms: bounds {estimate.low:.2%} to {estimate.high:.2%}"
+    reason += " (up to 1 % allowed)"
     if len(times) < trials_needed(1 - _TAIL, TAIL_CONFIDENCE):
-        reason += f"; it takes {trials_needed(1 - _TAIL, TAIL_CONFIDENCE)} runs to prove a p99"
+        reason += f"; a proof needs at least {trials_needed(1 - _TAIL, TAIL_CONFIDENCE)} runs"
     return Check(
         name=name,
-        verdict=bound.verdict,
-        measured=f"{estimate:.3f} ms, {low:.3f} to {upper}",
+        verdict=estimate.verdict(1 - _TAIL),
+        measured=f"{p99:.3f} ms, {low:.3f} to {upper}",
         allowed=f"{limit_ms:g} ms",
         reason=reason,
     )
 
 
 def tails_ms(outcome: Outcome) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Every run of the candidate that was kept."""
+    """Every run (N,) of the candidate that was not dropped, in milliseconds."""
     return np.asarray([value for session in outcome.sessions for value in session.tails_ms], np.float64)
 
 
 def latency_json(outcome: Outcome, plan: Plan) -> dict[str, Any]:
-    """One gated ratio with everything that it rests on, paired ratios of each session included."""
+    """One latency ratio with its measurements, including the paired ratios of each session."""
     interval, sessions = outcome.interval, outcome.sessions
     times = tails_ms(outcome)
     p99 = quantile_bounds(times, _TAIL) if times.size else (None, None, None)
     return {
-        "clock": outcome.number.clock,
-        "batch": outcome.number.batch,
+        "clock": outcome.measurement.clock,
+        "batch": outcome.measurement.batch,
         "threads": plan.threads,
         "verdict": outcome.verdict,
         "reason": outcome.reason,

@@ -1,15 +1,14 @@
-"""A baseline of which only numbers are left: they may warn, and nothing else.
+"""A baseline of which only latencies are stored: a comparison with them may warn, but never fails a gate.
 
-Latencies of another day differ by whatever the machine did that day. So both days time an anchor beside the student,
-the small network that comes with the gate, and what is compared is the student's latency in units of it. The numbers
-must come from the same machine and the same kind of measurement, from ten or more sessions, and all they give is a
-prediction interval for one more.
+The same machine is not equally fast on two days. Therefore a small network, the anchor, is timed beside the student on
+both days, and the latencies of the student are compared in units of it. The stored latencies must come from the same
+machine and target, and from ten or more sessions; they give a prediction interval for one more session.
 """
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from kdexport.gate.result import Check
 from kdexport.gate.sequential_test import Outcome, Plan
 from kdexport.stats import sequential as statistics
 from kdexport.targets import DEFAULT_TARGET
-from kdexport.timing.anchor import write_network
+from kdexport.timing.anchor import write_anchor_network
 from kdexport.timing.clocks import require_timeable
 from kdexport.timing.machine import Machine
 
@@ -29,66 +28,82 @@ BENCH_SCHEMA = "kdexport.bench/2"
 MIN_SESSIONS = 10
 
 
+@dataclass(frozen=True, slots=True)
+class StoredLatencies:
+    """Log ratios candidate / anchor (one per session) by clock, batch size and number of threads."""
+
+    rows: Mapping[tuple[str, int, int], tuple[float, ...]]
+
+
 def write_anchor(folder: Path, clock: str) -> Path | None:
-    """The network that latencies on ``clock`` are stored in units of; None where this machine cannot run it there."""
-    # The server runs on the processor that the arms of ``host`` run on.
+    """Write the anchor of ``clock`` into ``folder``; None if this machine cannot run it on that clock."""
+    # A server runs on the same processor as the arms of the clock ``host``.
     try:
         require_timeable(DEFAULT_TARGET, "host" if clock == "serve" else clock)
     except BackendUnavailableError:
         return None
-    return write_network(folder / "anchor.onnx")
+    return write_anchor_network(folder / "anchor.onnx")
 
 
-def read_numbers(path: Path, bundle: Bundle, target: str, machine: Machine) -> dict[str, Any]:
-    """What ``kdexport bench --json`` wrote; raises where it is not that, or of another student or machine."""
+def read_latencies(path: Path, bundle: Bundle, target: str, machine: Machine) -> StoredLatencies:
+    """Read a result of ``kdexport bench --json`` for the same student, target and machine.
+
+    Raises ``ConfigError`` if it is not such a file, ``MismatchError`` if it is for something else.
+    """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data["schema"] != BENCH_SCHEMA:
-            raise ValueError(f"its schema is {data['schema']!r}")
-        facts = (data["student"], list(data["classes"]), data["machine"])
+            raise ValueError(f"the schema must be {BENCH_SCHEMA}, got {data['schema']!r}")
+        student, classes, measured_on = data["student"], list(data["classes"]), dict(data["machine"])
         timed = f"{data['variant']} {data['target']}"
-        rows = [(row["clock"], row["batch"], row["threads"], _anchored(row["sessions"])) for row in data["latency"]]
+        rows = {
+            (str(row["clock"]), int(row["batch"]), int(row["threads"])): _anchored(row["sessions"])
+            for row in data["latency"]
+        }
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(
-            f"{path} is neither a bundle nor numbers of `kdexport bench --json`: {type(error).__name__}: {error}.",
-            remedy="Pass the folder of the baseline bundle; a gate on its files is worth more than one on numbers.",
+            f"{path} is neither a bundle nor a result of `kdexport bench --json`: {type(error).__name__}: {error}.",
+            remedy="Pass --baseline with the bundle folder; stored latencies can only warn.",
         ) from None
     spec = bundle.manifest.spec
-    if facts[:2] != (spec.student, list(spec.classes)):
+    if (student, classes) != (spec.student, list(spec.classes)):
         raise MismatchError(
-            f"{path} has numbers of a {facts[0]} with {len(facts[1])} classes, {bundle.folder} is a {spec.student} "
-            f"with {spec.num_classes}, or its classes differ.",
-            remedy="Pass numbers of the same student and classes.",
+            f"{path} is for {student} with {len(classes)} classes and {bundle.folder} for {spec.student} with "
+            f"{spec.num_classes} classes, or their names or order differ.",
+            remedy="Pass --baseline with latencies of the same student and classes.",
         )
     if timed != f"fused {target}":
         raise MismatchError(
-            f"{path} has numbers of {timed}, and fused {target} is gated.",
-            remedy="Pass --target, or numbers whose first arm is what is gated.",
+            f"{path} contains latencies of {timed}; latencies of fused {target} are needed.",
+            remedy="Pass --target with the stored target, or run `kdexport bench` with the gated target as first arm.",
         )
-    if facts[2] != asdict(machine):
-        differ = [key for key, value in asdict(machine).items() if facts[2].get(key) != value]
+    if measured_on != asdict(machine):
+        differ = [key for key, value in asdict(machine).items() if measured_on.get(key) != value]
         raise MismatchError(
-            f"{path} was measured on another machine ({', '.join(differ)} differ); its numbers say nothing about this.",
-            remedy="Pass the baseline bundle itself: it is then timed here, beside the candidate.",
+            f"{path} was measured on a different machine (different {', '.join(differ)}); latencies of two machines "
+            "cannot be compared.",
+            remedy="Pass --baseline with the bundle folder: it is then timed here, beside the candidate.",
         )
-    return {"rows": rows, "path": str(path)}
+    return StoredLatencies(rows)
 
 
-def number_checks(numbers: dict[str, Any], outcomes: tuple[Outcome, ...], plan: Plan) -> list[Check]:
-    """One check per outcome, PASS or WARN: the candidate's median against the interval that the numbers predict."""
+def stored_checks(stored_latencies: StoredLatencies, outcomes: tuple[Outcome, ...], plan: Plan) -> list[Check]:
+    """One check per outcome: the candidate's latency against the interval predicted by the stored ones. Never FAIL."""
     checks = []
     for outcome in outcomes:
-        wanted = (outcome.number.clock, outcome.number.batch, plan.threads)
-        stored: tuple[float, ...] = next((row[3] for row in numbers["rows"] if tuple(row[:3]) == wanted), ())
-        name = f"{outcome.number.name} against stored numbers"
+        key = (outcome.measurement.clock, outcome.measurement.batch, plan.threads)
+        stored = stored_latencies.rows.get(key, ())
+        name = f"{outcome.measurement.name} against stored numbers"
         now = tuple(session.anchored for session in outcome.sessions if session.anchored is not None)
         if outcome.margin or not outcome.sessions:
             checks.append(
                 Check(name=name, verdict="INCONCLUSIVE", measured="not measured", allowed="", reason=outcome.reason)
             )
         elif len(stored) < MIN_SESSIONS or not now:
-            usable = f"{len(stored)} usable sessions of this clock, batch and threads, {MIN_SESSIONS} needed"
-            reason = usable if now else "this machine does not run the anchor on this clock"
+            usable = (
+                f"{len(stored)} stored sessions for this clock, batch and threads (at least {MIN_SESSIONS} required)"
+            )
+            reason = usable if now else "this machine cannot run the anchor on this clock"
             checks.append(Check(name=name, verdict="WARN", measured="none", allowed="", reason=reason))
         else:
             checks.append(_check(name, stored, now, plan))
@@ -103,23 +118,23 @@ def _anchored(sessions: Sequence[dict[str, Any]]) -> tuple[float, ...]:
 def _check(name: str, stored: Sequence[float], now: Sequence[float], plan: Plan) -> Check:
     low, ratio, high = prediction(stored, now)
     slower = high > 1 + plan.max_slowdown
-    reason = (
-        f"{ratio:.3f}x of the stored numbers, both in units of the anchor; {low:.3f} to {high:.3f} with the noise "
-        "between sessions"
-    )
     return Check(
         name=name,
         verdict="WARN" if slower else "PASS",
         measured=f"{ratio:.3f}x, {low:.3f} to {high:.3f}",
         allowed=f"{1 + plan.max_slowdown:.3f}x",
-        reason=f"{reason}; numbers alone never fail a gate",
+        reason=(
+            f"{ratio:.3f}x of the stored latency, both in units of the anchor; {low:.3f} to {high:.3f} with the noise "
+            "between sessions; stored latencies never fail a gate"
+        ),
     )
 
 
 def prediction(stored: Sequence[float], now: Sequence[float]) -> tuple[float, float, float]:
-    """(low, ratio, high) of the median session of ``now`` over the mean stored one, as one new observation of them.
+    """(low, ratio, high): the median session of ``now`` over the mean stored one, with the prediction interval of one
+    new session.
 
-    Both are log ratios candidate / anchor, one for each session.
+    Both are log ratios candidate / anchor, one per session.
     """
     from scipy.special import stdtrit
 

@@ -1,4 +1,4 @@
-"""``kdexport bench``: how fast each arm is here, without a verdict."""
+"""``kdexport bench``: the latency of each arm on this machine, without a verdict."""
 
 import tempfile
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from typing import Any
 from kdexport.errors import ConfigError
 from kdexport.gate.arms import Artifact, Bundle, artifact, choose_target, open_bundle, require_batches
 from kdexport.gate.result import latency_json
-from kdexport.gate.sequential_test import Number, Outcome, Plan, measure_all
+from kdexport.gate.sequential_test import Measurement, Outcome, Plan, measure_all
 from kdexport.gate.stored_latencies import BENCH_SCHEMA, write_anchor
 from kdexport.timing.clocks import require_timeable
 from kdexport.timing.machine import require_cores, this_machine
@@ -19,9 +19,9 @@ _VARIANTS = ("fused", "unfused")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchRequest:
-    """What `kdexport bench` was asked; the ratio is that of the first arm over the second.
+    """Arguments of `kdexport bench`; ratios are first arm / second arm.
 
-    An arm is ``fused`` or ``unfused``, both as ``target``, or the name of another target.
+    An arm is ``fused`` or ``unfused``, both for ``target``, or the name of a target.
     """
 
     bundle: Path
@@ -35,11 +35,11 @@ class BenchRequest:
 
 
 def run_bench(request: BenchRequest, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Time every clock and batch size; one JSON object, which a later gate can read as a baseline of numbers."""
+    """Time every clock and batch size; the result is a JSON object that a gate accepts as a baseline."""
     if not 1 <= len(request.arms) <= 2 or len(set(request.arms)) < len(request.arms):
         raise ConfigError(
-            f"--arms {','.join(request.arms)} is not one or two different arms.",
-            remedy="For example: --arms fused,unfused, or two targets of the bundle.",
+            f"--arms must be one or two different arms; got '{','.join(request.arms)}'.",
+            remedy="For example: --arms fused,unfused or --arms onnx-int8,onnx-fp32.",
         )
     require_cores(request.threads)
     bundle = open_bundle(request.bundle)
@@ -50,13 +50,13 @@ def run_bench(request: BenchRequest, progress: Callable[[str], None]) -> dict[st
     require_batches(bundle, request.batches)
     plan = Plan(max_slowdown=0.02, threads=request.threads, seed=request.seed, tails=True)
     with tempfile.TemporaryDirectory(prefix="kdexport-bench-") as folder:
-        progress("files")
-        sides = _sides(bundle, request.arms, targets, Path(folder))
+        progress("checking the files of the bundle")
+        arms = _open_arms(bundle, request.arms, targets, Path(folder))
         anchors = {clock: write_anchor(Path(folder), clock) for clock in request.clocks}
-        numbers = [
-            Number(
-                reference=sides[-1],
-                candidate=sides[0],
+        measurements = [
+            Measurement(
+                reference=arms[-1],
+                candidate=arms[0],
                 clock=clock,
                 batch=batch,
                 image_size=bundle.image_size,
@@ -65,7 +65,7 @@ def run_bench(request: BenchRequest, progress: Callable[[str], None]) -> dict[st
             for clock in request.clocks
             for batch in request.batches
         ]
-        outcomes = [measure_all(number, plan, request.sessions, progress) for number in numbers]
+        outcomes = [measure_all(measurement, plan, request.sessions, progress) for measurement in measurements]
     return {
         "schema": BENCH_SCHEMA,
         "ok": True,
@@ -73,25 +73,25 @@ def run_bench(request: BenchRequest, progress: Callable[[str], None]) -> dict[st
         "bundle": str(request.bundle),
         "student": bundle.manifest.spec.student,
         "classes": list(bundle.manifest.spec.classes),
-        "target": sides[0].target,
-        "variant": sides[0].variant,
+        "target": arms[0].target,
+        "variant": arms[0].variant,
         "arms": list(request.arms),
         "latency": [_row(outcome, plan) for outcome in outcomes],
         "machine": asdict(this_machine()),
     }
 
 
-def _sides(bundle: Bundle, arms: tuple[str, ...], targets: list[str], scratch: Path) -> list[Artifact]:
-    sides = [
-        artifact(bundle, target, "unfused" if arm == "unfused" else "fused", scratch)
-        for arm, target in zip(arms, targets, strict=True)
+def _open_arms(bundle: Bundle, names: tuple[str, ...], targets: list[str], scratch: Path) -> list[Artifact]:
+    arms = [
+        artifact(bundle, target, "unfused" if name == "unfused" else "fused", scratch)
+        for name, target in zip(names, targets, strict=True)
     ]
-    if len(sides) == 2 and (sides[0].target, sides[0].variant) == (sides[1].target, sides[1].variant):
-        raise ConfigError(f"Both arms are {sides[0].label}.", remedy="Pass two different arms.")
-    return sides
+    if len(arms) == 2 and (arms[0].target, arms[0].variant) == (arms[1].target, arms[1].variant):
+        raise ConfigError(f"Both arms are {arms[0].label}.", remedy="Pass --arms with two different arms.")
+    return arms
 
 
 def _row(outcome: Outcome, plan: Plan) -> dict[str, Any]:
-    """A row without what only a gate has."""
+    """A row of the result, without the keys that only a gate fills."""
     data = latency_json(outcome, plan)
     return {key: value for key, value in data.items() if key not in ("verdict", "reason", "max_slowdown", "sentinels")}

@@ -1,1 +1,1 @@
-"""Statistics without a model: sequential tests, proportions, distances between logits."""
+"""Statistics that know nothing of models: sequential tests, proportions, distances between logits."""

@@ -3,21 +3,21 @@
 import numpy as np
 from numpy.typing import NDArray
 
-#: Noise above a third of the signal: the logits are another network's.
+#: Above this noise, a third of the signal, the logits are treated as those of a different network.
 COLLAPSED = 1 / 3
 
 
 def logit_noise(exact: NDArray[np.float64], other: NDArray[np.float64]) -> float:
-    """rms difference of logits (N,K) relative to the rms of ``exact`` around each image's mean."""
+    """RMS difference of logits (N,K), relative to the RMS of ``exact`` around the mean of each image."""
     if not np.isfinite(other).all():
         return float("inf")
-    # What all classes have in common decides nothing.
+    # Adding one constant to all logits of an image changes no prediction, so the mean is not part of the signal.
     centred = exact - exact.mean(axis=1, keepdims=True)
     return float(np.sqrt(np.mean(np.square(other - exact)) / np.mean(np.square(centred))))
 
 
 def kl_divergence(reference: NDArray[np.float64], other: NDArray[np.float64]) -> NDArray[np.float64]:
-    """KL(softmax(reference) || softmax(other)) per row of logits (N,K), in nats; never below zero."""
+    """KL(softmax(reference) || softmax(other)) per row of logits (N,K), in nats; never negative."""
     with np.errstate(invalid="ignore", over="ignore"):
         log_p, log_q = _log_softmax(reference), _log_softmax(other)
         divergence = np.sum(np.exp(log_p) * (log_p - log_q), axis=1)

@@ -1,16 +1,21 @@
-"""A small convolutional network to calibrate a machine with where there is no bundle: a fraction of a millisecond."""
+"""The anchor: a small convolutional network that runs in a fraction of a millisecond.
+
+It calibrates a machine without a bundle, and it is the unit in which latencies of different days are compared.
+"""
 
 import itertools
 from pathlib import Path
 
 import numpy as np
 
+#: Side of its input images in pixels.
 SIZE = 32
+
 _CHANNELS = (3, 24, 48, 64, 96)
 
 
-def write_network(path: Path) -> Path:
-    """Write an ONNX file of four strided 3x3 convolutions and a classifier; its weights mean nothing."""
+def write_anchor_network(path: Path) -> Path:
+    """Write an ONNX file of four 3x3 convolutions and global pooling, with random weights; input (N,3,32,32)."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 

@@ -1,8 +1,8 @@
-"""The clock ``gpu``: CUDA events around a captured graph that is replayed on buffers which stay on the device.
+"""The clock ``gpu``: CUDA events around replays of a captured graph, and the state of the GPU after each block.
 
-It has not run on a GPU yet; its calls are tested against a recorded surface of torch, onnxruntime and TensorRT.
-
-What a GPU does beside the measurement, as NVML tells it after each block: clock, throttling, heat, processes.
+All buffers stay on the device. NVML reports clock, throttling, temperature and processes, so that pairs measured under
+different conditions can be dropped. This clock has not run on a GPU yet: its calls are tested against a recorded API of
+torch, onnxruntime, TensorRT and NVML.
 """
 
 import contextlib
@@ -19,17 +19,26 @@ from kdexport.errors import EngineBuildError
 from kdexport.targets import parse_target
 from kdexport.timing.measure import Reading, Run
 
-#: Before each timed replay the GPU is kept busy this long, so that the start event waits on the device until the replay
-#: is queued behind it; otherwise the time of launching would be measured too. About 0.1 ms at 2 GHz.
+#: Clock cycles for which the GPU is kept busy before each timed replay, about 0.1 ms at 2 GHz. The start event then
+#: waits on the device until the replay is queued behind it; otherwise the launch time would be measured too.
 _BUSY_CYCLES = 200_000
 
-#: onnxruntime captures after its first runs, TensorRT wants one before the capture.
+#: onnxruntime captures the graph during its first runs, and TensorRT needs one run before the capture.
 _RUNS_BEFORE_REPLAY = 3
+
+#: Reasons for a reduced clock that count as throttling, by their NVML names; idling and settings do not.
+THROTTLE_REASONS = (
+    "SwPowerCap",
+    "HwSlowdown",
+    "SwThermalSlowdown",
+    "HwThermalSlowdown",
+    "HwPowerBrakeSlowdown",
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Replay:
-    """One arm: ``launch`` queues a replay on ``stream``; called, it also waits for it."""
+    """One arm: ``launch`` queues a replay on ``stream``; calling the object also waits for its end."""
 
     launch: Callable[[], object]
     stream: Any
@@ -40,7 +49,7 @@ class Replay:
         self.stream.synchronize()
 
     def logits(self) -> NDArray[np.float32]:
-        """What the last replay left in the output buffer, (n,K)."""
+        """Logits (n,K) of the last replay."""
         self.stream.synchronize()
         return np.asarray(self.output.cpu().numpy())
 
@@ -48,8 +57,8 @@ class Replay:
 def open_on_gpu(path: Path, target: str, images: NDArray[np.float32]) -> Replay:
     """Capture ``target`` for one batch (n,3,S,S) float32 on the current device.
 
-    Raises ``BackendUnavailableError`` where a node would run elsewhere, and ``EngineBuildError`` for an engine that
-    does not open here.
+    Raises ``BackendUnavailableError`` if a node would not run on the GPU, and ``EngineBuildError`` for an engine that
+    cannot be loaded or run here.
     """
     torch: Any = importlib.import_module("torch")
     stream = torch.cuda.Stream()
@@ -62,15 +71,16 @@ def open_on_gpu(path: Path, target: str, images: NDArray[np.float32]) -> Replay:
             replay()
     if not bool(torch.isfinite(output).all()):
         raise EngineBuildError(
-            f"{path} gives logits that are not finite on the GPU.", remedy="`kdexport verify` on its bundle says more."
+            f"{path} computes logits that are not finite on the GPU.",
+            remedy="Run `kdexport verify BUNDLE` for details.",
         )
     return replay
 
 
 def event_block(run: Run, runs: int) -> NDArray[np.float64]:
-    """Seconds on the device of each of ``runs`` replays."""
+    """(runs,) seconds of replays, by the clock of the device."""
     if not isinstance(run, Replay):
-        raise TypeError("only replays have events")
+        raise TypeError(f"CUDA events can time a Replay only; got {type(run).__name__}.")
     cuda: Any = importlib.import_module("torch").cuda
     events = [(cuda.Event(enable_timing=True), cuda.Event(enable_timing=True)) for _ in range(runs)]
     with cuda.stream(run.stream):
@@ -84,7 +94,7 @@ def event_block(run: Run, runs: int) -> NDArray[np.float64]:
 
 
 def device_facts() -> dict[str, Any]:
-    """The device that runs: name, UUID as NVML spells it, compute capability."""
+    """Name, UUID in the spelling of NVML, and compute capability of the device."""
     properties = importlib.import_module("torch").cuda.get_device_properties(0)
     return {
         "name": properties.name,
@@ -93,43 +103,33 @@ def device_facts() -> dict[str, Any]:
     }
 
 
-#: Reasons for which the driver holds the clock back, as NVML names them; idling and settings are none of them.
-REASONS = (
-    "SwPowerCap",
-    "HwSlowdown",
-    "SwThermalSlowdown",
-    "HwThermalSlowdown",
-    "HwPowerBrakeSlowdown",
-)
-
-
 class NvmlGuard:
-    """Reads the state of one device, and remembers the range of what it read."""
+    """Reads the state of one device and records the range of its readings."""
 
     def __init__(self, nvml: Any, handle: Any) -> None:
         self._nvml, self._handle = nvml, handle
-        self._bits = {name: int(getattr(nvml, f"nvmlClocksThrottleReason{name}")) for name in REASONS}
+        self._bits = {name: int(getattr(nvml, f"nvmlClocksThrottleReason{name}")) for name in THROTTLE_REASONS}
         self._readings: list[Reading] = []
         self._reasons: set[str] = set()
 
     def __call__(self) -> Reading:
-        """The state now."""
+        """The current state."""
         nvml, handle = self._nvml, self._handle
         mask = int(nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle))
-        held = {name for name, bit in self._bits.items() if mask & bit}
-        self._reasons |= held
+        active = {name for name, bit in self._bits.items() if mask & bit}
+        self._reasons |= active
         reading = Reading(
             sm_mhz=float(nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)),
-            throttled=bool(held),
+            throttled=bool(active),
             celsius=float(nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)),
-            # A count, because inside of a container NVML knows processes by the numbers that they have outside.
+            # A count, because inside a container NVML reports process ids of the host.
             processes=len(nvml.nvmlDeviceGetComputeRunningProcesses(handle)),
         )
         self._readings.append(reading)
         return reading
 
     def facts(self) -> dict[str, Any]:
-        """Ranges over all blocks: SM clock in MHz, heat in degrees Celsius, processes with this one."""
+        """Ranges over all blocks: SM clock in MHz, temperature in Celsius, number of processes including this one."""
         found: dict[str, Any] = {"throttled": sorted(self._reasons), "blocks": len(self._readings)}
         for name in ("sm_mhz", "celsius", "processes"):
             values = [getattr(reading, name) for reading in self._readings]
@@ -138,7 +138,7 @@ class NvmlGuard:
 
 
 def open_nvml(uuid: str) -> NvmlGuard | None:
-    """A guard of the device ``uuid``; None where NVML or its Python module is absent or does not know the device."""
+    """A guard for the device ``uuid``; None if NVML or its Python module is missing or cannot read the device."""
     try:
         nvml: Any = importlib.import_module("pynvml")
     except ImportError:
@@ -146,7 +146,7 @@ def open_nvml(uuid: str) -> NvmlGuard | None:
     with contextlib.suppress(nvml.NVMLError):
         nvml.nvmlInit()
         guard = NvmlGuard(nvml, nvml.nvmlDeviceGetHandleByUUID(uuid))
-        # A virtual device may know its name and refuse the rest: better no guard than one that fails in the middle.
+        # A virtual device may be found by its UUID and still refuse every reading, so one is made before timing starts.
         guard()
         return guard
     return None

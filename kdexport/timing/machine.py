@@ -1,4 +1,4 @@
-"""The machine that measures: what it is, whether it can hold the measurement, and what it was calibrated to see."""
+"""The machine that measures: its description, and whether it has enough processors."""
 
 import platform
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from kdexport.timing.session import usable_cpus
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
-    """What latencies depend on besides the model."""
+    """The properties of a machine on which latencies depend."""
 
     cpu: str
     cores: int
@@ -22,7 +22,7 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """The machine that runs this."""
+    """The description of the machine that runs this process."""
     versions = tool_versions("onnxruntime-gpu", "onnxruntime")
     return Machine(
         cpu=_cpu_model(),
@@ -34,11 +34,11 @@ def this_machine() -> Machine:
 
 
 def require_cores(threads: int) -> None:
-    """Raise ``RunnerError`` where sessions of ``threads`` threads would share processors."""
+    """Raise ``RunnerError`` if the threads of a session would share processors."""
     cores = len(usable_cpus())
     if threads > cores:
         raise RunnerError(
-            f"{threads} threads were asked for, and this process may use {cores} processors.",
+            f"Timing with {threads} threads needs {threads} processors; this process may use {cores}.",
             remedy=f"Pass --threads {cores} or fewer, or use a larger machine.",
         )
 

@@ -1,4 +1,4 @@
-"""Two callables timed against each other inside one process: blocks, pairs in random order, warm-up."""
+"""Paired timing of two callables in one process: warm-up, blocks of runs, pairs of blocks in random order."""
 
 import functools
 import math
@@ -11,20 +11,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 Run = Callable[[], object]
-#: Seconds of each of a number of back-to-back runs.
+
+#: Times a given number of back-to-back runs: (N,) seconds.
 Block = Callable[[Run, int], NDArray[np.float64]]
 
-#: A block is long enough for the clock's own cost to vanish in it.
+#: A block takes at least this many seconds and runs, so that the cost of reading the clock is negligible.
 BLOCK_S, BLOCK_RUNS = 0.005, 10
+
+#: The first pairs of a session, which are not used.
 DROPPED_PAIRS = 5
 _WARMUP_S = 0.2
-#: Clocks of the two blocks of a pair may differ by this much, and this share of a session's pairs may be dropped.
-CLOCK_TOLERANCE, MAX_DROPPED = 0.01, 0.2
+
+#: Largest relative difference of the GPU clock between the blocks of a pair.
+CLOCK_TOLERANCE = 0.01
+
+#: Largest fraction of the pairs of a session that may be dropped.
+MAX_DROPPED = 0.2
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """A GPU's state right after a block: SM clock in MHz, whether power or heat hold it back, heat, processes on it."""
+    """The state of a GPU right after a block: SM clock in MHz, throttling, temperature in Celsius, processes on it."""
 
     sm_mhz: float
     throttled: bool
@@ -33,33 +40,33 @@ class Reading:
 
 
 class Guard(Protocol):
-    """Reads the state of the device that is timed."""
+    """Reads the state of the timed device."""
 
     def __call__(self) -> Reading:
-        """The state now."""
+        """The current state."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pairing:
-    """How a session is measured: pairs that count, the seed of their order, and when the warm-up is over.
+    """How a session is measured: the number of pairs, the seed of their order, and when it is extended.
 
-    Where the median log ratios of both halves differ by more than ``settle``, the first half is forgotten and as many
-    pairs are measured again; None never extends. ``tails`` keeps every single run.
+    If the median log ratios of both halves of the session differ by more than ``max_drift``, the first half is
+    discarded and ``pairs`` more pairs are measured; None never extends. ``tails`` keeps every single run.
     """
 
     pairs: int
     seed: int
-    settle: float | None = None
+    max_drift: float | None = None
     tails: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Measured:
-    """Pairs (P,2) of block medians, reference and candidate, in seconds; what was left out; the runs of a block.
+    """Pairs (P,2) of block medians (reference, candidate) in seconds, the number of dropped pairs, the runs per block.
 
-    ``tails_s`` (2,N) holds every run of the reference and of the candidate, N = 0 where they were not asked for.
-    ``anchor_s`` (P,) is the anchor's block beside each pair and ``clocks_mhz`` (P,2) the device's clock after its two
-    blocks; they are empty without an anchor and without a guard.
+    ``tails_s`` (2,N) holds every run of the reference and of the candidate; N = 0 unless they were requested.
+    ``anchor_s`` (P,) is the median block of the anchor after each pair, empty without an anchor; ``clocks_mhz`` (P,2)
+    is the clock of the device after each block, empty without a guard.
     """
 
     pairs_s: NDArray[np.float64]
@@ -73,8 +80,8 @@ class Measured:
 
 
 @dataclass(slots=True)
-class _Pass:
-    """What pairs left behind. Lists of one length, but for ``tails``, ``anchors`` and ``clocks`` that may be empty."""
+class _Pairs:
+    """Measured pairs as lists of equal length; ``tails``, ``anchors`` and ``clocks`` may be empty instead."""
 
     pairs: list[tuple[float, float]] = field(default_factory=list)
     order: list[bool] = field(default_factory=list)
@@ -86,7 +93,7 @@ class _Pass:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Arms:
-    """Blocks of both arms and of the anchor, as callables without arguments."""
+    """Callables that time one block of each arm and of the anchor."""
 
     reference: Callable[[], NDArray[np.float64]]
     candidate: Callable[[], NDArray[np.float64]]
@@ -94,7 +101,7 @@ class _Arms:
 
 
 def host_block(run: Run, runs: int) -> NDArray[np.float64]:
-    """Seconds of each of ``runs`` back-to-back runs, by this process's clock."""
+    """(runs,) seconds of back-to-back runs, by the clock of this process."""
     times = np.empty(runs)
     for index in range(runs):
         started = time.perf_counter()
@@ -112,58 +119,56 @@ def measure(
     block: Block = host_block,
     anchor: Run | None = None,
 ) -> Measured:
-    """Time both in pairs of blocks whose order a seeded coin decides; ``block`` is the clock.
+    """Time both arms in pairs of blocks in random order; ``block`` times one block.
 
-    ``anchor`` is a third thing, timed once after each pair, that latencies of another day can be compared through.
+    ``anchor`` is timed once after each pair; latencies of different days are compared in units of it.
     """
     rng = np.random.default_rng(pairing.seed)
-    runs = max(_warm(reference), _warm(candidate))
-    anchored = None if anchor is None else functools.partial(block, anchor, _warm(anchor))
+    runs = max(_warm_up(reference), _warm_up(candidate))
+    anchored = None if anchor is None else functools.partial(block, anchor, _warm_up(anchor))
     arms = _Arms(functools.partial(block, reference, runs), functools.partial(block, candidate, runs), anchored)
 
-    def pairs() -> _Pass:
-        return _measure_pairs(arms, pairing, rng, guard)
-
-    once = pairs()
-    extended = pairing.settle is not None and not _settled(once.pairs, pairing.settle)
+    measured = _measure_pairs(arms, pairing, rng, guard)
+    extended = pairing.max_drift is not None and not _is_stationary(measured.pairs, pairing.max_drift)
     if extended:
-        once = _joined(once, pairs())
+        measured = _joined(measured, _measure_pairs(arms, pairing, rng, guard))
     return Measured(
-        pairs_s=np.asarray(once.pairs, np.float64).reshape(-1, 2),
-        candidate_first=tuple(once.order),
-        dropped=once.dropped,
+        pairs_s=np.asarray(measured.pairs, np.float64).reshape(-1, 2),
+        candidate_first=tuple(measured.order),
+        dropped=measured.dropped,
         extended=extended,
         runs=runs,
-        tails_s=np.concatenate(once.tails, axis=1) if once.tails else np.empty((2, 0)),
-        anchor_s=np.asarray(once.anchors, np.float64),
-        clocks_mhz=np.asarray(once.clocks, np.float64).reshape(-1, 2),
+        tails_s=np.concatenate(measured.tails, axis=1) if measured.tails else np.empty((2, 0)),
+        anchor_s=np.asarray(measured.anchors, np.float64),
+        clocks_mhz=np.asarray(measured.clocks, np.float64).reshape(-1, 2),
     )
 
 
 def must_drop(first: Reading, second: Reading) -> bool:
-    """Whether the device changed under a pair: only whole pairs are dropped, never single runs.
+    """Whether the device changed between the two blocks of a pair: throttling, clock, or processes on it.
 
-    A process that came or went between its blocks is such a change; one that stays hits both alike and is recorded.
+    Only whole pairs are dropped, never single runs. A process that runs during both blocks slows both alike; it is
+    recorded, and the pair is kept.
     """
-    apart = abs(first.sm_mhz - second.sm_mhz) > CLOCK_TOLERANCE * max(first.sm_mhz, second.sm_mhz)
-    return first.throttled or second.throttled or apart or first.processes != second.processes
+    clocks_differ = abs(first.sm_mhz - second.sm_mhz) > CLOCK_TOLERANCE * max(first.sm_mhz, second.sm_mhz)
+    return first.throttled or second.throttled or clocks_differ or first.processes != second.processes
 
 
-def slowed(run: Run, share: float) -> Run:
-    """``run`` made slower by ``share`` of the time that it takes: a change of known size, to validate the gate with."""
+def slowed(run: Run, fraction: float) -> Run:
+    """``run`` followed by a busy wait of ``fraction`` of its own time: a known slowdown, to validate the gate."""
 
-    def longer() -> None:
+    def slower() -> None:
         started = time.perf_counter()
         run()
-        until = started + (time.perf_counter() - started) * (1 + share)
+        until = started + (time.perf_counter() - started) * (1 + fraction)
         while time.perf_counter() < until:
             pass
 
-    return longer
+    return slower
 
 
-def _measure_pairs(arms: _Arms, pairing: Pairing, rng: np.random.Generator, guard: Guard | None) -> _Pass:
-    found = _Pass()
+def _measure_pairs(arms: _Arms, pairing: Pairing, rng: np.random.Generator, guard: Guard | None) -> _Pairs:
+    found = _Pairs()
     for index in range(pairing.pairs + DROPPED_PAIRS):
         candidate_first = bool(rng.random() < 0.5)
         times: dict[bool, NDArray[np.float64]] = {}
@@ -186,9 +191,10 @@ def _measure_pairs(arms: _Arms, pairing: Pairing, rng: np.random.Generator, guar
     return found
 
 
-def _joined(first: _Pass, second: _Pass) -> _Pass:
+def _joined(first: _Pairs, second: _Pairs) -> _Pairs:
+    """The second half of ``first`` and all of ``second``."""
     half = len(first.pairs) // 2
-    return _Pass(
+    return _Pairs(
         pairs=first.pairs[half:] + second.pairs,
         order=first.order[half:] + second.order,
         tails=first.tails[half:] + second.tails,
@@ -198,14 +204,15 @@ def _joined(first: _Pass, second: _Pass) -> _Pass:
     )
 
 
-def _settled(pairs: list[tuple[float, float]], tolerance: float) -> bool:
+def _is_stationary(pairs: list[tuple[float, float]], tolerance: float) -> bool:
+    """Whether the median log ratios of both halves differ by at most ``tolerance``."""
     ratios = np.log([later / earlier for earlier, later in pairs])
     middle = len(ratios) // 2
     return middle < 1 or bool(abs(np.median(ratios[:middle]) - np.median(ratios[middle:])) <= tolerance)
 
 
-def _warm(run: Run) -> int:
-    """Run until warm; returns how many runs fill a block."""
+def _warm_up(run: Run) -> int:
+    """Warm ``run`` up; the result is the number of runs per block."""
     started, count = time.perf_counter(), 0
     while time.perf_counter() - started < _WARMUP_S or count < BLOCK_RUNS:
         run()

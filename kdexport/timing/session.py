@@ -1,10 +1,11 @@
-"""One session: a fresh process that times two arms against each other; JSON in, JSON out.
+"""A latency session: a fresh process that times two arms against each other.
+
+``run_session`` starts the process and reads its result. The process itself takes a request as JSON and prints a
+session as JSON:
 
     python -m kdexport.timing.session '{"clock": "host", ...}'
 
-It imports what it times and nothing else, so that a session of a small model takes a second or two.
-
-Sessions from the outside: which processors they are held on, how they are started, and what became of them.
+It imports only what it times, so that a session of a small model takes one or two seconds.
 """
 
 import contextlib
@@ -26,15 +27,18 @@ from kdexport.errors import ConfigError, ForwardedError, KdexportError, Verifica
 from kdexport.stats.sequential import session_statistic
 from kdexport.targets import DEFAULT_TARGET, parse_target
 from kdexport.timing.anchor import SIZE
-from kdexport.timing.clocks import CLOCKS
+from kdexport.timing.clocks import unknown_clock
 from kdexport.timing.measure import Block, Guard, Measured, Pairing, Run, host_block, measure, slowed
+
+#: Seconds after which a session is stopped.
+SESSION_TIMEOUT_S = 600
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Arm:
-    """What one arm runs: the file of a target, or for the clock ``serve`` a bundle folder.
+    """What one arm runs: the file of a target, or a bundle folder for the clock ``serve``.
 
-    ``slowdown`` makes every run longer by that share: a known change, for validating the gate itself.
+    ``slowdown`` makes every run longer by that fraction: a known change, to validate the gate itself.
     """
 
     path: str
@@ -44,9 +48,9 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """A session to run. ``cpus`` are those that it is held on; ``settle`` and ``tails`` as in ``Pairing``.
+    """A session to run. ``cpus`` are the processors it is pinned to; ``max_drift`` and ``tails`` as in ``Pairing``.
 
-    ``anchor`` is an ONNX file of ``network.write_network`` to time beside the arms, empty for none.
+    ``anchor`` is an ONNX file of ``write_anchor_network`` to time beside the arms, empty for none.
     """
 
     reference: Arm
@@ -58,7 +62,7 @@ class Request:
     cpus: tuple[int, ...]
     pairs: int
     seed: int
-    settle: float | None = None
+    max_drift: float | None = None
     tails: bool = False
     anchor: str = ""
 
@@ -71,12 +75,12 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Session:
-    """What a session found: the median log ratio candidate / reference of its pairs, and all that it rests on.
+    """The result of a session: the median log ratio candidate / reference of its pairs, and the measurements behind it.
 
-    ``pairs_ms`` holds reference and candidate of each pair that counts; ``load`` the machine's load average before and
-    after; ``created_first`` the arm that was loaded first; ``tails_ms`` every run of the candidate where asked for, and
-    ``reference_tails_ms`` those of the reference. ``anchored`` is the median log ratio candidate / anchor, and
-    ``cycles_log_ratio`` is ``log_ratio`` with each block's time multiplied by the device's clock.
+    ``pairs_ms`` holds (reference, candidate) of each pair that was not dropped; ``load`` the load average before and
+    after; ``created_first`` the arm that was loaded first; ``tails_ms`` and ``reference_tails_ms`` every run of each
+    arm if requested. ``anchored`` is the median log ratio candidate / anchor. ``cycles_log_ratio`` is ``log_ratio`` in
+    clock cycles of the device instead of time.
     """
 
     log_ratio: float
@@ -105,19 +109,51 @@ class Session:
         return cls(**{**data, **tuples, "pairs_ms": tuple((a, b) for a, b in data["pairs_ms"])})
 
 
-def run(request: Request) -> Session:
-    """Measure in this process, which is pinned to ``request.cpus`` for good."""
+def usable_cpus() -> tuple[int, ...]:
+    """The processors on which this process may run."""
+    return tuple(sorted(os.sched_getaffinity(0)))
+
+
+def pinned_cpus(threads: int) -> tuple[int, ...]:
+    """The last ``threads`` usable processors, to which sessions are pinned; most interrupts are served by the first."""
+    return usable_cpus()[-threads:]
+
+
+def run_session(request: Request) -> Session:
+    """Run one session in a fresh process; raises its error, or ``VerificationError`` if it crashed or timed out."""
+    try:
+        result = call("kdexport.timing.session", [json.dumps(asdict(request))], timeout_s=SESSION_TIMEOUT_S)
+    except ChildTimeoutError as error:
+        raise VerificationError(
+            f"A latency session took more than {error.seconds:g} s (the limit).",
+            remedy="Pass a smaller --batch, or use a faster or quieter machine.",
+        ) from None
+    except ForwardedError as error:
+        raise ForwardedError(
+            f"In a latency session: {error.message}",
+            remedy=error.remedy, code=error.code, exit_code=error.exit_code,
+        ) from None  # fmt: skip
+    except ChildDiedError as error:
+        raise VerificationError(
+            f"A latency session crashed with exit code {error.exit_code}: {error.said}",
+            remedy="Run the same command again; if it crashes again, open each model in its runtime.",
+        ) from None
+    return Session.from_json(result)
+
+
+def measure_session(request: Request) -> Session:
+    """Measure in this process, which stays pinned to ``request.cpus``."""
     if request.cpus:
         os.sched_setaffinity(0, request.cpus)
     rng = np.random.default_rng([request.seed, 1])
     order = [str(name) for name in rng.permutation(["reference", "candidate"])]
-    pairing = Pairing(pairs=request.pairs, seed=request.seed, settle=request.settle, tails=request.tails)
+    pairing = Pairing(pairs=request.pairs, seed=request.seed, max_drift=request.max_drift, tails=request.tails)
     before = os.getloadavg()[0]
     with _opened(request, order) as opened:
         runs = opened.runs
         arms = {"reference": request.reference, "candidate": request.candidate}
         if any(arm.slowdown for arm in arms.values()):
-            # Both arms, so that what the waiting itself costs is no part of the difference.
+            # Both arms are wrapped, so that the overhead of the busy wait cancels out.
             runs = {name: slowed(runs[name], arm.slowdown) for name, arm in arms.items()}
         both = (runs["reference"], runs["candidate"])
         measured = measure(*both, pairing, opened.guard, block=opened.block, anchor=opened.anchor)
@@ -147,23 +183,25 @@ def _session(
         tails_ms=tuple(round(float(value), 6) for value in measured.tails_s[1] * 1e3),
         reference_tails_ms=tuple(round(float(value), 6) for value in measured.tails_s[0] * 1e3),
         gpu=facts,
-        anchored=_beside(measured.anchor_s, measured.pairs_s[:, 1]),
-        cycles_log_ratio=_cycles(measured),
+        anchored=_anchored_log_ratio(measured),
+        cycles_log_ratio=_cycles_log_ratio(measured),
     )
 
 
-def _beside(first_s: NDArray[np.float64], second_s: NDArray[np.float64]) -> float | None:
-    return session_statistic(np.stack([first_s, second_s], axis=1)) if len(first_s) else None
+def _anchored_log_ratio(measured: Measured) -> float | None:
+    if not len(measured.anchor_s):
+        return None
+    return session_statistic(np.stack([measured.anchor_s, measured.pairs_s[:, 1]], axis=1))
 
 
-def _cycles(measured: Measured) -> float | None:
+def _cycles_log_ratio(measured: Measured) -> float | None:
     clocks = measured.clocks_mhz
     return session_statistic(measured.pairs_s * clocks) if clocks.size and (clocks > 0).all() else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class _Opened:
-    """Both arms, ready to run, the anchor where there is one, and the clock that times them."""
+    """Both arms and the anchor, ready to run, and how a block of them is timed."""
 
     runs: dict[str, Run]
     anchor: Run | None = None
@@ -174,7 +212,7 @@ class _Opened:
 
 @contextlib.contextmanager
 def _opened(request: Request, order: list[str]) -> Iterator[_Opened]:
-    """Both arms as callables, created in ``order``: the one that comes first may get the better memory."""
+    """Both arms as callables, loaded in ``order``: the arm that is loaded first may get the better memory layout."""
     rng = np.random.default_rng([request.seed, 2])
     size = request.image_size
     images = rng.standard_normal((request.batch, 3, size, size), dtype=np.float32)
@@ -193,7 +231,7 @@ def _opened(request: Request, order: list[str]) -> Iterator[_Opened]:
     elif request.clock == "gpu":
         yield _on_gpu(arms, order, images, request.anchor)
     else:
-        raise ConfigError(f"There is no clock {request.clock!r} in a session.", remedy=f"Known: {', '.join(CLOCKS)}.")
+        raise unknown_clock(request.clock)
 
 
 def _host_anchor(request: Request) -> Run | None:
@@ -210,7 +248,7 @@ def _on_gpu(arms: dict[str, Arm], order: list[str], images: NDArray[np.float32],
     from kdexport.timing.gpu import device_facts, event_block, open_nvml, open_on_gpu
 
     if any(arm.slowdown for arm in arms.values()):
-        raise ConfigError("A known slowdown cannot be injected on a GPU.", remedy="Use the clock host for it.")
+        raise ConfigError("A slowdown cannot be injected on the clock gpu.", remedy="Use the clock host.")
     runs: dict[str, Run] = {name: open_on_gpu(Path(arms[name].path), arms[name].target, images) for name in order}
     facts = device_facts()
     guard = open_nvml(facts["uuid"])
@@ -224,7 +262,7 @@ def _on_gpu(arms: dict[str, Arm], order: list[str], images: NDArray[np.float32],
 
 
 def open_on_host(path: Path, target: str, *, threads: int) -> Logits:
-    """A target's file on the CPU, in its own runtime: (n,3,S,S) float32 to logits (n,K)."""
+    """The file of a target on the CPU, in its own runtime: (n,3,S,S) float32 to logits (n,K)."""
     wanted = parse_target(target)
     return wanted.runtime.open(path, wanted.precision, device="cpu", threads=threads).logits
 
@@ -235,44 +273,9 @@ def _bound(function: Callable[[Any], object], images: Any) -> Run:
 
 def _main() -> None:
     try:
-        print_json(asdict(run(Request.from_json(json.loads(sys.argv[1])))))
+        print_json(asdict(measure_session(Request.from_json(json.loads(sys.argv[1])))))
     except KdexportError as error:
         fail(error)
-
-
-SESSION_TIMEOUT_S = 600
-
-
-def usable_cpus() -> tuple[int, ...]:
-    """Processors that this process may run on."""
-    return tuple(sorted(os.sched_getaffinity(0)))
-
-
-def pinned_cpus(threads: int) -> tuple[int, ...]:
-    """The processors that sessions of ``threads`` threads are held on: the last ones, for interrupts meet the first."""
-    return usable_cpus()[-threads:]
-
-
-def run_session(request: Request) -> Session:
-    """Run one session in a fresh process; raises what it raised, or ``VerificationError`` if it died or hung."""
-    try:
-        answer = call("kdexport.timing.session", [json.dumps(asdict(request))], timeout_s=SESSION_TIMEOUT_S)
-    except ChildTimeoutError as error:
-        raise VerificationError(
-            f"A latency session did not end within {error.seconds:g} s.",
-            remedy="Use a smaller batch or fewer pairs, or a quieter machine.",
-        ) from None
-    except ForwardedError as error:
-        raise ForwardedError(
-            f"In a latency session: {error.message}",
-            remedy=error.remedy, code=error.code, exit_code=error.exit_code,
-        ) from None  # fmt: skip
-    except ChildDiedError as error:
-        raise VerificationError(
-            f"A latency session died with exit code {error.exit_code}: {error.said}",
-            remedy="Run the same command again; if it stays, open both files in onnxruntime by hand.",
-        ) from None
-    return Session.from_json(answer)
 
 
 if __name__ == "__main__":

@@ -7,17 +7,21 @@ budgets for flips and lost accuracy are a policy, because only the user knows wh
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kdexport.stats.logits import kl_divergence
-from kdexport.stats.proportions import Interval, drop_trials_needed, paired_accuracy, proportion_interval, trials_needed
+from kdexport.stats.proportions import (
+    Estimate,
+    drop_trials_needed,
+    estimate_drop,
+    estimate_proportion,
+    mcnemar_p_value,
+    trials_needed,
+)
 from kdexport.verify.check import Check, check_at_most
 from kdexport.verify.policy import Policy, TaskPolicy
-
-Claim = Literal["shown", "refuted", "open"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -81,7 +85,7 @@ def task_metrics(
 def rung_d(subject: str, metrics: TaskMetrics, reference: TaskReference, limits: Policy) -> list[Check]:
     """The task's checks of one file."""
     policy = limits.D
-    budget, error = policy.budget(metrics.precision), 1 - policy.confidence
+    budget = policy.budget(metrics.precision)
     factor = limits.B.max_error if metrics.precision == "fp32" else limits.C.max_error
     # Both sides of the comparison are off the oracle: the file as far as its rung allows, the reference by its own.
     allowed = factor * metrics.unit_error + reference.own_error
@@ -90,18 +94,19 @@ def rung_d(subject: str, metrics: TaskMetrics, reference: TaskReference, limits:
     # Read in float64: the stored margin is rounded, and a limit of exactly 2 e is met by ties alone.
     unexplained = flipped & ~(reference.margins.astype(np.float64) <= 2 * allowed)
     right, was_right = metrics.predictions == reference.labels, reference.predictions == reference.labels
-    paired = paired_accuracy(int((was_right & ~right).sum()), int((~was_right & right).sum()), total, error=error)
-    rate = proportion_interval(flips, total, error=error)
+    lost, gained = int((was_right & ~right).sum()), int((~was_right & right).sum())
+    flip_rate = estimate_proportion(flips, total, policy.confidence)
+    drop = estimate_drop(lost, gained, total, policy.confidence)
     divergence = float(np.max(metrics.divergences))
     return [
-        _budgeted("flips", subject, flips / total, rate, budget.flips, policy, f"{flips} of {total}", trials_needed),
+        _budgeted("flips", subject, flip_rate, budget.flips, policy, f"{flips} of {total}", trials_needed),
         check_at_most(
             "D", subject, "unexplained flips", int(unexplained.sum()), policy.unexplained_flips, unit="images",
             detail=_widest(flipped, reference, 2 * allowed),
         ),
         _budgeted(
-            "top-1 lost", subject, paired.drop, paired.interval, budget.top1_drop, policy,
-            f"{paired.lost} lost, {paired.won} won, McNemar p {paired.p_value:.2g}", drop_trials_needed,
+            "top-1 lost", subject, drop, budget.top1_drop, policy,
+            f"{lost} lost, {gained} gained, McNemar p {mcnemar_p_value(lost, gained):.2g}", drop_trials_needed,
         ),
         check_at_most(
             "D", subject, "largest KL divergence", divergence, allowed**2 / 2, unit="nats",
@@ -111,39 +116,30 @@ def rung_d(subject: str, metrics: TaskMetrics, reference: TaskReference, limits:
     ]  # fmt: skip
 
 
-def judge_claim(interval: Interval, limit: float) -> Claim:
-    """Whether a quantity with this interval is shown to be at most ``limit``, refuted, or neither."""
-    if interval.high <= limit:
-        return "shown"
-    return "refuted" if not interval.low <= limit else "open"
-
-
 def _budgeted(
     name: str,
     subject: str,
-    measured: float,
-    interval: Interval,
+    estimate: Estimate,
     limit: float,
     policy: TaskPolicy,
     counts: str,
     images_needed: Callable[[float, float], int],
 ) -> Check:
-    claim = judge_claim(interval, limit)
-    bounds = f"{policy.confidence:.0%} bounds {interval.low:.3%} and {interval.high:.3%}"
-    detail = f"{counts}; {bounds}"
-    if claim == "open":
+    verdict = estimate.verdict(limit)
+    detail = f"{counts}; {policy.confidence:.0%} bounds {estimate.low:.3%} and {estimate.high:.3%}"
+    if verdict == "INCONCLUSIVE":
         needed = f"takes {images_needed(limit, policy.confidence):,} images to show" if limit else "cannot be shown"
         detail += f": undecided; a rate of {limit:.1%} {needed}"
     return Check(
         rung="D",
         subject=subject,
         name=name,
-        holds=claim == "shown" or (claim == "open" and policy.on_inconclusive == "pass"),
-        measured=measured,
+        holds=verdict == "PASS" or (verdict == "INCONCLUSIVE" and policy.on_inconclusive == "pass"),
+        measured=estimate.value,
         allowed=limit,
         unit="of images",
         detail=detail,
-        undecided=claim == "open",
+        undecided=verdict == "INCONCLUSIVE",
     )
 
 

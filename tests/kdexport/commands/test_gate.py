@@ -18,7 +18,7 @@ from kdexport.bundle.manifest import MANIFEST
 from kdexport.gate import calibrate as calibrate_module
 from kdexport.gate import compare
 from kdexport.gate.calibrate import calibrate, read_calibration
-from kdexport.gate.sequential_test import run_trial
+from kdexport.gate.sequential_test import run_sequential_test
 from tests.conftest import Built, Command
 from tests.kdexport.gate.drawn_sessions import machine
 from tests.kdexport.gate.short_gates import QUICK_PLAN
@@ -107,12 +107,14 @@ def test_numbers_of_bench_as_a_baseline_only_warn(
     row["sessions"] = [{"anchored": math.log(0.02 + 1e-5 * index)} for index in range(10)]
     numbers = tmp_path / "numbers.json"
     numbers.write_text(json.dumps(data))
-    monkeypatch.setattr(compare, "run_trial", functools.partial(run_trial, run=machine(0.0, 0.002)[0]))
+    monkeypatch.setattr(
+        compare, "run_sequential_test", functools.partial(run_sequential_test, run=machine(0.0, 0.002)[0])
+    )
     done_ = CliRunner().invoke(app, ["gate", str(built.bundle), "--baseline", str(numbers)])
     assert done_.exit_code == 0, done_.output
     assert "Verdict: WARN (exit 0). host, batch 1 against stored numbers: 9" in done_.output
     refused = invoke("gate", built.bundle, "--baseline", numbers, "--max-flips", "1%")
-    assert (refused.exit_code, "need the baseline's files" in refused.stderr) == (2, True)
+    assert (refused.exit_code, "need the files of the baseline" in refused.stderr) == (2, True)
 
 
 def test_a_calibration_is_written_and_then_applied(
@@ -124,7 +126,7 @@ def test_a_calibration_is_written_and_then_applied(
     monkeypatch.setattr(calibrate_module, "calibrate", functools.partial(calibrate, run=machine(0.0, 0.08)[0]))
     done = CliRunner().invoke(app, ["calibrate-runner", "--out", str(tmp_path / "runner.toml"), "--gates", "2"])
     assert done.exit_code == 0, done.output
-    assert "smallest slowdown a gate can enforce" in done.output
+    assert "smallest slowdown that a gate can enforce" in done.output
     seen = read_calibration(tmp_path / "runner.toml")
     assert seen.model == "built-in network"
     assert 0.04 < seen.smallest_slowdown < 0.15
@@ -132,19 +134,19 @@ def test_a_calibration_is_written_and_then_applied(
     assert refused.exit_code == 3
     error = json.loads(refused.stdout)["error"]
     assert error["code"] == "KDX350"
-    assert f"it can enforce {seen.smallest_slowdown:.1%}" in error["message"]
+    assert f"at least {seen.smallest_slowdown:.1%} is needed" in error["message"]
     assert f"--max-slowdown {seen.smallest_slowdown:.1%}" in error["remedy"]
     other = tmp_path / "other.toml"
     other.write_text((tmp_path / "runner.toml").read_text().replace("cores = ", "cores = 9"))
     limits = compare.Limits(slowdown=0.02)
     request = compare.GateRequest(bundle=built.bundle, baseline=None, limits=limits, runner=other)
-    assert "of another machine, clock or number of threads and was not used" in compare._resolution(request)
+    assert "is for a different machine, clock or number of threads and was not used" in compare._resolution(request)
 
 
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "words"),
     [
-        (("--max-slowdown", "2"), 2, ["KDX100", "percent sign"]),
+        (("--max-slowdown", "2"), 2, ["KDX100", "must be a percentage"]),
         (("--batch", "1,x"), 2, ["KDX100", "--batch"]),
         (("--clock", "sundial"), 2, ["KDX101", "host"]),
         (("--clock", "gpu"), 4, ["KDX400", "CUDA"]),

@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 
 from kdexport.gate.arms import Artifact
-from kdexport.gate.sequential_test import Number
+from kdexport.gate.sequential_test import Measurement
 from kdexport.timing.session import Request, Session
 
 FUSED = Artifact(label="new|<bundle>", model=Path("new.onnx"), folder=Path("new"), sha256="a" * 64)
 OLD = Artifact(label="old", model=Path("old.onnx"), folder=Path("old"), sha256="b" * 64)
 
 
-def number(clock: str = "host", batch: int = 1) -> Number:
-    return Number(reference=OLD, candidate=FUSED, clock=clock, batch=batch, image_size=32)
+def measurement(clock: str = "host", batch: int = 1) -> Measurement:
+    return Measurement(reference=OLD, candidate=FUSED, clock=clock, batch=batch, image_size=32)
 
 
 def session(

@@ -29,15 +29,15 @@ def test_files_that_are_not_those_of_the_manifest_are_refused(bundle_copy: Path)
 
 def test_a_bundle_whose_checks_failed_is_refused(bundle_copy: Path) -> None:
     rewritten(bundle_copy, lambda data: data["parity"][3].update(holds=False))
-    with pytest.raises(BundleError, match="was not verified: 1 of "):
+    with pytest.raises(BundleError, match=r"is not verified: \d+ of \d+ checks passed \(all of one or more required\)"):
         open_bundle(bundle_copy)
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda data: data["student"].update(student="resnet18"), "different students: .* has mobilenetv2"),
-        (lambda data: data["student"]["classes"].pop(), "different numbers of classes: .* has 10, .* has 9"),
+        (lambda data: data["student"].update(student="resnet18"), "different students: mobilenetv2 in .*, resnet18 in"),
+        (lambda data: data["student"]["classes"].pop(), "different numbers of classes: 10 in .*, 9 in"),
         (lambda data: data["student"]["classes"].reverse(), "class 0 is '0' in .* and '9' in"),
         (lambda data: data["student"]["preprocessing"].update(image_size=24), "different image sizes"),
     ],
@@ -63,7 +63,7 @@ def test_targets_and_clocks_that_cannot_run_here_are_named(built: Built) -> None
         assert caught.value.exit_code == 4
     require_timeable("onnx-fp32", "serve")
     require_batches(bundle, [1, 64])
-    with pytest.raises(ConfigError, match=r"Batch 65 is outside of what .* was exported for: 1 to 64"):
+    with pytest.raises(ConfigError, match=r"was exported for batch sizes 1 to 64; got 65\."):
         require_batches(bundle, [1, 65])
 
 
@@ -85,17 +85,17 @@ def test_the_unfused_twin_is_served_beside_the_fused_student(
     # A request through HTTP takes longer than a microsecond and shorter than a second.
     assert all(1e-3 < value < 1e3 for pair in session.pairs_ms for value in pair)
     flips, drop = accuracy_gates([(unfused, bundle), (fused, bundle)], (0.5, 0.5), None, 1)
-    assert (flips.images, flips.source, drop.bound.value) == (360, "stored outputs", 0.0)
+    assert (flips.images, flips.source, drop.estimate.value) == (360, "stored outputs", 0.0)
     monkeypatch.setattr("kdexport.gate.accuracy.stored_outputs", lambda *_: None)
     flips, drop = accuracy_gates([(unfused, bundle), (fused, bundle)], (0.5, 0.5), None, 1)
-    assert (flips.images, flips.bound.value, drop.bound.value) == (9, 0.0, 0.0)
+    assert (flips.images, flips.estimate.value, drop.estimate.value) == (9, 0.0, 0.0)
 
 
 def test_a_target_that_would_run_in_another_precision_is_refused(two_targets: Path, tmp_path: Path) -> None:
     for target, clock, words in (
         ("onnx-fp16", "host", "computes a float16 graph in float32"),
         ("onnx-bf16", "host", "no bfloat16 convolution"),
-        ("openvino-fp32", "serve", "runs the onnx-fp32"),
+        ("openvino-fp32", "serve", "runs only onnx-fp32 or onnx-int8 on a CPU"),
     ):
         with pytest.raises(BackendUnavailableError, match=words) as caught:
             require_timeable(target, clock)
@@ -103,7 +103,7 @@ def test_a_target_that_would_run_in_another_precision_is_refused(two_targets: Pa
     bundle = open_bundle(two_targets)
     assert choose_target(bundle, "openvino-fp32") == "openvino-fp32"
     (two_targets / "targets" / "openvino-fp32" / MODEL).unlink()
-    with pytest.raises(BundleError, match=r"no model.onnx of openvino-fp32"):
+    with pytest.raises(BundleError, match=r"contains no model.onnx for openvino-fp32"):
         artifact(bundle, "openvino-fp32", "fused", tmp_path)
-    with pytest.raises(ConfigError, match="No engine of the unfused student"):
+    with pytest.raises(ConfigError, match="cannot be compared with the unfused student"):
         artifact(bundle, "trt-fp16", "unfused", tmp_path)

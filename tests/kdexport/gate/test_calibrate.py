@@ -19,10 +19,10 @@ from kdexport.gate.calibrate import (
 from kdexport.gate.sequential_test import Plan
 from kdexport.stats.sequential import minimum_detectable_effect
 from kdexport.timing.machine import this_machine
-from tests.kdexport.gate.drawn_sessions import FUSED, machine, number
+from tests.kdexport.gate.drawn_sessions import FUSED, machine, measurement
 
 PLAN = Plan(max_slowdown=0.02, seed=2)
-SAME = replace(number(), reference=FUSED)
+SAME = replace(measurement(), reference=FUSED)
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +90,9 @@ def test_a_limit_below_the_resolution_of_the_machine_is_refused_with_that_resolu
         require_resolution(noisy, 0.02)
     assert caught.value.exit_code == 3
     assert caught.value.message == (
-        "This runner cannot enforce 2.0%: equal arms differ by 3.00% between sessions, so that it can enforce 3.0%."
+        "This runner cannot enforce 2.0%: equal arms differ by 3.00% between sessions, so at least 3.0% is needed."
     )
-    # What the message offers must be accepted.
+    # The value that the message suggests must be accepted.
     require_resolution(noisy, noisy.smallest_slowdown)
     assert noisy.smallest_slowdown == 0.03
     require_resolution(calm, 0.02)

@@ -12,7 +12,7 @@ from kdexport.cli import app
 from kdexport.errors import BackendUnavailableError, ConfigError
 from kdexport.gate import compare
 from kdexport.gate.compare import GateRequest, Limits, run_gate
-from kdexport.gate.sequential_test import run_trial
+from kdexport.gate.sequential_test import run_sequential_test
 from kdexport.timing.session import Request
 from tests.conftest import Built
 from tests.kdexport.gate.drawn_sessions import machine
@@ -22,7 +22,7 @@ from tests.kdexport.optional_packages import require_openvino
 def gated(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> tuple[Any, list[Request]]:
     """The result of the command with drawn sessions, and the sessions that it requested."""
     run, asked = machine(0.0, 0.002)
-    monkeypatch.setattr(compare, "run_trial", functools.partial(run_trial, run=run))
+    monkeypatch.setattr(compare, "run_sequential_test", functools.partial(run_sequential_test, run=run))
     return CliRunner().invoke(app, ["gate", *map(str, arguments)]), asked
 
 

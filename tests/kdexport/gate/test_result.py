@@ -16,9 +16,9 @@ from kdexport.errors import BackendUnavailableError
 from kdexport.gate import summary
 from kdexport.gate.accuracy import judge_accuracy
 from kdexport.gate.result import Check, GateResult, accuracy_check, latency_check, tail_check
-from kdexport.gate.sequential_test import Outcome, Plan, run_trial
+from kdexport.gate.sequential_test import Outcome, Plan, run_sequential_test
 from kdexport.timing.machine import Machine
-from tests.kdexport.gate.drawn_sessions import machine, number
+from tests.kdexport.gate.drawn_sessions import machine, measurement
 
 MACHINE = Machine(cpu="A & B <CPU>", cores=2, system="Linux x86_64", onnxruntime="1.31.1")
 
@@ -26,7 +26,7 @@ MACHINE = Machine(cpu="A & B <CPU>", cores=2, system="Linux x86_64", onnxruntime
 def trial(effect: float, deviation: float = 0.002, *, tails_ms: tuple[float, ...] = ()) -> tuple[Outcome, Plan]:
     plan = Plan(max_slowdown=0.02, tails=True)
     run, _ = machine(effect, deviation, tails_ms=tails_ms)
-    return run_trial([number()], plan, run=run)[0], plan
+    return run_sequential_test([measurement()], plan, run=run)[0], plan
 
 
 def result(effect: float, deviation: float = 0.002, **changes: Any) -> GateResult:
@@ -142,7 +142,10 @@ def test_a_plot_without_matplotlib_is_an_error_with_the_install_command(monkeypa
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BackendUnavailableError) as caught:
         summary.require_plots()
-    assert (caught.value.exit_code, caught.value.remedy) == (4, "pip install 'kdexport[plots]'")
+    assert (caught.value.exit_code, caught.value.remedy) == (
+        4,
+        "Run `pip install 'kdexport[plots]'`, or omit --plot.",
+    )
 
 
 def test_a_p99_counts_every_run_and_never_claims_more_than_they_prove() -> None:
@@ -157,7 +160,7 @@ def test_a_p99_counts_every_run_and_never_claims_more_than_they_prove() -> None:
     outcome, _ = trial(0.0, tails_ms=(1.0,) * 70)
     check = tail_check(outcome, 2.0)
     assert check.verdict == "INCONCLUSIVE"
-    assert "it takes 459 runs to prove a p99" in check.reason
+    assert "a proof needs at least 459 runs" in check.reason
     assert "unbounded" in check.measured
     assert tail_check(replace(outcome, sessions=()), 2.0).verdict == "INCONCLUSIVE"
 
@@ -170,12 +173,12 @@ def test_accuracy_gates_count_flips_and_lost_answers() -> None:
     candidate[300:420] = (labels[300:420] + 2) % 5
     flips, drop = judge_accuracy(reference, candidate, labels, (0.05, 0.001), "set")
     # 300 to 399 are wrong either way, 400 to 419 are lost; all 120 are flips.
-    assert flips.bound.value == pytest.approx(120 / 4000)
-    assert drop.bound.value == pytest.approx(20 / 4000)
-    assert flips.bound.verdict == "PASS"
-    assert drop.bound.verdict == "FAIL"
+    assert flips.estimate.value == pytest.approx(120 / 4000)
+    assert drop.estimate.value == pytest.approx(20 / 4000)
+    assert flips.verdict == "PASS"
+    assert drop.verdict == "FAIL"
     assert accuracy_check(drop).name == "top-1 drop, set"
     same = judge_accuracy(reference, reference, labels, (0.0001, None), "set")
-    assert same[0].bound.verdict == "INCONCLUSIVE"
-    assert "it takes 29956 images without a change to prove that" in same[0].reason
+    assert same[0].verdict == "INCONCLUSIVE"
+    assert "a proof needs at least 29956 images, none of them changed" in same[0].reason
     assert judge_accuracy(reference, candidate, labels, (None, None), "set") == []

@@ -10,11 +10,11 @@ from scipy import stats
 
 from kdexport.errors import ConfigError, MismatchError
 from kdexport.gate.arms import Bundle, open_bundle
-from kdexport.gate.sequential_test import Plan, run_trial
-from kdexport.gate.stored_latencies import number_checks, prediction, read_numbers, write_anchor
+from kdexport.gate.sequential_test import Plan, run_sequential_test
+from kdexport.gate.stored_latencies import prediction, read_latencies, stored_checks, write_anchor
 from kdexport.timing.machine import this_machine
 from tests.conftest import Built
-from tests.kdexport.gate.drawn_sessions import FUSED, machine, number
+from tests.kdexport.gate.drawn_sessions import FUSED, machine, measurement
 
 PLAN = Plan(max_slowdown=0.02)
 
@@ -47,8 +47,8 @@ def checks(
 ) -> list[Any]:
     path.write_text(json.dumps(data))
     run, _ = machine(0.0, deviation)
-    outcomes = run_trial([replace(number(), reference=FUSED, anchor=anchor)], PLAN, run=run)
-    return number_checks(read_numbers(path, bundle, "onnx-fp32", this_machine()), outcomes, PLAN)
+    outcomes = run_sequential_test([replace(measurement(), reference=FUSED, anchor=anchor)], PLAN, run=run)
+    return stored_checks(read_latencies(path, bundle, "onnx-fp32", this_machine()), outcomes, PLAN)
 
 
 def test_the_prediction_is_the_t_interval_of_one_more_observation() -> None:
@@ -70,19 +70,19 @@ def test_numbers_pass_or_warn_and_never_fail(
     (check,) = checks(tmp_path / "n.json", numbers(built, medians), bundle)
     assert check.verdict == verdict
     if len(medians) < 10:
-        assert "9 usable sessions" in check.reason
+        assert "9 stored sessions for this clock, batch and threads (at least 10 required)" in check.reason
 
 
 def test_numbers_without_an_anchor_are_not_compared(built: Built, bundle: Bundle, tmp_path: Path) -> None:
     data = numbers(built, [2.0, 2.001] * 6)
     (check,) = checks(tmp_path / "n.json", data, bundle, anchor=None)
     assert (check.verdict, check.measured) == ("WARN", "none")
-    assert "does not run the anchor" in check.reason
+    assert "cannot run the anchor" in check.reason
     for stored in data["latency"][0]["sessions"][:3]:
         stored["anchored"] = None
     (check,) = checks(tmp_path / "n.json", data, bundle)
     assert (check.verdict, check.measured) == ("WARN", "none")
-    assert "9 usable sessions" in check.reason
+    assert "9 stored sessions for this clock, batch and threads (at least 10 required)" in check.reason
 
 
 def test_the_anchor_runs_where_the_clock_is(tmp_path: Path) -> None:
@@ -105,9 +105,9 @@ def test_numbers_are_inconclusive_on_a_noisy_machine(built: Built, bundle: Bundl
 
 def test_numbers_of_another_machine_or_student_are_refused(built: Built, bundle: Bundle, tmp_path: Path) -> None:
     elsewhere = {**asdict(this_machine()), "cpu": "another"}
-    with pytest.raises(MismatchError, match="another machine \\(cpu differ\\)"):
+    with pytest.raises(MismatchError, match=r"a different machine \(different cpu\)"):
         checks(tmp_path / "n.json", numbers(built, [2.0] * 12, machine=elsewhere), bundle)
-    with pytest.raises(MismatchError, match="numbers of a resnet18"):
+    with pytest.raises(MismatchError, match="is for resnet18 with 10 classes"):
         checks(tmp_path / "n.json", numbers(built, [2.0] * 12, student="resnet18"), bundle)
     with pytest.raises(MismatchError):
         checks(tmp_path / "n.json", numbers(built, [2.0] * 12, classes=["a", "b"]), bundle)
@@ -116,12 +116,12 @@ def test_numbers_of_another_machine_or_student_are_refused(built: Built, bundle:
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"schema": "kdexport.gate/1"}', "[" * 100_000, "\x00"])
 def test_a_file_without_numbers_is_refused(text: str, bundle: Bundle, tmp_path: Path) -> None:
     (tmp_path / "n.json").write_text(text)
-    with pytest.raises(ConfigError, match="neither a bundle nor numbers"):
-        read_numbers(tmp_path / "n.json", bundle, "onnx-fp32", this_machine())
+    with pytest.raises(ConfigError, match="neither a bundle nor a result of"):
+        read_latencies(tmp_path / "n.json", bundle, "onnx-fp32", this_machine())
 
 
 def test_numbers_of_another_target_are_no_baseline(two_targets: Path, tmp_path: Path) -> None:
-    from kdexport.gate.stored_latencies import read_numbers
+    from kdexport.gate.stored_latencies import read_latencies
     from kdexport.timing.machine import this_machine
 
     bundle = open_bundle(two_targets)
@@ -130,5 +130,7 @@ def test_numbers_of_another_target_are_no_baseline(two_targets: Path, tmp_path: 
         "machine": {}, "variant": "unfused", "target": "onnx-fp32", "latency": [],
     }  # fmt: skip
     (tmp_path / "n.json").write_text(json.dumps(data))
-    with pytest.raises(MismatchError, match="numbers of unfused onnx-fp32, and fused onnx-fp32 is gated"):
-        read_numbers(tmp_path / "n.json", bundle, "onnx-fp32", this_machine())
+    with pytest.raises(
+        MismatchError, match="contains latencies of unfused onnx-fp32; latencies of fused onnx-fp32 are needed"
+    ):
+        read_latencies(tmp_path / "n.json", bundle, "onnx-fp32", this_machine())

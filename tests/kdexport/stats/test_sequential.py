@@ -177,7 +177,7 @@ def test_a_session_is_the_median_log_ratio_of_its_pairs() -> None:
     "pairs", [[], [[1.0, 0.0]], [[1.0, float("nan")]], [[1.0, -1.0]], [1.0, 2.0], [[1.0, 2.0, 3.0]]]
 )
 def test_pairs_that_are_no_times_are_refused(pairs: list[object]) -> None:
-    with pytest.raises(ValueError, match="table of positive times"):
+    with pytest.raises(ValueError, match=r"array \(P,2\) of positive finite times"):
         session_statistic(pairs)  # type: ignore[arg-type]
 
 
@@ -190,7 +190,7 @@ def test_an_interval_needs_two_finite_values() -> None:
 def test_a_sentinel_is_the_median_of_what_it_was_given() -> None:
     assert sentinel_bias([-0.021]) == 0.021
     assert sentinel_bias([0.03, -0.01, 0.015]) == 0.015
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match="one or more sessions; got none"):
         sentinel_bias([])
 
 

@@ -22,7 +22,7 @@ from kdexport.timing import gpu as cuda_module
 from kdexport.timing import measure as measure_module
 from kdexport.timing.gpu import NvmlGuard, open_nvml
 from kdexport.timing.measure import Reading, must_drop
-from kdexport.timing.session import Arm, Request, run
+from kdexport.timing.session import Arm, Request, measure_session
 
 LAUNCH_S, HZ = 30e-6, 2e9
 
@@ -177,7 +177,7 @@ def request(reference: str, candidate: str, target: str = "onnx-fp32", **changes
 
 
 def test_onnxruntime_is_asked_for_a_graph_on_our_stream_and_buffers(device: Device, onnx: dict[str, Any]) -> None:
-    session = run(request("100.onnx", "150.onnx"))
+    session = measure_session(request("100.onnx", "150.onnx"))
     # Launching takes a third of that again, and is no part of it.
     assert (session.reference_ms, session.candidate_ms) == pytest.approx((0.1, 0.15))
     assert math.exp(session.log_ratio) == pytest.approx(1.5)
@@ -199,16 +199,16 @@ def test_without_work_in_front_launching_would_be_timed(
 ) -> None:
     """The fake is worth something: it shows the fault that the work in front prevents."""
     monkeypatch.setattr(cuda_module, "_BUSY_CYCLES", 0)
-    assert run(request("100.onnx", "100.onnx")).candidate_ms == pytest.approx(0.1 + 1e3 * LAUNCH_S)
+    assert measure_session(request("100.onnx", "100.onnx")).candidate_ms == pytest.approx(0.1 + 1e3 * LAUNCH_S)
 
 
 def test_nodes_that_would_run_elsewhere_end_the_session(device: Device, onnx: dict[str, Any]) -> None:
     onnx["nodes"] = {CUDA: 3, "CPUExecutionProvider": 2}
     with pytest.raises(BackendUnavailableError, match="2 nodes on CPUExecutionProvider"):
-        run(request("100.onnx", "100.onnx"))
+        measure_session(request("100.onnx", "100.onnx"))
     onnx["nodes"] = {CUDA: 5}
     with pytest.raises(ConfigError, match="slowdown"):
-        run(request("100.onnx", "100.onnx", slowdown=0.1))
+        measure_session(request("100.onnx", "100.onnx", slowdown=0.1))
 
 
 class FakeTensorrt:
@@ -255,7 +255,7 @@ def test_an_engine_is_captured_once_and_replayed(
     monkeypatch.setitem(sys.modules, "tensorrt", tensorrt)
     plan = tmp_path / "model.plan"
     plan.write_bytes(b"80")
-    session = run(request(str(plan), str(plan), "trt-fp16"))
+    session = measure_session(request(str(plan), str(plan), "trt-fp16"))
     assert session.candidate_ms == pytest.approx(0.08)
     assert tensorrt.addresses == {"pixels": 0x1000, "answer": 0x2000}
     # Each arm enqueues once before its capture and once in it, never again.
@@ -274,7 +274,7 @@ def test_an_engine_that_does_not_run_here_is_an_error(
     monkeypatch.setitem(sys.modules, "tensorrt", tensorrt)
     (tmp_path / "model.plan").write_bytes(data)
     with pytest.raises(EngineBuildError, match=words):
-        run(request(str(tmp_path / "model.plan"), str(tmp_path / "model.plan"), "trt-fp16"))
+        measure_session(request(str(tmp_path / "model.plan"), str(tmp_path / "model.plan"), "trt-fp16"))
 
 
 #: From NVML's header.
@@ -356,7 +356,7 @@ def test_a_session_counts_its_throttled_pairs_and_says_what_it_saw(
     device: Device, onnx: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(mask=0x4, processes=3))
-    session = run(request("100.onnx", "100.onnx"))
+    session = measure_session(request("100.onnx", "100.onnx"))
     assert (session.dropped, session.pairs_ms) == (20, ())
     assert session.gpu is not None
     assert session.gpu["nvml"] == {

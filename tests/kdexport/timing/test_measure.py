@@ -116,11 +116,11 @@ def test_a_session_discards_pairs_of_its_warm_up_and_continues(monkeypatch: pyte
         # 367 runs of warm-up, 100 in pairs that are dropped, 200 that count: slow during the first half of those.
         clock.now += 0.2e-3 if len(clock.order) < 567 else 0.0
 
-    once = measure(clock.arm("r", 1e-3), warming, Pairing(pairs=10, seed=2, settle=0.01))
+    once = measure(clock.arm("r", 1e-3), warming, Pairing(pairs=10, seed=2, max_drift=0.01))
     assert once.extended
     assert session_statistic(once.pairs_s) == pytest.approx(0, abs=1e-9)
     assert len(once.pairs_s) == len(once.candidate_first) == 15
-    steady = measure(clock.arm("r", 1e-3), clock.arm("c", 1.2e-3), Pairing(pairs=10, seed=2, settle=0.01))
+    steady = measure(clock.arm("r", 1e-3), clock.arm("c", 1.2e-3), Pairing(pairs=10, seed=2, max_drift=0.01))
     assert not steady.extended
 
 

@@ -11,7 +11,7 @@ import pytest
 from kdexport.errors import ForwardedError, VerificationError
 from kdexport.stats.sequential import session_statistic
 from kdexport.timing import session as timing_session
-from kdexport.timing.anchor import write_network
+from kdexport.timing.anchor import write_anchor_network
 from kdexport.timing.session import Arm, Request, Session, pinned_cpus, run_session, usable_cpus
 from tests.kdexport.exported_students import small_graph, small_weights
 
@@ -22,7 +22,7 @@ def request_(tmp_path_factory: pytest.TempPathFactory) -> Request:
     path = str(small_graph(folder / "same.onnx", small_weights()))
     return Request(
         reference=Arm(path=path), candidate=Arm(path=path), clock="host", image_size=16, batch=8, threads=1,
-        cpus=pinned_cpus(1), pairs=12, seed=5, tails=True, anchor=str(write_network(folder / "anchor.onnx")),
+        cpus=pinned_cpus(1), pairs=12, seed=5, tails=True, anchor=str(write_anchor_network(folder / "anchor.onnx")),
     )  # fmt: skip
 
 
@@ -82,7 +82,7 @@ def test_a_session_that_crashes_is_an_error_with_its_last_output(
     dying.write_text("#!/bin/sh\necho '[1, 2' ; echo out of memory >&2; exit 137\n")
     dying.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(dying))
-    with pytest.raises(VerificationError, match="died with exit code 137: out of memory"):
+    with pytest.raises(VerificationError, match="crashed with exit code 137: out of memory"):
         run_session(request_)
 
 
@@ -92,7 +92,7 @@ def test_a_session_that_hangs_is_an_error(request_: Request, monkeypatch: pytest
     sleeper.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(sleeper))
     monkeypatch.setattr(timing_session, "SESSION_TIMEOUT_S", 0.3)
-    with pytest.raises(VerificationError, match=r"did not end within 0\.3 s"):
+    with pytest.raises(VerificationError, match=r"took more than 0\.3 s"):
         run_session(request_)
 
 

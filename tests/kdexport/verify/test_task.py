@@ -8,10 +8,9 @@ import torch
 from numpy.typing import NDArray
 
 from kdexport.stats.logits import kl_divergence
-from kdexport.stats.proportions import Interval
 from kdexport.verify.check import Check
 from kdexport.verify.policy import Policy, parse_policy
-from kdexport.verify.task import TaskMetrics, TaskReference, judge_claim, rung_d, task_metrics, task_reference
+from kdexport.verify.task import TaskMetrics, TaskReference, rung_d, task_metrics, task_reference
 
 COUNT, CLASSES = 4000, 6
 ERROR = 0.01
@@ -139,14 +138,6 @@ def test_each_precision_has_a_budget_of_its_own(precision: str) -> None:
     loose = parse_policy({"D": {precision: {"flips": 0.5, "top1_drop": 1.0}}}, "test")
     assert not run(logits, strict, precision=precision)["flips"].holds
     assert run(logits, loose, precision=precision)["flips"].holds
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [(0, 0.1, "shown"), (0, 0.11, "open"), (0.1, 0.2, "open"), (0.11, 0.2, "refuted"), (float("nan"), 1, "refuted")],
-)
-def test_a_claim_is_shown_refuted_or_open(low: float, high: float, expected: str) -> None:
-    assert judge_claim(Interval(low, high), 0.1) == expected
 
 
 def test_the_reference_is_not_blamed_for_its_own_rounding() -> None:
