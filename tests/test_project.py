@@ -27,7 +27,6 @@ SPANNING = {
     "kdexport/serving/test_scale_out.py": "manifests of Kubernetes, KServe, Ray and Triton",
     "kdexport/serving/test_telemetry.py": "no command sends telemetry",
     "kdexport/serving/test_tritonclient.py": "the client of Triton against a running server",
-    "kdexport/stats/test_paired_accuracy.py": "the exact bounds of paired accuracy",
     "kdexport/students/test_contract.py": "the contract of every registered student",
     "kdexport/students/test_merge.py": "branches on every registered student and their merge",
     "kdexport/test_lean_import.py": "what importing the package imports",

@@ -176,7 +176,7 @@ def request(reference: str, candidate: str, target: str = "onnx-fp32", **changes
     )  # fmt: skip
 
 
-def test_onnxruntime_is_asked_for_a_graph_on_our_stream_and_buffers(device: Device, onnx: dict[str, Any]) -> None:
+def test_onnxruntime_captures_a_graph_on_our_stream_and_buffers(device: Device, onnx: dict[str, Any]) -> None:
     session = measure_session(request("100.onnx", "150.onnx"))
     # Launching takes a third of that again, and is no part of it.
     assert (session.reference_ms, session.candidate_ms) == pytest.approx((0.1, 0.15))
@@ -344,7 +344,7 @@ def test_a_process_that_comes_between_two_blocks_drops_the_pair() -> None:
     assert not must_drop(Reading(1980, False, 60, 2), Reading(1980, False, 65, 2))
 
 
-def test_nvml_that_is_absent_or_knows_no_such_device_is_no_guard(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_nvml_or_the_device_in_it_there_is_no_guard(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert open_nvml("GPU-1-2") is None
     monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
@@ -352,7 +352,7 @@ def test_nvml_that_is_absent_or_knows_no_such_device_is_no_guard(monkeypatch: py
     assert open_nvml("GPU-1-2") is not None
 
 
-def test_a_session_counts_its_throttled_pairs_and_says_what_it_saw(
+def test_a_session_counts_its_throttled_pairs_and_records_the_reasons(
     device: Device, onnx: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", FakeNvml(mask=0x4, processes=3))
@@ -374,7 +374,7 @@ def test_a_session_counts_its_throttled_pairs_and_says_what_it_saw(
         ("trt-rtx-fp16", "compiles while it runs"),
     ],
 )
-def test_what_a_gpu_cannot_run_as_it_says_is_refused(
+def test_a_target_that_a_gpu_cannot_run_in_its_precision_is_refused(
     target: str, words: str | None, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

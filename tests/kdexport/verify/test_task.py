@@ -49,7 +49,7 @@ def test_noise_within_the_allowed_error_passes_and_each_of_its_flips_is_explaine
     assert 0 < checks["largest KL divergence"].measured <= ERROR**2 / 2
 
 
-def test_one_flip_of_a_sure_answer_fails_though_accuracy_is_unchanged() -> None:
+def test_one_flip_of_a_confident_answer_fails_although_accuracy_is_unchanged() -> None:
     logits = noisy(0.0)
     wrong = int(np.flatnonzero(labels() != reference_logits().argmax(axis=1))[5])
     best, second = np.argsort(logits[wrong])[[-1, 0]]
@@ -76,7 +76,7 @@ def test_a_tie_may_break_either_way() -> None:
     assert checks["unexplained flips"].holds
 
 
-def test_swapped_classes_fail_in_every_measure_that_can_see_them() -> None:
+def test_swapped_classes_fail_in_every_measure_that_depends_on_them() -> None:
     checks = run(np.ascontiguousarray(reference_logits()[:, [1, 0, 2, 3, 4, 5]]))
     assert {name for name, check in checks.items() if not check.holds} == set(checks)
 
@@ -101,7 +101,7 @@ def test_accuracy_is_shown_to_be_kept_or_lost_or_neither(lost: int, holds: bool,
     assert run(logits, strict)["top-1 lost"].holds is (holds and not undecided)
 
 
-def test_few_images_decide_nothing_and_say_how_many_would() -> None:
+def test_few_images_are_inconclusive_and_the_required_number_is_reported() -> None:
     check = run(reference_logits(24))["flips"]
     assert check.holds
     assert check.undecided
@@ -140,7 +140,7 @@ def test_each_precision_has_a_budget_of_its_own(precision: str) -> None:
     assert run(logits, loose, precision=precision)["flips"].holds
 
 
-def test_the_reference_is_not_blamed_for_its_own_rounding() -> None:
+def test_a_flip_within_the_rounding_of_the_reference_is_explained() -> None:
     exact = reference_logits(50)
     reference: TaskReference = task_reference(exact, labels(50), np.arange(50), 0.0)
     flipped = exact.copy()
