@@ -56,6 +56,10 @@ class StudentSpec:
         """Inverse of ``to_json``; raises ``KeyError``, ``TypeError`` or ``ValueError`` on foreign data."""
         if data["schema_version"] != SCHEMA_VERSION:
             raise ValueError(f"schema_version is {data['schema_version']!r}, this version reads {SCHEMA_VERSION}")
+        known = ("schema_version", "student", "classes", "preprocessing", "branches", "provenance")
+        unknown = sorted(data.keys() - set(known))
+        if unknown:
+            raise ValueError(f"unknown key {unknown[0]!r}; known are {', '.join(known)}")
         branches, classes = data["branches"], data["classes"]
         if not isinstance(classes, list) or not classes:
             raise ValueError("classes is not a list of names")

@@ -30,6 +30,7 @@ Errors of the gate; their place in the tree is in ``kdexport.errors``.
 Errors of the server; their place in the tree is in ``kdexport.errors``.
 """
 
+import re
 from typing import ClassVar
 
 
@@ -235,8 +236,9 @@ class ForwardedError(KdexportError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what another library said, or the name of its error where it said nothing."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    """The first line of another library's message, without terminal colours; the name of the error if it is empty."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+    return next(iter(text.splitlines()), type(error).__name__)
 
 
 def error_codes() -> dict[str, type[KdexportError]]:

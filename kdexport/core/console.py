@@ -63,9 +63,9 @@ def print_json(value: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence warnings and output of a library, such as the exporter, that reports failures as exceptions."""
+    """Silence warnings, logs and output of a library, such as the exporter, that reports failures as exceptions."""
     level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")

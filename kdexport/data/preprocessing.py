@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,10 +34,17 @@ class Preprocessing:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Preprocessing":
-        """Inverse of ``to_json``."""
+        """Inverse of ``to_json``; raises ``KeyError``, ``TypeError`` or ``ValueError`` on foreign data.
+
+        An unknown key is an error: an ignored one would be a setting that silently does not hold.
+        """
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(data.keys() - set(known))
+        if unknown:
+            raise ValueError(f"unknown key {unknown[0]!r} of preprocessing; known are {', '.join(known)}")
         return cls(
-            image_size=int(data["image_size"]),
-            resize=int(data["resize"]),
+            image_size=_pixels(data, "image_size"),
+            resize=_pixels(data, "resize"),
             mean=_triple(data["mean"]),
             std=_triple(data["std"]),
         )
@@ -84,7 +91,16 @@ def _colour_planes(image: "Image.Image") -> "Iterator[Image.Image]":
         yield image.convert("RGB")
 
 
+def _pixels(data: dict[str, Any], key: str) -> int:
+    value = data[key]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{key} is {value!r}, not a number of pixels")
+    return value
+
+
 def _triple(values: Any) -> tuple[float, float, float]:
+    if isinstance(values, str) or any(isinstance(value, str | bool) for value in values):
+        raise ValueError(f"{values!r} is not three numbers, one per channel")
     red, green, blue = (float(value) for value in values)
     return red, green, blue
 

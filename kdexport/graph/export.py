@@ -13,13 +13,14 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, TensorArgument
 
 from kdexport import __version__
 from kdexport.backends.base import BATCH, INPUT, LOGITS
 from kdexport.checkpoint import StudentSpec
 from kdexport.core.console import quiet
 from kdexport.core.digests import digest
-from kdexport.errors import ExportError, first_line
+from kdexport.errors import ConfigError, ExportError, first_line
 
 
 def export_onnx(
@@ -102,8 +103,9 @@ def export_program(
     """Write ``program`` to ``path``: dynamic where the program is, checked, with ``weights`` bit by bit.
 
     A single input is called ``input``; a single output (N,K) ``logits``, another one ``output``. Raises
-    ``ExportError``.
+    ``ConfigError`` for outputs and types that ONNX does not have, and ``ExportError``.
     """
+    _require_onnx_types(program, opset)
     outputs = [value.meta.get("val") for value in _outputs(program)]
     inputs = list(program.graph_signature.user_inputs)
     one = LOGITS if isinstance(outputs[0], torch.Tensor) and outputs[0].dim() == 2 else "output"
@@ -119,12 +121,38 @@ def export_program(
             )
     except torch.onnx.OnnxExporterError as error:
         raise ExportError(
-            f"The merged program cannot be written as ONNX: {first_line(error)}",
+            f"The merged program cannot be written as ONNX: {first_line(_root_cause(error))}",
             remedy="An operator of it has no ONNX form in this opset; fuse_module gives the program without ONNX.",
         ) from error
     model = finish_onnx(exported, path, name="fused", opset=opset, metadata=metadata)
     _require_weights(model, {name: program.state_dict[name] for name in weights})
     return model
+
+
+def _require_onnx_types(program: ExportedProgram, opset: int) -> None:
+    for index, spec in enumerate(program.graph_signature.output_specs):
+        # The exporter drops None.
+        constant = isinstance(spec.arg, ConstantArgument)
+        if not isinstance(spec.arg, TensorArgument) and not (constant and spec.arg.value is None):
+            what = f"{spec.arg.value!r} ({type(spec.arg.value).__name__})" if constant else "a size"
+            raise ConfigError(
+                f"Output {index} of the program is {what}, and outputs of an ONNX file are tensors.",
+                remedy="Let forward() return tensors alone, or call fuse_module in Python, which writes no ONNX file.",
+            )
+    narrow = next((name for name, value in program.state_dict.items() if value.dtype == torch.bfloat16), None)
+    if narrow is not None:
+        raise ConfigError(
+            f"The weight {narrow} is bfloat16, and opset {opset} of ONNX has no convolution of that type.",
+            remedy="Return module.float() from the factory; a target's precision is chosen when the ONNX file is "
+            "compiled.",
+        )
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    # The exporter's own message counts its steps; what failed is at the end of the chain.
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _outputs(program: ExportedProgram) -> list[torch.fx.Node]:

@@ -135,12 +135,22 @@ def _spread(per_channel: Tensor) -> float:
 RELATIVE_LIMIT = 1e-9
 
 
-def relative_error(candidate: Tensor, reference: Tensor) -> float:
-    """Largest absolute difference over the largest absolute reference; NaN where either is not finite."""
-    if candidate.shape != reference.shape or not (candidate.isfinite().all() and reference.isfinite().all()):
+def relative_error(candidate: Tensor, reference: Tensor, *, infinities: bool = False) -> float:
+    """Largest absolute difference over the largest absolute reference; NaN where either is not finite.
+
+    With ``infinities`` equal infinities are equal, as in logits that are masked by -inf; all others still give NaN.
+    """
+    if candidate.shape != reference.shape:
         return math.nan
-    scale = reference.abs().max().item()
-    difference = (candidate - reference).abs().max().item()
+    if not reference.is_complex():
+        candidate, reference = candidate.double(), reference.double()
+    finite = candidate.isfinite() & reference.isfinite()
+    if not (finite | (candidate == reference) if infinities else finite).all():
+        return math.nan
+    if not finite.any():
+        return 0.0
+    scale = torch.where(finite, reference, 0).abs().max().item()
+    difference = torch.where(finite, candidate - reference, 0).abs().max().item()
     return difference / scale if scale > 0 else difference
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from kdexport.errors import ReparamError, first_line
 
@@ -36,7 +37,10 @@ class Evaluation(fx.Interpreter):
         self.scalars: dict[fx.Node, int] = {}
 
     def evaluate(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """The outputs for ``inputs``, one per placeholder. Raises ``ReparamError`` where the graph does not run."""
+        """The tensors among the outputs for ``inputs``, one per placeholder, in their order.
+
+        Raises ``ReparamError`` where the graph does not run.
+        """
         self.scalars.clear()
         # Not run(): it would unflatten inputs and outputs by the signature of the original.
         places = (node for node in self.graph.nodes if node.op == "placeholder")
@@ -45,7 +49,8 @@ class Evaluation(fx.Interpreter):
         output = next(node for node in self.graph.nodes if node.op == "output")
         try:
             with torch.no_grad():
-                values = self.compute(output.all_input_nodes, given)
+                wanted = [item for item in pytree.tree_leaves(output.args) if isinstance(item, fx.Node)]
+                values = self.compute(wanted, given)
         # Operators answer inputs that do not fit with any error.
         except Exception as error:
             raise ReparamError(

@@ -1,16 +1,28 @@
 """Modules as exported programs, and programs as functional graphs whose weights keep their names."""
 
+import contextlib
+import io
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.exc import UserError
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from kdexport.core.console import quiet
 from kdexport.errors import ReparamError, first_line
 from kdexport.reparam.operators import CONVS, LINEARS
-from kdexport.reparam.structure import refuse_hooks, require_eval
+from kdexport.reparam.simplify import (
+    fold_numbers,
+    inline_regions,
+    refuse_broken_weights,
+    refuse_random,
+    remove_dead,
+    remove_identities,
+)
 
 _ATEN = torch.ops.aten
 _BATCH = "batch"
@@ -26,15 +38,14 @@ _FRESH = {
     ),
 }
 
+_DROPOUTS = {_ATEN.dropout.default, _ATEN.feature_dropout.default, _ATEN.native_dropout.default}
+
 
 def export_module(module: nn.Module, example_inputs: Sequence[Tensor]) -> ExportedProgram:
     """The program of an eval-mode module with a dynamic batch, the first dimension of every input.
 
-    Raises ``ReparamError`` for a module in training mode, for a forward hook, and for a forward pass that cannot be
-    exported for every batch size.
+    Raises ``ReparamError`` for a forward pass that cannot be exported for every batch size.
     """
-    require_eval(module)
-    refuse_hooks(module)
     # torch.export takes a size of 1 for a constant.
     examples = tuple(torch.cat([x, x]) if x.dim() > 0 and x.shape[0] == 1 else x for x in example_inputs)
     batch, shapes = Dim(_BATCH, min=1), torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
@@ -42,25 +53,31 @@ def export_module(module: nn.Module, example_inputs: Sequence[Tensor]) -> Export
         if example.dim() > 0:
             shapes[example] = {0: batch}
     try:
-        return torch.export.export(module, examples, dynamic_shapes=shapes)
+        # Strict export prints the graph that it gives up on.
+        with quiet(), contextlib.redirect_stderr(io.StringIO()):
+            try:
+                return torch.export.export(module, examples, dynamic_shapes=shapes)
+            except GuardOnDataDependentSymNode:
+                # float(self.weight) is a number for the stricter tracer alone.
+                return torch.export.export(module, examples, dynamic_shapes=shapes, strict=True)
     # The module's own forward runs here, and may raise anything.
     except Exception as error:
+        first = error.__context__ if isinstance(error.__context__, GuardOnDataDependentSymNode) else error
         sizes = ", ".join(str(tuple(x.shape)) for x in examples)
         raise ReparamError(
-            f"{type(module).__name__} cannot be exported for inputs {sizes} of any batch size: {first_line(error)}",
+            f"{type(module).__name__} cannot be exported for inputs {sizes} of any batch size: {first_line(first)}",
             remedy="Check the input shape; forward() must not depend on values or on one batch size. A program with a "
             "fixed batch can be passed as a .pt2 file.",
         ) from error
 
 
 def functional_graph(program: ExportedProgram) -> fx.GraphModule:
-    """A fresh graph of ``program`` without in-place operators and asserts; parameters are read by their names.
+    """A fresh graph of ``program`` without in-place operators, asserts and identities; weights are read by their names.
 
-    Raises ``ReparamError`` for a program in training mode, for one that writes to its buffers, and for inputs that are
-    no positional tensors.
+    Raises ``ReparamError`` for a program in training mode, for one that writes to its buffers, for one that draws
+    random numbers, for a weight that is NaN, and for inputs that are no positional tensors.
     """
-    _refuse_training(program)
-    module = program.module()
+    module = _plain_graph(program.module())
     if not _drop_mutation(module.graph):
         # The general way, which takes its time.
         flat = program.run_decompositions({})
@@ -70,28 +87,31 @@ def functional_graph(program: ExportedProgram) -> fx.GraphModule:
                 f"The program writes to its buffers ({written}), so that one call changes the next.",
                 remedy="Export it in evaluation mode.",
             )
-        module = flat.module()
-    for node in list(module.graph.nodes):
-        # Guards repeat the shapes that the program is exported for, and asserts the types: a re-export sets both again.
-        if node.op == "call_module" or node.target is _ATEN._assert_tensor_metadata.default:
-            module.graph.erase_node(node)
-        if node.op == "get_attr" and isinstance(_attribute(module, str(node.target)), nn.Module):
-            raise ReparamError(
-                f"The program holds a region of its own ({node.target}): control flow, autocast or a gradient switch.",
-                remedy="Remove torch.cond, torch.autocast and torch.no_grad from forward().",
-            )
+        module = _plain_graph(flat.module())
+    fold_numbers(module)
+    remove_identities(module.graph)
     # What nothing reads any more must not count as a reader.
-    module.graph.eliminate_dead_code()
+    remove_dead(module.graph)
+    refuse_random(module.graph)
+    refuse_broken_weights(module)
+    module.graph.lint()
     module.recompile()
     _positional_inputs(program, module)
     return module
 
 
-def _attribute(module: nn.Module, path: str) -> Any:
-    value: Any = module
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value
+def _plain_graph(module: fx.GraphModule) -> fx.GraphModule:
+    """``module`` without regions, guards and asserts, in place."""
+    for node in list(module.graph.nodes):
+        # Guards repeat the shapes that the program is exported for, and asserts the types: a re-export sets both again.
+        if node.op == "call_module":
+            module.graph.erase_node(node)
+    inline_regions(module)
+    for node in list(module.graph.nodes):
+        if node.target is _ATEN._assert_tensor_metadata.default:
+            module.graph.erase_node(node)
+    _refuse_training(module.graph)
+    return module
 
 
 def _drop_mutation(graph: fx.Graph) -> bool:
@@ -114,23 +134,33 @@ def _overload(node: fx.Node) -> str:
     return str(node.target).rpartition(".")[2]
 
 
-def reexport(module: fx.GraphModule, program: ExportedProgram) -> ExportedProgram:
-    """Export a rewritten graph of ``program`` again, dynamic in the same dimensions, with no path of this machine."""
+def reexport(module: fx.GraphModule, program: ExportedProgram, shapes: Sequence[Sequence[int]]) -> ExportedProgram:
+    """Export a rewritten graph of ``program`` again, dynamic in the same dimensions, with no path of this machine.
+
+    ``shapes`` are sizes that the program accepts, one per input.
+    """
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
     dims: dict[str, Any] = {}
-    examples, shapes = [], []
-    for node in inputs:
-        value = node.meta["val"]
-        shapes.append(
-            {
-                axis: dims.setdefault(str(size), _dim(program, str(size), node.name, axis))
-                for axis, size in enumerate(value.shape)
-                if not isinstance(size, int)
-            }
-        )
-        sizes = [size if isinstance(size, int) else int(size) for size in value.shape]
-        examples.append(torch.zeros(sizes, dtype=value.dtype, device=value.device))
-    written = torch.export.export(module, tuple(examples), dynamic_shapes=tuple(shapes))
+    named = [
+        {
+            axis: dims.setdefault(str(size), _dim(program, str(size), node.name, axis))
+            for axis, size in enumerate(node.meta["val"].shape)
+            if not isinstance(size, int)
+        }
+        for node in inputs
+    ]
+    values = [node.meta["val"] for node in inputs]
+    examples = tuple(
+        torch.zeros(tuple(sizes), dtype=value.dtype, device=value.device)
+        for sizes, value in zip(shapes, values, strict=True)
+    )
+    with quiet():
+        try:
+            written = torch.export.export(module, examples, dynamic_shapes=tuple(named))
+        except UserError:
+            # The bounds of the original do not name every size that its operators exclude: let torch derive them.
+            free = tuple(dict.fromkeys(axes, Dim.DYNAMIC) for axes in named)
+            written = torch.export.export(module, examples, dynamic_shapes=free)
     for node in written.graph.nodes:
         node.meta.pop("stack_trace", None)
     return written
@@ -156,18 +186,18 @@ def _positional_inputs(program: ExportedProgram, module: fx.GraphModule) -> None
         )
 
 
-def _refuse_training(program: ExportedProgram) -> None:
-    for node in program.graph.nodes:
+def _refuse_training(graph: fx.Graph) -> None:
+    for node in graph.nodes:
         name = str(node.target)
         trains = (
             (node.target is _ATEN.batch_norm.default and node.args[5] and node.args[3] is not None)
             or (node.target is _ATEN.native_batch_norm.default and node.args[5])
             or re.match(r"aten\._native_batch_norm_legit(_functional)?\.default|aten\._batch_norm_with_update", name)
-            or (node.target in (_ATEN.dropout.default, _ATEN.feature_dropout.default) and node.args[2])
-            or (node.target is _ATEN.native_dropout.default and node.args[2])
+            or (node.target in _DROPOUTS and node.args[2] and node.args[1] != 0)
         )
         if trains:
             raise ReparamError(
                 f"The program was exported in training mode: {node.name} is active.",
-                remedy="Call .eval() on the module before torch.export.export.",
+                remedy="Call .eval() on the module before torch.export.export, and pass training=self.training to "
+                "functional dropout.",
             )

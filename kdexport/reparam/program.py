@@ -11,22 +11,36 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from kdexport.errors import ReparamError
+from kdexport.errors import CertificateError, ReparamError
 from kdexport.reparam.certificate import Certificate, hostile_input, relative_error
 from kdexport.reparam.dataflow import LeftAlone, find_merges
 from kdexport.reparam.evaluation import Evaluation
 from kdexport.reparam.exported import export_module, functional_graph, reexport
-from kdexport.reparam.operators import CONVS, LINEARS, arguments
+from kdexport.reparam.operators import CONVS, LINEARS, NORMS, arguments
+from kdexport.reparam.original import (
+    BATCHES,
+    Run,
+    independent_copy,
+    require_same_function,
+    run_module,
+    run_program,
+    store_computed_weights,
+)
 from kdexport.reparam.rewrite import rewrite, round_merged, settle
+from kdexport.reparam.structure import refuse_hooks, require_eval
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Size:
-    """What a graph costs: operators by name, parameters, multiply-accumulates of its layers with weights, per image."""
+    """What a graph costs: operators by name, parameters, multiply-accumulates of its layers with weights, per image.
+
+    ``batch_norm_values`` counts what batch norms write per image, one multiplication and one addition each.
+    """
 
     operators: dict[str, int]
     parameters: int
     multiply_accumulates: int
+    batch_norm_values: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -54,21 +68,20 @@ def fuse_module(source: nn.Module | ExportedProgram, example_inputs: Sequence[Te
     certificate is computed in float64 on hostile input of these shapes. Raises ``ReparamError`` for training mode,
     hooks, or a program that cannot be read, and ``CertificateError`` should the result differ.
     """
-    if isinstance(source, ExportedProgram):
-        program = source
-    elif example_inputs is None:
-        raise ReparamError("A module came without example inputs.", remedy="Pass one tensor per input of forward().")
-    else:
-        program = export_module(source, example_inputs)
-    module = functional_graph(program)
+    program, module, runs = _read(source, example_inputs)
+    require_same_function(module, runs, "The program" if source is program else type(source).__name__)
     evaluation = Evaluation(module)
     inputs = _hostile_inputs(module, program if example_inputs is None else None, example_inputs)
     reference = evaluation.evaluate(inputs)
+    _require_numbers(reference)
     before = _size(evaluation)
     plan = find_merges(evaluation)
     blocks, hazards = rewrite(evaluation, plan)
     roundings = settle(module)
-    errors = [relative_error(*pair) for pair in zip(evaluation.evaluate(inputs), reference, strict=True)]
+    errors = [
+        relative_error(found, wanted, infinities=True)
+        for found, wanted in zip(evaluation.evaluate(inputs), reference, strict=True)
+    ]
     after = _size(evaluation)
     certificate = Certificate(
         blocks=tuple(blocks),
@@ -79,8 +92,9 @@ def fuse_module(source: nn.Module | ExportedProgram, example_inputs: Sequence[Te
         hazards=tuple(hazards),
     )
     certificate.require()
+    _require_no_dearer(before, after)
     round_merged(module, roundings)
-    written = reexport(module, program)
+    written = reexport(module, program, [tuple(x.shape) for x in inputs])
     return FusedProgram(
         module=written.module(),
         program=written,
@@ -90,6 +104,58 @@ def fuse_module(source: nn.Module | ExportedProgram, example_inputs: Sequence[Te
         after=after,
         weights=tuple(item.name for item in roundings),
     )
+
+
+def _read(
+    source: nn.Module | ExportedProgram, example_inputs: Sequence[Tensor] | None
+) -> tuple[ExportedProgram, fx.GraphModule, list[Run]]:
+    """The program, its functional graph, and runs of the original that the graph must repeat."""
+    if isinstance(source, ExportedProgram):
+        module = functional_graph(source)
+        inputs = _hostile_inputs(module, source, None)
+        return source, module, run_program(source.module(), *_batched(module, inputs))
+    if isinstance(source, torch.jit.ScriptModule):
+        raise ReparamError(
+            "A TorchScript module cannot be exported.",
+            remedy="Pass the Python module that it was scripted or traced from.",
+        )
+    if example_inputs is None:
+        raise ReparamError("A module came without example inputs.", remedy="Pass one tensor per input of forward().")
+    require_eval(source)
+    refuse_hooks(source, stored=True)
+    own = independent_copy(source)
+    runs = run_module(own, example_inputs)
+    store_computed_weights(own)
+    program = export_module(own, example_inputs)
+    return program, functional_graph(program), runs
+
+
+def _batched(module: fx.GraphModule, inputs: Sequence[Tensor]) -> tuple[list[Tensor], tuple[int, ...]]:
+    """``inputs`` in the types of the program, and the batch sizes that it can be run at."""
+    values = [node.meta["val"] for node in module.graph.nodes if node.op == "placeholder"]
+    examples = [item.to(value.device, value.dtype) for item, value in zip(inputs, values, strict=True)]
+    own = next((item.shape[0] for item in examples if item.dim() > 0), 1)
+    dynamic = all(value.dim() > 0 and not isinstance(value.shape[0], int) for value in values)
+    return examples, tuple(dict.fromkeys((own, *BATCHES))) if dynamic else (own,)
+
+
+def _require_numbers(outputs: Sequence[Tensor]) -> None:
+    if any(value.isnan().any() for value in outputs):
+        raise ReparamError(
+            "The output holds NaN on noise before anything is merged, so that nothing can be compared.",
+            remedy="Check the weights; the square root or logarithm of a negative number is NaN, too.",
+        )
+
+
+def _require_no_dearer(before: Size, after: Size) -> None:
+    # A batch norm counts as the depthwise convolution that it may become.
+    costs = [size.multiply_accumulates + size.batch_norm_values for size in (before, after)]
+    if costs[1] > costs[0]:
+        raise CertificateError(
+            f"The merged program would need {costs[1]:,} multiply-accumulates (up to {costs[0]:,} allowed: those "
+            "of the original).",
+            remedy="No merge may cost more: please report the module that shows it.",
+        )
 
 
 def _hostile_inputs(
@@ -109,13 +175,14 @@ def _hostile_inputs(
         if value.is_floating_point():
             inputs.append(hostile_input(tuple(sizes)))
         else:
-            inputs.append(given[index] if index < len(given) else torch.zeros(sizes, dtype=value.dtype))
+            example = given[index] if index < len(given) else torch.zeros(sizes, dtype=value.dtype)
+            inputs.append(torch.cat([example, example]) if sizes[:1] != list(example.shape[:1]) else example)
     return inputs
 
 
 def _size(evaluation: Evaluation) -> Size:
     operators: Counter[str] = Counter()
-    macs = 0
+    macs = norms = 0
     for node in evaluation.graph.nodes:
         if node.op != "call_function" or node in evaluation.constants or node not in evaluation.shapes:
             continue
@@ -123,8 +190,15 @@ def _size(evaluation: Evaluation) -> Size:
         operators[str(named.target).split(".")[1]] += 1
         if node.target in CONVS | LINEARS:
             macs += _macs(node, evaluation)
+        elif node.target in NORMS or (node.target is operator.getitem and node.args[0].target in NORMS):
+            norms += math.prod(evaluation.shapes[node][1:])
     parameters = sum(value.numel() for value in evaluation.module.parameters())
-    return Size(operators=dict(sorted(operators.items())), parameters=parameters, multiply_accumulates=macs)
+    return Size(
+        operators=dict(sorted(operators.items())),
+        parameters=parameters,
+        multiply_accumulates=macs,
+        batch_norm_values=norms,
+    )
 
 
 def _macs(node: fx.Node, evaluation: Evaluation) -> int:

@@ -37,7 +37,10 @@ _EXPRESSION = {
     "FloatTrueDiv", "PowByNatural", "positive", "nonnegative", "integer", "true", "false", "precision",
 }  # fmt: skip
 
-_GUARD = {"L", "size", "stride", "storage_offset", "math", "isnan", "float", "int", "len", "torch", "sym_float"}
+_GUARD = {
+    "L", "size", "stride", "storage_offset", "math", "isnan", "float", "int", "len", "torch", "sym_float", "sym_int",
+    "sym_max", "sym_min", "sym_not",
+}  # fmt: skip
 
 _NODES = (
     ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub, ast.BinOp, ast.operator, ast.Compare,
@@ -47,10 +50,7 @@ _NODES = (
 
 def read_program(path: Path) -> ExportedProgram:
     """The exported program of a .pt2 file. Raises ``CheckpointError`` for a missing, damaged, foreign or unsafe one."""
-    if not path.is_file():
-        raise CheckpointError(
-            f"There is no file {path}.", remedy="Pass a .pt2 file of torch.export.save, or package.module:factory."
-        )
+    _require_program_file(path)
     _require_plain(path)
     try:
         with quiet():
@@ -63,12 +63,51 @@ def read_program(path: Path) -> ExportedProgram:
         ) from error
 
 
+#: What files of trained weights are called; older ones are no archives.
+_WEIGHT_FILES = (".pth", ".pt", ".ckpt", ".tar", ".bin")
+
+_OTHER_FILES = {
+    "weights": (
+        "holds weights and no program",
+        "Write a factory that builds the network, loads these weights and returns it in evaluation mode, and pass "
+        "package.module:factory.",
+    ),
+    "TorchScript": (
+        "is a TorchScript file, which torch.export does not read",
+        "Pass package.module:factory of the Python module that it was made from.",
+    ),
+    "ONNX": (
+        "is an ONNX file, and fuse merges PyTorch programs",
+        "Pass package.module:factory of the network that it was exported from; the merged ONNX file is written for it.",
+    ),
+}
+
+
+def _require_program_file(path: Path) -> None:
+    if not path.is_file():
+        raise CheckpointError(
+            f"There is no file {path}.", remedy="Pass a .pt2 file of torch.export.save, or package.module:factory."
+        )
+    if path.suffix in (".onnx", ".safetensors"):
+        raise _no_program(path, "ONNX" if path.suffix == ".onnx" else "weights")
+    if path.suffix in _WEIGHT_FILES and not zipfile.is_zipfile(path):
+        raise _no_program(path, "weights")
+
+
+def _no_program(path: Path, kind: str) -> CheckpointError:
+    fact, remedy = _OTHER_FILES[kind]
+    return CheckpointError(f"{path} {fact}.", remedy=remedy)
+
+
 def _require_plain(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
             names = archive.namelist()
             files = {name.partition("/")[2]: name for name in names}
+            # A truncated .pt2 can end in a whole archive of tensors.
+            if "data.pkl" in files and path.suffix != ".pt2":
+                raise _no_program(path, "TorchScript" if any(n.startswith("code/") for n in files) else "weights")
             if damaged is not None:
                 raise zipfile.BadZipFile(f"{damaged} does not have its checksum")
             if not any(name.startswith("models/") for name in files):
@@ -170,6 +209,7 @@ def load_source(
     """
     name, colon, attribute = source.rpartition(":")
     if source.endswith(".pt2") or not colon or "/" in source:
+        _require_program_file(Path(source))
         if shapes:
             raise ConfigError(
                 "--input was given with a .pt2 file, which knows its inputs.", remedy="Leave --input out."

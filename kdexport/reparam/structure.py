@@ -13,6 +13,9 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from kdexport.errors import ReparamError
 from kdexport.reparam.branches import Adapters, ParallelBranches
@@ -118,7 +121,7 @@ def require_eval(module: nn.Module) -> None:
             raise ReparamError(
                 f"{name or type(module).__name__} is in training mode: its batch norms would use the batch's "
                 "statistics.",
-                remedy="Call .eval() on the module first; comparing in training mode is the commonest false alarm.",
+                remedy="Call .eval() on the module first; a factory returns module.eval().",
             )
 
 
@@ -160,7 +163,7 @@ def refuse_parametrization(module: nn.Module, name: str) -> None:
     if nn.utils.parametrize.is_parametrized(module):
         raise ReparamError(
             f"{name} is parametrized, so its weight is computed anew in each pass.",
-            remedy="Call torch.nn.utils.parametrize.remove_parametrizations first.",
+            remedy="Call torch.nn.utils.parametrize.remove_parametrizations on it first: the weight is then stored.",
         )
 
 
@@ -191,15 +194,29 @@ def require_pointwise(conv: nn.Conv2d, path: str, reader: str) -> None:
         )
 
 
-def refuse_hooks(module: nn.Module) -> None:
-    """No submodule carries a forward hook: it would run on traced values, or be dropped with what is folded."""
+def refuse_hooks(module: nn.Module, *, stored: bool = False) -> None:
+    """No submodule carries a forward hook: it would run on traced values, or be dropped with what is folded.
+
+    With ``stored`` those of weight norm, spectral norm and pruning are allowed, whose weights can be stored instead.
+    """
     for name, child in module.named_modules():
-        if child._forward_hooks or child._forward_pre_hooks:
+        hooks = [*child._forward_pre_hooks.values(), *child._forward_hooks.values()]
+        for hook in hooks:
+            way_out = next((text for kind, text in _STORABLE.items() if isinstance(hook, kind)), None)
+            if way_out is not None and stored:
+                continue
             raise ReparamError(
                 f"{name or type(module).__name__} carries a forward hook, which folding would drop or run on its own "
                 "values.",
-                remedy="Remove the hook first.",
+                remedy=way_out or "Remove it first: call remove() on what register_forward_hook returned.",
             )
+
+
+_STORABLE: dict[type, str] = {
+    WeightNorm: "Call torch.nn.utils.remove_weight_norm on it first: the weight is then stored.",
+    SpectralNorm: "Call torch.nn.utils.remove_spectral_norm on it first: the weight is then stored.",
+    prune.BasePruningMethod: "Call torch.nn.utils.prune.remove on it first: the pruned weight is then stored.",
+}
 
 
 _LINEAR_TYPES = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)

@@ -158,6 +158,27 @@ def test_a_description_without_a_key_is_refused_by_the_key(checkpoint: Path, key
         open_checkpoint(checkpoint)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"preprocessing": PREPROCESSING.to_json() | {"interpolation": "bicubic"}},
+         "unknown key 'interpolation' of preprocessing; known are image_size, resize, mean, std"),
+        ({"preprocessing": PREPROCESSING.to_json() | {"image_size": 32.0}}, "image_size is 32.0, not a number"),
+        ({"preprocessing": PREPROCESSING.to_json() | {"resize": "36"}}, "resize is '36', not a number of pixels"),
+        ({"preprocessing": PREPROCESSING.to_json() | {"mean": "543"}}, "'543' is not three numbers, one per channel"),
+        ({"colour": "red"}, "unknown key 'colour'; known are schema_version, student, classes"),
+    ],
+    ids=["interpolation", "a fraction of a pixel", "text", "digits", "outside"],
+)  # fmt: skip
+def test_an_unknown_key_and_a_wrong_type_are_refused_like_in_every_toml_file(
+    checkpoint: Path, change: dict[str, Any], words: str
+) -> None:
+    describe(checkpoint, **change)
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(checkpoint)
+    assert words in caught.value.message
+
+
 def test_an_unknown_student_points_to_the_nearest(checkpoint: Path) -> None:
     describe(checkpoint, student="mobilnetv2")
     with pytest.raises(UnknownNameError, match="no student named 'mobilnetv2'") as caught:
