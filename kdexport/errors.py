@@ -276,6 +276,18 @@ class ResolutionError(KdexportError):
     )
 
 
+class NotExecutedError(KdexportError):
+    """A target that had to run in this verification did not."""
+
+    code = "KDX351"
+    exit_code = 3
+    explanation = (
+        "`--require-executed` names targets that must run in their own runtime while the bundle is verified. All other "
+        "checks may hold: without a run, nothing shows what the target computes on this machine. Verify where the "
+        "runtime, and for engines the GPU, is present."
+    )
+
+
 class RunnerError(MachineError):
     """This machine has fewer processors than a measurement asks for."""
 

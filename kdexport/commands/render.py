@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from kdexport.diagnose.environment import Fact
     from kdexport.pipeline import BuildResult
     from kdexport.verify.policy import Change
-    from kdexport.verify.verdict import Verdict
+    from kdexport.verify.verdict import TargetRun, Verdict
 
 
 _SHOWN_HAZARDS = 3
@@ -78,16 +78,27 @@ def show_manifest(folder: Path, manifest: Manifest) -> None:
     )
 
 
-def show_verdict(folder: Path, manifest: Manifest, verdict: "Verdict") -> None:
-    """What ``kdexport verify`` prints: one row per rung and file, failures in full."""
+def show_verdict(
+    folder: Path, manifest: Manifest, verdict: "Verdict", runs: "Sequence[TargetRun] | None" = None
+) -> None:
+    """What ``kdexport verify`` prints: one row per rung and file, what ran each target, the verdict."""
     console = new_console()
     data = {**manifest.data, "parity": [check.to_json() for check in verdict.checks], "latency": None}
     others = [check for check in verdict.checks if check.rung not in RUNGS]
     held = sum(check.holds for check in others)
     audit = ("audit", "files, graphs, golden images", f"{held} of {len(others)} hold", "", _word(held == len(others)))
     console.print(terminal_table(_rung_table(data, audit)))
+    if runs:
+        console.print()
+        console.print(terminal_table(Table(header=("target", "in this verification", "by"), rows=_run_rows(runs))))
+        console.print()
+    not_run = None if runs is None else [str(run) for run in runs if run.state != "ran here"]
     if not verdict.failures:
-        console.print(f"Verdict: {verdict_sentence(data)}: {folder} is what was trained.", soft_wrap=True)
+        console.print(f"Verdict: {verdict_sentence(data, not_run)}: {folder} is what was trained.", soft_wrap=True)
+
+
+def _run_rows(runs: "Sequence[TargetRun]") -> tuple[tuple[str, ...], ...]:
+    return tuple((run.target, run.state, run.fact) for run in runs)
 
 
 def show_changes(changes: "Sequence[Change]") -> None:

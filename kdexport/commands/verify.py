@@ -2,12 +2,15 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kdexport.commands.options import Plugins
 from kdexport.errors import ConfigError, UnknownNameError
+
+if TYPE_CHECKING:
+    from kdexport.verify.verdict import TargetRun, Verdict
 
 
 def verify(
@@ -23,6 +26,14 @@ def verify(
     allow_looser: Annotated[
         bool, typer.Option("--allow-looser", help="Let the policy raise limits above those of the build.")
     ] = False,
+    require: Annotated[
+        str | None,
+        typer.Option(
+            "--require-executed",
+            metavar="TARGETS",
+            help="Exit with 3 unless these targets, comma separated, run in this verification.",
+        ),
+    ] = None,
     plugin: Plugins = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Print tracebacks of errors.")] = False,
@@ -31,30 +42,47 @@ def verify(
     if rethreshold is not None:
         if rung is not None:
             raise ConfigError("--rung and --rethreshold exclude each other.", remedy="Pass one of them.")
+        if require is not None:
+            raise ConfigError(
+                "--rethreshold runs nothing, and --require-executed asks for a run.", remedy="Omit one of them."
+            )
         _rethreshold(bundle, rethreshold, allow_looser=allow_looser, as_json=as_json)
         return
     from kdexport.bundle.manifest import read_manifest
     from kdexport.core.progress import Reporter
-    from kdexport.verify.verdict import replay, replay_algebra
+    from kdexport.verify.verdict import replay, replay_algebra, require_executed, target_runs
 
+    if rung is not None and require is not None:
+        raise ConfigError("--rung and --require-executed exclude each other.", remedy="Omit one of them.")
     if rung not in (None, "A", "a"):
         raise UnknownNameError(f"Rung {rung!r} cannot be verified by itself.", remedy="Pass --rung A, or no --rung.")
     manifest = read_manifest(bundle)
     with Reporter().stage("verify") as progress:
         verdict = (replay if rung is None else replay_algebra)(bundle, manifest, progress)
+    runs = target_runs(manifest, verdict) if rung is None else None
+    required = [name.strip() for name in require.split(",") if name.strip()] if require else []
     if as_json:
+        if not verdict.failures:
+            require_executed(runs or [], required)
         _print(
             {
                 "ok": not verdict.failures,
                 "exit_code": 1 if verdict.failures else 0,
                 "checks": [check.to_json() for check in verdict.checks],
+                **({} if runs is None else {"targets": {run.target: _run_json(run, verdict) for run in runs}}),
             }
         )
         raise typer.Exit(1 if verdict.failures else 0)
     from kdexport.commands.render import show_verdict
 
-    show_verdict(bundle, manifest, verdict)
+    show_verdict(bundle, manifest, verdict, runs)
     verdict.require()
+    require_executed(runs or [], required)
+
+
+def _run_json(run: "TargetRun", verdict: "Verdict") -> dict[str, Any]:
+    execution = verdict.executed.get(run.target)
+    return {"state": run.state, "executed": None if execution is None else execution.to_json()}
 
 
 def _rethreshold(bundle: Path, policy: Path, *, allow_looser: bool, as_json: bool) -> None:

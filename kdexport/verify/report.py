@@ -3,7 +3,7 @@
 The precision plans of a manifest in words and rows: what int8 costs without and with them, and why.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +92,12 @@ def failed_checks(data: dict[str, Any]) -> list[dict[str, Any]]:
     return [check for check in data["parity"] if not check["holds"]]
 
 
-def verdict_sentence(data: dict[str, Any]) -> str:
-    """One sentence: what holds, what was not executed."""
+def verdict_sentence(data: dict[str, Any], not_run: Sequence[str] | None = None) -> str:
+    """One sentence: what holds, what was not executed.
+
+    ``not_run`` are statements about targets that did not run in a verification of a finished bundle; None takes the
+    statuses of the manifest.
+    """
     failed = failed_checks(data)
     if failed:
         return f"{len(failed)} of {len(data['parity'])} checks failed"
@@ -109,7 +113,9 @@ def verdict_sentence(data: dict[str, Any]) -> str:
     undecided = sum(bool(check.get("undecided")) for check in data["parity"])
     if undecided:
         parts.append(f"{undecided} statements about the task undecided by {data['task']['images']:,} images")
-    if waiting:
+    if not_run is not None:
+        parts += not_run
+    elif waiting:
         parts.append(f"{', '.join(waiting)} built, not executed")
     return "; ".join(parts)
 

@@ -3,16 +3,18 @@
 Verification of a finished bundle from its own files alone.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kdexport.backends.base import Execution
-from kdexport.bundle.manifest import TASK, Manifest, onnx_files, read_golden, target_of
-from kdexport.errors import BundleError, DataError, VerificationError
+from kdexport.bundle.manifest import NOT_EXECUTED, TASK, Manifest, onnx_files, read_golden, target_of
+from kdexport.errors import BundleError, DataError, NotExecutedError, UnknownNameError, VerificationError
+from kdexport.registry import nearest
 from kdexport.targets import Target, parse_target
 from kdexport.verify.check import Check, check_at_most
 from kdexport.verify.int8_collapse import explain_collapse
@@ -56,6 +58,49 @@ class Verdict:
         raise VerificationError(
             "\n".join([f"{len(lines)} of {len(self.checks)} checks failed:", *lines]),
             remedy=remedy or self.remedy or _BUILD_AGAIN,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TargetRun:
+    """Whether a target ran in one verification of its bundle, and what ran it."""
+
+    target: str
+    #: "ran here", "ran at build" (says the manifest), or "never ran".
+    state: str
+    fact: str
+
+    def __str__(self) -> str:
+        return f"{self.target} {self.state}" + (f" ({self.fact})" if self.fact else "")
+
+
+def target_runs(manifest: Manifest, verdict: Verdict) -> list[TargetRun]:
+    """One entry per target: what this verification ran, and otherwise what the manifest says of the build."""
+    return [_target_run(name, entry, verdict.executed.get(name)) for name, entry in manifest.targets.items()]
+
+
+def _target_run(name: str, entry: dict[str, Any], execution: Execution | None) -> TargetRun:
+    if execution is not None:
+        return TargetRun(name, "ran here", str(execution))
+    if entry["status"] == NOT_EXECUTED:
+        return TargetRun(name, "never ran", NOT_EXECUTED)
+    told = entry.get("executed")
+    fact = "{runtime} {version}, {device}".format(**told) if told else "by an earlier version"
+    return TargetRun(name, "ran at build", f"{fact}, says the manifest")
+
+
+def require_executed(runs: Sequence[TargetRun], targets: Sequence[str]) -> None:
+    """Raise unless each of ``targets`` ran in this verification: ``UnknownNameError`` or ``NotExecutedError``."""
+    states = {run.target: run for run in runs}
+    for name in targets:
+        if name not in states:
+            raise UnknownNameError(f"The bundle holds no target {name!r}.", remedy=nearest(name, states))
+    missing = [states[name] for name in targets if states[name].state != "ran here"]
+    if missing:
+        raise NotExecutedError(
+            f"{len(missing)} of {len(targets)} required targets did not run in this verification: "
+            f"{'; '.join(map(str, missing))}.",
+            remedy="Verify the bundle on a machine that runs them: `kdexport doctor` says what this one lacks.",
         )
 
 
