@@ -1,0 +1,236 @@
+"""The contract of a backend: a new one is one file, and "verified" is earned by its own run."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from kdexport.backends import BACKENDS, backend
+from kdexport.backends.base import Backend, Execution, Finding, Missing, Runner
+from kdexport.backends.ort import CUDA, load_model
+from kdexport.bundle.manifest import MODEL, NOT_EXECUTED, TARGETS, VERIFIED, Manifest, read_golden, read_manifest
+from kdexport.errors import BackendUnavailableError
+from kdexport.verify.verdict import Verdict, replay, target_runs, verify_folder
+from tests.conftest import Built, Command, Outcome
+from tests.kdexport.optional_packages import require_openvino
+
+TOY = Path(__file__).with_name("toy_backend.py")
+
+
+class OrtInDisguise(Runner):
+    """The answers of a correct runtime, told by one that does not exist."""
+
+    def __init__(self, path: Path) -> None:
+        self.model = load_model(path)
+        self.images = 0
+
+    @property
+    def execution(self) -> Execution:
+        return Execution(runtime="disguise", version="0", device="nowhere")
+
+    def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        self.images += len(images)
+        return self.model.logits(images)
+
+
+def with_target(bundle: Path, name: str, folder: Path) -> tuple[Path, Manifest]:
+    """A copy of a bundle that holds ``name`` too, with the float32 graph, and no word on what ran it."""
+    shutil.copytree(bundle, folder)
+    runtime, precision = backend(name.rpartition("-")[0]), name.rpartition("-")[2]
+    place = folder / TARGETS / name
+    if not place.is_dir():
+        place.mkdir()
+        shutil.copyfile(folder / MODEL, place / MODEL)
+    data = json.loads((folder / "manifest.json").read_text())
+    entry = {
+        "precision": precision, "backend": runtime.name, "engine": runtime.compiles, "status": NOT_EXECUTED,
+        "form": runtime.form(precision),
+    }  # fmt: skip
+    data["targets"] = {name: entry}
+    for other in (folder / TARGETS).iterdir():
+        if other.name != name:
+            shutil.rmtree(other)
+    return folder, Manifest.from_json(data)
+
+
+def verified(folder: Path, manifest: Manifest) -> Verdict:
+    return verify_folder(folder, manifest, read_golden(folder, manifest)[:3])
+
+
+@pytest.mark.parametrize("name", [name for name in BACKENDS.names() if name != "toy"])
+def test_no_target_is_verified_once_its_run_is_taken_away(
+    name: str, built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name == "openvino":
+        require_openvino()
+    runtime, target = backend(name), f"{name}-fp32"
+    folder, manifest = with_target(built.bundle, target, tmp_path / "b")
+    if runtime.compiles:
+        # An engine's own runtime needs a GPU: another one answers in its place, as correctly as it would.
+        opened = OrtInDisguise(folder / TARGETS / target / MODEL)
+        monkeypatch.setattr(type(runtime), "open", lambda *_, **__: opened)
+        monkeypatch.setattr(type(runtime), "audit", lambda *_: [])
+        monkeypatch.setattr(type(runtime), "not_executable", lambda *_: None)
+    with_run = verified(folder, manifest)
+    assert with_run.failures == ()
+    assert target in with_run.executed
+    monkeypatch.setattr(type(runtime), "not_executable", lambda *_: Missing("it was taken away", "Bring it back"))
+    without = verified(folder, manifest)
+    assert without.failures == ()
+    assert target not in without.executed
+    assert [str(run) for run in target_runs(manifest, without)] == [f"{target} never ran (built, not executed)"]
+
+
+def test_float16_of_onnxruntime_is_not_verified_by_a_run_on_the_cpu(
+    built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine that has a GPU, but no onnxruntime that reaches it."""
+    from kdexport.graph.precision import cast_to_fp16
+
+    monkeypatch.setattr("kdexport.backends.nvidia.gpu_fingerprint", lambda: ["NVRM 580.1", "Model: H100"])
+    folder, manifest = with_target(built.bundle, "onnx-fp16", tmp_path / "b")
+    cast_to_fp16(folder / MODEL, folder / TARGETS / "onnx-fp16" / MODEL)
+    verdict = verified(folder, manifest)
+    assert verdict.failures == ()
+    assert verdict.executed == {}
+    (told,) = (check for check in verdict.checks if check.name == "execution")
+    assert told.subject == "targets/onnx-fp16/model.onnx on onnxruntime GPU"
+    assert "not executed on this machine" in told.detail
+    assert CUDA in told.detail
+
+
+def test_a_runtime_that_cannot_be_opened_here_leaves_its_target_not_executed(
+    built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = backend("trt-rtx")
+    folder, manifest = with_target(built.bundle, "trt-rtx-fp32", tmp_path / "b")
+
+    def refuse(*_: Any, **__: Any) -> Runner:
+        raise BackendUnavailableError("The driver is too old.", remedy="Update it.")
+
+    monkeypatch.setattr(type(runtime), "open", refuse)
+    monkeypatch.setattr(type(runtime), "audit", lambda *_: [])
+    monkeypatch.setattr(type(runtime), "not_executable", lambda *_: None)
+    verdict = verified(folder, manifest)
+    assert (verdict.failures, verdict.executed) == ((), {})
+    assert any("not executed on this machine: The driver is too old" in check.detail for check in verdict.checks)
+
+
+def test_a_changed_status_does_not_pass_for_a_run(built: Built, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(built.bundle, tmp_path / "b"))
+    data = json.loads((folder / "manifest.json").read_text())
+    data["targets"]["trt-rtx-fp16"]["status"] = VERIFIED
+    (folder / "manifest.json").write_text(json.dumps(data))
+    manifest = read_manifest(folder)
+    runs = {run.target: run for run in target_runs(manifest, replay(folder, manifest, lambda _: None))}
+    assert runs["onnx-fp32"].state == "ran here"
+    assert runs["onnx-fp32"].fact.endswith("CPUExecutionProvider")
+    assert runs["trt-rtx-fp16"].state == "ran at build"
+    assert runs["trt-rtx-fp16"].fact == "by an earlier version, says the manifest"
+
+
+def test_verify_can_require_that_targets_run(here: Command, built: Built) -> None:
+    assert here("verify", built.bundle, "--require-executed", "onnx-fp32").exit_code == 0
+    done = here("verify", built.bundle, "--require-executed", "onnx-fp32,trt-rtx-fp16", "--json")
+    assert done.exit_code == done.data["exit_code"] == 3
+    assert done.data["error"]["message"] == (
+        "1 of 2 required targets did not run in this verification: trt-rtx-fp16 never ran (built, not executed)."
+    )
+    assert here("verify", built.bundle, "--require-executed", "onnx-fp8").exit_code == 2
+
+
+@pytest.fixture(scope="module")
+def toy_bundle(built: Built, tmp_path_factory: pytest.TempPathFactory, kdexport: Command) -> Path:
+    folder = tmp_path_factory.mktemp("toy")
+    done = build_toy(kdexport, built, folder / "bundle")
+    assert done.exit_code == 0, done.stderr
+    return folder / "bundle"
+
+
+def build_toy(run: Command, built: Built, out: Path) -> Outcome:
+    return run(
+        "build", "--config", built.config, "--checkpoint", built.checkpoint, "--workspace", out.parent / "ws", "--out",
+        out, "--target", "onnx-fp32,toy-fp32", "--plugin", TOY,
+    )  # fmt: skip
+
+
+def test_a_backend_of_one_file_is_built_and_verified_by_its_own_run(toy_bundle: Path) -> None:
+    manifest = json.loads((toy_bundle / "manifest.json").read_text())
+    entry = manifest["targets"]["toy-fp32"]
+    assert (entry["status"], entry["engine"], entry["kernels"], entry["version"]) == (VERIFIED, True, 1, "1.0")
+    assert entry["executed"] == {"runtime": "toy", "version": "1.0", "device": "abacus 0", "types": ["fp32"]}
+    checks = {(check["rung"], check["name"]) for check in manifest["parity"] if "model.toy" in check["subject"]}
+    assert {("audit", "format"), ("audit", "every bead in fp32"), ("B", "rms error"), ("D", "flips")} <= checks
+
+
+def test_a_backend_of_one_file_is_listed_examined_verified_and_gated(toy_bundle: Path, kdexport: Command) -> None:
+    plugin = ("--plugin", TOY)
+    assert "toy-fp32" in kdexport("list", "targets", *plugin).stdout
+    assert "toy-fp32" not in kdexport("list", "targets").stdout
+    assert "target toy-fp32" in kdexport("doctor", *plugin).stdout
+    done = kdexport("verify", toy_bundle, "--require-executed", "toy-fp32", *plugin)
+    assert done.exit_code == 0, done.stderr
+    assert "toy 1.0, abacus 0" in done.stdout
+    gated = kdexport(
+        "gate", toy_bundle, "--target", "toy-fp32", "--against", "onnx-fp32", "--max-slowdown", "90%", "--max-flips",
+        "10%", "--json", *plugin,
+    )  # fmt: skip
+    assert gated.exit_code in (0, 3), gated.stdout
+    assert "toy-fp32" in gated.stdout
+
+
+def test_a_bundle_of_a_backend_without_its_plugin_says_what_to_pass(toy_bundle: Path, kdexport: Command) -> None:
+    done = kdexport("verify", toy_bundle)
+    assert done.exit_code == 2
+    assert "toy-fp32" in done.stderr
+    assert "--plugin" in done.stderr
+
+
+def test_the_server_refuses_a_target_of_another_runtime(toy_bundle: Path, kdexport: Command) -> None:
+    done = kdexport("serve", toy_bundle, "--target", "toy-fp32", "--plugin", TOY)
+    assert done.exit_code == 4
+    assert "with onnxruntime, not toy-fp32" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("fault", "exit_code", "words"),
+    [
+        ("wrong", 1, "targets/toy-fp32/model.toy"),
+        ("half", 1, "beads in fp16"),
+        ("gone", 0, "toy-fp32 built, not executed"),
+    ],
+)
+def test_a_backend_that_answers_wrongly_fails_and_one_that_is_gone_is_not_verified(
+    fault: str,
+    exit_code: int,
+    words: str,
+    built: Built,
+    tmp_path: Path,
+    kdexport: Command,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TOY_FAULT", fault)
+    done = build_toy(kdexport, built, tmp_path / "bundle")
+    assert done.exit_code == exit_code, done.stderr
+    assert words in done.stdout + done.stderr
+    if not exit_code:
+        entry = json.loads((tmp_path / "bundle" / "manifest.json").read_text())["targets"]["toy-fp32"]
+        assert entry["status"] == NOT_EXECUTED
+        assert "executed" not in entry
+
+
+def test_each_backend_says_what_it_is() -> None:
+    for name in BACKENDS.names():
+        runtime: Backend = backend(name)
+        assert runtime.name == name
+        assert runtime.title
+        assert runtime.description
+        assert runtime.compiles == (runtime.artifact != MODEL)
+        for precision in runtime.precisions:
+            missing = runtime.unavailable(precision)
+            assert missing is None or (missing.reason[-1] != "." and missing.remedy[-1] != ".")
+    assert Finding("a", True, "b").holds
