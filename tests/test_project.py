@@ -14,6 +14,7 @@ DOCKERFILE = (ROOT / "Dockerfile").read_text()
 TESTS = ROOT / "tests"
 #: Test modules about several modules of their folder, and what each one is about.
 SPANNING = {
+    "kdexport/backends/test_contract.py": "the contract of every registered backend, and of one outside the package",
     "kdexport/build/test_target_builds.py": "every target from the command to faults in its bundle",
     "kdexport/gate/test_action.py": "the composite action that runs the gate in CI",
     "kdexport/graph/test_audit_int8.py": "the audit, on the files that the quantizer writes",
