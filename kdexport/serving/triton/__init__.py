@@ -1,1 +1,1 @@
-"""Writes verified bundles into Triton model repositories."""
+"""Write verified bundles into Triton model repositories."""

@@ -1,4 +1,4 @@
-"""What a Triton export will be: decided from the manifest and the options, before anything is verified or written."""
+"""Plan a Triton export from the manifest and the options, before anything is verified or written."""
 
 import json
 import re
@@ -20,7 +20,7 @@ PLAN_RULE = "a plan loads only in exactly the TensorRT version, and on the GPU g
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TritonRequest:
-    """Everything ``kdexport triton`` was asked for; None leaves a choice to the device and the bundle."""
+    """The options of ``kdexport triton``; None means a default that depends on the device and the bundle."""
 
     repository: Path
     name: str | None = None
@@ -38,7 +38,7 @@ class TritonRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TritonPlan:
-    """What will be written: every choice made."""
+    """A complete plan of what is written, with a value for every choice."""
 
     repository: Path
     name: str
@@ -51,24 +51,29 @@ class TritonPlan:
 
 
 def plan_export(manifest: Manifest, request: TritonRequest) -> TritonPlan:
-    """Settle every choice of ``request``; raises ``ConfigError``, ``BundleError`` or ``OutputError``."""
+    """Choose a value for every option of ``request``; raises ``ConfigError``, ``BundleError`` or ``OutputError``."""
     entry = _target_entry(manifest, request.target)
     engine = bool(entry["engine"])
     device = request.device or ("gpu" if engine else "cpu")
     if engine and device == "cpu":
-        raise ConfigError(f"{request.target} is a TensorRT plan and runs on a GPU.", remedy="Pass --device gpu.")
+        raise ConfigError(
+            f"{request.target} is a TensorRT plan and runs on a GPU only, but --device is cpu.",
+            remedy="Pass --device gpu.",
+        )
     if engine:
         _require_same_tensorrt(request, str(entry.get("version")))
     name = request.name or manifest.spec.student
     if not _NAME.fullmatch(name):
         raise ConfigError(
-            f"{name!r} cannot be the name of a model.", remedy="Letters, digits, '.', '_' and '-', 128 at most."
+            f"{name!r} is not a valid model name: 1 to 128 letters, digits, dots, dashes and underscores are allowed, "
+            "and the first must be a letter or digit.",
+            remedy=f"For example: --name {manifest.spec.student}",
         )
     for label in manifest.spec.classes:
         if label and label.splitlines() != [label]:
             raise ConfigError(
-                f"Class {label!r} has a line break, and Triton's label file holds one name a line.",
-                remedy="Rename the class in the data set and build again.",
+                f"The class name {label!r} has a line break; Triton's label file has one name per line.",
+                remedy="Rename the class in the data set and build the bundle again.",
             )
     require_repository(request.repository)
     read_versions(request.repository / name)
@@ -85,7 +90,7 @@ def plan_export(manifest: Manifest, request: TritonRequest) -> TritonPlan:
 
 
 def _contract(manifest: Manifest, entry: dict[str, Any]) -> dict[str, Any]:
-    """What all versions of one model must agree on, as it reads back from JSON: tuples are lists there."""
+    """The values that all versions of a model must share, in the form that JSON gives back (lists for tuples)."""
     contract = {
         "backend": "tensorrt" if entry["engine"] else "onnxruntime",
         "tensorrt": entry["version"] if entry["engine"] else None,
@@ -97,43 +102,44 @@ def _contract(manifest: Manifest, entry: dict[str, Any]) -> dict[str, Any]:
 
 def _target_entry(manifest: Manifest, name: str) -> dict[str, Any]:
     if name not in manifest.targets:
-        raise UnknownNameError(f"The bundle holds no target {name!r}.", remedy=nearest(name, manifest.targets))
+        raise UnknownNameError(f"The bundle has no target {name!r}.", remedy=nearest(name, manifest.targets))
     target, entry = parse_target(name), manifest.targets[name]
     platform = target.runtime.triton_platform(target.precision)
     if isinstance(platform, Missing):
         raise ConfigError(f"{name} {platform.reason}.", remedy=f"{platform.remedy}.")
     if entry["status"] != VERIFIED:
         raise BundleError(
-            f"The engine of {name} was built and never run, so nothing says that it computes the right logits.",
+            f"The engine of {name} was built but never run, so its logits were not verified.",
             remedy="Build the bundle on a machine with the GPU that will serve it.",
         )
     return entry
 
 
 def _require_same_tensorrt(request: TritonRequest, built: str) -> None:
-    """A plan that Triton cannot load is found out here, not when a pod starts."""
-    look = "`dpkg-query -W 'libnvinfer[0-9]*'` in its image prints it"
+    """Raise ``ConfigError`` for a plan that Triton could not load, before a pod fails to start."""
+    command = "`dpkg-query -W 'libnvinfer[0-9]*'` in Triton's image prints its version"
     if request.tensorrt_version is None:
         raise ConfigError(
             f"{request.target} was built with TensorRT {built}: {PLAN_RULE}.",
-            remedy=f"Pass --tensorrt-version, that of the Triton which will load it: {look}.",
+            remedy=f"Pass --tensorrt-version with the version of the Triton server that will load it; {command}.",
         )
     given = re.split(r"[-+]", request.tensorrt_version)[0]
     if given != built:
         raise ConfigError(
-            f"{request.target} was built with TensorRT {built}, and Triton has {given}: {PLAN_RULE}.",
-            remedy=f"Use the Triton release with {built}, or build the bundle again with {given}; {look}.",
+            f"{request.target} was built with TensorRT {built}, but Triton has {given}: {PLAN_RULE}.",
+            remedy=f"Use the Triton release with {built}, or build the bundle again with {given}; {command}.",
         )
 
 
 def _schedule(manifest: Manifest, request: TritonRequest, device: Device) -> Schedule:
     largest = int(manifest.data["export"]["max_batch"])
-    # On a CPU a batch costs more per image than one image at a time; on a GPU it is what the GPU is for.
+    # On a CPU a batch costs more per image than one image at a time; on a GPU it costs less.
     max_batch = request.max_batch if request.max_batch is not None else (1 if device == "cpu" else largest)
     if not 1 <= max_batch <= largest:
         raise ConfigError(
-            f"--max-batch {max_batch} is outside 1 to {largest}, the batches that this bundle was verified with.",
-            remedy="Choose a smaller one, or raise max_batch under [export] and build again.",
+            f"--max-batch must be from 1 to {largest}, the batches with which the bundle was verified; "
+            f"got {max_batch}.",
+            remedy=f"Pass --max-batch {largest}, or raise max_batch under [export] and build the bundle again.",
         )
     limit = request.max_queue if request.max_queue is not None else 2 * request.instances * max_batch + 32
     return Schedule(

@@ -1,7 +1,7 @@
-"""A Triton model repository on disk: what in it is ours, and how a version enters it whole.
+"""A Triton model repository on disk: which versions kdexport wrote, and how a new one is added in one step.
 
-Triton takes every folder of a repository for a model, hidden or not, so nothing is staged inside: files are written
-beside the repository and enter it by rename.
+Triton reads every folder of a repository as a model, even a hidden one. New files are therefore written beside the
+repository and moved into it by rename.
 """
 
 import contextlib
@@ -17,9 +17,9 @@ from kdexport.core.files import exclusive, publish
 from kdexport.errors import OutputError, StorageError
 from kdexport.serving.triton.pbtxt import CONFIG, LABELS, WARMUP
 
-#: Beside each model file: what the version is and what all versions of its model must agree on.
+#: The file beside each model with its origin and the values that all versions of the model must share.
 ORIGIN = "kdexport.json"
-_REMEDY = "Pass another --repository, or move what is in it away; nothing was changed."
+_REMEDY = "Nothing was changed. Pass another --repository, or move its content elsewhere."
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Version:
 
 
 def require_repository(repository: Path) -> None:
-    """Raise ``OutputError`` unless ``repository`` is absent, empty, or holds Triton models and nothing else."""
+    """Raise ``OutputError`` unless ``repository`` does not exist, is empty, or has only Triton models."""
     if not repository.exists():
         return
     if not repository.is_dir():
@@ -40,8 +40,8 @@ def require_repository(repository: Path) -> None:
     foreign = [path for path in entries if not (path.is_dir() and _is_model(path))]
     if foreign:
         raise OutputError(
-            f"{repository} is not a Triton model repository: {foreign[0].name} is no model "
-            f"({len(foreign)} of {len(entries)} entries).",
+            f"{repository} is not a Triton model repository: {len(foreign)} of its {len(entries)} entries are not "
+            f"models, e.g. {foreign[0].name}.",
             remedy=_REMEDY,
         )
 
@@ -51,22 +51,25 @@ def _is_model(folder: Path) -> bool:
 
 
 def _numbers(folder: Path) -> list[int]:
-    # Triton ignores a leading zero, so 01 is no version.
+    # Triton ignores folders with a leading zero, such as 01.
     names = [path.name for path in folder.iterdir() if path.is_dir()]
     return sorted(int(name) for name in names if name.isascii() and name.isdigit() and not name.startswith("0"))
 
 
 def read_versions(model: Path) -> tuple[Version, ...]:
-    """Versions of a model folder in rising order; raises ``OutputError`` where one was not written by kdexport."""
+    """The versions of a model folder in ascending order; raises ``OutputError`` if kdexport did not write one."""
     if model.is_symlink() or (model.exists() and not model.is_dir()):
-        raise OutputError(f"{model} is not a folder of its own.", remedy="Pass another --name; nothing was changed.")
+        raise OutputError(
+            f"{model} is a link or a file; the folder of a model must be a real folder.",
+            remedy="Nothing was changed. Pass another --name.",
+        )
     if not model.exists() or not any(model.iterdir()):
         return ()
     numbers = _numbers(model)
     if not numbers:
         raise OutputError(
-            f"{model} exists and was not written by kdexport: it holds no version.",
-            remedy="Pass another --name; nothing was changed.",
+            f"{model} exists and was not written by kdexport: it has no version.",
+            remedy="Nothing was changed. Pass another --name.",
         )
     return tuple(Version(number, _read_origin(model / str(number))) for number in numbers)
 
@@ -79,14 +82,14 @@ def _read_origin(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise OutputError(
             f"{folder} was not written by kdexport: {ORIGIN} is missing or damaged ({type(error).__name__}).",
-            remedy="Pass another --name: versions of different origin would share one config.pbtxt.",
+            remedy="Pass another --name, because all versions of a model share one config.pbtxt.",
         ) from None
     return dict(origin)
 
 
 @contextlib.contextmanager
 def staging(repository: Path) -> Iterator[Path]:
-    """An empty folder beside ``repository`` while that is held against other processes; removed at the end."""
+    """An empty folder beside ``repository``, which is locked against other processes; removed at the end."""
     created = not repository.exists()
     repository.mkdir(parents=True, exist_ok=True)
     place = repository.resolve()
@@ -94,7 +97,7 @@ def staging(repository: Path) -> Iterator[Path]:
     try:
         _require_one_file_system(place)
         with exclusive(place):
-            # Under the lock, what lies there was left by a process that is gone.
+            # With the lock held, an existing folder was left by a process that was killed.
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             try:
@@ -110,18 +113,18 @@ def staging(repository: Path) -> Iterator[Path]:
 def _require_one_file_system(place: Path) -> None:
     if place.stat().st_dev != place.parent.stat().st_dev:
         raise StorageError(
-            f"{place} is a mount of its own, and files cannot enter it whole from {place.parent}.",
+            f"{place} is a mount point, so files cannot be renamed into it from {place.parent}.",
             remedy=f"Pass a folder inside it, for example --repository {place / 'models'}.",
         )
 
 
-def enter(staged: Path, model: Path, version: int) -> None:
-    """Put the staged model folder, complete with one version, in the place of ``model`` or its version beside others.
+def publish_version(staged: Path, model: Path, version: int) -> None:
+    """Move a staged model folder with one version to ``model``, or its version beside those that exist.
 
-    The version comes last: a Triton that polls sees it when all that it needs is there.
+    The version is moved last, so that a polling Triton finds it only when all other files are there.
     """
     if not model.exists() or not any(model.iterdir()):
-        # rename replaces an empty folder.
+        # A rename replaces an empty folder.
         publish(staged, model)
         return
     warmups = [path.name for path in (staged / WARMUP).iterdir()]
@@ -137,7 +140,7 @@ def enter(staged: Path, model: Path, version: int) -> None:
 
 def _replace(source: Path, target: Path) -> None:
     if target.is_file() and target.read_bytes() == source.read_bytes():
-        # Its time tells a polling Triton whether to load the model again.
+        # A polling Triton loads the model again if the file's time changes.
         return
     with source.open("rb") as stream:
         os.fsync(stream.fileno())

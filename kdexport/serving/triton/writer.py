@@ -1,4 +1,4 @@
-"""A verified bundle as a version of a model in a Triton repository."""
+"""Write a verified bundle as a version of a model in a Triton repository."""
 
 import json
 import shutil
@@ -22,13 +22,13 @@ from kdexport.serving.triton.pbtxt import (
     to_pbtxt,
 )
 from kdexport.serving.triton.variants import PLAN_RULE, TritonPlan
-from kdexport.serving.triton.versions import ORIGIN, Version, enter, read_versions, staging
+from kdexport.serving.triton.versions import ORIGIN, Version, publish_version, read_versions, staging
 from kdexport.verify.verdict import VerifiedBundle
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TritonResult:
-    """A model in a repository; ``up_to_date`` where this very version was there before."""
+    """A model in a repository; ``up_to_date`` if the repository already had this version of it."""
 
     model: Path
     version: int
@@ -36,11 +36,14 @@ class TritonResult:
 
 
 def export_triton(bundle: VerifiedBundle, plan: TritonPlan) -> TritonResult:
-    """Write the model; it appears whole or not at all. Raises ``OutputError``, ``BundleError``, ``StorageError``."""
+    """Write the model in one step or not at all; raises ``OutputError``, ``BundleError`` or ``StorageError``."""
     model = plan.repository / plan.name
     sha256 = bundle.manifest.files.get(plan.source)
     if sha256 is None:
-        raise BundleError(f"The bundle has no {plan.source}.", remedy="Build the bundle again.")
+        raise BundleError(
+            f"The manifest of the bundle lists no {plan.source}.",
+            remedy=f"Build the bundle again with --target {plan.target}.",
+        )
     with staging(plan.repository) as folder:
         versions = read_versions(model)
         number, present = _choose_version(plan, sha256, versions)
@@ -50,33 +53,34 @@ def export_triton(bundle: VerifiedBundle, plan: TritonPlan) -> TritonResult:
         if not present:
             _write_version(staged / str(number), bundle, plan, sha256)
         _write_shared(staged, bundle, plan)
-        enter(staged, model, number)
+        publish_version(staged, model, number)
     return TritonResult(model=model, version=number, up_to_date=present)
 
 
 def _choose_version(plan: TritonPlan, sha256: str, versions: tuple[Version, ...]) -> tuple[int, bool]:
-    """The version's number, and whether it is there already with the very same model."""
+    """The number of the version, and whether it already exists with the same model."""
     same = {version.number for version in versions if version.origin["sha256"] == sha256}
     taken = {version.number for version in versions}
     if plan.version is None:
         return (max(same), True) if same else (max(taken, default=0) + 1, False)
     if plan.version in taken and plan.version not in same:
         raise OutputError(
-            f"{plan.repository / plan.name} has a version {plan.version} with another model.",
-            remedy=f"Leave --version away for {max(taken) + 1}; a version that clients may be using is never replaced.",
+            f"{plan.repository / plan.name} already has a version {plan.version} with a different model; a version "
+            "that clients may use is never replaced.",
+            remedy=f"Omit --version to write version {max(taken) + 1}.",
         )
     return plan.version, plan.version in same
 
 
 def _require_same_contract(plan: TritonPlan, versions: tuple[Version, ...]) -> None:
-    """All versions share one configuration and one kind of client, so they must mean the same by their tensors."""
+    """Raise ``OutputError`` if the tensors of this version mean something different from those of the others."""
     for version in versions:
         contract = version.origin["contract"]
-        wrong = [key for key in sorted(plan.contract) if contract.get(key) != plan.contract[key]]
-        if wrong:
+        different = [key for key in sorted(plan.contract) if contract.get(key) != plan.contract[key]]
+        if different:
             raise OutputError(
-                f"Version {version.number} of {plan.name} has other {', '.join(wrong)} than this bundle; the versions "
-                f"of a Triton model share one {CONFIG}, one {LABELS} and their clients.",
+                f"Version {version.number} of {plan.name} and this bundle differ in {', '.join(different)}; all "
+                f"versions of a Triton model share one {CONFIG}, one {LABELS} and their clients.",
                 remedy="Pass another --name.",
             )
 
@@ -89,7 +93,8 @@ def _write_version(folder: Path, bundle: VerifiedBundle, plan: TritonPlan, sha25
     shutil.copyfile(bundle.folder / plan.source, target)
     if sha256_file(target) != sha256:
         raise BundleError(
-            f"{plan.source} changed after it was verified.", remedy="Let nothing write to the bundle, and try again."
+            f"{plan.source} changed after it was verified.",
+            remedy="Stop the process that writes to the bundle, and run the command again.",
         )
     origin = {
         "kdexport": __version__,
@@ -105,7 +110,7 @@ def _write_shared(staged: Path, bundle: VerifiedBundle, plan: TritonPlan) -> Non
     spec = bundle.manifest.spec
     pixels = spec.preprocessing.pixels(read_image(bundle.folder / bundle.manifest.golden[0]))
     image = spec.preprocessing.normalise(pixels[np.newaxis])[0].astype("<f4").tobytes()
-    # Named by its content: the old file stays in place for as long as the old configuration may be read.
+    # The name depends on the content, so the old file stays until the old configuration is replaced.
     warmup = f"golden-{sha256_bytes(image)[:16]}"
     (staged / WARMUP).mkdir()
     (staged / WARMUP / warmup).write_bytes(image)
@@ -115,19 +120,22 @@ def _write_shared(staged: Path, bundle: VerifiedBundle, plan: TritonPlan) -> Non
     config = model_config(plan.name, plan.backend, interface, plan.schedule, warmup_file=warmup, parameters=parameters)
     text = to_pbtxt(config)
     if from_pbtxt(text, CONFIG) != config:
-        raise OutputError(f"{CONFIG} does not read back as it was made.", remedy="Report the name and the classes.")
+        raise OutputError(
+            f"{CONFIG} changes when it is written and read back, probably because of the model name or a class name.",
+            remedy="Use other names, or open an issue in kdexport's repository with the name and the classes.",
+        )
     (staged / CONFIG).write_text(text, encoding="utf-8")
 
 
 def _parameters(plan: TritonPlan) -> dict[str, str]:
     if plan.backend == "tensorrt":
         return {"tensorrt_version": str(plan.contract["tensorrt"]), "tensorrt_version_rule": PLAN_RULE}
-    # Without these onnxruntime takes a thread for every core of the host, whatever the container is allowed.
+    # Without these onnxruntime starts a thread per core of the host, even if the container may use fewer.
     return {"intra_op_thread_count": "1", "inter_op_thread_count": "1"}
 
 
 def read_interface(path: Path) -> Interface:
-    """Names and dimensions, without the batch, of an audited ONNX file's one input and one output."""
+    """Names and dimensions, without the batch, of the input and output of an audited ONNX file."""
     import onnx
 
     graph = onnx.load(str(path), load_external_data=False).graph

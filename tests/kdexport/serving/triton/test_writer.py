@@ -1,4 +1,4 @@
-"""A Triton repository holds what the bundle holds, whole, and nothing of anybody else is touched."""
+"""A Triton repository gets complete versions of the bundle, and files of others stay unchanged."""
 
 import dataclasses
 import json
@@ -39,12 +39,12 @@ BUILT_WITH = "10.13.2.6"
 
 @pytest.fixture(scope="module")
 def verified(built: Built) -> VerifiedBundle:
-    """Sealed without the checks, which take seconds: that the command makes them is a test of its own."""
+    """A bundle sealed without the checks, which take seconds; another test shows that the command makes them."""
     return seal(built.bundle, read_manifest(built.bundle), Verdict(()))
 
 
 def resealed(bundle: VerifiedBundle, folder: Path, edit: Callable[[dict[str, Any]], object]) -> VerifiedBundle:
-    """A copy of ``bundle`` at ``folder`` with a changed manifest, as another verified build would leave it."""
+    """A copy of ``bundle`` at ``folder`` with a changed manifest, as if another build had verified it."""
     shutil.copytree(bundle.folder, folder)
     data = json.loads((folder / "manifest.json").read_text())
     edit(data)
@@ -72,7 +72,7 @@ def plan_bundle(verified: VerifiedBundle, tmp_path: Path) -> VerifiedBundle:
     return resealed(verified, folder, edit)
 
 
-#: Concatenated protobuf messages are merged: a valid model of other bytes.
+#: Concatenated protobuf messages are merged, so appending this gives a valid model with other bytes.
 LATER = onnx.ModelProto(doc_string="trained again").SerializeToString()
 
 
@@ -82,7 +82,7 @@ def change_model(folder: Path) -> None:
 
 
 def retrained(verified: VerifiedBundle, folder: Path) -> VerifiedBundle:
-    """The same student after another training: other bytes, same meaning."""
+    """The bundle with another model file of the same student."""
     return resealed(verified, folder, lambda _: change_model(folder))
 
 
@@ -126,7 +126,9 @@ def _warmup_name(model: Path) -> str:
     return path.name
 
 
-def test_the_configuration_says_what_the_bundle_and_the_options_say(verified: VerifiedBundle, tmp_path: Path) -> None:
+def test_the_configuration_has_the_values_of_the_bundle_and_the_options(
+    verified: VerifiedBundle, tmp_path: Path
+) -> None:
     result = export(
         verified, tmp_path / "models", name="n", instances=3, max_batch=5, delay_us=700, max_queue=11,
         queue_timeout_ms=90, keep_versions=4,
@@ -214,7 +216,7 @@ def test_a_new_version_enters_beside_the_old_one_and_leaves_its_files_as_they_ar
     assert {name: (first.model / name).stat().st_mtime_ns for name in times} == times
 
 
-def test_the_same_model_again_is_no_new_version(verified: VerifiedBundle, tmp_path: Path) -> None:
+def test_exporting_the_same_model_again_adds_no_version(verified: VerifiedBundle, tmp_path: Path) -> None:
     repository = tmp_path / "models"
     export(verified, repository, version=7)
     before = tree(repository)
@@ -231,9 +233,9 @@ def test_a_version_that_holds_another_model_is_never_replaced(verified: Verified
     repository = tmp_path / "models"
     export(verified, repository, version=3)
     before = tree(repository)
-    with pytest.raises(OutputError, match="has a version 3 with another model") as caught:
+    with pytest.raises(OutputError, match="already has a version 3 with a different model") as caught:
         export(retrained(verified, tmp_path / "second"), repository, version=3)
-    assert "for 4;" in caught.value.remedy
+    assert caught.value.remedy == "Omit --version to write version 4."
     assert tree(repository) == before
 
 
@@ -259,13 +261,13 @@ def test_versions_that_mean_different_things_by_their_tensors_do_not_share_a_mod
         edit(data)
         change_model(tmp_path / "other")
 
-    with pytest.raises(OutputError, match=f"has other {word} than this bundle"):
+    with pytest.raises(OutputError, match=f"Version 1 of mobilenetv2 and this bundle differ in {word};"):
         export(resealed(verified, tmp_path / "other", change), repository)
     assert tree(repository) == before
 
 
 @pytest.mark.parametrize("foreign", ["file", "folder", "bundle", "model of others", "half ours", "is a file", "link"])
-def test_what_is_not_ours_is_refused_and_stays(foreign: str, verified: VerifiedBundle, tmp_path: Path) -> None:
+def test_files_of_others_are_refused_and_kept(foreign: str, verified: VerifiedBundle, tmp_path: Path) -> None:
     repository = tmp_path / "models"
     repository.mkdir()
     if foreign == "file":
@@ -292,15 +294,15 @@ def test_what_is_not_ours_is_refused_and_stays(foreign: str, verified: VerifiedB
     assert tree(tmp_path) == before
 
 
-def test_a_version_that_triton_would_ignore_is_none(verified: VerifiedBundle, tmp_path: Path) -> None:
+def test_a_folder_with_a_leading_zero_is_not_a_version(verified: VerifiedBundle, tmp_path: Path) -> None:
     export(verified, tmp_path / "models")
     model = tmp_path / "models" / "mobilenetv2"
     (model / "1").rename(model / "01")
-    with pytest.raises(OutputError, match="it holds no version"):
+    with pytest.raises(OutputError, match="exists and was not written by kdexport: it has no version"):
         export(verified, tmp_path / "models")
 
 
-def test_models_of_others_in_the_repository_are_welcome(verified: VerifiedBundle, tmp_path: Path) -> None:
+def test_other_models_in_the_repository_are_kept(verified: VerifiedBundle, tmp_path: Path) -> None:
     theirs = tmp_path / "models" / "bert" / "1"
     theirs.mkdir(parents=True)
     (theirs / "model.onnx").write_bytes(b"theirs")
@@ -308,10 +310,10 @@ def test_models_of_others_in_the_repository_are_welcome(verified: VerifiedBundle
     assert tree(theirs) == {"model.onnx": b"theirs"}
 
 
-def test_nothing_but_the_finished_model_is_ever_seen_in_the_repository(
+def test_only_complete_models_ever_appear_in_the_repository(
     verified: VerifiedBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A kill at any moment leaves the repository as it was: here, at the copy, and just before the rename."""
+    """A kill during the copy or just before the rename leaves the repository unchanged."""
     repository = tmp_path / "models"
     export(verified, repository)
     before = tree(repository)
@@ -329,7 +331,7 @@ def test_nothing_but_the_finished_model_is_ever_seen_in_the_repository(
                 export(newer, repository)
         assert tree(repository) == before
         assert sorted(path.name for path in tmp_path.iterdir()) == ["models", "second"]
-    # What a killed process left behind is removed by the next one.
+    # The next process removes the files of one that was killed.
     stale = tmp_path / ".models.kdexport-new" / "mobilenetv2"
     stale.mkdir(parents=True)
     (stale / "config.pbtxt").write_text("half")
@@ -384,8 +386,8 @@ def test_a_plan_is_written_with_its_tensorrt_rule(plan_bundle: VerifiedBundle, t
     ("given", "words"),
     [
         (None, "was built with TensorRT 10.13.2.6: a plan loads only"),
-        ("10.13.2", "and Triton has 10.13.2:"),
-        ("11.0.0.1", "and Triton has 11.0.0.1:"),
+        ("10.13.2", "but Triton has 10.13.2:"),
+        ("11.0.0.1", "but Triton has 11.0.0.1:"),
     ],
 )
 def test_a_plan_for_another_tensorrt_is_refused(
@@ -399,14 +401,14 @@ def test_an_onnx_version_and_a_plan_do_not_share_a_model(
     verified: VerifiedBundle, plan_bundle: VerifiedBundle, tmp_path: Path
 ) -> None:
     export(verified, tmp_path / "models")
-    with pytest.raises(OutputError, match="has other backend, tensorrt than this bundle"):
+    with pytest.raises(OutputError, match="differ in backend, tensorrt;"):
         export(plan_bundle, tmp_path / "models", target="trt-fp16", tensorrt_version=BUILT_WITH)
 
 
 def test_an_engine_that_never_ran_is_refused(plan_bundle: VerifiedBundle, tmp_path: Path) -> None:
     entry = {**plan_bundle.manifest.targets["trt-fp16"], "status": "built, not executed"}
     manifest = dataclasses.replace(plan_bundle.manifest, targets={"trt-fp16": entry})
-    with pytest.raises(BundleError, match="was built and never run"):
+    with pytest.raises(BundleError, match="was built but never run, so its logits were not verified"):
         plan_export(manifest, TritonRequest(repository=tmp_path, target="trt-fp16", tensorrt_version=BUILT_WITH))
 
 
@@ -417,12 +419,12 @@ def _labelled(manifest: Manifest, label: str) -> Manifest:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"target": "onnx-fp16"}, "holds no target 'onnx-fp16'"),
+        ({"target": "onnx-fp16"}, "The bundle has no target 'onnx-fp16'"),
         ({"target": "trt-rtx-fp16"}, "TensorRT-RTX plan"),
-        ({"name": "../escape"}, "cannot be the name"),
-        ({"name": ".hidden"}, "cannot be the name"),
-        ({"name": "a\nb"}, "cannot be the name"),
-        ({"max_batch": 65}, "outside 1 to 64"),
+        ({"name": "../escape"}, "is not a valid model name: 1 to 128 letters, digits, dots, dashes and underscores"),
+        ({"name": ".hidden"}, "is not a valid model name: 1 to 128 letters, digits, dots, dashes and underscores"),
+        ({"name": "a\nb"}, "is not a valid model name: 1 to 128 letters, digits, dots, dashes and underscores"),
+        ({"max_batch": 65}, "--max-batch must be from 1 to 64, the batches with which the bundle was verified; got 65"),
     ],
 )
 def test_a_request_that_cannot_be_met_is_refused_before_anything_is_written(
@@ -438,11 +440,11 @@ def test_a_request_that_cannot_be_met_is_refused_before_anything_is_written(
 def test_a_class_name_that_would_shift_every_later_label_is_refused(
     label: str, verified: VerifiedBundle, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match="line break"):
+    with pytest.raises(ConfigError, match="has a line break; Triton's label file has one name per line"):
         plan_export(_labelled(verified.manifest, label), TritonRequest(repository=tmp_path / "models"))
 
 
-def test_a_repository_that_is_a_mount_is_refused_with_a_way_out(
+def test_a_repository_that_is_a_mount_point_is_refused_with_a_remedy(
     verified: VerifiedBundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     repository, real = tmp_path / "models", Path.stat
@@ -452,7 +454,7 @@ def test_a_repository_that_is_a_mount_is_refused_with_a_way_out(
         return os.stat_result((*found[:2], found.st_dev + 1, *found[3:])) if self.name == "models" else found
 
     monkeypatch.setattr(Path, "stat", stat)
-    with pytest.raises(StorageError, match="mount of its own") as caught:
+    with pytest.raises(StorageError, match="is a mount point, so files cannot be renamed into it") as caught:
         export(verified, repository)
     assert str(repository / "models") in caught.value.remedy
 
