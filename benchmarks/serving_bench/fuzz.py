@@ -62,7 +62,7 @@ async def _fuzz(
             outcomes[str(answer.status) if answer.outcome == "answered" else answer.outcome] += 1
             if answer.status == 503 and _set_own_timeout(answer.body):
                 outcomes["503"] -= 1
-                outcomes["waited as long as asked"] += 1
+                outcomes["503 by its own timeout"] += 1
             elif answer.status >= 500:
                 worst.append(data[:2000])
             elif answer.outcome != "answered":

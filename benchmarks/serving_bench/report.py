@@ -10,6 +10,9 @@ from typing import Any
 
 Row = dict[str, Any]
 
+#: Names of outcomes in raw results that are printed under another name.
+_OUTCOMES = {"waited as long as asked": "503 by its own timeout"}
+
 _PREFACE = """\
 # Serving: speed and robustness
 
@@ -135,7 +138,7 @@ def _sigterm(rows: list[Row]) -> str:
 
 
 def _outcomes(row: Row) -> str:
-    return ", ".join(f"{name}: {count}" for name, count in row["fates"].items())
+    return ", ".join(f"{_OUTCOMES.get(name, name)}: {count}" for name, count in row["fates"].items())
 
 
 def _fuzz(rows: list[Row]) -> str:

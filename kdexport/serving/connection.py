@@ -87,7 +87,8 @@ class Connection(HttpToolsProtocol):
         super().connection_made(transport)
         self._admitted = self._pool.add(self)
         if not self._admitted:
-            self._refuse(503, f"The server has {self._limits.connections} busy connections, its limit. Retry later.")
+            limit = self._limits.connections
+            self._refuse(503, f"The server is at capacity: {limit} busy connections (limit {limit}). Retry later.")
             return
         self._start_header_deadline()
 

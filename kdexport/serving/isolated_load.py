@@ -1,4 +1,4 @@
-"""Load a bundle completely in a process of its own, before the server opens it.
+"""Load a bundle completely in a separate process, before the server opens it.
 
 A graph that crashes onnxruntime ends that process, not the server. The process also finds the largest error that the
 logits of the golden images may have.
@@ -23,7 +23,7 @@ from kdexport.targets import DEFAULT_TARGET, require_servable
 
 _log = logging.getLogger("kdexport.serving")
 _TIMEOUT_SECONDS = 120
-#: ``allowed_error`` of a bundle without ``unit_error`` is this multiple of it, whatever its policy says.
+#: In a bundle without ``unit_error``, ``allowed_error`` is this multiple of it under any policy.
 _FORMER_FACTOR = 4.0
 
 

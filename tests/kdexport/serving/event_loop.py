@@ -1,4 +1,4 @@
-"""Coroutines run to their end by tests that are no coroutines themselves."""
+"""Run coroutines from tests that are ordinary functions."""
 
 import asyncio
 from collections.abc import Coroutine

@@ -1,4 +1,4 @@
-"""A server started by its command in a process of its own, and a minimal client."""
+"""A server started by its command in a separate process, and a minimal client."""
 
 import asyncio
 import contextlib
