@@ -18,6 +18,7 @@ from kdexport.serving.metrics import CONTENT_TYPE
 from kdexport.serving.openapi import openapi
 from kdexport.serving.repository import parse_sources
 from kdexport.serving.service import Service, Settings
+from kdexport.serving.wire import Error
 
 _PATHS_WITHOUT_TOKEN = ("/v2/health/live", "/v2/health/ready")
 
@@ -112,7 +113,7 @@ class TokenCheck:
 
 def error_response(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
     """An error in the form of the protocol. ``message`` is kdexport's own: no text of a library's exception."""
-    return JSONResponse({"error": message}, status_code=status, headers=headers)
+    return JSONResponse(Error(error=message), status_code=status, headers=headers)
 
 
 def _answer_request_error(request: Request, error: Exception) -> JSONResponse:

@@ -16,7 +16,15 @@ from kdexport.serving.images import decode_upload
 from kdexport.serving.loading import LoadedModel
 from kdexport.serving.requests import INLINE_BYTES, Body, ModelRequest, respond
 from kdexport.serving.service import Service
-from kdexport.serving.wire import HEADER_LENGTH, body_limit, rank, read_request, write_response
+from kdexport.serving.wire import (
+    HEADER_LENGTH,
+    Prediction,
+    Predictions,
+    body_limit,
+    rank,
+    read_request,
+    write_response,
+)
 
 _EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "model_repository", "statistics"]
 _PLATFORM = "onnxruntime_onnx"
@@ -183,11 +191,16 @@ async def classify(request: Request) -> Response:
             raise RequestError("The body is empty.", remedy="Send a JPEG, PNG or WebP image.")
         (logits,) = await run.infer(await service.off_loop(decode, body))
         probabilities = softmax(logits)
-        predictions = [
+        predictions: list[Prediction] = [
             {"label": model.signature.classes[index], "index": index, "probability": float(probabilities[index])}
             for index in rank(logits, top)
         ]
-        return JSONResponse({"model_name": model.name, "model_version": str(model.version), "predictions": predictions})
+        answer: Predictions = {
+            "model_name": model.name,
+            "model_version": str(model.version),
+            "predictions": predictions,
+        }
+        return JSONResponse(answer)
 
     return await respond(run, service.limits.body, work)
 

@@ -1,57 +1,22 @@
-"""``GET /openapi.json``: the OpenAPI document of the server, from which clients can generate code."""
+"""``GET /openapi.json``: the OpenAPI document of the server, from which clients can generate code.
+
+Paths come from the routes and schemas from the types of requests and responses, by pydantic. starlette's own
+``SchemaGenerator`` is not used: it takes the description of an operation from YAML in the docstring of its function,
+and needs a YAML parser for it.
+"""
 
 import json
 import re
 from typing import Any
 
+from pydantic import TypeAdapter
+from pydantic.json_schema import JsonSchemaMode
 from starlette.requests import Request
 from starlette.responses import Response
 
 from kdexport import __version__
-from kdexport.serving.wire import InferRequest
+from kdexport.serving.wire import Error, InferRequest, InferResponse, Predictions
 
-_TENSOR = {
-    "type": "object",
-    "required": ["name", "datatype", "shape"],
-    "properties": {
-        "name": {"type": "string"},
-        "datatype": {"enum": ["FP32", "BYTES"]},
-        "shape": {"type": "array", "items": {"type": "integer"}},
-        "data": {"type": "array"},
-        "parameters": {"type": "object"},
-    },
-}
-_RESPONSE = {
-    "type": "object",
-    "required": ["model_name", "model_version", "outputs"],
-    "properties": {
-        "id": {"type": "string"},
-        "model_name": {"type": "string"},
-        "model_version": {"type": "string"},
-        "outputs": {"type": "array", "items": _TENSOR},
-    },
-}
-_PREDICTIONS = {
-    "type": "object",
-    "required": ["model_name", "model_version", "predictions"],
-    "properties": {
-        "model_name": {"type": "string"},
-        "model_version": {"type": "string"},
-        "predictions": {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "required": ["label", "index", "probability"],
-                "properties": {
-                    "label": {"type": "string"},
-                    "index": {"type": "integer", "minimum": 0},
-                    "probability": {"type": "number", "minimum": 0, "maximum": 1},
-                },
-            },
-        },
-    },
-}
-_ERROR = {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}
 _BINARY = {"type": "string", "format": "binary"}
 
 _ERRORS = {
@@ -93,15 +58,21 @@ def document(routes: list[tuple[str, list[str]]]) -> dict[str, Any]:
     for path, methods in routes:
         for method in (name.lower() for name in methods if name != "HEAD"):
             paths.setdefault(path, {})[method] = _operation(path, method)
-    header = InferRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-    schemas = {**header.pop("$defs", {}), "InferRequest": header}
-    schemas |= {"InferResponse": _RESPONSE, "Predictions": _PREDICTIONS, "Error": _ERROR}
     return {
         "openapi": "3.1.0",
         "info": {"title": "kdexport", "version": __version__, "description": "Open Inference Protocol v2 and images."},
         "paths": paths,
-        "components": {"schemas": schemas},
+        "components": {"schemas": _schemas()},
     }
+
+
+def _schemas() -> dict[str, Any]:
+    types = (InferRequest, InferResponse, Predictions, Error)
+    adapters: list[tuple[str, JsonSchemaMode, TypeAdapter[Any]]] = [
+        (kind.__name__, "validation", TypeAdapter(kind)) for kind in types
+    ]
+    _, described = TypeAdapter.json_schemas(adapters, ref_template="#/components/schemas/{model}")
+    return dict(described["$defs"])
 
 
 def _operation(path: str, method: str) -> dict[str, Any]:

@@ -11,11 +11,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, NotRequired
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+# pydantic reads the types of a TypedDict of Python 3.11 only from here.
+from typing_extensions import TypedDict
 
 from kdexport.errors import RequestError
 from kdexport.serving.limits import Limits
@@ -120,6 +123,47 @@ class InferRequest(_Message):
     inputs: Annotated[list[RequestInput], Field(min_length=1, max_length=1024)]
     outputs: Annotated[list[RequestOutput], Field(max_length=1024)] = []
     parameters: InferParameters = InferParameters()
+
+
+class OutputTensor(TypedDict):
+    """An output tensor of a response; ``data`` is absent if its bytes follow the JSON."""
+
+    name: str
+    datatype: Literal["FP32", "BYTES"]
+    shape: list[int]
+    data: NotRequired[list[Any]]
+    parameters: NotRequired[dict[str, Any]]
+
+
+class InferResponse(TypedDict):
+    """The JSON part of the response to an inference request."""
+
+    id: NotRequired[str]
+    model_name: str
+    model_version: str
+    outputs: list[OutputTensor]
+
+
+class Prediction(TypedDict):
+    """A class and its probability."""
+
+    label: str
+    index: Annotated[int, Field(ge=0)]
+    probability: Annotated[float, Field(ge=0, le=1)]
+
+
+class Predictions(TypedDict):
+    """The response to an image, most probable class first."""
+
+    model_name: str
+    model_version: str
+    predictions: list[Prediction]
+
+
+class Error(TypedDict):
+    """The response to a request that failed."""
+
+    error: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -352,7 +396,7 @@ def write_response(
         description, blob = _encode_output(output, logits, signature, binary=binary)
         outputs.append(description)
         blobs.append(blob)
-    response = {"model_name": model, "model_version": version, "outputs": outputs}
+    response: InferResponse = {"model_name": model, "model_version": version, "outputs": outputs}
     if header.id is not None:
         response = {"id": header.id, **response}
     text = json.dumps(response, separators=(",", ":")).encode()
@@ -361,10 +405,10 @@ def write_response(
 
 def _encode_output(
     output: RequestOutput, logits: NDArray[np.float32], signature: Signature, *, binary: bool
-) -> tuple[dict[str, Any], bytes]:
+) -> tuple[OutputTensor, bytes]:
     top = min(output.parameters.classification, logits.shape[1])
     if top == 0:
-        description = {"name": output.name, "datatype": "FP32", "shape": list(logits.shape)}
+        description: OutputTensor = {"name": output.name, "datatype": "FP32", "shape": list(logits.shape)}
         if not binary:
             return {**description, "data": logits.reshape(-1).tolist()}, b""
         blob = logits.astype("<f4", copy=False).tobytes()
