@@ -1,11 +1,19 @@
-"""uvicorn's HTTP protocol with a deadline for every step of a client, and a limit on open connections."""
+"""uvicorn's HTTP protocol with a deadline for every step of a client, and a limit on open connections.
+
+uvicorn has no setting for these: ``limit_concurrency`` answers 503 only after a whole header, and the one timeout is
+that of idle connections. A subclass of its protocol is what its setting ``http`` takes, but the state that the subclass
+reads (``cycle``, ``flow``, ``pipeline``, ``parser``, ``expect_100_continue``) is not documented and may change. So
+pyproject.toml ends the range of uvicorn before 0.60; the tests open real connections, with the version that
+constraints.txt names.
+"""
 
 import asyncio
 import json
+from http import HTTPStatus
 from typing import Any
 
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from kdexport.serving.limits import Limits
@@ -216,8 +224,11 @@ class Connection(HttpToolsProtocol):
             return
         if self._abandon_request():
             body = json.dumps({"error": message}).encode()
-            head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
-            self.transport.write(STATUS_LINE[status] + head + body)
+            head = (
+                f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
+                f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+            )
+            self.transport.write(head.encode() + body)
         self.transport.close()
         self._start_write_deadline()
 

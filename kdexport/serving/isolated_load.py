@@ -7,9 +7,10 @@ logits of the golden images may have.
 import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,10 @@ from kdexport.core.console import guarded, print_json
 from kdexport.errors import AuditError, BundleError
 from kdexport.serving.limits import Limits
 from kdexport.targets import DEFAULT_TARGET, require_servable
+
+if TYPE_CHECKING:
+    import onnx
+    from google.protobuf.message import Message
 
 _log = logging.getLogger("kdexport.serving")
 _TIMEOUT_SECONDS = 120
@@ -88,13 +93,28 @@ def _float32_unit(folder: Path, manifest: Manifest, tensors: Mapping[str, NDArra
     return float32_unit(*run_exact(student, images), run_torch(student, images))
 
 
+def _tensors(message: "Message") -> "Iterator[onnx.TensorProto]":
+    """Every tensor below ``message``: initializers, attributes, subgraphs, functions, sparse and training tensors."""
+    import onnx
+    from google.protobuf.message import Message
+
+    for field, value in message.ListFields():
+        if field.message_type is None:
+            continue
+        for item in [value] if isinstance(value, Message) else value:
+            if isinstance(item, onnx.TensorProto):
+                yield item
+            else:
+                yield from _tensors(item)
+
+
 def require_one_file(graph: bytes) -> None:
     """Raise ``AuditError`` for a graph with weights in other files, custom operators or functions."""
     import onnx
-    from onnx.external_data_helper import _get_all_tensors, uses_external_data
+    from onnx.external_data_helper import uses_external_data
 
     model = onnx.ModelProto.FromString(graph)
-    if any(uses_external_data(tensor) for tensor in _get_all_tensors(model)):
+    if any(uses_external_data(tensor) for tensor in _tensors(model)):
         raise AuditError(
             f"{MODEL} stores weights in other files; the server takes graphs of one file only.",
             remedy="Build the bundle again.",

@@ -18,8 +18,15 @@ from safetensors.numpy import load_file, save_file
 from kdexport.backends.ort import CPU
 from kdexport.bundle.manifest import hash_files, load_unfused, read_golden
 from kdexport.diagnose.environment import examine_bundle
-from kdexport.errors import BackendUnavailableError, BundleError, ConfigError, KdexportError, VerificationError
-from kdexport.serving.isolated_load import allowed_error, try_bundle
+from kdexport.errors import (
+    AuditError,
+    BackendUnavailableError,
+    BundleError,
+    ConfigError,
+    KdexportError,
+    VerificationError,
+)
+from kdexport.serving.isolated_load import allowed_error, require_one_file, try_bundle
 from kdexport.serving.limits import Limits
 from kdexport.serving.loading import load, read_files
 from kdexport.serving.repository import Repository, parse_source
@@ -198,6 +205,28 @@ def test_weights_in_another_file_are_refused(zoo_copy: Path) -> None:
         KdexportError, match=r"model\.onnx stores weights in other files; the server takes graphs of one file only\."
     ):
         try_bundle(zoo_copy, CPU, Limits())
+
+
+@pytest.mark.parametrize("place", ["an attribute", "a subgraph", "sparse values", "a function"])
+def test_a_tensor_in_another_file_is_found_wherever_it_is(place: str) -> None:
+    tensor = onnx.TensorProto(name="w", data_location=onnx.TensorProto.EXTERNAL)
+    node = helper.make_node("Constant", [], ["w"], value=tensor)
+    inner = helper.make_graph([node], "inner", [], [])
+    graph = helper.make_graph([], "outer", [], [])
+    model = helper.make_model(graph)
+    if place == "an attribute":
+        model.graph.node.append(node)
+    elif place == "a subgraph":
+        model.graph.node.append(helper.make_node("If", ["c"], ["y"], then_branch=inner, else_branch=inner))
+    elif place == "sparse values":
+        model.graph.sparse_initializer.append(onnx.SparseTensorProto(values=tensor))
+    else:
+        model.functions.append(onnx.FunctionProto(name="f", node=[node]))
+    with pytest.raises(AuditError, match="stores weights in other files"):
+        require_one_file(model.SerializeToString())
+    tensor.ClearField("data_location")
+    plain = helper.make_model(helper.make_graph([], "outer", [], [], [tensor]))
+    require_one_file(plain.SerializeToString())
 
 
 def test_foreign_operators_and_functions_are_refused(zoo_copy: Path, zoo: Path) -> None:
