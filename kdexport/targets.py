@@ -69,7 +69,10 @@ def target_names() -> tuple[str, ...]:
 def parse_target(name: str) -> Target:
     """``trt-rtx-fp16`` as a ``Target``; raises ``UnknownNameError`` with the nearest names."""
     if name not in target_names():
-        raise UnknownNameError(f"There is no target named {name!r}.", remedy=nearest(name, target_names()))
+        raise UnknownNameError(
+            f"There is no target named {name!r}.",
+            remedy=f"{nearest(name, target_names())} Pass --plugin FILE.py for a backend of your own.",
+        )
     runtime, _, precision = name.rpartition("-")
     return Target(runtime, precision)
 

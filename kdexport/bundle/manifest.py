@@ -1,12 +1,14 @@
 """The bundle on disk: its layout, its manifest, and the digests that tie both together."""
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from kdexport.backends.base import ONNX_FILE
+from kdexport.backends import BACKENDS
+from kdexport.backends.base import ONNX_FILE, PRECISIONS
 from kdexport.checkpoint import StudentSpec, build_student, load_strictly, load_tensors
 from kdexport.core.digests import sha256_file
 from kdexport.errors import BundleError
@@ -89,6 +91,7 @@ def _require_sound(data: dict[str, Any]) -> None:
     if not all(isinstance(batch, int) and 1 <= batch <= _MAX_BATCH for batch in batches):
         raise ValueError(f"batch sizes are {batches}")
     for name, entry in data["targets"].items():
+        _require_known_backend(name)
         if name not in target_names() or entry["precision"] != name.rpartition("-")[2]:
             raise ValueError(f"target {name!r} with precision {entry['precision']!r}")
         if bool(entry["engine"]) != parse_target(name).compiles or entry["status"] not in (VERIFIED, NOT_EXECUTED):
@@ -100,6 +103,16 @@ def _require_sound(data: dict[str, Any]) -> None:
     size = data["student"]["preprocessing"]
     if not 8 <= size["image_size"] <= size["resize"] <= _MAX_SIZE:
         raise ValueError(f"image_size {size['image_size']}, resize {size['resize']}")
+
+
+def _require_known_backend(target: str) -> None:
+    name, _, precision = target.rpartition("-")
+    if precision in PRECISIONS and re.fullmatch(r"[a-z0-9][a-z0-9_-]*", name) and name not in BACKENDS.names():
+        raise BundleError(
+            f"The bundle was built for the target {target!r}, and there is no backend named {name!r} here.",
+            remedy="Pass --plugin FILE.py, or install the package that has the backend. "
+            f"Known: {', '.join(BACKENDS.names())}.",
+        )
 
 
 def _require_inside(name: str) -> None:

@@ -209,6 +209,16 @@ def test_a_malformed_manifest_is_refused(edit: Callable[[dict[str, Any]], object
         read_manifest(bundle_copy)
 
 
+def test_a_bundle_of_a_backend_that_is_not_here_says_what_to_pass(bundle_copy: Path) -> None:
+    change(bundle_copy, lambda d: d["targets"].update({"my-runtime-fp32": d["targets"]["onnx-fp32"]}))
+    with pytest.raises(BundleError) as caught:
+        read_manifest(bundle_copy)
+    assert str(caught.value) == (
+        "The bundle was built for the target 'my-runtime-fp32', and there is no backend named 'my-runtime' here.\n"
+        "Pass --plugin FILE.py, or install the package that has the backend. Known: onnx, openvino, trt, trt-rtx."
+    )
+
+
 def test_only_verification_makes_a_verified_bundle(built: Built) -> None:
     with pytest.raises(TypeError):
         VerifiedBundle(built.bundle, read_manifest(built.bundle), object())
