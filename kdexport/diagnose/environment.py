@@ -12,6 +12,7 @@ from pathlib import Path
 from kdexport.backends.nvidia import gpu_fingerprint
 from kdexport.backends.ort import CPU
 from kdexport.core.digests import tool_versions
+from kdexport.errors import KdexportError
 from kdexport.serving.isolated_load import allowed_error, require_one_file
 from kdexport.serving.limits import Limits
 from kdexport.serving.loading import as_kdexport_error, load, read_files
@@ -108,6 +109,8 @@ def examine_bundle(folder: Path, provider: str = CPU, target: str = DEFAULT_TARG
             folder, name=folder.name, version=1, provider=provider, limits=Limits(), allowed_error=allowed,
             target=target,
         )  # fmt: skip
+    except KdexportError:
+        raise
     except Exception as error:
         raise as_kdexport_error(error, folder) from error
     golden = model.golden

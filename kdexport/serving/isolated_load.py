@@ -133,7 +133,7 @@ def require_one_file(graph: bytes) -> None:
 
 
 def _main() -> None:
-    from kdexport.serving.loading import as_kdexport_error, load, read_files
+    from kdexport.serving.loading import as_kdexport_error, load, read_files, without_library_text
 
     folder, provider, limits, target = Path(sys.argv[1]), sys.argv[2], Limits(**json.loads(sys.argv[3])), sys.argv[4]
     try:
@@ -145,7 +145,7 @@ def _main() -> None:
             folder, name=folder.name, version=1, provider=provider, limits=limits, allowed_error=allowed, target=target
         )  # fmt: skip
     except Exception as error:
-        raise as_kdexport_error(error, folder) from error
+        raise without_library_text(as_kdexport_error(error, folder), folder) from error
     print_json({"allowed_error": allowed})
 
 

@@ -11,13 +11,16 @@ from numpy.typing import NDArray
 from kdexport.backends.ort import CPU, OrtModel, load_model
 from kdexport.bundle.manifest import MANIFEST, MODEL, TARGETS, VERIFIED, Manifest, changed_files, read_manifest
 from kdexport.core.digests import sha256_bytes, sha256_file
-from kdexport.errors import AuditError, BundleError, KdexportError, VerificationError
+from kdexport.errors import AuditError, BundleError, KdexportError, VerificationError, first_line
 from kdexport.serving.batching import UNKNOWN_PACE, Pace
 from kdexport.serving.images import normalisation_table, normalise
 from kdexport.serving.limits import Limits
 from kdexport.serving.self_check import Golden, compare_golden
 from kdexport.serving.wire import Signature
 from kdexport.targets import DEFAULT_TARGET, require_servable
+
+#: kdexport raises these itself while it reads a bundle, so their text is its own.
+_OWN_CAUSES = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 def served_file(manifest: Manifest, target: str) -> str:
@@ -151,7 +154,8 @@ def load(
     require_servable(target, provider)
     files = read_files(folder, target)
     manifest = files.manifest
-    model = _open_graph(folder / files.name, files.graph, provider)
+    threads = 1 if provider == CPU else 0
+    model = load_model(folder / files.name, provider=provider, threads=threads, content=files.graph)
     elsewhere = {key: count for key, count in model.nodes_by_provider.items() if key != provider}
     if elsewhere:
         raise AuditError(
@@ -173,18 +177,6 @@ def load(
         table=table,
         golden=golden,
     )
-
-
-def _open_graph(path: Path, content: bytes, provider: str) -> OrtModel:
-    threads = 1 if provider == CPU else 0
-    try:
-        return load_model(path, provider=provider, threads=threads, content=content)
-    except AuditError as error:
-        # The reason of a refused bundle can reach clients (/v2/repository/index); onnxruntime's own text can not.
-        raise AuditError(
-            f"onnxruntime cannot open {path} ({type(error.__cause__).__name__}).",
-            remedy=f"Build the bundle again; `kdexport doctor {path.parent} --debug` shows onnxruntime's own message.",
-        ) from error
 
 
 def _signature(model: OrtModel, manifest: Manifest, limits: Limits) -> Signature:
@@ -209,13 +201,31 @@ def _signature(model: OrtModel, manifest: Manifest, limits: Limits) -> Signature
 
 
 def as_kdexport_error(error: Exception, folder: Path) -> KdexportError:
-    """``error`` if it is one of kdexport's, else a ``BundleError`` that names its type but not its text.
-
-    The message can reach clients (/v2/repository/index), and the text of a library may hold addresses of memory.
-    """
+    """``error`` if it is one of kdexport's, else a ``BundleError`` with the name of its type."""
     if isinstance(error, KdexportError):
         return error
-    return BundleError(
+    wrapped = BundleError(
         f"{folder} cannot be loaded ({type(error).__name__}).",
         remedy=f"Build the bundle again; `kdexport doctor {folder} --debug` shows where the error was raised.",
     )
+    wrapped.__cause__ = error
+    return wrapped
+
+
+def without_library_text(error: KdexportError, folder: Path) -> KdexportError:
+    """``error`` with the name of a library's exception in place of its text, if the message quotes one.
+
+    The reason of a refused bundle reaches clients (/v2/repository/index), and the text of a library may hold addresses
+    of memory.
+    """
+    cause = error.__cause__
+    if cause is None or isinstance(cause, KdexportError) or type(cause) in _OWN_CAUSES:
+        return error
+    name = type(cause).__name__
+    message = error.message
+    for text in (str(cause), first_line(cause)):
+        message = message.replace(f"{name}: {text}", name).replace(text, name) if text else message
+    if message != error.message:
+        error.message = message
+        error.remedy = f"{error.remedy} `kdexport doctor {folder}` shows the message of {name}."
+    return error

@@ -11,7 +11,7 @@ from kdexport.errors import BundleError, ConfigError, KdexportError, RequestErro
 from kdexport.serving.batching import measure_pace
 from kdexport.serving.isolated_load import try_bundle
 from kdexport.serving.limits import Limits
-from kdexport.serving.loading import LoadedModel, as_kdexport_error, bundle_digest, load
+from kdexport.serving.loading import LoadedModel, as_kdexport_error, bundle_digest, load, without_library_text
 from kdexport.targets import DEFAULT_TARGET
 
 _log = logging.getLogger("kdexport.serving")
@@ -141,7 +141,7 @@ class Repository:
                         models[key] = self._load(key, folder)
                 # A folder can be damaged in any way, and none of them may stop the models that run.
                 except Exception as error:  # noqa: BLE001
-                    refused[key] = as_kdexport_error(error, folder)
+                    refused[key] = without_library_text(as_kdexport_error(error, folder), folder)
             for key in models.keys() - wanted.keys():
                 # The last version of a model stays: a folder that is missing is more likely an accident.
                 if any(name == key[0] and (name, number) in models for name, number in wanted):

@@ -8,7 +8,7 @@ import itertools
 import json
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kdexport.backends.ort import CPU
-from kdexport.errors import AuditError
+from kdexport.backends.ort import CPU, load_model
+from kdexport.bundle.manifest import hash_files
+from kdexport.diagnose.environment import examine_bundle
+from kdexport.errors import AuditError, KdexportError
 from kdexport.serving.app import create_app, create_metrics_app, routes
-from kdexport.serving.loading import _open_graph
+from kdexport.serving.isolated_load import try_bundle
+from kdexport.serving.limits import Limits
+from kdexport.serving.loading import without_library_text
 from kdexport.serving.repository import parse_sources
 from kdexport.serving.service import Service, Settings
 from tests.kdexport.serving.running_server import Answer, Running, binary_request, call, read_answer
@@ -240,11 +244,47 @@ def test_the_output_of_a_crashed_process_is_logged_and_not_part_of_the_reason(
     assert LEAK in caplog.text
 
 
-def test_onnxruntimes_own_text_stays_out_of_the_reason_and_the_remedy_shows_how_to_read_it(zoo_copy: Path) -> None:
+def truncate_graph(bundle: Path) -> None:
+    """Cut the graph, and update its digest in the manifest."""
+    model, manifest = bundle / "model.onnx", bundle / "manifest.json"
+    model.write_bytes(model.read_bytes()[:9000])
+    data = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps({**data, "files": hash_files(bundle)}))
+
+
+def truncate_manifest(bundle: Path) -> None:
+    (bundle / "manifest.json").write_text((bundle / "manifest.json").read_text()[:500])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncate_graph, "{folder} cannot be loaded (DecodeError)."),
+        (truncate_manifest, "{folder}/manifest.json is damaged or of another version: JSONDecodeError."),
+    ],
+)
+def test_the_error_of_the_child_process_names_the_librarys_exception_without_its_text(
+    zoo_copy: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    damage(zoo_copy)
+    with pytest.raises(KdexportError) as caught:
+        try_bundle(zoo_copy, CPU, Limits())
+    assert caught.value.message == message.format(folder=zoo_copy)
+    assert f"`kdexport doctor {zoo_copy}" in caught.value.remedy
+    # The operator can read it: doctor keeps the exception of the library as the cause.
+    with pytest.raises(KdexportError) as shown:
+        examine_bundle(zoo_copy)
+    assert type(shown.value.__cause__).__name__ in message
+
+
+def test_onnxruntimes_own_text_is_replaced_by_the_name_of_its_exception(zoo_copy: Path) -> None:
     with pytest.raises(AuditError) as caught:
-        _open_graph(zoo_copy / "model.onnx", b"not a graph", CPU)
-    assert re.fullmatch(rf"onnxruntime cannot open {zoo_copy}/model\.onnx \(\w+\)\.", caught.value.message)
-    assert f"kdexport doctor {zoo_copy} --debug" in caught.value.remedy
+        load_model(zoo_copy / "model.onnx", content=b"not a graph")
+    name, text = type(caught.value.__cause__).__name__, str(caught.value.__cause__)
+    assert text in caught.value.message
+    error = without_library_text(caught.value, zoo_copy)
+    assert error.message == f"onnxruntime does not open model.onnx: {name}"
+    assert error.remedy.endswith(f"`kdexport doctor {zoo_copy}` shows the message of {name}.")
 
 
 def test_metrics_have_no_address(service: Service) -> None:
