@@ -4,6 +4,8 @@ A method without ``@method_settings`` has the keys of ``DistillerSettings`` alon
 own code for CIFAR-100 where it has any; a key without a published value says so.
 """
 
+import importlib
+import importlib.util
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -47,6 +49,13 @@ def method_settings(model: type[S]) -> type[S]:
         raise ValueError(f"{model.__name__} needs a default of `name` that no other settings have, not {name!r}")
     _BY_NAME[name] = model
     return model
+
+
+@method_settings
+class PlainSettings(DistillerSettings):
+    """Cross-entropy alone."""
+
+    name: Literal["plain"] = "plain"
 
 
 @method_settings
@@ -228,9 +237,16 @@ class KDiffusionSettings(BranchedSettings):
 def settings_model(name: str) -> type[DistillerSettings]:
     """The settings of the method ``name``; the common ones where it has none of its own."""
     if name not in _BY_NAME:
+        _import_method(name)
         import_installed_plugins("kdexport.distillers")
         import_active_plugins()
     return _BY_NAME.get(name, DistillerSettings)
+
+
+def _import_method(name: str) -> None:
+    """Import a shipped method that keeps its settings in its own file; this also imports torch."""
+    if name.isidentifier() and importlib.util.find_spec(f"training.distillers.{name}") is not None:
+        importlib.import_module(f"training.distillers.{name}")
 
 
 def _by_name(value: Any, info: ValidationInfo) -> Any:
