@@ -61,8 +61,8 @@ class Normaliser:
         return normalised.contiguous(memory_format=torch.channels_last)
 
 
-class ResidentBatches:
-    """A small-image set as one uint8 tensor on the device, with random crop and flip there, a batch at a time."""
+class _AugmentedBatches:
+    """What both loaders are made of: the settings, and the share of each batch that this process takes."""
 
     def __init__(
         self,
@@ -75,32 +75,45 @@ class ResidentBatches:
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        preprocessing = preprocessing_of(settings)
-        padding = settings.crop_padding
-        pixels = torch.from_numpy(decode_all(images, preprocessing)).permute(0, 3, 1, 2)
-        self._pixels = torch.nn.functional.pad(pixels, (padding,) * 4).to(device).contiguous()
-        self._labels = torch.from_numpy(images.labels).to(device)
-        self._normalise = Normaliser(preprocessing, device)
-        self._size, self._offsets, self._flip = settings.image_size, 2 * padding + 1, settings.flip
-        self._batch_size, self._seed, self._rank, self._world = batch_size, seed, rank, world
         self.steps = full_batches(len(images), batch_size)
+        self._settings, self._device = settings, device
+        self._normalise = Normaliser(preprocessing_of(settings), device)
+        self._batch_size, self._seed, self._rank, self._world = batch_size, seed, rank, world
+        self._load(images)
+
+    def _load(self, images: ImageSet) -> None:
+        raise NotImplementedError
+
+    def _share(self, step: int) -> slice:
+        """Places in the order of an epoch whose images this process takes in ``step``."""
+        return slice(step * self._batch_size + self._rank, (step + 1) * self._batch_size, self._world)
+
+
+class ResidentBatches(_AugmentedBatches):
+    """A small-image set as one uint8 tensor on the device, with random crop and flip there, a batch at a time."""
+
+    def _load(self, images: ImageSet) -> None:
+        padding = self._settings.crop_padding
+        pixels = torch.from_numpy(decode_all(images, preprocessing_of(self._settings))).permute(0, 3, 1, 2)
+        self._pixels = torch.nn.functional.pad(pixels, (padding,) * 4).to(self._device).contiguous()
+        self._labels = torch.from_numpy(images.labels).to(self._device)
 
     def epoch(self, index: int) -> Iterator[Batch]:
         """Random order, crop offsets and flips of epoch ``index``."""
         count, device = len(self._labels), self._pixels.device
         generator = epoch_generator(self._seed, index)
         order = torch.randperm(count, generator=generator)
-        offsets = torch.randint(self._offsets, (count, 2), generator=generator)
-        flips = torch.rand(count, generator=generator) < (0.5 if self._flip else 0.0)
+        offsets = torch.randint(2 * self._settings.crop_padding + 1, (count, 2), generator=generator)
+        flips = torch.rand(count, generator=generator) < (0.5 if self._settings.flip else 0.0)
         order, offsets, flips = order.to(device), offsets.to(device), flips.to(device)
         for step in range(self.steps):
-            share = slice(step * self._batch_size + self._rank, (step + 1) * self._batch_size, self._world)
+            share = self._share(step)
             chosen = order[share]
             images = self._normalise(self._crop(chosen, offsets[share], flips[share]))
             yield Batch(images, self._labels[chosen], chosen)
 
     def _crop(self, chosen: Tensor, offsets: Tensor, flips: Tensor) -> Tensor:
-        span = torch.arange(self._size, device=chosen.device)
+        span = torch.arange(self._settings.image_size, device=chosen.device)
         rows = offsets[:, :1] + span
         columns = offsets[:, 1:] + torch.where(flips[:, None], span.flip(0), span)
         channels = torch.arange(3, device=chosen.device)
@@ -109,32 +122,16 @@ class ResidentBatches:
         ]
 
 
-class StreamedBatches:
+class StreamedBatches(_AugmentedBatches):
     """Images too many or too large for the device, decoded by threads: random resized crop and flip."""
 
-    def __init__(
-        self,
-        images: ImageSet,
-        settings: DataSettings,
-        *,
-        batch_size: int,
-        seed: int,
-        device: torch.device,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
-        self._images, self._settings = images, settings
-        self._normalise = Normaliser(preprocessing_of(settings), device)
-        self._labels = torch.from_numpy(images.labels)
-        self._batch_size, self._seed, self._rank, self._world = batch_size, seed, rank, world
-        self._device = device
-        self.steps = full_batches(len(images), batch_size)
+    def _load(self, images: ImageSet) -> None:
+        self._images, self._labels = images, torch.from_numpy(images.labels)
 
     def epoch(self, index: int) -> Iterator[Batch]:
         """Random order and crops of epoch ``index``; the next batch is decoded while one is used."""
         order = torch.randperm(len(self._labels), generator=epoch_generator(self._seed, index)).numpy()
-        size = self._batch_size
-        shares = [order[i * size + self._rank : (i + 1) * size : self._world] for i in range(self.steps)]
+        shares = [order[self._share(step)] for step in range(self.steps)]
         with ThreadPoolExecutor(max(self._settings.workers, 1)) as pool:
             pending = [pool.submit(self._augmented, int(i), index) for i in shares[0]]
             for step, share in enumerate(shares):
