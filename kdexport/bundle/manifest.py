@@ -25,6 +25,8 @@ SCHEMA_VERSION = 1
 
 _MAX_BATCH, _MAX_SIZE = 4096, 4096
 
+_LISTED_CHANGES = 5
+
 MANIFEST = "manifest.json"
 
 UNFUSED = "unfused.safetensors"
@@ -150,6 +152,11 @@ def changed_files(folder: Path, expected: dict[str, str]) -> dict[str, str]:
     changes.update(dict.fromkeys(present.keys() - expected.keys(), "unknown"))
     changes.update({name: "changed" for name in expected.keys() & present.keys() if expected[name] != present[name]})
     return dict(sorted(changes.items()))
+
+
+def listed_changes(changes: dict[str, str]) -> str:
+    """The first of ``changed_files`` in words, for an error."""
+    return ", ".join(f"{name} {change}" for name, change in list(changes.items())[:_LISTED_CHANGES])
 
 
 def write_golden(folder: Path, images: Iterable[tuple[bytes, str]]) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from kdexport.bundle.manifest import MANIFEST, MODEL, TARGETS, Manifest, changed_files, read_manifest
+from kdexport.bundle.manifest import MANIFEST, MODEL, TARGETS, Manifest, changed_files, listed_changes, read_manifest
 from kdexport.core.digests import sha256_file
 from kdexport.errors import BundleError, ConfigError, MismatchError, UnknownNameError
 from kdexport.registry import nearest
@@ -50,9 +50,8 @@ def open_bundle(folder: Path) -> Bundle:
     manifest = read_manifest(folder)
     changes = changed_files(folder, manifest.files)
     if changes:
-        listed = ", ".join(f"{name} {what}" for name, what in list(changes.items())[:5])
         raise BundleError(
-            f"{len(changes)} files of {folder} do not match its manifest: {listed}.",
+            f"{len(changes)} files of {folder} do not match its manifest: {listed_changes(changes)}.",
             remedy="Download or build the bundle again; nothing was timed.",
         )
     checks = manifest.data["parity"]

@@ -9,7 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdexport.backends.ort import CPU, OrtModel, load_model
-from kdexport.bundle.manifest import MANIFEST, MODEL, TARGETS, VERIFIED, Manifest, changed_files, read_manifest
+from kdexport.bundle.manifest import (
+    MANIFEST,
+    MODEL,
+    TARGETS,
+    VERIFIED,
+    Manifest,
+    changed_files,
+    listed_changes,
+    read_manifest,
+)
 from kdexport.core.digests import sha256_bytes, sha256_file
 from kdexport.errors import AuditError, BundleError, KdexportError, VerificationError, first_line
 from kdexport.serving.batching import UNKNOWN_PACE, Pace
@@ -83,9 +92,8 @@ def read_files(folder: Path, target: str = DEFAULT_TARGET) -> Files:
     manifest = read_manifest(folder)
     changes = changed_files(folder, manifest.files)
     if changes:
-        listed = ", ".join(f"{name} {change}" for name, change in list(changes.items())[:5])
         raise VerificationError(
-            f"{len(changes)} files of {folder} differ from those that were verified: {listed}.",
+            f"{len(changes)} files of {folder} differ from those that were verified: {listed_changes(changes)}.",
             remedy="Copy the bundle again, or build it again.",
         )
     name = served_file(manifest, target)
