@@ -5,6 +5,7 @@ inherit. An installed package names a module under an entry point of the group `
 ``kdexport.teachers``, ``kdexport.distillers`` or ``kdexport.backends``. A registry imports them when it is first asked.
 """
 
+import functools
 import hashlib
 import importlib
 import importlib.machinery
@@ -72,9 +73,15 @@ def active_plugins() -> list[str]:
     return [source for source in os.environ.get(PLUGINS, "").split(os.pathsep) if source]
 
 
-def has_plugins(groups: Iterable[str]) -> bool:
-    """Whether there are plugins at all: a cheap question, nothing is imported."""
-    return bool(active_plugins()) or any(metadata.entry_points(group=group) for group in groups)
+def has_plugins(*groups: str) -> bool:
+    """Whether there are plugins, or installed packages with an entry point of ``groups``; nothing is imported."""
+    return bool(active_plugins()) or _are_installed(groups)
+
+
+@functools.cache
+def _are_installed(groups: tuple[str, ...]) -> bool:
+    # Every folder of installed packages is read for it, and the cells of a table ask hundreds of times.
+    return any(metadata.entry_points(group=group) for group in groups)
 
 
 def import_active_plugins() -> None:

@@ -118,7 +118,7 @@ def plugin_digests(recipe: Recipe) -> dict[str, str]:
 
     Raises ``UnknownNameError`` for a name that no plugin registers. Without plugins nothing is imported.
     """
-    if not has_plugins(("kdexport.students", "kdexport.teachers", "kdexport.distillers")):
+    if not has_plugins("kdexport.students", "kdexport.teachers", "kdexport.distillers"):
         return {}
     from kdexport.students import STUDENTS
     from training.distillers import DISTILLERS

@@ -339,6 +339,36 @@ def test_what_a_plugin_made_is_not_reused_for_another_source(tmp_path: Path) -> 
     assert keys(first)[1] == keys(second)[1]
 
 
+RUN = """
+from pathlib import Path
+from training.recipe import load_recipe
+from training.runs.record import claim
+from training.study.cells import Cell, teacher_directory
+
+recipe = load_recipe("digits", {"teacher": {"name": "myteacher"}})
+claim(Path("run"), recipe, "student")
+print(teacher_directory(Cell(name="digits", recipe=recipe, seed=0, directory=Path("run")), Path("runs")))
+"""
+
+
+def test_a_run_is_not_continued_with_another_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = plugin(tmp_path, example()[0])
+    monkeypatch.setenv(PLUGINS, path)
+
+    def run() -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", RUN], cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    first = run()
+    assert first.returncode == 0, first.stderr
+    assert run().stdout == first.stdout
+    Path(path).write_text(example()[0] + "# Another source.\n")
+    assert "run holds a run of another recipe, or of code that trains otherwise." in run().stderr
+    (tmp_path / "run" / "recipe.json").unlink()
+    # Nor is a teacher that runs share.
+    assert run().stdout.startswith("runs/teachers/myteacher-")
+    assert run().stdout != first.stdout
+
+
 def test_a_wrong_key_of_a_plugins_method_is_named_with_the_nearest(tmp_path: Path) -> None:
     path = plugin(tmp_path, example()[0])
     command = ["resolve", "--recipe", "digits", "--plugin", path, "--set", "distiller.name=mymethod"]

@@ -10,7 +10,7 @@ from typing import Any
 from kdexport.core.digests import digest
 from kdexport.core.files import write_text
 from kdexport.errors import ConfigError, KdexportError, ReparamError, TrainingError
-from training.recipe import Recipe, load_recipe
+from training.recipe import Recipe, load_recipe, plugin_digests
 from training.runs.record import is_owner, read_environment
 from training.shipped_recipes import shipped_names
 
@@ -87,6 +87,9 @@ def teacher_directory(cell: Cell, runs: Path) -> Path:
     parts = {key: table for key, table in cell.recipe.identity().items() if key in ("data", "teacher", "train")}
     # The student's own seed, length and rate do not reach a teacher that several share.
     parts["train"] = {k: v for k, v in parts["train"].items() if k not in ("seed", "epochs", "learning_rate")}
+    sources = plugin_digests(cell.recipe)
+    if "teacher" in sources:
+        parts["plugin"] = sources["teacher"]
     return runs / "teachers" / f"{cell.recipe.teacher.name}-{digest(parts)[:12]}"
 
 

@@ -1,5 +1,6 @@
 """The key of a cached result: it depends on everything that the result depends on, and on nothing else."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,13 @@ def test_one_changed_bit_of_a_weight_changes_the_key_of_the_engine(tmp_path: Pat
     compiled = [{key for stage, key in keys(each) if stage == "compile"} for each in (first, second)]
     assert len(compiled[0]) == len(compiled[1]) == len(TARGETS)
     assert not compiled[0] & compiled[1]
+
+
+def test_another_source_of_a_students_plugin_changes_every_key(tmp_path: Path) -> None:
+    trained = student(tmp_path / "a", 1)
+    sources = [{key for _, key in keys(replace(trained, plugin_sha256=source))} for source in ("", "1" * 64, "2" * 64)]
+    assert not sources[0] & sources[1]
+    assert not sources[1] & sources[2]
 
 
 KEEP = LayerPlan(kept=(Kept("node_a", "a.weight"),))
