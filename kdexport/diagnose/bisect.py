@@ -24,7 +24,7 @@ from kdexport.errors import AuditError, KdexportError
 from kdexport.graph.equalise import apply_scalings
 from kdexport.graph.export import export_onnx
 from kdexport.graph.plan import PLAIN
-from kdexport.graph.trace import LIMITS, NodeError, Trace, computing_nodes, first_off, results, trace
+from kdexport.graph.trace import LIMITS, NodeError, Trace, computing_nodes, first_faulty, results, trace
 from kdexport.reparam.fold_student import fuse_student
 from kdexport.verify.parity import rung_b
 from kdexport.verify.policy import stored_policy
@@ -172,7 +172,7 @@ def file_fault(path: Path, name: str, precision: str, trusted: Trusted, out: Pat
     except Exception as error:  # noqa: BLE001
         return _without_node("export", name, 1.0, 0.0, f"is not readable: {type(error).__name__}: {error}")
     rows = {row.tensor: row for row in found.nodes}
-    numeric = first_off(found.nodes, precision)
+    numeric = first_faulty(found.nodes, precision)
     stored = _stored_fault(suspect, trusted.model, precision, rows)
     order = [row.tensor for row in found.nodes]
     if stored is not None and (numeric is None or order.index(stored[0].tensor) <= order.index(numeric.tensor)):

@@ -1,1 +1,1 @@
-"""ONNX graphs: export, precision casts, and the audit of what is in them."""
+"""ONNX graphs: export, precision casts, quantization, audit, and node-by-node comparison."""

@@ -1,15 +1,14 @@
-"""What is in a graph, compared with what must be in it.
+"""The audit of an ONNX file: its operators, interface, weights and precision against the folded student.
 
-What is in a quantized graph: levels, scales and places, each against what it must be made of.
-
-What an audit says.
+For an int8 file, every weight must be within half a step of the student's, every layer must read int8 on both sides
+unless the precision plan keeps it in float32, and every activation scale must come from the calibrated range.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -19,24 +18,164 @@ from onnx import TensorProto, numpy_helper
 
 from kdexport.backends.base import INPUT, LOGITS, Finding
 from kdexport.errors import first_line
+from kdexport.graph.plan import Weights
 from kdexport.graph.precision import BF16_OPSET
 from kdexport.graph.tensor_ranges import Range
 
-_COMPUTING = ("Conv", "Gemm", "MatMul")
+T = TypeVar("T")
 
-#: A level is the nearest one: half a step off at most, but for the float32 in which the scale is stored.
+#: Operators with weights.
+_LAYERS = ("Conv", "Gemm", "MatMul")
+_FORBIDDEN = {"BatchNormalization", "InstanceNormalization"}
+_TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+_DTYPES: dict[str, DTypeLike] = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
+
+#: A weight is rounded to the nearest level: at most half a step off, plus the rounding of its float32 scale.
 _HALF_STEP = 0.5 * (1 + 1e-4)
 
+#: Largest relative error of an activation scale.
 _SCALE_ERROR = 1e-5
 
-#: Levels between the ends of a range.
+#: Steps between the ends of a range.
 _STEPS = {"int8-u8": 255, "int8-s8": 127}
-
 _ZERO_TYPES = {"int8-u8": np.dtype(np.uint8), "int8-s8": np.dtype(np.int8)}
+
+
+def operator_counts(model: onnx.ModelProto) -> dict[str, int]:
+    """Number of nodes by operator type."""
+    return dict(sorted(Counter(node.op_type for node in model.graph.node).items()))
+
+
+def audit_graph(
+    path: Path,
+    weights: Weights,
+    *,
+    form: str,
+    opset: int,
+    ranges: Mapping[str, Range] | None = None,
+    kept: Sequence[str] = (),
+) -> list[Finding]:
+    """All findings on one ONNX file of a folded student, written in one of ``targets.FORMS``.
+
+    ``weights`` are the float32 weights of the student by name. For an int8 file, ``ranges`` are the calibrated ranges
+    and ``kept`` names exactly the nodes that must be float32.
+    """
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+        outside = [item.name for item in model.graph.initializer if item.data_location == TensorProto.EXTERNAL]
+        if outside:
+            return [
+                Finding("one file", False, f"{len(outside)} tensors are stored in another file, first {outside[0]}")
+            ]
+        onnx.checker.check_model(model, full_check=True)
+    # protobuf, the checker and shape inference each raise their own errors on a damaged file.
+    except Exception as error:  # noqa: BLE001
+        return [Finding("valid ONNX", False, first_line(error))]
+    counts = operator_counts(model)
+    layers = sum(values.ndim > 1 for values in weights.values())
+    found = counts.get("Conv", 0) + counts.get("Gemm", 0) + counts.get("MatMul", 0)
+    written = {entry.domain: entry.version for entry in model.opset_import}
+    wanted = max(opset, BF16_OPSET) if form == "bf16" else opset
+    normalisation = sum(counts.get(name, 0) for name in _FORBIDDEN)
+    return [
+        Finding("valid ONNX", True, f"{len(model.graph.node)} nodes"),
+        Finding("opset", written.get("") == wanted, f"opset {written.get('')}, {wanted} required"),
+        Finding("no batch norm", normalisation == 0, f"{normalisation} normalisation nodes"),
+        Finding(
+            "no branch", found == layers, f"{found} convolutions and linear layers, the plain student has {layers}"
+        ),
+        _interface(model),
+        *_content(model, weights, form, ranges, kept),
+        _portable(path),
+    ]
+
+
+def _interface(model: onnx.ModelProto) -> Finding:
+    initializers = {item.name for item in model.graph.initializer}
+    inputs = [item for item in model.graph.input if item.name not in initializers]
+    outputs = list(model.graph.output)
+    shapes = [
+        [dim.dim_param or dim.dim_value for dim in item.type.tensor_type.shape.dim] for item in (*inputs, *outputs)
+    ]
+    holds = (
+        [item.name for item in inputs] == [INPUT]
+        and [item.name for item in outputs] == [LOGITS]
+        and all(item.type.tensor_type.elem_type == TensorProto.FLOAT for item in (*inputs, *outputs))
+        and all(shape and isinstance(shape[0], str) for shape in shapes)
+    )
+    names = [item.name for item in (*inputs, *outputs)]
+    fact = ", ".join(f"{name} {shape}" for name, shape in zip(names, shapes, strict=True))
+    return Finding("dynamic float32 input and logits", holds, fact)
+
+
+def _content(
+    model: onnx.ModelProto, weights: Weights, form: str, ranges: Mapping[str, Range] | None, kept: Sequence[str]
+) -> list[Finding]:
+    if form in _TYPES:
+        stored = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
+        expected = {name: values.astype(_DTYPES[form]) for name, values in weights.items()}
+        wrong = _weight_problems(expected, stored, _difference)
+        return [
+            _weight_finding(wrong, f"{len(weights)} tensors compared bit by bit"),
+            _float_precision(model, form),
+        ]
+    return _quantized_findings(model, weights, form, ranges or {}, kept)
+
+
+def _weight_problems(
+    weights: Mapping[str, NDArray[Any]], stored: Mapping[str, T], difference: Callable[[T, NDArray[Any]], str]
+) -> list[str]:
+    """Each weight that is not in the file, or differs from it, with the difference."""
+    problems = []
+    for name, expected in weights.items():
+        if name in stored:
+            problem = difference(stored[name], expected)
+        # The exporter drops a bias of zeros and stores equal tensors once.
+        elif expected.any() and not any(difference(other, expected) == "" for other in stored.values()):
+            problem = "absent"
+        else:
+            problem = ""
+        if problem:
+            problems.append(f"{name} ({problem})")
+    return problems
+
+
+def _weight_finding(problems: list[str], fact: str) -> Finding:
+    return Finding("weights", not problems, f"layer {'; '.join(problems[:3])}" if problems else fact)
+
+
+def _difference(stored: NDArray[np.generic], expected: NDArray[np.generic]) -> str:
+    if stored.dtype != expected.dtype or stored.shape != expected.shape:
+        return f"{stored.dtype}{list(stored.shape)} instead of {expected.dtype}{list(expected.shape)}"
+    unequal = stored != expected
+    if not unequal.any():
+        return ""
+    change = np.abs(stored.astype(np.float64) - expected.astype(np.float64))
+    index = tuple(int(i) for i in np.unravel_index(np.argmax(change), change.shape))
+    return f"{int(unequal.sum())} of {unequal.size} values differ, most by {change[index]:.3g} at {list(index)}"
+
+
+def _float_precision(model: onnx.ModelProto, form: str) -> Finding:
+    wanted = _TYPES[form]
+    floats = {*_TYPES.values(), TensorProto.DOUBLE}
+    leftovers = [i.name for i in model.graph.initializer if i.data_type in floats and i.data_type != wanted]
+    casts = sum(node.op_type == "Cast" for node in model.graph.node)
+    allowed = 0 if form == "fp32" else 2
+    fact = f"{casts} casts, {len(leftovers)} weights in another precision" + (f": {leftovers[0]}" if leftovers else "")
+    return Finding(f"precision {form}", not leftovers and casts <= allowed, fact)
+
+
+def _portable(path: Path) -> Finding:
+    content = path.read_bytes()
+    marks = [mark for mark in (b"site-packages", b"/home/", b"/root/", b"/Users/") if mark in content]
+    fact = f"{len(content):,} bytes, one file" if not marks else f"the file contains {marks[0].decode()}"
+    return Finding("no trace of the building machine", not marks, fact)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Graph:
+    """A model with its nodes, the node that computes each tensor, and its stored tensors."""
+
     nodes: list[onnx.NodeProto]
     producers: dict[str, onnx.NodeProto]
     stored: dict[str, NDArray[Any]]
@@ -48,12 +187,12 @@ class _Graph:
         return cls(nodes, producers, {item.name: numpy_helper.to_array(item) for item in model.graph.initializer})
 
     def pair(self, name: str) -> onnx.NodeProto | None:
-        """The DequantizeLinear that makes ``name``, if one does."""
+        """The DequantizeLinear node that computes ``name``, if there is one."""
         node = self.producers.get(name)
         return node if node is not None and node.op_type == "DequantizeLinear" else None
 
     def constant(self, name: str) -> "_Constant | None":
-        """``name`` as a stored tensor or a dequantized one."""
+        """The constant ``name``, stored in float or dequantized from int8; None if it is not constant."""
         if name in self.stored:
             return _Constant(name, self.stored[name].astype(np.float64), None)
         node = self.pair(name)
@@ -69,56 +208,34 @@ class _Graph:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Constant:
-    """A weight as the runtime sees it; ``step`` is the distance of its levels, None where it is no int8."""
+    """A weight as the runtime reads it; ``step`` is the distance between its levels, None if it is not int8."""
 
     name: str
     values: NDArray[np.float64]
     step: NDArray[np.float64] | None
 
 
-#: float32 weights of a folded student by name.
-Weights = Mapping[str, NDArray[np.float32]]
-
-
-def quantized_findings(
-    model: onnx.ModelProto, weights: Weights, *, form: str, ranges: Mapping[str, Range], kept: Sequence[str] = ()
+def _quantized_findings(
+    model: onnx.ModelProto, weights: Weights, form: str, ranges: Mapping[str, Range], kept: Sequence[str]
 ) -> list[Finding]:
-    """Findings on a file in ``form``: weights and biases, int8 around every convolution, and activation scales.
-
-    ``kept`` names the nodes that a precision plan keeps in float32: those and no others.
-    """
+    """Findings on an int8 file: weights and biases, the precision of every layer, and activation scales."""
     graph = _Graph.of(model)
-    return [_weights(graph, weights), _places(graph, form, kept), _scales(graph, form, ranges)]
-
-
-def _weights(graph: _Graph, weights: Weights) -> Finding:
-    """Each weight of the student is what some layer reads, within half a step; a bias likewise."""
-    constants = [
-        constant
+    constants = {
+        constant.name: constant
         for node in graph.nodes
-        if node.op_type in _COMPUTING
+        if node.op_type in _LAYERS
         for name in node.input[1:]
         if (constant := graph.constant(name)) is not None
+    }
+    wrong = _weight_problems(weights, constants, _level_difference)
+    return [
+        _weight_finding(wrong, f"{len(weights)} tensors within half a step of their levels"),
+        _layer_precision(graph, form, kept),
+        _scales(graph, form, ranges),
     ]
-    named = {constant.name: constant for constant in constants}
-    wrong = []
-    for name, expected in weights.items():
-        if name in named:
-            problem = _constant_difference(named[name], expected)
-        # The exporter drops a bias of zeros and shares equal tensors.
-        elif expected.any() and not any(_constant_difference(other, expected) == "" for other in constants):
-            problem = "absent"
-        else:
-            problem = ""
-        if problem:
-            wrong.append(f"{name} ({problem})")
-    fact = (
-        f"{len(weights)} tensors within half a step of their levels" if not wrong else f"layer {'; '.join(wrong[:3])}"
-    )
-    return Finding("weights", not wrong, fact)
 
 
-def _constant_difference(constant: _Constant, expected: NDArray[np.float32]) -> str:
+def _level_difference(constant: _Constant, expected: NDArray[np.float32]) -> str:
     if constant.values.shape != expected.shape:
         return f"{list(constant.values.shape)} instead of {list(expected.shape)}"
     change = np.abs(constant.values - expected.astype(np.float64))
@@ -131,12 +248,12 @@ def _constant_difference(constant: _Constant, expected: NDArray[np.float32]) -> 
     return f"{count} are off by more than half a step, most by {change[index]:.3g} at {list(index)}"
 
 
-def _places(graph: _Graph, form: str, kept: Sequence[str]) -> Finding:
-    """Every layer that multiplies reads int8 on both sides, but for the kept ones, whose weights are float32."""
-    layers = [node for node in graph.nodes if node.op_type in _COMPUTING]
+def _layer_precision(graph: _Graph, form: str, kept: Sequence[str]) -> Finding:
+    """Every layer reads int8 on both sides, except the kept ones, whose weights are float32."""
+    layers = [node for node in graph.nodes if node.op_type in _LAYERS]
     wrong = [f"there is no layer {name} to keep" for name in kept if name not in {node.name for node in layers}]
     for node in layers:
-        wrong += _kept_fault(graph, node) if node.name in kept else _quantized_fault(graph, node)
+        wrong += _kept_problems(graph, node) if node.name in kept else _quantized_problems(graph, node)
     wrong += [f"{name} is stored in float16 or bfloat16" for name, values in graph.stored.items() if _is_half(values)]
     fact = f"{len(layers) - len(kept)} layers read int8 inputs and int8 weights"
     if kept:
@@ -144,14 +261,14 @@ def _places(graph: _Graph, form: str, kept: Sequence[str]) -> Finding:
     return Finding(f"precision {form}", not wrong, "; ".join(wrong[:3]) or fact)
 
 
-def _kept_fault(graph: _Graph, node: onnx.NodeProto) -> list[str]:
-    # Its input may pass through levels: another layer may read the same tensor in int8.
+def _kept_problems(graph: _Graph, node: onnx.NodeProto) -> list[str]:
+    # Its input may be quantized, because another layer may read the same tensor in int8.
     if node.input[1] in graph.stored and graph.stored[node.input[1]].dtype == np.float32:
         return []
     return [f"{node.name} has no float32 weight, and the plan keeps it in float32"]
 
 
-def _quantized_fault(graph: _Graph, node: onnx.NodeProto) -> list[str]:
+def _quantized_problems(graph: _Graph, node: onnx.NodeProto) -> list[str]:
     wrong = []
     for side, name in zip(("input", "weight"), node.input, strict=False):
         pair = graph.pair(name)
@@ -167,7 +284,7 @@ def _is_half(values: NDArray[Any]) -> bool:
 
 
 def _scales(graph: _Graph, form: str, ranges: Mapping[str, Range]) -> Finding:
-    """Each activation's scale and zero point are those of its calibrated range."""
+    """The scale and zero point of every activation follow from its calibrated range."""
     wrong: dict[str, str] = {}
     checked = set()
     for scale_name, scale, zero in _activation_scales(graph):
@@ -194,137 +311,10 @@ def _scale_problem(scale: NDArray[Any], zero: NDArray[Any], found: Range | None,
     low, high = min(found.low, 0.0), max(found.high, 0.0)
     span = high - low if form == "int8-u8" else max(-low, high)
     step, offset = float(scale), int(zero)
-    # A tensor that is always zero has any scale.
+    # For a tensor that is always zero, every scale is right.
     if span > 0 and not abs(step * _STEPS[form] - span) <= _SCALE_ERROR * span:
-        return f"is {step:.6g}, its range makes {span / _STEPS[form]:.6g}"
+        return f"is {step:.6g} instead of {span / _STEPS[form]:.6g}"
     wanted = round(-low / step) if form == "int8-u8" and span > 0 else (offset if span == 0 else 0)
     if abs(offset - wanted) > int(form == "int8-u8"):
         return f"has zero at {offset} instead of {wanted}"
     return ""
-
-
-__all__ = ["Finding", "Weights", "audit_graph", "operator_counts"]
-
-_FORBIDDEN = {"BatchNormalization", "InstanceNormalization"}
-
-_TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
-
-_DTYPES: dict[str, DTypeLike] = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
-
-
-def operator_counts(model: onnx.ModelProto) -> dict[str, int]:
-    """Operators of the graph by type."""
-    return dict(sorted(Counter(node.op_type for node in model.graph.node).items()))
-
-
-def audit_graph(
-    path: Path,
-    weights: Weights,
-    *,
-    form: str,
-    opset: int,
-    ranges: Mapping[str, Range] | None = None,
-    kept: Sequence[str] = (),
-) -> list[Finding]:
-    """All findings on one ONNX file, in one of ``targets.FORMS``, of a folded student.
-
-    ``weights`` are its float32 weights by name; ``ranges`` what the scales of an int8 file must come from; ``kept`` the
-    nodes that an int8 file must have in float32, and no others.
-    """
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-        outside = [item.name for item in model.graph.initializer if item.data_location == TensorProto.EXTERNAL]
-        if outside:
-            return [Finding("one file", False, f"{len(outside)} tensors lie in another file, first {outside[0]}")]
-        onnx.checker.check_model(model, full_check=True)
-    # protobuf, the checker and shape inference each raise their own errors on a damaged file.
-    except Exception as error:  # noqa: BLE001
-        return [Finding("valid ONNX", False, first_line(error))]
-    counts = operator_counts(model)
-    layers = sum(values.ndim > 1 for values in weights.values())
-    found = counts.get("Conv", 0) + counts.get("Gemm", 0) + counts.get("MatMul", 0)
-    written = {entry.domain: entry.version for entry in model.opset_import}
-    wanted = max(opset, BF16_OPSET) if form == "bf16" else opset
-    normalisation = sum(counts.get(name, 0) for name in _FORBIDDEN)
-    return [
-        Finding("valid ONNX", True, f"{len(model.graph.node)} nodes"),
-        Finding("opset", written.get("") == wanted, f"opset {written.get('')}, asked {wanted}"),
-        Finding("no batch norm", normalisation == 0, f"{normalisation} normalisation nodes"),
-        Finding(
-            "no branch", found == layers, f"{found} convolutions and linear layers, the plain student has {layers}"
-        ),
-        _interface(model),
-        *_content(model, weights, form, ranges, kept),
-        _portable(path),
-    ]
-
-
-def _content(
-    model: onnx.ModelProto, weights: Weights, form: str, ranges: Mapping[str, Range] | None, kept: Sequence[str]
-) -> list[Finding]:
-    if form in _TYPES:
-        return [*_weight_findings(model, weights, form), _precision(model, form)]
-    return quantized_findings(model, weights, form=form, ranges=ranges or {}, kept=kept)
-
-
-def _interface(model: onnx.ModelProto) -> Finding:
-    initializers = {item.name for item in model.graph.initializer}
-    inputs = [item for item in model.graph.input if item.name not in initializers]
-    outputs = list(model.graph.output)
-    shapes = [
-        [dim.dim_param or dim.dim_value for dim in item.type.tensor_type.shape.dim] for item in (*inputs, *outputs)
-    ]
-    holds = (
-        [item.name for item in inputs] == [INPUT]
-        and [item.name for item in outputs] == [LOGITS]
-        and all(item.type.tensor_type.elem_type == TensorProto.FLOAT for item in (*inputs, *outputs))
-        and all(shape and isinstance(shape[0], str) for shape in shapes)
-    )
-    names = [item.name for item in (*inputs, *outputs)]
-    fact = ", ".join(f"{name} {shape}" for name, shape in zip(names, shapes, strict=True))
-    return Finding("dynamic float32 input and logits", holds, fact)
-
-
-def _weight_findings(model: onnx.ModelProto, weights: Weights, form: str) -> list[Finding]:
-    dtype = _DTYPES[form]
-    stored = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
-    wrong: list[str] = []
-    for name, values in weights.items():
-        expected = values.astype(dtype)
-        if name in stored:
-            problem = _difference(stored[name], expected)
-            if problem:
-                wrong.append(f"{name} ({problem})")
-        # The exporter drops a bias of zeros and shares equal tensors.
-        elif expected.any() and not any(_difference(other, expected) == "" for other in stored.values()):
-            wrong.append(f"{name} (absent)")
-    fact = f"{len(weights)} tensors compared bit by bit" if not wrong else f"layer {'; '.join(wrong[:3])}"
-    return [Finding("weights", not wrong, fact)]
-
-
-def _difference(stored: NDArray[np.generic], expected: NDArray[np.generic]) -> str:
-    if stored.dtype != expected.dtype or stored.shape != expected.shape:
-        return f"{stored.dtype}{list(stored.shape)} instead of {expected.dtype}{list(expected.shape)}"
-    unequal = stored != expected
-    if not unequal.any():
-        return ""
-    change = np.abs(stored.astype(np.float64) - expected.astype(np.float64))
-    index = tuple(int(i) for i in np.unravel_index(np.argmax(change), change.shape))
-    return f"{int(unequal.sum())} of {unequal.size} values differ, most by {change[index]:.3g} at {list(index)}"
-
-
-def _precision(model: onnx.ModelProto, form: str) -> Finding:
-    wanted = _TYPES[form]
-    floats = {*_TYPES.values(), TensorProto.DOUBLE}
-    leftovers = [i.name for i in model.graph.initializer if i.data_type in floats and i.data_type != wanted]
-    casts = sum(node.op_type == "Cast" for node in model.graph.node)
-    allowed = 0 if form == "fp32" else 2
-    fact = f"{casts} casts, {len(leftovers)} weights in another precision" + (f": {leftovers[0]}" if leftovers else "")
-    return Finding(f"precision {form}", not leftovers and casts <= allowed, fact)
-
-
-def _portable(path: Path) -> Finding:
-    content = path.read_bytes()
-    marks = [mark for mark in (b"site-packages", b"/home/", b"/root/", b"/Users/") if mark in content]
-    fact = f"{len(content):,} bytes, one file" if not marks else f"the bytes hold {marks[0].decode()}"
-    return Finding("no trace of the building machine", not marks, fact)

@@ -1,9 +1,9 @@
-"""Cross-layer equalisation (Nagel et al., 2019): channels of one convolution scaled down, the next one's input up.
+"""Cross-layer equalisation for int8 (Nagel et al., 2019), and the channel ranges that make it necessary.
 
-A ReLU passes a positive factor on, so that the network computes the same. The factors are powers of two: in float32 the
-equalised graph is the original one bit for bit, and nothing has to be believed.
-
-Why int8 loses a layer: one scale for a whole tensor, while its channels differ in range by orders of magnitude.
+An int8 activation has one scale for the whole tensor. If its channels differ in range by orders of magnitude, most of
+them are left with few levels. Equalisation scales the channels of a convolution down and the inputs of the next one up;
+a ReLU between them commutes with a positive factor. All factors are powers of two, so the equalised float32 graph gives
+bit-identical results.
 """
 
 import math
@@ -18,16 +18,22 @@ from onnx import numpy_helper
 from kdexport.graph.plan import LayerPlan, Scaling
 from kdexport.graph.trace import Arrays, run
 
-#: Bits of eight that the median channel may lose to the widest one before a layer is called hostile: it keeps four.
+#: Bits, of eight, that the median channel loses to the widest one before a layer is called hostile.
 HOSTILE_BITS = 4.0
+
+#: Passes over all pairs, because a layer between two others is part of two pairs.
+_SWEEPS = 3
+
+#: Largest exponent of a factor, far from the limits of float32.
+_MAX_EXPONENT = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerRange:
-    """The channels of one layer's result: largest absolute value of the widest and of the median channel.
+    """Channel ranges of one layer's output: the largest absolute value of the widest and of the median channel.
 
-    ``weight`` and ``median_weight`` are the same of the weights that make them. ``lost_bits`` is what the median
-    channel loses of eight because the widest one sets the scale.
+    ``weight`` and ``median_weight`` are the same for the weights that compute them. ``lost_bits`` is the number of
+    bits, of eight, that the median channel loses because the widest one sets the scale.
     """
 
     layer: str
@@ -40,28 +46,31 @@ class LayerRange:
 
     @property
     def hostile(self) -> bool:
-        """Whether the median channel is left with few levels."""
+        """Whether the median channel has only few levels left."""
         return self.lost_bits >= HOSTILE_BITS
 
     def __str__(self) -> str:
         return (
             f"{self.layer}: channel {self.channel} reaches {self.widest:.3g}, the median channel {self.median:.2g} "
-            f"(weights {self.weight:.3g} and {self.median_weight:.2g}): one int8 scale for both leaves the median "
-            f"channel {max(0.0, 8 - self.lost_bits):.1f} of 8 bits"
+            f"(weights {self.weight:.3g} and {self.median_weight:.2g}): with one int8 scale for both, the median "
+            f"channel has {max(0.0, 8 - self.lost_bits):.1f} of 8 bits"
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Equalised:
+    """An equalised graph and its scalings, one for each pair of layers that was changed."""
+
+    model: onnx.ModelProto
+    scalings: tuple[Scaling, ...]
+
+
 def layer_ranges(model: onnx.ModelProto, feeds: Arrays) -> tuple[LayerRange, ...]:
-    """Channel ranges of every convolution of a float32 graph on some images, in order."""
+    """Channel ranges of every convolution of a float32 graph on the images ``feeds``, in graph order."""
     weights = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
     nodes = [node for node in model.graph.node if node.op_type == "Conv" and node.input[1] in weights]
     values = run(model, feeds, [node.output[0] for node in nodes])
     return tuple(_range(node.name, values[node.output[0]], weights[node.input[1]]) for node in nodes)
-
-
-def channel_peaks(values: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Largest absolute value per channel of (N,C,H,W) activations."""
-    return np.asarray(np.abs(values.astype(np.float64)).max(axis=(0, *range(2, values.ndim))))
 
 
 def _range(layer: str, values: NDArray[np.float32], weight: NDArray[np.float32]) -> LayerRange:
@@ -81,29 +90,19 @@ def _range(layer: str, values: NDArray[np.float32], weight: NDArray[np.float32])
     )
 
 
+def channel_peaks(values: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Largest absolute value per channel of (N,C,H,W) activations."""
+    return np.asarray(np.abs(values.astype(np.float64)).max(axis=(0, *range(2, values.ndim))))
+
+
 def explain_ranges(ranges: Sequence[LayerRange], count: int = 3) -> list[str]:
-    """The hostile layers in words, the worst first."""
+    """A sentence for each hostile layer, the worst first, at most ``count``."""
     worst = sorted((item for item in ranges if item.hostile), key=lambda item: -item.lost_bits)
     return [str(item) for item in worst[:count]]
 
 
-#: Passes over all pairs: a layer between two others is changed by both sides.
-_SWEEPS = 3
-
-#: Factors beyond this would leave the range in which float32 products are exact in either form.
-_MAX_EXPONENT = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Equalised:
-    """The graph and the scalings that made it, one for each pair of layers that was changed."""
-
-    model: onnx.ModelProto
-    scalings: tuple[Scaling, ...]
-
-
 def equalise(model: onnx.ModelProto, feeds: Arrays) -> Equalised:
-    """Balance the channel ranges of every pair of convolutions with nothing but a ReLU between them."""
+    """Balance the channel ranges of every pair of convolutions that are connected directly or by a ReLU."""
     pairs = _pairs(model)
     totals: dict[str, NDArray[np.int64]] = {}
     changed = model
@@ -124,7 +123,7 @@ def equalise(model: onnx.ModelProto, feeds: Arrays) -> Equalised:
 
 
 def apply_scalings(model: onnx.ModelProto, scalings: Sequence[Scaling]) -> onnx.ModelProto:
-    """A copy of a float32 graph with its layers scaled. Raises ``AuditError`` where it has no such layers."""
+    """A copy of a float32 graph with its layers scaled. Raises ``AuditError`` if it does not have these layers."""
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
     touched = {name for scaling in scalings for name in (*scaling.first, scaling.second)}
@@ -144,7 +143,7 @@ def _peaks(model: onnx.ModelProto, feeds: Arrays, names: list[str]) -> dict[str,
 
 
 def _pairs(model: onnx.ModelProto) -> list[tuple[onnx.NodeProto, onnx.NodeProto]]:
-    """Convolutions whose whole result reaches one other convolution through at most a ReLU."""
+    """Pairs of convolutions where the second, possibly behind a ReLU, is the only reader of the first."""
     stored = {item.name for item in model.graph.initializer}
     shared = [name for node in model.graph.node for name in node.input if name in stored]
     outputs = {value.name for value in model.graph.output}
@@ -153,8 +152,8 @@ def _pairs(model: onnx.ModelProto) -> list[tuple[onnx.NodeProto, onnx.NodeProto]
         for name in node.input:
             readers.setdefault(name, []).append(node)
 
-    def own(node: onnx.NodeProto) -> bool:
-        # A weight that two layers share cannot be scaled for one of them.
+    def owns_weights(node: onnx.NodeProto) -> bool:
+        # A weight that two layers share cannot be scaled for one of them only.
         return node.op_type == "Conv" and all(name in stored and shared.count(name) == 1 for name in node.input[1:])
 
     found = []
@@ -165,13 +164,13 @@ def _pairs(model: onnx.ModelProto) -> list[tuple[onnx.NodeProto, onnx.NodeProto]
             name = following[0].output[0]
             following = readers.get(name, [])
         alone = len(following) == 1 and name not in outputs
-        if alone and own(node) and own(following[0]) and following[0].input[0] == name:
+        if alone and owns_weights(node) and owns_weights(following[0]) and following[0].input[0] == name:
             found.append((node, following[0]))
     return found
 
 
 def _columns(model: onnx.ModelProto, node: onnx.NodeProto) -> NDArray[np.float64] | None:
-    """Largest weight that reads each input channel (I,); None for a depthwise one: its scales are per channel."""
+    """Largest weight of each input channel (I,); None for a depthwise layer, whose scales are per channel anyway."""
     weight = _weights(model, node.input[1])
     groups = _groups(node)
     if groups > 1 and weight.shape[1] == 1:
@@ -182,12 +181,12 @@ def _columns(model: onnx.ModelProto, node: onnx.NodeProto) -> NDArray[np.float64
 
 
 def _exponents(peaks: NDArray[np.float64], columns: NDArray[np.float64] | None) -> NDArray[np.int64]:
-    """Powers of two by which each channel is divided before and multiplied after."""
+    """Exponents of the factors by which each channel is divided in the first layer and multiplied in the second."""
     live = peaks > 0 if columns is None else (peaks > 0) & (columns > 0)
     if not live.any():
         return np.zeros(len(peaks), np.int64)
     logs = np.zeros_like(peaks)
-    # Equal ranges on both sides of a dense layer; on the activations alone where the weights have a scale per channel.
+    # A dense layer balances activations and weights; a depthwise one only activations, as its scales are per channel.
     logs[live] = np.log2(peaks[live]) if columns is None else (np.log2(peaks[live]) - np.log2(columns[live])) / 2
     logs[live] -= np.median(logs[live])
     return np.round(logs).astype(np.int64)

@@ -1,6 +1,6 @@
-"""The folded student as an ONNX file: one file, dynamic batch, no trace of the machine that wrote it.
+"""Export to ONNX: a folded student, or a merged ``torch.export`` program.
 
-An exported program as an ONNX file, by the same rules as a student.
+The result is one file with a dynamic batch, without paths of the machine that wrote it.
 """
 
 import json
@@ -28,8 +28,8 @@ def export_onnx(
 ) -> onnx.ModelProto:
     """Export an eval-mode module to ``path`` with input (batch,3,S,S) and output logits (batch,K), float32.
 
-    ``metadata`` goes into metadata_props, values as JSON. The file is checked with the full checker and its opset is
-    asserted, because the exporter answers an opset that it cannot write with another one. Raises ``ExportError``.
+    ``metadata`` is stored in metadata_props, values as JSON. The file must pass the full checker and have the
+    requested opset: the exporter silently writes a different one if it does not support it. Raises ``ExportError``.
     """
     example = torch.zeros(2, 3, image_size, image_size)
     with quiet():
@@ -49,12 +49,15 @@ def export_onnx(
 def finish_onnx(
     program: torch.onnx.ONNXProgram | None, path: Path, *, name: str, opset: int, metadata: Mapping[str, object]
 ) -> onnx.ModelProto:
-    """Write what the exporter made to ``path``, as graph ``name``, without traces of this machine, and check it."""
+    """Write an exported program to ``path`` as graph ``name``, without paths of this machine, and check the file."""
     import onnx_ir.passes.common as passes
 
     if program is None:
-        raise ExportError("torch.onnx returned no program.", remedy="Report the module that shows it.")
-    # Node metadata carries stack traces with absolute paths.
+        raise ExportError(
+            "torch.onnx.export returned no program.",
+            remedy="Open an issue in the repository of kdexport with the module and the version of torch.",
+        )
+    # Node metadata contains stack traces with absolute paths.
     passes.ClearMetadataAndDocStringPass()(program.model)
     program.model.graph.name = name
     for key in sorted(metadata):
@@ -65,13 +68,14 @@ def finish_onnx(
     written = {entry.domain: entry.version for entry in model.opset_import}
     if written.get("") != opset:
         raise ExportError(
-            f"Opset {opset} was asked for and {written} was written.", remedy="Set [export] opset to 18 or later."
+            f"The exporter wrote opset {written.get('')}; opset {opset} was requested.",
+            remedy="Set opset = 18 or later under [export].",
         )
     return model
 
 
 def model_metadata(spec: StudentSpec, checkpoint_sha256: str) -> dict[str, object]:
-    """What an ONNX file says about itself in metadata_props; digests and names, no place on this machine."""
+    """The metadata_props of an ONNX file: names and digests, no path of this machine."""
     recipe = spec.provenance.get("recipe")
     return {
         "version": __version__,
@@ -88,7 +92,7 @@ def model_metadata(spec: StudentSpec, checkpoint_sha256: str) -> dict[str, objec
 
 
 def read_metadata(model: onnx.ModelProto) -> dict[str, object]:
-    """kdexport's entries of metadata_props."""
+    """The entries of metadata_props that kdexport wrote."""
     prefix = "kdexport."
     return {
         entry.key.removeprefix(prefix): json.loads(entry.value)
@@ -100,15 +104,15 @@ def read_metadata(model: onnx.ModelProto) -> dict[str, object]:
 def export_program(
     program: ExportedProgram, path: Path, *, opset: int, metadata: Mapping[str, object], weights: Sequence[str]
 ) -> onnx.ModelProto:
-    """Write ``program`` to ``path``: dynamic where the program is, checked, with ``weights`` bit by bit.
+    """Write ``program`` to ``path`` with its dynamic dimensions, and check that ``weights`` are in it bit by bit.
 
-    A single input is called ``input``; a single output (N,K) ``logits``, another one ``output``. Raises
-    ``ConfigError`` for outputs and types that ONNX does not have, and ``ExportError``.
+    A single input is called ``input``; a single output is called ``logits`` if it is (N,K), otherwise ``output``.
+    Raises ``ConfigError`` for outputs and types that ONNX does not have, and ``ExportError``.
     """
     _require_onnx_types(program, opset)
     outputs = [value.meta.get("val") for value in _outputs(program)]
     inputs = list(program.graph_signature.user_inputs)
-    one = LOGITS if isinstance(outputs[0], torch.Tensor) and outputs[0].dim() == 2 else "output"
+    single = LOGITS if isinstance(outputs[0], torch.Tensor) and outputs[0].dim() == 2 else "output"
     try:
         with quiet():
             exported = torch.onnx.export(
@@ -117,12 +121,12 @@ def export_program(
                 verbose=False,
                 opset_version=opset,
                 input_names=[INPUT] if len(inputs) == 1 else [str(name) for name in inputs],
-                output_names=[one] if len(outputs) == 1 else [f"output_{index}" for index in range(len(outputs))],
+                output_names=[single] if len(outputs) == 1 else [f"output_{index}" for index in range(len(outputs))],
             )
     except torch.onnx.OnnxExporterError as error:
         raise ExportError(
-            f"The merged program cannot be written as ONNX: {first_line(_root_cause(error))}",
-            remedy="An operator of it has no ONNX form in this opset; fuse_module gives the program without ONNX.",
+            f"torch.onnx cannot write the merged program: {first_line(_root_cause(error))}",
+            remedy="Replace the operator that ONNX lacks in this opset, or use fuse_module, which needs no ONNX.",
         ) from error
     model = finish_onnx(exported, path, name="fused", opset=opset, metadata=metadata)
     _require_weights(model, {name: program.state_dict[name] for name in weights})
@@ -134,22 +138,22 @@ def _require_onnx_types(program: ExportedProgram, opset: int) -> None:
         # The exporter drops None.
         constant = isinstance(spec.arg, ConstantArgument)
         if not isinstance(spec.arg, TensorArgument) and not (constant and spec.arg.value is None):
-            what = f"{spec.arg.value!r} ({type(spec.arg.value).__name__})" if constant else "a size"
+            found = f"{spec.arg.value!r} ({type(spec.arg.value).__name__})" if constant else "a size"
             raise ConfigError(
-                f"Output {index} of the program is {what}, and outputs of an ONNX file are tensors.",
-                remedy="Let forward() return tensors alone, or call fuse_module in Python, which writes no ONNX file.",
+                f"Output {index} of the program is {found}; an ONNX file can have only tensors as outputs.",
+                remedy="Let forward() return tensors only, or call fuse_module in Python, which writes no ONNX file.",
             )
     narrow = next((name for name, value in program.state_dict.items() if value.dtype == torch.bfloat16), None)
     if narrow is not None:
         raise ConfigError(
-            f"The weight {narrow} is bfloat16, and opset {opset} of ONNX has no convolution of that type.",
-            remedy="Return module.float() from the factory; a target's precision is chosen when the ONNX file is "
+            f"Weight {narrow} is bfloat16, and opset {opset} of ONNX has no bfloat16 convolution.",
+            remedy="Return module.float() from the factory; the precision of a target is set when the ONNX file is "
             "compiled.",
         )
 
 
 def _root_cause(error: BaseException) -> BaseException:
-    # The exporter's own message counts its steps; what failed is at the end of the chain.
+    # The message of the exporter lists its steps; the failure itself is at the end of the chain.
     while error.__cause__ is not None:
         error = error.__cause__
     return error
@@ -164,7 +168,7 @@ def _require_weights(model: onnx.ModelProto, weights: Mapping[str, torch.Tensor]
     stored = [numpy_helper.to_array(item) for item in model.graph.initializer]
     for name, value in weights.items():
         wanted = value.detach().cpu()
-        # The exporter drops a bias of zeros, and numpy has no bfloat16.
+        # The exporter drops a bias of zeros, and numpy does not support bfloat16.
         if wanted.dtype == torch.bfloat16 or not wanted.any():
             continue
         array = wanted.numpy()
@@ -175,6 +179,6 @@ def _require_weights(model: onnx.ModelProto, weights: Mapping[str, torch.Tensor]
             for item in stored
         ):
             raise ExportError(
-                f"{name} of the merged program is not in the ONNX file bit by bit.",
-                remedy="Report the module that shows it.",
+                f"The ONNX file does not contain {name} of the merged program bit by bit.",
+                remedy="Open an issue in the repository of kdexport with the module and the version of torch.",
             )

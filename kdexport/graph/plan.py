@@ -1,4 +1,4 @@
-"""What a precision plan does to a graph: which layers stay float32, and which channels are scaled by powers of two."""
+"""Precision plans: the layers of a graph that stay float32, and the channels that are scaled by powers of two."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -9,12 +9,13 @@ from numpy.typing import NDArray
 
 from kdexport.errors import AuditError
 
+#: float32 weights of a folded student by name.
 Weights = Mapping[str, NDArray[np.float32]]
 
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A layer that stays float32: its node in the graph and the weight that it reads."""
+    """A layer that stays float32: its node and its weight."""
 
     node: str
     weight: str
@@ -22,9 +23,9 @@ class Kept:
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """Channels of one layer divided by 2**exponents, the next one's inputs multiplied by them.
+    """Output channels of one layer divided by 2**exponents, inputs of the next one multiplied by the same factors.
 
-    ``first`` names weight and bias (O,...) of the layer before, ``second`` the weight (O,I/groups,...) behind it.
+    ``first`` names weight and bias (O,...) of the first layer, ``second`` the weight (O,I/groups,...) of the next.
     """
 
     first: tuple[str, ...]
@@ -33,7 +34,7 @@ class Scaling:
     exponents: tuple[int, ...]
 
     def apply(self, weights: dict[str, NDArray[np.float32]]) -> None:
-        """Scale the three tensors in place of those in ``weights``; exact in float32 but for under- and overflow."""
+        """Replace the tensors in ``weights`` by scaled ones; exact in float32 except for underflow and overflow."""
         for name in self.first:
             values = weights[name]
             weights[name] = np.ldexp(values, -self._column(values.ndim)).astype(np.float32)
@@ -49,7 +50,7 @@ class Scaling:
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """The layers that one target's file keeps in float32, and the scalings of its float32 graph before the cast."""
+    """The layers that the file of a target keeps in float32, and the scalings of its float32 graph before the cast."""
 
     kept: tuple[Kept, ...] = ()
     equalised: tuple[Scaling, ...] = ()
@@ -65,7 +66,7 @@ class LayerPlan:
         return tuple(layer.weight for layer in self.kept)
 
     def scaled(self, weights: Weights) -> dict[str, NDArray[np.float32]]:
-        """The student's weights as the file must have them. Raises ``AuditError`` for another network's plan."""
+        """The scaled weights of the student. Raises ``AuditError`` if the plan is for a different network."""
         result = dict(weights)
         try:
             for scaling in self.equalised:
@@ -75,7 +76,8 @@ class LayerPlan:
             missing = [str(error)]
         if missing:
             raise AuditError(
-                f"The precision plan does not belong to this student: {missing[0]}.", remedy="Build the bundle again."
+                f"The precision plan is for a different student: {missing[0]} does not fit.",
+                remedy="Build the bundle again.",
             )
         return result
 
@@ -90,7 +92,7 @@ class LayerPlan:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "LayerPlan":
-        """Inverse of ``to_json``; ``KeyError``, ``TypeError`` or ``ValueError`` on foreign data."""
+        """Inverse of ``to_json``; ``KeyError``, ``TypeError`` or ``ValueError`` for malformed data."""
         return cls(
             tuple(Kept(str(item["node"]), str(item["weight"])) for item in data["kept"]),
             tuple(
@@ -105,4 +107,5 @@ class LayerPlan:
         )
 
 
+#: The plan that changes nothing.
 PLAIN = LayerPlan()

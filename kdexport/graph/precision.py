@@ -1,6 +1,6 @@
-"""ONNX to ONNX: the precision is written into the graph, where every backend reads the same thing.
+"""Casts of float32 graphs to float16 and bfloat16, and emulation of bfloat16 graphs in float32.
 
-A bfloat16 file on a machine that has no bfloat16: its own weights and operators, rounded where it rounds.
+The precision is written into the graph, so that every backend runs the same one.
 """
 
 import logging
@@ -22,15 +22,15 @@ FLOAT16_MAX = 65504.0
 
 BFLOAT16_MAX = (2 - 2**-7) * 2.0**127
 
-#: The first opset whose convolution takes bfloat16.
+#: The first opset whose convolution supports bfloat16.
 BF16_OPSET = 22
 
 
 def cast_to_fp16(source: Path, path: Path, *, keep: Sequence[str] = ()) -> onnx.ModelProto:
-    """Write ``source`` (float32) with float16 weights and arithmetic, input and logits staying float32.
+    """Write ``source`` (float32) with float16 weights and arithmetic; input and logits stay float32.
 
-    Nodes of ``keep`` stay float32, with casts around them. Every other weight is the nearest float16 of the float32
-    one. Raises ``AuditError`` for a weight beyond float16's range.
+    Nodes of ``keep`` stay float32, with casts around them. Every other weight is rounded to the nearest float16.
+    Raises ``AuditError`` for a weight outside of the range of float16.
     """
     import_onnxruntime()
     from onnxruntime.transformers.float16 import convert_float_to_float16
@@ -49,7 +49,7 @@ def cast_to_fp16(source: Path, path: Path, *, keep: Sequence[str] = ()) -> onnx.
     model = sorted_model(model)
     for item in model.graph.initializer:
         if item.data_type == onnx.TensorProto.FLOAT16 and item.name in weights:
-            # The converter lifts small values to its own minimum; the nearest float16 keeps them.
+            # The converter replaces small values by its own minimum, so the nearest float16 is stored here.
             item.CopyFrom(numpy_helper.from_array(weights[item.name].astype(np.float16), item.name))
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, str(path))
@@ -57,16 +57,16 @@ def cast_to_fp16(source: Path, path: Path, *, keep: Sequence[str] = ()) -> onnx.
 
 
 def cast_to_bf16(source: Path, path: Path) -> onnx.ModelProto:
-    """Write ``source`` (float32) with bfloat16 weights and arithmetic, input and logits staying float32.
+    """Write ``source`` (float32) with bfloat16 weights and arithmetic; input and logits stay float32.
 
-    Every weight is the nearest bfloat16 of the float32 one, ties to even. The opset becomes 22 where it was lower,
-    because no convolution before that takes bfloat16. Raises ``AuditError`` for a weight that is not finite in it.
+    Every weight is rounded to the nearest bfloat16, ties to even. A lower opset is raised to 22, the first whose
+    convolution supports bfloat16. Raises ``AuditError`` for a weight outside of the range of bfloat16.
     """
     exact = onnx.load(str(source))
     weights = {item.name: numpy_helper.to_array(item) for item in exact.graph.initializer}
     _require_range(weights, "bfloat16", BFLOAT16_MAX)
-    model = _raised(exact, BF16_OPSET)
-    # Inferred types of the values between are those of float32.
+    model = _raise_opset(exact, BF16_OPSET)
+    # The inferred types of intermediate values are float32.
     del model.graph.value_info[:]
     for item in model.graph.initializer:
         if item.data_type == TensorProto.FLOAT:
@@ -84,32 +84,32 @@ def _require_range(weights: dict[str, NDArray[Any]], kind: str, largest: float) 
         peak = np.abs(values).max(initial=0) if values.dtype == np.float32 else 0.0
         if not peak <= largest:
             raise AuditError(
-                f"Weight {name} reaches {peak:.3g}; {kind} ends at {largest:.6g}.",
-                remedy="A batch norm channel with a vanishing variance blows weights up; use fp32 for this student.",
+                f"Weight {name} reaches {peak:.3g}; the largest {kind} is {largest:.6g}.",
+                remedy="Use an fp32 target, or train again: a batch norm with almost no variance causes such weights.",
             )
 
 
-def _raised(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
-    """``model`` in ``opset`` or later, its nodes keeping their names."""
+def _raise_opset(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
+    """``model`` in ``opset`` or later, with the same node names."""
     if next(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")) >= opset:
         return model
     with quiet():
         raised = onnx.version_converter.convert_version(model, opset)
     names = {node.output[0]: node.name for node in model.graph.node}
     for node in raised.graph.node:
-        # The converter numbers all nodes anew; what a backend refuses would have no name that means something.
+        # The converter renames all nodes; errors of a backend must name the nodes of the student.
         node.name = names.get(node.output[0], node.name)
     return raised
 
 
 def _as_bf16(item: TensorProto) -> TensorProto:
     values = numpy_helper.to_array(item).astype(ml_dtypes.bfloat16)
-    # numpy_helper has no bfloat16 of its own; the bytes are the standard's.
+    # numpy_helper cannot write bfloat16; the bytes of ml_dtypes are those of the ONNX standard.
     return helper.make_tensor(item.name, TensorProto.BFLOAT16, list(values.shape), values.tobytes(), raw=True)
 
 
 def _retype(node: onnx.NodeProto) -> None:
-    """Constants and casts inside the graph become bfloat16 as well."""
+    """Change float32 constants and casts of a node to bfloat16."""
     for attribute in node.attribute:
         if attribute.name == "value" and attribute.t.data_type == TensorProto.FLOAT:
             attribute.t.CopyFrom(_as_bf16(attribute.t))
@@ -139,7 +139,7 @@ def _keep_interface(graph: onnx.GraphProto) -> None:
 
 
 def sorted_model(model: onnx.ModelProto) -> onnx.ModelProto:
-    """``model`` in topological order; converters append nodes at the end, and the standard asks for the order."""
+    """``model`` in topological order, which ONNX requires; converters append nodes at the end."""
     import onnx_ir
     import onnx_ir.passes.common as passes
 
@@ -149,9 +149,10 @@ def sorted_model(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def emulate_bf16(path: Path) -> bytes:
-    """The model of ``path`` in float32, stored values widened and every bfloat16 result rounded to it and back.
+    """The bfloat16 model of ``path`` as a serialized float32 model that rounds every bfloat16 result to bfloat16.
 
-    To be run without graph optimisation, which may take two casts for none.
+    It runs on machines without bfloat16. Run it without graph optimisation, which may remove a cast to bfloat16 and
+    back.
     """
     model = onnx.load(str(path))
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True)
@@ -164,17 +165,17 @@ def emulate_bf16(path: Path) -> bytes:
     for node in model.graph.node:
         _widen_attributes(node)
         names = [name for name in node.output if name in rounds]
-        node.output[:] = [_exact(name) if name in rounds else name for name in node.output]
+        node.output[:] = [_unrounded(name) if name in rounds else name for name in node.output]
         nodes.append(node)
         for name in names:
-            nodes.append(helper.make_node("Cast", [_exact(name)], [f"{name} rounded"], to=TensorProto.BFLOAT16))
+            nodes.append(helper.make_node("Cast", [_unrounded(name)], [f"{name} rounded"], to=TensorProto.BFLOAT16))
             nodes.append(helper.make_node("Cast", [f"{name} rounded"], [name], to=TensorProto.FLOAT))
     del model.graph.node[:], model.graph.value_info[:]
     model.graph.node.extend(nodes)
     return bytes(model.SerializeToString())
 
 
-def _exact(name: str) -> str:
+def _unrounded(name: str) -> str:
     return f"{name} exact"
 
 

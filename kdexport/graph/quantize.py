@@ -1,11 +1,11 @@
-"""float32 to int8 with explicit Q/DQ, in the two forms that runtimes really execute as int8.
+"""Quantization of float32 graphs to int8 with explicit Q/DQ nodes, in the two forms that runtimes execute as int8.
 
-``int8-u8``: activations uint8 with a zero point, weights int8 per output channel, biases int32. onnxruntime's and
-OpenVINO's CPU kernels take it; a ReLU disappears in the zero point.
+``int8-u8``: activations uint8 with a zero point, weights int8 per output channel, biases int32. The CPU kernels of
+onnxruntime and OpenVINO run this form; a ReLU is absorbed by the zero point.
 
-``int8-s8``: activations and weights int8 around zero, biases float32, Q/DQ in front of convolutions, linear layers and
-the residual side of an addition only. TensorRT and TensorRT-RTX take nothing else, and fuse the ReLU and the addition
-behind a convolution themselves as long as no Q/DQ lies between.
+``int8-s8``: activations and weights int8, symmetric, biases float32, Q/DQ only before convolutions, linear layers and
+the residual input of an addition. TensorRT and TensorRT-RTX accept only this form, and fuse the ReLU and the addition
+behind a convolution if there is no Q/DQ between them.
 """
 
 from collections.abc import Sequence
@@ -24,22 +24,22 @@ from kdexport.graph.tensor_ranges import read_ranges
 
 Form = Literal["int8-u8", "int8-s8"]
 FORMS: tuple[Form, ...] = ("int8-u8", "int8-s8")
-_COMPUTING = ["Conv", "Gemm"]
+_LAYERS = ["Conv", "Gemm"]
 
 
 def parse_form(name: str) -> Form:
-    """``name`` as a ``Form``; anything else is a fault of the caller."""
-    return next(form for form in FORMS if form == name)
+    """``name`` as a ``Form``; ``ValueError`` for any other name."""
+    return FORMS[FORMS.index(name)]
 
 
 def quantize(
     source: Path, ranges: Path, path: Path, *, form: Form, weight_bits: int = 8, keep: Sequence[str] = ()
 ) -> onnx.ModelProto:
-    """Write ``source`` (float32) quantized in ``form``, with activation scales from ``ranges`` (``calibrate``).
+    """Write ``source`` (float32) quantized in ``form``, with activation scales from the ``ranges`` of ``calibrate``.
 
-    Nodes of ``keep`` stay float32, and so does what computes from nothing but their results. Weight scales come from
-    the weights alone: the largest value of an output channel is the largest level. With 7 bits the sum of two products
-    stays within 16 bits, where processors without VNNI add them.
+    Nodes of ``keep`` stay float32, and so do nodes without weights that read only their results. A weight scale maps
+    the largest absolute value of an output channel to the largest level. With 7 bits, the sum of two products fits into
+    16 bits, in which processors without VNNI add them.
     """
     import_onnxruntime()
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
@@ -50,7 +50,7 @@ def quantize(
         options |= {
             "ActivationSymmetric": True,
             "QuantizeBias": False,
-            "OpTypesToExcludeOutputQuantization": _COMPUTING,
+            "OpTypesToExcludeOutputQuantization": _LAYERS,
         }
     original = onnx.load(str(source))
     with quiet(), TemporaryDirectory() as folder:
@@ -63,42 +63,42 @@ def quantize(
             reduce_range=weight_bits == 7,
             activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
             weight_type=QuantType.QInt8,
-            op_types_to_quantize=_COMPUTING if symmetric else None,
-            nodes_to_exclude=_floating(original, keep),
+            op_types_to_quantize=_LAYERS if symmetric else None,
+            nodes_to_exclude=_float_nodes(original, keep),
             calibration_cache_path=_write_cache(ranges, Path(folder) / "ranges.json"),
             extra_options=options,
         )
     model = onnx.load(str(path))
-    # The quantizer signs the file; it stays what it says about itself, by who exported it.
+    # The quantizer overwrites the producer and drops the metadata of the exported file.
     model.producer_name, model.producer_version = original.producer_name, original.producer_version
     del model.metadata_props[:]
     model.metadata_props.extend(original.metadata_props)
     if symmetric:
         _quantize_residuals(model, ranges, keep)
     else:
-        _shield(model, keep)
+        _separate_from_levels(model, keep)
     model = sorted_model(model)
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, str(path))
     return model
 
 
-def _floating(model: onnx.ModelProto, keep: Sequence[str]) -> list[str]:
-    """The kept nodes, and those between them: a pooling in int8 would take from one what it was kept for."""
+def _float_nodes(model: onnx.ModelProto, keep: Sequence[str]) -> list[str]:
+    """The kept nodes, and those between them: an int8 pooling would round the result of a kept layer."""
     stored = {item.name for item in model.graph.initializer}
     found, exact = list(keep), set[str]()
     for node in model.graph.node:
         read = [name for name in node.input if name and name not in stored]
-        if node.name in keep or (node.op_type not in _COMPUTING and read and exact.issuperset(read)):
+        if node.name in keep or (node.op_type not in _LAYERS and read and exact.issuperset(read)):
             found.append(node.name)
             exact.update(node.output)
     return found
 
 
-def _shield(model: onnx.ModelProto, keep: Sequence[str]) -> None:
-    """Put the maximum of one tensor, which is that tensor, between a kept layer and the levels that it reads.
+def _separate_from_levels(model: onnx.ModelProto, keep: Sequence[str]) -> None:
+    """Insert a Max of one input, which is the identity, before each kept layer that reads a dequantized tensor.
 
-    Between levels on both sides onnxruntime would quantize the weights itself, though the file says float32.
+    Otherwise onnxruntime would quantize the float32 weights of a layer between two Q/DQ pairs.
     """
     graph = model.graph
     levels = {node.output[0] for node in graph.node if node.op_type == "DequantizeLinear"}
@@ -109,7 +109,7 @@ def _shield(model: onnx.ModelProto, keep: Sequence[str]) -> None:
 
 
 def _write_cache(ranges: Path, path: Path) -> Path:
-    """The ranges as the file that onnxruntime's quantizer reads; to it they are extremes, however they were found."""
+    """Write the ranges in the format of onnxruntime's quantizer, as minimum and maximum for every method."""
     import_onnxruntime()
     from onnxruntime.quantization import CalibrationMethod, TensorsData, save_tensors_data
 
@@ -119,14 +119,14 @@ def _write_cache(ranges: Path, path: Path) -> Path:
 
 
 def _quantize_residuals(model: onnx.ModelProto, ranges: Path, keep: Sequence[str]) -> None:
-    """Let the residual side of each addition arrive in int8, so that the other side's convolution absorbs the sum.
+    """Quantize the residual input of each addition, so that TensorRT fuses the sum into the other side's convolution.
 
-    Where a kept layer makes one of the sides there is nothing to gain.
+    An addition with an input from a kept layer cannot be fused and stays unchanged.
     """
     graph = model.graph
     producers = {name: node for node in graph.node for name in node.output}
     found = read_ranges(ranges)
-    # A tensor that also feeds a convolution arrives quantized already.
+    # One Q/DQ pair serves all additions that read the same tensor.
     quantized: dict[str, str] = {}
     for node in [node for node in graph.node if node.op_type == "Add"]:
         if any(producers[name].name in keep for name in node.input if name in producers):
@@ -141,7 +141,7 @@ def _quantize_residuals(model: onnx.ModelProto, ranges: Path, keep: Sequence[str
 
 
 def _residual_side(node: onnx.NodeProto, producers: dict[str, onnx.NodeProto]) -> int | None:
-    """Which input of an addition stays to be quantized: the one that no convolution makes, the second where both do."""
+    """The input of an addition to quantize: the one that is not from a convolution, the second if both are."""
     kinds = [producers[name].op_type if name in producers else "" for name in node.input]
     if "Conv" not in kinds or "DequantizeLinear" in kinds:
         return None

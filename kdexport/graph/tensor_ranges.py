@@ -1,4 +1,4 @@
-"""The range of each tensor of a graph on real images: what an int8 scale is made of."""
+"""Calibration: the range of each tensor of a graph on real images, from which int8 scales are computed."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -21,7 +21,7 @@ METHODS: tuple[Method, ...] = ("minmax", "entropy", "percentile")
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """The values of one tensor that int8 must hold, both ends included."""
+    """The range of one tensor that int8 must represent, ends included."""
 
     low: float
     high: float
@@ -32,9 +32,9 @@ def calibrate(
 ) -> dict[str, Range]:
     """Run ``source`` (float32) on ``batches`` of images (N,3,S,S) and write the range of each tensor to ``path``.
 
-    ``minmax`` keeps the extremes; ``entropy`` cuts where the quantized histogram diverges least from the original one;
-    ``percentile`` leaves (100 - ``percentile``) % of the values outside. Raises ``AuditError`` where a range is not
-    finite or no image was given.
+    ``minmax`` uses the extremes; ``entropy`` minimises the divergence of the quantized histogram; ``percentile``
+    excludes (100 - ``percentile``) % of the values. Raises ``AuditError`` if a range is not finite or there is no
+    image.
     """
     import_onnxruntime()
     from onnxruntime.quantization import CalibrationMethod, create_calibrator
@@ -48,11 +48,13 @@ def calibrate(
         calibrator = create_calibrator(source, None, augmented, kinds[method], extra_options=options)
         seen = 0
         for batch in batches:
-            # One batch at a time: the histogram methods would otherwise hold every value of every image.
+            # One batch at a time, because the histogram methods would otherwise hold all values of all images.
             calibrator.collect_data(_reader(batch))
             seen += len(batch)
         if seen == 0:
-            raise AuditError("No image was given to calibrate int8 on.", remedy="Raise images under [calibration].")
+            raise AuditError(
+                "Calibration of int8 got 0 images (at least 1 required).", remedy="Set images under [calibration]."
+            )
         found = calibrator.compute_data()
     ranges = {name: Range(*(float(np.asarray(end).item()) for end in found[name].range_value)) for name in found}
     _require_finite(ranges)
@@ -64,8 +66,8 @@ def _require_finite(ranges: dict[str, Range]) -> None:
     for name, found in ranges.items():
         if not (np.isfinite([found.low, found.high]).all() and found.low <= found.high):
             raise AuditError(
-                f"Tensor {name} ranges from {found.low} to {found.high} on the calibration images.",
-                remedy="The student overflows float32 on its own training images; train it again.",
+                f"Tensor {name} ranges from {found.low} to {found.high} on the calibration images (finite required).",
+                remedy="Train the student again: it overflows float32 on its own training images.",
             )
 
 

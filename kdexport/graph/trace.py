@@ -1,7 +1,7 @@
-"""Two graphs with the same tensor names, node by node: each node of one is fed with the other's values.
+"""Node-by-node comparison of two graphs with the same tensor names.
 
-Errors of earlier nodes then do not reach later ones, so that the first node whose own result is off is the one to
-blame, and not the first that passes an error on.
+Each node of the suspect graph gets its inputs from the trusted graph. Errors of earlier nodes therefore do not reach
+later ones, and a node with a large error causes it itself.
 """
 
 from collections.abc import Mapping
@@ -18,20 +18,21 @@ from kdexport.errors import AuditError, first_line
 
 Arrays = dict[str, NDArray[Any]]
 
-#: Error of a node's own arithmetic, rms relative to its result, that no correct node reaches: about ten times what
-#: rounding its operands once costs (24, 11 and 8 bits of mantissa, 8 bits of a range that outliers set).
+#: Limit of a node's own RMS error relative to its result, about ten times the error of rounding its operands once
+#: (mantissas of 24, 11 and 8 bits; 8 bits of a range that outliers determine).
 LIMITS = {"fp32": 5e-6, "fp16": 5e-3, "bf16": 4e-2, "int8": 0.25}
+_OWN = "::own"
 
-_LOCAL = "::own"
+#: Operators that only convert their input.
 _PASSING = {"Cast", "QuantizeLinear", "DequantizeLinear"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NodeError:
-    """One node of the suspect: its result ``tensor`` from trusted inputs against the trusted result.
+    """The error of one node of the suspect graph: its result ``tensor`` from trusted inputs against the trusted result.
 
-    ``error`` is rms relative to the trusted result, infinite where the result is not finite; ``worst`` is the image
-    that differs most.
+    ``error`` is the RMS relative to the trusted result, infinite if the result is not finite; ``worst`` is the index of
+    the image that differs most.
     """
 
     node: str
@@ -43,10 +44,10 @@ class NodeError:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trace:
-    """Errors of all comparable nodes in order.
+    """Errors of all comparable nodes in graph order.
 
-    ``trusted`` are the float32 values of the trusted graph, ``given`` the same in the suspect's types with the graph's
-    inputs, ``own`` what the suspect's nodes make of them.
+    ``trusted`` are the float32 values of the trusted graph, ``given`` the same in the types of the suspect, with the
+    graph's inputs; ``own`` are the results of the suspect's nodes from ``given``.
     """
 
     nodes: tuple[NodeError, ...]
@@ -56,23 +57,47 @@ class Trace:
 
 
 def trace(suspect: onnx.ModelProto, trusted: onnx.ModelProto, feeds: Arrays) -> Trace:
-    """Compare every node of ``suspect`` whose result ``trusted`` has too. Raises ``AuditError`` if one cannot run."""
+    """Compare every node whose result is in both graphs. Raises ``AuditError`` if a node cannot run."""
     known = set(results(trusted))
     names = [name for name in results(suspect) if name in known]
     values = run(trusted, feeds, names)
-    points = {settled(suspect, name): values[name] for name in names if values[name].dtype == np.float32}
+    points = {dequantized(suspect, name): values[name] for name in names if values[name].dtype == np.float32}
     shared = list(points)
     kinds = {name: value.dtype for name, value in run(suspect, feeds, shared).items()}
     with np.errstate(over="ignore"):
         given = {name: value.astype(kinds[name]) for name, value in points.items()}
-    own = _run_apart(suspect, {**feeds, **given}, shared)
+    own = _run_isolated(suspect, {**feeds, **given}, shared)
     producers = computing_nodes(suspect)
     rows = tuple(_compare(producers[name], name, own[name], points[name]) for name in shared)
     return Trace(rows, points, {**feeds, **given}, own)
 
 
-def settled(model: onnx.ModelProto, name: str) -> str:
-    """Where a value that is quantized at once has its final form: a ReLU may be nothing but the zero point."""
+def first_faulty(nodes: tuple[NodeError, ...], precision: str) -> NodeError | None:
+    """The first node with an error above the limit of ``precision``; None if there is none."""
+    return next((node for node in nodes if not node.error <= LIMITS[precision]), None)
+
+
+def _compare(node: onnx.NodeProto, tensor: str, own: NDArray[Any], trusted: NDArray[Any]) -> NodeError:
+    with np.errstate(invalid="ignore", over="ignore"):
+        difference = own.astype(np.float64) - trusted.astype(np.float64)
+        scale = float(np.sqrt(np.mean(np.square(trusted.astype(np.float64)))))
+        error = float(np.sqrt(np.mean(np.square(difference))))
+    relative = error / scale if scale else (0.0 if error == 0 else np.inf)
+    per_image = np.abs(np.nan_to_num(difference, nan=np.inf)).reshape(len(difference), -1).max(axis=1)
+    return NodeError(
+        node=node.name or tensor,
+        operator=node.op_type,
+        tensor=tensor,
+        error=float("inf") if not np.isfinite(own).all() else relative,
+        worst=int(per_image.argmax()),
+    )
+
+
+def dequantized(model: onnx.ModelProto, name: str) -> str:
+    """The dequantized form of a tensor that is only quantized; otherwise the tensor itself.
+
+    The quantization may include an operator: a ReLU can be absorbed by the zero point.
+    """
     readers = [node for node in model.graph.node if name in node.input]
     if [node.op_type for node in readers] != ["QuantizeLinear"]:
         return name
@@ -81,7 +106,7 @@ def settled(model: onnx.ModelProto, name: str) -> str:
 
 
 def computing_nodes(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
-    """The node that computes each tensor, by its name; casts and Q/DQ are seen through to what they pass on."""
+    """The node that computes each tensor, by the name of the tensor; casts and Q/DQ nodes are skipped."""
     producers = {name: node for node in model.graph.node for name in node.output}
     found = {}
     for name, producer in producers.items():
@@ -93,12 +118,12 @@ def computing_nodes(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
 
 
 def results(model: onnx.ModelProto) -> list[str]:
-    """Names of what the nodes of a graph compute, in order."""
+    """Names of all tensors that the nodes of a graph compute, in order."""
     return [name for node in model.graph.node for name in node.output if name]
 
 
 def run(model: onnx.ModelProto, feeds: Arrays, names: list[str]) -> Arrays:
-    """Values of any tensors of a graph, computed as written: onnxruntime without optimisation."""
+    """Values of the tensors ``names`` of a graph, computed by onnxruntime without optimisation."""
     exposed = onnx.ModelProto()
     exposed.CopyFrom(model)
     del exposed.graph.output[:]
@@ -109,7 +134,7 @@ def run(model: onnx.ModelProto, feeds: Arrays, names: list[str]) -> Arrays:
 def extract(model: onnx.ModelProto, tensor: str, given: Mapping[str, NDArray[Any]], *, local: bool) -> onnx.ModelProto:
     """The smallest graph that computes ``tensor`` from tensors of ``given``, with their types and shapes.
 
-    ``local`` stops at the given values nearest to the tensor; its own given value is never an input.
+    If ``local``, the graph starts at the given tensors nearest to ``tensor``, never at ``tensor`` itself.
     """
     producers = {name: node for node in model.graph.node for name in node.output}
     nodes: list[onnx.NodeProto] = []
@@ -142,30 +167,30 @@ def extract(model: onnx.ModelProto, tensor: str, given: Mapping[str, NDArray[Any
     return onnx.shape_inference.infer_shapes(small)
 
 
-def _run_apart(model: onnx.ModelProto, given: Arrays, shared: list[str]) -> Arrays:
-    """One session in which every shared tensor is an input, and each of their producers an output of another name."""
+def _run_isolated(model: onnx.ModelProto, given: Arrays, shared: list[str]) -> Arrays:
+    """Run all nodes in one session where every shared tensor is an input, and its producer writes to a new name."""
     cut = set(shared)
     nodes = []
     for node in model.graph.node:
-        apart = onnx.NodeProto()
-        apart.CopyFrom(node)
-        apart.output[:] = [f"{name}{_LOCAL}" if name in cut else name for name in node.output]
-        nodes.append(apart)
+        isolated = onnx.NodeProto()
+        isolated.CopyFrom(node)
+        isolated.output[:] = [f"{name}{_OWN}" if name in cut else name for name in node.output]
+        nodes.append(isolated)
     read = {name for node in nodes for name in node.input}
     fed = [name for name in given if name in read]
     graph = helper.make_graph(
         nodes,
-        "apart",
+        "isolated",
         [
             helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(given[name].dtype), given[name].shape)
             for name in fed
         ],
-        [helper.make_empty_tensor_value_info(f"{name}{_LOCAL}") for name in shared],
+        [helper.make_empty_tensor_value_info(f"{name}{_OWN}") for name in shared],
         model.graph.initializer,
     )
-    apart_model = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
-    found = _session_run(apart_model, {name: given[name] for name in fed}, [f"{name}{_LOCAL}" for name in shared])
-    return {name.removesuffix(_LOCAL): value for name, value in found.items()}
+    isolated_model = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version)
+    found = _session_run(isolated_model, {name: given[name] for name in fed}, [f"{name}{_OWN}" for name in shared])
+    return {name.removesuffix(_OWN): value for name, value in found.items()}
 
 
 def _session_run(model: onnx.ModelProto, feeds: Arrays, names: list[str]) -> Arrays:
@@ -180,27 +205,6 @@ def _session_run(model: onnx.ModelProto, feeds: Arrays, names: list[str]) -> Arr
     # onnxruntime raises a dozen exception types of its own without a common base.
     except Exception as error:
         raise AuditError(
-            f"onnxruntime does not run the graph node by node: {first_line(error)}",
-            remedy="The CPU provider lacks an operator in this precision; bfloat16 convolutions are one.",
+            f"onnxruntime cannot run the graph without optimisation: {first_line(error)}",
+            remedy="Use a precision that the CPU provider supports; it has no bfloat16 convolution, for example.",
         ) from error
-
-
-def _compare(node: onnx.NodeProto, tensor: str, own: NDArray[Any], trusted: NDArray[Any]) -> NodeError:
-    with np.errstate(invalid="ignore", over="ignore"):
-        difference = own.astype(np.float64) - trusted.astype(np.float64)
-        scale = float(np.sqrt(np.mean(np.square(trusted.astype(np.float64)))))
-        error = float(np.sqrt(np.mean(np.square(difference))))
-    relative = error / scale if scale else (0.0 if error == 0 else np.inf)
-    per_image = np.abs(np.nan_to_num(difference, nan=np.inf)).reshape(len(difference), -1).max(axis=1)
-    return NodeError(
-        node=node.name or tensor,
-        operator=node.op_type,
-        tensor=tensor,
-        error=float("inf") if not np.isfinite(own).all() else relative,
-        worst=int(per_image.argmax()),
-    )
-
-
-def first_off(nodes: tuple[NodeError, ...], precision: str) -> NodeError | None:
-    """The first node beyond what its precision explains."""
-    return next((node for node in nodes if not node.error <= LIMITS[precision]), None)

@@ -5,7 +5,7 @@ import onnx
 from numpy.typing import NDArray
 
 from kdexport.backends.base import INPUT, LOGITS
-from kdexport.graph.trace import Arrays, extract, results, run, settled, trace
+from kdexport.graph.trace import Arrays, dequantized, extract, results, run, trace
 from kdexport.stats.logits import logit_noise
 
 #: Operators that a plan can keep in float32: those with weights.
@@ -27,7 +27,7 @@ def sensitivities(model: onnx.ModelProto, cast: onnx.ModelProto, feeds: Arrays) 
 
 def _noises(model: onnx.ModelProto, cast: onnx.ModelProto, feeds: Arrays, tensors: set[str]) -> dict[str, float]:
     own = trace(cast, model, feeds).own
-    shared = {name: own[settled(cast, name)] for name in results(cast) if name in tensors}
+    shared = {name: own[dequantized(cast, name)] for name in results(cast) if name in tensors}
     exact = run(model, feeds, [LOGITS])[LOGITS].astype(np.float64)
     return {
         name: logit_noise(exact, _logits(model, feeds, name, values).astype(np.float64))

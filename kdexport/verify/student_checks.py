@@ -24,8 +24,7 @@ from kdexport.bundle.manifest import (
 )
 from kdexport.checkpoint import load_strictly, load_tensors
 from kdexport.errors import CheckpointError, KdexportError
-from kdexport.graph.audit import Weights
-from kdexport.graph.plan import PLAIN, LayerPlan
+from kdexport.graph.plan import PLAIN, LayerPlan, Weights
 from kdexport.reparam.fold_student import certify_fold, fuse_student
 from kdexport.targets import Target, parse_target
 from kdexport.verify.check import Check, broken, check_at_most, from_finding

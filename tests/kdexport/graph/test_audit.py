@@ -278,7 +278,7 @@ def test_a_path_of_the_building_machine_is_found(tmp_path: Path, trace: str) -> 
 
     failed = audit_mutated(tmp_path, leak)
     assert failed.keys() == {"no trace of the building machine"}
-    mark = failed["no trace of the building machine"].removeprefix("the bytes hold ")
+    mark = failed["no trace of the building machine"].removeprefix("the file contains ")
     assert mark in trace
 
 
@@ -295,4 +295,4 @@ def test_weights_in_another_file_are_found_from_any_folder(
     monkeypatch.chdir(path.parent if inside else tmp_path)
     failed = {finding.check: finding.fact for finding in audit(path) if not finding.holds}
     assert failed.keys() == {"one file"}
-    assert "lie in another file, first" in failed["one file"]
+    assert "are stored in another file, first" in failed["one file"]

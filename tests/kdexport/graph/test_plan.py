@@ -53,5 +53,5 @@ def test_a_plan_survives_json() -> None:
     ],
 )
 def test_a_plan_of_another_network_is_refused(foreign: LayerPlan) -> None:
-    with pytest.raises(AuditError, match="The precision plan does not belong to this student"):
+    with pytest.raises(AuditError, match=r"The precision plan is for a different student: .* does not fit"):
         foreign.scaled(weights(1))

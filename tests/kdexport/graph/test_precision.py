@@ -90,8 +90,8 @@ def test_a_weight_beyond_float16_is_refused_by_name(tmp_path: Path, name: str, v
     source = small_graph(tmp_path / "a.onnx", weights)
     with pytest.raises(AuditError) as caught:
         cast_to_fp16(source, tmp_path / "b.onnx")
-    assert caught.value.message == f"Weight {name} reaches {abs(value):.3g}; float16 ends at 65504."
-    assert "use fp32" in caught.value.remedy
+    assert caught.value.message == f"Weight {name} reaches {abs(value):.3g}; the largest float16 is 65504."
+    assert "Use an fp32 target" in caught.value.remedy
     assert not (tmp_path / "b.onnx").exists()
 
 
@@ -182,7 +182,7 @@ def test_a_weight_beyond_bfloat16_is_refused_by_name(tmp_path: Path, value: floa
     weights = small_weights()
     weights["conv.weight"][2, 1, 0, 0] = value
     source = small_graph(tmp_path / "a.onnx", weights)
-    with pytest.raises(AuditError, match=r"^Weight conv\.weight reaches .*; bfloat16 ends at 3\.38953e\+38"):
+    with pytest.raises(AuditError, match=r"^Weight conv\.weight reaches .*; the largest bfloat16 is 3\.38953e\+38"):
         cast_to_bf16(source, tmp_path / "b.onnx")
     assert not (tmp_path / "b.onnx").exists()
 
