@@ -1,4 +1,4 @@
-"""What the precision search finds for a trained network that is no student, and what that costs on the test split.
+"""The precision search on a trained network other than a student, and the cost of its result on the test split.
 
 python benchmarks/precision_search.py --weights resnet56.pt --data data/cifar100 --noise 0.05
 python benchmarks/precision_search.py --weights resnet56.pt --data data/cifar100 --blow-up 4096
@@ -22,7 +22,7 @@ from kdexport.graph.export import export_onnx
 from kdexport.graph.plan import LayerPlan
 from kdexport.graph.quantize import Form, quantize
 from kdexport.graph.tensor_ranges import calibrate
-from kdexport.precision_search.costs import SearchBudget, SearchImages, Trade
+from kdexport.precision_search.costs import PlanCost, SearchBudget, SearchImages
 from kdexport.precision_search.search import Cast, PrecisionPlan, find_plan
 from training.teachers import TEACHERS
 from training.teachers.teacher import load_teacher_weights
@@ -41,9 +41,9 @@ def exported(arguments: argparse.Namespace, path: Path) -> Path:
 
 
 def blow_up(path: Path, factor: float) -> None:
-    """Multiply one channel between pooling and linear layer, and divide its column: the same function.
+    """Multiply one channel between pooling and linear layer by ``factor``, and divide its column: the same function.
 
-    It is what folding a batch norm of a vanishing variance leaves, put where no equalisation reaches it.
+    Folding a batch norm with almost no variance has this effect. The channel is where no equalisation can repair it.
     """
     model = onnx.load(str(path))
     stored = {item.name: item for item in model.graph.initializer}
@@ -64,7 +64,7 @@ def blow_up(path: Path, factor: float) -> None:
 
 
 def caster(source: Path, calibration: Calibration, folder: Path) -> Cast:
-    """Casts by a plan, calibrated once for each scaled graph."""
+    """A function that casts by a plan; each scaled graph is calibrated once."""
 
     def cast(plan: LayerPlan, path: Path) -> None:
         exact, ranges = (folder / f"{abs(hash(plan.equalised))}.{kind}" for kind in ("onnx", "json"))
@@ -77,7 +77,7 @@ def caster(source: Path, calibration: Calibration, folder: Path) -> Cast:
 
 
 def predictions(path: Path, images: ImageSet, chosen: list[int]) -> NDArray[np.int64]:
-    """The answer of one file to each of the chosen images."""
+    """The prediction (N,) of one file for each of the chosen images."""
     model, found = load_model(path, threads=1), []
     for start in range(0, len(chosen), 250):
         pixels = images.read(chosen[start : start + 250], PREPROCESSING)
@@ -85,28 +85,28 @@ def predictions(path: Path, images: ImageSet, chosen: list[int]) -> NDArray[np.i
     return np.concatenate(found)
 
 
-def show_trades(found: PrecisionPlan) -> None:
-    """Every plan on the images of the search, as a Markdown table."""
+def show_costs(found: PrecisionPlan) -> None:
+    """Print the cost of every plan on the images of the search as a Markdown table."""
     print("\n| plan | top-1 | flips | mean KL, nats | noise | kB | ms |\n|---|---|---|---|---|---|---|")
     show("float32", found.float32)
-    for number, tried in enumerate(found.tried):
-        words = f"{tried.trade.equalised} pairs equalised, {len(tried.trade.kept)} kept"
-        show(f"{number}: {words}{', chosen' if tried is found.chosen else ''}", tried.trade)
+    for number, plan in enumerate(found.evaluated):
+        text = f"{plan.cost.equalised} pairs equalised, {len(plan.cost.kept)} kept"
+        show(f"{number}: {text}{', chosen' if plan is found.chosen else ''}", plan.cost)
     for reason in found.reasons:
         print(f"\n{reason}")
     print(f"\nkept: {', '.join(found.chosen.layers.nodes) or 'none'}")
 
 
-def show(name: str, trade: Trade) -> None:
-    """One row."""
+def show(name: str, cost: PlanCost) -> None:
+    """Print one row."""
     print(
-        f"| {name} | {trade.top1:.2%} | {trade.flips:.2%} | {trade.divergence:.2g} | {trade.noise:.3f} | "
-        f"{trade.bytes / 1e3:.0f} | {trade.latency_ms:.3f} |"
+        f"| {name} | {cost.top1:.2%} | {cost.flips:.2%} | {cost.divergence:.2g} | {cost.noise:.3f} | "
+        f"{cost.bytes / 1e3:.0f} | {cost.latency_ms:.3f} |"
     )
 
 
 def main() -> None:
-    """Search, then judge on the whole test split."""
+    """Search, then evaluate the result on the test split."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", default="resnet56")
     parser.add_argument("--weights", type=Path, required=True)
@@ -131,12 +131,12 @@ def main() -> None:
         images = SearchImages(*calibration.search_images(arguments.images))
         cast = caster(source, calibration, folder)
         found = find_plan(source, cast, images, budget, folder, form=FORM, evaluations=arguments.evaluations)
-        show_trades(found)
+        show_costs(found)
         test = open_dataset(data, "test")
         chosen = spread(len(test), arguments.test_images)
         exact, right = predictions(source, test, chosen), test.labels[chosen]
         print(f"\n| on {len(chosen):,} test images | top-1 | flips |\n|---|---|---|")
-        for what, path in (("float32", source), ("plain", found.tried[0].path), ("chosen", found.chosen.path)):
+        for what, path in (("float32", source), ("plain", found.evaluated[0].path), ("chosen", found.chosen.path)):
             labels = exact if path == source else predictions(path, test, chosen)
             print(f"| {what} | {np.mean(labels == right):.2%} | {np.mean(labels != exact):.2%} |", flush=True)
 

@@ -136,11 +136,11 @@ def search(workspace: Workspace, model: OnnxModel, request: SearchRequest, progr
             progress=progress,
         )
         if not found.chosen.within:
-            trade = found.chosen.trade
+            cost = found.chosen.cost
             raise VerificationError(
-                f"No precision plan for {request.form} keeps the budget after {len(found.tried)} of at most "
-                f"{request.settings.evaluations} evaluations: with {len(trade.kept)} layers in float32 "
-                f"{trade.flips:.2%} flips, {trade.top1_drop:.2%} top-1 lost and noise {trade.noise:.3f} (up to "
+                f"No precision plan for {request.form} is within the budget after {len(found.evaluated)} of at most "
+                f"{request.settings.evaluations} evaluations: with {len(cost.kept)} layers in float32 "
+                f"{cost.flips:.2%} flips, {cost.top1_drop:.2%} top-1 lost and noise {cost.noise:.3f} (up to "
                 f"{request.flips:.2%}, {request.top1_drop:.2%} and {request.noise:g} allowed, {len(labels):,} images). "
                 f"{' '.join(found.reasons[:1])}".rstrip(),
                 remedy="Raise evaluations or a limit under [precision_search], or build another precision.",

@@ -1,1 +1,1 @@
-"""Which layers a low precision cannot take: measured, explained, equalised or kept in float32, as few as can be."""
+"""The search for a precision plan: equalisation, and as few layers in float32 as a budget of accuracy allows."""

@@ -1,4 +1,4 @@
-"""What one precision plan costs and brings, on the images of a search: accuracy, flips, size, latency."""
+"""The cost of a precision plan on the images of a search: flips, lost accuracy, noise, size and latency."""
 
 import time
 from dataclasses import dataclass
@@ -13,43 +13,42 @@ from kdexport.graph.plan import PLAIN, LayerPlan
 from kdexport.stats.logits import kl_divergence, logit_noise
 
 _BATCH = 32
-
 _LATENCY_RUNS = 15
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchBudget:
-    """What a plan may cost on the images of the search against the float32 graph.
+    """The limits for a plan, relative to the float32 graph on the images of the search.
 
-    ``flips`` and ``top1_drop`` are shares of the images. A network that knows its training images by heart changes no
-    answer to them; ``noise``, the rms error of the logits relative to their size, is what it then can be held to.
+    ``flips`` and ``top1_drop`` are fractions of the images. An overfitted network may change no prediction on its
+    training images; ``noise``, the RMS error of the logits relative to their size, limits such a network too.
     """
 
     flips: float
     top1_drop: float
     noise: float = float("inf")
 
-    def holds(self, flips: float, top1_drop: float, noise: float) -> bool:
-        """Whether such costs are within; what is not finite never is."""
+    def allows(self, flips: float, top1_drop: float, noise: float) -> bool:
+        """Whether the costs are within all limits; noise that is not finite never is."""
         return bool(np.isfinite(noise)) and flips <= self.flips and top1_drop <= self.top1_drop and noise <= self.noise
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SearchImages:
-    """Images (N,3,S,S) float32 and labels (N,) of the search; never those that judge its result."""
+    """Images (N,3,S,S) float32 and labels (N,) of the search; the result is judged on other images."""
 
     images: NDArray[np.float32]
     labels: NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Trade:
-    """One plan's costs.
+class PlanCost:
+    """The measured cost of one plan, relative to the float32 graph.
 
-    ``kept`` are its float32 nodes, ``equalised`` counts its scaled pairs. ``flips`` and ``top1_drop`` are shares of the
-    images against the float32 graph, ``divergence`` the mean KL in nats, ``noise`` the rms error of the logits relative
-    to theirs, infinite where one is not finite. ``latency_ms`` is the median of single images on one thread of
-    onnxruntime; None for a form that it does not run as int8.
+    ``kept`` are its float32 nodes, ``equalised`` is the number of scaled pairs. ``flips`` and ``top1_drop`` are
+    fractions of the images, ``divergence`` is the mean KL in nats, ``noise`` the RMS error of the logits relative to
+    their size, infinite if a logit is not finite. ``latency_ms`` is the median for one image on one thread of
+    onnxruntime, None for a form that onnxruntime does not run in int8. ``within`` tells whether the budget allows it.
     """
 
     kept: tuple[str, ...]
@@ -65,21 +64,21 @@ class Trade:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Judge:
-    """Measures files against the float32 graph's logits ``exact`` (N,K)."""
+class PlanEvaluator:
+    """Measures files against the logits ``exact`` (N,K) of the float32 graph."""
 
     exact: NDArray[np.float32]
     data: SearchImages
     budget: SearchBudget
 
     @classmethod
-    def of(cls, source: Path, data: SearchImages, budget: SearchBudget) -> "Judge":
-        """The judge whose reference is the float32 file ``source``."""
+    def of(cls, source: Path, data: SearchImages, budget: SearchBudget) -> "PlanEvaluator":
+        """The evaluator with the float32 file ``source`` as its reference."""
         return cls(run_in_batches(load_model(source).logits, data.images, (_BATCH,)), data, budget)
 
-    def measure(self, path: Path, form: str, layers: LayerPlan = PLAIN) -> Trade:
-        """The trade of the file ``path``, which is written in ``form`` by ``layers``."""
-        # Q/DQ around float32 operators is what the form for TensorRT means, and what no optimisation here leaves alone.
+    def measure(self, path: Path, form: str, layers: LayerPlan = PLAIN) -> PlanCost:
+        """The cost of the file ``path``, which was written in ``form`` with the plan ``layers``."""
+        # onnxruntime must not fuse the Q/DQ nodes of the form for TensorRT, whose operators then run in float32.
         native = form != "int8-s8"
         model = load_model(path, threads=1, optimise=native)
         logits = run_in_batches(model.logits, self.data.images, (_BATCH,))
@@ -88,7 +87,7 @@ class Judge:
         drop = float(np.mean(before == labels)) - top1
         exact, other = self.exact.astype(np.float64), logits.astype(np.float64)
         noise = logit_noise(exact, other)
-        return Trade(
+        return PlanCost(
             kept=layers.nodes,
             equalised=len(layers.equalised),
             flips=flips,
@@ -98,7 +97,7 @@ class Judge:
             noise=noise,
             bytes=path.stat().st_size,
             latency_ms=_latency_ms(model, self.data.images[:1]) if native else None,
-            within=self.budget.holds(flips, drop, noise),
+            within=self.budget.allows(flips, drop, noise),
         )
 
 

@@ -1,4 +1,7 @@
-"""How much of the logits' error each layer causes by itself, without a cast of its own for each."""
+"""The sensitivity of each layer: the error of the logits that its quantization alone causes.
+
+One cast graph serves all layers; none is cast separately.
+"""
 
 import numpy as np
 import onnx
@@ -8,21 +11,21 @@ from kdexport.backends.base import INPUT, LOGITS
 from kdexport.graph.trace import Arrays, dequantized, extract, results, run, trace
 from kdexport.stats.logits import logit_noise
 
-#: Operators that a plan can keep in float32: those with weights.
+#: Operators with weights, which a plan can keep in float32.
 KEEPABLE = ("Conv", "Gemm", "MatMul")
 
 
 def sensitivities(model: onnx.ModelProto, cast: onnx.ModelProto, feeds: Arrays) -> dict[str, float]:
-    """By layer of the float32 ``model``: noise of the logits where only what it reads or writes is as in ``cast``.
+    """By layer of the float32 ``model``: noise of the logits if only its input or output is as in ``cast``.
 
-    A tensor between two layers counts for both: only where both are float32 does it lose its levels. Errors are carried
-    to the logits by the float32 graph, so that a channel that the next layer scales up again counts as much as it must.
+    A tensor between two layers counts for both, because it is quantized unless both are float32. The rest of the graph
+    is float32 and propagates the error to the logits, so a channel that later layers amplify has its full effect.
     """
     layers = [node for node in model.graph.node if node.op_type in KEEPABLE]
     activated = {node.input[0]: node.output[0] for node in model.graph.node if node.op_type in ("Relu", "Clip")}
-    beside = {node.name: (node.input[0], node.output[0], activated.get(node.output[0], "")) for node in layers}
-    noise = _noises(model, cast, feeds, {name for names in beside.values() for name in names} - {INPUT, ""})
-    return {layer: max(noise.get(name, 0.0) for name in names) for layer, names in beside.items()}
+    tensors = {node.name: (node.input[0], node.output[0], activated.get(node.output[0], "")) for node in layers}
+    noise = _noises(model, cast, feeds, {name for names in tensors.values() for name in names} - {INPUT, ""})
+    return {layer: max(noise.get(name, 0.0) for name in names) for layer, names in tensors.items()}
 
 
 def _noises(model: onnx.ModelProto, cast: onnx.ModelProto, feeds: Arrays, tensors: set[str]) -> dict[str, float]:
@@ -36,7 +39,7 @@ def _noises(model: onnx.ModelProto, cast: onnx.ModelProto, feeds: Arrays, tensor
 
 
 def _logits(model: onnx.ModelProto, feeds: Arrays, tensor: str, values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Logits (N,K) of the float32 graph where ``tensor`` has other ``values``."""
+    """Logits (N,K) of the float32 graph with ``tensor`` replaced by ``values``."""
     if tensor == LOGITS:
         return values
     given = {**feeds, tensor: values}

@@ -65,7 +65,7 @@ def test_ranges_read_back_and_are_the_same_bytes_each_time(source: Path, tmp_pat
 
 def test_calibration_without_images_or_with_an_overflow_is_refused(source: Path, tmp_path: Path) -> None:
     path = tmp_path / "r.json"
-    with pytest.raises(AuditError, match="No image"):
+    with pytest.raises(AuditError, match=r"^Calibration of int8 got 0 images \(at least 1 required\)\."):
         calibrate(source, iter([]), path, method="minmax", percentile=99.9)
     hot = np.full((2, 3, SIZE, SIZE), np.inf, np.float32)
     with pytest.raises(AuditError, match=r"Tensor \w+ ranges from"):

@@ -103,21 +103,21 @@ def plan(source: Path, folder: Path, budget: SearchBudget, *, evaluations: int =
 def test_a_tame_network_is_taken_as_it_is(tmp_path: Path) -> None:
     found = plan(network(tmp_path / "m.onnx"), tmp_path, SearchBudget(flips=0.1, top1_drop=0.1))
     assert found.chosen.layers == LayerPlan()
-    assert found.tried == (found.chosen,)
+    assert found.evaluated == (found.chosen,)
     assert (found.collapsed, found.reasons) == (False, ())
-    assert found.chosen.trade.bytes == found.chosen.path.stat().st_size
+    assert found.chosen.cost.bytes == found.chosen.path.stat().st_size
     assert found.float32.flips == found.float32.noise == 0
-    assert found.chosen.trade.noise > 0
+    assert found.chosen.cost.noise > 0
 
 
 def test_a_hostile_channel_is_detected_explained_and_repaired_by_equalising(tmp_path: Path) -> None:
     source = network(tmp_path / "m.onnx", hostile=3000.0)
     found = plan(source, tmp_path, SearchBudget(flips=0.1, top1_drop=0.1))
-    plain, chosen = found.tried[0].trade, found.chosen.trade
+    plain, chosen = found.evaluated[0].cost, found.chosen.cost
     assert found.collapsed
     assert plain.flips > 0.1
     assert not plain.within
-    assert (chosen.kept, chosen.equalised, len(found.tried)) == ((), 2, 2)
+    assert (chosen.kept, chosen.equalised, len(found.evaluated)) == ((), 2, 2)
     assert chosen.noise < plain.noise / 5
     assert chosen.within
     assert any(reason.startswith("a: channel 5 reaches ") and "of 8 bits" in reason for reason in found.reasons)
@@ -136,7 +136,7 @@ def test_where_nothing_can_be_equalised_the_offending_layers_are_kept_and_no_oth
     source = network(tmp_path / "m.onnx", hostile=3000.0, clip=True)
     found = plan(source, tmp_path, SearchBudget(flips=0.06, top1_drop=0.06))
     assert found.chosen.within
-    kept, trades = found.chosen.layers.nodes, [tried.trade for tried in found.tried]
+    kept, trades = found.chosen.layers.nodes, [plan.cost for plan in found.evaluated]
     assert 0 < len(kept) < 4
     assert len([trade for trade in trades if trade.kept == kept]) == 1
     for layer in kept:
@@ -154,22 +154,22 @@ def test_a_budget_that_no_plan_keeps_is_said(tmp_path: Path) -> None:
     source = network(tmp_path / "m.onnx", hostile=3000.0, clip=True)
     found = plan(source, tmp_path, SearchBudget(flips=0.0, top1_drop=0.0), evaluations=3)
     assert not found.chosen.within
-    assert len(found.tried) == 3
+    assert len(found.evaluated) == 3
 
 
 def test_noise_limits_what_changes_no_answer(tmp_path: Path) -> None:
     source = network(tmp_path / "m.onnx")
-    plain = plan(source, tmp_path, SearchBudget(flips=1, top1_drop=1)).chosen.trade
+    plain = plan(source, tmp_path, SearchBudget(flips=1, top1_drop=1)).chosen.cost
     limited = plan(source, tmp_path, SearchBudget(flips=1, top1_drop=1, noise=plain.noise / 4))
     assert plain.kept == ()
-    assert not limited.tried[0].within
-    assert 0 < limited.chosen.trade.noise <= plain.noise / 4
+    assert not limited.evaluated[0].within
+    assert 0 < limited.chosen.cost.noise <= plain.noise / 4
 
 
 @pytest.mark.parametrize("noise", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_within_no_budget(noise: float) -> None:
-    assert not SearchBudget(flips=1, top1_drop=1).holds(0, 0, noise)
-    assert SearchBudget(flips=1, top1_drop=1).holds(1, 1, 1e9)
+    assert not SearchBudget(flips=1, top1_drop=1).allows(0, 0, noise)
+    assert SearchBudget(flips=1, top1_drop=1).allows(1, 1, 1e9)
 
 
 def test_equalising_changes_no_logit_by_one_bit(tmp_path: Path) -> None:
@@ -245,19 +245,19 @@ def needing(needed: set[str], seen: list[tuple[str, ...]]) -> Callable[[tuple[st
 @pytest.mark.parametrize("needed", [set(c) for n in range(4) for c in itertools.combinations("abcdef", n)])
 def test_exactly_the_layers_that_are_needed_are_kept(needed: set[str]) -> None:
     seen: list[tuple[str, ...]] = []
-    found = keep_fewest("abcdef", needing(needed, seen), max_trials=40)
+    found = keep_fewest("abcdef", needing(needed, seen), max_evaluations=40)
     assert set(found.kept) == needed
-    assert found.trial.within
-    assert len(seen) == len(set(seen)) == len(found.trials)
+    assert found.result.within
+    assert len(seen) == len(set(seen)) == len(found.evaluations)
     assert len(seen) <= 4 + 3 + 6
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 5])
 def test_the_number_of_trials_is_bounded(most: int) -> None:
     seen: list[tuple[str, ...]] = []
-    found = keep_fewest([str(i) for i in range(64)], needing({"40", "63"}, seen), max_trials=most)
+    found = keep_fewest([str(i) for i in range(64)], needing({"40", "63"}, seen), max_evaluations=most)
     assert len(seen) == most
-    assert not found.trial.within
+    assert not found.result.within
 
 
 def test_layers_of_equal_channels_are_not_called_hostile(tmp_path: Path) -> None:
