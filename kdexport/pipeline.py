@@ -4,22 +4,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kdexport.build import stages
 from kdexport.build import train as trainer
-from kdexport.build.precision_search import require_searchable, search_all, search_requests, stage_keys
+from kdexport.build.precision_search import require_searchable
+from kdexport.build.steps import BuildInputs, bundle, declare, known_steps
 from kdexport.bundle.manifest import FUSED, MANIFEST, UNFUSED, Manifest, changed_files, read_manifest
 from kdexport.checkpoint import TrainedStudent, open_checkpoint
 from kdexport.config import BuildConfig
-from kdexport.core.digests import digest, sha256_file, source_digest
+from kdexport.core.digests import sha256_file
 from kdexport.core.files import replace_folder, require_replaceable, require_writable
 from kdexport.core.progress import Reporter
-from kdexport.data.calibration_images import Calibration
 from kdexport.data.datasets import DatasetSpec, dataset_digest, dataset_spec, open_dataset
 from kdexport.diagnose.failed_build import keep_failed
 from kdexport.errors import BundleError, CheckpointError, VerificationError
-from kdexport.graph.plan import PLAIN
 from kdexport.targets import Target, require_available
-from kdexport.workspace import Workspace
+from kdexport.workspace import Making, Step, Workspace
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,15 +75,21 @@ def build(request: BuildRequest, reporter: Reporter) -> BuildResult:
         _require_student(request.config.student)
     plan = _plan(request, workspace, reporter)
     trained = replace(_trained(request, plan, workspace, reporter), plugin_sha256=plan.plugins.get("student", ""))
-    key = _bundle_key(request, plan, trained)
+    inputs = BuildInputs(
+        trained=trained,
+        dataset=plan.dataset,
+        dataset_sha256=plan.dataset_sha256,
+        targets=request.targets,
+        config=request.config,
+    )
+    made = bundle(inputs, lambda error, making: _failed(error, making, blame=request.blame))
     if request.fresh:
-        keys = stage_keys(trained, request.targets, request.config, _calibration(request, plan, trained), workspace)
-        for stage, name in (("bundle", key), *keys):
-            workspace.forget(stage, name)
-    elif _is_up_to_date(request.out, key):
+        for step in (*known_steps(inputs, workspace), made):
+            workspace.forget(step.stage, step.key)
+    elif _is_up_to_date(request.out, made.key):
         return BuildResult(out=request.out, manifest=read_manifest(request.out), up_to_date=True)
-    _make_bundle(request, plan, trained, key, workspace, reporter)
-    replace_folder(workspace.path("bundle", key), request.out)
+    _make_bundle(inputs, made, workspace, reporter)
+    replace_folder(workspace.path("bundle", made.key), request.out)
     return BuildResult(out=request.out, manifest=read_manifest(request.out), up_to_date=False)
 
 
@@ -168,24 +172,6 @@ def _teacher_key(plan: _Plan) -> str:
     return trainer.teacher_key(plan.recipe, plan.dataset_sha256, plan.revision, plan.plugins)
 
 
-def _calibration(request: BuildRequest, plan: _Plan, trained: TrainedStudent) -> Calibration:
-    return Calibration(
-        settings=request.config.calibration,
-        dataset=plan.dataset,
-        dataset_sha256=plan.dataset_sha256,
-        preprocessing=trained.spec.preprocessing,
-    )
-
-
-def _bundle_key(request: BuildRequest, plan: _Plan, trained: TrainedStudent) -> str:
-    config = request.config
-    settings = [table.model_dump(mode="json") for table in (config.export, config.verify, config.latency)]
-    settings.append(config.policy)
-    targets = [(str(target), target.plugin_sha256, target.not_executable() is None) for target in request.targets]
-    made = stage_keys(trained, request.targets, config, _calibration(request, plan, trained))
-    return digest(["bundle", config.student, made, targets, settings, plan.dataset_sha256, source_digest()])
-
-
 def _is_up_to_date(out: Path, key: str) -> bool:
     try:
         manifest = read_manifest(out)
@@ -194,53 +180,35 @@ def _is_up_to_date(out: Path, key: str) -> bool:
     return manifest.build_key == key and not changed_files(out, manifest.files)
 
 
-def _make_bundle(
-    request: BuildRequest, plan: _Plan, trained: TrainedStudent, key: str, workspace: Workspace, reporter: Reporter
-) -> None:
-    if _is_up_to_date(workspace.path("bundle", key), key):
-        return
-    workspace.forget("bundle", key)
-    from kdexport.build.package import Parts, package, require_matching
+def _failed(error: VerificationError, making: Making, *, blame: bool) -> VerificationError:
+    failed = making.workspace.path("failed", making.key)
+    return keep_failed(error, making.folder, failed, blame=blame, progress=making.progress)
 
-    config, spec = request.config, trained.spec
-    validation = open_dataset(plan.dataset, "test")
-    require_matching(spec, config.student, validation)
-    with reporter.stage("fuse"):
-        fused = stages.fuse(workspace, trained)
-    with reporter.stage("export"):
-        model = stages.export(workspace, trained, fused, config.export)
-    calibration = _calibration(request, plan, trained)
-    searched = search_all(workspace, model, search_requests(request.targets, config, calibration), reporter)
-    plans = {form: found.layers for form, found in searched.items()}
-    with reporter.stage("cast"):
-        casts = {
-            target: stages.cast(workspace, model, target.form, calibration, plans.get(target.form, PLAIN))
-            for target in request.targets
-        }
-    engines = {}
-    for target in (target for target in request.targets if target.compiles):
+
+def _make_bundle(inputs: BuildInputs, made: Step[Manifest], workspace: Workspace, reporter: Reporter) -> None:
+    """Make every step under its name on the screen; the bundle takes its parts from the workspace."""
+    if _is_up_to_date(workspace.path("bundle", made.key), made.key):
+        return
+    workspace.forget("bundle", made.key)
+    from kdexport.build.package import require_matching
+
+    require_matching(inputs.trained.spec, inputs.config.student, open_dataset(inputs.dataset, "test"))
+    steps = declare(inputs)
+    with reporter.stage("fuse") as progress:
+        steps.fused.result(workspace, progress)
+    with reporter.stage("export") as progress:
+        steps.exported.result(workspace, progress)
+    plans = {}
+    for form, search in steps.searches.items():
+        with reporter.stage("search") as progress:
+            plans[form] = search.result(workspace, progress).layers
+    steps = declare(inputs, plans)
+    with reporter.stage("cast") as progress:
+        for cast in steps.casts.values():
+            cast.result(workspace, progress)
+    for target, engine in steps.engines.items():
         with reporter.stage("compile") as progress:
             progress(str(target))
-            engines[target] = stages.compile_engine(workspace, casts[target], target, config.export, spec.image_size)
-    parts = Parts(
-        config=config,
-        trained=trained,
-        fused=fused,
-        model=model,
-        casts=casts,
-        engines=engines,
-        validation=validation,
-        calibration=calibration.to_json(),
-        searched={form: found.described for form, found in searched.items()},
-        build_key=key,
-    )
-    failed = workspace.path("failed", key)
-
-    def make(folder: Path) -> None:
-        with reporter.stage("verify") as progress:
-            try:
-                package(folder, parts, progress)
-            except VerificationError as error:
-                raise keep_failed(error, folder, failed, blame=request.blame, progress=progress) from error
-
-    workspace.produce("bundle", key, make)
+            engine.result(workspace, progress)
+    with reporter.stage("verify") as progress:
+        made.result(workspace, progress)

@@ -1,11 +1,16 @@
-"""Results by content: each stage's output lies under the sha256 of its inputs and appears by rename, whole."""
+"""Results by content: each lies under the sha256 of what it is made of and appears by rename, whole."""
 
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Generic, TypeVar
 
+from kdexport.core.digests import digest, tool_versions
 from kdexport.core.files import exclusive, publish, write_text
+from kdexport.core.import_graph import source_digest
+
+T = TypeVar("T")
 
 _PARTIAL = ".partial-"
 
@@ -69,3 +74,65 @@ class Workspace:
         ignore = self.root / ".gitignore"
         if not ignore.exists():
             write_text(ignore, "*\n")
+
+
+def _silent(_detail: str) -> None:
+    """No progress is shown."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Making:
+    """What the function that makes a result is given: an empty folder, and where the results it is made of are."""
+
+    folder: Path
+    key: str
+    workspace: Workspace
+    progress: Callable[[str], None] = _silent
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Step(Generic[T]):
+    """A result of a build as a value, made or not: ``key`` is the sha256 of everything that it depends on.
+
+    That is ``made_of``, the versions of ``tools``, and code: the function that declares the step around ``make``,
+    what this function uses of its module, all modules of kdexport that are imported there, and ``modules``, which a
+    registry imports. A step is declared in one place, and is made, found again and forgotten by that declaration.
+    """
+
+    #: The folder of a workspace that has the results.
+    stage: str
+    #: Earlier steps and JSON values.
+    made_of: tuple[Any, ...]
+    #: Fills the folder.
+    make: Callable[[Making], None]
+    #: Reads the finished folder.
+    read: Callable[[Path], T]
+    #: Names of packages.
+    tools: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
+    key: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        inputs = [each.key if isinstance(each, Step) else each for each in self.made_of]
+        code = source_digest(self.code, *self.modules)
+        object.__setattr__(self, "key", digest([self.stage, inputs, tool_versions(*self.tools), code]))
+
+    @property
+    def code(self) -> str:
+        """``module:function`` of the function that declares this step."""
+        return f"{self.make.__module__}:{self.make.__qualname__.partition('.')[0]}"
+
+    def result(self, workspace: Workspace, progress: Callable[[str], None] = _silent) -> T:
+        """The result, made unless it is in ``workspace``."""
+
+        def fill(folder: Path) -> None:
+            self.make(Making(folder=folder, key=self.key, workspace=workspace, progress=progress))
+
+        return self.read(workspace.produce(self.stage, self.key, fill))
+
+    def steps(self) -> Iterator["Step[Any]"]:
+        """This step after those that it is made of; one that serves twice comes twice."""
+        for each in self.made_of:
+            if isinstance(each, Step):
+                yield from each.steps()
+        yield self

@@ -83,15 +83,15 @@ def _parts(root: Path, model: Model) -> Parts:
     )
     workspace = Workspace(root / "workspace")
     trained = open_checkpoint(root / "checkpoint")
-    fused = stages.fuse(workspace, trained)
-    exported = stages.export(workspace, trained, fused, config.export)
+    fused = stages.fuse(trained)
+    exported = stages.export(trained, fused, opset=config.export.opset).result(workspace)
     rng = np.random.default_rng(3)
     low = rng.integers(0, 256, (16, 12, 12, 3), np.uint8)
     pixels = low.repeat(model.resize // 12 + 1, axis=1).repeat(model.resize // 12 + 1, axis=2)
     return Parts(
         config=config,
         trained=trained,
-        fused=fused,
+        fused=fused.result(workspace),
         model=exported,
         casts=dict.fromkeys(parse_targets(["onnx-fp32"]), exported),
         engines={},

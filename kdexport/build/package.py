@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kdexport.artifacts import EngineFile, FusedFiles, OnnxModel
-from kdexport.build.stages import UNFUSED_MODEL, is_int8
+from kdexport.build.artifacts import EngineFile, FusedFiles, OnnxModel
+from kdexport.build.stages import BUNDLE_TOOLS, UNFUSED_MODEL, is_int8
 from kdexport.bundle.manifest import (
     FUSED,
     MANIFEST,
@@ -37,11 +37,6 @@ from kdexport.verify.report import write_reports
 from kdexport.verify.target_checks import open_file
 from kdexport.verify.task_record import TaskImages, TaskRecord, save_record
 from kdexport.verify.verdict import VerifiedBundle, seal, verify_folder
-
-_VERSIONS = (
-    "torch", "torchvision", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime", "numpy", "tensorrt_rtx_cu13",
-    "tensorrt", "openvino", "polygraphy",
-)  # fmt: skip
 
 Progress = Callable[[str], None]
 
@@ -156,7 +151,7 @@ def _describe(parts: Parts, golden: list[str]) -> dict[str, Any]:
         "operators": {"unfused": operator_counts(unfused), "fused": operator_counts(onnx.load(str(parts.model.path)))},
         "versions": {
             "python": platform.python_version(),
-            **{name: version for name, version in tool_versions(*_VERSIONS).items() if version != "absent"},
+            **{name: version for name, version in tool_versions(*BUNDLE_TOOLS).items() if version != "absent"},
         },
     }
 

@@ -1,23 +1,23 @@
-"""The search as a stage of a build: on training images, found again by everything that its outcome depends on."""
+"""The search as a stage of a build: which layers of a form stay in float32 or are scaled, by training images."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from kdexport.artifacts import OnnxModel
-from kdexport.build import stages
-from kdexport.checkpoint import TrainedStudent
-from kdexport.config import BuildConfig, SearchSettings
-from kdexport.core.digests import digest, source_digest
-from kdexport.core.progress import Reporter
+from kdexport.build.artifacts import OnnxModel
+from kdexport.build.stages import CAST_TOOLS, calibrate, weight_bits, write_int8
 from kdexport.data.calibration_images import Calibration
 from kdexport.errors import ConfigError, VerificationError
 from kdexport.graph.plan import LayerPlan
 from kdexport.targets import Target
 from kdexport.verify.policy import parse_policy
-from kdexport.workspace import Workspace
+from kdexport.workspace import Making, Step
+
+if TYPE_CHECKING:
+    # Values of settings are in the keys; the other tables of a configuration are nothing to a stage.
+    from kdexport.config import BuildConfig, SearchSettings
 
 _FOUND = "plan.json"
 
@@ -28,7 +28,7 @@ class SearchRequest:
 
     form: str
     calibration: Calibration
-    settings: SearchSettings
+    settings: "SearchSettings"
     flips: float
     top1_drop: float
 
@@ -57,7 +57,7 @@ def require_searchable(targets: Sequence[Target]) -> None:
 
 
 def search_requests(
-    targets: Sequence[Target], config: BuildConfig, calibration: Calibration
+    targets: Sequence[Target], config: "BuildConfig", calibration: Calibration
 ) -> dict[str, SearchRequest]:
     """What is to be searched, by form, because targets of one form share a plan. Limits left open are rung D's."""
     settings = config.precision_search
@@ -73,84 +73,53 @@ def search_requests(
     }
 
 
-def stage_keys(
-    trained: TrainedStudent,
-    targets: Sequence[Target],
-    config: BuildConfig,
-    calibration: Calibration,
-    workspace: Workspace | None = None,
-) -> list[tuple[str, str]]:
-    """``stages.stage_keys`` of plain files, and of the searches: what these find is not known before they are made.
+def search(model: Step[OnnxModel], request: SearchRequest) -> Step[Searched]:
+    """The plan for the float32 ``model``; making it raises ``VerificationError`` where none keeps the budget."""
+    settings, form, calibration = request.settings, request.form, request.calibration
 
-    With a ``workspace`` also the keys of what came of the searches that are in it.
-    """
-    found = stages.stage_keys(trained, targets, config, calibration)
-    exported, requests = dict(found)["export"], search_requests(targets, config, calibration)
-    found += [("search", search_key(exported, request)) for request in requests.values()]
-    if workspace is None:
-        return found
-    plans = _stored_plans(workspace, exported, requests)
-    return [*found, *stages.stage_keys(trained, targets, config, calibration, plans)]
+    def make(making: Making) -> None:
+        from kdexport.precision_search.costs import SearchBudget, SearchImages
+        from kdexport.precision_search.search import find_plan
 
-
-def search_key(exported: str, request: SearchRequest) -> str:
-    """Digest of all that the outcome of a search depends on."""
-    plain = stages.cast_key(exported, request.form, request.calibration)
-    settings = request.settings
-    limits = [request.flips, request.top1_drop, settings.noise, settings.images, settings.evaluations]
-    return digest(["search", plain, limits, source_digest()])
-
-
-def _stored_plans(workspace: Workspace, exported: str, requests: Mapping[str, SearchRequest]) -> dict[str, LayerPlan]:
-    places = {form: workspace.path("search", search_key(exported, each)) / _FOUND for form, each in requests.items()}
-    return {form: LayerPlan.from_json(json.loads(path.read_text())) for form, path in places.items() if path.is_file()}
-
-
-def search_all(
-    workspace: Workspace, model: OnnxModel, requests: Mapping[str, SearchRequest], reporter: Reporter
-) -> dict[str, Searched]:
-    """``search`` for each form."""
-    found = {}
-    for form, request in requests.items():
-        with reporter.stage("search") as progress:
-            found[form] = search(workspace, model, request, progress)
-    return found
-
-
-def search(workspace: Workspace, model: OnnxModel, request: SearchRequest, progress: Callable[[str], None]) -> Searched:
-    """Search the float32 ``model``. Raises ``VerificationError`` where no plan that was tried keeps the budget."""
-    from kdexport.precision_search.costs import SearchBudget, SearchImages
-    from kdexport.precision_search.search import find_plan
-
-    images, labels = request.calibration.search_images(request.settings.images)
-
-    def make(folder: Path) -> None:
+        folder = making.folder
+        images, labels = calibration.search_images(settings.images)
         found = find_plan(
-            model.path,
-            lambda plan, path: stages.quantize(workspace, model, request.form, request.calibration, plan, path),
+            model.result(making.workspace).path,
+            lambda plan, path: write_int8(making.workspace, model, form, calibration, plan, path),
             SearchImages(images, labels),
             SearchBudget(flips=request.flips, top1_drop=request.top1_drop, noise=request.noise),
             folder,
-            form=request.form,
-            evaluations=request.settings.evaluations,
-            progress=progress,
+            form=form,
+            evaluations=settings.evaluations,
+            progress=making.progress,
         )
         if not found.chosen.within:
             cost = found.chosen.cost
             raise VerificationError(
-                f"No precision plan for {request.form} is within the budget after {len(found.evaluated)} of at most "
-                f"{request.settings.evaluations} evaluations: with {len(cost.kept)} layers in float32 "
+                f"No precision plan for {form} is within the budget after {len(found.evaluated)} of at most "
+                f"{settings.evaluations} evaluations: with {len(cost.kept)} layers in float32 "
                 f"{cost.flips:.2%} flips, {cost.top1_drop:.2%} top-1 lost and noise {cost.noise:.3f} (up to "
                 f"{request.flips:.2%}, {request.top1_drop:.2%} and {request.noise:g} allowed, {len(labels):,} images). "
                 f"{' '.join(found.reasons[:1])}".rstrip(),
                 remedy="Raise evaluations or a limit under [precision_search], or build another precision.",
             )
-        budget = {"flips": request.flips, "top1_drop": request.top1_drop, "noise": request.settings.noise}
+        budget = {"flips": request.flips, "top1_drop": request.top1_drop, "noise": settings.noise}
         described = {**found.to_json(), "budget": budget, "images": len(labels), "split": "train"}
         (folder / _FOUND).write_text(json.dumps(described, indent=1, allow_nan=False))
         for path in folder.glob("*.onnx"):
             path.unlink()
 
-    folder = workspace.produce("search", search_key(model.key, request), make)
+    limits = [request.flips, request.top1_drop, settings.noise, settings.images, settings.evaluations]
+    measured = calibrate(model, calibration)
+    return Step(
+        stage="search",
+        made_of=(model, measured, form, weight_bits(form, calibration), limits),
+        make=make,
+        read=_read_searched,
+        tools=CAST_TOOLS,
+    )
+
+
+def _read_searched(folder: Path) -> Searched:
     described = json.loads((folder / _FOUND).read_text())
     return Searched(LayerPlan.from_json(described), described)

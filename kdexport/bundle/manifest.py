@@ -9,6 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from kdexport.backends import BACKENDS
 from kdexport.backends.base import ONNX_FILE, PRECISIONS
+from kdexport.bundle.layout import (
+    FUSED,
+    GOLDEN,
+    GOLDEN_LOGITS,
+    MANIFEST,
+    RANGES,
+    TARGETS,
+    TASK,
+    UNFUSED,
+    UNIT_ERROR,
+)
 from kdexport.checkpoint import StudentSpec, build_student, load_strictly, load_tensors
 from kdexport.core.digests import sha256_file
 from kdexport.errors import BundleError
@@ -20,6 +31,32 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
+__all__ = [
+    "FUSED",
+    "GOLDEN",
+    "GOLDEN_LOGITS",
+    "MANIFEST",
+    "MODEL",
+    "NOT_EXECUTED",
+    "RANGES",
+    "SCHEMA_VERSION",
+    "TARGETS",
+    "TASK",
+    "UNFUSED",
+    "UNIT_ERROR",
+    "VERIFIED",
+    "Manifest",
+    "changed_files",
+    "hash_files",
+    "layer_plans",
+    "listed_changes",
+    "load_unfused",
+    "onnx_files",
+    "read_golden",
+    "read_manifest",
+    "target_of",
+    "write_golden",
+]
 
 SCHEMA_VERSION = 1
 
@@ -27,28 +64,7 @@ _MAX_BATCH, _MAX_SIZE = 4096, 4096
 
 _LISTED_CHANGES = 5
 
-MANIFEST = "manifest.json"
-
-UNFUSED = "unfused.safetensors"
-
-FUSED = "student.safetensors"
-
 MODEL = ONNX_FILE
-
-TARGETS = "targets"
-
-GOLDEN = "golden"
-
-GOLDEN_LOGITS = "golden/logits.safetensors"
-
-#: A tensor of that file: the error on the golden images that rung B of the bundle's policy allows a multiple of.
-UNIT_ERROR = "unit_error"
-
-#: Per-image results of rung D.
-TASK = "metrics/validation.safetensors"
-
-#: The calibrated range of each tensor, beside an int8 model.
-RANGES = "ranges.json"
 
 VERIFIED, NOT_EXECUTED = "verified", "built, not executed"
 

@@ -1,4 +1,4 @@
-"""Digests: of files and bytes, of JSON values, and of the source code and packages that make a result."""
+"""Digests of files, bytes and JSON values, and versions of installed packages."""
 
 import functools
 import hashlib
@@ -26,21 +26,12 @@ def sha256_file(path: Path) -> str:
 
 def tool_versions(*packages: str) -> dict[str, str]:
     """Installed versions by package name, read from metadata, so that nothing is imported."""
-    found = {}
-    for package in packages:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "absent"
-    return found
+    return {package: _installed(package) for package in packages}
 
 
 @functools.cache
-def source_digest() -> str:
-    """sha256 over kdexport's own code: a stage's result is reused only by the code that made it."""
-    root = Path(__file__).parents[1]
-    hasher = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        hasher.update(str(path.relative_to(root)).encode())
-        hasher.update(path.read_bytes())
-    return hasher.hexdigest()
+def _installed(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "absent"

@@ -8,7 +8,7 @@ from kdexport import reparam
 HEAVY = ("torch", "torchvision", "onnx", "onnxruntime", "onnxscript", "tensorrt", "tensorrt_rtx", "sklearn", "training")
 MODULES = [
     "", ".errors", ".registry", ".config", ".targets", ".data.datasets", ".data.preprocessing", ".checkpoint",
-    ".core.digests", ".cli", ".bundle.manifest", ".serving.server", ".timing.session",
+    ".core.digests", ".cli", ".bundle.manifest", ".serving.server", ".timing.session", ".pipeline",
 ]  # fmt: skip
 
 

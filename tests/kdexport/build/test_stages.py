@@ -10,15 +10,17 @@ import torch
 from kdexport.backends import nvidia, trt
 from kdexport.backends.trt import TensorRT
 from kdexport.build import stages
-from kdexport.build.precision_search import search_key, search_requests
+from kdexport.build.precision_search import search, search_requests
+from kdexport.build.steps import BuildInputs, declare
 from kdexport.checkpoint import StudentSpec, TrainedStudent, open_checkpoint, save_checkpoint
 from kdexport.config import BuildConfig, ExportSettings, SearchSettings
 from kdexport.data.calibration_images import Calibration, CalibrationSettings
 from kdexport.data.datasets import DatasetSpec
 from kdexport.data.preprocessing import Preprocessing
-from kdexport.graph.plan import Kept, LayerPlan, Scaling
+from kdexport.graph.plan import PLAIN, Kept, LayerPlan, Scaling
 from kdexport.students import STUDENTS
 from kdexport.targets import Target, parse_targets
+from tests.kdexport.build.given_steps import given_model
 
 PREPROCESSING = Preprocessing(image_size=32, resize=32, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2))
 TARGETS = parse_targets(["trt-rtx-fp32", "trt-fp16", "trt-bf16", "trt-rtx-int8"])
@@ -28,6 +30,7 @@ CALIBRATION = Calibration(
     dataset_sha256="0",
     preprocessing=PREPROCESSING,
 )
+MODEL = given_model(Path("model.onnx"))
 
 
 def student(folder: Path, seed: int) -> TrainedStudent:
@@ -40,9 +43,16 @@ def student(folder: Path, seed: int) -> TrainedStudent:
     return open_checkpoint(folder)
 
 
-def keys(trained: TrainedStudent) -> list[tuple[str, str]]:
-    config = BuildConfig(student="mobilenetv2", recipe="digits")
-    return stages.stage_keys(trained, TARGETS, config, CALIBRATION)
+def keys(trained: TrainedStudent, **plans: LayerPlan) -> list[tuple[str, str]]:
+    inputs = BuildInputs(
+        trained=trained,
+        dataset=CALIBRATION.dataset,
+        dataset_sha256=CALIBRATION.dataset_sha256,
+        targets=TARGETS,
+        config=BuildConfig(student="mobilenetv2", recipe="digits"),
+    )
+    steps = declare(inputs, {form.replace("_", "-"): plan for form, plan in plans.items()})
+    return [(step.stage, step.key) for step in steps.all()]
 
 
 def test_two_students_of_one_architecture_share_no_result_and_no_engine(tmp_path: Path) -> None:
@@ -77,20 +87,18 @@ SCALE = LayerPlan(equalised=(Scaling(("a.weight",), "b.weight", 1, (1, 2)),))
 
 @pytest.mark.parametrize("plan", [KEEP, SCALE])
 def test_a_precision_plan_changes_only_the_keys_of_its_own_form(tmp_path: Path, plan: LayerPlan) -> None:
-    trained, config = student(tmp_path / "a", 1), BuildConfig(student="mobilenetv2", recipe="digits")
-    plain = keys(trained)
-    planned = stages.stage_keys(trained, TARGETS, config, CALIBRATION, {"int8-s8": plan})
-    assert stages.stage_keys(trained, TARGETS, config, CALIBRATION, {"int8-u8": plan}) == plain
-    changed = set(planned) - set(plain)
-    assert sorted(stage for stage, _ in set(plain) - set(planned)) == ["cast", "compile"]
-    assert sorted(stage for stage, _ in changed) == ["calibrate"] * (plan is SCALE) + ["cast", "compile"] + [
-        "equalise"
-    ] * (plan is SCALE)
+    trained = student(tmp_path / "a", 1)
+    plain, planned = keys(trained), keys(trained, int8_s8=plan)
+    assert keys(trained, int8_u8=plan) == plain
+    gone, new = set(plain) - set(planned), set(planned) - set(plain)
+    calibrated = ["calibrate"] * (plan is SCALE)
+    assert sorted(stage for stage, _ in gone) == [*calibrated, "cast", "compile"]
+    assert sorted(stage for stage, _ in new) == [*calibrated, "cast", "compile"] + ["equalise"] * (plan is SCALE)
 
 
 def test_every_number_of_a_scaling_changes_the_key() -> None:
-    found = [SCALE, LayerPlan(equalised=(Scaling(("a.weight",), "b.weight", 1, (1, 3)),)), KEEP, LayerPlan()]
-    assert len({stages.cast_key("m", "int8-u8", CALIBRATION, plan) for plan in found}) == len(found)
+    found = [SCALE, LayerPlan(equalised=(Scaling(("a.weight",), "b.weight", 1, (1, 3)),)), KEEP, PLAIN]
+    assert len({stages.cast(MODEL, "int8-u8", CALIBRATION, plan).key for plan in found}) == len(found)
 
 
 @pytest.mark.parametrize(
@@ -99,16 +107,16 @@ def test_every_number_of_a_scaling_changes_the_key() -> None:
 )
 def test_a_search_depends_on_its_limits_and_images(changes: dict[str, Any]) -> None:
     def key(**settings: Any) -> str:
-        search = SearchSettings.model_validate({"enabled": True, **settings})
-        config = BuildConfig(student="mobilenetv2", recipe="digits", precision_search=search)
-        return search_key("m", search_requests(TARGETS, config, CALIBRATION)["int8-s8"])
+        wanted = SearchSettings.model_validate({"enabled": True, **settings})
+        config = BuildConfig(student="mobilenetv2", recipe="digits", precision_search=wanted)
+        return search(MODEL, search_requests(TARGETS, config, CALIBRATION)["int8-s8"]).key
 
     assert (key() == key(**changes)) is (changes == {"enabled": True})
 
 
-def engine_key(**changes: Any) -> str:
-    settings = ExportSettings.model_validate({k: v for k, v in changes.items() if k in ExportSettings.model_fields})
-    return stages.compile_key(changes.get("model", "m"), changes.get("target", Target("trt", "fp16")), settings)
+def engine_key(model: str = "m", target: Target = Target("trt", "fp16"), size: int = 32, **settings: Any) -> str:  # noqa: B008, a frozen value
+    export = ExportSettings.model_validate(settings)
+    return stages.compile_engine(given_model(Path("model.onnx"), model), target, export, size).key
 
 
 @pytest.mark.parametrize(
@@ -117,6 +125,7 @@ def engine_key(**changes: Any) -> str:
         {"model": "n"},
         {"target": Target("trt", "bf16")},
         {"target": Target("trt-rtx", "fp16")},
+        {"size": 64},
         {"opt_batch": 4},
         {"max_batch": 65},
         {"workspace_mb": 64},

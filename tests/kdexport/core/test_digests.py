@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kdexport.core.digests import digest, sha256_bytes, sha256_file, source_digest, tool_versions
+from kdexport.core.digests import digest, sha256_bytes, sha256_file, tool_versions
 
 
 def test_the_digest_of_a_value_is_the_sha256_of_its_canonical_json() -> None:
@@ -28,8 +28,3 @@ def test_a_value_that_json_cannot_represent_has_no_digest() -> None:
 
 def test_versions_come_from_metadata_and_a_missing_package_is_absent() -> None:
     assert tool_versions("numpy", "no-such-package-here") == {"numpy": np.__version__, "no-such-package-here": "absent"}
-
-
-def test_the_source_digest_is_a_sha256_and_the_same_each_time() -> None:
-    assert len(bytes.fromhex(source_digest())) == 32
-    assert source_digest() == source_digest()

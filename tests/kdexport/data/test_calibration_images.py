@@ -9,7 +9,6 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from kdexport.artifacts import OnnxModel
 from kdexport.build import stages
 from kdexport.bundle.manifest import RANGES
 from kdexport.data.calibration_images import Calibration, CalibrationSettings
@@ -17,6 +16,7 @@ from kdexport.data.datasets import DatasetSpec
 from kdexport.data.preprocessing import Preprocessing
 from kdexport.graph.tensor_ranges import read_ranges
 from kdexport.workspace import Workspace
+from tests.kdexport.build.given_steps import given_model
 from tests.kdexport.exported_students import small_graph, small_weights
 
 SIZE = 16
@@ -41,8 +41,8 @@ def calibration(dataset: DatasetSpec, digest: str = "0", **settings: object) -> 
 
 
 def test_no_validation_image_is_ever_opened(dataset: DatasetSpec, tmp_path: Path) -> None:
-    model = OnnxModel(path=small_graph(tmp_path / "a.onnx", small_weights()), form="fp32", key="a" * 64)
-    path = stages.calibrate(Workspace(tmp_path / "ws"), model, calibration(dataset))
+    model = given_model(small_graph(tmp_path / "a.onnx", small_weights()))
+    path = stages.calibrate(model, calibration(dataset)).result(Workspace(tmp_path / "ws"))
     found = read_ranges(path)["input"]
     assert (found.low, found.high) == pytest.approx((51 / 255, 101 / 255))
     # The images are still read after the validation split was deleted.
@@ -81,17 +81,16 @@ def test_a_search_uses_the_images_again_if_calibration_used_all_of_them(dataset:
 
 
 def test_an_int8_file_has_its_ranges_beside_it_and_other_forms_have_none(dataset: DatasetSpec, tmp_path: Path) -> None:
-    model = OnnxModel(path=small_graph(tmp_path / "a.onnx", small_weights()), form="fp32", key="a" * 64)
+    model = given_model(small_graph(tmp_path / "a.onnx", small_weights()))
     workspace = Workspace(tmp_path / "ws")
     settings = calibration(dataset)
     for form in ("int8-u8", "int8-s8"):
-        cast = stages.cast(workspace, model, form, settings)
+        cast = stages.cast(model, form, settings).result(workspace)
         assert cast.form == form
         assert read_ranges(cast.path.with_name(RANGES))["input"].low == pytest.approx(51 / 255)
-    assert [path.name for path in stages.cast(workspace, model, "bf16", settings).path.parent.iterdir()] == [
-        "model.onnx"
-    ]
-    assert stages.cast(workspace, model, "fp32", settings) is model
+    bfloat16 = stages.cast(model, "bf16", settings).result(workspace)
+    assert [path.name for path in bfloat16.path.parent.iterdir()] == ["model.onnx"]
+    assert stages.cast(model, "fp32", settings) is model
     # Measured once for both forms.
     assert len([path for path in (tmp_path / "ws" / "calibrate").iterdir() if path.is_dir()]) == 1
 
@@ -103,11 +102,12 @@ def test_everything_that_int8_depends_on_is_in_its_key_and_in_no_other_key(
     dataset: DatasetSpec, changes: dict[str, object]
 ) -> None:
     before, after = calibration(dataset), calibration(dataset, **changes)  # type: ignore[arg-type]
-    assert stages.cast_key("m", "int8-u8", before) != stages.cast_key("m", "int8-u8", after)
-    same_for_a_gpu = "weight_bits" in changes
-    assert (stages.cast_key("m", "int8-s8", before) == stages.cast_key("m", "int8-s8", after)) is same_for_a_gpu
-    for form in ("fp32", "fp16", "bf16"):
-        assert stages.cast_key("m", form, before) == stages.cast_key("m", form, after)
+    model = given_model(Path("a.onnx"))
+    same = {
+        form: stages.cast(model, form, before).key == stages.cast(model, form, after).key
+        for form in ("fp32", "fp16", "bf16", "int8-u8", "int8-s8")
+    }
+    assert same == {"fp32": True, "fp16": True, "bf16": True, "int8-u8": False, "int8-s8": "weight_bits" in changes}
 
 
 def test_the_manifest_records_the_split_and_the_method_of_calibration() -> None:

@@ -84,12 +84,12 @@ def make_bundle(
     config = BuildConfig.model_validate({**CONFIG, "policy": dict(policy)})
     workspace = Workspace(root / "workspace")
     trained = open_checkpoint(root / "checkpoint")
-    fused = stages.fuse(workspace, trained)
-    model = stages.export(workspace, trained, fused, config.export)
+    fused = stages.fuse(trained)
+    model = stages.export(trained, fused, opset=config.export.opset).result(workspace)
     parts = Parts(
         config=config,
         trained=trained,
-        fused=fused,
+        fused=fused.result(workspace),
         model=model,
         casts={parse_target("onnx-fp32"): model},
         engines={},

@@ -1,13 +1,9 @@
-"""What the stages of a build hand to each other: frozen, each knowing the digest of everything it came from."""
+"""What the stages of a build hand to each other, finished and on disk."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdexport.checkpoint import TrainedStudent
 from kdexport.graph.plan import PLAIN, LayerPlan
-from kdexport.targets import Target
-
-__all__ = ["EngineFile", "FusedFiles", "OnnxModel", "TrainedStudent"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,7 +12,6 @@ class FusedFiles:
 
     weights: Path
     certificate: Path
-    key: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,14 +23,11 @@ class OnnxModel:
 
     path: Path
     form: str
-    key: str
     plan: LayerPlan = PLAIN
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineFile:
-    """A compiled plan with the layer table of its build."""
+    """The folder of a compiled plan with the layer table of its build."""
 
     folder: Path
-    target: Target
-    key: str

@@ -1,0 +1,149 @@
+"""The steps of one build in their order, down to the bundle: what is made, found again and forgotten together."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from kdexport.build.artifacts import EngineFile, FusedFiles, OnnxModel
+from kdexport.build.precision_search import Searched, search, search_requests
+from kdexport.build.stages import BUNDLE_TOOLS, backend_modules, cast, compile_engine, export, fuse, is_int8
+from kdexport.bundle.manifest import Manifest, read_manifest
+from kdexport.checkpoint import TrainedStudent
+from kdexport.config import BuildConfig
+from kdexport.data.calibration_images import Calibration
+from kdexport.data.datasets import DatasetSpec, open_dataset
+from kdexport.errors import VerificationError
+from kdexport.graph.plan import PLAIN, LayerPlan
+from kdexport.targets import Target
+from kdexport.workspace import Making, Step, Workspace
+
+if TYPE_CHECKING:
+    from kdexport.build.package import Parts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildInputs:
+    """What a bundle is built of: the student, the data set with its digest, the targets and all settings."""
+
+    trained: TrainedStudent
+    dataset: DatasetSpec
+    dataset_sha256: str
+    targets: tuple[Target, ...]
+    config: BuildConfig
+
+    @property
+    def calibration(self) -> Calibration:
+        """The training images that int8 is calibrated and searched on."""
+        return Calibration(
+            settings=self.config.calibration,
+            dataset=self.dataset,
+            dataset_sha256=self.dataset_sha256,
+            preprocessing=self.trained.spec.preprocessing,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Steps:
+    """Every step of a build but the bundle; targets of one form share a search and a cast."""
+
+    fused: Step[FusedFiles]
+    exported: Step[OnnxModel]
+    searches: dict[str, Step[Searched]]
+    casts: dict[Target, Step[OnnxModel]]
+    engines: dict[Target, Step[EngineFile]]
+
+    def all(self) -> tuple[Step[Any], ...]:
+        """These steps and those that they are made of, each once."""
+        named: tuple[Step[Any], ...] = (
+            self.fused,
+            self.exported,
+            *self.searches.values(),
+            *self.casts.values(),
+            *self.engines.values(),
+        )
+        return tuple({each.key: each for step in named for each in step.steps()}.values())
+
+
+def declare(inputs: BuildInputs, plans: Mapping[str, LayerPlan] = MappingProxyType({})) -> Steps:
+    """The steps of ``inputs``; ``plans`` are what searches found, by form, and none is known before they are made."""
+    config, calibration = inputs.config, inputs.calibration
+    fused = fuse(inputs.trained)
+    exported = export(inputs.trained, fused, opset=config.export.opset)
+    casts = {
+        target: cast(exported, target.form, calibration, plans.get(target.form, PLAIN)) for target in inputs.targets
+    }
+    requests = search_requests(inputs.targets, config, calibration)
+    size = inputs.trained.spec.image_size
+    return Steps(
+        fused=fused,
+        exported=exported,
+        searches={form: search(exported, request) for form, request in requests.items()},
+        casts=casts,
+        engines={
+            target: compile_engine(model, target, config.export, size)
+            for target, model in casts.items()
+            if target.compiles
+        },
+    )
+
+
+def known_steps(inputs: BuildInputs, workspace: Workspace) -> tuple[Step[Any], ...]:
+    """Every step of a build that is known now: what follows a search in which ``workspace`` has no result is not."""
+    found = {form: step for form, step in declare(inputs).searches.items() if workspace.has(step.stage, step.key)}
+    steps = declare(inputs, {form: step.result(workspace).layers for form, step in found.items()})
+    unknown = steps.searches.keys() - found.keys()
+    return replace(
+        steps,
+        casts={target: step for target, step in steps.casts.items() if target.form not in unknown},
+        engines={target: step for target, step in steps.engines.items() if target.form not in unknown},
+    ).all()
+
+
+def bundle(inputs: BuildInputs, on_failure: Callable[[VerificationError, Making], VerificationError]) -> Step[Manifest]:
+    """The verified bundle; where its verification fails, what ``on_failure`` returns is raised."""
+    config, spec = inputs.config, inputs.trained.spec
+
+    def make(making: Making) -> None:
+        from kdexport.build.package import package
+
+        try:
+            package(making.folder, _parts(inputs, making), making.progress)
+        except VerificationError as error:
+            raise on_failure(error, making) from error
+
+    settings = [table.model_dump(mode="json") for table in (config.export, config.verify, config.latency)]
+    # A bundle says which targets ran on its machine, and how its int8 targets were calibrated.
+    ran = [(str(target), target.plugin_sha256, target.not_executable() is None) for target in inputs.targets]
+    calibrated = inputs.calibration.to_json() if any(is_int8(target.form) for target in inputs.targets) else None
+    return Step(
+        stage="bundle",
+        made_of=(
+            *declare(inputs).all(), config.student, spec.to_json(), inputs.dataset_sha256, settings, config.policy, ran,
+            calibrated,
+        ),
+        make=make,
+        read=read_manifest,
+        tools=(*BUNDLE_TOOLS, *(name for target in inputs.targets for name in target.runtime.packages)),
+        modules=tuple(module for target in inputs.targets for module in backend_modules(target)),
+    )  # fmt: skip
+
+
+def _parts(inputs: BuildInputs, making: Making) -> "Parts":
+    from kdexport.build.package import Parts
+
+    workspace = making.workspace
+    searched = {form: step.result(workspace) for form, step in declare(inputs).searches.items()}
+    steps = declare(inputs, {form: found.layers for form, found in searched.items()})
+    return Parts(
+        config=inputs.config,
+        trained=inputs.trained,
+        fused=steps.fused.result(workspace),
+        model=steps.exported.result(workspace),
+        casts={target: step.result(workspace) for target, step in steps.casts.items()},
+        engines={target: step.result(workspace) for target, step in steps.engines.items()},
+        validation=open_dataset(inputs.dataset, "test"),
+        calibration=inputs.calibration.to_json(),
+        searched={form: found.described for form, found in searched.items()},
+        build_key=making.key,
+    )

@@ -1,0 +1,200 @@
+"""The code that a result depends on: the import graph of kdexport, read from its files without importing them."""
+
+import ast
+import functools
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+PACKAGE = "kdexport"
+#: The folder that holds the package.
+ROOT = Path(__file__).parents[2]
+
+#: Code that changes no result: it raises an error, writes to the terminal, or stores a result and finds it again.
+_WITHOUT_RESULT = {
+    f"{PACKAGE}.{name}" for name in ("errors", "core.console", "core.files", "core.import_graph", "workspace")
+}
+
+#: Where the steps of a build are declared: each definition that is imported from there counts by itself.
+_BY_DEFINITION = f"{PACKAGE}.build."
+
+
+def source_digest(*code: str, root: Path = ROOT) -> str:
+    """sha256 over the source of ``code`` and of every module of kdexport that it imports, also inside functions.
+
+    Each entry is a module (``kdexport.graph.audit``) or one definition of a module (``kdexport.build.stages:fuse``).
+    Of a definition's own file, and of modules of ``kdexport.build``, only what is used counts. Comments, layout,
+    docstrings and imports for type checkers do not count. Raises ``LookupError`` for code that is not there.
+    """
+    return _digest(tuple(sorted(code)), root)
+
+
+def source_modules(*code: str, root: Path = ROOT) -> tuple[str, ...]:
+    """The modules whose source ``source_digest`` reads for ``code``, sorted."""
+    return tuple(sorted({name for name, _ in _sources(code, root)}))
+
+
+def modules_registering(name: str, package: str, root: Path = ROOT) -> tuple[str, ...]:
+    """The modules of ``package`` that register an entry under ``name``: a registry finds these, and no import does."""
+    folder = root.joinpath(*package.split("."))
+    found = (f"{package}.{path.stem}" for path in sorted(folder.glob("*.py")))
+    return tuple(module for module in found if name in _registered(module, root))
+
+
+@functools.cache
+def _digest(code: Sequence[str], root: Path) -> str:
+    hasher = hashlib.sha256()
+    for name, text in sorted(_sources(code, root)):
+        hasher.update(f"{name}\n{text}\n".encode())
+    return hasher.hexdigest()
+
+
+def _sources(code: Sequence[str], root: Path) -> set[tuple[str, str]]:
+    """(module, normal form of its code) of ``code`` and of all that it imports."""
+    found: set[tuple[str, str]] = set()
+    pending, seen = list(code), set(_WITHOUT_RESULT)
+    for module in (entry.partition(":")[0] for entry in code):
+        if _source(module, root) is None:
+            raise LookupError(f"{module} is not a module of {PACKAGE} in {root}")
+    while pending:
+        entry = pending.pop()
+        module, _, definition = entry.partition(":")
+        # A name that is no file is a class or a function of the module before its last dot, which is listed too.
+        source = None if entry in seen or module in _WITHOUT_RESULT else _source(module, root)
+        seen.add(entry)
+        if source is not None:
+            part = source.part(definition) if definition else source
+            found.add((module, part.text))
+            pending += [*part.imports, *_parents(module)]
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class _Source:
+    """Statements of one module without what changes no result."""
+
+    module: str
+    statements: tuple[ast.stmt, ...]
+
+    @functools.cached_property
+    def text(self) -> str:
+        return "\n".join(ast.dump(statement) for statement in self.statements)
+
+    @functools.cached_property
+    def imports(self) -> frozenset[str]:
+        """Names that may be modules of the package: whatever is imported from it."""
+        nodes = [node for statement in self.statements for node in ast.walk(statement)]
+        names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        for node in nodes:
+            if isinstance(node, ast.ImportFrom):
+                names |= self._imported_from(node)
+        return frozenset(name for name in names if name.partition(".")[0] == PACKAGE)
+
+    @functools.cached_property
+    def _bound(self) -> list[set[str]]:
+        return [_bound(statement) for statement in self.statements]
+
+    def _imported_from(self, node: ast.ImportFrom) -> set[str]:
+        if node.level or node.module is None:
+            raise LookupError(f"{self.module} has a relative import, which the import graph does not follow")
+        if node.module.startswith(_BY_DEFINITION):
+            return {f"{node.module}:{alias.name}" for alias in node.names}
+        return {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+
+    def part(self, definition: str) -> "_Source":
+        """``definition``, what it uses of its module, and the statements that define nothing."""
+        kept: dict[int, ast.stmt] = {}
+        pending = [None, definition]
+        seen: set[str | None] = set()
+        if not any(definition in bound for bound in self._bound):
+            raise LookupError(f"{self.module} defines no {definition}")
+        while pending:
+            name = pending.pop()
+            if name in seen:
+                continue
+            seen.add(name)
+            for place, (statement, bound) in enumerate(zip(self.statements, self._bound, strict=True)):
+                if name in bound or (name is None and not bound):
+                    kept[place] = statement
+                    pending += _used(statement)
+        chosen = (_only(kept[place], seen) for place in sorted(kept))
+        return _Source(self.module, tuple(chosen))
+
+
+@functools.cache
+def _source(module: str, root: Path) -> _Source | None:
+    place = root.joinpath(*module.split("."))
+    path = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+    return _parsed(module, path.read_bytes()) if path.is_file() else None
+
+
+@functools.cache
+def _parsed(module: str, content: bytes) -> _Source:
+    return _Source(module, tuple(_Stripped().visit(ast.parse(content)).body))
+
+
+class _Stripped(ast.NodeTransformer):
+    """Drops what changes no result: bare strings (docstrings among them) and what only type checkers read."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
+        return None if isinstance(node.value, ast.Constant) else self.generic_visit(node)
+
+    def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
+        test = node.test
+        name = test.id if isinstance(test, ast.Name) else test.attr if isinstance(test, ast.Attribute) else ""
+        if name != "TYPE_CHECKING":
+            return self.generic_visit(node)
+        return [kept for statement in node.orelse for kept in [self.visit(statement)] if kept is not None]
+
+
+def _bound(statement: ast.stmt) -> set[str]:
+    """Names that a statement of a module gives it."""
+    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return {statement.name}
+    names: set[str] = set()
+    for node in ast.walk(statement):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.alias):
+            names.add(_bound_by(node))
+    return names
+
+
+def _bound_by(alias: ast.alias) -> str:
+    return alias.asname or alias.name.partition(".")[0]
+
+
+def _used(statement: ast.stmt) -> Iterator[str]:
+    return (node.id for node in ast.walk(statement) if isinstance(node, ast.Name))
+
+
+def _only(statement: ast.stmt, used: set[str | None]) -> ast.stmt:
+    """An import without the names that are not used; any other statement as it is."""
+    if isinstance(statement, ast.ImportFrom):
+        names = [alias for alias in statement.names if _bound_by(alias) in used]
+        return ast.ImportFrom(module=statement.module, names=names, level=statement.level)
+    if isinstance(statement, ast.Import):
+        return ast.Import(names=[alias for alias in statement.names if _bound_by(alias) in used])
+    return statement
+
+
+def _parents(module: str) -> list[str]:
+    parts = module.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
+
+
+@functools.cache
+def _registered(module: str, root: Path) -> frozenset[str]:
+    """Names under which the functions of a module are registered by a decorator ``....register("name")``."""
+    source = _source(module, root)
+    nodes = () if source is None else (node for statement in source.statements for node in ast.walk(statement))
+    return frozenset(
+        str(node.args[0].value)
+        for node in nodes
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "register"
+        and node.args
+        and isinstance(node.args[0], ast.Constant)
+    )
