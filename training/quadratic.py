@@ -98,9 +98,9 @@ def quadratic_mean(errors: Tensor, form: Tensor, gradient_form: Tensor | None = 
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """No autocast on ``device``, where it has any."""
-    kind = device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    """A context without autocast on ``device``; the meta device has no autocast."""
+    # Not torch.amp.is_autocast_available: torch 2.11 cannot trace it, and a compiled loss would break into two graphs.
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def _in_memory_order(errors: Tensor) -> Tensor:
