@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, init_empty_weights
 
 from kdexport.checkpoint import load_student as load_trained_student
 from kdexport.checkpoint import open_checkpoint, save_tensors
@@ -249,15 +249,21 @@ def _logits_only(frozen: FrozenTeacher) -> torch.nn.Module:
 
 
 def rehearse(recipe: Recipe) -> None:
-    """Build the networks of ``recipe`` and attach its branches, without data or weights.
+    """Build the networks and the distiller of ``recipe`` and attach its branches, without data or weights.
 
-    Raises ``UnknownNameError``, ``ConfigError`` or ``ReparamError`` as the training itself would, minutes later.
+    Raises ``UnknownNameError``, ``ConfigError`` or ``ReparamError`` for what would stop the training only after minutes
+    or hours.
     """
     DISTILLERS.check(recipe.distiller.name)
     size = recipe.data.image_size
-    # Shapes are all that is asked of a teacher here, and a large one takes seconds to initialise.
-    with torch.device("meta"):
+    # Initialising a large teacher takes seconds. A distiller may read its values, so every weight is 1 instead.
+    with init_empty_weights(include_buffers=False):
         teacher = TEACHERS.build(recipe.teacher.name, num_classes=2, image_size=size)
+    values = {
+        name: torch.ones_like(value, device="cpu") if value.is_meta else value
+        for name, value in teacher.state_dict().items()
+    }
+    teacher.load_state_dict(values, assign=True)
     student = STUDENTS.build(recipe.student.name, num_classes=2, image_size=size)
     distiller = DISTILLERS.build(recipe.distiller.name, settings=recipe.distiller, student=student, teacher=teacher)
     spec = type(distiller).branch_spec(recipe.distiller, student, teacher)
