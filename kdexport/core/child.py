@@ -2,9 +2,10 @@
 
 ``call`` waits for the end of the child, ``started`` for the line that a server writes when it is ready. Both run
 ``python -m kdexport.core.child PARENT -m MODULE ...``, so that the new process is tied to its parent before it imports
-anything else. On Linux the system then kills it when its parent ends, even by SIGKILL, and whatever it does. On other
-systems a thread of the child waits for the end of stdin, a pipe that the parent alone holds open; native code that
-does not release the interpreter's lock delays this until it returns.
+anything else. On Linux the system then kills it when its parent ends, even by SIGKILL, and whatever it does; strictly,
+when the thread that started it ends, which ``call`` and the block of ``started`` keep. On other systems a thread of the
+child waits for the end of stdin, a pipe that the parent alone holds open; native code that does not release the
+interpreter's lock delays this until it returns.
 """
 
 import contextlib
