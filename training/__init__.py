@@ -1,4 +1,4 @@
-"""Distillation: everything that happens before a student is frozen. Imports kdexport, never the other way round."""
+"""Distillation: the training of students. This package imports kdexport; kdexport never imports it."""
 
-#: Part of the key of every training result: raised when the same recipe would give other weights.
+#: Part of the key of every training result; increased when the same recipe would give different weights.
 REVISION = 4

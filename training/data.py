@@ -1,4 +1,4 @@
-"""Batches for training: augmented, normalised, on the device, and the same for the same (seed, epoch)."""
+"""Batches for training and evaluation: augmented, normalised, on the device; seed and epoch determine them."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +13,7 @@ from kdexport.data.preprocessing import Preprocessing
 from kdexport.errors import DataError
 from training.recipe import DataSettings
 
-#: Decoded sets up to this size live on the device; larger ones are streamed from their files.
+#: Decoded data sets up to this size are kept on the device; larger ones are streamed from their files.
 _RESIDENT_BYTES = 4 * 2**30
 
 #: Normalised images (B,3,S,S) and their classes (B,).
@@ -21,7 +21,7 @@ Labelled = tuple[Tensor, Tensor]
 
 
 class Batch(NamedTuple):
-    """Normalised images (B,3,S,S), their classes (B,) and their places in the training set (B,)."""
+    """Normalised images (B,3,S,S), their classes (B,) and their indices in the training set (B,)."""
 
     images: Tensor
     labels: Tensor
@@ -29,18 +29,18 @@ class Batch(NamedTuple):
 
 
 def preprocessing_of(settings: DataSettings) -> Preprocessing:
-    """What the student will be fed with in production."""
+    """The preprocessing of evaluation and production."""
     resize = settings.resize or settings.image_size
     return Preprocessing(image_size=settings.image_size, resize=resize, mean=settings.mean, std=settings.std)
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
-    """The randomness of one epoch, a function of seed and epoch alone, so that a resumed run repeats it."""
+    """The random generator of one epoch; it depends on seed and epoch only, so a resumed run draws the same numbers."""
     return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
 
 
 class Batches(Protocol):
-    """Augmented training batches; ``rank`` of ``world`` processes takes its share of each global batch."""
+    """Augmented training batches; process ``rank`` of ``world`` gets every ``world``-th image of a global batch."""
 
     steps: int
 
@@ -49,7 +49,7 @@ class Batches(Protocol):
 
 
 class Normaliser:
-    """uint8 (B,3,S,S) to normalised float32, channels last, on the device."""
+    """Convert uint8 images (B,3,S,S) to normalised float32, channels last, on the device."""
 
     def __init__(self, preprocessing: Preprocessing, device: torch.device) -> None:
         mean, std = torch.tensor(preprocessing.mean), torch.tensor(preprocessing.std)
@@ -62,7 +62,7 @@ class Normaliser:
 
 
 class _AugmentedBatches:
-    """What both loaders are made of: the settings, and the share of each batch that this process takes."""
+    """What both loaders have in common: the settings, and the part of each batch that this process gets."""
 
     def __init__(
         self,
@@ -84,13 +84,13 @@ class _AugmentedBatches:
     def _load(self, images: ImageSet) -> None:
         raise NotImplementedError
 
-    def _share(self, step: int) -> slice:
-        """Places in the order of an epoch whose images this process takes in ``step``."""
+    def _own_places(self, step: int) -> slice:
+        """The positions, in the order of an epoch, of the images that this process gets in ``step``."""
         return slice(step * self._batch_size + self._rank, (step + 1) * self._batch_size, self._world)
 
 
 class ResidentBatches(_AugmentedBatches):
-    """A small-image set as one uint8 tensor on the device, with random crop and flip there, a batch at a time."""
+    """A set of small images as one uint8 tensor on the device, where each batch is cropped and flipped at random."""
 
     def _load(self, images: ImageSet) -> None:
         padding = self._settings.crop_padding
@@ -99,7 +99,7 @@ class ResidentBatches(_AugmentedBatches):
         self._labels = torch.from_numpy(images.labels).to(self._device)
 
     def epoch(self, index: int) -> Iterator[Batch]:
-        """Random order, crop offsets and flips of epoch ``index``."""
+        """The batches of epoch ``index``, in random order, with random crop offsets and flips."""
         count, device = len(self._labels), self._pixels.device
         generator = epoch_generator(self._seed, index)
         order = torch.randperm(count, generator=generator)
@@ -107,9 +107,9 @@ class ResidentBatches(_AugmentedBatches):
         flips = torch.rand(count, generator=generator) < (0.5 if self._settings.flip else 0.0)
         order, offsets, flips = order.to(device), offsets.to(device), flips.to(device)
         for step in range(self.steps):
-            share = self._share(step)
-            chosen = order[share]
-            images = self._normalise(self._crop(chosen, offsets[share], flips[share]))
+            own = self._own_places(step)
+            chosen = order[own]
+            images = self._normalise(self._crop(chosen, offsets[own], flips[own]))
             yield Batch(images, self._labels[chosen], chosen)
 
     def _crop(self, chosen: Tensor, offsets: Tensor, flips: Tensor) -> Tensor:
@@ -123,23 +123,23 @@ class ResidentBatches(_AugmentedBatches):
 
 
 class StreamedBatches(_AugmentedBatches):
-    """Images too many or too large for the device, decoded by threads: random resized crop and flip."""
+    """Images that are too many or too large for the device: threads decode, crop, resize and flip them at random."""
 
     def _load(self, images: ImageSet) -> None:
         self._images, self._labels = images, torch.from_numpy(images.labels)
 
     def epoch(self, index: int) -> Iterator[Batch]:
-        """Random order and crops of epoch ``index``; the next batch is decoded while one is used."""
+        """The batches of epoch ``index``, in random order; the next batch is decoded while the current one is used."""
         order = torch.randperm(len(self._labels), generator=epoch_generator(self._seed, index)).numpy()
-        shares = [order[self._share(step)] for step in range(self.steps)]
+        batches = [order[self._own_places(step)] for step in range(self.steps)]
         with ThreadPoolExecutor(max(self._settings.workers, 1)) as pool:
-            pending = [pool.submit(self._augmented, int(i), index) for i in shares[0]]
-            for step, share in enumerate(shares):
+            pending = [pool.submit(self._augmented, int(i), index) for i in batches[0]]
+            for step, batch in enumerate(batches):
                 ready, pending = pending, []
                 if step + 1 < self.steps:
-                    pending = [pool.submit(self._augmented, int(i), index) for i in shares[step + 1]]
+                    pending = [pool.submit(self._augmented, int(i), index) for i in batches[step + 1]]
                 pixels = torch.from_numpy(np.stack([item.result() for item in ready])).permute(0, 3, 1, 2)
-                samples = torch.from_numpy(share)
+                samples = torch.from_numpy(batch)
                 labels = self._labels[samples].to(self._device)
                 yield Batch(self._normalise(pixels.to(self._device)), labels, samples.to(self._device))
 
@@ -147,7 +147,7 @@ class StreamedBatches(_AugmentedBatches):
         from PIL import Image
 
         image = self._images.image(sample).convert("RGB")
-        # Seeded per image, because the order in which threads run is not repeatable.
+        # One seed for each image, because the order in which threads run is not repeatable.
         rng = np.random.default_rng((self._seed, epoch, sample))
         top, left, height, width = _resized_crop(rng, image.height, image.width)
         side = self._settings.image_size
@@ -159,7 +159,7 @@ class StreamedBatches(_AugmentedBatches):
 
 
 def _resized_crop(rng: np.random.Generator, height: int, width: int) -> tuple[float, float, float, float]:
-    """(top, left, height, width) covering 8 % to 100 % of the area at an aspect from 3/4 to 4/3."""
+    """A random crop (top, left, height, width) of 8 % to 100 % of the area with an aspect ratio from 3/4 to 4/3."""
     for _ in range(10):
         area = height * width * rng.uniform(0.08, 1.0)
         aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
@@ -171,16 +171,17 @@ def _resized_crop(rng: np.random.Generator, height: int, width: int) -> tuple[fl
 
 
 def full_batches(count: int, batch_size: int) -> int:
-    """Whole batches in ``count`` images; the rest is left out of an epoch. Raises ``DataError`` for none."""
+    """The number of full batches in ``count`` images; an epoch omits the rest. Raises ``DataError`` if it is 0."""
     if count < batch_size:
         raise DataError(
-            f"{count} training images do not fill one batch of {batch_size}.", remedy="Lower train.batch_size."
+            f"The training set has {count} images, fewer than one batch of {batch_size}.",
+            remedy=f"Set train.batch_size to {count} or less, or add images.",
         )
     return count // batch_size
 
 
 def decode_all(images: ImageSet, preprocessing: Preprocessing) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    """All images, resized: (N,S,S,3) uint8."""
+    """All images, decoded and resized, as uint8 (N,S,S,3)."""
     if images.pixels is not None and images.pixels.shape[1] == preprocessing.image_size == preprocessing.resize:
         return images.pixels
     with ThreadPoolExecutor() as pool:
@@ -189,7 +190,7 @@ def decode_all(images: ImageSet, preprocessing: Preprocessing) -> np.ndarray[tup
 
 
 def is_resident(images: ImageSet, settings: DataSettings) -> bool:
-    """Whether the decoded set is small enough, and its images small enough, to live on the device."""
+    """Whether the images, and all of them together, are small enough to be kept on the device."""
     size = len(images) * 3 * settings.image_size**2
     return settings.image_size <= 64 and size <= _RESIDENT_BYTES
 
@@ -204,13 +205,13 @@ def training_batches(
     rank: int = 0,
     world: int = 1,
 ) -> Batches:
-    """The loader that fits the set."""
+    """The training batches of ``images``, resident on the device if they fit there, otherwise streamed."""
     loader = ResidentBatches if is_resident(images, settings) else StreamedBatches
     return loader(images, settings, batch_size=batch_size, seed=seed, device=device, rank=rank, world=world)
 
 
 class EvaluationBatches:
-    """A split in its own order, unaugmented; small sets are decoded once."""
+    """The batches of a split in its own order, without augmentation; small sets are decoded once."""
 
     def __init__(
         self,

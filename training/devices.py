@@ -1,7 +1,4 @@
-"""What several processes that train one network owe each other.
-
-When a step is compiled, and how.
-"""
+"""How training uses its devices: several processes that train one network, and compiled steps."""
 
 import inspect
 import shutil
@@ -16,52 +13,55 @@ from torch.nn.parallel import DistributedDataParallel
 from kdexport.errors import BackendUnavailableError, ConfigError
 
 
-class BuffersStay(DistributedDataParallelKwargs):  # type: ignore[misc]
-    """How a task is wrapped: gradients are exchanged at each step, buffers are not.
+class LocalBuffers(DistributedDataParallelKwargs):  # type: ignore[misc]
+    """Settings of DistributedDataParallel that exchange gradients at each step, but not buffers.
 
-    Memories are equal in all processes by what they take in, and too large to be sent at each step. The statistics of a
-    batch norm are each process's own; those that are evaluated, kept and exported are the first one's.
+    Memories are too large to be sent at each step, and already equal in all processes, which all get the same
+    updates. Batch norm statistics differ between them; those of the main process are evaluated, saved and exported.
     """
 
     def to_kwargs(self) -> dict[str, Any]:
         known = inspect.signature(DistributedDataParallel.__init__).parameters
-        # The name in later versions of torch, which warn of the other one.
+        # Later versions of torch renamed the argument and warn about the old name.
         name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         return {**super().to_kwargs(), name: False}
 
 
-def check_share(batch_size: int, processes: int) -> None:
-    """Raise ``ConfigError`` where ``processes`` cannot share a batch evenly: their mean would not be that of images."""
+def check_batch_size(batch_size: int, processes: int) -> None:
+    """Raise ``ConfigError`` unless ``processes`` get equally many images of a batch.
+
+    Otherwise the mean over processes would not be the mean over images.
+    """
     if batch_size % processes:
         fitting = max(batch_size - batch_size % processes, processes)
         raise ConfigError(
-            f"train.batch_size = {batch_size} is not a multiple of the {processes} processes that share a batch.",
-            remedy=f"Set train.batch_size={fitting}, or start another number of processes.",
+            f"train.batch_size = {batch_size} cannot be divided evenly among {processes} processes.",
+            remedy=f"Set train.batch_size={fitting}, or start a number of processes that divides {batch_size}.",
         )
 
 
 def gathered(rows: Tensor) -> Tensor:
-    """(B,...) of each process to (W*B,...) of all, in the order of their ranks; itself where there is one process.
+    """Concatenate (B,...) of each of W processes to (W*B,...), in the order of their ranks.
 
-    B is the same everywhere. No gradient passes.
+    B must be the same in all processes. A single process gets ``rows`` back. There is no gradient.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return rows
-    everyone = rows.new_empty(dist.get_world_size() * len(rows), *rows.shape[1:])
-    dist.all_gather_into_tensor(everyone, rows.contiguous())
-    return everyone
+    collected = rows.new_empty(dist.get_world_size() * len(rows), *rows.shape[1:])
+    dist.all_gather_into_tensor(collected, rows.contiguous())
+    return collected
 
 
-def compiled(module: nn.Module, asked: str, device: torch.device) -> nn.Module:
-    """``module``, or its compiled form where ``asked`` is "yes", or "auto" on CUDA; weights and state are shared.
+def compiled(module: nn.Module, mode: str, device: torch.device) -> nn.Module:
+    """``module``, compiled if ``mode`` is "yes", or "auto" on CUDA; both forms share weights and state.
 
-    Raises ``BackendUnavailableError`` where the CPU's code would need a C++ compiler that is not there.
+    Raises ``BackendUnavailableError`` if compiling for the CPU lacks a C++ compiler.
     """
-    if asked == "no" or (asked == "auto" and device.type != "cuda"):
+    if mode == "no" or (mode == "auto" and device.type != "cuda"):
         return module
     if device.type == "cpu" and shutil.which("g++") is None and shutil.which("clang++") is None:
         raise BackendUnavailableError(
-            "train.compile = 'yes' needs a C++ compiler on the CPU, and there is none.",
+            "train.compile = 'yes' needs a C++ compiler on the CPU, but neither g++ nor clang++ is installed.",
             remedy="Install g++, or set train.compile to 'auto'.",
         )
     # Shapes never change within a run.

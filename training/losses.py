@@ -1,8 +1,8 @@
 """The losses of the methods that KDiffusion is compared with, as pure functions of tensors.
 
-Each computes in float32 or better, whatever the precision of its inputs, and returns a scalar. Weights between losses,
-projections and memory banks are the distillers'. The teacher's side comes second and is not detached here. Shapes that
-do not belong together raise ``ValueError``.
+Each loss is computed in float32 or better, whatever the precision of its inputs, and is a scalar. Weights between
+losses, projections and memory banks belong to the distillers. The teacher's input comes second and is not detached
+here. Shapes that do not match raise ``ValueError``.
 """
 
 import math
@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-#: Sides of the pooled maps of the hierarchical context loss, and what each next one weighs less.
+#: Sides of the pooled maps of the hierarchical context loss, and the factor between the weights of two of them.
 _CONTEXT_SIDES, _CONTEXT_DECAY = (4, 2, 1), 0.5
-#: Below this share of negative values their mean is not estimated, and lies at three deviations.
+#: If fewer values than this fraction are negative, their mean is not estimated: it is three standard deviations.
 MIN_NEGATIVE_SHARE, RARE_MARGIN = 1e-3, 3.0
 MIN_VARIANCE = 1e-5
 _NCE_EPSILON = 1e-7
@@ -34,13 +34,14 @@ def dkd_loss(
 ) -> Tensor:
     """T^2 (alpha TCKD + beta NCKD) of logits (N,K) and classes (N,), mean over the batch (Zhao et al., 2022, eq. 7).
 
-    TCKD compares the target's probability with that of all others together, NCKD the others among themselves.
+    TCKD compares the probability of the target with that of all other classes together, NCKD the other classes.
     """
     _check_logits(student_logits, teacher_logits, temperature)
     count, classes = student_logits.shape
     if targets.shape != (count,) or classes < 2:
         raise ValueError(
-            f"targets {tuple(targets.shape)} do not go with logits {(count, classes)} of 2 or more classes"
+            f"logits {(count, classes)} need targets ({count},) and 2 or more classes, but targets are "
+            f"{tuple(targets.shape)}"
         )
     target_index, index = targets.unsqueeze(1), torch.arange(classes - 1, device=targets.device)
     other_index = index + (index >= target_index).long()
@@ -48,7 +49,7 @@ def dkd_loss(
     def split(logits: Tensor) -> tuple[Tensor, Tensor]:
         scaled = _precise(logits) / temperature
         others = scaled.gather(1, other_index)
-        # Logits of the two-class distribution: no probability is formed, so that none underflows.
+        # Logits of the two-class distribution: no probability is computed, so none underflows.
         return torch.cat([scaled.gather(1, target_index), torch.logsumexp(others, 1, keepdim=True)], 1), others
 
     (student_target, student_others), (teacher_target, teacher_others) = split(student_logits), split(teacher_logits)
@@ -61,9 +62,9 @@ def dist_loss(
 ) -> Tensor:
     """T^2 (b (1 - r_rows) + g (1 - r_columns)) of logits (N,K), weights b, g (Huang et al., 2022).
 
-    r is the mean of Pearson's correlations between student and teacher of softmax(logits/T): of each image's classes,
-    and of each class's images. As in the authors' code 1e-8 is added to the product of the two deviations, so that a
-    class with hardly any probability in the batch counts as uncorrelated.
+    r is the mean of Pearson's correlations between student and teacher of softmax(logits/T): over the classes of each
+    image, and over the images for each class. As in the authors' code, 1e-8 is added to the product of the two standard
+    deviations, so that a class with nearly no probability in the batch counts as uncorrelated.
     """
     _check_logits(student_logits, teacher_logits, temperature)
     student, teacher = (torch.softmax(_precise(x) / temperature, 1) for x in (student_logits, teacher_logits))
@@ -88,11 +89,11 @@ def attention_transfer_loss(
 ) -> Tensor:
     """Sum over stages of mean((Q_s - Q_t)^2) for features (N,C,H,W) (Zagoruyko & Komodakis, 2017, eq. 2).
 
-    Q (N,H*W) is the mean over channels of |feature|^p, divided by its L2 norm. The larger map is averaged down to the
-    smaller; numbers of channels may differ.
+    Q (N,H*W) is the mean over channels of |feature|^p, divided by its L2 norm. The larger map is averaged to the size
+    of the smaller; numbers of channels may differ.
     """
     if p < 1:
-        raise ValueError(f"the power p is {p}, and must be 1 or more")
+        raise ValueError(f"the power p must be 1 or more, but is {p}")
     losses = []
     for student, teacher in _paired(student_features, teacher_features):
         side = _smaller_side(student, teacher)
@@ -104,8 +105,8 @@ def attention_transfer_loss(
 def hierarchical_context_loss(student_features: Sequence[Tensor], teacher_features: Sequence[Tensor]) -> Tensor:
     """Sum over stages of the weighted mean of squared errors at several scales (Chen et al., 2021, ReviewKD's HCL).
 
-    Features of a stage (N,C,H,W) have one shape. Scales are the map itself and its averages of 4, 2 and 1 pixels a side
-    as far as they are smaller than it; the weights 1, 1/2, 1/4, 1/8 go to those used, in that order.
+    Features of a stage (N,C,H,W) have one shape. Scales are the map itself and those of its averages to 4, 2
+    and 1 pixels a side that are smaller than it; their weights are 1, 1/2, 1/4, 1/8 in that order.
     """
     losses = []
     for student, teacher in _paired(student_features, teacher_features):
@@ -124,14 +125,15 @@ def hierarchical_context_loss(student_features: Sequence[Tensor], teacher_featur
 def overhaul_loss(student_feature: Tensor, teacher_feature: Tensor, margin: Tensor) -> Tensor:
     """Squared distance to max(t, margin), summed over C,H,W, mean over the batch (Heo et al., 2019).
 
-    Both features (N,C,H,W) are before their activation; ``margin`` (C,) is ``overhaul_margin``. Where the teacher is
-    not positive, a student below the target is as good as on it. The teacher's map is averaged to the student's size.
+    Both features (N,C,H,W) are pre-activations; ``margin`` (C,) is ``overhaul_margin``. Where the teacher is not
+    positive, a student below the target has no loss. The teacher's map is averaged to the student's size.
     """
     if student_feature.shape[:2] != teacher_feature.shape[:2]:
         raise ValueError(_differ(student_feature, teacher_feature))
     if margin.shape != student_feature.shape[1:2]:
         raise ValueError(
-            f"margin {tuple(margin.shape)} is not one value for each of {student_feature.shape[1]} channels"
+            f"margin must have one value for each of {student_feature.shape[1]} channels, but has the shape "
+            f"{tuple(margin.shape)}"
         )
     student = _precise(student_feature)
     teacher = functional.adaptive_avg_pool2d(_precise(teacher_feature), (student.shape[2], student.shape[3]))
@@ -141,14 +143,14 @@ def overhaul_loss(student_feature: Tensor, teacher_feature: Tensor, margin: Tens
 
 
 def overhaul_margin(batch_norm: _BatchNorm) -> Tensor:
-    """(C,) E[x | x < 0] for x ~ N(beta, gamma^2), what ``batch_norm`` writes (Heo et al., 2019).
+    """E[x | x < 0] (C,) for the output x ~ N(beta, gamma^2) of ``batch_norm`` (Heo et al., 2019).
 
-    beta - |gamma| phi(beta/|gamma|) / Phi(-beta/|gamma|), or -3 |gamma| where at most a thousandth of x is negative.
+    beta - |gamma| phi(beta/|gamma|) / Phi(-beta/|gamma|), or -3 |gamma| if at most a thousandth of x is negative.
     """
     reference = torch.zeros(batch_norm.num_features) if batch_norm.bias is None else batch_norm.bias.detach()
     mean = reference.double()
     scale = torch.ones_like(mean) if batch_norm.weight is None else batch_norm.weight.detach().double().abs()
-    # A channel without spread is its mean, which the formula gives as a limit.
+    # Without variance a channel is its mean, which the formula approaches as a limit.
     ratio = mean / scale.clamp(min=1e-30)
     density = torch.exp(-ratio.square() / 2) / math.sqrt(2 * math.pi)
     share = torch.special.ndtr(-ratio)
@@ -159,11 +161,14 @@ def overhaul_margin(batch_norm: _BatchNorm) -> Tensor:
 def variational_loss(predicted_mean: Tensor, target: Tensor, raw_scale: Tensor) -> Tensor:
     """mean((r - t)^2 / var + log var) / 2 of maps (N,C,H,W), var = softplus(raw_scale) + 1e-5 (Ahn et al., 2019).
 
-    ``raw_scale`` (C,) is learned; the constant of the Gaussian's log-likelihood is left out.
+    ``raw_scale`` (C,) is learned; the constant of the Gaussian log-likelihood is omitted.
     """
     _check_same(predicted_mean, target)
     if raw_scale.shape != target.shape[1:2]:
-        raise ValueError(f"raw_scale {tuple(raw_scale.shape)} is not one value for each of {target.shape[1]} channels")
+        raise ValueError(
+            f"raw_scale must have one value for each of {target.shape[1]} channels, but has the shape "
+            f"{tuple(raw_scale.shape)}"
+        )
     variance = (functional.softplus(_precise(raw_scale)) + MIN_VARIANCE).reshape(1, -1, 1, 1)
     error = _precise(predicted_mean) - _precise(target)
     return (error.square() / variance + variance.log()).mean() / 2
@@ -173,10 +178,13 @@ def contrastive_nce_loss(scores: Tensor, num_samples: int) -> Tensor:
     """Noise-contrastive loss of scores (N,1+K), the positive first, mean over the batch (Tian et al., 2020).
 
     Scores are exp(similarity / T) / Z > 0; ``num_samples`` is the size n of the data set. Noise is drawn uniformly from
-    it, so that K/n weighs the K samples.
+    it, so the K samples have the weight K/n.
     """
     if scores.ndim != 2 or scores.shape[1] < 2 or num_samples < 1:
-        raise ValueError(f"scores {tuple(scores.shape)} of {num_samples} samples are not (N,1+K) with K of 1 or more")
+        raise ValueError(
+            f"scores must be (N,1+K) with K of 1 or more, and num_samples 1 or more, but scores are "
+            f"{tuple(scores.shape)} and num_samples is {num_samples}"
+        )
     positive, negatives = _precise(scores[:, 0]), _precise(scores[:, 1:])
     noise = negatives.shape[1] / num_samples
     hit = torch.log(positive / (positive + noise + _NCE_EPSILON))
@@ -195,7 +203,7 @@ def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _correlation(a: Tensor, b: Tensor) -> Tensor:
-    """Mean over rows of the correlation of two matrices' rows."""
+    """The mean correlation between corresponding rows of two matrices."""
     a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
     product = torch.linalg.vector_norm(a, dim=1) * torch.linalg.vector_norm(b, dim=1)
     correlations: Tensor = (a * b).sum(1) / (product + _CORRELATION_EPSILON)
@@ -212,20 +220,25 @@ def _smaller_side(a: Tensor, b: Tensor) -> tuple[int, int]:
 
 def _paired(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     if len(student) != len(teacher) or not student:
-        raise ValueError(f"{len(student)} features of the student for {len(teacher)} of the teacher")
+        raise ValueError(
+            "student and teacher need equally many features, at least 1, but the student has "
+            f"{len(student)} and the teacher {len(teacher)}"
+        )
     pairs = list(zip(student, teacher, strict=True))
     for s, t in pairs:
-        if s.ndim != 4 or t.ndim != 4 or s.shape[0] != t.shape[0]:
+        if s.ndim != 4 or t.ndim != 4:
+            raise ValueError(f"features must be (N,C,H,W), but have the shapes {tuple(s.shape)} and {tuple(t.shape)}")
+        if s.shape[0] != t.shape[0]:
             raise ValueError(_differ(s, t))
     return pairs
 
 
 def _check_logits(student: Tensor, teacher: Tensor, temperature: float) -> None:
     if student.ndim != 2:
-        raise ValueError(f"logits {tuple(student.shape)} are not (N,K)")
+        raise ValueError(f"logits must be (N,K), but have the shape {tuple(student.shape)}")
     _check_same(student, teacher)
     if temperature <= 0:
-        raise ValueError(f"the temperature is {temperature}, and must be above 0")
+        raise ValueError(f"the temperature must be above 0, but is {temperature}")
 
 
 def _check_same(student: Tensor, teacher: Tensor) -> None:
@@ -234,4 +247,4 @@ def _check_same(student: Tensor, teacher: Tensor) -> None:
 
 
 def _differ(student: Tensor, teacher: Tensor) -> str:
-    return f"the student's {tuple(student.shape)} does not go with the teacher's {tuple(teacher.shape)}"
+    return f"the student's shape {tuple(student.shape)} does not match the teacher's {tuple(teacher.shape)}"

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: a = 0 at the last step would make it independent of the recursion and its weight degenerate.
+#: The least a^2: with a = 0 at the last step, its weight would be degenerate and the recursion would not enter it.
 _MIN_SIGNAL = 1e-5
 _DDPM_STEPS = 1000
 
@@ -29,8 +29,8 @@ class Posterior(NamedTuple):
 class NoiseSchedule:
     """Signal and noise levels, each of shape (num_steps + 1,), float64, index 0 = clean.
 
-    The same as plain numbers, so that a training step asks no tensor: ``levels[k]`` is (a_k, b_k), and ``steps[k - 1]``
-    the posterior of the step k -> k-1.
+    The same as plain numbers, so that a training step reads no tensor: ``levels[k]`` is (a_k, b_k), and
+    ``steps[k - 1]`` is the posterior of the step k -> k-1.
     """
 
     alpha_hat: Tensor
@@ -45,7 +45,7 @@ class NoiseSchedule:
 
     @property
     def num_steps(self) -> int:
-        """Number of steps."""
+        """The number of steps."""
         return len(self.steps)
 
     @classmethod
@@ -81,10 +81,10 @@ def posterior_coefficients(schedule: NoiseSchedule, n: int, s: int) -> Posterior
     """(u, v, w) of q(x_s | x_n, x_0) = N(u x_n + v x_0, w sigma^2) for 0 <= s < n (eq. 10, corrected).
 
     With A = a_n / a_s: u = A b_s^2 / b_n^2, v = a_s (1 - A^2) / b_n^2, w = (1 - A^2) b_s^2 / b_n^2. Raises
-    ``ValueError`` for times that are not on the grid or not in that order.
+    ``ValueError`` unless 0 <= s < n <= ``schedule.num_steps``.
     """
     if not 0 <= s < n <= schedule.num_steps:
-        raise ValueError(f"need 0 <= s < n <= {schedule.num_steps}, got s={s}, n={n}")
+        raise ValueError(f"s and n must satisfy 0 <= s < n <= {schedule.num_steps}, but s={s} and n={n}")
     return _posterior(schedule.alpha_hat[n].item(), schedule.alpha_hat[s].item())
 
 

@@ -1,8 +1,8 @@
-"""The shared-noise loss as a quadratic form of the branch errors: small matrices, and one product with a large one.
+"""The shared-noise loss as a quadratic form of the branch errors.
 
-e_j = x0 - z_j is the error of branch j; r_{k-1} = u_k r_k + v_k e_{pi(k)} is the distance of the two walks after step
-k, and L = (1/m) sum_k omega_k mean(r_{k-1}^2) = e' F e. A matrix (m,m) of plain numbers is called a form here; where
-it belongs to no permutation yet, its rows and columns are steps.
+e_j = x0 - z_j is the error of branch j; r_{k-1} = u_k r_k + v_k e_{pi(k)} is the distance between the two trajectories
+after step k, and L = (1/m) sum_k omega_k mean(r_{k-1}^2) = e' F e. A matrix (m,m) of plain numbers is called a form
+here; before a permutation is applied, its rows and columns are steps, and afterwards branches.
 """
 
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ from training.noise_schedule import Posterior
 Form = tuple[tuple[float, ...], ...]
 
 
-def walk_rows(steps: Sequence[Posterior]) -> Form:
-    """Row k - 1 holds the coefficients with which r_{k-1} sums the errors of the branches that serve steps 1..m."""
+def distance_rows(steps: Sequence[Posterior]) -> Form:
+    """Row k - 1 has the coefficients of r_{k-1} as a sum over the errors of the branches that serve steps 1..m."""
     row, rows = [0.0] * len(steps), []
     for k in range(len(steps), 0, -1):
         row = [steps[k - 1].u * value for value in row]
@@ -29,21 +29,22 @@ def walk_rows(steps: Sequence[Posterior]) -> Form:
 
 
 def loss_form(steps: Sequence[Posterior], step_weights: Sequence[float]) -> Form:
-    """F with L = e' F e, symmetric."""
-    return _weighted(walk_rows(steps), walk_rows(steps), step_weights)
+    """The symmetric matrix F with L = e' F e."""
+    rows = distance_rows(steps)
+    return _weighted(rows, rows, step_weights)
 
 
 def truncated_form(steps: Sequence[Posterior], step_weights: Sequence[float]) -> Form:
-    """T with dL/de = 2 T e where no gradient flows through r_k into earlier steps; in general not symmetric."""
+    """The matrix T with dL/de = 2 T e if no gradient flows through r_k into earlier steps; in general not symmetric."""
     count = len(steps)
     own = tuple(tuple(steps[k].v if k == j else 0.0 for j in range(count)) for k in range(count))
-    return _weighted(own, walk_rows(steps), step_weights)
+    return _weighted(own, distance_rows(steps), step_weights)
 
 
 def permutation_average(form: Form) -> tuple[float, float]:
-    """(alpha, beta) with alpha I + beta 11' the mean of ``form`` over all orders of the branches.
+    """(alpha, beta) such that alpha I + beta 11' is the mean of ``form`` over all orders of the branches.
 
-    That is the only matrix that no exchange of branches changes; its two numbers follow from trace and total.
+    Only matrices of that kind are the same under every exchange of branches; trace and sum determine the two numbers.
     """
     count = len(form)
     trace = sum(form[i][i] for i in range(count))
@@ -52,24 +53,24 @@ def permutation_average(form: Form) -> tuple[float, float]:
 
 
 def symmetric_form(alpha: float, beta: float, count: int) -> Form:
-    """alpha I + beta 11', of ``count`` rows."""
+    """alpha I + beta 11' with ``count`` rows."""
     return tuple(tuple(beta + (alpha if i == j else 0.0) for j in range(count)) for i in range(count))
 
 
 def reordered(form: Form, order: Sequence[int]) -> Form:
-    """``form`` with rows and columns by branch, where ``order[k - 1]`` is the branch of step k."""
+    """``form`` with a row and a column for each branch; ``order[k - 1]`` is the branch of step k."""
     step_of = [order.index(branch) for branch in range(len(form))]
     return tuple(tuple(form[i][j] for j in step_of) for i in step_of)
 
 
 def reordered_on_device(form: Tensor, orders: Tensor) -> Tensor:
-    """``reordered`` for a (m,m) tensor and orders (m,) or (N,m) int64, to (m,m) or (N,m,m); nothing waits for it."""
+    """``reordered`` of a tensor (m,m) by int64 orders (m,) or (N,m), on their device: (m,m) or (N,m,m)."""
     step_of = orders.argsort(-1)
     return form[step_of.unsqueeze(-1), step_of.unsqueeze(-2)]
 
 
 def on_device(form: Form, like: Tensor) -> Tensor:
-    """``form`` beside ``like`` in its dtype: copied there once, as every copy from the host waits for the device."""
+    """``form`` as a tensor with the dtype and device of ``like``; copied once, as each copy waits for the device."""
     if torch.compiler.is_compiling():
         return torch.tensor(form, dtype=like.dtype, device=like.device)
     return _copied(form, like.dtype, like.device)
@@ -77,16 +78,16 @@ def on_device(form: Form, like: Tensor) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _copied(form: Form, dtype: torch.dtype, device: torch.device) -> Tensor:
-    # What is made in inference mode could not be used in training later.
+    # A tensor that is created in inference mode cannot be used in training later.
     with torch.inference_mode(mode=False):
         return torch.tensor(form, dtype=dtype, device=device)
 
 
 def quadratic_mean(errors: Tensor, form: Tensor, gradient_form: Tensor | None = None) -> Tensor:
-    """Mean over elements of e' F e, a scalar; errors (m,N,...), ``form`` (m,m), or (N,m,m) with one for each sample.
+    """Mean over elements of e' F e, a scalar, for errors (m,N,...) and ``form`` F (m,m), or (N,m,m) for each sample.
 
-    Its gradient is 2 T e / elements with T = ``gradient_form``, by default F, which is taken to be symmetric. Errors of
-    less than float32 are summed in that.
+    The gradient is 2 T e / elements with T = ``gradient_form``, by default F, which must be symmetric. Errors of lower
+    precision are summed in float32.
     """
     precise = errors.to(torch.promote_types(errors.dtype, torch.float32))
     per_sample = form.ndim == 3
@@ -104,18 +105,18 @@ def full_precision(device: torch.device) -> AbstractContextManager[object]:
 
 
 def _in_memory_order(errors: Tensor) -> Tensor:
-    """(m,...) with the other dimensions in any order: a form does not know it, and flattening copies nothing then."""
+    """(m,...) with its other dimensions in memory order: the result is the same, and flattening needs no copy."""
     inner = sorted(range(1, errors.ndim), key=lambda dim: (-errors.stride()[dim], dim))
     return errors.permute(0, *inner)
 
 
 class _QuadraticForm(torch.autograd.Function):
-    """sum(e * F e) of errors (..., m, D); one product serves both directions where F gives the gradient too."""
+    """sum(e * F e) of errors (..., m, D); if F gives the gradient too, one product serves both passes."""
 
     @staticmethod
     def forward(ctx: Any, errors: Tensor, form: Tensor, gradient_form: Tensor | None) -> Tensor:
         pull = form @ errors
-        # A sum of products, not a Gram matrix: BLAS adds up half a million products in one float32.
+        # Not through a Gram matrix: BLAS would add up half a million products in one float32.
         total = (errors * pull).sum()
         leading = form if gradient_form is None else gradient_form
         ctx.save_for_backward(errors, leading, pull if gradient_form is None else leading @ errors)
@@ -124,7 +125,7 @@ class _QuadraticForm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         errors, form, pull = ctx.saved_tensors
-        # For a second derivative the product has to be part of the graph.
+        # A second derivative needs the product as a part of the graph.
         return 2 * gradient * (form @ errors if torch.is_grad_enabled() else pull), None, None
 
 

@@ -24,7 +24,7 @@ from kdexport.reparam.blocks import BranchSpec, attach_branches, branch_paths
 from kdexport.reparam.branches import ParallelBranches
 from kdexport.students import STUDENTS, Student
 from training.data import Batches, EvaluationBatches, preprocessing_of, training_batches
-from training.devices import BuffersStay, check_share, gathered
+from training.devices import LocalBuffers, check_batch_size, gathered
 from training.distillers import DISTILLERS
 from training.recipe import Recipe, TrainSettings
 from training.runs.handover import Origin, hand_over, student_spec
@@ -47,8 +47,8 @@ def make_accelerator(settings: TrainSettings) -> Accelerator:
     """CUDA where there is one, else the CPU; several processes under ``accelerate launch`` or ``torchrun``."""
     # Unless told, accelerate does not join the processes of torchrun on a machine without a GPU.
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=_precision(settings.mixed_precision))
-    accelerator.ddp_handler = BuffersStay()
-    check_share(settings.batch_size, accelerator.num_processes)
+    accelerator.ddp_handler = LocalBuffers()
+    check_batch_size(settings.batch_size, accelerator.num_processes)
     return accelerator
 
 

@@ -206,7 +206,9 @@ def test_images_of_another_size_are_resized_before_they_are_cropped(tmp_path: Pa
 def test_too_few_images_for_one_batch_are_refused(image_size: int) -> None:
     with pytest.raises(DataError) as caught:
         training_batches(noise_images(7), settings(image_size=image_size), batch_size=8, seed=0, device=CPU)
-    assert str(caught.value) == "7 training images do not fill one batch of 8.\nLower train.batch_size."
+    assert str(caught.value) == (
+        "The training set has 7 images, fewer than one batch of 8.\nSet train.batch_size to 7 or less, or add images."
+    )
 
 
 def test_streamed_batches_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:

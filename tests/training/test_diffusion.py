@@ -1,5 +1,6 @@
 import itertools
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from tests.training.noise_schedules import EVERY_SCHEDULE, conditioned, random_s
 from training.diffusion import (
     SCHEDULES,
     Backpropagation,
-    MarginalReading,
+    MarginalOptions,
     NoiseSchedule,
     Permutation,
     StepWeights,
@@ -83,7 +84,7 @@ class Marginal:
     order: Sequence[int]
     teacher: Array
     frozen: Sequence[Array]
-    reading: MarginalReading = field(default_factory=MarginalReading)
+    reading: MarginalOptions = field(default_factory=MarginalOptions)
     weights: Sequence[float] = (1.0,) * 16
     truncated: bool = False
     gaussian: Array | None = None
@@ -204,17 +205,17 @@ def test_the_marginal_loss_is_not_zero_where_every_branch_is_the_teacher(name: s
 
 
 READINGS = [
-    MarginalReading(start=start, noise=noise, target=target, sigma=1.6 if noise == "gaussian" else 1.0)
-    for start in get_args(MarginalReading.__annotations__["start"])
-    for noise in get_args(MarginalReading.__annotations__["noise"])
-    for target in get_args(MarginalReading.__annotations__["target"])
+    MarginalOptions(start=start, noise=noise, target=target, sigma=1.6 if noise == "gaussian" else 1.0)
+    for start in get_args(MarginalOptions.__annotations__["start"])
+    for noise in get_args(MarginalOptions.__annotations__["noise"])
+    for target in get_args(MarginalOptions.__annotations__["target"])
 ]
 
 
 @pytest.mark.parametrize("truncated", [False, True], ids=["full", "truncated"])
 @pytest.mark.parametrize("reading", READINGS, ids=lambda r: f"{r.start}-{r.noise}-{r.target}")
 def test_every_marginal_reading_and_its_gradient_are_those_of_the_unrolled_walk(
-    reading: MarginalReading, truncated: bool
+    reading: MarginalOptions, truncated: bool
 ) -> None:
     order = (1, 3, 0, 2)
     schedule = NoiseSchedule.cosine(3 if reading.start == "own_branch" else 4)
@@ -478,27 +479,35 @@ def test_gradients_are_those_of_finite_differences(loss: Callable[..., torch.Ten
 def test_arguments_that_do_not_fit_the_schedule_are_refused() -> None:
     schedule, teacher = NoiseSchedule.cosine(3), torch.zeros(2, 3)
     branches = [torch.ones(2, 3) for _ in range(3)]
-    with pytest.raises(ValueError, match=r"^2 branches for a schedule of 3 steps$"):
+    with pytest.raises(ValueError, match=r"^got 2 branches for a schedule of 3 steps$"):
         reverse_process_loss(branches[:2], teacher, schedule)
-    with pytest.raises(ValueError, match=r"\(2, 1\).* differ in shape from the teacher's \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"\(2, 1\)\], but the teacher's feature has \(2, 3\)$"):
         reverse_process_loss([*branches[:2], torch.ones(2, 1)], teacher, schedule)
     for order in ([0, 1], [0, 1, 1], [1, 2, 3], [0, 1, 2, 2]):
-        with pytest.raises(ValueError, match=r"is not a permutation of 0\.\.2"):
+        with pytest.raises(
+            ValueError, match=rf"^permutation must contain each of 0\.\.2 once, but is {re.escape(str(order))}$"
+        ):
             reverse_process_loss(branches, teacher, schedule, order)
-    with pytest.raises(ValueError, match="closed form for the shared-noise trajectory only"):
+    with pytest.raises(
+        ValueError, match=r"^permutation 'expected' has a closed form for trajectory 'shared_noise' only$"
+    ):
         reverse_process_loss(branches, teacher, schedule, "expected", "marginal")
-    with pytest.raises(ValueError, match="'shuffled' is neither 'expected' nor a permutation"):
+    with pytest.raises(
+        ValueError, match=r"^permutation must be 'expected' or an order of the branches, but is 'shuffled'$"
+    ):
         reverse_process_loss(branches, teacher, schedule, "shuffled")  # type: ignore[arg-type]
     for wrong in (torch.tensor([0, 1]), torch.tensor([0.0, 1, 2]), torch.tensor([[0, 1, 2]] * 3)):
-        with pytest.raises(ValueError, match="is not an int64 order of 3 branches, nor one for each sample"):
+        with pytest.raises(
+            ValueError, match=r"^permutation is a tensor torch\..*, but must be int64 \(3,\) or \(2,3\)$"
+        ):
             reverse_process_loss(branches, teacher, schedule, wrong)
-    with pytest.raises(ValueError, match="2 step weights for a schedule of 3 steps"):
+    with pytest.raises(ValueError, match=r"^got 2 step weights for a schedule of 3 steps$"):
         reverse_process_loss(branches, teacher, schedule, step_weights=(1.0, 2.0))
-    own = MarginalReading(start="own_branch")
-    with pytest.raises(ValueError, match="3 branches, one of them the start, for a schedule of 3 steps"):
+    own = MarginalOptions(start="own_branch")
+    with pytest.raises(ValueError, match=r"^got 3 branches, one of which is the start, for a schedule of 3 steps$"):
         reverse_process_loss(branches, teacher, schedule, (0, 1, 2), "marginal", marginal=own)
-    with pytest.raises(ValueError, match="one start, noise and target: others belong to the marginal"):
-        reverse_process_loss(branches, teacher, schedule, (0, 1, 2), marginal=MarginalReading(noise="gaussian"))
+    with pytest.raises(ValueError, match=r"^start, noise and target can be chosen for trajectory 'marginal' only$"):
+        reverse_process_loss(branches, teacher, schedule, (0, 1, 2), marginal=MarginalOptions(noise="gaussian"))
 
 
 def test_the_documented_coefficients_are_those_of_the_code() -> None:

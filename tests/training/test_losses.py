@@ -403,30 +403,49 @@ def test_each_image_counts_the_same_and_batches_average(name: str) -> None:
 
 FEATURE, LOGITS = torch.zeros(3, 5, 4, 4), torch.zeros(3, 5)
 WRONG: dict[str, tuple[Callable[[], Any], str]] = {
-    "kd, classes": (lambda: kd_loss(LOGITS, torch.zeros(3, 6), 4), r"student's \(3, 5\) .* teacher's \(3, 6\)"),
-    "kd, broadcast": (lambda: kd_loss(LOGITS, torch.zeros(1, 5), 4), r"student's \(3, 5\) .* teacher's \(1, 5\)"),
-    "kd, maps": (lambda: kd_loss(FEATURE, FEATURE, 4), r"logits \(3, 5, 4, 4\) are not \(N,K\)"),
-    "kd, temperature": (lambda: kd_loss(LOGITS, LOGITS, 0), "temperature is 0, and must be above 0"),
-    "dkd, targets": (lambda: dkd_loss(LOGITS, LOGITS, torch.zeros(2).long(), 1, 1, 4), r"targets \(2,\)"),
-    "dkd, one-hot": (lambda: dkd_loss(LOGITS, LOGITS, torch.zeros(3, 5).long(), 1, 1, 4), r"targets \(3, 5\)"),
+    "kd, classes": (lambda: kd_loss(LOGITS, torch.zeros(3, 6), 4), r"student's shape \(3, 5\) .* teacher's \(3, 6\)"),
+    "kd, broadcast": (lambda: kd_loss(LOGITS, torch.zeros(1, 5), 4), r"student's shape \(3, 5\) .* teacher's \(1, 5\)"),
+    "kd, maps": (lambda: kd_loss(FEATURE, FEATURE, 4), r"^logits must be \(N,K\), but have the shape \(3, 5, 4, 4\)$"),
+    "kd, temperature": (lambda: kd_loss(LOGITS, LOGITS, 0), "^the temperature must be above 0, but is 0$"),
+    "dkd, targets": (
+        lambda: dkd_loss(LOGITS, LOGITS, torch.zeros(2).long(), 1, 1, 4), r"need targets \(3,\) .* are \(2,\)$"
+    ),
+    "dkd, one-hot": (
+        lambda: dkd_loss(LOGITS, LOGITS, torch.zeros(3, 5).long(), 1, 1, 4), r"need targets \(3,\) .* are \(3, 5\)$"
+    ),
     "dkd, one class": (
         lambda: dkd_loss(torch.zeros(3, 1), torch.zeros(3, 1), torch.zeros(3).long(), 1, 1, 4), "2 or more classes"
     ),
-    "attention, stages": (lambda: attention_transfer_loss([FEATURE], [FEATURE] * 2), "1 features .* for 2"),
-    "attention, none": (lambda: attention_transfer_loss([], []), "0 features .* for 0"),
+    "attention, stages": (
+        lambda: attention_transfer_loss([FEATURE], [FEATURE] * 2), "student has 1 and the teacher 2$"
+    ),
+    "attention, none": (lambda: attention_transfer_loss([], []), "student has 0 and the teacher 0$"),
     "attention, batch": (lambda: attention_transfer_loss([FEATURE], [FEATURE[:1]]), r"teacher's \(1, 5, 4, 4\)"),
-    "attention, vectors": (lambda: attention_transfer_loss([LOGITS], [LOGITS]), r"student's \(3, 5\)"),
-    "attention, p": (lambda: attention_transfer_loss([FEATURE], [FEATURE], p=0), "power p is 0"),
+    "attention, vectors": (
+        lambda: attention_transfer_loss([LOGITS], [LOGITS]),
+        r"^features must be \(N,C,H,W\), but have the shapes \(3, 5\) and \(3, 5\)$",
+    ),
+    "attention, p": (
+        lambda: attention_transfer_loss([FEATURE], [FEATURE], p=0), "^the power p must be 1 or more, but is 0$"
+    ),
     "context, channels": (lambda: hierarchical_context_loss([FEATURE], [FEATURE[:, :1]]), r"teacher's \(3, 1, 4, 4\)"),
     "context, size": (lambda: hierarchical_context_loss([FEATURE], [FEATURE[..., :1]]), r"teacher's \(3, 5, 4, 1\)"),
-    "context, stages": (lambda: hierarchical_context_loss([FEATURE] * 3, [FEATURE] * 2), "3 features .* for 2"),
+    "context, stages": (
+        lambda: hierarchical_context_loss([FEATURE] * 3, [FEATURE] * 2), "student has 3 and the teacher 2$"
+    ),
     "overhaul, channels": (lambda: overhaul_loss(FEATURE, FEATURE[:, :1], torch.zeros(5)), r"teacher's \(3, 1, 4, 4\)"),
-    "overhaul, margin": (lambda: overhaul_loss(FEATURE, FEATURE, torch.zeros(1)), r"margin \(1,\) .* each of 5"),
+    "overhaul, margin": (
+        lambda: overhaul_loss(FEATURE, FEATURE, torch.zeros(1)), r"^margin must have one value for each of 5 .* \(1,\)$"
+    ),
     "variational, size": (lambda: variational_loss(FEATURE, FEATURE[..., :1], torch.zeros(5)), r"\(3, 5, 4, 1\)"),
-    "variational, scale": (lambda: variational_loss(FEATURE, FEATURE, torch.zeros(1)), r"raw_scale \(1,\)"),
-    "nce, no noise": (lambda: contrastive_nce_loss(torch.ones(3, 1), 10), r"scores \(3, 1\) of 10 samples"),
-    "nce, vector": (lambda: contrastive_nce_loss(torch.ones(3), 10), r"scores \(3,\)"),
-    "nce, no samples": (lambda: contrastive_nce_loss(torch.ones(3, 4), 0), "of 0 samples"),
+    "variational, scale": (
+        lambda: variational_loss(FEATURE, FEATURE, torch.zeros(1)), r"^raw_scale must .* 5 .* \(1,\)$"
+    ),
+    "nce, no noise": (
+        lambda: contrastive_nce_loss(torch.ones(3, 1), 10), r"scores are \(3, 1\) and num_samples is 10$"
+    ),
+    "nce, vector": (lambda: contrastive_nce_loss(torch.ones(3), 10), r"scores are \(3,\)"),
+    "nce, no samples": (lambda: contrastive_nce_loss(torch.ones(3, 4), 0), "num_samples is 0$"),
 }  # fmt: skip
 
 

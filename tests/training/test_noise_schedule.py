@@ -67,5 +67,5 @@ def test_the_step_to_the_clean_feature_depends_on_the_prediction_alone() -> None
 
 @pytest.mark.parametrize(("n", "s"), [(2, 2), (1, 2), (5, 1), (2, -1), (0, 0)])
 def test_times_off_the_grid_or_out_of_order_are_refused(n: int, s: int) -> None:
-    with pytest.raises(ValueError, match=rf"need 0 <= s < n <= 4, got s={s}, n={n}"):
+    with pytest.raises(ValueError, match=rf"^s and n must satisfy 0 <= s < n <= 4, but s={s} and n={n}$"):
         posterior_coefficients(NoiseSchedule.cosine(4), n, s)

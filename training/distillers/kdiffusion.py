@@ -6,7 +6,7 @@ from torch import Tensor
 from kdexport.students import Student
 from training.diffusion import (
     SCHEDULES,
-    MarginalReading,
+    MarginalOptions,
     Permutation,
     expected_loss_form,
     reverse_process_loss,
@@ -34,9 +34,9 @@ class KDiffusion(BranchedDistiller):
         self._step_weights = step_weights_of(
             self._schedule, settings.step_weights, sigma=settings.sigma, limit=settings.kl_limit
         )
-        self._marginal = MarginalReading()
+        self._marginal = MarginalOptions()
         if settings.trajectory == "marginal":
-            self._marginal = MarginalReading(
+            self._marginal = MarginalOptions(
                 start=settings.start, noise=settings.noise, target=settings.target, sigma=settings.sigma
             )
 

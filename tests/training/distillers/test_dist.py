@@ -44,7 +44,7 @@ def test_dist_is_finite_where_there_is_nothing_to_correlate(logits: Tensor) -> N
 
 
 def test_dist_refuses_different_shapes_and_a_temperature_of_zero() -> None:
-    with pytest.raises(ValueError, match="does not go with"):
+    with pytest.raises(ValueError, match="does not match the teacher's"):
         dist_loss(noise(3, 4), noise(3, 5), 1.0, 1.0, 1.0)
     with pytest.raises(ValueError, match="temperature"):
         dist_loss(noise(3, 4), noise(3, 4), 1.0, 1.0, 0.0)

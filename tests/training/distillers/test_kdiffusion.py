@@ -22,7 +22,7 @@ from tests.kdexport.hostile_values import relative_difference
 from training.diffusion import (
     SCHEDULES,
     Backpropagation,
-    MarginalReading,
+    MarginalOptions,
     StepWeights,
     Trajectory,
     reverse_process_loss,
@@ -519,7 +519,7 @@ def test_every_choice_of_the_recipe_reaches_the_loss(choice: str) -> None:
         if "step_weights" in options
         else None
     )
-    reading = MarginalReading(**{k: v for k, v in options.items() if k in MarginalReading.__dataclass_fields__})  # type: ignore[arg-type]
+    reading = MarginalOptions(**{k: v for k, v in options.items() if k in MarginalOptions.__dataclass_fields__})  # type: ignore[arg-type]
     torch.manual_seed(1)
     expected = reverse_process_loss(
         branches,

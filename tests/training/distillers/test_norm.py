@@ -45,5 +45,5 @@ def test_many_to_one_is_zero_for_copies_and_refuses_a_part_of_a_segment() -> Non
     # Segments lie one after another: interleaved copies are others.
     assert many_to_one_loss(teacher.repeat_interleave(4, 1), teacher).item() > 0.1
     for wrong in (noise(3, 12, 2, 7), noise(3, 5, 7, 2), noise(2, 5, 2, 7), noise(3, 3, 2, 7)):
-        with pytest.raises(ValueError, match="does not go with"):
+        with pytest.raises(ValueError, match="does not match the teacher's"):
             many_to_one_loss(wrong, teacher)

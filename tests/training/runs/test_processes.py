@@ -112,8 +112,8 @@ def test_the_state_on_disk_is_that_of_the_first_process(kind: str, runs: Path) -
 def test_a_batch_that_the_processes_cannot_share_evenly_is_refused(runs: Path) -> None:
     assert (runs / "one" / "uneven").read_text() == "accepted"
     assert (runs / "two" / "uneven").read_text() == (
-        "train.batch_size = 9 is not a multiple of the 2 processes that share a batch.\n"
-        "Set train.batch_size=8, or start another number of processes."
+        "train.batch_size = 9 cannot be divided evenly among 2 processes.\n"
+        "Set train.batch_size=8, or start a number of processes that divides 9."
     )
 
 
