@@ -1,4 +1,4 @@
-"""The images that int8 is calibrated on: of the training split, without augmentation, spread over all classes."""
+"""Calibration images for int8: from the training split, without augmentation, evenly spread over all classes."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from kdexport.data.preprocessing import Preprocessing
 
 
 class CalibrationSettings(Settings):
-    """``[calibration]``: how int8 finds the range of each tensor, always on training images."""
+    """``[calibration]``: how the range of each tensor is measured, always on training images."""
 
     method: Literal["minmax", "entropy", "percentile"] = "minmax"
     images: Annotated[int, Field(ge=1, le=100_000)] = 256
-    #: For ``percentile``: how many per cent of the values an activation's levels hold.
+    #: For ``percentile``: the percentage of values inside the range of an activation.
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
-    #: Bits of a weight for CPUs. With 8, processors without VNNI saturate inside OpenVINO and in Triton.
+    #: Bits of a weight for CPUs. With 8 bits, sums saturate on processors without VNNI in OpenVINO and in Triton.
     weight_bits: Literal[7, 8] = 7
 
 
@@ -29,7 +29,7 @@ _BATCH = 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Calibration:
-    """What is measured on: a data set, of which only the training split is ever opened, and how many images of it."""
+    """A data set, of which only the training split is opened, and the settings of the calibration."""
 
     settings: CalibrationSettings
     dataset: DatasetSpec
@@ -37,16 +37,16 @@ class Calibration:
     preprocessing: Preprocessing
 
     def batches(self) -> Iterator[NDArray[np.float32]]:
-        """Normalised images (16,3,S,S), evenly spread over the set; fewer where the set has fewer."""
+        """Normalised images in batches (16,3,S,S) or smaller, evenly spread over the set; all if it has fewer."""
         images = open_dataset(self.dataset, "train")
         chosen = self._chosen(len(images))
         for start in range(0, len(chosen), _BATCH):
             yield self.preprocessing.normalise(images.read(chosen[start : start + _BATCH], self.preprocessing))
 
     def search_images(self, count: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Normalised training images (n,3,S,S) and their labels (n,), evenly spread, those of ``batches`` left out.
+        """Normalised training images (n,3,S,S) and their labels (n,), evenly spread, without those of ``batches``.
 
-        Where the set has no others, the same images serve twice.
+        If ``batches`` uses all images of the set, the same images are used again.
         """
         images = open_dataset(self.dataset, "train")
         everything = np.arange(len(images))
@@ -56,9 +56,9 @@ class Calibration:
         return self.preprocessing.normalise(images.read(chosen, self.preprocessing)), images.labels[chosen]
 
     def _chosen(self, total: int) -> list[int]:
-        # A set is often sorted by class, and some classes have a smaller range than others.
+        # A set is often sorted by class, and ranges differ between classes.
         return spread(total, self.settings.images)
 
     def to_json(self) -> dict[str, object]:
-        """What the manifest says about it."""
+        """The entry of the manifest."""
         return {**self.settings.model_dump(mode="json"), "split": "train", "dataset_sha256": self.dataset_sha256}

@@ -1,6 +1,6 @@
-"""Labelled images from the places they come in: digits, CIFAR-100 archives, image folders.
+"""Data sets: the scikit-learn digits, CIFAR-100 archives, and image folders.
 
-Reading is the same for training and verification; augmentation belongs to ``training``.
+Training and verification read images in the same way; augmentation is part of ``training``.
 """
 
 import contextlib
@@ -25,34 +25,29 @@ from kdexport.registry import nearest
 if TYPE_CHECKING:
     from PIL import Image
 
-
 Split = Literal["train", "test"]
-
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm"}
-
 _SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val")}
-
 _CIFAR_FOLDER = "cifar-100-python"
-
 _LAYOUT = "DIR/train/<class>/*.png and DIR/test/<class>/*.png (or val/)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DatasetSpec:
-    """``name`` is ``digits``, ``cifar100`` or ``folder:PATH``; ``root`` is where cifar100 lies."""
+    """``name`` is ``digits``, ``cifar100`` or ``folder:PATH``; ``root`` is the folder of cifar100."""
 
     name: str
     root: str = ""
 
 
 def dataset_spec(name: str, root: str) -> DatasetSpec:
-    """The set ``name`` at ``root``, which for an image folder replaces its own path; ``ConfigError`` for digits."""
+    """The data set ``name`` at ``root``, which replaces the path of an image folder; ``ConfigError`` for digits."""
     if name.startswith("folder:") and root:
         return DatasetSpec(name=f"folder:{root}")
     if name == "digits" and root:
         raise ConfigError(
-            f"The digits ship inside scikit-learn and cannot be read from {root}.",
-            remedy="Leave --data and `root` away, or name another data set.",
+            f"The data set digits is part of scikit-learn and cannot be read from {root}.",
+            remedy="Omit --data and `root`, or use a different data set.",
         )
     return DatasetSpec(name=name, root=root)
 
@@ -61,8 +56,7 @@ def dataset_spec(name: str, root: str) -> DatasetSpec:
 class ImageSet:
     """One split: N labelled images, read one at a time, with a fingerprint of their content.
 
-    ``pixels`` holds them decoded, (N,H,W,3) uint8, where they come as one array; ``files`` names them where they are
-    image files.
+    ``pixels`` (N,H,W,3) uint8 holds them if the data set is one array; ``files`` lists them if they are image files.
     """
 
     classes: tuple[str, ...]
@@ -74,7 +68,7 @@ class ImageSet:
         return len(self.labels)
 
     def original(self, index: int) -> tuple[bytes, str]:
-        """The bytes of an image as it was found, and their suffix; arrays are encoded losslessly as PNG."""
+        """The bytes of an image file and its suffix; an image from an array is encoded losslessly as PNG."""
         if self.pixels is None:
             path = self.files[index]
             return path.read_bytes(), path.suffix.lower()
@@ -89,7 +83,7 @@ class ImageSet:
         return np.stack([preprocessing.pixels(self.image(index)) for index in indices])
 
     def image(self, index: int) -> "Image.Image":
-        """One image, decoded, in its own size; raises ``DataError`` where its file cannot be read."""
+        """One decoded image in its original size; raises ``DataError`` if its file cannot be read."""
         if self.pixels is None:
             return read_image(self.files[index])
         from PIL import Image
@@ -97,21 +91,21 @@ class ImageSet:
         return Image.fromarray(self.pixels[index])
 
     def fingerprint(self) -> str:
-        """sha256 over classes, labels and the bytes of all images."""
+        """sha256 of classes, labels and the bytes of all images."""
         digest = hashlib.sha256("\0".join(self.classes).encode())
         digest.update(self.labels.tobytes())
         if self.pixels is not None:
             digest.update(np.ascontiguousarray(self.pixels).tobytes())
         for path in self.files:
             data = path.read_bytes()
-            # With its length, so that bytes cannot move from one image to the next unnoticed.
+            # The length is hashed too, so that moving bytes from one image to the next changes the fingerprint.
             digest.update(len(data).to_bytes(8, "little"))
             digest.update(data)
         return digest.hexdigest()
 
 
 def open_dataset(spec: DatasetSpec, split: Split) -> ImageSet:
-    """Open one split. Raises ``DataError`` where it is missing, empty or inconsistent, ``ConfigError`` for its name."""
+    """Open one split. Raises ``DataError`` if it is missing, empty or inconsistent, ``ConfigError`` for its name."""
     if spec.name.startswith("folder:"):
         return _open_folder(Path(spec.name.removeprefix("folder:")), split)
     readers: dict[str, Callable[[DatasetSpec, Split], ImageSet]] = {"digits": _open_digits, "cifar100": _open_cifar100}
@@ -125,8 +119,8 @@ def _require_known(name: str) -> None:
         raise ConfigError(f"There is no data set named {name!r}.", remedy=nearest(name, [*known, "folder:PATH"]))
 
 
-def sources(spec: DatasetSpec) -> list[Path]:
-    """The files a data set is read from, for a cheap check whether they changed; empty for data inside a package."""
+def source_files(spec: DatasetSpec) -> list[Path]:
+    """The files of a data set, so that changes can be detected cheaply; empty for data that is part of a package."""
     _require_known(spec.name)
     if spec.name == "digits":
         return []
@@ -144,8 +138,8 @@ def _open_digits(_spec: DatasetSpec, split: Split) -> ImageSet:
         from sklearn.model_selection import train_test_split
     except ImportError:
         raise BackendUnavailableError(
-            "The digits data set ships inside scikit-learn, which is not installed.",
-            remedy="pip install 'kdexport[demo]'",
+            "The data set digits needs scikit-learn, which is not installed.",
+            remedy="Run `pip install 'kdexport[demo]'`.",
         ) from None
     from PIL import Image
 
@@ -175,18 +169,18 @@ def _open_cifar100(spec: DatasetSpec, split: Split) -> ImageSet:
             return _open_folder(root, split)
         raise DataError(
             f"CIFAR-100 was not found in {root}.",
-            remedy=f"Put the official python archive there (unpacked, with its folder {_CIFAR_FOLDER}) or image "
-            f"folders ({_LAYOUT}), or name the place with --data DIR or `root` under [data].",
+            remedy=f"Pass the folder with --data DIR or `root` under [data]: it must contain the official archive, "
+            f"unpacked as {_CIFAR_FOLDER}, or image folders ({_LAYOUT}).",
         )
     from torchvision.datasets import CIFAR100
 
     try:
-        # torchvision checks the archive's MD5 before it unpickles it, so no foreign pickle is ever loaded.
+        # torchvision checks the MD5 of the archive before unpickling it, so no untrusted pickle is loaded.
         data = CIFAR100(str(archive.parent), train=split == "train", download=False)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
         raise DataError(
-            f"The CIFAR-100 archive in {archive} is incomplete or changed: {error}.",
-            remedy="Unpack the official archive again.",
+            f"The CIFAR-100 archive in {archive} is incomplete or modified: {error}.",
+            remedy="Download and unpack the official archive again.",
         ) from error
     return ImageSet(classes=tuple(data.classes), labels=np.asarray(data.targets, np.int64), pixels=data.data, files=())
 
@@ -194,7 +188,9 @@ def _open_cifar100(spec: DatasetSpec, split: Split) -> ImageSet:
 def _open_folder(root: Path, split: Split) -> ImageSet:
     found = next((root / name for name in _SPLIT_FOLDERS[split] if (root / name).is_dir()), None)
     if found is None:
-        raise DataError(f"{root} has no folder {' or '.join(_SPLIT_FOLDERS[split])}.", remedy=f"Expected: {_LAYOUT}.")
+        raise DataError(
+            f"{root} has no folder {' or '.join(_SPLIT_FOLDERS[split])}.", remedy=f"Arrange images as {_LAYOUT}."
+        )
     classes = sorted(entry.name for entry in found.iterdir() if entry.is_dir())
     files: list[Path] = []
     labels: list[int] = []
@@ -202,22 +198,23 @@ def _open_folder(root: Path, split: Split) -> ImageSet:
         images = sorted(path for path in (found / name).iterdir() if path.suffix.lower() in _SUFFIXES)
         if not images:
             raise DataError(
-                f"{found / name} holds no image.", remedy=f"Add images ({' '.join(sorted(_SUFFIXES))}) or remove it."
+                f"{found / name} contains no image.",
+                remedy=f"Add images ({' '.join(sorted(_SUFFIXES))}) or remove the folder.",
             )
         files += images
         labels += [label] * len(images)
     if not files:
-        raise DataError(f"{found} holds no class folder.", remedy=f"Expected: {_LAYOUT}.")
+        raise DataError(f"{found} contains no class folder.", remedy=f"Arrange images as {_LAYOUT}.")
     return ImageSet(classes=tuple(classes), labels=np.asarray(labels, np.int64), pixels=None, files=tuple(files))
 
 
 def spread(total: int, count: int) -> list[int]:
-    """``count`` places evenly over ``total``, all if there are fewer, so that every class of a sorted set is met."""
+    """``count`` indices evenly spread over ``total``, or all of them, so that a sorted set contributes every class."""
     return [int(index) for index in np.linspace(0, total - 1, min(count, total)).round()]
 
 
 def dataset_digest(spec: DatasetSpec, memory: Path) -> str:
-    """sha256 over both splits of a data set. Content is read once; names, sizes and times decide whether it changed."""
+    """sha256 of both splits of a data set. It is cached in ``memory`` by the names, sizes and times of the files."""
     listing = digest(
         {
             "name": spec.name.partition(":")[0],
@@ -225,25 +222,25 @@ def dataset_digest(spec: DatasetSpec, memory: Path) -> str:
             "files": _listing(spec),
         }
     )
-    remembered = memory / f"{listing}.json"
+    cached = memory / f"{listing}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return str(json.loads(remembered.read_text())["sha256"])
+        return str(json.loads(cached.read_text())["sha256"])
     train, test = open_dataset(spec, "train"), open_dataset(spec, "test")
     if train.classes != test.classes:
         only = sorted(set(train.classes) ^ set(test.classes))
         raise DataError(
-            f"The training and test splits have different classes; only in one of them: {', '.join(only[:5])}.",
-            remedy="Give every class a folder with images in both splits.",
+            f"The training and test splits have different classes; in one of them only: {', '.join(only[:5])}.",
+            remedy="Add a folder with images for every class in both splits.",
         )
     value = digest([train.fingerprint(), test.fingerprint()])
     memory.mkdir(parents=True, exist_ok=True)
-    write_text(remembered, json.dumps({"sha256": value}))
+    write_text(cached, json.dumps({"sha256": value}))
     return value
 
 
 def _listing(spec: DatasetSpec) -> list[tuple[str, int, int]]:
     entries = []
-    for path in sources(spec):
+    for path in source_files(spec):
         try:
             status = path.stat()
         except FileNotFoundError:

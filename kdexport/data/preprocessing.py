@@ -1,4 +1,4 @@
-"""From image bytes to the tensor that a student reads: one definition for training, verification and serving."""
+"""Preprocessing of images, from bytes to the input tensor: one definition for training, verification and serving."""
 
 import io
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")
-#: Below Pillow's own limit, so that this is the one that holds.
+#: Lower than the limit of Pillow, so that this limit applies first.
 _MAX_PIXELS = 80_000_000
 
 
@@ -52,9 +52,9 @@ class Preprocessing:
     def pixels(self, image: "Image.Image") -> NDArray[np.uint8]:
         """An opened image as (image_size, image_size, 3) uint8.
 
-        Resizing and cropping are one step: the crop box is taken in the source, so that no intermediate image grows
-        with the aspect ratio. Channels are resized as they lie in the source where that gives the same bits, because a
-        second image of its size would double the memory.
+        Resizing and cropping are one step with the crop box in source pixels, so that no intermediate image grows with
+        the aspect ratio. Channels are resized without converting the whole image first if the result is the same,
+        because a converted copy would double the memory.
         """
         from PIL import Image
 
@@ -81,11 +81,11 @@ class Preprocessing:
 
 
 def _colour_planes(image: "Image.Image") -> "Iterator[Image.Image]":
-    """What makes the colours of an image, one after the other: an RGB image, or single channels."""
+    """The parts of an image to resize separately: the RGB image itself, or single channels."""
     if image.mode in ("RGB", "L"):
         yield image
     elif image.mode in ("RGBA", "LA"):
-        # Pillow would multiply by alpha before it resizes, which dropping alpha beforehand does not.
+        # Pillow would multiply by alpha before resizing; alpha must be ignored.
         yield from (image.getchannel(name) for name in image.mode[:-1])
     else:
         yield image.convert("RGB")
@@ -112,20 +112,19 @@ def decode(
     formats: tuple[str, ...] = FORMATS,
     inspect: "Callable[[Image.Image], None]" = lambda _: None,
 ) -> "Image.Image":
-    """Decode image bytes; ``name`` is for the error. Raises ``DataError`` for a corrupt, huge or foreign image.
+    """Decode an image; ``name`` is for the error. Raises ``DataError`` for a corrupt, huge or unsupported one.
 
-    ``inspect`` sees the header before a pixel is decoded, and may refuse it with a ``KdexportError`` of its own.
+    ``inspect`` gets the image before its pixels are decoded, and may raise a ``KdexportError``.
     """
     from PIL import Image, UnidentifiedImageError
 
     try:
-        # Our own limit lies below the one at which Pillow warns; its warnings are process-wide state, and this runs
-        # in threads.
+        # The limit is lower than that at which Pillow warns: warnings are process-wide state, and this runs in threads.
         image = Image.open(io.BytesIO(data), formats=formats)
         if image.width * image.height > _MAX_PIXELS:
             raise _unreadable(name, f"it has {image.width}x{image.height} pixels", formats)
         if image.mode[0] in "IF":
-            # Pillow clips these at 255 where it converts them to RGB, which leaves an almost white image.
+            # Pillow clips these at 255 when converting to RGB, so the image would become almost white.
             raise _unreadable(name, f"its channels are wider than 8 bits (mode {image.mode})", formats)
         inspect(image)
         image.load()
@@ -145,7 +144,7 @@ def decode(
 def _unreadable(name: str, reason: str, formats: tuple[str, ...]) -> DataError:
     return DataError(
         f"{name} is not a readable image: {reason}.",
-        remedy=f"Repair or remove the file; {', '.join(formats)} up to {_MAX_PIXELS:,} pixels are read.",
+        remedy=f"Repair or remove the file; supported are {', '.join(formats)} up to {_MAX_PIXELS:,} pixels.",
     )
 
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from kdexport.data import datasets
-from kdexport.data.datasets import DatasetSpec, ImageSet, dataset_digest, dataset_spec, open_dataset, sources
+from kdexport.data.datasets import DatasetSpec, ImageSet, dataset_digest, dataset_spec, open_dataset, source_files
 from kdexport.data.preprocessing import Preprocessing, decode
 from kdexport.errors import ConfigError, DataError
 
@@ -137,9 +137,9 @@ def test_the_original_of_a_file_is_its_bytes_and_of_an_array_a_lossless_png(
     ("damage", "message"),
     [
         (lambda root: shutil.rmtree(root / "train"), r"has no folder train\."),
-        (lambda root: list(map(shutil.rmtree, (root / "train").iterdir())), "holds no class folder"),
-        (lambda root: list(map(Path.unlink, (root / "train" / "bee").iterdir())), r"train/bee holds no image"),
-        (lambda root: (root / "train" / "empty").mkdir(), r"train/empty holds no image"),
+        (lambda root: list(map(shutil.rmtree, (root / "train").iterdir())), "contains no class folder"),
+        (lambda root: list(map(Path.unlink, (root / "train" / "bee").iterdir())), r"train/bee contains no image"),
+        (lambda root: (root / "train" / "empty").mkdir(), r"train/empty contains no image"),
         (lambda root: shutil.rmtree(root), r"has no folder train\."),
     ],
     ids=["no split", "no class", "emptied class", "empty class", "nothing"],
@@ -203,7 +203,7 @@ def test_a_foreign_cifar_archive_is_refused_and_never_unpickled(tmp_path: Path, 
     for name in ("train", "test", "meta"):
         (archive / name).write_bytes(pickle.dumps(Trap()))
     for split in ("train", "test"):
-        with pytest.raises(DataError, match=r"The CIFAR-100 archive in .* is incomplete or changed"):
+        with pytest.raises(DataError, match=r"The CIFAR-100 archive in .* is incomplete or modified"):
             open_dataset(DatasetSpec(name="cifar100", root=str(tmp_path if nested else archive)), split)
     assert not (tmp_path / "executed").exists()
 
@@ -211,15 +211,15 @@ def test_a_foreign_cifar_archive_is_refused_and_never_unpickled(tmp_path: Path, 
 def test_sources_are_the_files_that_are_read(tmp_path: Path) -> None:
     spec = image_folders(tmp_path)
     (tmp_path / "train" / "notes.txt").write_text("no")
-    found = sources(spec)
+    found = source_files(spec)
     assert len(found) == 15
     assert found == sorted(found)
     assert {*open_dataset(spec, "train").files, *open_dataset(spec, "test").files} == set(found)
-    assert sources(DatasetSpec(name="digits")) == []
+    assert source_files(DatasetSpec(name="digits")) == []
     archive = tmp_path / "cifar-100-python"
     archive.mkdir()
     (archive / "meta").touch()
-    names = [path.name for path in sources(DatasetSpec(name="cifar100", root=str(tmp_path)))]
+    names = [path.name for path in source_files(DatasetSpec(name="cifar100", root=str(tmp_path)))]
     assert names == ["train", "test", "meta"]
 
 
@@ -317,7 +317,7 @@ def test_the_digest_is_remembered_until_a_file_changes(tmp_path: Path, monkeypat
 def test_splits_with_different_classes_are_refused_with_the_difference(tmp_path: Path) -> None:
     spec = noise_folders(tmp_path / "data")
     shutil.copytree(tmp_path / "data" / "train" / "ant", tmp_path / "data" / "train" / "wasp")
-    with pytest.raises(DataError, match="splits have different classes; only in one of them: wasp"):
+    with pytest.raises(DataError, match="splits have different classes; in one of them only: wasp"):
         dataset_digest(spec, tmp_path / "memory")
     assert not (tmp_path / "memory").exists()
 
