@@ -1,4 +1,4 @@
-"""Compact classifiers that are distilled and exported; one file per architecture family."""
+"""Students: compact classifiers to distil and export; one file per architecture family."""
 
 from kdexport.registry import Registry
 from kdexport.students.classifier import Classifier, Stage, Tap, Tapped

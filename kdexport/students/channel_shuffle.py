@@ -1,12 +1,12 @@
-"""The channel shuffle of both ShuffleNets."""
+"""The channel shuffle of ShuffleNetV1 and ShuffleNetV2."""
 
 from torch import Tensor
 
 
 def shuffle_channels(x: Tensor, groups: int) -> Tensor:
-    """(N,C,H,W) seen as ``groups`` groups of C/groups channels, to their first channels, then their second, and so on.
+    """Interleave ``groups`` groups of C/groups channels of (N,C,H,W): all first channels, all second ones, and so on.
 
-    Only the batch is left to be inferred, so that an exported graph has constant shapes and still takes any batch.
+    Only the batch dimension is inferred, so that an exported graph has constant shapes and a dynamic batch.
     """
     _, channels, height, width = x.shape
     grouped = x.reshape(-1, groups, channels // groups, height, width)

@@ -1,4 +1,4 @@
-"""What every network, student or teacher, tells about itself without being run, and how its features are read."""
+"""The base of all networks, students and teachers: a description of the network, and access to its features."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-#: Below this many pixels a side the small-image (CIFAR) definition of an architecture is built.
+#: Networks for images with a smaller side, in pixels, use the small-image (CIFAR) definition of their architecture.
 IMAGENET_MIN_SIZE = 128
 
 
 def torchvision_network(name: str, *, num_classes: int) -> Any:
-    """torchvision's network of that name, with fresh weights and its own parameter names: its checkpoints load."""
-    # Not at the top: it takes as long to import as torch, and most commands build small students.
+    """torchvision's network ``name`` with fresh weights; it keeps its parameter names, so its checkpoints load."""
+    # Imported here, because it takes as long to import as torch and most commands build small students.
     from torchvision import models
 
     return getattr(models, name)(num_classes=num_classes)
@@ -22,10 +22,10 @@ def torchvision_network(name: str, *, num_classes: int) -> Any:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tap:
-    """A feature that can be read off a network: (N, channels, ceil(H/stride), ceil(W/stride)).
+    """A feature that can be read from a network: (N, channels, ceil(H/stride), ceil(W/stride)).
 
-    Taps are called ``stem``, ``stage1``, ``stage2``, ... where the literature has f0, f1, f2, ...; a convolution
-    between the last stage and the pooling adds one called ``last``.
+    Taps are named ``stem``, ``stage1``, ``stage2``, ..., which the literature calls f0, f1, f2, ...; a convolution
+    between the last stage and the pooling adds the tap ``last``.
     """
 
     name: str
@@ -35,9 +35,9 @@ class Tap:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """What a network computes at a tap: the feature (N,C,h,w) after its activation, and before it, computed on demand.
+    """The feature (N,C,h,w) at a tap after its activation, and before it (computed on demand).
 
-    Both have the same channels and size. Where a stage ends without an activation they are one tensor.
+    Both have the same shape. If a stage ends without an activation, they are the same tensor.
     """
 
     feature: Tensor
@@ -63,7 +63,7 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tapped:
-    """One pass with everything that a distiller may read.
+    """One forward pass with everything that a distiller may read.
 
     ``features`` and ``preactivations`` hold (N,C,h,w) by the name of the tap, shallow to deep; ``pooled`` is the vector
     (N,D) that the classifier reads; ``logits`` is (N,K).
@@ -76,15 +76,15 @@ class Tapped:
 
     @property
     def last(self) -> Tensor:
-        """The feature that the pooling reads."""
+        """The feature before the pooling."""
         return self.features[next(reversed(self.features))]
 
 
 class Classifier(nn.Module):
     """A chain of stages, each ending at a tap, then global average pooling and a classifier.
 
-    ``classifier_path`` names the linear layer that reads the pooled vector. A subclass sets the attributes and defines
-    ``advance``, and ``pool`` where more than an average lies between the last feature and the classifier.
+    ``classifier_path`` is the path of the linear layer that reads the pooled vector. A subclass sets the attributes and
+    defines ``advance``, and ``pool`` if there is more than an average between the last feature and the classifier.
     """
 
     image_size: int
@@ -94,11 +94,11 @@ class Classifier(nn.Module):
 
     @property
     def stages(self) -> tuple[Tap, ...]:
-        """The taps that end a stage: without ``stem`` and ``last``."""
+        """The taps at the end of a stage: all except ``stem`` and ``last``."""
         return tuple(tap for tap in self.taps if tap.name.startswith("stage"))
 
     def advance(self, index: int, x: Tensor) -> Stage:
-        """From the feature of tap ``index - 1`` (the normalised images (N,3,H,W) for 0) to that of tap ``index``."""
+        """The stage of tap ``index`` from the feature ``x`` of the tap before (normalised images (N,3,H,W) for 0)."""
         raise NotImplementedError
 
     def pool(self, feature: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ class Classifier(nn.Module):
         raise NotImplementedError
 
     def adapt(self, name: str, feature: Tensor) -> Tensor:  # noqa: ARG002
-        """What goes on from tap ``name``: the feature itself, unless a subclass puts something there."""
+        """The input of the next stage after tap ``name``: the feature itself, unless a subclass changes it."""
         return feature
 
     def extract(self, images: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ class Classifier(nn.Module):
         return self.predict(self.pool(feature))
 
     def tapped(self, images: Tensor) -> Tapped:
-        """(N,3,H,W) normalised images to logits and everything on the way there."""
+        """(N,3,H,W) normalised images to logits and all features."""
         features, preactivations, x = {}, {}, images
         for name, stage in self._walk(images):
             features[name], preactivations[name] = stage.feature, stage.preactivation()

@@ -19,7 +19,7 @@ _SMALL_GROUPS = (
     (6, 80, 3, 2),
     (6, 160, 1, 1),
 )
-# Groups that end a stage, and modules of torchvision's ``features`` that end a tap.
+# Indices of the last group of each stage, and of the module of torchvision's ``features`` at each tap.
 _STAGE_ENDS = (1, 2, 4, 6)
 _FEATURE_ENDS = (0, 3, 6, 13, 17, 18)
 
@@ -111,7 +111,7 @@ class MobileNetV2(Student):
     def __init__(self, num_classes: int, image_size: int) -> None:
         super().__init__()
         net = torchvision_network("mobilenet_v2", num_classes=num_classes)
-        # torchvision's own names, so that its checkpoints load unchanged.
+        # The parameter names of torchvision, so that its checkpoints load unchanged.
         self.features, self.classifier = net.features, net.classifier
         for index in (0, len(self.features) - 1):
             cast(nn.ReLU6, self.features[index][2]).inplace = False
@@ -145,6 +145,6 @@ class MobileNetV2(Student):
 
 @STUDENTS.register("mobilenetv2")
 def mobilenetv2(*, num_classes: int, image_size: int) -> Student:
-    """The form of MobileNetV2 that fits images of ``image_size`` pixels a side."""
+    """The MobileNetV2 for images with a side of ``image_size`` pixels."""
     form = MobileNetV2 if image_size >= IMAGENET_MIN_SIZE else SmallMobileNetV2
     return form(num_classes, image_size)

@@ -1,9 +1,9 @@
-"""MobileNetV3 (Howard et al., 2019): torchvision's Large for ImageNet sizes, its Small with two strides less for 32x32.
+"""MobileNetV3 (Howard et al., 2019): torchvision's Large for ImageNet sizes, Small with two fewer strides for 32x32.
 
-The distillation literature says neither which of the two it means nor what a 32x32 form is. For ImageNet sizes it is
-Large, by a guess from the accuracies that are reported there: Large lies above MobileNetV2, Small clearly below (on
-ImageNet, torchvision's first weights: 74.0 %, 71.9 % and 67.7 %). For 32x32 it is Small, which has the size of the
-other small students; Large has 2.7 times its parameters.
+The distillation literature specifies neither the variant nor its form for 32x32 images. For ImageNet sizes it is Large
+here, because the reported accuracies fit it: Large is above MobileNetV2 and Small clearly below (on ImageNet,
+torchvision's first weights: 74.0 %, 71.9 % and 67.7 %). For 32x32 it is Small, which has the size of the other small
+students; Large has 2.7 times its parameters.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from kdexport.students.student import IMAGENET_MIN_SIZE, Host, Stage, Student, T
 
 @dataclass(frozen=True, slots=True)
 class _Form:
-    """Which modules of torchvision's ``features`` end a tap, and the stride there."""
+    """The index of the module of torchvision's ``features`` at each tap, and the stride of the tap."""
 
     ends: tuple[int, ...]
     strides: tuple[int, ...]
@@ -33,7 +33,7 @@ _LARGE = _Form((0, 3, 6, 12, 15, 16), (2, 4, 8, 16, 32, 32))
 class MobileNetV3(Student):
     """A MobileNetV3 with torchvision's parameter names, so that its checkpoints load strictly.
 
-    The pooled vector is what the last linear layer reads: after the average, the hidden layer and its hard swish.
+    The pooled vector is the input of the last linear layer: after the average, the hidden layer and its hard swish.
     """
 
     name = "mobilenetv3"
@@ -42,7 +42,7 @@ class MobileNetV3(Student):
         super().__init__()
         self.features = cast(nn.Sequential, net.get_submodule("features"))
         self.classifier = cast(nn.Sequential, net.get_submodule("classifier"))
-        # What a tap has read must not change under it.
+        # An in-place activation would overwrite the feature of a tap.
         for module in self.modules():
             if isinstance(module, nn.ReLU | nn.Hardswish | nn.Dropout):
                 module.inplace = False
@@ -61,7 +61,7 @@ class MobileNetV3(Student):
     def _host(self, name: str, end: int) -> Host:
         module, path = self.features[end], f"features.{end}"
         if name.startswith("stage"):
-            # Expansion and squeeze-and-excitation are not in every block; the projection is its last part.
+            # Not every block has an expansion or squeeze-and-excitation; the projection is always the last part.
             path = f"{path}.block.{len(cast(nn.Sequential, module.block)) - 1}"
         return Host(tap=name, conv=f"{path}.0", batch_norm=f"{path}.1")
 
@@ -84,7 +84,7 @@ class MobileNetV3(Student):
 
 
 def _small(num_classes: int, image_size: int) -> Student:
-    """1,620,356 parameters at 100 classes; the stem and the first block keep the size, so that 32x32 ends at 4x4."""
+    """1,620,356 parameters at 100 classes; stem and first block have stride 1, so 32x32 images end at 4x4."""
     net = torchvision_network("mobilenet_v3_small", num_classes=num_classes)
     for path in ("features.0.0", "features.1.block.0.0"):
         net.get_submodule(path).stride = (1, 1)
@@ -100,5 +100,5 @@ def _large(num_classes: int, image_size: int) -> Student:
 
 @STUDENTS.register("mobilenetv3")
 def mobilenetv3(*, num_classes: int, image_size: int) -> Student:
-    """The form of MobileNetV3 that fits images of ``image_size`` pixels a side."""
+    """The MobileNetV3 for images with a side of ``image_size`` pixels."""
     return (_large if image_size >= IMAGENET_MIN_SIZE else _small)(num_classes, image_size)

@@ -73,7 +73,7 @@ class SmallResNet18(Student):
 class ResNet18(Student):
     """torchvision's ResNet-18 with its parameter names: 11,227,812 parameters at 100 classes.
 
-    The stem's tap lies before the max pooling.
+    The tap ``stem`` is before the max pooling.
     """
 
     name = "resnet18"
@@ -109,7 +109,7 @@ class ResNet18(Student):
 
 
 def _residual(block: nn.Module, x: Tensor, shortcut: nn.Module | None) -> Tensor:
-    """What a basic block writes before its last ReLU."""
+    """The result of a basic block before its last ReLU."""
     conv1, bn1, conv2, bn2 = (block.get_submodule(name) for name in ("conv1", "bn1", "conv2", "bn2"))
     deep = bn2(conv2(functional.relu(bn1(conv1(x)))))
     return cast(Tensor, deep + (x if shortcut is None else shortcut(x)))
@@ -126,6 +126,6 @@ def _hosts() -> list[Host]:
 
 @STUDENTS.register("resnet18")
 def resnet18(*, num_classes: int, image_size: int) -> Student:
-    """The form of ResNet-18 that fits images of ``image_size`` pixels a side."""
+    """The ResNet-18 for images with a side of ``image_size`` pixels."""
     form = ResNet18 if image_size >= IMAGENET_MIN_SIZE else SmallResNet18
     return form(num_classes, image_size)

@@ -18,15 +18,15 @@ _STAGES = ((240, 4), (480, 8), (960, 4))
 class _Unit(nn.Module):
     """Grouped 1x1, shuffle, depthwise 3x3, grouped 1x1, beside the identity or, at stride 2, an average pooling.
 
-    A strided unit computes only the channels that the pooled input leaves over, and its bottleneck is a quarter of
-    those, where the paper takes a quarter of all.
+    A strided unit computes only the channels that the pooled input does not provide, and its bottleneck is a quarter of
+    these; in the paper it is a quarter of all channels.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         computed = outputs - inputs if stride == 2 else outputs
         hidden = computed // 4
-        # The paper does not group the first convolution of the network's first unit: its input has too few channels.
+        # As in the paper, the first convolution of the first unit is not grouped: its input has too few channels.
         self.groups = 1 if inputs == _STEM else _GROUPS
         self.conv1 = nn.Conv2d(inputs, hidden, 1, groups=self.groups, bias=False)
         self.bn1 = nn.BatchNorm2d(hidden)
@@ -37,7 +37,7 @@ class _Unit(nn.Module):
         self.stride = stride
 
     def preactivation(self, x: Tensor) -> Tensor:
-        """What the unit writes before its last ReLU."""
+        """The result of the unit before its last ReLU."""
         deep = functional.relu(self.bn1(self.conv1(x)))
         deep = shuffle_channels(deep, self.groups) if self.groups > 1 else deep
         deep = functional.relu(self.bn2(self.conv2(deep)))
@@ -57,8 +57,9 @@ def _stage(inputs: int, outputs: int, units: int) -> nn.Sequential:
 class ShuffleNetV1(Student):
     """The network of the distillation literature, 949,258 parameters at 100 classes, with a 1x1 stem of stride 1.
 
-    From ``IMAGENET_MIN_SIZE`` on, the stem is 3x3 of stride 2 with max pooling after its tap: 949,834 parameters. No
-    public network has that form; the one below it has the parameter names of public CIFAR checkpoints.
+    For images of ``IMAGENET_MIN_SIZE`` or larger, the stem is 3x3 with stride 2, followed by max pooling after its tap:
+    949,834 parameters. No public network has this form. The small form has the parameter names of public CIFAR
+    checkpoints.
     """
 
     name = "shufflenetv1"
@@ -98,5 +99,5 @@ class ShuffleNetV1(Student):
 
 @STUDENTS.register("shufflenetv1")
 def shufflenetv1(*, num_classes: int, image_size: int) -> Student:
-    """The form of ShuffleNetV1 that fits images of ``image_size`` pixels a side."""
+    """The ShuffleNetV1 for images with a side of ``image_size`` pixels."""
     return ShuffleNetV1(num_classes, image_size)

@@ -1,8 +1,8 @@
 """ShuffleNetV2 at width 1 (Ma et al., 2018): the CIFAR definition for 32x32 images, torchvision's for ImageNet sizes.
 
-A stage ends with its last shuffle. The last convolution of a stage writes one half of its channels; the other half
-comes from the units before it and has passed their ReLU. The tap before the activation is shuffled like the feature,
-so that the feature is its ReLU channel by channel; the public CIFAR code reads it before the shuffle, in another order.
+A stage ends with its last shuffle. The last convolution of a stage computes one half of its channels; the other half
+comes from the units before and already has their ReLU. The preactivation of a tap is shuffled like the feature, so that
+the feature is its ReLU, channel by channel; the public CIFAR code reads it before the shuffle, in a different order.
 """
 
 from typing import cast
@@ -22,7 +22,7 @@ _STAGES = ((116, 4), (232, 8), (464, 4))
 
 
 class _DownUnit(nn.Module):
-    """Both branches read the whole input, halve its size and write half of the channels."""
+    """A unit with stride 2: both branches read the whole input, and each computes half of the output channels."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class _DownUnit(nn.Module):
 
 
 class _BasicUnit(nn.Module):
-    """One half of the channels passes, the other goes through a convolution of its own."""
+    """A unit with stride 1: one half of the channels is unchanged, the other goes through three convolutions."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class _BasicUnit(nn.Module):
         self.bn3 = nn.BatchNorm2d(half)
 
     def halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The half that passes, and the other before its last ReLU."""
+        """The unchanged half, and the other half before its last ReLU."""
         left, right = x.chunk(2, 1)
         right = self.bn2(self.conv2(functional.relu(self.bn1(self.conv1(right)))))
         return left, self.bn3(self.conv3(right))
@@ -69,9 +69,9 @@ class _BasicUnit(nn.Module):
 
 
 def _end(left: Tensor, right: Tensor) -> Stage:
-    """What a unit writes, given the half that passes and the other before its last ReLU."""
+    """The result of a unit from its unchanged half and the other half before its last ReLU."""
     feature = shuffle_channels(torch.cat([left, functional.relu(right)], 1), 2)
-    # Formed on demand: the network itself never shuffles values that have not passed the ReLU.
+    # Computed on demand, because the network itself never shuffles values before the ReLU.
     return Stage(feature, lambda: shuffle_channels(torch.cat([left, right], 1), 2))
 
 
@@ -125,7 +125,7 @@ class SmallShuffleNetV2(Student):
 class ShuffleNetV2(Student):
     """torchvision's ShuffleNetV2 x1.0 with its parameter names: 1,356,104 parameters at 100 classes.
 
-    The stem's tap lies before the max pooling.
+    The tap ``stem`` is before the max pooling.
     """
 
     name = "shufflenetv2"
@@ -133,7 +133,7 @@ class ShuffleNetV2(Student):
     def __init__(self, num_classes: int, image_size: int) -> None:
         super().__init__()
         net = torchvision_network("shufflenet_v2_x1_0", num_classes=num_classes)
-        # torchvision's own names, so that its checkpoints load unchanged.
+        # The parameter names of torchvision, so that its checkpoints load unchanged.
         self.conv1, self.maxpool = net.conv1, net.maxpool
         self.stage2, self.stage3, self.stage4 = net.stage2, net.stage3, net.stage4
         self.conv5, self.fc = net.conv5, net.fc
@@ -181,6 +181,6 @@ def _taps(*, stem: int, first: int) -> list[Tap]:
 
 @STUDENTS.register("shufflenetv2")
 def shufflenetv2(*, num_classes: int, image_size: int) -> Student:
-    """The form of ShuffleNetV2 that fits images of ``image_size`` pixels a side."""
+    """The ShuffleNetV2 for images with a side of ``image_size`` pixels."""
     form = ShuffleNetV2 if image_size >= IMAGENET_MIN_SIZE else SmallShuffleNetV2
     return form(num_classes, image_size)

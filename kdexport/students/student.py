@@ -1,4 +1,4 @@
-"""A classifier that can carry training branches and be folded."""
+"""The base of all students: a classifier that can have training branches and be folded."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ __all__ = ["IMAGENET_MIN_SIZE", "Host", "Stage", "Student", "Tap"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Host:
-    """The convolution and the batch norm that write the feature of a tap before its activation, shuffle or addition.
+    """The convolution and batch norm that compute the feature of a tap before its activation, shuffle or addition.
 
-    Branches may take the place of both (placement R1); paths are those of ``nn.Module.get_submodule``.
+    Branches may replace both (placement R1); paths are those of ``nn.Module.get_submodule``.
     """
 
     tap: str
@@ -24,10 +24,10 @@ class Host:
 
 
 class Student(Classifier):
-    """A classifier whose linear parts may be branched while it is trained.
+    """A classifier whose linear layers may have branches during training.
 
-    ``hosts`` has one entry per stage, shallow to deep; the last one ends the feature extractor. ``adapters`` has the
-    identity at every tap unless branches sit there (placement R2).
+    ``hosts`` has one entry per stage, from shallow to deep; the last one is the end of the feature extractor.
+    ``adapters`` has an identity at every tap, or branches (placement R2).
     """
 
     name: ClassVar[str]
@@ -43,15 +43,15 @@ class Student(Classifier):
         hosts: Sequence[Host],
         classifier_path: str,
     ) -> None:
-        """State what the network is; called once, at the end of a subclass's constructor."""
+        """Set the attributes that describe the network; called once, at the end of the constructor of a subclass."""
         self.num_classes, self.image_size = num_classes, image_size
         self.taps, self.hosts, self.classifier_path = tuple(taps), tuple(hosts), classifier_path
         self.adapters = nn.ModuleDict({tap.name: nn.Identity() for tap in self.taps})
 
     def init_branch(self, conv: nn.Conv2d) -> None:
-        """Draw fresh weights for ``conv`` by the law that this architecture is initialised with."""
+        """Initialise ``conv`` with fresh weights in the way of this architecture."""
         raise NotImplementedError
 
     def adapt(self, name: str, feature: Tensor) -> Tensor:
-        """What goes on from tap ``name``: through the branches that sit there, if any."""
+        """The feature of tap ``name`` after the branches at this tap, if there are any."""
         return cast(Tensor, self.adapters[name](feature))
