@@ -62,8 +62,7 @@ KINDS = {
         from pathlib import Path
         import numpy as np
         from kdexport.backends.trt import run_engine
-        from kdexport.targets import Target
-        run_engine(Path("a.plan"), Target("trt-rtx", "fp16"), np.zeros((1, 3, 8, 8), np.float32), (1,))
+        run_engine(Path("a.plan"), "trt-rtx", np.zeros((1, 3, 8, 8), np.float32), (1,))
         """,
     ),
 }
