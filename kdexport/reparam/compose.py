@@ -46,6 +46,11 @@ def aligned_geometry(convs: Sequence[Convolution]) -> tuple[tuple[int, ...], tup
     what lies there. Raises ``ReparamError`` otherwise.
     """
     first = convs[0]
+    if any(conv.is_transposed for conv in convs):
+        raise ReparamError(
+            "A transposed convolution takes in the batch norm after it, and is not summed with other branches.",
+            remedy="Sum plain convolutions before the upsampling.",
+        )
     for conv in convs:
         facts = [("inputs", c.in_channels, c.stride, c.slack) for c in (first, conv)]
         if facts[0] != facts[1]:
@@ -147,6 +152,12 @@ def compose(first: Convolution, second: Convolution, border: Tensor | None = Non
             f"{first.out_channels} outputs in {len(first.kernel)}.",
             remedy="Pass two layers that follow each other.",
         )
+    if second.is_transposed or (first.is_transposed and not second.is_per_channel):
+        raise ReparamError(
+            "A transposed convolution is followed or preceded by another layer; it takes in a scale and a shift per "
+            "channel after it alone.",
+            remedy="Put the batch norm after the transposed convolution.",
+        )
     mode = _joint_mode(first, second)
     if second.pads and second.padding_mode == "zeros":
         _require_border(first, second, border)
@@ -161,7 +172,8 @@ def compose(first: Convolution, second: Convolution, border: Tensor | None = Non
     carried = (taps_summed @ first.bias.reshape(second.groups, -1, 1)).flatten()
     stride = tuple(a * b for a, b in zip(first.stride, second.stride, strict=True))
     bias = add_shifts(second.bias, carried)
-    return Convolution(weight, bias, stride, dilation, padding, mode, _composed_groups(first, second))
+    groups = _composed_groups(first, second)
+    return Convolution(weight, bias, stride, dilation, padding, mode, groups, first.output_padding)
 
 
 def _joint_mode(first: Convolution, second: Convolution) -> PaddingMode:

@@ -5,7 +5,8 @@ float64 on the CPU. What a ``Convolution`` c computes from x is, per output o an
 
     y[o, p] = bias[o] + sum over i, k of weight[o, i, k] x~[i, p * stride + k * dilation - before]
 
-where x~ is x, continued outside by the padding mode. A linear layer is the case of no spatial dimension.
+where x~ is x, continued outside by the padding mode. A linear layer is the case of no spatial dimension. A transposed
+convolution has the same fields; its stride divides the positions of the output instead of the input.
 
 Batch norm and average pooling are convolutions too.
 """
@@ -33,7 +34,8 @@ _CANCELLED = 1e-14
 class Convolution:
     """weight (O,I/g,*K) and bias (O,) in float64; stride, dilation and (before, after) padding per dimension.
 
-    Raises ``ReparamError`` for shapes that do not fit together and for a negative padding.
+    ``output_padding`` is given for a transposed convolution alone, one size per dimension. Raises ``ReparamError`` for
+    shapes that do not fit together and for a negative padding.
     """
 
     weight: Tensor
@@ -43,6 +45,7 @@ class Convolution:
     padding: Padding
     padding_mode: PaddingMode = "zeros"
     groups: int = 1
+    output_padding: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         counts = {len(self.kernel), len(self.stride), len(self.dilation), len(self.padding)}
@@ -75,6 +78,11 @@ class Convolution:
         return self.weight.shape[0]
 
     @property
+    def is_transposed(self) -> bool:
+        """Whether it spreads each input over the output, as nn.ConvTranspose2d does."""
+        return self.output_padding is not None
+
+    @property
     def pads(self) -> bool:
         """Whether it reads outside its input."""
         return any(side > 0 for pair in self.padding for side in pair)
@@ -88,6 +96,12 @@ class Convolution:
     def slack(self) -> tuple[int, ...]:
         """Padding minus span: with the stride it fixes the output size, (n + slack - 1) // stride + 1 for n inputs."""
         return tuple(before + after - s for (before, after), s in zip(self.padding, self.span, strict=True))
+
+    @property
+    def is_per_channel(self) -> bool:
+        """Whether it multiplies and shifts each channel by itself, at each position alike."""
+        plain = all(k == 1 for k in self.kernel) and all(s == 1 for s in self.stride)
+        return self.is_depthwise and plain and not self.pads and not self.is_transposed
 
     @property
     def is_depthwise(self) -> bool:

@@ -11,16 +11,28 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, fx
 
 from kdexport.errors import ReparamError
 from kdexport.reparam.compose import add, aligned_geometry, compose, composed_weights, concatenate
 from kdexport.reparam.convolution import Convolution, identity
 from kdexport.reparam.evaluation import Evaluation
-from kdexport.reparam.operators import Concat, Layer, Operator, Sum, Surroundings, read
+from kdexport.reparam.operators import (
+    LAYERS,
+    NORMS,
+    Concat,
+    Layer,
+    Operator,
+    Sum,
+    Surroundings,
+    WeightKey,
+    arguments,
+    read,
+)
 
 #: Layers that multiply by weights; all others cost nothing as they are, and their kernel once they are a convolution.
-_WEIGHTED = {"convolution", "linear layer", "batch norm"}
+_WEIGHTED = {"convolution", "transposed convolution", "linear layer", "batch norm"}
 
 Shapes = dict[fx.Node, tuple[int, ...]]
 
@@ -69,8 +81,6 @@ def stage_of(layer: Layer) -> Stage:
 
 def describe(stage: Stage) -> str:
     """What was merged, for people."""
-    if set(stage.kinds) == {"batch norm"} and stage.branches == 1:
-        return "batch norm alone, now a depthwise 1x1 convolution"
     counted = [(kind, count) for kind, count in stage.kinds.items() if kind != "identity"]
     parts = " + ".join(kind if count == 1 else f"{count} {kind}s" for kind, count in counted)
     return f"{stage.branches} branches: {parts}" if stage.branches > 1 else parts
@@ -277,14 +287,71 @@ class Plan:
 
 
 def find_merges(evaluation: Evaluation) -> Plan:
-    """Everything that is merged in the graph that ``evaluation`` has run."""
-    return _Search(evaluation).plan()
+    """Everything that is merged in the graph that ``evaluation`` has run.
+
+    Layers at several places may share weights. Their merges are written as one where they are equal; where they differ
+    and would need more weights than the layers have, these weights are kept and the layers left alone.
+    """
+    kept: set[WeightKey] = set()
+    while True:
+        around = Surroundings(evaluation, kept)
+        plan = _Search(evaluation, around).plan()
+        dearer = _dearer_sharing(plan, around)
+        if not dearer:
+            return plan
+        kept |= dearer
+
+
+def _dearer_sharing(plan: Plan, around: Surroundings) -> set[WeightKey]:
+    """Weights that several places share and whose merges would need more weights than they replace."""
+    stages = [stage for item in plan.rewrites for path in item.paths for stage in path.stages if is_rewritten(stage)]
+    keys = [set().union(*(around.keys(node) for node in stage.nodes)) for stage in stages]
+    dearer: set[WeightKey] = set()
+    for group in _connected(keys):
+        shared = {key for index in group for key in keys[index] if around.uses[key] > 1}
+        if not shared:
+            continue
+        inside: Counter[WeightKey] = Counter()
+        for index in group:
+            for node in stages[index].nodes:
+                if node.target in LAYERS:
+                    inside.update(around.keys(node))
+        # A weight that a layer elsewhere reads has to remain.
+        freed = sum(math.prod(key[1]) for key, count in inside.items() if count == around.uses[key])
+        distinct = distinct_convolutions([stages[index].conv for index in group])
+        if sum(conv.weight.numel() + conv.bias.numel() for conv in distinct) > freed:
+            dearer |= shared
+    return dearer
+
+
+def _connected(keys: Sequence[set[WeightKey]]) -> list[list[int]]:
+    """Indices of ``keys``, in groups that share one with each other."""
+    groups: list[tuple[set[WeightKey], list[int]]] = []
+    for index, own in enumerate(keys):
+        touching = [group for group in groups if group[0] & own]
+        merged = (own.union(*(group[0] for group in touching)), [i for group in touching for i in group[1]] + [index])
+        groups = [group for group in groups if group not in touching] + [merged]
+    return [indices for _, indices in groups]
+
+
+def distinct_convolutions(convs: Sequence[Convolution]) -> list[Convolution]:
+    """``convs`` without those whose weight and bias are equal to those of an earlier one."""
+    found: list[Convolution] = []
+    for conv in convs:
+        if not any(same_weights(conv, other) for other in found):
+            found.append(conv)
+    return found
+
+
+def same_weights(one: Convolution, other: Convolution) -> bool:
+    """Whether both have the same weight and bias, bit by bit."""
+    return torch.equal(one.weight, other.weight) and torch.equal(one.bias, other.bias)
 
 
 class _Search:
-    def __init__(self, evaluation: Evaluation) -> None:
+    def __init__(self, evaluation: Evaluation, around: Surroundings) -> None:
         self._graph = evaluation.graph
-        self._around = Surroundings(evaluation)
+        self._around = around
         self._shapes: Shapes = evaluation.shapes
         self._terms: dict[fx.Node, list[Term]] = {}
         self._operators: dict[fx.Node, Operator] = {}
@@ -303,8 +370,27 @@ class _Search:
                 if terms is not None:
                     self._terms[node] = terms
         rewrites = tuple(reversed(self._live_rewrites()))
+        for item in rewrites:
+            for path in item.paths:
+                for stage in path.stages:
+                    self._explain_lone_norm(stage)
         left = [LeftAlone(self._around.place(node), reason) for node, reason in self._reasons.items()]
         return Plan(rewrites, tuple(dict.fromkeys(left)))
+
+    def _explain_lone_norm(self, stage: Stage) -> None:
+        """Why a batch norm found no layer to fold into."""
+        if not stage.kinds["batch norm"] or is_rewritten(stage):
+            return
+        norm = next(node for node in stage.nodes if node.target in NORMS)
+        source = norm.all_input_nodes[0]
+        name = (
+            str(source.target).removeprefix("aten.").partition(".")[0] if source.op == "call_function" else "an input"
+        )
+        if source in self._operators and len(source.users) > 1:
+            fact = f"The batch norm follows {name}, whose output is read by {len(source.users)} operators"
+        else:
+            fact = f"The batch norm follows {name}, which is not a convolution or linear layer of its own"
+        self._reasons.setdefault(norm, f"{fact}, and no layer after it takes it in.")
 
     def _value(self, node: fx.Node, operator: Operator) -> list[Term] | None:
         if isinstance(operator, Layer):
@@ -366,24 +452,30 @@ class _Search:
         if terms is None:
             return None
         if len(terms) > 1 and all(len(term.leaves) == 1 for term in terms):
-            self._explain_sum(node, terms)
             return None
         return tuple(term.path for term in terms)
 
-    def _explain_sum(self, node: fx.Node, terms: list[Term]) -> None:
-        sources = list(dict.fromkeys(term.path.source.name for term in terms))
-        if len(sources) > 1:
-            self._reasons.setdefault(node, f"It adds values that start at different places ({', '.join(sources[:3])}).")
-
 
 def is_rewritten(stage: Stage) -> bool:
-    """Whether the stage becomes a new convolution; otherwise its nodes stay."""
+    """Whether the stage becomes a new convolution; otherwise its nodes stay.
+
+    Batch norms, scales and poolings without a layer of weights stay what they are: a depthwise convolution in their
+    place is slower in every runtime.
+    """
     kinds = stage.kinds
-    if stage.border is not None or (not stage.conv.kernel and stage.conv.groups > 1):
+    layers = kinds["convolution"] + kinds["transposed convolution"] + kinds["linear layer"]
+    if not layers or stage.border is not None or (not stage.conv.kernel and stage.conv.groups > 1):
         return False
-    if kinds["batch norm"]:
+    if kinds["batch norm"] or any(map(_computes_weights, stage.nodes)):
         return True
     asymmetric = any(before != after for before, after in stage.conv.padding)
     written = 2 if stage.conv.pads and (asymmetric or stage.conv.padding_mode != "zeros") else 1
-    layers = kinds["convolution"] + kinds["linear layer"]
-    return layers > 0 and (stage.branches > 1 or kinds.total() - kinds["identity"] > written)
+    return stage.branches > 1 or kinds.total() - kinds["identity"] > written
+
+
+def _computes_weights(node: fx.Node) -> bool:
+    """Whether a layer computes its weight from others in each pass, as weight norm and standardisation do."""
+    if node.target not in LAYERS - NORMS:
+        return False
+    weight = arguments(node).get("weight", arguments(node).get("mat2"))
+    return isinstance(weight, fx.Node) and weight.op != "get_attr" and weight.target is not torch.ops.aten.t.default

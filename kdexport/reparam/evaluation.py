@@ -33,7 +33,7 @@ class Evaluation(fx.Interpreter):
         self.graph: fx.Graph = module.graph
         self.extra_traceback = False
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
-        self.constants: dict[fx.Node, Tensor] = {}
+        self.constants: dict[fx.Node, Any] = {}
         self.scalars: dict[fx.Node, int] = {}
 
     def evaluate(self, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -87,6 +87,7 @@ class Evaluation(fx.Interpreter):
         value = super().run_node(n)
         if isinstance(value, Tensor):
             self.shapes[n] = tuple(value.shape)
+        if isinstance(value, Tensor | tuple | list):
             inputs = n.all_input_nodes
             computed = inputs and all(node in self.constants for node in inputs)
             if n.op == "get_attr" or n.target in _FACTORIES or (n.op == "call_function" and computed):

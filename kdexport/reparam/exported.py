@@ -14,30 +14,19 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from kdexport.core.console import quiet
 from kdexport.errors import ReparamError, first_line
-from kdexport.reparam.operators import CONVS, LINEARS
 from kdexport.reparam.simplify import (
+    flatten_before_linear,
     fold_numbers,
     inline_regions,
     refuse_broken_weights,
     refuse_random,
     remove_dead,
     remove_identities,
+    split_norms,
 )
 
 _ATEN = torch.ops.aten
 _BATCH = "batch"
-#: Operators that return a tensor of their own, never a view of what they read.
-_FRESH = {
-    *CONVS,
-    *LINEARS,
-    _ATEN.batch_norm.default,
-    *(getattr(_ATEN, name).Tensor for name in ("add", "sub", "mul", "div")),
-    *(
-        getattr(_ATEN, name).default
-        for name in ("relu", "hardtanh", "silu", "hardswish", "leaky_relu", "gelu", "sigmoid", "tanh", "elu")
-    ),
-}
-
 _DROPOUTS = {_ATEN.dropout.default, _ATEN.feature_dropout.default, _ATEN.native_dropout.default}
 
 
@@ -94,6 +83,8 @@ def functional_graph(program: ExportedProgram) -> fx.GraphModule:
     remove_dead(module.graph)
     refuse_random(module.graph)
     refuse_broken_weights(module)
+    split_norms(module.graph)
+    flatten_before_linear(module.graph)
     module.graph.lint()
     module.recompile()
     _positional_inputs(program, module)
@@ -115,7 +106,11 @@ def _plain_graph(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _drop_mutation(graph: fx.Graph) -> bool:
-    """Replace in-place operators on values that nothing else can see by their functional twins; whether all were."""
+    """Replace in-place operators on values that have no view by their functional twins; whether all were.
+
+    What reads the value after the operator reads its result instead.
+    """
+    order = {node: index for index, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         schema = getattr(node.target, "_schema", None)
         if node.op != "call_function" or schema is None or not schema.is_mutable:
@@ -124,10 +119,32 @@ def _drop_mutation(graph: fx.Graph) -> bool:
         twin = getattr(
             getattr(_ATEN, schema.name.removeprefix("aten::").removesuffix("_"), None), _overload(node), None
         )
-        if twin is None or changed.target not in _FRESH or list(changed.users) != [node]:
+        if twin is None or not _returns_fresh(changed) or any(_may_view(user) for user in changed.users):
             return False
         node.target = twin
+        changed.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: order[user] > order[node])
     return True
+
+
+def _returns_fresh(node: fx.Node) -> bool:
+    """Whether an operator returns a tensor of its own, never a view of what it reads."""
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and schema is not None and all(r.alias_info is None for r in schema.returns)
+
+
+def _may_view(node: fx.Node) -> bool:
+    """Whether an operator may return a view of what it reads; in-place ones become functions."""
+    schema = getattr(node.target, "_schema", None)
+    if node.op == "output":
+        return False
+    return schema is None or (not schema.is_mutable and not _returns_fresh(node)) or node.target in _VIEWS_SOMETIMES
+
+
+#: Operators that return their input itself where it already is what they make, which their schemas do not say.
+_VIEWS_SOMETIMES = {
+    _ATEN.reshape.default, _ATEN.contiguous.default, _ATEN.flatten.using_ints, _ATEN.to.dtype, _ATEN.dropout.default,
+    _ATEN.to.device, _ATEN.to.dtype_layout, _ATEN.to.other, _ATEN.type_as.default, _ATEN.feature_dropout.default,
+}  # fmt: skip
 
 
 def _overload(node: fx.Node) -> str:

@@ -7,7 +7,7 @@ Reads one operator of a functional graph as a linear map.
 
 import operator
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,11 +36,18 @@ CONVS = {
     _ATEN.conv3d.padding, _ATEN.convolution.default,
 }  # fmt: skip
 
+TRANSPOSED = {
+    _ATEN.conv_transpose1d.default, _ATEN.conv_transpose2d.input, _ATEN.conv_transpose3d.input,
+}  # fmt: skip
+
 LINEARS = {_ATEN.linear.default, _ATEN.addmm.default, _ATEN.mm.default}
 
 NORMS = {
     _ATEN.batch_norm.default, _ATEN._native_batch_norm_legit_no_training.default, _ATEN.native_batch_norm.default,
 }  # fmt: skip
+
+#: Operators with weights that a merge can rewrite.
+LAYERS = CONVS | TRANSPOSED | LINEARS | NORMS
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,6 +78,9 @@ class Concat:
 
 Operator = Layer | Sum | Concat
 
+#: Place in memory, shape and steps of a weight.
+WeightKey = tuple[int, tuple[int, ...], tuple[int, ...]]
+
 
 def arguments(node: fx.Node) -> dict[str, Any]:
     """The arguments of an operator by name, defaults included."""
@@ -86,15 +96,19 @@ def module_paths(names: list[str]) -> list[str]:
 
 
 class Surroundings:
-    """What must be known about a graph to read one of its operators."""
+    """What must be known about a graph to read one of its operators.
 
-    def __init__(self, evaluation: Evaluation) -> None:
+    Layers whose weights are among ``kept`` are not read: several places use these, and merges would differ.
+    """
+
+    def __init__(self, evaluation: Evaluation, kept: Collection[WeightKey] = ()) -> None:
         self.evaluation = evaluation
         self.shapes, self.constants = evaluation.shapes, evaluation.constants
-        self._uses: Counter[Any] = Counter()
+        self._kept = kept
+        self.uses: Counter[WeightKey] = Counter()
         for node in evaluation.graph.nodes:
-            if node.target in CONVS | LINEARS | NORMS:
-                self._uses.update({self._key(root) for root in self.weights(node)})
+            if node.target in LAYERS and node not in self.constants:
+                self.uses.update(self.keys(node))
 
     def weights(self, node: fx.Node) -> list[fx.Node]:
         """The parameters and buffers that the constant arguments of ``node`` are computed from."""
@@ -107,13 +121,18 @@ class Surroundings:
             pending.extend(item.all_input_nodes)
         return list(found)
 
-    def require_own_weights(self, node: fx.Node) -> None:
-        """Raise ``ReparamError`` where another layer reads a weight of ``node`` too."""
+    def keys(self, node: fx.Node) -> set[WeightKey]:
+        """What tells the weights of ``node`` from others: their places in memory, shapes and steps."""
+        return {self._key(root) for root in self.weights(node)}
+
+    def require_free_weights(self, node: fx.Node) -> None:
+        """Raise ``ReparamError`` where another layer reads a weight of ``node`` too and both must keep it."""
         for root in self.weights(node):
-            count = self._uses[self._key(root)]
-            if count > 1:
+            key = self._key(root)
+            if key in self._kept:
                 raise ReparamError(
-                    f"{root.target} is used at {count} places; one set of weights cannot hold {count} merges.",
+                    f"{root.target} is used at {self.uses[key]} places, whose merges differ: a set of weights for each "
+                    "place would need more weights.",
                     remedy="Give each place its own weights.",
                 )
 
@@ -141,11 +160,11 @@ class Surroundings:
         called = stack[-1].removeprefix("L['self'].") if stack else ""
         return paths[0] if paths else f"{called} ({node.name})" if called else node.name
 
-    def _key(self, root: fx.Node) -> Any:
+    def _key(self, root: fx.Node) -> WeightKey:
         value: Any = self.evaluation.module
         for part in str(root.target).split("."):
             value = getattr(value, part)
-        return value.data_ptr(), tuple(value.shape)
+        return value.data_ptr(), tuple(value.shape), tuple(value.stride())
 
 
 _MOVES = {
@@ -307,12 +326,14 @@ def _conv(node: fx.Node, around: Surroundings) -> Operator | None:
     given = arguments(node)
     weight, bias = around.constant(given["weight"]), around.constant(given["bias"])
     source = given["input"]
-    if weight is None or (bias is None) != (given["bias"] is None) or given.get("transposed"):
+    if weight is None or (bias is None) != (given["bias"] is None):
         return None
+    if given.get("transposed", node.target in TRANSPOSED):
+        return _transposed_conv(node, around)
     dims = weight.dim() - 2
     if len(around.shapes[source]) != weight.dim():
         return None
-    around.require_own_weights(node)
+    around.require_free_weights(node)
     stride, dilation = _spread(given["stride"], dims), _spread(given["dilation"], dims)
     padding: Padding
     if isinstance(given["padding"], str):
@@ -322,6 +343,32 @@ def _conv(node: fx.Node, around: Surroundings) -> Operator | None:
     bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
     conv = Convolution(weight, bias, stride, dilation, padding, groups=given["groups"])
     return Layer(source, conv, (node,), "convolution")
+
+
+def _transposed_conv(node: fx.Node, around: Surroundings) -> Operator | None:
+    given = arguments(node)
+    weight, bias, source, groups = (
+        around.constant(given["weight"]),
+        around.constant(given["bias"]),
+        given["input"],
+        given["groups"],
+    )
+    if len(around.shapes[source]) != weight.dim():
+        return None
+    around.require_free_weights(node)
+    weight = swap_channels(weight, groups)
+    dims = weight.dim() - 2
+    padding = tuple((side, side) for side in _spread(given["padding"], dims))
+    bias = weight.new_zeros(weight.shape[0]) if bias is None else bias
+    stride, dilation, extra = (_spread(given[name], dims) for name in ("stride", "dilation", "output_padding"))
+    conv = Convolution(weight, bias, stride, dilation, padding, groups=groups, output_padding=extra)
+    return Layer(source, conv, (node,), "transposed convolution")
+
+
+def swap_channels(weight: Tensor, groups: int) -> Tensor:
+    """The weight of a transposed convolution, (I,O/g,*K) as torch stores it, as (O,I/g,*K), and back."""
+    parts = weight.reshape(groups, -1, *weight.shape[1:]).transpose(1, 2)
+    return parts.reshape(-1, parts.shape[2], *weight.shape[2:])
 
 
 def _linear(node: fx.Node, around: Surroundings) -> Operator | None:
@@ -340,7 +387,7 @@ def _linear(node: fx.Node, around: Surroundings) -> Operator | None:
     weight = weight if node.target is _ATEN.linear.default else weight.t()
     if (known is None and bias is not None) or (known is not None and known.shape != weight.shape[:1]):
         return None
-    around.require_own_weights(node)
+    around.require_free_weights(node)
     return Layer(
         source,
         Convolution(weight, weight.new_zeros(weight.shape[0]) if known is None else known, (), (), ()),
@@ -357,7 +404,7 @@ def _norm(node: fx.Node, around: Surroundings) -> Operator | None:
             "A batch norm uses the statistics of the batch: its output depends on the other images.",
             remedy="Train with track_running_stats=True and export in evaluation mode.",
         )
-    around.require_own_weights(node)
+    around.require_free_weights(node)
     norm = eval_norm(mean, variance, around.constant(given["weight"]), around.constant(given["bias"]), given["eps"])
     source = given["input"]
     return Layer(source, from_batch_norm(norm, len(around.shapes[source]) - 2), (node,), "batch norm")
@@ -461,7 +508,7 @@ def _spread(value: Any, dims: int) -> tuple[int, ...]:
 
 
 _READERS: dict[Any, Callable[[fx.Node, Surroundings], Operator | None]] = {
-    **dict.fromkeys(CONVS, _conv),
+    **dict.fromkeys(CONVS | TRANSPOSED, _conv),
     **dict.fromkeys(LINEARS, _linear),
     _ATEN.batch_norm.default: _norm,
     operator.getitem: _item,

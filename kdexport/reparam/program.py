@@ -16,7 +16,7 @@ from kdexport.reparam.certificate import Certificate, hostile_input, relative_er
 from kdexport.reparam.dataflow import LeftAlone, find_merges
 from kdexport.reparam.evaluation import Evaluation
 from kdexport.reparam.exported import export_module, functional_graph, reexport
-from kdexport.reparam.operators import CONVS, LINEARS, NORMS, arguments
+from kdexport.reparam.operators import LAYERS, LINEARS, NORMS, TRANSPOSED, arguments
 from kdexport.reparam.original import (
     BATCHES,
     Run,
@@ -32,15 +32,11 @@ from kdexport.reparam.structure import refuse_hooks, require_eval
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Size:
-    """What a graph costs: operators by name, parameters, multiply-accumulates of its layers with weights, per image.
-
-    ``batch_norm_values`` counts what batch norms write per image, one multiplication and one addition each.
-    """
+    """What a graph costs: operators by name, parameters, multiply-accumulates of its layers with weights, per image."""
 
     operators: dict[str, int]
     parameters: int
     multiply_accumulates: int
-    batch_norm_values: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -74,7 +70,8 @@ def fuse_module(source: nn.Module | ExportedProgram, example_inputs: Sequence[Te
     inputs = _hostile_inputs(module, program if example_inputs is None else None, example_inputs)
     reference = evaluation.evaluate(inputs)
     _require_numbers(reference)
-    before = _size(evaluation)
+    batch = inputs[0].shape[0] if inputs and inputs[0].dim() else 1
+    before = _size(evaluation, batch)
     plan = find_merges(evaluation)
     blocks, hazards = rewrite(evaluation, plan)
     roundings = settle(module)
@@ -82,7 +79,7 @@ def fuse_module(source: nn.Module | ExportedProgram, example_inputs: Sequence[Te
         relative_error(found, wanted, infinities=True)
         for found, wanted in zip(evaluation.evaluate(inputs), reference, strict=True)
     ]
-    after = _size(evaluation)
+    after = _size(evaluation, batch)
     certificate = Certificate(
         blocks=tuple(blocks),
         whole_relative_error=max(errors, key=lambda error: math.inf if math.isnan(error) else error, default=math.nan),
@@ -148,8 +145,7 @@ def _require_numbers(outputs: Sequence[Tensor]) -> None:
 
 
 def _require_no_dearer(before: Size, after: Size) -> None:
-    # A batch norm counts as the depthwise convolution that it may become.
-    costs = [size.multiply_accumulates + size.batch_norm_values for size in (before, after)]
+    costs = before.multiply_accumulates, after.multiply_accumulates
     if costs[1] > costs[0]:
         raise CertificateError(
             f"The merged program would need {costs[1]:,} multiply-accumulates (up to {costs[0]:,} allowed: those "
@@ -180,30 +176,30 @@ def _hostile_inputs(
     return inputs
 
 
-def _size(evaluation: Evaluation) -> Size:
+def _size(evaluation: Evaluation, batch: int) -> Size:
     operators: Counter[str] = Counter()
-    macs = norms = 0
+    macs = 0
     for node in evaluation.graph.nodes:
         if node.op != "call_function" or node in evaluation.constants or node not in evaluation.shapes:
             continue
         named = node.args[0] if node.target is operator.getitem else node
         operators[str(named.target).split(".")[1]] += 1
-        if node.target in CONVS | LINEARS:
-            macs += _macs(node, evaluation)
-        elif node.target in NORMS or (node.target is operator.getitem and node.args[0].target in NORMS):
-            norms += math.prod(evaluation.shapes[node][1:])
+        if node.target in LAYERS - NORMS:
+            macs += _macs(node, evaluation) // batch
     parameters = sum(value.numel() for value in evaluation.module.parameters())
     return Size(
         operators=dict(sorted(operators.items())),
         parameters=parameters,
         multiply_accumulates=macs,
-        batch_norm_values=norms,
     )
 
 
 def _macs(node: fx.Node, evaluation: Evaluation) -> int:
+    """Multiply-accumulates of a layer for the whole batch."""
     given = arguments(node)
     weight = given["weight"] if "weight" in given else given["mat2"]
-    shape = evaluation.shapes[node]
-    positions = math.prod(shape[2:]) if node.target in CONVS else math.prod(shape[1:-1])
+    # A transposed convolution multiplies each position of its input, a plain one each of its output.
+    transposed = given.get("transposed", node.target in TRANSPOSED)
+    shape = evaluation.shapes[given["input"] if transposed else node]
+    positions = math.prod(shape[:-1]) if node.target in LINEARS else shape[0] * math.prod(shape[2:])
     return int(math.prod(evaluation.shapes[weight]) * positions)

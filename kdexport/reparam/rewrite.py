@@ -21,9 +21,9 @@ from kdexport.reparam.certificate import (
     relative_error,
 )
 from kdexport.reparam.convolution import Convolution
-from kdexport.reparam.dataflow import Plan, Rewrite, Stage, describe, is_rewritten
+from kdexport.reparam.dataflow import Plan, Rewrite, Stage, describe, is_rewritten, same_weights
 from kdexport.reparam.evaluation import Evaluation
-from kdexport.reparam.operators import CONVS, LINEARS, NORMS, Surroundings, arguments, module_paths
+from kdexport.reparam.operators import LAYERS, NORMS, Surroundings, arguments, module_paths, swap_channels
 
 
 class Merged(nn.Module):
@@ -31,7 +31,8 @@ class Merged(nn.Module):
 
     def __init__(self, conv: Convolution, path: str, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
-        self.weight = nn.Parameter(conv.weight, requires_grad=False)
+        weight = swap_channels(conv.weight, conv.groups) if conv.is_transposed else conv.weight
+        self.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
         self.bias = nn.Parameter(conv.bias, requires_grad=False)
         self.path, self.device, self.dtype = path, device, dtype
 
@@ -116,6 +117,10 @@ _ATEN = torch.ops.aten
 
 _CALLS = (_ATEN.linear.default, _ATEN.conv1d.default, _ATEN.conv2d.default, _ATEN.conv3d.default)
 
+_TRANSPOSED_CALLS = (
+    _ATEN.linear.default, _ATEN.conv_transpose1d.default, _ATEN.conv_transpose2d.input, _ATEN.conv_transpose3d.input,
+)  # fmt: skip
+
 
 def rewrite(evaluation: Evaluation, plan: Plan) -> tuple[list[BlockCertificate], list[Hazard]]:
     """Carry out ``plan`` in the graph of ``evaluation``, in place; the float64 error of each block, and warnings.
@@ -137,6 +142,7 @@ class _Writer:
         self._around = Surroundings(evaluation)
         self._shapes = dict(evaluation.shapes)
         self._replaced: dict[fx.Node, fx.Node] = {}
+        self._written: list[tuple[str, Convolution, torch.device, torch.dtype]] = []
         self.blocks: list[BlockCertificate] = []
         self.hazards: list[Hazard] = []
 
@@ -173,13 +179,14 @@ class _Writer:
     def _warn(self, stage: Stage, name: str) -> None:
         constant, trained = self._around.constant, []
         for node in stage.nodes:
-            given = arguments(node) if node.target in CONVS | LINEARS | NORMS else {}
+            given = arguments(node) if node.target in LAYERS else {}
             if node.target in NORMS:
                 place = self._paths([node])[0]
                 variance, gain = constant(given["running_var"]), constant(given["weight"])
                 self.hazards += dead_channels(place, variance, gain, given["eps"])
             elif "weight" in given:
-                trained.append(constant(given["weight"]))
+                weight = constant(given["weight"])
+                trained.append(swap_channels(weight, given["groups"]) if stage.conv.is_transposed else weight)
         if trained:
             self.hazards += range_hazards(name, stage.conv.weight, trained)
 
@@ -199,12 +206,14 @@ class _Writer:
     def _convolution(self, stage: Stage, value: fx.Node, name: str) -> fx.Node:
         conv, dims = stage.conv, len(stage.conv.kernel)
         like = stage.results[0].meta["val"]
-        holder = f"_merged_{len(self.blocks)}"
-        self._module.add_submodule(holder, Merged(conv, name, like.device, like.dtype))
+        holder = self._holder(conv, name, like)
         weight, bias = (self._graph.get_attr(f"{holder}.{part}") for part in ("weight", "bias"))
         if dims == 0:
             return self._graph.call_function(_CALLS[0], (value, weight, bias))
         sides = [before for before, _ in conv.padding]
+        if conv.output_padding is not None:
+            spread = (list(conv.stride), sides, list(conv.output_padding), conv.groups, list(conv.dilation))
+            return self._graph.call_function(_TRANSPOSED_CALLS[dims], (value, weight, bias, *spread))
         symmetric = all(before == after for before, after in conv.padding)
         if conv.pads and not (symmetric and conv.padding_mode == "zeros"):
             around = [side for pair in reversed(conv.padding) for side in pair]
@@ -214,9 +223,19 @@ class _Writer:
         geometry = (list(conv.stride), sides, list(conv.dilation), conv.groups)
         return self._graph.call_function(_CALLS[dims], (value, weight, bias, *geometry))
 
+    def _holder(self, conv: Convolution, name: str, like: Tensor) -> str:
+        """The attribute that holds the weights of ``conv``, one for all places whose weights are equal."""
+        for holder, other, device, dtype in self._written:
+            if (device, dtype) == (like.device, like.dtype) and same_weights(conv, other):
+                return holder
+        holder = f"_merged_{len(self._written)}"
+        self._module.add_submodule(holder, Merged(conv, name, like.device, like.dtype))
+        self._written.append((holder, conv, like.device, like.dtype))
+        return holder
+
     def _name(self, stage: Stage) -> str:
         """The path of the one layer that was folded into, or of what holds the layers that were merged."""
-        weighted = [node for node in stage.nodes if node.target in CONVS | LINEARS]
+        weighted = [node for node in stage.nodes if node.target in LAYERS - NORMS]
         layers = self._paths(weighted)
         everything = self._paths(stage.nodes)
         if len(everything) > 1 and len(layers) != 1:

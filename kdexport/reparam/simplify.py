@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from kdexport.errors import ReparamError
-from kdexport.reparam.operators import CONVS, LINEARS, NORMS, arguments
+from kdexport.reparam.operators import CONVS, LAYERS, LINEARS, NORMS, TRANSPOSED, arguments
 
 _ATEN = torch.ops.aten
 _HIGHER = torch.ops.higher_order
@@ -232,6 +232,121 @@ def _same_layout(node: fx.Node, source: fx.Node) -> bool:
     return str(node.meta["val"].stride()) == str(source.meta["val"].stride())
 
 
+def split_norms(graph: fx.Graph) -> None:
+    """Move batch norms behind a concatenation of layers to these layers, in place: each then folds into its own.
+
+    Only where each part comes from a layer with weights of its own and the concatenation has no other reader, so that
+    nothing but the folds remains.
+    """
+    for norm in list(graph.nodes):
+        if norm.target not in NORMS or norm.target is not _ATEN.batch_norm.default:
+            continue
+        joined = arguments(norm)["input"]
+        if joined.target is not _ATEN.cat.default or len(joined.users) != 1:
+            continue
+        parts, given = arguments(joined)["tensors"], arguments(norm)
+        if arguments(joined)["dim"] % joined.meta["val"].dim() != 1 or not all(map(_is_own_layer, parts)):
+            continue
+        start, normed = 0, []
+        with graph.inserting_before(norm):
+            for part in parts:
+                end = start + int(part.meta["val"].shape[1])
+                own = [
+                    _rows(graph, given[name], start, end) for name in ("weight", "bias", "running_mean", "running_var")
+                ]
+                rest = (False, given["momentum"], given["eps"], given["cudnn_enabled"])
+                normed.append(_like(graph.call_function(norm.target, (part, *own, *rest)), part))
+                start = end
+            fresh = _like(graph.call_function(joined.target, (normed, 1)), norm)
+        norm.replace_all_uses_with(fresh)
+        graph.erase_node(norm)
+        graph.erase_node(joined)
+
+
+_NORM_WEIGHTS = ("weight", "bias", "running_mean", "running_var")
+
+
+def _is_own_layer(node: fx.Node) -> bool:
+    if node.target not in CONVS | TRANSPOSED | LINEARS or len(node.users) != 1 or node.meta["val"].dim() < 2:
+        return False
+    weight = node.args[1] if len(node.args) > 1 else None
+    return isinstance(weight, fx.Node) and weight.op == "get_attr" and len(weight.users) == 1
+
+
+def _rows(graph: fx.Graph, weight: Any, start: int, end: int) -> Any:
+    if not isinstance(weight, fx.Node):
+        return weight
+    part = graph.call_function(_ATEN.slice.Tensor, (weight, 0, start, end))
+    part.meta["val"] = weight.meta["val"][start:end]
+    return part
+
+
+def _like(node: fx.Node, other: fx.Node) -> fx.Node:
+    node.meta.update(other.meta)
+    return node
+
+
+def flatten_before_linear(graph: fx.Graph) -> None:
+    """Move a flattening of all dimensions but the last from behind a linear layer to before it, in place.
+
+    A linear layer acts on the last dimension alone. LeViT normalises its output as (N*L,C), which is then the output
+    of the linear layer itself.
+    """
+    for norm in list(graph.nodes):
+        flat: Any = norm.args[0] if norm.target in NORMS else None
+        linear: Any = flat.args[0] if isinstance(flat, fx.Node) and _flattens(flat) else None
+        if flat is None or linear is None or linear.target is not _ATEN.linear.default:
+            continue
+        sizes = [user for user in linear.users if _reads_size(user, linear)]
+        if len(sizes) + 1 != len(linear.users) or linear.meta["val"].dim() < 3:
+            continue
+        source, shape = linear.args[0], linear.meta["val"].shape
+        with graph.inserting_before(linear):
+            before: fx.Node = graph.call_function(_ATEN.reshape.default, (source, [-1, source.meta["val"].shape[-1]]))
+            before.meta.update(flat.meta)
+            flat_shape = (flat.meta["val"].shape[0], source.meta["val"].shape[-1])
+            before.meta["val"] = flat.meta["val"].new_empty(flat_shape)
+            fresh = _like(graph.call_function(linear.target, (before, *linear.args[1:]), linear.kwargs), linear)
+            fresh.meta["val"] = flat.meta["val"]
+            # All sizes but the last are those of the source.
+            extents = [_size(graph, source, axis) for axis in range(len(shape) - 1)] + [shape[-1]]
+        for user in sizes:
+            if user.target is _ATEN.reshape_as.default:
+                user.target, user.args = _ATEN.reshape.default, (user.args[0], extents)
+            else:
+                user.replace_all_uses_with(extents[user.args[1]])
+                graph.erase_node(user)
+        flat.replace_all_uses_with(fresh)
+        graph.erase_node(flat)
+        graph.erase_node(linear)
+
+
+def _flattens(node: fx.Node) -> bool:
+    """Whether all dimensions but the last of the input become one."""
+    if node.target not in _FLATTENINGS or len(node.users) != 1 or not isinstance(node.args[0], fx.Node):
+        return False
+    inner, outer = node.args[0].meta["val"].shape, node.meta["val"].shape
+    return len(outer) == 2 and len(inner) > 2 and isinstance(inner[-1], int) and outer[-1] == inner[-1]
+
+
+def _reads_size(node: fx.Node, source: fx.Node) -> bool:
+    if node.target is _ATEN.reshape_as.default:
+        return node.args[1] is source and node.args[0] is not source
+    return node.target is _ATEN.sym_size.int and node.args[1] != source.meta["val"].dim() - 1
+
+
+def _size(graph: fx.Graph, source: fx.Node, axis: int) -> Any:
+    extent = source.meta["val"].shape[axis]
+    if isinstance(extent, int):
+        return extent
+    node = graph.call_function(_ATEN.sym_size.int, (source, axis))
+    node.meta["val"] = extent
+    return node
+
+
+_FLATTENINGS = {_ATEN.flatten.using_ints, _ATEN.view.default, _ATEN.reshape.default, _ATEN._unsafe_view.default}
+
+
 def remove_dead(graph: fx.Graph) -> None:
     """Drop what no output needs, also what draws numbers; checks of sizes stay."""
     graph.eliminate_dead_code(lambda node: node.is_impure() and not _is_tagged(node))
@@ -281,7 +396,7 @@ def refuse_broken_weights(module: fx.GraphModule) -> None:
         value = attribute(module, str(node.target))
         if not isinstance(value, Tensor) or not value.is_floating_point():
             continue
-        of_layer = any(user.target in CONVS | LINEARS | NORMS for user in node.users)
+        of_layer = any(user.target in LAYERS for user in node.users)
         broken = int(value.isnan().sum()) + (int(value.isinf().sum()) if of_layer else 0)
         if broken:
             what = "NaN" if value.isnan().any() else "infinite values"
