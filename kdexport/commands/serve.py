@@ -152,7 +152,9 @@ def resident_bytes() -> int:
     """The largest resident size of this process so far, in bytes."""
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # macOS counts bytes, Linux KiB.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _loop_factory() -> Any:

@@ -6,14 +6,13 @@ temporary folder, is written plainly.
 """
 
 import contextlib
-import fcntl
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from kdexport.errors import OutputError
+from kdexport.errors import OutputError, StorageError
 
 _PARTIAL = ".partial-"
 
@@ -72,7 +71,17 @@ def _flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def exclusive(lock: Path) -> Iterator[None]:
-    """Hold ``lock`` against other processes; the system drops it when this one ends, however it ends."""
+    """Hold ``lock`` against other processes; the system drops it when this one ends, however it ends.
+
+    Raises ``StorageError`` on a system without such locks.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        raise StorageError(
+            "kdexport runs on Linux and macOS: this system has no locks on folders (flock).",
+            remedy="On Windows, run kdexport in WSL 2 or in a Linux container.",
+        ) from None
     # A folder is locked as it is: a lock file that is removed again would let two processes hold two of one name.
     descriptor = os.open(lock, os.O_RDONLY if lock.is_dir() else os.O_RDWR | os.O_CREAT, 0o644)
     try:

@@ -3,7 +3,6 @@
 ``kdexport doctor BUNDLE``: whether this machine would serve a bundle, and gives its labels.
 """
 
-import os
 import platform
 import shutil
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from kdexport.backends.nvidia import gpu_fingerprint
 from kdexport.backends.ort import CPU
 from kdexport.core.digests import tool_versions
+from kdexport.core.processors import usable_cpus
 from kdexport.errors import KdexportError
 from kdexport.serving.isolated_load import allowed_error, require_one_file
 from kdexport.serving.limits import Limits
@@ -46,7 +46,7 @@ def examine() -> list[Fact]:
     """Look at Python, packages, devices, disk and targets."""
     return [
         Fact("python", True, f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
-        Fact("processors", True, f"{len(os.sched_getaffinity(0))} usable"),
+        Fact("processors", True, f"{len(usable_cpus())} usable"),
         *[
             Fact(name, version != "absent", version if version != "absent" else f"absent: pip install {name}")
             for name, version in tool_versions(*_PACKAGES).items()

@@ -1,9 +1,10 @@
 """The limits of the server, the memory that they allow, and the processors and memory of its control group."""
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
+
+from kdexport.core.processors import usable_cpus
 
 MIB = 2**20
 
@@ -109,7 +110,7 @@ def memory_bound(
 
 def usable_processors(root: Path = Path("/")) -> int:
     """The number of usable processors: the affinity mask, limited by the control group's quota; at least 1."""
-    usable = len(os.sched_getaffinity(0))
+    usable = len(usable_cpus())
     quotas = [quota for folder in _folders(root, "cpu") if (quota := _quota(folder)) is not None]
     return max(1, min([usable, *(math.ceil(quota) for quota in quotas)]))
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from kdexport.backends.nvidia import gpu_fingerprint
 from kdexport.core.digests import tool_versions
+from kdexport.core.processors import usable_cpus
 from kdexport.errors import RunnerError
-from kdexport.timing.session import usable_cpus
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

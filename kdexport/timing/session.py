@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from kdexport.backends.base import Logits
 from kdexport.core.child import ChildDiedError, ChildTimeoutError, call
 from kdexport.core.console import fail, print_json
+from kdexport.core.processors import can_pin, pin_process, usable_cpus
 from kdexport.errors import ConfigError, ForwardedError, KdexportError, VerificationError
 from kdexport.stats.sequential import session_statistic
 from kdexport.targets import DEFAULT_TARGET, parse_target
@@ -109,14 +110,12 @@ class Session:
         return cls(**{**data, **tuples, "pairs_ms": tuple((a, b) for a, b in data["pairs_ms"])})
 
 
-def usable_cpus() -> tuple[int, ...]:
-    """The processors on which this process may run."""
-    return tuple(sorted(os.sched_getaffinity(0)))
-
-
 def pinned_cpus(threads: int) -> tuple[int, ...]:
-    """The last ``threads`` usable processors, to which sessions are pinned; most interrupts are served by the first."""
-    return usable_cpus()[-threads:]
+    """The last ``threads`` usable processors, to which sessions are pinned; most interrupts are served by the first.
+
+    Empty where the system cannot pin a process.
+    """
+    return usable_cpus()[-threads:] if can_pin() else ()
 
 
 def run_session(request: Request) -> Session:
@@ -143,8 +142,7 @@ def run_session(request: Request) -> Session:
 
 def measure_session(request: Request) -> Session:
     """Measure in this process, which stays pinned to ``request.cpus``."""
-    if request.cpus:
-        os.sched_setaffinity(0, request.cpus)
+    pin_process(request.cpus)
     rng = np.random.default_rng([request.seed, 1])
     order = [str(name) for name in rng.permutation(["reference", "candidate"])]
     pairing = Pairing(pairs=request.pairs, seed=request.seed, max_drift=request.max_drift, tails=request.tails)
@@ -177,7 +175,7 @@ def _session(
         runs=measured.runs,
         seed=request.seed,
         created_first=created_first,
-        cpus=tuple(sorted(os.sched_getaffinity(0))),
+        cpus=usable_cpus(),
         threads=request.threads,
         load=load,
         tails_ms=tuple(round(float(value), 6) for value in measured.tails_s[1] * 1e3),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from kdexport.core.files import (
+    exclusive,
     recover,
     remove_partials,
     require_writable_file,
@@ -16,7 +17,7 @@ from kdexport.core.files import (
     write_folder,
     write_text,
 )
-from kdexport.errors import OutputError
+from kdexport.errors import OutputError, StorageError
 
 
 def test_a_report_path_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
@@ -25,6 +26,19 @@ def test_a_report_path_that_cannot_be_written_is_refused(tmp_path: Path) -> None
     for path in (tmp_path, tmp_path / "missing" / "new.xml"):
         with pytest.raises(OutputError):
             require_writable_file(path)
+
+
+def test_a_system_without_locks_on_folders_is_refused_and_told_what_runs_kdexport(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with pytest.raises(StorageError) as caught, exclusive(tmp_path):
+        pass
+    assert str(caught.value) == (
+        "kdexport runs on Linux and macOS: this system has no locks on folders (flock).\n"
+        "On Windows, run kdexport in WSL 2 or in a Linux container."
+    )
+    assert caught.value.exit_code == 4
 
 
 def names(folder: Path) -> list[str]:
