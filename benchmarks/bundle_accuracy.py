@@ -1,4 +1,4 @@
-"""Top-1 of every ONNX file of a bundle on a whole test split, and how many predictions differ from the unfused student.
+"""Top-1 of every ONNX file of a bundle on a test split, and the number of predictions that differ from the unfused one.
 
 python benchmarks/bundle_accuracy.py BUNDLE --data cifar100 --root DIR
 """
@@ -18,7 +18,7 @@ from kdexport.verify.reference import run_torch
 
 
 def batches(images: ImageSet, preprocessing: Preprocessing, size: int = 500) -> Iterator[NDArray[np.float32]]:
-    """Normalised images (<=size,3,S,S) in order."""
+    """Normalised images in batches (n,3,S,S) of at most ``size``, in order."""
     for start in range(0, len(images), size):
         yield preprocessing.normalise(images.read(range(start, min(start + size, len(images))), preprocessing))
 
@@ -35,7 +35,7 @@ def main() -> None:
     inputs = list(batches(images, manifest.spec.preprocessing))
     unfused = load_unfused(arguments.bundle, manifest.spec)
     reference = np.concatenate([run_torch(unfused, chunk).argmax(1) for chunk in inputs])
-    print("| what | images | top-1 | predictions that differ |\n|---|---|---|---|")
+    print("| file | images | top-1 | predictions that differ |\n|---|---|---|---|")
     print(f"| unfused student, torch fp32 | {len(images)} | {(reference == images.labels).mean():.2%} | |")
     for name in onnx_files(manifest):
         model = load_model(arguments.bundle / name)

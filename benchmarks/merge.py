@@ -1,4 +1,4 @@
-"""What the merge costs and saves on every student: error, operators, latency beside the branched and plain one.
+"""The merge on every student: its error, its operators, and its latency against the branched and the plain student.
 
 python benchmarks/merge.py --out docs/results/merge.md
 """
@@ -29,7 +29,7 @@ HEADER = (
 
 
 def briefly_trained(name: str, spec: BranchSpec | None) -> Student:
-    """A student after a few steps on seeded noise: no batch norm and no branch is what it was initialised to."""
+    """A student after a few training steps on seeded noise, so that no batch norm or branch is in its initial state."""
     torch.manual_seed(1)
     student = STUDENTS.build(name, num_classes=CLASSES, image_size=SIZE)
     if spec is not None:
@@ -45,7 +45,7 @@ def briefly_trained(name: str, spec: BranchSpec | None) -> Student:
 
 
 def float32_error(student: Student, fused: FusedStudent) -> float:
-    """RMS distance of the folded float32 student from the float64 oracle, in multiples of the branched one's own."""
+    """RMS error of the folded float32 student against the float64 oracle, in multiples of the branched student's."""
     images = torch.randn(128, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
         exact = copy.deepcopy(student).double()(images.double())
@@ -58,7 +58,7 @@ def float32_error(student: Student, fused: FusedStudent) -> float:
 
 
 def compare(reference: Path, candidate: Path, sessions: int) -> LatencyResult:
-    """Batch 1, one thread, interleaved, a fresh process per session."""
+    """Compare the latency of two ONNX files: batch 1, one thread, interleaved, one process per session."""
     comparison = Comparison(
         reference=str(reference), candidate=str(candidate), image_size=SIZE, batch=1, threads=1, pairs=15
     )
@@ -92,7 +92,7 @@ def _ratio(result: LatencyResult) -> str:
 
 
 def page(rows: list[str], sessions: int) -> str:
-    """The result as Markdown."""
+    """The page with the results, as Markdown."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "onnx", "onnxruntime-gpu"))
     machine = f"{platform.machine()}, {torch.get_num_threads()} CPU threads, no GPU"
     return f"""# The merge on every student
@@ -101,10 +101,10 @@ def page(rows: list[str], sessions: int) -> str:
 Python {platform.python_version()}, {versions}.
 
 {SIZE}x{SIZE} inputs, {CLASSES} classes, {BRANCHES} branches at every stage (R1), four training steps on noise, so no
-batch norm is fresh. Latency: onnxruntime CPU with its graph optimisations on, batch 1, one thread, interleaved pairs;
-ratio of medians with its 99 % interval over up to {sessions} fresh processes. The exporter folds batch norms of the
-branched graph too, branches never. fp32 error: distance from the float64 oracle in multiples of the branched float32
-student's own (up to 2 allowed by rung B).
+batch norm is an identity. Latency: onnxruntime CPU with its graph optimisations on, batch 1, one thread, interleaved
+pairs; ratio of medians with its 99 % interval over up to {sessions} fresh processes. The exporter also folds the batch
+norms of the branched graph, but no branches. fp32 error: distance from the float64 oracle in multiples of that of the
+branched float32 student (up to 2 allowed by rung B).
 
 {HEADER}
 |{"---|" * 10}

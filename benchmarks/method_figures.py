@@ -14,7 +14,7 @@ NAMES = {"cosine": "cosine", "ddpm_linear": "DDPM linear", "linear": "$b^2$ line
 
 
 def weights(axes: Axes) -> None:
-    """v_k of each step, the noisiest first: the factor of a branch's error in the step that it serves."""
+    """v_k of each step, the noisiest first: the factor of the error of the branch that is used in the step."""
     for number, (name, label) in enumerate(NAMES.items()):
         steps = list(range(BRANCHES, 0, -1))
         schedule = SCHEDULES[name](BRANCHES)
@@ -40,7 +40,7 @@ def matrix(axes: Axes, form: Form, title: str, labels: list[str]) -> None:
 
 
 def shares(axes: Axes) -> None:
-    """The part of the loss that the mean of the branches sees, where all branches have one error."""
+    """The part of the loss that depends on the mean of the branches, if all branches have the same error."""
     counts = list(range(1, 17))
     for name, label in NAMES.items():
         pairs = [expected_loss_coefficients(SCHEDULES[name](m)) for m in counts]

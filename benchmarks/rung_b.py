@@ -1,4 +1,4 @@
-"""How often would rung B fail a correct fold? Error of folded float32 students in torch, onnxruntime and OpenVINO.
+"""How often rung B would fail a correct fold: the error of folded float32 students in torch, onnxruntime and OpenVINO.
 
 python benchmarks/rung_b.py --students 25
 python benchmarks/rung_b.py --sensitivity runs/one/student --data folder:data/small
@@ -34,7 +34,7 @@ Units = dict[str, float]
 
 
 def briefly_trained(spec: BranchSpec, seed: int) -> Student:
-    """A small student after four steps: batch norms and weights are no longer those of the initialisation."""
+    """A small student after four training steps, so that batch norms and weights differ from their initial values."""
     torch.manual_seed(seed)
     student = STUDENTS.build("mobilenetv2", num_classes=3, image_size=SIZE)
     attach_branches(student, spec)
@@ -54,7 +54,7 @@ def rms(values: NDArray[np.float64]) -> float:
 
 
 def errors(student: Student, folder: Path) -> tuple[dict[str, float], Units]:
-    """Rms error of the folded student by runtime, and the units that it may be measured in."""
+    """RMS error of the folded student by runtime, and the units in which it can be expressed."""
     fused = fuse_student(student).module
     images = torch.randn(35, 3, SIZE, SIZE).numpy()
     exact, added = run_exact(student, images)
@@ -69,13 +69,13 @@ def errors(student: Student, folder: Path) -> tuple[dict[str, float], Units]:
     units = {
         "the unfused student's own error": own,
         "the same, at least one unit of the logits": max(own, EPS * rms(exact)),
-        "the same, at least one unit of what is added up": max(own, EPS * rms(added)),
+        "the same, at least one unit of the summed products": max(own, EPS * rms(added)),
     }
     return {name: rms(run(images).astype(np.float64) - exact) for name, run in runs.items()}, units
 
 
 def sensitivity(checkpoint: Path, data: str) -> None:
-    """What rung B measures where the largest weight of one layer is off by 1 %, layer by layer, on 50 images."""
+    """Print what rung B measures on 50 images if the largest weight of one layer is off by 1 %, for every layer."""
     trained = open_checkpoint(checkpoint)
     student, fused = load_student(trained), fuse_student(load_student(trained)).module
     test, preprocessing = open_dataset(DatasetSpec(name=data), "test"), trained.spec.preprocessing
@@ -95,7 +95,7 @@ def sensitivity(checkpoint: Path, data: str) -> None:
 
 
 def main() -> None:
-    """Read the arguments and print a Markdown table, or a line about sensitivity."""
+    """Read the arguments and print a Markdown table, or the result of ``sensitivity``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--students", type=int, default=25)
     parser.add_argument("--sensitivity", type=Path, help="a student folder")

@@ -1,4 +1,4 @@
-"""A part of an image folder, by hard links: the first images of each class, so that a study fits a small machine.
+"""Make a subset of an image folder with hard links: the first images of each class, for studies on small machines.
 
 python benchmarks/subset.py data/cifar100 data/cifar100-small --train 100 --test 50
 """
@@ -12,7 +12,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
 
 def link_first(source: Path, target: Path, count: int) -> int:
-    """Link the first ``count`` images, by name, of each class folder; returns how many were linked."""
+    """Link the first ``count`` images, by name, of each class folder; the result is the number of links."""
     linked = 0
     for folder in sorted(path for path in source.iterdir() if path.is_dir()):
         images = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)

@@ -1,4 +1,4 @@
-"""What each CPU target costs and gains: latency beside onnx-fp32, top-1 on CIFAR-100, and the time to build them.
+"""The CPU targets: latency relative to onnx-fp32, top-1 on CIFAR-100, and build time.
 
 python benchmarks/targets.py latency
 python benchmarks/targets.py branches
@@ -74,7 +74,7 @@ def show(title: str, found: dict[str, tuple[float, ...]]) -> None:
 
 
 def quantized(source: Path, batches: Iterable[NDArray[np.float32]], *, bits: int, method: Method = "minmax") -> Path:
-    """The CPU form of ``source``, calibrated on ``batches``."""
+    """``source`` quantized in the form for CPUs, calibrated on ``batches``."""
     path = source.with_name(f"{source.stem}-{method}-{bits}.onnx")
     ranges = path.with_suffix(".json")
     calibrate(source, batches, ranges, method=method, percentile=99.99)
@@ -83,7 +83,7 @@ def quantized(source: Path, batches: Iterable[NDArray[np.float32]], *, bits: int
 
 
 def cpu_targets(source: Path, image_size: int, threads: int) -> dict[str, Logits]:
-    """Each CPU target of a float32 file by name; int8 calibrated on noise, which costs what any image costs."""
+    """The CPU targets of a float32 file by name; int8 is calibrated on noise, which does not change its latency."""
     noise = np.random.default_rng(1).normal(size=(16, 3, image_size, image_size)).astype(np.float32)
     seven, eight = (quantized(source, [noise], bits=bits) for bits in (7, 8))
     models: dict[str, Logits] = {
@@ -125,7 +125,7 @@ def arms_of(models: dict[str, Logits], image_size: int) -> dict[str, Arm]:
 
 
 def branches(arguments: argparse.Namespace) -> None:
-    """The folded student beside the plain one and the one with its branches, onnxruntime's optimisation off and on."""
+    """The folded student against the plain and the branched one, with onnxruntime's graph optimisation off and on."""
     spec = BranchSpec(placement="R1", num_branches=4, layers="multi")
     unfused = briefly_trained("mobilenetv2", spec)
     modules: dict[str, torch.nn.Module] = {
@@ -168,7 +168,7 @@ def accuracy(arguments: argparse.Namespace) -> None:
             for name, run in models.items():
                 found[name][indices] = run(batch).argmax(1)
     base = found["onnx-fp32"]
-    print(f"\n| what | top-1 of {len(test)} | points lost | labels that differ |\n|---|---|---|---|")
+    print(f"\n| target | top-1 of {len(test)} | points lost | predictions that differ |\n|---|---|---|---|")
     for name, labels in found.items():
         right = float((labels == test.labels).mean())
         lost = float((base == test.labels).mean()) - right
@@ -178,7 +178,7 @@ def accuracy(arguments: argparse.Namespace) -> None:
 def in_batches(
     read: Callable[[list[int], Preprocessing], NDArray[np.uint8]], count: int, preprocessing: Preprocessing
 ) -> Iterator[tuple[list[int], NDArray[np.float32]]]:
-    """Indices and normalised images, 250 at a time."""
+    """Indices and normalised images in batches of 250."""
     for start in range(0, count, 250):
         indices = list(range(start, min(start + 250, count)))
         yield indices, preprocessing.normalise(read(indices, preprocessing))

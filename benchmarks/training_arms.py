@@ -1,4 +1,4 @@
-"""The loops whose steps are timed, on noise with a fresh teacher: a plain one as public code writes it, and ours."""
+"""The training loops to time, on noise with an untrained teacher: a plain loop as in public code, and ours."""
 
 import multiprocessing
 import os
@@ -29,7 +29,7 @@ Clock = Callable[[], float]
 
 
 def recipe_of(method: str, batch: int, weights: Path) -> Recipe:
-    """resnet56 teaches mobilenetv2."""
+    """The pair to train: teacher resnet56, student mobilenetv2."""
     changes = {
         "teacher": {"checkpoint": str(weights)},
         "distiller": {"name": method},
@@ -53,7 +53,7 @@ def teacher_weights(folder: Path) -> Path:
 
 
 class Arrays(Dataset[tuple[Tensor, int]]):
-    """A small-image set as public code has it: arrays to PIL images, transformed one by one."""
+    """A data set of small images as in public code: arrays become PIL images, which are transformed one by one."""
 
     def __init__(self, images: ImageSet, recipe: Recipe) -> None:
         self.images = images
@@ -75,7 +75,7 @@ class Arrays(Dataset[tuple[Tensor, int]]):
 
 
 def cpu_seconds() -> float:
-    """Of this process and its children, those that live included."""
+    """CPU time of this process and its children, including running ones."""
     times = os.times()
     ticks = 0
     for child in multiprocessing.active_children():
@@ -85,7 +85,7 @@ def cpu_seconds() -> float:
 
 
 def plain_reference(images: ImageSet, recipe: Recipe, clock: Clock) -> Arm:
-    """Supervised steps beside the teacher's forward pass: loader workers, NCHW, eager, a number read at each step."""
+    """Supervised steps with a forward pass of the teacher: loader workers, NCHW, eager, the loss read at each step."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     loader = DataLoader(
         Arrays(images, recipe),
@@ -118,14 +118,14 @@ def plain_reference(images: ImageSet, recipe: Recipe, clock: Clock) -> Arm:
 
     def epoch() -> float:
         moments = [clock() for _ in steps()]
-        # From the first step on: workers fill their queues before it.
+        # Timed from the first step on, because workers fill their queues before it.
         return (moments[-1] - moments[0]) / (len(moments) - 1)
 
     return epoch
 
 
 def our_loop(images: ImageSet, recipe: Recipe, clock: Clock) -> Arm:
-    """Our loop with the method of ``recipe``; the one batch that it evaluates on counts too."""
+    """Our loop with the method of ``recipe``, including its evaluation on one batch."""
     accelerator = make_accelerator(recipe.train)
     settings, device = recipe.train, accelerator.device
     batches = training_batches(images, recipe.data, batch_size=settings.batch_size, seed=0, device=device)

@@ -14,13 +14,13 @@ from training.runs.record import device_name
 
 
 def machine() -> str:
-    """Processor, cores and versions in one line; no name or path of the machine."""
+    """Processor, cores and versions in one line, without the name or paths of the machine."""
     versions = ", ".join(f"{name} {version}" for name, version in tool_versions("torch", "torchvision").items())
     return f"{device_name()}; Python {platform.python_version()}, {versions}"
 
 
 def page(run: Path, title: str) -> str:
-    """The Markdown of one run."""
+    """The page of one run, as Markdown."""
     recipe = json.loads((run / "recipe.json").read_text())["recipe"]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     metrics = json.loads((run / "student" / "student.json").read_text())["provenance"]["metrics"]

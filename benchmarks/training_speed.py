@@ -1,4 +1,4 @@
-"""The speed and memory of a training step beside a plain loop as public code writes it, interleaved in one process.
+"""Speed and memory of a training step against a plain loop as in public code, interleaved in one process.
 
 python benchmarks/training_speed.py --to docs/results/training.md [--rounds 12] [--steps 4] [--batch 128]
                                     [--threads 2] [--clock wall|cpu]
@@ -31,11 +31,11 @@ def interval(ratios: list[float]) -> tuple[float, float, float]:
 
 
 def memory(method: str, batch: int) -> None:
-    """Print the bytes that training steps add to what is there before the first one."""
+    """Print the bytes that training steps add to the memory in use before the first one."""
     with tempfile.TemporaryDirectory() as folder:
         recipe = recipe_of(method, batch, teacher_weights(Path(folder)))
         epoch = our_loop(noise(MEMORY_STEPS * batch), recipe, time.perf_counter)
-        # From here on the peak is counted anew.
+        # The peak is reset here.
         Path("/proc/self/clear_refs").write_text("5")
         before = _status("VmRSS")
         epoch()
@@ -54,7 +54,7 @@ def measured_memory(method: str, batch: int) -> dict[str, int]:
 
 
 def measure(rounds: int, steps: int, batch: int, clock: Clock) -> dict[str, list[float]]:
-    """Seconds a step of each arm, a value for each round."""
+    """Seconds per step of each arm, one value per round."""
     with tempfile.TemporaryDirectory() as folder:
         weights = teacher_weights(Path(folder))
         images = noise(steps * batch)
