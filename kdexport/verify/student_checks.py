@@ -45,6 +45,8 @@ class Subject:
     reference: Reference
     weights: dict[str, NDArray[np.float32]]
     policy: Policy
+    #: Bits of a weight of int8 files for a CPU.
+    weight_bits: int = 8
 
     def plan(self, name: str) -> LayerPlan:
         """The precision plan of a target or of the ONNX file of one; without a search there is none."""
@@ -112,7 +114,7 @@ def student_checks(folder: Path, manifest: Manifest, pixels: NDArray[np.uint8]) 
     export = manifest.data["export"]
     batches = (int(export["min_batch"]), int(export["opt_batch"]), 7, int(export["max_batch"]))
     sizes = tuple(dict.fromkeys(min(batch, int(export["max_batch"])) for batch in batches))
-    return checks, Subject(folder, manifest, sizes, probes, reference, arrays, policy)
+    return checks, Subject(folder, manifest, sizes, probes, reference, arrays, policy, bits)
 
 
 def _plans(manifest: Manifest, weights: Weights) -> dict[str, LayerPlan]:

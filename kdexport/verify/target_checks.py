@@ -20,6 +20,7 @@ from kdexport.graph.tensor_ranges import Range, read_ranges
 from kdexport.targets import Target, parse_target
 from kdexport.verify.check import Check, broken, from_finding
 from kdexport.verify.parity import check_batches, check_repeatable, rung_b, rung_c
+from kdexport.verify.rebuilt_graphs import RebuiltGraphs
 from kdexport.verify.student_checks import Subject
 
 
@@ -31,10 +32,10 @@ class FileResult:
     execution: Execution | None = None
 
 
-def graph_checks(subject: Subject, name: str, form: str) -> FileResult:
+def graph_checks(subject: Subject, name: str, form: str, rebuilt: RebuiltGraphs) -> FileResult:
     """Audit of the ONNX file ``name``, and rung B or C of its reference run by onnxruntime on the CPU.
 
-    ``form`` is the one that the file's precision is written in.
+    ``form`` is the one that the file's precision is written in; ``rebuilt`` makes the graph that the file must hold.
     """
     path = subject.folder / name
     try:
@@ -53,6 +54,7 @@ def graph_checks(subject: Subject, name: str, form: str) -> FileResult:
     checks = [from_finding(name, finding) for finding in findings]
     if not findings[0].holds:
         return FileResult(tuple(checks))
+    checks.append(from_finding(name, rebuilt.finding(name, form, plan, subject.weight_bits)))
     checks.append(from_finding(name, _metadata(subject, path)))
     try:
         model = open_file(path, form)

@@ -3,6 +3,7 @@
 Verification of a finished bundle from its own files alone.
 """
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from kdexport.targets import Target, parse_target
 from kdexport.verify.check import Check, check_at_most
 from kdexport.verify.int8_collapse import explain_collapse
 from kdexport.verify.policy import Policy, stored_policy
+from kdexport.verify.rebuilt_graphs import RebuiltGraphs
 from kdexport.verify.student_checks import check_algebra, check_golden, check_integrity, student_checks
 from kdexport.verify.target_checks import graph_checks, target_checks
 from kdexport.verify.task_record import TaskImages, TaskRecord, load_record, measure_task, task_checks
@@ -140,13 +142,15 @@ def verify_folder(
     if subject is None:
         return Verdict(tuple(checks))
     executed: dict[str, Execution] = {}
-    for name, form in onnx_files(manifest).items():
-        progress(name)
-        result = graph_checks(subject, name, form)
-        checks += result.checks
-        target = target_of(name)
-        if target is not None and result.execution is not None and _is_own_run(target):
-            executed[str(target)] = result.execution
+    with tempfile.TemporaryDirectory(prefix="kdexport-verify-") as scratch:
+        rebuilt = RebuiltGraphs(folder, manifest, Path(scratch))
+        for name, form in onnx_files(manifest).items():
+            progress(name)
+            result = graph_checks(subject, name, form, rebuilt)
+            checks += result.checks
+            target = target_of(name)
+            if target is not None and result.execution is not None and _is_own_run(target):
+                executed[str(target)] = result.execution
     for target in map(parse_target, manifest.targets):
         if target.runs_as_reference:
             continue

@@ -1,0 +1,80 @@
+"""The graphs that a bundle must hold, made again from its unfused student by this version: fold, export, cast.
+
+Nothing that a bundle says about its own files is used but the calibrated ranges and the precision plans, whose effect
+rungs C and D judge.
+"""
+
+from pathlib import Path
+from types import MappingProxyType
+
+import onnx
+
+from kdexport.backends.base import Finding
+from kdexport.bundle.manifest import FUSED, MODEL, RANGES, Manifest, load_unfused
+from kdexport.checkpoint import load_strictly, load_tensors
+from kdexport.errors import KdexportError
+from kdexport.graph.equalise import apply_scalings
+from kdexport.graph.equality import graph_difference
+from kdexport.graph.export import export_onnx
+from kdexport.graph.plan import LayerPlan
+from kdexport.graph.precision import cast_to_bf16, cast_to_fp16
+from kdexport.graph.quantize import parse_form, quantize
+from kdexport.reparam.fold_student import fuse_student
+
+_CASTS = MappingProxyType({"fp16": cast_to_fp16, "bf16": cast_to_bf16})
+
+
+class RebuiltGraphs:
+    """Rebuilds the graph of each form on demand, each once."""
+
+    def __init__(self, folder: Path, manifest: Manifest, scratch: Path) -> None:
+        """``scratch`` is an empty folder for the files that are made."""
+        self._folder, self._manifest, self._scratch = folder, manifest, scratch
+        self._float32: Path | None = None
+        self._made: dict[tuple[object, ...], onnx.ModelProto] = {}
+
+    def finding(self, name: str, form: str, plan: LayerPlan, weight_bits: int) -> Finding:
+        """Whether the ONNX file ``name`` is the graph that this version makes of the unfused student in ``form``."""
+        try:
+            expected = self._expected(self._folder / name, form, plan, weight_bits)
+            difference = graph_difference(onnx.load(str(self._folder / name)), expected)
+        except KdexportError as error:
+            return Finding("graph as rebuilt", False, f"cannot be rebuilt: {error.message}")
+        nodes = len(expected.graph.node)
+        return Finding("graph as rebuilt", not difference, difference or f"{nodes} nodes, each as rebuilt")
+
+    def _expected(self, path: Path, form: str, plan: LayerPlan, weight_bits: int) -> onnx.ModelProto:
+        ranges = path.with_name(RANGES) if form.startswith("int8") else None
+        key = (form, str(plan.to_json()), weight_bits, None if ranges is None else ranges.read_bytes())
+        if key not in self._made:
+            self._made[key] = self._make(form, plan, weight_bits, ranges)
+        return self._made[key]
+
+    def _make(self, form: str, plan: LayerPlan, weight_bits: int, ranges: Path | None) -> onnx.ModelProto:
+        source, path = self._scaled(plan), self._scratch / f"{form}.onnx"
+        if ranges is not None:
+            quantize(source, ranges, path, form=parse_form(form), weight_bits=weight_bits, keep=plan.nodes)
+        elif form in _CASTS:
+            _CASTS[form](source, path)
+        else:
+            path = source
+        return onnx.load(str(path))
+
+    def _scaled(self, plan: LayerPlan) -> Path:
+        exported = self._exported()
+        if not plan.equalised:
+            return exported
+        path = self._scratch / "equalised.onnx"
+        onnx.save(apply_scalings(onnx.load(str(exported)), plan.equalised), str(path))
+        return path
+
+    def _exported(self) -> Path:
+        """The float32 graph with the stored folded weights, which rung A compares with the fold."""
+        if self._float32 is None:
+            spec = self._manifest.spec
+            module = fuse_student(load_unfused(self._folder, spec)).module
+            load_strictly(module, load_tensors(self._folder / FUSED), FUSED)
+            path = self._scratch / MODEL
+            export_onnx(module, path, image_size=spec.image_size, opset=self._manifest.opset, metadata={})
+            self._float32 = path
+        return self._float32
