@@ -43,13 +43,18 @@ def _of_models(suspect: onnx.ModelProto, expected: onnx.ModelProto) -> str:
     ):
         if mine != theirs:
             return f"the {what} are {mine}, expected {theirs}"
-    for node in suspect.graph.node:
-        if node.op_type == "Constant" and [attribute.name for attribute in node.attribute] not in _CONSTANTS:
-            return f"node {_name(node)} is a Constant with {', '.join(attribute.name for attribute in node.attribute)}"
-        if node.domain not in _DEFAULT_DOMAINS:
-            return f"node {_name(node)} is a {node.op_type} of the domain {node.domain}"
-        if any(attribute.type in _SUBGRAPHS for attribute in node.attribute):
-            return f"node {_name(node)}, a {node.op_type}, holds a graph of its own"
+    return next(filter(None, map(_of_node, suspect.graph.node)), "")
+
+
+def _of_node(node: onnx.NodeProto) -> str:
+    """What no exported classifier has in a node: other domains, graphs inside, constants of other kinds."""
+    names = [attribute.name for attribute in node.attribute]
+    if node.op_type == "Constant" and names not in _CONSTANTS:
+        return f"node {_name(node)} is a Constant with {', '.join(names)}"
+    if node.domain not in _DEFAULT_DOMAINS:
+        return f"node {_name(node)} is a {node.op_type} of the domain {node.domain}"
+    if any(attribute.type in _SUBGRAPHS for attribute in node.attribute):
+        return f"node {_name(node)}, a {node.op_type}, holds a graph of its own"
     return ""
 
 

@@ -27,8 +27,9 @@ def copy_of(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def node(model: onnx.ModelProto, name: str) -> onnx.NodeProto:
-    (found,) = (node for node in model.graph.node if node.name == name)
-    return found
+    found: list[onnx.NodeProto] = [node for node in model.graph.node if node.name == name]
+    assert len(found) == 1
+    return found[0]
 
 
 def insert(model: onnx.ModelProto, new: list[onnx.NodeProto], before: str) -> None:

@@ -19,7 +19,7 @@ def change_operator(path: Path, operator: str, **attributes: float) -> str:
     node.op_type = operator
     node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
     onnx.save(model, str(path))
-    return node.name
+    return str(node.name)
 
 
 def test_files_whose_digests_were_made_consistent_are_caught_by_their_graphs(
