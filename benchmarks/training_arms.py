@@ -20,7 +20,7 @@ from training.recipe import Recipe, load_recipe
 from training.runs.loop import Run, sgd, train_epoch
 from training.runs.progress import EpochProgress
 from training.teachers import TEACHERS
-from training.train import make_accelerator, prepare_lesson
+from training.train import make_accelerator, prepare_distillation
 
 CLASSES, SIZE, WORKERS = 100, 32, 2
 #: Seconds of one step.
@@ -129,19 +129,19 @@ def our_loop(images: ImageSet, recipe: Recipe, clock: Clock) -> Arm:
     accelerator = make_accelerator(recipe.train)
     settings, device = recipe.train, accelerator.device
     batches = training_batches(images, recipe.data, batch_size=settings.batch_size, seed=0, device=device)
-    lesson = prepare_lesson(recipe, images, batches, device)
+    distillation = prepare_distillation(recipe, images, batches, device)
     job = Run(
         directory=Path(),
         title=recipe.distiller.name,
         settings=settings,
-        branches=(lesson.layers, lesson.branches.num_branches if lesson.branches else 1),
-        task=lesson.task,
-        network=lesson.student,
+        branches=(distillation.layers, distillation.branches.num_branches if distillation.branches else 1),
+        task=distillation.task,
+        network=distillation.student,
         batches=batches,
         evaluation=list(EvaluationBatches(noise(10), recipe.data, device=device)),
-        teach=lesson.frozen,
+        teach=distillation.frozen,
     )
-    task, optimizer = accelerator.prepare(lesson.task, sgd(lesson.task, settings))
+    task, optimizer = accelerator.prepare(distillation.task, sgd(distillation.task, settings))
     progress = EpochProgress(
         "", steps_per_epoch=batches.steps, epochs=1000, done_epochs=0, batch_size=settings.batch_size, quiet=True
     )

@@ -362,7 +362,7 @@ def test_a_run_is_not_continued_with_another_source(tmp_path: Path, monkeypatch:
     assert first.returncode == 0, first.stderr
     assert run().stdout == first.stdout
     Path(path).write_text(example()[0] + "# Another source.\n")
-    assert "run holds a run of another recipe, or of code that trains otherwise." in run().stderr
+    assert "run belongs to another run: plugins.teacher is '" in run().stderr
     (tmp_path / "run" / "recipe.json").unlink()
     # Nor is a teacher that runs share.
     assert run().stdout.startswith("runs/teachers/myteacher-")

@@ -1,1 +1,1 @@
-"""One training run: loop, state, journal, watchdog, hand-over."""
+"""One training run: loop, state, journal, check of the losses, checkpoint of the student."""

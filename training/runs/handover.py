@@ -1,4 +1,4 @@
-"""The directory in which a trained student is handed over: student.json and model.safetensors, written whole."""
+"""The checkpoint of a trained student: a folder with student.json and model.safetensors."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,22 +16,22 @@ from training.runs.loop import Metrics
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Origin:
-    """Where a run's inputs come from, as digests: part of the provenance of its student."""
+    """Digests of the inputs of a run, for the provenance of its student."""
 
     dataset_sha256: str
     teacher_sha256: str
 
 
 def hand_over(final: Path, student: Student, spec: StudentSpec) -> None:
-    """Write a student's checkpoint, which appears whole in the place of an older one."""
+    """Write the checkpoint of ``student`` to ``final``, atomically replacing an older one."""
     write_folder(final, lambda folder: save_checkpoint(folder, student, spec))
 
 
 def student_spec(
     recipe: Recipe, train: ImageSet, branches: BranchSpec | None, metrics: Metrics, origin: Origin
 ) -> StudentSpec:
-    """What a student of ``recipe`` says about itself; its provenance has ``metrics``."""
-    # Places on the training machine tell nothing about the weights and do not leave it.
+    """The description of a student of ``recipe`` in its checkpoint; ``metrics`` are a part of its provenance."""
+    # Paths of the training machine do not affect the weights, and are not published.
     described = recipe.model_dump(mode="json")
     described["data"].pop("root")
     described["teacher"].pop("checkpoint")

@@ -1,4 +1,4 @@
-"""What a run writes after each epoch: metrics and diversity as lines, scalars for TensorBoard, plots as PNG."""
+"""The files that a run writes after each epoch: metrics and diversity as JSON lines, TensorBoard scalars, plots."""
 
 import json
 import time
@@ -10,12 +10,12 @@ from kdexport.core.files import write_file, write_text
 from kdexport.errors import BackendUnavailableError
 from training.runs.plots import Line, plot_diversity, plot_learning_curves
 
-#: Seconds between two drawings of a run that goes on; the last epoch is always drawn.
+#: Seconds between two updates of the plots; the last epoch always updates them.
 _REDRAW_S = 60.0
 
 
 class Journal:
-    """The files of one run; ``say`` hears, once, that plots cannot be drawn here."""
+    """The files of one run; ``say`` is called once if plots cannot be drawn here."""
 
     def __init__(
         self,
@@ -29,7 +29,7 @@ class Journal:
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # One file for all epochs: files that begin in one second are read in the order of their names, not their age.
+        # One file for all epochs: TensorBoard reads files of the same second in the order of their names.
         self._scalars = SummaryWriter(str(directory / "tensorboard"), purge_step=done + 1)
         self._directory, self._title, self._teacher_top1, self._say = directory, title, teacher_top1, say
         self._draws, self._drawn_at = draws, time.monotonic()
@@ -43,7 +43,7 @@ class Journal:
         self._scalars.close()
 
     def write(self, history: Sequence[Line], diversity: Sequence[Line], *, last: bool) -> None:
-        """Write all epochs so far, the newest one to TensorBoard, and the plots where it is time for them."""
+        """Write all epochs so far, the newest one to TensorBoard, and the plots if they are due."""
         epoch = len(history)
         numbered = [{"epoch": index + 1, **metrics} for index, metrics in enumerate(history)]
         write_text(self._directory / "metrics.jsonl", _jsonl(numbered))

@@ -1,4 +1,4 @@
-"""The loop: epochs of steps, a metric line for each, a state on disk after each."""
+"""The training loop: after each epoch it writes the metrics and the state from which the run can continue."""
 
 import math
 import time
@@ -24,35 +24,35 @@ from training.runs.state import Resumed, load_state, save_state
 from training.runs.watch import REMEDY, LossWatch
 
 Metrics = dict[str, float]
-#: The frozen teacher on the student's images; None where nothing is distilled.
+#: The frozen teacher's outputs for the student's images; None if nothing is distilled.
 Teach = Callable[[Tensor], Tapped | None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """What one run needs: where it writes, what it is called, what it trains and how it is measured."""
+    """The parts of one run: its folder and title, what it trains and how it is evaluated."""
 
     directory: Path
     title: str
     settings: TrainSettings
-    #: Branched layers, and the branches of each.
+    #: The number of branched layers, and of branches in each.
     branches: tuple[int, int]
     task: nn.Module
     network: nn.Module
     batches: Batches
     evaluation: Iterable[Labelled]
     teach: Teach
-    #: How the branches differ after an epoch, by name; nothing where there are none.
+    #: Measures of how the branches differ after an epoch, by name; None without branches.
     diversity: Callable[[], Metrics] | None = None
-    #: Takes the metrics of an epoch whose top-1 is above all before it, and keeps the network.
+    #: Saves the network after an epoch with the highest top-1 so far, given the metrics of that epoch.
     keep_best: Callable[[Metrics], None] | None = None
     teacher_top1: float | None = None
-    #: Whether curves are drawn beside the numbers.
+    #: Whether plots are drawn.
     draws: bool = True
 
 
 def learning_rate(settings: TrainSettings, epoch: float) -> float:
-    """The rate at a fractional epoch: linear warm-up, then steps of 0.1 or a half cosine to zero."""
+    """The rate at a fractional epoch: a linear warm-up, then steps by a factor of 0.1, or a half cosine to 0."""
     if epoch < settings.warmup_epochs:
         return settings.learning_rate * (epoch + 1e-3) / settings.warmup_epochs
     if settings.schedule == "step":
@@ -62,21 +62,21 @@ def learning_rate(settings: TrainSettings, epoch: float) -> float:
 
 
 def sgd(task: nn.Module, settings: TrainSettings) -> torch.optim.SGD:
-    """The optimiser of every parameter of ``task`` that is trained."""
+    """The optimiser of all trainable parameters of ``task``."""
     return torch.optim.SGD(
         [p for p in task.parameters() if p.requires_grad],
         lr=settings.learning_rate,
         momentum=settings.momentum,
         weight_decay=settings.weight_decay,
         nesterov=settings.nesterov,
-        # One pass over all weights; with a scaler it needs no answer from the device about infinite gradients either.
+        # One pass over all weights; with a gradient scaler it does not wait for the device to find infinite gradients.
         fused=True,
     )
 
 
 @torch.no_grad()
 def top1(network: nn.Module, batches: Iterable[Labelled]) -> float:
-    """Share of images whose largest logit is their label, in evaluation mode; the mode is put back."""
+    """The fraction of images whose largest logit is their label, in evaluation mode; restores the mode."""
     was_training = network.training
     network.eval()
     correct, total = torch.zeros((), dtype=torch.int64), 0
@@ -88,10 +88,9 @@ def top1(network: nn.Module, batches: Iterable[Labelled]) -> float:
 
 
 def run(job: Run, accelerator: Accelerator) -> tuple[Metrics, ...]:
-    """Train ``job.network`` to the end, continuing from the state in its directory; returns a metric line per epoch.
+    """Train ``job.network`` to its last epoch, from the state in its folder if there is one; returns metrics per epoch.
 
-    Raises ``TrainingError`` where a loss explodes, or a loss or a weight is no longer finite; the state before that
-    epoch is kept.
+    Raises ``TrainingError`` if a loss explodes, or a loss or a weight is not finite; the state before that epoch stays.
     """
     settings = job.settings
     job.directory.mkdir(parents=True, exist_ok=True)
@@ -122,7 +121,7 @@ def run(job: Run, accelerator: Accelerator) -> tuple[Metrics, ...]:
                 diversity.append({"epoch": epoch + 1, **job.diversity()})
             if job.keep_best is not None and metrics["top1"] > max((e["top1"] for e in history[:-1]), default=-1.0):
                 job.keep_best(metrics)
-            # All before the state: a kill in between repeats the epoch and writes the same again.
+            # Everything before the state: a run that is killed in between repeats the epoch and writes the same files.
             journal.write(history, diversity, last=epoch + 1 == settings.epochs)
             extra = {"diversity": diversity} if diversity else {}
             if accelerator.scaler is not None:
@@ -141,9 +140,9 @@ def train_epoch(
     progress: EpochProgress,
     history: Sequence[Metrics],
 ) -> Metrics:
-    """Take the steps of one epoch (from 0) and measure what came of it; ``history`` has the epochs before it."""
+    """Run the steps of one epoch (from 0) and evaluate; ``history`` has the metrics of the epochs before it."""
     settings, steps = job.settings, job.batches.steps
-    # Dropout draws from the global generator: seeded per epoch, a resumed run draws the same.
+    # Dropout draws from the global generator; one seed for each epoch lets a resumed run draw the same numbers.
     torch.manual_seed(settings.seed * 1_000_003 + epoch)
     drawn = torch.rand(steps, *job.branches, generator=epoch_generator(settings.seed + 1, epoch))
     orders = drawn.argsort(2).to(accelerator.device)
@@ -178,7 +177,7 @@ def _total(metrics: Metrics) -> float:
 
 def _check_finite(means: Metrics, task: nn.Module, epoch: int) -> None:
     bad = [name for name, value in means.items() if not math.isfinite(value)]
-    # The last step may leave weights that no loss of this epoch has seen.
+    # The weights of the last step enter no loss of this epoch.
     floating = [(name, value) for name, value in task.state_dict().items() if value.is_floating_point()]
     finite = torch.stack([value.isfinite().all() for _, value in floating]).tolist()
     bad += [name for (name, _), holds in zip(floating, finite, strict=True) if not holds]

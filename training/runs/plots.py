@@ -1,6 +1,6 @@
-"""Plots of a run as PNG files: what its losses did, and whether its branches differ; with matplotlib (extra ``plots``).
+"""Plots of a run as PNG files: its learning curves, and how its branches differ. They need the extra ``plots``.
 
-Figures are drawn by objects of their own, without pyplot's global state, and the same lines give the same bytes.
+Figures do not use the global state of pyplot, and the same lines give the same bytes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,9 +22,10 @@ _DPI = 90
 def plot_learning_curves(
     lines: Sequence[Line], path: Path, *, title: str = "", teacher_top1: float | None = None
 ) -> None:
-    """Losses, top-1 (a share; the teacher's as a dashed line) and learning rate over epochs, from metrics.jsonl lines.
+    """Plot losses, top-1 and learning rate over epochs, from the lines of metrics.jsonl.
 
-    Raises ``DataError`` without any epoch, ``BackendUnavailableError`` without matplotlib.
+    ``teacher_top1`` (a fraction) is a dashed line. Raises ``DataError`` without an epoch, ``BackendUnavailableError``
+    without matplotlib.
     """
     figure, ((loss, top1, rate),) = _panels(lines, rows=1, columns=3, title=title)
     names = _names(lines)
@@ -41,16 +42,19 @@ def plot_learning_curves(
 
 
 def plot_diversity(lines: Sequence[Line], path: Path, *, title: str = "") -> None:
-    """How the branches of each layer differ over epochs, from lines of ``BranchedDistiller.diversity``; a row a layer.
+    """Plot the diversity of the branches of each layer over epochs, from the lines of diversity.jsonl.
 
-    Correlations as the mean over pairs in the band of all of them; squared errors of the branches and of their mean;
-    each branch's share in the loss. Raises ``DataError`` without any layer, ``BackendUnavailableError`` without
-    matplotlib.
+    Columns are the correlations (their mean over pairs, in a band from the least to the largest), the squared errors of
+    the branches and of their mean, and the share of each branch in the loss. Raises ``DataError`` without a layer,
+    ``BackendUnavailableError`` without matplotlib.
     """
     names = _names(lines)
     layers = [name.removesuffix("/ambiguity") for name in names if name.endswith("/ambiguity")]
     if not layers:
-        raise DataError("No line has the diversity of a layer.", remedy="Pass the diversity.jsonl of a branched run.")
+        raise DataError(
+            f"None of the {len(lines)} lines has the diversity of a layer.",
+            remedy="Pass the diversity.jsonl of a run with branches.",
+        )
     figure, rows = _panels(lines, rows=len(layers), columns=3, title=title)
     for layer, (correlation, error, share) in zip(layers, rows, strict=True):
         for color, kind in (("C0", "error"), ("C1", "feature")):
@@ -78,13 +82,15 @@ def _panels(
     lines: Sequence[Line], *, rows: int, columns: int, title: str
 ) -> tuple["Figure", list[tuple["Axes", "Axes", "Axes"]]]:
     if not lines:
-        raise DataError("There is no epoch to plot.", remedy="Pass the lines of a run that has ended an epoch.")
+        raise DataError(
+            "There is no epoch to plot.", remedy="Pass the lines of a run with at least one finished epoch."
+        )
     try:
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
     except ImportError:
         raise BackendUnavailableError(
-            "Plots need matplotlib, which is not installed.", remedy="pip install 'kdexport[plots]'"
+            "Plots need matplotlib, which is not installed.", remedy="Run pip install 'kdexport[plots]'."
         ) from None
     figure = Figure(figsize=(4.0 * columns, 3.0 * rows), layout="constrained")
     figure.suptitle(title)
@@ -105,12 +111,12 @@ def _curve(
     color: str | None = None,
 ) -> None:
     values = [scaled(line.get(name, float("nan"))) for line in lines]
-    # One epoch is a point, which a line does not show.
+    # A line does not show a single epoch.
     axes.plot(_epochs(lines), values, color=color, label=label, marker="o" if len(lines) == 1 else None, linewidth=1.4)
 
 
 def _scale(lines: Sequence[Line], names: Sequence[str]) -> str:
-    """Logarithmic where all that is drawn is positive and spans more than a decade."""
+    """Logarithmic if all values are positive and span more than a factor of 10, otherwise linear."""
     values = [line[name] for line in lines for name in names if name in line]
     return "log" if values and min(values) > 0 and max(values) > 10 * min(values) else "linear"
 
@@ -120,7 +126,7 @@ def _epochs(lines: Sequence[Line]) -> list[float]:
 
 
 def _names(lines: Sequence[Line]) -> list[str]:
-    """Every name in the order of its first line."""
+    """All names, in the order of their first occurrence."""
     return list(dict.fromkeys(name for line in lines for name in line))
 
 
@@ -128,5 +134,5 @@ def _finish(figure: "Figure", path: Path, legends: Sequence["Axes"]) -> None:
     for axes in legends:
         if axes.get_legend_handles_labels()[1]:
             axes.legend(fontsize="small")
-    # Without the version of matplotlib in it, the file depends on what is drawn alone.
+    # Without the version of matplotlib, the bytes of the file depend only on its content.
     figure.savefig(path, format="png", dpi=_DPI, metadata={"Software": None})

@@ -1,4 +1,4 @@
-"""What a run says while it runs: a live line on a terminal, one plain line an epoch in a pipe."""
+"""The progress of a run: a live line on a terminal, one plain line for each epoch in a pipe."""
 
 import sys
 import time
@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 
 class EpochProgress:
-    """Steps of all epochs as one bar with its numbers; ``epoch_done`` leaves one line per epoch in a pipe."""
+    """A bar over the steps of all epochs with the latest numbers; in a pipe, ``epoch_done`` prints a line."""
 
     def __init__(
         self,
@@ -46,20 +46,20 @@ class EpochProgress:
         self._live.stop()
 
     def say(self, text: str) -> None:
-        """Print a line of its own."""
+        """Print ``text`` as a separate line."""
         self._console.print(text, soft_wrap=True)
         sys.stderr.flush()
 
     def epoch_begins(self, epoch: int) -> None:
-        """Epoch ``epoch`` (from 1) takes its first step."""
+        """Epoch ``epoch`` (from 1) starts."""
         self._epoch, self._epoch_started = epoch, time.monotonic()
 
     def step(self) -> None:
-        """One optimisation step is on its way."""
+        """One optimisation step was sent to the device."""
         self._live.advance(self._bar)
 
     def window(self, losses: dict[str, float], steps: int) -> None:
-        """The device has done ``steps`` of this epoch; ``losses`` are the means of the last few."""
+        """The device has finished ``steps`` of this epoch; ``losses`` are the means of the latest window."""
         if not self._live.disable:
             speed = steps * self._batch_size / max(time.monotonic() - self._epoch_started, 1e-9)
             self._live.update(self._bar, status=self._status(losses, speed, self._epoch - 1 + steps / self._steps))
@@ -78,9 +78,9 @@ class EpochProgress:
         return f"epoch {self._epoch}/{self._epochs}{self._top1} {named} {images_per_s:.0f} img/s{self._left(done)}"
 
     def _left(self, done: float) -> str:
-        """What the rest of the run takes at the pace, evaluation included, of this start of it."""
-        share = done - self._first
-        if done >= self._epochs or share <= 0:
+        """The time that the rest of the run takes at the speed since this start, evaluation included."""
+        finished = done - self._first
+        if done >= self._epochs or finished <= 0:
             return ""
-        seconds = round((time.monotonic() - self._started) / share * (self._epochs - done))
+        seconds = round((time.monotonic() - self._started) / finished * (self._epochs - done))
         return f" {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"

@@ -1,4 +1,4 @@
-"""What a run folder says about itself: the recipe that owns it, and each machine and commit that worked on it."""
+"""The records of a run folder: the recipe that it belongs to, and each machine and commit that ran it."""
 
 import json
 import platform
@@ -18,42 +18,60 @@ _PACKAGES = ("torch", "torchvision", "accelerate", "numpy", "pillow", "safetenso
 
 
 def claim(directory: Path, recipe: Recipe, job: str) -> None:
-    """Make ``directory`` the folder of ``recipe``; continuing it with another one would mix two runs.
+    """Make ``directory`` the folder of this run; another recipe could not continue there without mixing two runs.
 
-    Raises ``ConfigError`` where it belongs to another recipe, job or revision of the code, ``StorageError`` where it
+    Raises ``ConfigError`` if it belongs to another recipe, job or revision of the code, and ``StorageError`` if it
     cannot be written.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        if not is_owner(directory, recipe, job):
+        different = difference(directory, recipe, job)
+        if different:
             raise ConfigError(
-                f"{directory} holds a run of another recipe, or of code that trains otherwise.",
+                f"{directory} belongs to another run: {different}.",
                 remedy="Pass another --out, or remove the folder.",
             )
         if not (directory / "recipe.json").is_file():
-            plugins = plugin_digests(recipe)
-            described = {"job": job, "revision": REVISION, "recipe": recipe.identity()}
-            described |= {"plugins": plugins} if plugins else {}
-            write_text(directory / "recipe.json", json.dumps(described, indent=2))
+            write_text(directory / "recipe.json", json.dumps(_described(recipe, job), indent=2))
     except OSError as error:
-        raise StorageError(f"{directory} cannot be written: {error.strerror}.", remedy="Pass another --out.") from error
+        raise StorageError(f"Cannot write {directory}: {error.strerror}.", remedy="Pass another --out.") from error
 
 
-def is_owner(directory: Path, recipe: Recipe, job: str) -> bool:
-    """Whether ``directory`` is free or holds this very run."""
+def difference(directory: Path, recipe: Recipe, job: str) -> str:
+    """The first difference between the run in ``directory`` and this one; empty if there is no run, or the same."""
     record = directory / "recipe.json"
     if not record.is_file():
-        return True
+        return ""
     try:
-        kept = json.loads(record.read_text())
-        same = (kept["job"], kept["revision"], kept["recipe"]) == (job, REVISION, recipe.identity())
-        return same and bool(kept.get("plugins", {}) == plugin_digests(recipe))
-    except (ValueError, KeyError, TypeError):
-        return False
+        there = _flattened(json.loads(record.read_text()))
+    except ValueError:
+        return "its recipe.json is not valid JSON"
+    here = _flattened(_described(recipe, job))
+    for key in dict.fromkeys((*here, *there)):
+        if there.get(key) != here.get(key):
+            values = [f"{side[key]!r}" if key in side else "missing" for side in (there, here)]
+            return f"{key.removeprefix('recipe.')} is {values[0]} there and {values[1]} in this run"
+    return ""
+
+
+def _described(recipe: Recipe, job: str) -> dict[str, Any]:
+    plugins = plugin_digests(recipe)
+    described = {"job": job, "revision": REVISION, "recipe": recipe.identity()}
+    return described | ({"plugins": plugins} if plugins else {})
+
+
+def _flattened(value: Any, path: str = "") -> dict[str, Any]:
+    """The values of nested tables by their dotted keys."""
+    if not isinstance(value, dict):
+        return {path: value}
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= _flattened(item, f"{path}.{key}" if path else str(key))
+    return flat
 
 
 def note_environment(directory: Path, device: str, processes: int) -> None:
-    """Add this machine to ``directory``/environment.json; a run that was continued has one entry for each start."""
+    """Add an entry for this machine to ``directory``/environment.json, which has one for each start of the run."""
     path = directory / "environment.json"
     entries = read_environment(directory)
     entries.append(
@@ -70,13 +88,13 @@ def note_environment(directory: Path, device: str, processes: int) -> None:
 
 
 def read_environment(directory: Path) -> list[dict[str, Any]]:
-    """The entries of ``note_environment``, oldest first; none where there is no such file."""
+    """The entries of ``note_environment``, oldest first; empty if there is no such file."""
     path = directory / "environment.json"
     return list(json.loads(path.read_text())) if path.is_file() else []
 
 
 def source_commit() -> str:
-    """The git commit of this code with ``+changes`` where files differ from it; empty outside of a checkout."""
+    """The git commit of this code, with ``+changes`` if files differ from it; empty outside a checkout."""
     root = Path(str(resources.files("training"))).parent
     if not (root / ".git").exists():
         return ""
@@ -92,7 +110,7 @@ def source_commit() -> str:
 
 
 def device_name() -> str:
-    """The accelerator, or the processor and its threads; no name or path of the machine."""
+    """The name of the GPU, or of the processor with its number of threads; no name or path of the machine."""
     import torch
 
     if torch.cuda.is_available():

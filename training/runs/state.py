@@ -1,4 +1,4 @@
-"""The state of a run on disk: written whole or not at all, so that a kill at any moment loses one epoch at most."""
+"""The state of a run on disk, written atomically: a run that is killed loses at most one epoch."""
 
 import json
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ _MOMENTUM = "momentum_buffer"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Resumed:
-    """``epoch`` epochs are done; ``history`` has one entry of metrics for each."""
+    """The number of finished epochs, and the metrics of each."""
 
     epoch: int
     history: tuple[dict[str, float], ...]
@@ -28,19 +28,19 @@ class Resumed:
 def save_state(
     directory: Path, task: nn.Module, optimizer: torch.optim.Optimizer, done: Resumed, extra: dict[str, Any]
 ) -> None:
-    """Write weights, momentum and history as one safetensors file that appears by rename."""
+    """Write weights, momentum and history as one safetensors file, atomically."""
     tensors = {f"task.{name}": value.detach().cpu().contiguous() for name, value in task.state_dict().items()}
     for name, parameter in task.named_parameters():
         buffer = optimizer.state.get(parameter, {}).get(_MOMENTUM)
         if isinstance(buffer, Tensor):
             tensors[f"momentum.{name}"] = buffer.detach().cpu().contiguous()
     metadata = {"epoch": str(done.epoch), "history": json.dumps(done.history), "extra": json.dumps(extra)}
-    # Written by Python, so that a full disk is an OSError like everywhere else.
+    # Written by Python, so that a full disk raises OSError as it does for all other files.
     write_bytes(directory / _FILE, save(tensors, metadata=metadata))
 
 
 def load_state(directory: Path, task: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Resumed, dict[str, Any]]:
-    """Restore what ``save_state`` wrote; nothing there means epoch 0."""
+    """Restore the state that ``save_state`` wrote; without one, the run starts at epoch 0."""
     path = directory / _FILE
     if not path.is_file():
         return Resumed(epoch=0, history=()), {}
@@ -52,7 +52,7 @@ def load_state(directory: Path, task: nn.Module, optimizer: torch.optim.Optimize
     for name, parameter in task.named_parameters():
         buffer = tensors.get(f"momentum.{name}")
         if buffer is not None:
-            # Same memory layout as the parameter: sums in another order would end in other weights.
+            # The memory layout of the parameter: sums in another order would give different weights.
             like = torch.empty_like(parameter, memory_format=torch.preserve_format)
             optimizer.state[parameter][_MOMENTUM] = like.copy_(buffer)
     history = tuple(json.loads(metadata["history"]))

@@ -1,4 +1,4 @@
-"""One training step as a module: everything that needs a gradient, so that it can be wrapped for several devices."""
+"""One training step as a module that can be compiled and wrapped for several devices, and the frozen teacher."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,32 +28,32 @@ class StepResult:
 
 
 class BranchTaps:
-    """Collects what each branch of some ``ParallelBranches`` computes between ``listen`` and ``take``, in any mode."""
+    """Collects the outputs of each branch of ``ParallelBranches`` between ``start`` and ``take``, in any mode."""
 
     def __init__(self, layers: Mapping[str, ParallelBranches]) -> None:
         self._outputs: BranchFeatures = {name: [] for name in layers}
-        self._listens = False
+        self._collects = False
         for name, parallel in layers.items():
             for branch in parallel.branches:
                 branch.register_forward_hook(partial(self._collect, name))
 
-    def listen(self) -> None:
-        """Collect from now on; evaluation, which takes nothing, must not pile up what nobody reads."""
-        self._listens = True
+    def start(self) -> None:
+        """Collect from now on; evaluation does not, because nothing would take its outputs."""
+        self._collects = True
 
     def take(self) -> BranchFeatures:
-        """The outputs (N,C,H,W) of each layer in the order of its branches, which are then forgotten."""
+        """The outputs (N,C,H,W) of each layer in the order of its branches; stops collecting."""
         taken, self._outputs = self._outputs, {name: [] for name in self._outputs}
-        self._listens = False
+        self._collects = False
         return taken
 
     def _collect(self, name: str, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
-        if self._listens:
+        if self._collects:
             self._outputs[name].append(output)
 
 
 class DistillationTask(nn.Module):
-    """Student and distiller: weighted cross-entropy on the mean of the branches plus the distiller's losses."""
+    """Student and distiller: the weighted cross-entropy of the student, plus the distiller's losses."""
 
     def __init__(self, student: Classifier, distiller: Distiller, layers: Mapping[str, ParallelBranches]) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class DistillationTask(nn.Module):
         self._taps = BranchTaps(layers)
 
     def forward(self, images: Tensor, teacher: Tapped, step: StepContext) -> StepResult:
-        self._taps.listen()
+        self._taps.start()
         tapped = self.student.tapped(images)
         branches = self._taps.take()
         entropy = functional.cross_entropy(tapped.logits.float(), step.labels)
@@ -71,7 +71,7 @@ class DistillationTask(nn.Module):
 
     @torch.no_grad()
     def diversity(self, images: Tensor, teacher: Tapped) -> dict[str, float]:
-        """How the branches differ on normalised images (N,3,S,S), in evaluation mode; nothing of the task changes.
+        """How the branches differ on normalised images (N,3,S,S), in evaluation mode; the task does not change.
 
         Raises ``TypeError`` for a distiller without branches.
         """
@@ -79,7 +79,7 @@ class DistillationTask(nn.Module):
             raise TypeError(f"{type(self.distiller).__name__} has no branches to compare")
         was_training = self.student.training
         self.student.eval()
-        self._taps.listen()
+        self._taps.start()
         tapped = self.student.tapped(images)
         measured = self.distiller.diversity(tapped, self._taps.take(), teacher)
         self.student.train(was_training)
@@ -87,7 +87,7 @@ class DistillationTask(nn.Module):
 
 
 class SupervisedTask(nn.Module):
-    """A network by itself: cross-entropy."""
+    """A network that is trained with cross-entropy only."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class _Taps(nn.Module):
 class FrozenTeacher:
     """A teacher in evaluation mode that is never trained; it reads the student's normalised images.
 
-    What runs is a copy with its batch norms folded; ``teacher`` itself stays whole, for those who read its layers.
+    A copy with folded batch norms runs; ``teacher`` keeps all its layers, which distillers may read.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class FrozenTeacher:
         self._scale, self._shift = scale.to(self._device), shift.to(self._device)
         self._renormalises = True
 
-    # Not inference mode: what a loss keeps for its gradient may be a feature of the teacher.
+    # Not inference mode: a loss may save a feature of the teacher for its gradient.
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tapped:
         """Features and logits for the student's input (N,3,S,S)."""

@@ -1,4 +1,4 @@
-"""The losses of an epoch: added up on the device, and judged without a step that waits for it."""
+"""The losses of an epoch: summed on the device, and checked without a step that waits for it."""
 
 import math
 from collections import deque
@@ -10,19 +10,19 @@ from torch import Tensor
 
 from kdexport.errors import TrainingError
 
-#: Steps whose losses are read together. No step waits for them: on CUDA they are judged when their copy has arrived.
+#: Steps whose losses are read together. No step waits for them: on CUDA they are checked when their copy has arrived.
 WINDOW = 8
-#: How much larger than ever at an epoch's start a loss may become. Runs that come back from there are not known.
-EXPLODED = 1000.0
+#: The limit of a loss, as a multiple of its mean over an earlier epoch. No run is known to recover from more.
+MAX_GROWTH = 1000.0
 REMEDY = "Lower train.learning_rate, raise train.warmup_epochs, or lower distiller.weight."
 
-#: Means of a window's losses by name, and the steps that are done.
+#: Receives the means of the losses of a window by name, and the number of finished steps.
 Report = Callable[[dict[str, float], int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class _Window:
-    """The sum of some steps' losses on its way to the host."""
+    """The sum of the losses of some steps, on its way to the host."""
 
     values: Tensor
     steps: int
@@ -31,10 +31,10 @@ class _Window:
 
 
 class LossWatch:
-    """Takes the losses of each step of one epoch (counted from 0); ``report`` hears the means of each window.
+    """Checks the losses of the steps of one epoch (counted from 0); ``report`` receives the means of each window.
 
-    ``reference`` is the mean of the total of an earlier epoch, None for the first one, which is compared with its own
-    first window.
+    ``reference`` is the largest mean of the total loss over an earlier epoch; None in the first epoch, which takes the
+    mean of its first window.
     """
 
     def __init__(self, epoch: int, reference: float | None, report: Report) -> None:
@@ -45,9 +45,9 @@ class LossWatch:
         self._sent: deque[_Window] = deque()
 
     def add(self, losses: dict[str, Tensor]) -> Tensor:
-        """Note the losses of a step; returns their sum, with its gradient.
+        """Add the losses of a step; returns their sum, with its gradient.
 
-        Raises ``TrainingError`` where a window that has arrived meanwhile holds a loss that is not finite or exploded.
+        Raises ``TrainingError`` if a window that has arrived meanwhile has a loss that is not finite or too large.
         """
         stacked = torch.stack([value.float() for value in losses.values()])
         detached = stacked.detach()
@@ -63,10 +63,10 @@ class LossWatch:
         return stacked.sum()
 
     def means(self) -> tuple[tuple[str, ...], Tensor]:
-        """Names and means (k,) of the losses of all steps so far; waits for the device and judges every window."""
+        """Names and means (k,) of the losses of all steps so far; waits for the device and checks every window."""
         if self._open:
             self._send()
-        self._judge(wait=True)
+        self._check_arrived(wait=True)
         return self._names, self._total / self._steps
 
     def _send(self) -> None:
@@ -80,9 +80,9 @@ class LossWatch:
             host, arrived = window, None
         self._sent.append(_Window(host, self._open, self._steps, arrived))
         self._open = 0
-        self._judge(wait=False)
+        self._check_arrived(wait=False)
 
-    def _judge(self, *, wait: bool) -> None:
+    def _check_arrived(self, *, wait: bool) -> None:
         while self._sent:
             arrived = self._sent[0].arrived
             if arrived is not None:
@@ -101,10 +101,11 @@ class LossWatch:
         total = sum(map(abs, means.values()))
         if self._reference is None:
             self._reference = total
-        if total > EXPLODED * max(self._reference, 1.0):
+        limit = MAX_GROWTH * max(self._reference, 1.0)
+        if total > limit:
             raise TrainingError(
-                f"The loss exploded {where}: {total:.3g}, more than {EXPLODED:.0f} times the {self._reference:.3g} "
-                "that it was.",
+                f"The loss exploded {where}: its mean is {total:.3g}, but at most {limit:.3g} is allowed after an "
+                f"earlier mean of {self._reference:.3g}.",
                 remedy=REMEDY,
             )
         self._report(means, window.end)

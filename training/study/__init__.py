@@ -1,1 +1,1 @@
-"""Tables of many runs."""
+"""Tables: the results of many runs, and the architectures."""

@@ -1,4 +1,4 @@
-"""The table of every student and teacher, measured on the networks: ``python -m training architectures``."""
+"""The page of every student and teacher with numbers measured on the networks: ``python -m training architectures``."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -19,25 +19,23 @@ from training.teachers import TEACHERS
 SIZES = (32, 224)
 _CLASSES = 100
 _ADAPTER_CHANNELS = 64
-
-
 _HEADER = ("name", "input", "parameters", "MB fp32", "MACs", "conv / BN", "entries", "taps (channels@side)", "pooled")
 _PAGE = """\
 # Architectures
 
-Written by `python -m training architectures --out docs/architectures.md`; every number is measured on the network, with
-100 classes. MACs are the multiply-accumulates of convolutions, linear layers and attention; entries are those of the
-state_dict. Taps go from shallow to deep: `stem`, `stage1`, ..., and `last` where a convolution lies between the last
-stage and the pooling. Below 128 pixels a side the small-image form is built, else the ImageNet form. Every network
-gives each tap after and before its activation, the pooled vector and the logits (`network.tapped(images)`).
+Written by `python -m training architectures --out docs/architectures.md`; every number is measured on the network,
+with 100 classes. MACs are the multiply-accumulates of convolutions, linear layers and attention; entries are those of
+the state_dict. Taps are ordered from shallow to deep: `stem`, `stage1`, ..., and `last` if there is a convolution
+between the last stage and the pooling. Below 128 pixels a side the form for small images is built, otherwise that for
+ImageNet. `network.tapped(images)` returns each tap after and before its activation, the pooled vector and the logits.
 
 ## Students
 
 {students}
 
-R1: stages whose own convolution and batch norm can be branched; any other convolution that a batch norm follows can be
-named by its path. R2: taps after which adapters fold exactly into the plain student; elsewhere they are refused with
-the reason. Folded, a student has the operators and multiply-accumulates of the plain one, without its batch norms.
+R1: stages whose last convolution and batch norm can be replaced by branches; any other convolution before a batch norm
+can be given by its path. R2: taps after which adapters fold exactly into the plain student; at other taps they are
+refused with the reason. A folded student has the operators and MACs of the plain one, without its batch norms.
 
 ## Teachers
 
@@ -63,7 +61,7 @@ class Row:
 
 
 def describe(network: Classifier, name: str) -> Row:
-    """Count and run ``network``, which may be on the meta device, at its own image size."""
+    """Measure ``network``, which may be on the meta device, at its image size."""
     size, device = network.image_size, next(network.parameters()).device
     network.eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -87,7 +85,7 @@ def describe(network: Classifier, name: str) -> Row:
 
 
 def takes_adapters(student: Student, tap: str) -> bool:
-    """Whether adapters after ``tap`` would fold exactly into the plain student (placement R2)."""
+    """Whether adapters after ``tap`` fold exactly into the plain student (placement R2)."""
     spec = BranchSpec(placement="R2", num_branches=2, layers=(tap,), adapter_channels=_ADAPTER_CHANNELS)
     try:
         attach_branches(copy.deepcopy(student), spec)
@@ -108,7 +106,7 @@ def teacher_rows() -> list[Row]:
 
 def _at_sizes(build: Callable[..., Classifier], name: str) -> Iterator[Row]:
     for size in SIZES:
-        # On the meta device there are shapes and no numbers: nothing is initialised and nothing computed.
+        # Tensors of the meta device have shapes but no values: nothing is initialised or computed.
         with torch.device("meta"):
             try:
                 network = build(name, num_classes=_CLASSES, image_size=size)

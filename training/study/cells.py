@@ -1,4 +1,4 @@
-"""The cells of a results table: which recipes with which seeds, how each is run, and what its folder says about it."""
+"""The cells of a results table: recipes with seeds, how each is run, and its result as read from its folder."""
 
 import fnmatch
 import json
@@ -11,7 +11,7 @@ from kdexport.core.digests import digest
 from kdexport.core.files import write_text
 from kdexport.errors import ConfigError, KdexportError, ReparamError, TrainingError
 from training.recipe import Recipe, load_recipe, plugin_digests
-from training.runs.record import is_owner, read_environment
+from training.runs.record import difference, read_environment
 from training.shipped_recipes import shipped_names
 
 _FAILURE = "failure.json"
@@ -19,7 +19,7 @@ _FAILURE = "failure.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cell:
-    """One run: a recipe under the name of its row with one seed, and the folder it lives in."""
+    """One run: a recipe with the name of its row, one seed, and the folder of the run."""
 
     name: str
     recipe: Recipe
@@ -33,15 +33,15 @@ class Cell:
 
     @property
     def method(self) -> str:
-        """The last part of the recipe's name: it tells variants of one distiller apart."""
+        """The last part of the recipe's name, which is different for each variant of a distiller."""
         return Path(self.name).name.removesuffix(".toml")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
-    """What is known of a cell: top-1 in percent after its last and its best epoch, or why there is none.
+    """The result of a cell: top-1 in percent after its last and its best epoch, or the reason for its absence.
 
-    ``state`` is "not run", "unfinished", "failed" or "done"; numbers are given for "done" alone.
+    ``state`` is "not run", "unfinished", "failed" or "done"; only "done" has numbers.
     """
 
     cell: Cell
@@ -57,10 +57,14 @@ class Result:
 
 
 def plan(patterns: Sequence[str], seeds: Iterable[int], runs: Path, overrides: dict[str, Any]) -> list[Cell]:
-    """Cells seed by seed, so that what is finished early compares like with like; ``ConfigError`` for no recipe."""
+    """Cells ordered by seed, so that an unfinished table already compares all recipes.
+
+    Raises ``ConfigError`` for a pattern without a recipe, and for a recipe that is selected twice.
+    """
     names = [name for pattern in patterns for name in _matching(pattern)]
-    if len(names) != len(set(names)):
-        raise ConfigError("A recipe is named twice.", remedy="Narrow the patterns of --recipes.")
+    repeated = next((name for index, name in enumerate(names) if name in names[:index]), None)
+    if repeated is not None:
+        raise ConfigError(f"--recipes selects {repeated} twice.", remedy="Narrow the patterns of --recipes.")
     cells = []
     for seed in seeds:
         for name in names:
@@ -77,15 +81,16 @@ def _matching(pattern: str) -> list[str]:
     found = [name for name in shipped_names() if fnmatch.fnmatchcase(name, pattern)]
     if not found:
         raise ConfigError(
-            f"No recipe matches {pattern!r}.", remedy="`python -m training names recipes` prints them all."
+            f"No recipe matches {pattern!r}.",
+            remedy="Run python -m training names recipes for the names of all recipes.",
         )
     return found
 
 
 def teacher_directory(cell: Cell, runs: Path) -> Path:
-    """One folder for all cells whose teacher, data and protocol are the same, whatever the seed and student."""
+    """The folder of the teacher that all cells with the same teacher, data and protocol share."""
     parts = {key: table for key, table in cell.recipe.identity().items() if key in ("data", "teacher", "train")}
-    # The student's own seed, length and rate do not reach a teacher that several share.
+    # Seed, epochs and learning rate of the student do not affect the teacher.
     parts["train"] = {k: v for k, v in parts["train"].items() if k not in ("seed", "epochs", "learning_rate")}
     sources = plugin_digests(cell.recipe)
     if "teacher" in sources:
@@ -94,7 +99,7 @@ def teacher_directory(cell: Cell, runs: Path) -> Path:
 
 
 def run_cell(cell: Cell, runs: Path, distil: Callable[[Recipe, Path, Path], object]) -> None:
-    """Run or continue ``cell``; a run that diverged or cannot be folded is noted in its folder and not repeated."""
+    """Run or continue ``cell``; if it diverges or cannot be folded, its folder notes that, and it is not repeated."""
     if read(cell).state in ("done", "failed"):
         return
     try:
@@ -104,19 +109,20 @@ def run_cell(cell: Cell, runs: Path, distil: Callable[[Recipe, Path, Path], obje
 
 
 def note_failure(cell: Cell, error: KdexportError) -> None:
-    """Write why ``cell`` has no result; removing the file makes it run again."""
+    """Write why ``cell`` has no result; to run it again, remove that file."""
     cell.directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"code": error.code, "message": error.message, "remedy": error.remedy})
     write_text(cell.directory / _FAILURE, text)
 
 
 def read(cell: Cell) -> Result:
-    """The result of ``cell`` from its folder; ``ConfigError`` where that holds another recipe's run."""
+    """The result of ``cell`` from its folder; raises ``ConfigError`` if the folder belongs to another run."""
     folder = cell.directory
-    if not is_owner(folder, cell.recipe, "student"):
+    different = difference(folder, cell.recipe, "student")
+    if different:
         raise ConfigError(
-            f"{folder} holds a run of another recipe, or of code that trains otherwise.",
-            remedy="Pass another --runs, or the overrides that it was run with.",
+            f"{folder} belongs to another run: {different}.",
+            remedy="Pass another --runs, or the same overrides as for that run.",
         )
     metrics, failure = folder / "metrics.jsonl", folder / _FAILURE
     if failure.is_file():

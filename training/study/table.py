@@ -1,7 +1,4 @@
-"""Results of many runs as a page and a CSV: published beside ours, mean and deviation over seeds, or "not run".
-
-Fills a table: runs or continues each cell, and writes the page after every one, so that a stop loses none.
-"""
+"""The table of results of many runs: runs or continues its cells, and writes a page and a CSV."""
 
 import csv
 import io
@@ -18,8 +15,53 @@ from kdexport.errors import StorageError
 from training.study.cells import Result, plan, read, run_cell
 
 
+def tabulate(
+    patterns: Sequence[str],
+    out: Path,
+    *,
+    runs: Path,
+    seeds: Sequence[int],
+    overrides: dict[str, Any],
+    title: str,
+    run: bool,
+) -> None:
+    """Run or continue every cell if ``run``, and write the page ``out`` and a CSV after each of them.
+
+    Raises ``ConfigError`` for unknown recipes and folders of other runs, ``StorageError`` if a file cannot be written.
+    """
+    cells = plan(patterns, seeds, runs, overrides)
+    command = shlex.join(["python", "-m", "training", *sys.argv[1:]])
+
+    def write() -> None:
+        results = [read(cell) for cell in cells]
+        _replace(out, to_markdown(results, title=title, command=command))
+        _replace(out.with_suffix(".csv"), to_csv(results))
+
+    if not run:
+        write()
+        return
+    from training.train import distil, make_accelerator
+
+    # One of several processes writes. It writes before the first run too: a wrong --out fails before hours of training.
+    writes = make_accelerator(cells[0].recipe.train).is_main_process
+    if writes:
+        write()
+    for cell in cells:
+        run_cell(cell, runs, distil)
+        if writes:
+            write()
+
+
+def _replace(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
+    except OSError as error:
+        raise StorageError(f"Cannot write {path}: {error.strerror}.", remedy="Pass another --out.") from error
+
+
 def to_csv(results: Sequence[Result]) -> str:
-    """One line per run; top-1 in percent, empty where there is none."""
+    """One line for each run; top-1 in percent, empty without a result."""
     stream = io.StringIO()
     rows = [_fields(result) for result in results]
     writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
@@ -51,7 +93,7 @@ def _fields(result: Result) -> dict[str, object]:
 
 
 def to_markdown(results: Sequence[Result], *, title: str, command: str) -> str:
-    """A heading and table for each pair, in the order of ``results``."""
+    """A page with a heading and a table for each pair, in the order of ``results``."""
     lines = [f"# {title}", "", f"    {command}", ""]
     lines += [
         "Top-1 in percent on the test split, mean over seeds \u00b1 standard deviation. The result is that of the last",
@@ -114,13 +156,13 @@ def _absence(row: list[Result]) -> str:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation of percentages; the mean alone for one value."""
+    """Mean and standard deviation of percentages; only the mean for one value."""
     mean = math.fsum(values) / len(values)
     return f"{mean:.2f}" if len(values) == 1 else f"{mean:.2f} \u00b1 {_deviation(values):.2f}"
 
 
 def interval(values: Sequence[float]) -> str:
-    """Mean of differences with the 95 % t interval of it; no interval for fewer than two values."""
+    """The mean of differences with its 95 % t interval; without the interval for fewer than two values."""
     from scipy import stats
 
     if not values:
@@ -139,45 +181,3 @@ def _deviation(values: Sequence[float]) -> float:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
-
-
-def tabulate(
-    patterns: Sequence[str],
-    out: Path,
-    *,
-    runs: Path,
-    seeds: Sequence[int],
-    overrides: dict[str, Any],
-    title: str,
-    run: bool,
-) -> None:
-    """Write ``out`` and a CSV beside it; raises ``ConfigError`` for unknown recipes and folders of other runs."""
-    cells = plan(patterns, seeds, runs, overrides)
-    command = shlex.join(["python", "-m", "training", *sys.argv[1:]])
-
-    def write() -> None:
-        results = [read(cell) for cell in cells]
-        _replace(out, to_markdown(results, title=title, command=command))
-        _replace(out.with_suffix(".csv"), to_csv(results))
-
-    if not run:
-        write()
-        return
-    from training.train import distil, make_accelerator
-
-    # Of several processes one writes; what cannot be written is told before hours of training.
-    leads = make_accelerator(cells[0].recipe.train).is_main_process
-    if leads:
-        write()
-    for cell in cells:
-        run_cell(cell, runs, distil)
-        if leads:
-            write()
-
-
-def _replace(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
-    except OSError as error:
-        raise StorageError(f"{path} cannot be written: {error.strerror}.", remedy="Pass another --out.") from error

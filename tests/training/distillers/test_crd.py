@@ -20,8 +20,9 @@ from tests.training.small_runs import tiny_recipe
 from training.distillers.crd import CRD, ContrastMemory, OtherClasses
 from training.distillers.distiller import StepContext
 from training.distillers.settings import CRDSettings
+from training.runs.handover import Origin
 from training.teachers import TEACHERS
-from training.train import Origin, train_student, train_teacher
+from training.train import train_student, train_teacher
 
 Array = NDArray[np.float64]
 #: 13 images of classes of unlike sizes, one of them empty and one of a single image.

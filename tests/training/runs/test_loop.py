@@ -22,10 +22,11 @@ from training.__main__ import app
 from training.data import Batch, Labelled
 from training.distillers.distiller import StepContext
 from training.recipe import TrainSettings
+from training.runs.handover import Origin
 from training.runs.loop import Run, learning_rate, run, top1
 from training.runs.state import load_state
 from training.runs.task import StepResult
-from training.train import Origin, evaluate_student, evaluate_teacher, make_accelerator, train_student, train_teacher
+from training.train import evaluate_student, evaluate_teacher, make_accelerator, train_student, train_teacher
 
 ORIGIN = Origin(dataset_sha256="d" * 64, teacher_sha256="e" * 64)
 STEPS, FEATURES = 3, 4
@@ -386,7 +387,7 @@ def test_a_student_is_not_evaluated_on_other_classes(distilled: Path, tmp_path: 
     other = tmp_path / "test" / "dog"
     other.mkdir(parents=True)
     (other / "0.png").write_bytes((tiny_images / "test" / "ant" / "0.png").read_bytes())
-    with pytest.raises(CheckpointError, match="knows 3 classes, the data has 1"):
+    with pytest.raises(CheckpointError, match=r"The classes of .*student are not those of the data: 3 and 1 classes\."):
         evaluate_student(tiny_recipe(tmp_path), distilled / "student")
 
 
@@ -398,7 +399,7 @@ def test_a_run_folder_of_another_recipe_is_refused_and_left_alone(tiny_images: P
     second = runner.invoke(app, arguments(tiny_images, tmp_path / "run", absent, "train.seed=1"))
     assert isinstance(second.exception, ConfigError)
     assert str(second.exception) == (
-        f"{tmp_path / 'run'} holds a run of another recipe, or of code that trains otherwise.\n"
+        f"{tmp_path / 'run'} belongs to another run: train.seed is 0 there and 1 in this run.\n"
         "Pass another --out, or remove the folder."
     )
     assert (tmp_path / "run" / "recipe.json").read_bytes() == record

@@ -79,7 +79,7 @@ def test_lines_may_lack_what_other_lines_have(tmp_path: Path) -> None:
 def test_lines_that_cannot_be_plotted_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="There is no epoch to plot"):
         plot_learning_curves([], tmp_path / "x.png")
-    with pytest.raises(DataError, match="No line has the diversity of a layer"):
+    with pytest.raises(DataError, match="None of the 2 lines has the diversity of a layer"):
         plot_diversity(run_lines(2), tmp_path / "x.png")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(BackendUnavailableError, match=r"Plots need matplotlib(?s:.)*kdexport\[plots\]"):

@@ -23,7 +23,7 @@ def test_a_pattern_takes_all_that_match_it_and_none_is_an_error(tmp_path: Path) 
     assert len(plan(["cifar100/*/*"], [0], tmp_path, {"distiller": {}})) == 6 * 14
     with pytest.raises(ConfigError, match=r"No recipe matches 'cifar/\*'"):
         plan(["cifar/*"], [0], tmp_path, {})
-    with pytest.raises(ConfigError, match="named twice"):
+    with pytest.raises(ConfigError, match=rf"^--recipes selects {PAIR}/kd twice\."):
         plan([f"{PAIR}/*", f"{PAIR}/kd"], [0], tmp_path, {})
 
 
@@ -39,8 +39,14 @@ def test_cells_share_a_teacher_whatever_their_method_and_seed(tmp_path: Path) ->
 
 def test_numbers_of_another_recipe_are_never_shown(tmp_path: Path) -> None:
     finished(tmp_path)
-    for changed in (cells(tmp_path, learning_rate=0.02), cells(tmp_path, nesterov=True)):
-        with pytest.raises(ConfigError, match="holds a run of another recipe"):
+    for changed, change in (
+        (cells(tmp_path, learning_rate=0.02), r"train\.learning_rate is 0\.01 there and 0\.02"),
+        (cells(tmp_path, nesterov=True), r"train\.nesterov is False there and True"),
+    ):
+        with pytest.raises(
+            ConfigError,
+            match=f"belongs to another run: {change} in this run",
+        ):
             read(changed[0])
 
 
