@@ -34,9 +34,9 @@ class Preprocessing:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Preprocessing":
-        """Inverse of ``to_json``; raises ``KeyError``, ``TypeError`` or ``ValueError`` on foreign data.
+        """Inverse of ``to_json``; raises ``KeyError``, ``TypeError`` or ``ValueError`` for malformed data.
 
-        An unknown key is an error: an ignored one would be a setting that silently does not hold.
+        An unknown key is an error, because ignoring it would leave a setting without effect.
         """
         known = [field.name for field in fields(cls)]
         unknown = sorted(data.keys() - set(known))

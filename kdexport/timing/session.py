@@ -113,7 +113,7 @@ class Session:
 def pinned_cpus(threads: int) -> tuple[int, ...]:
     """The last ``threads`` usable processors, to which sessions are pinned; most interrupts are served by the first.
 
-    Empty where the system cannot pin a process.
+    Empty if the system cannot pin a process.
     """
     return usable_cpus()[-threads:] if can_pin() else ()
 
