@@ -1,11 +1,11 @@
-"""Methods of distillation; one file each."""
+"""Methods of distillation; one file for each."""
 
 from typing import TYPE_CHECKING
 
 from kdexport.registry import Registry
 
 if TYPE_CHECKING:
-    # Recipes read the settings beside it, and reading a recipe must not import torch.
+    # Recipes import the settings in this package, and reading a recipe must not import torch.
     from training.distillers.distiller import Distiller
 
 DISTILLERS: "Registry[Distiller]" = Registry("distiller", "training.distillers")

@@ -1,4 +1,4 @@
-"""Attention transfer (Zagoruyko & Komodakis, 2017): where in the image each stage is active."""
+"""Attention transfer (Zagoruyko & Komodakis, 2017): the positions of an image where each stage is active."""
 
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from training.teachers import Teacher
 
 @DISTILLERS.register("at")
 class AT(Distiller):
-    """Distance of the normalised attention maps, summed over all pairs of stages, after their activation."""
+    """Distance of the normalised attention maps after the activation, summed over all pairs of stages."""
 
     settings: ATSettings
 

@@ -1,4 +1,4 @@
-"""The mean of parallel branches against the teacher's feature: what KDiffusion is without its diffusion process."""
+"""Distance of the mean of parallel branches from the teacher's feature: KDiffusion without the diffusion process."""
 
 from torch import Tensor
 
@@ -10,7 +10,7 @@ from training.quadratic import Form, symmetric_form
 
 @DISTILLERS.register("average")
 class Average(BranchedDistiller):
-    """Squared distance of the branches' mean from the teacher, mean over all elements."""
+    """Squared distance between the mean of the branches and the teacher's feature, mean over all elements."""
 
     settings: AverageSettings
     loss_name = "average"

@@ -1,4 +1,4 @@
-"""What methods with parallel branches have in common: bridges to the teacher's channels, its statistics, pairs."""
+"""The base of methods with parallel branches: pairs of stages, bridges to the teacher's channels, its statistics."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -22,10 +22,10 @@ from training.teachers import Teacher
 
 
 class LayerMatch(nn.Module):
-    """One pair of stages: a shared 1x1 bridge for R1 branches and the teacher's statistics.
+    """One pair of stages: the statistics of the teacher's feature, and a 1x1 bridge that R1 branches share.
 
-    R1 branches keep the student's channels and reach the teacher's through the bridge, which is dropped after training;
-    R2 adapters write the teacher's channels themselves.
+    R1 branches have the student's channels; the bridge, which is dropped after training, maps them to the teacher's. R2
+    adapters have the teacher's channels.
     """
 
     teacher_mean: Tensor
@@ -44,36 +44,36 @@ class LayerMatch(nn.Module):
         self.register_buffer("teacher_std", torch.ones(1, channels, 1, 1))
 
     def calibrate(self, teacher_features: Iterable[Tensor]) -> None:
-        """Take mean and deviation of each channel from features (N,Ct,H,W)."""
+        """Set the mean and standard deviation of each channel from features (N,Ct,H,W)."""
         features = torch.cat([self._pool(feature.double()).cpu() for feature in teacher_features])
         variance, mean = torch.var_mean(features, dim=(0, 2, 3), keepdim=True)
         self.teacher_mean.copy_(mean)
-        # A channel that is always zero after its ReLU has nothing to teach and must not be blown up.
+        # A channel that is always zero after its ReLU has no information and must not be scaled up.
         self.teacher_std.copy_(variance.sqrt().clamp(min=1e-3))
 
     def forward(self, branch_features: list[Tensor], teacher_feature: Tensor) -> tuple[Tensor, Tensor]:
-        """m branch features (N,C,H,W) and the teacher's (N,Ct,H',W') in one space: (m,N,Ct,h,w) and (N,Ct,h,w)."""
+        """Map m branch features (N,C,H,W) and the teacher's (N,Ct,H',W') to one space: (m,N,Ct,h,w) and (N,Ct,h,w)."""
         together = torch.cat([self._pool(feature) for feature in branch_features])
         target = (self._pool(_precise(teacher_feature)) - self.teacher_mean) / self.teacher_std
         bridged = _precise(cast(Tensor, self.bridge(together)))
         return torch.unflatten(bridged, 0, (len(branch_features), -1)), target
 
     def in_teacher_scale(self, standardised: Tensor) -> Tensor:
-        """(..., Ct,h,w) in the space of ``forward`` back to what the teacher wrote."""
+        """Map features (...,Ct,h,w) from the space of ``forward`` back to the scale of the teacher."""
         return standardised * self.teacher_std + self.teacher_mean
 
     def _pool(self, feature: Tensor) -> Tensor:
-        # The larger map is averaged down to the smaller, the convention of AT and VID.
+        # The larger map is averaged to the size of the smaller, the convention of AT and VID.
         if feature.shape[-2:] == (self._side, self._side):
             return feature
         return functional.adaptive_avg_pool2d(feature, self._side)
 
 
 class BranchedDistiller(Distiller):
-    """The branches of each layer against the teacher's feature; the loss is the mean over the layers."""
+    """Compares the branches of each layer with the teacher's feature; the loss is the mean over the layers."""
 
     settings: BranchedSettings
-    #: What its loss is called.
+    #: The name of the loss.
     loss_name: str
 
     def __init__(self, *, settings: BranchedSettings, student: Student, teacher: Teacher) -> None:
@@ -104,19 +104,19 @@ class BranchedDistiller(Distiller):
                 self._layer(pair).calibrate(self._target(batch, pair) for batch in batches)
 
     def order(self, step: StepContext, layer: int) -> Tensor | None:  # noqa: ARG002
-        """The branches by the step that they serve, (m,) or (N,m), for layer number ``layer``; None: in no order."""
+        """The order of the branches of layer number ``layer``, (m,) or (N,m); None if the method uses no order."""
         return None
 
     def distance(self, branches: Tensor, target: Tensor, order: Tensor | None) -> Tensor:
-        """m bridged branches (m,N,Ct,h,w) and their target (N,Ct,h,w) to the scalar loss of a layer."""
+        """The scalar loss of a layer from m bridged branches (m,N,Ct,h,w) and their target (N,Ct,h,w)."""
         raise NotImplementedError
 
     def guided(self, branches: Tensor, order: Tensor | None) -> Tensor:  # noqa: ARG002
-        """What of m bridged branches (m,N,Ct,h,w) the target guide compares, (k,N,Ct,h,w): their mean."""
+        """The features (k,N,Ct,h,w) that the target guide compares, from m bridged branches: here their mean."""
         return branches.mean(0, keepdim=True)
 
     def loss_form(self) -> Form | None:
-        """The matrix F (m,m) of a loss e' F e of the branch errors, in expectation; None where it is no such form."""
+        """The matrix F (m,m) of the expected loss e' F e of the branch errors; None if the loss has no such form."""
         raise NotImplementedError
 
     def forward(
@@ -129,7 +129,7 @@ class BranchedDistiller(Distiller):
             losses.append(self.distance(bridged, target, order))
         named = {self.loss_name: self.scale(step) * torch.stack(losses).mean()}
         if self._guide is not None:
-            # The deepest pair comes last; its teacher's stage is the one that the classifier reads.
+            # The deepest pair is last; the teacher's classifier reads its stage.
             layer = self._layer(self._pairs[-1])
             compared = layer.in_teacher_scale(self.guided(bridged, order))
             guide = self._guide.distance(compared, layer.in_teacher_scale(target))
@@ -145,9 +145,9 @@ class BranchedDistiller(Distiller):
         branches: BranchFeatures,
         teacher: Tapped,
     ) -> dict[str, Tensor]:
-        """How the branches of each layer differ on one batch: scalars of ``BranchDiversity`` by layer and name.
+        """How the branches of each layer differ on one batch: the scalars of ``BranchDiversity`` by layer and name.
 
-        Bridges are in evaluation mode meanwhile, and nothing of this module changes.
+        The bridges are in evaluation mode meanwhile; this module does not change.
         """
         form, named = self.loss_form(), {}
         with _evaluating(self):

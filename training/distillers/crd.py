@@ -1,6 +1,7 @@
-"""Contrastive representation distillation (Tian et al., 2020): which image a pooled vector is of, among many.
+"""Contrastive representation distillation (Tian et al., 2020, CRD).
 
-Memory of one embedding per training image and network, and the negatives that are drawn from it (CRD).
+For each image, both networks learn to tell its embedding in the memory of the other network from those of images of
+other classes. The memory has one embedding for each network and training image.
 """
 
 import torch
@@ -20,14 +21,15 @@ from training.teachers import Teacher
 
 
 class OtherClasses(nn.Module):
-    """Draws places of images of other classes, without replacement and independently for each image of a batch.
+    """Draws indices of images of other classes, without replacement and independently for each image of a batch.
 
-    One permutation of the set serves a step. Without the image's own class it is a circle, of which the image takes
-    ``count`` in a row from a start of its own. Each image so has a uniformly random subset; given the permutation, two
-    images' draws are independent and every place is as likely as any other, so that all covariances between images are
-    zero: the mean and the covariance of a batch's gradient are those of separate draws, without a random key for each
-    pair of image and place. Starts go by the image's place in the set and come from the global generator, which is the
-    same in all processes: what an image meets does not depend on which of them has it.
+    A step uses one permutation of the set. For each image, the permutation without the image's own class is a circle,
+    of which the image gets ``count`` consecutive entries from a random start. So the negatives of each image are a
+    uniformly random subset. Given the permutation, the subsets of two images are independent and every index is equally
+    likely, so the covariances between images are zero: mean and covariance of the gradient of a batch are those of
+    separate draws, without a random key for each pair of image and index. The start depends on the index of the image
+    and on the global generator, which is the same in all processes, so the negatives of an image do not depend on the
+    process that trains on it.
     """
 
     labels: Tensor
@@ -38,32 +40,32 @@ class OtherClasses(nn.Module):
         super().__init__()
         sizes = torch.bincount(labels)
         self._largest = int(sizes.max())
-        # One number for all classes, so that shapes do not change from step to step.
+        # The same for all classes, so that shapes do not change between steps.
         self.count = min(count, len(labels) - self._largest)
         if self.count < 1:
             raise DataError(
-                f"All {len(labels)} training images are of one class, and crd contrasts images of several.",
-                remedy="Train on two classes or more, or choose another distiller.",
+                f"The distiller crd needs at least 2 classes, but all {len(labels)} training images are of one.",
+                remedy="Train on 2 classes or more, or choose another distiller.name.",
             )
         self.register_buffer("labels", labels)
         self.register_buffer("sizes", sizes)
         self.register_buffer("firsts", sizes.cumsum(0) - sizes)
 
     def forward(self, samples: Tensor) -> Tensor:
-        """Places (B,) in the set to those of their negatives (B,K), in random order."""
+        """The indices (B,K) of the negatives of the images ``samples`` (B,), in random order."""
         total, device = len(self.labels), samples.device
         permuted = torch.randperm(total, device=device)
         classes = self.labels[samples]
         others = (total - self.sizes[classes])[:, None]
-        # In double precision each of a million starts is as likely as any other.
+        # In double precision each of a million starts is equally likely.
         starts = (torch.rand(total, 1, dtype=torch.float64, device=device)[samples] * others).long()
         ranks = (starts + torch.arange(self.count, device=device)) % others
         return permuted[ranks + torch.searchsorted(self._before(permuted, classes), ranks, right=True)]
 
     def _before(self, permuted: Tensor, classes: Tensor) -> Tensor:
-        """(B,M) ascending: how many images of other classes lie before each one of ``classes`` in the permutation.
+        """(B,M) ascending: the number of images of other classes before each image of ``classes`` in the permutation.
 
-        The image of rank r among the others lies r places plus one for each entry that is at most r from the start.
+        The image with rank r among the other classes has the position r plus the number of these values up to r.
         """
         # Grouped by class, ascending in each.
         positions = self.labels[permuted].argsort(stable=True)
@@ -73,9 +75,9 @@ class OtherClasses(nn.Module):
 
 
 class ContrastMemory(nn.Module):
-    """What both networks said of each of n training images when it was last seen, as unit vectors (n,D) in two banks.
+    """The latest embeddings of n training images by both networks, as unit vectors in two banks (n,D).
 
-    Its tensors are equal in all processes at all times: every one takes in what all of them saw.
+    Its tensors are equal in all processes: each process stores the embeddings of all of them.
     """
 
     student: Tensor
@@ -93,10 +95,10 @@ class ContrastMemory(nn.Module):
         self.register_buffer("normaliser", torch.zeros(2))
 
     def forward(self, student: Tensor, teacher: Tensor, samples: Tensor) -> Tensor:
-        """Unit vectors (B,D) of images at places (B,) to the loss (), then remembers them.
+        """The loss () of unit vectors (B,D) of the images ``samples`` (B,); stores the vectors in training mode.
 
-        Both networks are contrasted with the other one's bank: P = exp(<v,m>/T)/Z of the image itself and of K others
-        (Tian et al., 2020), where Z = n mean(exp(<v,m>/T)) of the first batch of all processes.
+        Each network is contrasted with the bank of the other one: P = exp(<v,m>/T)/Z for the image itself and K others
+        (Tian et al., 2020), where Z = n mean(exp(<v,m>/T)) over the first batch of all processes.
         """
         chosen = torch.cat([samples[:, None], self.others(samples)], 1)
         pairs = ((student, self.teacher), (teacher, self.student))
@@ -107,17 +109,17 @@ class ContrastMemory(nn.Module):
             for values, z, (_, bank) in zip(raw, normaliser, pairs, strict=True)
         ]
         if self.training:
-            self._remember(student.detach(), teacher.detach(), samples, normaliser)
+            self._store(student.detach(), teacher.detach(), samples, normaliser)
         return losses[0] + losses[1]
 
     def _normaliser(self, raw: list[Tensor]) -> Tensor:
-        """The kept Z (2,), or that of this batch where none is kept: a choice that the host need not wait for."""
+        """The stored Z (2,), or that of this batch if there is none; the host does not wait for the choice."""
         means = torch.stack([values.detach().mean() for values in raw])
         here = gathered(means[None]).mean(0) * len(self.student)
         return torch.where(self.normaliser > 0, self.normaliser, here)
 
     @torch.no_grad()
-    def _remember(self, student: Tensor, teacher: Tensor, samples: Tensor, normaliser: Tensor) -> None:
+    def _store(self, student: Tensor, teacher: Tensor, samples: Tensor, normaliser: Tensor) -> None:
         self.normaliser.copy_(normaliser)
         places = gathered(samples)
         vectors = gathered(torch.cat([student, teacher], 1)).chunk(2, 1)
@@ -127,9 +129,9 @@ class ContrastMemory(nn.Module):
 
 
 def similarities(vectors: Tensor, bank: Tensor, chosen: Tensor) -> Tensor:
-    """Inner products (B,C) of ``vectors`` (B,D) with the rows ``chosen`` (B,C) of ``bank`` (n,D), which is a constant.
+    """Inner products (B,C) of ``vectors`` (B,D) with the rows ``chosen`` (B,C) of the constant ``bank`` (n,D).
 
-    All B x n products and a choice among them move far less memory than a copy of B x C rows.
+    Computing all B x n products and choosing among them moves far less memory than a copy of B x C rows.
     """
     # The bank is overwritten before the backward pass reads it.
     return (vectors @ bank.clone().T).gather(1, chosen)
@@ -137,9 +139,9 @@ def similarities(vectors: Tensor, bank: Tensor, chosen: Tensor) -> Tensor:
 
 @DISTILLERS.register("crd")
 class CRD(Distiller):
-    """Pooled vectors of both networks, projected to one space, against the memory of each other.
+    """Contrasts the pooled vectors of each network, projected to one space, with the memory of the other network.
 
-    In several processes the memory is the same in all of them, and an image may be in a global batch once.
+    With several processes the memory is the same in all of them; an image may occur only once in a global batch.
     """
 
     settings: CRDSettings
@@ -167,7 +169,7 @@ class CRD(Distiller):
         teacher: Tapped,
         step: StepContext,
     ) -> dict[str, Tensor]:
-        # Exponentials of 1/T times a rounding error: low precision would end in other probabilities.
+        # The exponent is divided by T, which multiplies rounding errors: low precision would change the probabilities.
         with full_precision(student.pooled.device):
             own = _embedded(self.student_projection, student.pooled)
             given = _embedded(self.teacher_projection, teacher.pooled)

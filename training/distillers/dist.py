@@ -11,7 +11,7 @@ from training.losses import dist_loss
 
 @DISTILLERS.register("dist")
 class DIST(Distiller):
-    """What is missing to full correlation, between the classes of an image and between the images of a class."""
+    """One minus the correlation, over the classes of each image and over the images for each class."""
 
     settings: DISTSettings
 

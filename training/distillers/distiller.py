@@ -1,4 +1,4 @@
-"""What a method of distillation owns and answers."""
+"""The base of all methods of distillation."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ from kdexport.students import Student, Tapped
 from training.distillers.settings import DistillerSettings
 from training.teachers import Teacher
 
-#: What each branch of a layer wrote, (N,C,H,W), by the name of the student's tap.
+#: The outputs (N,C,H,W) of the branches of each layer, by the name of the student's tap.
 BranchFeatures = dict[str, list[Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class StepContext:
-    """Where a step stands in the training, and what it has drawn; tensors, so that no step waits for the device.
+    """The time of a step in the training and its random draws; all are tensors, so no step waits for the device.
 
-    ``epoch`` () counts in fractions. ``orders`` (L,m) is a random permutation of the m branches for each of L layers.
-    ``labels`` (N,) are the classes of the batch and ``samples`` (N,) its places in the training set.
+    ``epoch`` () is fractional. ``orders`` (L,m) has a random permutation of the m branches for each of L layers.
+    ``labels`` (N,) are the classes of the batch, and ``samples`` (N,) its indices in the training set.
     """
 
     epoch: Tensor
@@ -29,7 +29,10 @@ class StepContext:
 
 
 class Distiller(nn.Module):
-    """Owns its projections and memory, so that a student checkpoint holds student tensors only."""
+    """A method with its own projections and memories, so that a student checkpoint has only tensors of the student.
+
+    A constructor must accept any weights of the teacher: before a run, methods are built with a teacher of ones.
+    """
 
     settings: DistillerSettings
 
@@ -44,28 +47,28 @@ class Distiller(nn.Module):
         student: Student,  # noqa: ARG003
         teacher: Teacher,  # noqa: ARG003
     ) -> BranchSpec | None:
-        """The branches that the student must carry for this method, or None."""
+        """The branches that this method attaches to the student, or None."""
         return None
 
     def prepare(self, labels: Tensor) -> None:  # noqa: ARG002
-        """Learn the classes (n,) of all training images, before training and before any state is loaded."""
+        """Receive the classes (n,) of all training images; called before training and before a state is loaded."""
         return
 
     def calibrate(self, teacher_taps: Iterable[Tapped]) -> None:  # noqa: ARG002
-        """Fix statistics of the teacher's features from a few batches, before training."""
+        """Set statistics of the teacher's features from a few batches, before training."""
         return
 
     def forward(
         self, student: Tapped, branches: BranchFeatures, teacher: Tapped, step: StepContext
     ) -> dict[str, Tensor]:
-        """Named scalar losses, weighted, to be added to cross-entropy."""
+        """Named, weighted scalar losses, which are added to the cross-entropy."""
         raise NotImplementedError
 
     def scale(self, step: StepContext) -> Tensor:
-        """The weight of the method's loss at this step, (), after its ramp."""
+        """The weight () of the method's loss at this step, with its ramp."""
         return self.settings.weight * self.ramp(step)
 
     def ramp(self, step: StepContext) -> Tensor:
-        """The share of the ramp that is done, ()."""
+        """The fraction () of the ramp that is done."""
         epochs = self.settings.ramp_epochs
         return step.epoch.new_ones(()) if epochs == 0 else (step.epoch / epochs).clamp(max=1.0)

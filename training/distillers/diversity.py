@@ -1,4 +1,4 @@
-"""Whether parallel branches differ at all: errors, correlations and shares in the loss, from one batch."""
+"""How parallel branches differ: their errors, correlations and shares in the loss on one batch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class BranchDiversity:
-    """What m branches have in common, float64.
+    """Measures of how m branches differ, in float64.
 
-    Correlations (m,m) are Pearson's over images and places, each channel around its own mean, so that what tells
-    channels apart does not count; a branch that never varies has the correlation 0. ``squared_error`` (m,) and
-    ``squared_error_of_mean`` () are means over all elements. ``loss_share`` (m,) sums to 1; None where the loss is no
-    quadratic form of the errors.
+    Correlations (m,m) are Pearson's over images and positions, with the mean of each channel removed, so differences
+    between channels do not count; a constant branch has the correlation 0. ``squared_error`` (m,) and
+    ``squared_error_of_mean`` () are means over all elements. ``loss_share`` (m,) sums to 1; it is None if the loss is
+    not a quadratic form of the errors.
     """
 
     error_correlation: Tensor
@@ -25,14 +25,14 @@ class BranchDiversity:
 
     @property
     def ambiguity(self) -> Tensor:
-        """(): mean of the branches' errors less that of their mean = variance among branches (Krogh & Vedelsby, 1994).
+        """The mean squared error of the branches minus that of their mean, () (Krogh & Vedelsby, 1994).
 
-        It is what averaging gains: 0 where all branches agree.
+        It is the variance among the branches, and the gain of averaging: 0 if all branches are equal.
         """
         return self.squared_error.mean() - self.squared_error_of_mean
 
     def scalars(self) -> dict[str, Tensor]:
-        """Scalars by name; of the correlations the mean, least and largest over pairs, where there are pairs."""
+        """All measures as scalars by name; of correlations the mean, minimum and maximum over pairs, if any."""
         count = len(self.squared_error)
         named = {"squared_error_of_mean": self.squared_error_of_mean, "ambiguity": self.ambiguity}
         upper = torch.triu_indices(count, count, 1, device=self.squared_error.device)
@@ -51,11 +51,14 @@ class BranchDiversity:
 def branch_diversity(branches: Tensor, target: Tensor, form: Tensor | None = None) -> BranchDiversity:
     """Compare m branch features (m,N,C,h,w) with each other and with their target (N,C,h,w).
 
-    ``form`` (m,m) is the matrix F of a loss e' F e of the errors e_j; branch j's share in it is e_j' (F e)_j / e' F e,
-    half of what it contributes to the derivative along e, and all shares are 0 where there is no loss.
+    ``form`` (m,m) is the matrix F of a loss e' F e of the errors e_j. The share of branch j in the loss is
+    e_j' (F e)_j / e' F e, half of its contribution to the derivative along e; all shares are 0 if the loss is 0.
     """
     if branches.shape[1:] != target.shape or target.ndim != 4:
-        raise ValueError(f"branches {tuple(branches.shape)} are not (m,N,C,h,w) over a target {tuple(target.shape)}")
+        raise ValueError(
+            f"branches must be (m,N,C,h,w) for a target (N,C,h,w), but the shapes are {tuple(branches.shape)} and "
+            f"{tuple(target.shape)}"
+        )
     features, x0 = branches.double(), target.double()
     errors = x0 - features
     share = None
@@ -74,7 +77,7 @@ def branch_diversity(branches: Tensor, target: Tensor, form: Tensor | None = Non
 
 
 def as_floats(scalars: Mapping[str, Tensor]) -> dict[str, float]:
-    """Scalars as one line of JSON takes them, with a single wait for their device."""
+    """Scalars as plain numbers, with a single wait for their device."""
     if not scalars:
         return {}
     values = torch.stack([value.double() for value in scalars.values()]).tolist()
@@ -85,7 +88,7 @@ def _correlation(x: Tensor) -> Tensor:
     """(m,N,C,h,w) to (m,m)."""
     centred = (x - x.mean((1, 3, 4), keepdim=True)).flatten(1)
     norms = centred.norm(dim=1, keepdim=True)
-    # Rounding leaves some variance to a constant.
+    # Rounding gives a constant a small variance.
     varies = norms > 1e-12 * x.flatten(1).norm(dim=1, keepdim=True)
     unit = torch.where(varies, centred / norms, 0.0)
     return (unit @ unit.T).clamp(-1, 1)

@@ -1,4 +1,4 @@
-"""Decoupled knowledge distillation (Zhao et al., 2022): the target's probability apart from those of the others."""
+"""Decoupled knowledge distillation (Zhao et al., 2022): the target class and the other classes separately."""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""Target guide (eq. 14, corrected): the distance of student from teacher behind the teacher's own classifier."""
+"""The target guide (eq. 14, corrected): the distance between student and teacher after the teacher's classifier."""
 
 from collections.abc import Iterable
 from typing import cast
@@ -14,21 +14,21 @@ from training.teachers import Teacher
 
 
 class TargetGuide:
-    """W_t pool(act(x)) of the teacher: its activation, its pooling, and the weight of its classifier.
+    """W_t pool(act(x)) with the activation, the pooling and the classifier's weight of the teacher.
 
-    No module, so that the distiller that holds it neither trains nor stores the teacher; who calls keeps the teacher
-    frozen and in evaluation mode, on the features' device.
+    It is not a module, so a distiller with a guide neither trains nor stores the teacher. The caller keeps the teacher
+    frozen, in evaluation mode, and on the device of the features.
     """
 
     def __init__(self, teacher: Teacher) -> None:
-        """Raises ``ConfigError`` where the classifier does not read one value for each channel of the last feature."""
+        """Raises ``ConfigError`` unless the classifier reads one value for each channel of the last feature."""
         self._teacher = teacher
         self._rectified: bool | None = None
         width, channels = self._classifier.in_features, teacher.taps[-1].channels
         if width != channels:
             raise ConfigError(
-                f"target_guide needs a teacher whose classifier reads an average of each channel; this one's reads "
-                f"{width} values of {channels} channels.",
+                "distiller.target_guide needs a teacher whose classifier reads one value for each channel, but this "
+                f"one reads {width} values of {channels} channels.",
                 remedy="Set distiller.target_guide to 0, or choose another teacher.",
             )
 
@@ -37,28 +37,28 @@ class TargetGuide:
         return cast(nn.Linear, self._teacher.get_submodule(self._teacher.classifier_path))
 
     def calibrate(self, teacher_taps: Iterable[Tapped], teacher_feature: str) -> None:
-        """Learn from a few batches whether the last stage ends with a ReLU.
+        """Find out from a few batches whether the last stage ends with a ReLU.
 
-        Raises ``ConfigError`` where it does not and ``teacher_feature`` is the pre-activation: the pooling does not
-        read that.
+        Raises ``ConfigError`` if it does not and ``teacher_feature`` is "pre_activation", which the pooling does not
+        read.
         """
         name = self._teacher.taps[-1].name
         pairs = [(tapped.features[name], tapped.preactivations[name]) for tapped in teacher_taps]
         self._rectified = all(torch.equal(after, functional.relu(before)) for after, before in pairs)
         if teacher_feature == "pre_activation" and not self._rectified:
             raise ConfigError(
-                "target_guide cannot start from a pre-activation here: the teacher's last stage does not end with a "
-                "ReLU.",
+                "distiller.target_guide cannot use teacher_feature 'pre_activation' with this teacher: its last stage "
+                "does not end with a ReLU, so its pooling does not read the pre-activation.",
                 remedy="Set distiller.teacher_feature to 'post_activation', or distiller.target_guide to 0.",
             )
 
     def distance(self, student_features: Tensor, teacher_feature: Tensor) -> Tensor:
         """mean((W_t pool(act(x_0)) - W_t pool(act(x)))^2), a scalar, of (k,N,C,h,w) against (N,C,h,w).
 
-        Both are in the teacher's own scale. The classifier's bias cancels.
+        Both are in the scale of the teacher. The bias of the classifier cancels.
         """
         if self._rectified is None:
-            raise ValueError("calibrate the guide first: whether the teacher's last stage ends with a ReLU is unknown")
+            raise ValueError("call calibrate() before distance(): it finds out whether the last stage ends with a ReLU")
         with full_precision(teacher_feature.device):
             count, batch = student_features.shape[:2]
             pooled = torch.unflatten(self._pool(student_features.flatten(0, 1)), 0, (count, batch))

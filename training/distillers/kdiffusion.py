@@ -1,4 +1,4 @@
-"""KDiffusion (Yao et al., AAAI 2024): branches walk a diffusion reverse process towards the teacher's feature."""
+"""KDiffusion (Yao et al., AAAI 2024): branches follow a diffusion reverse process to the teacher's feature."""
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ class KDiffusion(BranchedDistiller):
         if self.settings.permutation != "shuffle":
             return None
         if self.settings.shuffle_per == "sample":
-            # Drawn here, as an order for each sample comes with no step; a resumed run draws the same.
+            # Drawn here, because a step has no order for each sample; a resumed run draws the same orders.
             drawn = torch.rand(len(step.labels), self.settings.num_branches, device=step.labels.device)
             return drawn.argsort(1)
         return step.orders[layer if self.settings.shuffle_per == "layer" else 0]
@@ -66,7 +66,7 @@ class KDiffusion(BranchedDistiller):
             return super().guided(branches, order)
         if self.settings.guide_feature == "all":
             return branches
-        # The walk ends at what the branch of the step k = 1 predicts.
+        # The process ends at the prediction of the branch of step k = 1.
         if order is None:
             return branches[:1]
         if order.ndim == 1:
@@ -74,7 +74,7 @@ class KDiffusion(BranchedDistiller):
         return branches[order[:, 0], torch.arange(len(order), device=order.device)].unsqueeze(0)
 
     def loss_form(self) -> Form | None:
-        """None for the marginal trajectory, whose loss is not zero where all errors are."""
+        """None for the marginal trajectory, whose loss is not zero if all errors are zero."""
         if self.settings.trajectory == "marginal":
             return None
         if self.settings.permutation == "fixed":

@@ -1,4 +1,4 @@
-"""N-to-one representation matching (Liu et al., 2023, NORM): many student features for one of the teacher's."""
+"""N-to-one representation matching (Liu et al., 2023, NORM): many student features for one teacher feature."""
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -13,13 +13,13 @@ from training.teachers import Teacher
 
 @DISTILLERS.register("norm")
 class NORM(Distiller):
-    """The matching loss alone: the student's last feature, expanded to n segments, against the teacher's last.
+    """The matching loss only: the student's last feature, expanded to n segments, against the teacher's last feature.
 
-    In the paper the expanded feature also goes back into the student, by a second 1x1 convolution and batch norm before
-    the pooling, and the chain folds into the classifier. A branch that folds here is one convolution and one batch norm
-    (``kdexport.reparam.BranchSpec`` has no word for a chain of two), so that such a student could not be exported as
-    what was trained. The expansion is dropped after training instead. The paper's normalisation of the logits is left
-    out too: it would change what the student computes.
+    In the paper the expanded feature also returns to the student, through a second 1x1 convolution and batch norm
+    before the pooling, and the chain folds into the classifier. Here a branch that folds is one convolution and one
+    batch norm (``kdexport.reparam.BranchSpec`` does not describe a chain of two), so such a student could not be
+    exported exactly. The expansion is dropped after training instead. The paper's normalisation of the logits is
+    omitted too, because it would change the output of the student.
     """
 
     settings: NORMSettings
@@ -39,7 +39,7 @@ class NORM(Distiller):
     ) -> dict[str, Tensor]:
         height, width = student.last.shape[2:]
         theirs = teacher.last
-        # The paper keeps the teacher's maxima; a student's map that is the larger one is averaged.
+        # The paper max-pools the teacher's map; if the student's map is larger, it is averaged.
         smaller = (min(height, theirs.shape[2]), min(width, theirs.shape[3]))
         peaks = functional.adaptive_max_pool2d(theirs, smaller)
         ours = functional.adaptive_avg_pool2d(student.last, smaller)

@@ -1,4 +1,4 @@
-"""Which stage of a student learns from which stage of a teacher."""
+"""Pairs of stages: which stage of a student learns from which stage of a teacher."""
 
 from dataclasses import dataclass
 from typing import cast
@@ -11,7 +11,7 @@ from kdexport.students import Classifier, Student, Tap
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pair:
-    """Two taps; ``student_channels`` are those of the student's host convolution, which may write a part of its tap."""
+    """Two taps; ``student_channels`` are those of the host convolution, which may write only a part of its tap."""
 
     student: str
     teacher: str
@@ -22,10 +22,10 @@ class Pair:
 
 
 def paired_stages(student: Student, teacher: Classifier, layers: str) -> tuple[Pair, ...]:
-    """Pairs from shallow to deep; ``single`` is the deepest one, ``multi`` as many as the shallower network has stages.
+    """Pairs from shallow to deep; "single" is the deepest pair, "multi" one for each stage of the shallower network.
 
-    Stages are counted from the deep end, where both networks end in what their classifiers pool. A convolution between
-    the student's last stage and its pooling stands for that stage.
+    Stages are counted from the deep end, where both networks have the feature that is pooled. A convolution between the
+    student's last stage and its pooling takes the place of that stage.
     """
     hosts = list(student.hosts)
     if hosts[-1].tap == "last" and len(hosts) > 1:
@@ -48,16 +48,16 @@ def paired_stages(student: Student, teacher: Classifier, layers: str) -> tuple[P
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StagePair:
-    """The taps that end one stage of each network."""
+    """The tap at the end of a stage of each network."""
 
     student: Tap
     teacher: Tap
 
 
 def stage_pairs(student: Classifier, teacher: Classifier) -> tuple[StagePair, ...]:
-    """Pairs from shallow to deep, as many as the shallower network has stages, counted from the deep end.
+    """Pairs from shallow to deep, one for each stage of the shallower network, counted from the deep end.
 
-    These are [1:] of the literature: without the stem, and without a convolution after the last stage.
+    The literature writes them as [1:]: without the stem, and without a convolution after the last stage.
     """
     count = min(len(student.stages), len(teacher.stages))
     taps = zip(student.stages[-count:], teacher.stages[-count:], strict=True)
@@ -65,11 +65,11 @@ def stage_pairs(student: Classifier, teacher: Classifier) -> tuple[StagePair, ..
 
 
 def average_to_smaller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Two maps (N,C,H,W), C at will, at one size: the larger averaged down to the smaller, in each direction."""
+    """Average two maps (N,C,H,W), of any C, to one size: the smaller of both in each dimension."""
     side = (min(a.shape[2], b.shape[2]), min(a.shape[3], b.shape[3]))
     return functional.adaptive_avg_pool2d(a, side), functional.adaptive_avg_pool2d(b, side)
 
 
 def pooled_width(network: Classifier) -> int:
-    """D of the vector (N,D) that the classifier of ``network`` reads."""
+    """The length D of the vector (N,D) that the classifier of ``network`` reads."""
     return cast(nn.Linear, network.get_submodule(network.classifier_path)).in_features

@@ -1,4 +1,4 @@
-"""The student by itself: the baseline of every method, with the same data, steps and randomness."""
+"""Training without a teacher: the baseline of every method, with the same data, steps and randomness."""
 
 from torch import Tensor
 
@@ -9,7 +9,7 @@ from training.distillers.distiller import BranchFeatures, Distiller, StepContext
 
 @DISTILLERS.register("plain")
 class Plain(Distiller):
-    """No loss beside the cross-entropy with the labels."""
+    """No loss except the cross-entropy with the labels."""
 
     def forward(
         self,

@@ -1,4 +1,4 @@
-"""Knowledge review (Chen et al., 2021, ReviewKD): deep student features help shallow ones to reach the teacher's."""
+"""Knowledge review (Chen et al., 2021, ReviewKD): deep student features enter the prediction of shallow ones."""
 
 from typing import cast
 
@@ -16,7 +16,7 @@ from training.teachers import Teacher
 
 
 class AttentionFusion(nn.Module):
-    """One link of the chain (the paper's ABF): mixes a student feature with what came from the deeper links."""
+    """One link of the chain (the paper's ABF): mixes a student feature with the mixture of the deeper links."""
 
     def __init__(self, inputs: int, middle: int, outputs: int, *, fuses: bool) -> None:
         super().__init__()
@@ -40,10 +40,10 @@ class AttentionFusion(nn.Module):
 
 @DISTILLERS.register("reviewkd")
 class ReviewKD(Distiller):
-    """The chain goes from the pooled vector, a map of one pixel, to the shallowest stage that has a partner.
+    """The chain goes from the pooled vector, a map of one pixel, to the shallowest stage with a partner.
 
-    Student features are those after their activation, the teacher's before; all links mix ``max_channels`` channels,
-    or as many as the student's pooled vector has.
+    The student's features are read after their activation, the teacher's before it. All links mix ``max_channels``
+    channels, or those of the student's pooled vector if it has fewer.
     """
 
     settings: ReviewKDSettings
@@ -55,7 +55,7 @@ class ReviewKD(Distiller):
         middle = min(settings.max_channels, pooled)
         widths = [(pooled, pooled_width(teacher))]
         widths += [(pair.student.channels, pair.teacher.channels) for pair in self._pairs]
-        # Deep to shallow.
+        # From deep to shallow.
         self.links = nn.ModuleList(
             AttentionFusion(inputs, middle, outputs, fuses=index > 0) for index, (inputs, outputs) in enumerate(widths)
         )

@@ -1,7 +1,7 @@
-"""What can be set for each method of distillation, read and checked without importing torch.
+"""The settings of each method of distillation, read and checked without importing torch.
 
-A method without ``@method_settings`` has the keys of ``DistillerSettings`` alone. Defaults are those of the method's
-own code for CIFAR-100 where it has any; a key without a published value says so.
+A method without ``@method_settings`` has the keys of ``DistillerSettings`` alone. Defaults are those of
+the published code of a method for CIFAR-100; a comment marks keys without a published value.
 """
 
 import importlib
@@ -22,12 +22,12 @@ NumBranches = Annotated[int, Field(ge=1, le=16)]
 
 
 class DistillerSettings(Settings):
-    """``[distiller]``: the method's name and what every method has."""
+    """``[distiller]``: the name of the method, and the keys that all methods have."""
 
     name: str
     #: Weight of the cross-entropy with the labels.
     cross_entropy: NonNegative = 1.0
-    #: Weight of the method's loss beside it, reached after ``ramp_epochs`` by a straight line from zero.
+    #: Weight of the method's loss, which grows linearly from zero over ``ramp_epochs``.
     weight: NonNegative = 1.0
     ramp_epochs: NonNegative = 0.0
 
@@ -43,7 +43,7 @@ S = TypeVar("S", bound=DistillerSettings)
 
 
 def method_settings(model: type[S]) -> type[S]:
-    """Decorator: ``model`` reads ``[distiller]`` where that names the method that is the default of ``name``."""
+    """Decorator: ``model`` reads ``[distiller]`` if ``name`` there is the default of its ``name``."""
     name = model.model_fields["name"].default
     if not isinstance(name, str) or name in _BY_NAME:
         raise ValueError(f"{model.__name__} needs a default of `name` that no other settings have, not {name!r}")
@@ -60,7 +60,7 @@ class PlainSettings(DistillerSettings):
 
 @method_settings
 class KDSettings(DistillerSettings):
-    """Hinton et al., 2015, as the CRD protocol sets it."""
+    """Hinton et al., 2015, with the values of the CRD protocol."""
 
     name: Literal["kd"] = "kd"
     cross_entropy: NonNegative = 0.1
@@ -70,7 +70,7 @@ class KDSettings(DistillerSettings):
 
 @method_settings
 class DKDSettings(DistillerSettings):
-    """Zhao et al., 2022; ``beta`` is tuned per pair there."""
+    """Zhao et al., 2022, where ``beta`` is tuned for each pair."""
 
     name: Literal["dkd"] = "dkd"
     ramp_epochs: NonNegative = 20.0
@@ -103,7 +103,7 @@ class VIDSettings(DistillerSettings):
     """Ahn et al., 2019."""
 
     name: Literal["vid"] = "vid"
-    #: Variance of every channel at the start; 1e-5 is its floor.
+    #: Initial variance of every channel, which is always above 1e-5.
     initial_variance: Annotated[float, Field(gt=1e-5, allow_inf_nan=False)] = 5.0
 
 
@@ -114,11 +114,11 @@ class CRDSettings(DistillerSettings):
     name: Literal["crd"] = "crd"
     weight: NonNegative = 0.8
     dimension: Annotated[int, Field(ge=1)] = 128
-    #: Negatives per image, drawn from the other classes; at most as many as these have.
+    #: Negatives for each image, drawn from the other classes; at most as many images as these have.
     negatives: Annotated[int, Field(ge=1)] = 16384
-    #: Below 0.05 the quotient of two scores, up to exp(3.5 / temperature) times the number of images, leaves float32.
+    #: Below 0.05 the quotient of two scores, up to exp(3.5 / temperature) times the number of images, can overflow.
     temperature: Annotated[float, Field(ge=0.05, allow_inf_nan=False)] = 0.07
-    #: Share of the old entry that a memory keeps when its image is seen.
+    #: The weight of the old entry of a memory when it is updated.
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5
 
 
@@ -132,7 +132,7 @@ class OFDSettings(DistillerSettings):
 
 @method_settings
 class ReviewKDSettings(DistillerSettings):
-    """Chen et al., 2021; ``weight`` is tuned per pair there: 5 or 8, not published for MobileNetV2."""
+    """Chen et al., 2021, where ``weight`` is tuned for each pair: 5 or 8, not published for MobileNetV2."""
 
     name: Literal["reviewkd"] = "reviewkd"
     weight: NonNegative = 5.0
@@ -142,33 +142,33 @@ class ReviewKDSettings(DistillerSettings):
 
 @method_settings
 class NORMSettings(DistillerSettings):
-    """Liu et al., 2023; ``cross_entropy`` is tuned per pair there, from 0.0625 to 0.5.
+    """Liu et al., 2023, where ``cross_entropy`` is tuned for each pair, from 0.0625 to 0.5.
 
-    Their weight goes in steps, 0.1, 0.5 and from epoch 20 on 1; the ramp here is a straight line to that point. They
-    lower it again from epoch 180 on, which a ramp does not.
+    Their weight has the steps 0.1, 0.5, and 1 from epoch 20 on; here it grows linearly until then. They lower it again
+    from epoch 180 on, which this ramp does not.
     """
 
     name: Literal["norm"] = "norm"
     cross_entropy: NonNegative = 0.5
     ramp_epochs: NonNegative = 20.0
-    #: Segments that are matched with one teacher feature.
+    #: The number of segments that are matched with one teacher feature.
     num_segments: Annotated[int, Field(ge=1, le=64)] = 8
 
 
 class BranchedSettings(DistillerSettings):
-    """Parallel branches in the student that fold away; their weights are ours, the paper publishes none."""
+    """Parallel branches in the student that fold away; the paper publishes no weights, so these are our own."""
 
     weight: NonNegative = 4.0
     ramp_epochs: NonNegative = 20.0
     placement: Placement = "R1"
-    #: ``single`` branches the last stage, ``multi`` every stage that has a partner in the teacher.
+    #: ``single`` adds branches to the last stage, ``multi`` to every stage with a partner in the teacher.
     layers: Layers = "single"
     num_branches: NumBranches = 4
     teacher_feature: Literal["post_activation", "pre_activation"] = "post_activation"
     teacher_normalisation: Literal["standardised", "raw"] = "standardised"
-    #: Weight of the distance behind the teacher's own classifier, after the ramp; 0 leaves it out.
+    #: Weight of the distance after the teacher's classifier, with the ramp; 0 omits it.
     target_guide: NonNegative = 0.0
-    #: Weight of Hinton's loss on the logits beside the cross-entropy; 0 leaves it out.
+    #: Weight of Hinton's loss on the logits; 0 omits it.
     kd_weight: NonNegative = 0.0
     kd_temperature: Positive = 4.0
 
@@ -178,27 +178,27 @@ class BranchedSettings(DistillerSettings):
         return self
 
     def _needs(self, holds: bool, needed: str, *keys: str) -> None:
-        """Refuse ``keys`` off their defaults, which would do nothing, unless ``holds``."""
+        """Refuse values of ``keys`` other than their defaults, which would have no effect, unless ``holds``."""
         for key in keys:
             if not holds and getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"{key} = {getattr(self, key)!r} does nothing without {needed}")
+                raise ValueError(f"{key} = {getattr(self, key)!r} has no effect without {needed}")
 
 
 @method_settings
 class AverageSettings(BranchedSettings):
-    """The mean of the branches against the teacher: KDiffusion without diffusion."""
+    """The distance of the mean of the branches from the teacher's feature: KDiffusion without diffusion."""
 
     name: Literal["average"] = "average"
 
 
 @method_settings
 class KDiffusionSettings(BranchedSettings):
-    """Yao et al., AAAI 2024, and each choice that the paper leaves open; docs/method.md has the reasons."""
+    """Yao et al., AAAI 2024, with a key for each choice that the paper leaves open; docs/method.md has the reasons."""
 
     name: Literal["kdiffusion"] = "kdiffusion"
     schedule: Literal["cosine", "ddpm_linear", "linear"] = "cosine"
     permutation: Literal["shuffle", "fixed", "expected"] = "shuffle"
-    #: What a drawn order holds for, within one iteration.
+    #: What shares one random order, within one iteration.
     shuffle_per: Literal["layer", "iteration", "sample"] = "layer"
     trajectory: Literal["shared_noise", "marginal"] = "shared_noise"
     start: Literal["shared_branch", "own_branch", "teacher"] = "shared_branch"
@@ -206,9 +206,9 @@ class KDiffusionSettings(BranchedSettings):
     target: Literal["posterior_mean", "sampled"] = "posterior_mean"
     backpropagation: Literal["full", "truncated"] = "full"
     step_weights: Literal["uniform", "inverse_v2", "kl"] = "uniform"
-    #: Upper bound of the weights "kl", the last of which is infinite.
+    #: The limit of the weights "kl", which would be infinite in the last step.
     kl_limit: Positive = 10.0
-    #: Deviation of the diffusion's noise.
+    #: Standard deviation of the noise of the diffusion.
     sigma: Positive = 1.0
     guide_feature: Literal["mean", "prediction", "all"] = "mean"
 
@@ -219,12 +219,16 @@ class KDiffusionSettings(BranchedSettings):
                 raise ValueError("permutation 'expected' has a closed form for trajectory 'shared_noise' only")
             if self.guide_feature == "prediction":
                 raise ValueError(
-                    "permutation 'expected' has no last branch; the mean over orders of 'prediction' is 'all'"
+                    "guide_feature 'prediction' needs one order of the branches, which permutation 'expected' does not "
+                    "have; set guide_feature to 'all', its mean over all orders"
                 )
         if self.start == "own_branch" and self.num_branches < 2:
-            raise ValueError("start 'own_branch' leaves no branch for a step; set num_branches to 2 or more")
+            raise ValueError(
+                f"start 'own_branch' needs one branch for the start and one for each step, but num_branches is "
+                f"{self.num_branches}; set it to 2 or more"
+            )
         self._needs(self.permutation == "shuffle", "permutation 'shuffle'", "shuffle_per")
-        # With shared noise the start, the noise and the sampled part of a target are in both walks and cancel.
+        # With shared noise both trajectories have the same start, noise and sampled part of a target, which cancel.
         self._needs(self.trajectory == "marginal", "trajectory 'marginal'", "start", "noise", "target")
         self._needs(self.step_weights == "kl", "step_weights 'kl'", "kl_limit")
         self._needs(
@@ -235,7 +239,7 @@ class KDiffusionSettings(BranchedSettings):
 
 
 def settings_model(name: str) -> type[DistillerSettings]:
-    """The settings of the method ``name``; the common ones where it has none of its own."""
+    """The settings of the method ``name``; ``DistillerSettings`` if it has no keys of its own."""
     if name not in _BY_NAME:
         _import_method(name)
         import_installed_plugins("kdexport.distillers")
@@ -255,5 +259,5 @@ def _by_name(value: Any, info: ValidationInfo) -> Any:
     return DistillerSettings.model_of(value).model_validate({"name": "kdiffusion", **value}, context=info.context)
 
 
-#: A table ``[distiller]`` as the settings of the method it names.
+#: A table ``[distiller]``, read as the settings of the method that it names.
 AnyDistiller = Annotated[SerializeAsAny[DistillerSettings], BeforeValidator(_by_name)]

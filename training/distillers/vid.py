@@ -1,4 +1,4 @@
-"""Variational information distillation (Ahn et al., 2019): how likely the student makes the teacher's features."""
+"""Variational information distillation (Ahn et al., 2019): the likelihood of the teacher's features."""
 
 import math
 from typing import cast
@@ -16,10 +16,10 @@ from training.teachers import Teacher
 
 
 class GaussianMatch(nn.Module):
-    """A Gaussian over a teacher feature: its mean regressed from the student's, one variance for each channel.
+    """A Gaussian over a teacher feature: a regression from the student's feature, and a variance for each channel.
 
-    ``raw_scale`` (Ct,) is a parameter, optimised and saved like the regressor; it starts at the inverse softplus of
-    the initial variance.
+    ``raw_scale`` (Ct,) is a parameter that is trained and saved like the regressor; its initial value is the inverse
+    softplus of the initial variance.
     """
 
     def __init__(self, pair: StagePair, initial_variance: float) -> None:
@@ -33,11 +33,11 @@ class GaussianMatch(nn.Module):
             nn.Conv2d(channels, channels, 1, bias=False),
         )
         above = initial_variance - MIN_VARIANCE
-        # log(exp(v) - 1), which overflows for no v.
+        # log(exp(v) - 1) in a form that cannot overflow.
         self.raw_scale = nn.Parameter(torch.full((channels,), above + math.log(-math.expm1(-above))))
 
     def forward(self, student_feature: Tensor, teacher_feature: Tensor) -> Tensor:
-        """Features (N,Cs,H,W) and (N,Ct,H',W') to the scalar loss of this stage."""
+        """The scalar loss of this stage from features (N,Cs,H,W) and (N,Ct,H',W')."""
         ours, theirs = average_to_smaller(student_feature, teacher_feature)
         return variational_loss(self.regressor(ours), theirs, self.raw_scale)
 

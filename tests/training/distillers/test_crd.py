@@ -261,7 +261,7 @@ def test_the_negatives_of_an_image_do_not_depend_on_its_batch() -> None:
 
 
 def test_a_data_set_of_one_class_is_refused() -> None:
-    with pytest.raises(DataError, match="All 9 training images are of one class"):
+    with pytest.raises(DataError, match="needs at least 2 classes, but all 9 training images are of one"):
         distiller(torch.full((9,), 2))
 
 

@@ -105,7 +105,7 @@ def test_scalars_are_a_flat_line_of_json() -> None:
 def test_shapes_that_do_not_fit_are_refused() -> None:
     branches, target = drawn()
     with pytest.raises(
-        ValueError, match=r"branches \(4, 5, 3, 2, 4\) are not \(m,N,C,h,w\) over a target \(4, 3, 2, 4\)"
+        ValueError, match=r"^branches must be .* but the shapes are \(4, 5, 3, 2, 4\) and \(4, 3, 2, 4\)$"
     ):
         branch_diversity(branches, target[1:])
 

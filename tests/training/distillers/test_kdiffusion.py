@@ -594,23 +594,25 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
     ),
     "expected prediction": (
         {"permutation": "expected", "target_guide": 1.0, "guide_feature": "prediction"},
-        "permutation 'expected' has no last branch; the mean over orders of 'prediction' is 'all'",
+        "guide_feature 'prediction' needs one order of the branches, which permutation 'expected' does not have; set "
+        "guide_feature to 'all', its mean over all orders",
     ),
     "own start alone": (
         {"num_branches": 1, "trajectory": "marginal", "start": "own_branch"},
-        "start 'own_branch' leaves no branch for a step; set num_branches to 2 or more",
+        "start 'own_branch' needs one branch for the start and one for each step, but num_branches is 1; set it to "
+        "2 or more",
     ),
     "fixed per sample": (
         {"permutation": "fixed", "shuffle_per": "sample"},
-        "shuffle_per = 'sample' does nothing without permutation 'shuffle'",
+        "shuffle_per = 'sample' has no effect without permutation 'shuffle'",
     ),
-    "start": ({"start": "teacher"}, "start = 'teacher' does nothing without trajectory 'marginal'"),
-    "noise": ({"noise": "gaussian"}, "noise = 'gaussian' does nothing without trajectory 'marginal'"),
-    "target": ({"target": "sampled"}, "target = 'sampled' does nothing without trajectory 'marginal'"),
-    "limit": ({"kl_limit": 3.0}, "kl_limit = 3.0 does nothing without step_weights 'kl'"),
-    "sigma": ({"sigma": 2.0}, "sigma = 2.0 does nothing without step_weights 'kl' or noise 'gaussian'"),
-    "guide": ({"guide_feature": "all"}, "guide_feature = 'all' does nothing without a target_guide above 0"),
-    "kd": ({"kd_temperature": 2.0}, "kd_temperature = 2.0 does nothing without a kd_weight above 0"),
+    "start": ({"start": "teacher"}, "start = 'teacher' has no effect without trajectory 'marginal'"),
+    "noise": ({"noise": "gaussian"}, "noise = 'gaussian' has no effect without trajectory 'marginal'"),
+    "target": ({"target": "sampled"}, "target = 'sampled' has no effect without trajectory 'marginal'"),
+    "limit": ({"kl_limit": 3.0}, "kl_limit = 3.0 has no effect without step_weights 'kl'"),
+    "sigma": ({"sigma": 2.0}, "sigma = 2.0 has no effect without step_weights 'kl' or noise 'gaussian'"),
+    "guide": ({"guide_feature": "all"}, "guide_feature = 'all' has no effect without a target_guide above 0"),
+    "kd": ({"kd_temperature": 2.0}, "kd_temperature = 2.0 has no effect without a kd_weight above 0"),
 }
 
 
@@ -733,7 +735,10 @@ def test_a_teacher_without_a_last_relu_is_pooled_as_it_pools_itself() -> None:
         cast(Tensor, norm.running_var).copy_(variance)
     with torch.no_grad():
         taps = teacher.tapped(images)
-        with pytest.raises(ValueError, match="calibrate the guide first"):
+        with pytest.raises(
+            ValueError,
+            match=r"^call calibrate\(\) before distance\(\): it finds out whether the last stage ends with a ReLU$",
+        ):
             guide.distance(taps.last[None], taps.last)
         guide.calibrate([taps], "post_activation")
         other = teacher.tapped(images.flip(0))
@@ -747,7 +752,9 @@ def test_a_teacher_without_a_last_relu_is_pooled_as_it_pools_itself() -> None:
 def test_a_classifier_that_reads_more_than_averages_is_refused_before_training() -> None:
     with torch.device("meta"):
         teacher = TEACHERS.build("vgg13", num_classes=2, image_size=128)
-    with pytest.raises(ConfigError, match="this one's reads 25088 values of 512 channels"):
+    with pytest.raises(
+        ConfigError, match="reads one value for each channel, but this one reads 25088 values of 512 channels"
+    ):
         TargetGuide(teacher)
 
 
