@@ -2,32 +2,30 @@
 
 KdexportError
 |- ConfigError              KDX100  exit 2   a configuration, recipe or option is wrong
-|  `- UnknownNameError      KDX101  exit 2   a name is in no registry
-|- CheckpointError          KDX200  exit 2   a checkpoint is missing, truncated or foreign
+|  `- UnknownNameError      KDX101  exit 2   a name is not registered
+|- CheckpointError          KDX200  exit 2   a checkpoint is missing, truncated or of another model
 |- DataError                KDX201  exit 2   a data set or an image cannot be used
-|- OutputError              KDX202  exit 2   the output folder holds something that is not ours
+|- OutputError              KDX202  exit 2   the output folder holds files that kdexport did not write
 |- BundleError              KDX203  exit 2   a folder is not a readable bundle
 |- MismatchError            KDX204  exit 2   two bundles cannot be compared with each other
 |- RequestError             KDX210  exit 2   the server refused a request; it answers with its HTTP status
-|- ReparamError             KDX300  exit 2   a module cannot be folded without changing what it computes
-|- CheckError                       exit 1   something was measured and is not allowed
+|- ReparamError             KDX300  exit 2   a module cannot be folded without changing its function
+|- CheckError                       exit 1   a measured value is outside its limit
 |  |- CertificateError      KDX301           the folded module differs from the unfolded one in float64
-|  |- ExportError           KDX310           the exported graph is not the folded module
-|  |- AuditError            KDX311           what was built is not what was asked
-|  |- EngineBuildError      KDX320           a backend refused the graph
+|  |- ExportError           KDX310           the exported graph differs from the folded module
+|  |- AuditError            KDX311           a built file is not what the target requires
+|  |- EngineBuildError      KDX320           a backend could not build or run the graph
 |  |- VerificationError     KDX330           a rung of the parity ladder or the latency test failed
-|  `- TrainingError         KDX340           the training run diverged or died
-|- ResolutionError          KDX350  exit 3   this machine cannot see what a gate was asked to enforce
+|  `- TrainingError         KDX340           the training run diverged or ended early
+|- ResolutionError          KDX350  exit 3   this machine cannot measure differences as small as the limit
+|- NotExecutedError         KDX351  exit 3   a target that had to run did not run
 |- MachineError                     exit 4   this machine lacks something
 |  |- BackendUnavailableError  KDX400        a package, driver or GPU is missing
 |  |- StorageError             KDX401        no space or no permission
 |  |- ServerError              KDX402        the server cannot run with these limits or on this address
-|  `- RunnerError              KDX403        this machine has fewer processors than a measurement asks for
-`- UnexpectedError             KDX900  exit 2   an input that no check had foreseen
-
-Errors of the gate; their place in the tree is in ``kdexport.errors``.
-
-Errors of the server; their place in the tree is in ``kdexport.errors``.
+|  `- RunnerError              KDX403        this machine has fewer processors than a measurement needs
+|- UnexpectedError          KDX900  exit 2   an error that no check covers
+`- ForwardedError                            an error of a child process, with the child's code and exit code
 """
 
 import re
@@ -35,11 +33,11 @@ from typing import ClassVar
 
 
 class KdexportError(Exception):
-    """Base of all errors: what happened, and what to do about it."""
+    """Base of all errors: ``message`` is what happened, ``remedy`` what to do about it."""
 
     code: ClassVar[str] = "KDX000"
     exit_code: ClassVar[int] = 1
-    #: What ``kdexport explain CODE`` says.
+    #: What ``kdexport explain CODE`` prints.
     explanation: ClassVar[str] = ""
 
     def __init__(self, message: str, *, remedy: str) -> None:
@@ -57,9 +55,9 @@ class ConfigError(KdexportError):
     code = "KDX100"
     exit_code = 2
     explanation = (
-        "A TOML file or an option has an unknown key, a wrong type or a value out of range. Unknown keys are never "
-        "ignored, because an ignored key is a setting that silently does not hold. The message names the key and the "
-        "nearest known one."
+        "A TOML file or an option has an unknown key, a value of a wrong type or a value out of range. Unknown keys "
+        "are errors, because a key that is ignored is a setting that silently has no effect. The message names the key "
+        "and the nearest known one."
     )
 
 
@@ -68,20 +66,21 @@ class UnknownNameError(ConfigError):
 
     code = "KDX101"
     explanation = (
-        "The name is in no registry. `kdexport list students|teachers|distillers|targets` prints those that are. "
-        "Target names are <backend>-<precision>, for example onnx-fp32 or trt-fp16."
+        "The name is not registered. Run kdexport list KIND to see the registered names; KIND is students, teachers, "
+        "distillers, targets or recipes. Target names are <backend>-<precision>, for example onnx-fp32 or trt-fp16."
     )
 
 
 class CheckpointError(KdexportError):
-    """A checkpoint is missing, truncated, or belongs to another model."""
+    """A checkpoint is missing, truncated, or of another model."""
 
     code = "KDX200"
     exit_code = 2
     explanation = (
-        "A student checkpoint is a directory with student.json and model.safetensors. All of its tensors must be those "
-        "of the student it names, with no tensor missing, left over or of another shape: kdexport never loads a part "
-        "of a checkpoint. Pickled files are read with weights_only=True, and only as teacher weights."
+        "A student checkpoint is a folder with student.json and model.safetensors. Its tensors must match the student "
+        "that student.json names: no tensor may be missing, unknown or of another shape or type, because kdexport "
+        "never loads part of a checkpoint. Pickled files are accepted only as teacher weights, and are read with "
+        "weights_only=True."
     )
 
 
@@ -91,19 +90,21 @@ class DataError(KdexportError):
     code = "KDX201"
     exit_code = 2
     explanation = (
-        "A data set could not be read. Image folders hold train/<class>/* and test/<class>/* (or val/). A corrupt "
-        "image stops the run with its name: skipping it would silently change what is measured."
+        "A data set could not be read. A folder of images needs train/<class>/* and test/<class>/* (or val/<class>/*). "
+        "A corrupt image ends the run with an error that names the file, because skipping it would silently change "
+        "what is measured."
     )
 
 
 class OutputError(KdexportError):
-    """The output folder holds something that is not a bundle."""
+    """The output folder holds files that kdexport did not write."""
 
     code = "KDX202"
     exit_code = 2
     explanation = (
-        "kdexport replaces what it wrote itself (bundles, results of fuse, models in a Triton repository), and only "
-        "once the new one is complete. It does not replace or delete anything else."
+        "kdexport replaces only what it wrote itself (bundles, results of kdexport fuse, models in a Triton "
+        "repository), and only when the new version is complete. It never replaces or deletes other files. Pass "
+        "another --out, or move the folder away."
     )
 
 
@@ -112,23 +113,54 @@ class BundleError(KdexportError):
 
     code = "KDX203"
     exit_code = 2
-    explanation = "A bundle is the folder that `kdexport build` writes: manifest.json beside the files that it lists."
+    explanation = (
+        "A bundle is a folder written by kdexport build: manifest.json and the files that it lists. If the folder is a "
+        "bundle, its manifest is damaged or was written by another version: build the bundle again."
+    )
+
+
+class MismatchError(KdexportError):
+    """Two bundles, or a bundle and stored results, cannot be compared."""
+
+    code = "KDX204"
+    exit_code = 2
+    explanation = (
+        "A gate compares two versions of one model: the same student, the same classes in the same order and the same "
+        "image size. A ratio between different models would have no meaning, so the gate ends with an error."
+    )
+
+
+class RequestError(KdexportError):
+    """The server refused a request; ``status`` is the HTTP status of the answer and ``reason`` its metric label."""
+
+    code = "KDX210"
+    exit_code = 2
+    explanation = (
+        "A request to kdexport serve was malformed or too large, waited too long, or came while the server was at "
+        'capacity. The body of the answer is {"error": "..."} with the measured value and its limit. Answers with '
+        "status 429 or 503 have a Retry-After header."
+    )
+
+    def __init__(self, message: str, *, remedy: str = "", status: int = 400, reason: str = "invalid") -> None:
+        super().__init__(message, remedy=remedy)
+        self.status = status
+        self.reason = reason
 
 
 class ReparamError(KdexportError):
-    """A module cannot be folded without changing what it computes."""
+    """A module cannot be folded without changing its function."""
 
     code = "KDX300"
     exit_code = 2
     explanation = (
-        "Folding is exact only for linear branches in evaluation mode: convolution and batch norm with running "
-        "statistics, each called once, with no hook, no other user and nothing non-linear between. Anything else is "
-        "refused, never merged approximately."
+        "Folding is exact only for linear branches in evaluation mode: convolutions and batch norms with running "
+        "statistics, each called once, without hooks, with no non-linear operation between them, and with results that "
+        "nothing else reads. Other modules are refused; kdexport never merges approximately."
     )
 
 
 class CheckError(KdexportError):
-    """Something was measured and lies outside what is allowed."""
+    """A measured value is outside its limit."""
 
     exit_code = 1
 
@@ -138,36 +170,40 @@ class CertificateError(CheckError):
 
     code = "KDX301"
     explanation = (
-        "In float64 a correct fold differs from the original by rounding alone, about 1e-15 of the largest logit. The "
-        "limit is 1e-9. A failure is an algebra error; the message names the block."
+        "In float64 a correct fold differs from the original only by rounding, about 1e-15 of the largest logit. The "
+        "limit is 1e-9. A larger difference is an error in the algebra of the fold; the message names the block."
     )
 
 
 class ExportError(CheckError):
-    """The exported graph is not the folded module."""
+    """The exported graph differs from the folded module."""
 
     code = "KDX310"
     explanation = (
-        "After export the graph is checked: opset, input and output names, dynamic batch, no BatchNormalization, no "
-        "branch, and every weight equal to the folded student's, bit by bit."
+        "kdexport checks the graph after the export: opset, input and output names, dynamic batch, no "
+        "BatchNormalization, no branch, and every weight equal to the folded student's, bit by bit. The message names "
+        "the check that failed."
     )
 
 
 class AuditError(CheckError):
-    """What was built is not what was asked for."""
+    """A built file is not what the target requires."""
 
     code = "KDX311"
     explanation = (
-        "A layer runs in another precision, on another provider or in another form than the target asks for, or a "
-        "weight or scale cannot be written in that precision. docs/targets.md lists what each target is checked for."
+        "A layer runs in another precision, on another provider or in another form than the target requires, or a "
+        "weight or scale cannot be written in that precision. docs/targets.md lists the checks of each target."
     )
 
 
 class EngineBuildError(CheckError):
-    """A backend refused the graph."""
+    """A backend could not build or run the graph."""
 
     code = "KDX320"
-    explanation = "The engine builder could not parse or build the graph; its own messages are quoted."
+    explanation = (
+        "The engine builder could not parse or build the graph, or this machine cannot run the engine. The message "
+        "quotes the builder."
+    )
 
 
 class VerificationError(CheckError):
@@ -175,17 +211,45 @@ class VerificationError(CheckError):
 
     code = "KDX330"
     explanation = (
-        "Rung A compares the algebra in float64; B fp32 and C low precision with the float64 oracle, in multiples of "
-        "the error that the unfused model or a simulation has itself; D flips and accuracy on the validation set by a "
-        "policy (docs/verification.md). `kdexport explain-failure` names the node that is to blame."
+        "Rung A compares the folded with the unfused student in float64. Rungs B (fp32) and C (low precision) compare "
+        "each file with the float64 reference, in multiples of the error that the unfused model or a simulation of the "
+        "precision has by itself. Rung D compares answers and accuracy on the validation set. docs/verification.md "
+        "lists the limits. Run kdexport explain-failure BUNDLE to find the node where the difference starts."
     )
 
 
 class TrainingError(CheckError):
-    """The training run diverged or died."""
+    """The training run diverged or ended early."""
 
     code = "KDX340"
-    explanation = "The training process ended early. Its checkpoints stay: the same command continues from the last."
+    explanation = (
+        "The training process ended before its last epoch. Its checkpoints are kept: run the same command again to "
+        "continue from the last one."
+    )
+
+
+class ResolutionError(KdexportError):
+    """A limit is below the smallest difference that this machine can measure."""
+
+    code = "KDX350"
+    exit_code = 3
+    explanation = (
+        "kdexport calibrate-runner measured how much identical models differ on this machine and wrote the result to "
+        "runner.toml. With a smaller limit most runs of the gate would be inconclusive, so the gate does not start. "
+        "Raise --max-slowdown to the value in the message, or calibrate a quieter machine."
+    )
+
+
+class NotExecutedError(KdexportError):
+    """A target that had to run in this verification did not run."""
+
+    code = "KDX351"
+    exit_code = 3
+    explanation = (
+        "--require-executed names targets that must run in their own runtime while the bundle is verified. All other "
+        "checks may hold, but without a run nothing shows what the target computes on this machine. Verify the bundle "
+        "on a machine that has the runtime and, for engines, the GPU."
+    )
 
 
 class MachineError(KdexportError):
@@ -199,35 +263,65 @@ class BackendUnavailableError(MachineError):
 
     code = "KDX400"
     explanation = (
-        "The target needs something that this machine does not have. kdexport never falls back to another device, "
-        "precision or provider. `kdexport doctor` shows what is here."
+        "The target needs a package, driver or device that this machine does not have. kdexport never falls back to "
+        "another device, precision or provider. Run kdexport doctor to see what this machine can build and run."
     )
 
 
 class StorageError(MachineError):
-    """No space or no permission to write."""
+    """There is no space or no permission to write."""
 
     code = "KDX401"
-    explanation = "A file could not be written. Nothing half-written is left and an existing bundle is untouched."
+    explanation = (
+        "A file could not be read or written. No partly written file was left, and an existing bundle is unchanged. "
+        "Free some space or correct the permissions, then run the same command again."
+    )
+
+
+class ServerError(MachineError):
+    """The server cannot run with these limits or on this address."""
+
+    code = "KDX402"
+    explanation = (
+        "The address is in use or does not belong to this machine, or the memory that the server's limits allow is "
+        "more than its container has. That memory is computed from the limits before the first request. Lower the "
+        "limits that the message names, or give the container more memory."
+    )
+
+
+class RunnerError(MachineError):
+    """This machine has fewer processors than a measurement needs."""
+
+    code = "KDX403"
+    explanation = (
+        "A measurement is pinned to as many processors as it has threads. With fewer processors the threads would wait "
+        "for each other, and the result would measure the scheduler. Use fewer threads or a machine with more "
+        "processors."
+    )
 
 
 class UnexpectedError(KdexportError):
-    """Something that kdexport did not foresee."""
+    """An error that no check covers."""
 
     code = "KDX900"
     exit_code = 2
-    explanation = "No check had foreseen this; nothing was replaced. `--debug` shows where; please report it."
+    explanation = (
+        "kdexport did not expect this error; no existing result was replaced. Run the same command with --debug to see "
+        "where it was raised. If the input is right, open an issue in kdexport's repository and attach that output and "
+        "the output of kdexport doctor."
+    )
 
     def __init__(self, error: Exception) -> None:
         super().__init__(
             f"Unexpected {type(error).__name__}: {first_line(error)}",
-            remedy="Check the input. The same command with --debug shows the place; please report it.",
+            remedy="Check the input. If it is right, run the same command with --debug and open an issue in kdexport's "
+            "repository with that output.",
         )
         self.__cause__ = error
 
 
 class ForwardedError(KdexportError):
-    """An error of a child process, as it described it: its own code, exit code, message and remedy."""
+    """An error of a child process, with the child's code, exit code, message and remedy."""
 
     def __init__(self, message: str, *, remedy: str, code: str, exit_code: int) -> None:
         super().__init__(message, remedy=remedy)
@@ -242,7 +336,7 @@ def first_line(error: BaseException) -> str:
 
 
 def error_codes() -> dict[str, type[KdexportError]]:
-    """All stable codes with their classes."""
+    """All stable codes with their classes, sorted by code."""
     found: dict[str, type[KdexportError]] = {}
     pending: list[type[KdexportError]] = [KdexportError]
     while pending:
@@ -251,75 +345,3 @@ def error_codes() -> dict[str, type[KdexportError]]:
         if cls.explanation:
             found[cls.code] = cls
     return dict(sorted(found.items()))
-
-
-class MismatchError(KdexportError):
-    """Two bundles, or a bundle and stored numbers, do not answer the same question."""
-
-    code = "KDX204"
-    exit_code = 2
-    explanation = (
-        "A gate compares two versions of one thing: the same student, the same classes in the same order, the same "
-        "image size. A ratio between different students is a number without a meaning, so none is given."
-    )
-
-
-class ResolutionError(KdexportError):
-    """A threshold lies below what this machine can tell apart."""
-
-    code = "KDX350"
-    exit_code = 3
-    explanation = (
-        "`kdexport calibrate-runner` measured how far equal arms differ on this machine and wrote it to runner.toml. A "
-        "gate with a smaller threshold would end without a verdict in most runs, so it refuses to start. Raise "
-        "--max-slowdown to what the message says, or calibrate a quieter machine."
-    )
-
-
-class NotExecutedError(KdexportError):
-    """A target that had to run in this verification did not."""
-
-    code = "KDX351"
-    exit_code = 3
-    explanation = (
-        "`--require-executed` names targets that must run in their own runtime while the bundle is verified. All other "
-        "checks may hold: without a run, nothing shows what the target computes on this machine. Verify where the "
-        "runtime, and for engines the GPU, is present."
-    )
-
-
-class RunnerError(MachineError):
-    """This machine has fewer processors than a measurement asks for."""
-
-    code = "KDX403"
-    explanation = (
-        "Sessions are held on as many processors as they have threads. With fewer processors the threads wait for each "
-        "other, and what is measured is the scheduler."
-    )
-
-
-class RequestError(KdexportError):
-    """The server refused a request; ``status`` is the HTTP status of the answer and ``reason`` its metric label."""
-
-    code = "KDX210"
-    exit_code = 2
-    explanation = (
-        "A request to `kdexport serve` was malformed, too large, too late or one too many. The body of the answer is "
-        '{"error": "..."} and says what was measured against what is allowed. 429 and 503 carry Retry-After.'
-    )
-
-    def __init__(self, message: str, *, remedy: str = "", status: int = 400, reason: str = "invalid") -> None:
-        super().__init__(message, remedy=remedy)
-        self.status = status
-        self.reason = reason
-
-
-class ServerError(MachineError):
-    """The server cannot run with these limits or on this address."""
-
-    code = "KDX402"
-    explanation = (
-        "The address is taken or not of this machine, or the most memory that the limits of the server allow is above "
-        "that of its container. The bound is computed from the limits before the first request; lower the limits that "
-        "the message names, or give the container more."
-    )
