@@ -19,11 +19,11 @@ class Check:
     allowed: float
     unit: str
     detail: str = ""
-    #: Neither shown nor refuted by this number of images; the policy decides whether it holds.
+    #: This number of images neither confirms nor refutes the statement; the policy decides whether the check holds.
     undecided: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object; a number that is not finite becomes null, because JSON has none."""
+        """A JSON object; numbers that are not finite become null, because JSON cannot hold them."""
         return {
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in asdict(self).items()
@@ -47,7 +47,7 @@ def check_at_most(
 
 
 def from_finding(subject: str, finding: Finding, *, rung: str = "audit") -> Check:
-    """A finding as a check that counts faults."""
+    """The check of a finding: its number of faults, 0 or 1, against 0."""
     return Check(
         rung=rung,
         subject=subject,
@@ -61,5 +61,5 @@ def from_finding(subject: str, finding: Finding, *, rung: str = "audit") -> Chec
 
 
 def broken(rung: str, subject: str, fact: str) -> Check:
-    """The failed check of something that cannot be read or run."""
+    """The failed check of a file that cannot be read or run."""
     return from_finding(subject, Finding("readable", False, fact), rung=rung)

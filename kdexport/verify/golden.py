@@ -1,6 +1,6 @@
-"""The golden images of a bundle, their reference logits, and the errors that a server's own logits of them may have."""
+"""The golden images of a bundle, their reference logits, and the largest errors that a server accepts on them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,23 +8,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kdexport.backends.base import Logits
 from kdexport.bundle.manifest import GOLDEN_LOGITS, UNIT_ERROR, write_golden
 from kdexport.checkpoint import TrainedStudent, load_student, save_tensors
 from kdexport.data.datasets import ImageSet
 from kdexport.verify.parity import float32_unit
 from kdexport.verify.policy import Policy
 from kdexport.verify.reference import run_exact, run_torch
-
-
-def low_precision_error(exact: NDArray[np.float64], logits: NDArray[np.floating[Any]], factor: float) -> float:
-    """Largest absolute error of a logit that a low-precision file may have elsewhere: ``factor`` times its own here.
-
-    ``logits`` are what the file gave when the bundle was built; rung C says whether that is what its precision costs.
-    """
-    return float(factor * np.abs(logits.astype(np.float64) - exact).max())
-
-
-Logits = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 
 def write_golden_set(
@@ -36,11 +26,11 @@ def write_golden_set(
     *,
     policy: Policy,
 ) -> list[str]:
-    """Write the ``chosen`` images and their float64 logits (N,K); returns the names of the images.
+    """Write the ``chosen`` images and their float64 logits (N,K); return the names of the images.
 
-    Beside them stand the largest errors of a logit that a server accepts under ``policy``, so that it needs no torch:
-    for float32 the limit of rung B, and for each target of ``low``, whose files are given as the functions that run
-    them, the limit of rung C times the error of the file on this machine.
+    The same file holds the largest error of a logit that a server accepts under ``policy``, so that the server needs
+    no torch: for float32 the limit of rung B; for each target of ``low`` (a function that runs its file) the limit of
+    rung C times the error of the file on this machine.
     """
     names = write_golden(folder, (images.original(index) for index in chosen))
     preprocessing = trained.spec.preprocessing
@@ -56,3 +46,12 @@ def write_golden_set(
     tensors |= {name: torch.tensor(value, dtype=torch.float64) for name, value in allowed.items()}
     save_tensors(folder / GOLDEN_LOGITS, tensors)
     return names
+
+
+def low_precision_error(exact: NDArray[np.float64], logits: NDArray[np.floating[Any]], factor: float) -> float:
+    """Largest absolute error of a logit that a low-precision file may have on another machine.
+
+    It is ``factor`` times the largest error of ``logits``, those of the file when the bundle was built; rung C judges
+    whether that error is what the precision costs.
+    """
+    return float(factor * np.abs(logits.astype(np.float64) - exact).max())

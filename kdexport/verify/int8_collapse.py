@@ -1,4 +1,4 @@
-"""Why int8 itself fails the task: layers whose channels differ so much that one scale leaves most of them no levels."""
+"""Why int8 itself fails the task: layers whose channels differ so much in range that one scale cannot serve all."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,55 +13,56 @@ from kdexport.graph.equalise import explain_ranges, layer_ranges
 from kdexport.stats.logits import COLLAPSED, logit_noise
 from kdexport.targets import parse_target
 from kdexport.verify.check import Check
-from kdexport.verify.student_checks import Subject
+from kdexport.verify.student_checks import BundleContext
 
 OPTION = "--precision-search"
 _UNSEARCHED = (
-    f"Build again with {OPTION}: it equalises the channels of the offending layers or keeps these layers in float32, "
-    "and shows what that costs. Another precision is the other way."
+    f"Build again with {OPTION}: it equalises the channels of these layers or keeps the layers in float32, and reports "
+    "the cost. Or build a target of another precision."
 )
 _SEARCHED = (
-    "The precision plan kept its budget on training images and not here: lower flips, or noise where training "
-    "images are known by heart, under [precision_search], or build another precision."
+    "The precision plan is within its budget on training images, but not on validation images. Lower flips under "
+    "[precision_search] (or noise, if the network makes no errors on its training images), or build a target of "
+    "another precision."
 )
-#: Checks of rung D whose limits are a choice; the others follow from what int8 costs by itself.
+#: Checks of rung D whose limits are chosen by the user; the limits of the others follow from the error of int8 itself.
 _BUDGETS = ("flips", "top-1 lost")
-#: Images on which the ranges are read: every intermediate value of them is held at once.
+#: Images on which the ranges are measured: all their intermediate values are in memory at once.
 _PROBES = 16
 
 
-def explain_collapse(subject: Subject, checks: Sequence[Check]) -> tuple[list[Check], str]:
-    """The checks, budgets that int8 by itself breaks with the reason in their detail, and what to do about it.
+def explain_collapse(context: BundleContext, checks: Sequence[Check]) -> tuple[list[Check], str]:
+    """``checks`` with the reason in the detail of each budget that int8 itself exceeds, and the remedy.
 
-    Where every other check of a file holds, it is what int8 makes of this student, and int8 is to blame.
+    If every other check of a file holds, the file is right and the error comes from int8 itself.
     """
     explained, remedy = list(checks), ""
-    for name, entry in subject.manifest.targets.items():
+    for name, entry in context.manifest.targets.items():
         own = [check for check in checks if check.subject.startswith(f"{TARGETS}/{name}/")]
         lost = [check for check in own if not check.holds]
         if entry["precision"] != "int8" or not lost or any(check.name not in _BUDGETS for check in lost):
             continue
         searched = "plan" in entry
         remedy = remedy or (_SEARCHED if searched else _UNSEARCHED)
-        reason = _noise(subject, parse_target(name).form) + ("" if searched else f"; {_ranges(subject)}")
+        reason = _noise(context, parse_target(name).form) + ("" if searched else f"; {_ranges(context)}")
         explained = [
             replace(check, detail=f"{check.detail}; {reason}") if check in lost else check for check in explained
         ]
     return explained, remedy
 
 
-def _noise(subject: Subject, form: str) -> str:
-    simulated = subject.reference.simulated[form].logits.astype(np.float64)
-    noise = logit_noise(subject.reference.exact[: len(simulated)], simulated)
-    word = "collapses" if not noise <= COLLAPSED else "is what costs this"
-    return f"int8 {word}: by itself it moves the logits by {noise:.0%} of their size"
+def _noise(context: BundleContext, form: str) -> str:
+    simulated = context.reference.simulated[form].logits.astype(np.float64)
+    noise = logit_noise(context.reference.exact[: len(simulated)], simulated)
+    effect = "collapses" if not noise <= COLLAPSED else "is the cause"
+    return f"int8 {effect}: by itself it changes the logits by {noise:.0%} of their size"
 
 
-def _ranges(subject: Subject) -> str:
+def _ranges(context: BundleContext) -> str:
     try:
-        model = onnx.load(str(subject.folder / MODEL))
-        found = layer_ranges(model, {INPUT: subject.probes.images[: min(_PROBES, subject.probes.real)]})
-    # protobuf raises its own error on a damaged file, which another check names.
+        model = onnx.load(str(context.folder / MODEL))
+        found = layer_ranges(model, {INPUT: context.probes.images[: min(_PROBES, context.probes.real)]})
+    # protobuf raises its own error for a damaged file; another check reports the damage.
     except (OSError, AuditError, ValueError) as error:
-        return f"channel ranges are not readable ({type(error).__name__})"
-    return "; ".join(explain_ranges(found)) or "no channel is out of proportion, the error is spread over the layers"
+        return f"the channel ranges cannot be read ({type(error).__name__})"
+    return "; ".join(explain_ranges(found)) or "no channel stands out; the error is spread over the layers"

@@ -1,4 +1,4 @@
-"""Is the fused student slower than the unfused one? The gate's sessions and statistics, as `build` uses them."""
+"""Whether the fused student is slower than the unfused one, by the sessions and statistics of the gate."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,15 +11,15 @@ from kdexport.stats import sequential as statistics
 from kdexport.timing.session import Arm, Request, Session, pinned_cpus, run_session
 
 Verdict = Literal["not slower", "slower", "inconclusive"]
-_WORDS: dict[statistics.Verdict, Verdict] = {"PASS": "not slower", "FAIL": "slower", "INCONCLUSIVE": "inconclusive"}
+_VERDICTS: dict[statistics.Verdict, Verdict] = {"PASS": "not slower", "FAIL": "slower", "INCONCLUSIVE": "inconclusive"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LatencyResult:
-    """Latency ratio candidate / reference with its interval, and what follows for ``max_slowdown``.
+    """Latency ratio candidate / reference with its interval, and the verdict for ``max_slowdown``.
 
-    ``mde`` is the resolution of this machine: a slowdown this much above the allowed one would be found at the last
-    look with 90 % power.
+    ``mde`` is the minimum detectable effect: a slowdown this much above the allowed one is detected at the last look
+    with 90 % power.
     """
 
     clock: str
@@ -42,7 +42,7 @@ class LatencyResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """Two ONNX files to be timed by onnxruntime on the CPU, as a server would call it."""
+    """Two ONNX files to time in onnxruntime on the CPU, with the calls that a server makes."""
 
     reference: str
     candidate: str
@@ -55,7 +55,7 @@ class Comparison:
 def compare_latency(
     comparison: Comparison, *, max_slowdown: float, max_sessions: int, progress: Callable[[int], None] = lambda _: None
 ) -> LatencyResult:
-    """Run sessions until the verdict is clear or ``max_sessions`` are done; ``VerificationError`` if one dies."""
+    """Run sessions until there is a verdict or ``max_sessions`` are done; ``VerificationError`` if one dies."""
     sessions: list[Session] = []
     for look in statistics.looks_until(max_sessions):
         while len(sessions) < look:
@@ -84,7 +84,7 @@ def judge(sessions: Sequence[Session], comparison: Comparison, max_slowdown: flo
         candidate_ms=float(np.median([session.candidate_ms for session in sessions])),
         max_slowdown=max_slowdown,
         mde=math.expm1(statistics.minimum_detectable_effect(interval.deviation)),
-        verdict=_WORDS[verdict],
+        verdict=_VERDICTS[verdict],
     )
 
 

@@ -1,8 +1,9 @@
-"""The parity ladder: each rung isolates one cause, and no limit is typed in by hand.
+"""The parity ladder: each rung isolates one cause, and each limit is a multiple of an error of the reference itself.
 
 A  algebra: fused against unfused in float64, per block and whole.
 B  fp32: the error against the float64 oracle, relative to the unfused float32 model's own error.
-C  TF32, fp16, bf16, int8: the error against the oracle, relative to a simulation of that precision; fp16 with headroom.
+C  TF32, fp16, bf16, int8: the error against the oracle, relative to a simulation of that precision; for fp16 also the
+   headroom of its activations.
 D  the task, on the validation set: see ``task``.
 """
 
@@ -30,7 +31,7 @@ def rung_a(
     probes: Probes,
     policy: AlgebraPolicy,
 ) -> list[Check]:
-    """Algebra in float64: the certificate's blocks, and the whole on the probes (``fused``: float64 logits)."""
+    """Algebra in float64: the certificate's blocks, and the whole student's logits ``fused`` (N,K) on the probes."""
     worst, limit = certificate.worst, min(certificate.limit, policy.relative_error)
     checks = []
     if worst is not None:
@@ -58,15 +59,15 @@ def rung_b(
 ) -> list[Check]:
     """float32 logits ``candidate`` (N,K) against the oracle, in multiples of the unfused model's own error.
 
-    A small unfused model is sometimes exact by luck. Features and products that are rounded once are what float32 can
-    promise of any computation, so the unit is never smaller than that: 2^-23 of what is added up to the logits, in the
-    same norm (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1).
+    A small unfused model may be exact by chance. No float32 computation can promise less than one rounding of each
+    feature and product, so the unit is at least that: 2^-23 of the sum of absolute terms of the logits, in the same
+    norm (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1).
     """
     own = np.abs(reference.unfused.astype(np.float64) - reference.exact)
     own_rms = max(_rms(own), _ULP * _rms(reference.added))
     own_max = float32_unit(reference.exact, reference.added, reference.unfused)
     error = np.abs(candidate.astype(np.float64) - reference.exact)
-    detail = f"worst input {probes.name(_worst(error))}; the unfused fp32 model is off by {own.max():.1e} at most"
+    detail = f"worst input {probes.name(_worst(error))}; the unfused fp32 model is off by up to {own.max():.1e}"
     return [
         check_at_most("B", subject, "rms error", _ratio(_rms(error), own_rms), policy.rms_error, unit="x unfused"),
         check_at_most(
@@ -86,14 +87,14 @@ def rung_c(
 ) -> list[Check]:
     """Low-precision logits against the oracle, in multiples of the simulated error of ``form``; finite everywhere.
 
-    float16 also needs headroom in its activations. int8 is measured on the real images: its levels end where the
-    calibrated range ends, and edge inputs lie beyond.
+    float16 also needs headroom in its activations. int8 is measured on the real images only: edge inputs are outside
+    the calibrated range, where its levels end.
     """
     simulated = reference.simulated[form]
     count = len(simulated.logits)
     predicted = np.abs(simulated.logits.astype(np.float64) - reference.exact[:count])
     error = np.abs(candidate.astype(np.float64)[:count] - reference.exact[:count])
-    detail = f"worst input {probes.name(_worst(error))}; {form} alone costs {_rms(predicted):.1e} rms"
+    detail = f"worst input {probes.name(_worst(error))}; {form} itself has an error of {_rms(predicted):.1e} rms"
     rms, largest = _ratio(_rms(error), _rms(predicted)), _ratio(error.max(), predicted.max())
     checks = [
         check_at_most("C", subject, "rms error", rms, policy.rms_error, unit="x simulated", detail=detail),
@@ -103,13 +104,13 @@ def rung_c(
         limit = FLOAT16_MAX / policy.headroom
         checks.append(check_at_most("C", subject, "largest activation", simulated.peak, limit, unit="of 65504"))
     if count < len(candidate):
-        wild = int(np.sum(~np.isfinite(candidate[count:]).all(axis=1)))
-        checks.append(check_at_most("C", subject, "edge inputs not finite", wild, 0, unit="inputs"))
+        invalid = int(np.sum(~np.isfinite(candidate[count:]).all(axis=1)))
+        checks.append(check_at_most("C", subject, "edge inputs not finite", invalid, 0, unit="inputs"))
     return checks
 
 
 def unit_error(form: str, reference: Reference) -> float:
-    """Largest error of a logit that a form has by itself: what rungs B and C measure the largest error in."""
+    """Largest error of a logit that ``form`` itself has: the unit of the largest errors of rungs B and C."""
     if form == "fp32":
         return float32_unit(reference.exact, reference.added, reference.unfused)
     logits = reference.simulated[form].logits
@@ -119,7 +120,7 @@ def unit_error(form: str, reference: Reference) -> float:
 def float32_unit(exact: NDArray[np.float64], added: NDArray[np.float64], unfused: NDArray[np.floating[Any]]) -> float:
     """The unit of rung B's largest error: the largest error of the unfused student's float32 logits (N,K).
 
-    It is at least one float32 rounding of what is added up to a logit. ``exact`` and ``added`` are those of
+    It is at least one float32 rounding of the sum of absolute terms of a logit. ``exact`` and ``added`` come from
     ``run_exact``.
     """
     own = float(np.abs(unfused.astype(np.float64) - exact).max())
@@ -127,12 +128,12 @@ def float32_unit(exact: NDArray[np.float64], added: NDArray[np.float64], unfused
 
 
 def check_batches(subject: str, logits: Logits, probes: Probes) -> Check:
-    """Batches of one and three images both run and answer one row an image: the batch is dynamic in fact."""
+    """The batch is dynamic: batches of one and of three images run and give one row for each image."""
     found = []
     for count in (1, 3):
         try:
             found.append(len(logits(probes.images[:count])))
-        # Each runtime has its own error for a shape that it was not built for.
+        # Each runtime has its own exception type for a shape that it was not built for.
         except Exception as error:  # noqa: BLE001
             fact = f"a batch of {count}: {first_line(error)}"
             return check_at_most("audit", subject, "dynamic batch", 1, 0, unit="faults", detail=fact)
@@ -141,7 +142,7 @@ def check_batches(subject: str, logits: Logits, probes: Probes) -> Check:
 
 
 def check_repeatable(subject: str, logits: Logits, probes: Probes, batch: int) -> list[Check]:
-    """Two runs on one input are bit-equal, and a strided (channels-last) input is read as what it is."""
+    """Two runs on one input give equal bits, and an input with channels-last strides gives the same logits."""
     images = probes.images[:batch]
     once = logits(images)
     again = float(np.abs(logits(images) - once).max())
@@ -163,8 +164,8 @@ def _rms(values: NDArray[np.floating[Any]]) -> float:
 
 
 def _ratio(error: float, base: float) -> float:
-    # A base of exactly zero leaves no unit: only an error of exactly zero is then within it. A base that is not finite
-    # measures nothing, and any error would be small beside it.
+    # With a base of zero only an error of zero passes. With a base that is not finite every error would pass, so none
+    # does.
     if 0 < base < math.inf:
         return float(error) / float(base)
     return 0.0 if base == 0 and error == 0 else math.inf

@@ -1,4 +1,4 @@
-"""The limits of the ladder as one typed table: what a build is held to, and what a stored one can be held to later."""
+"""The limits of the ladder as one typed table, for a build and for a later check of a finished bundle."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,25 +12,28 @@ from kdexport.core.toml import Settings, parse, read_toml
 Factor = Annotated[float, Field(gt=0, le=1000)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
-#: Precisions that rung D has budgets for. TF32 is one of them: a float32 graph whose products keep 10 bits.
+#: Precisions that rung D has budgets for, among them TF32: a float32 graph whose products keep 10 bits of mantissa.
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16", "int8")
 
 
 class AlgebraPolicy(Settings):
-    """``[A]``: float64 error of the merge, relative to the largest output; it can be tightened, never loosened."""
+    """``[A]``: float64 error of the merge, relative to the largest output. It can only be lowered."""
 
     relative_error: Annotated[float, Field(gt=0, le=1e-9)] = 1e-9
 
 
 class Fp32Policy(Settings):
-    """``[B]``: distance from the float64 oracle in multiples of the unfused fp32 model's own."""
+    """``[B]``: error against the float64 oracle, in multiples of the unfused fp32 model's own error."""
 
     rms_error: Factor = 2.0
     max_error: Factor = 4.0
 
 
 class LowPolicy(Settings):
-    """``[C]``: distance from the oracle in multiples of the simulated precision's; ``headroom`` divides 65504."""
+    """``[C]``: error against the oracle, in multiples of the simulated error.
+
+    In fp16 the largest activation allowed is 65504 / ``headroom``.
+    """
 
     rms_error: Factor = 3.0
     max_error: Factor = 4.0
@@ -38,17 +41,17 @@ class LowPolicy(Settings):
 
 
 class Budget(Settings):
-    """``[D.<precision>]``: what this precision may cost on the validation set, as shares of the images."""
+    """``[D.<precision>]``: limits of this precision on the validation set, as fractions of the images."""
 
     flips: Share
     top1_drop: Share
 
 
 class TaskPolicy(Settings):
-    """``[D]``: the task. ``confidence`` is that of each one-sided bound.
+    """``[D]``: the task. ``confidence`` is the confidence of each one-sided bound.
 
-    ``unexplained_flips`` are flips where the reference was surer than any error that rungs B and C allow can overturn.
-    ``on_inconclusive`` says what becomes of a check that this number of images can neither show nor refute.
+    ``unexplained_flips`` limits the flips whose reference margin is larger than any error that rungs B and C allow can
+    overturn. ``on_inconclusive`` decides a check that this number of images neither confirms nor refutes.
     """
 
     confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95
@@ -67,7 +70,7 @@ class TaskPolicy(Settings):
 
 
 class Policy(Settings):
-    """All limits of the ladder; the defaults are those that a build uses."""
+    """All limits of the ladder; a build uses the defaults unless its configuration sets others."""
 
     A: AlgebraPolicy = AlgebraPolicy()
     B: Fp32Policy = Fp32Policy()
@@ -85,30 +88,29 @@ class Change:
     loosens: bool
 
 
-#: Limits where more is stricter.
+#: Limits where a larger value is stricter.
 _STRICTER_UPWARDS = {"C.headroom", "D.confidence"}
-
 
 DEFAULT = Policy()
 
 
 def parse_policy(given: Mapping[str, Any], source: str, base: Policy = DEFAULT) -> Policy:
-    """A policy of the keys in ``given``; others stay as in ``base``. Unknown keys are a ``ConfigError``."""
+    """``base`` with the limits that ``given`` sets; raises ``ConfigError`` for unknown keys."""
     return parse(Policy, _filled(given, base.model_dump()), source)
 
 
 def load_policy(path: Path, base: Policy) -> Policy:
-    """Read a policy file; limits that it does not name stay as in ``base``."""
+    """``base`` with the limits that a policy file sets."""
     return parse_policy(read_toml(path), str(path), base)
 
 
 def stored_policy(data: Mapping[str, Any]) -> Policy:
-    """The policy of a manifest; bundles of earlier versions were held to the defaults."""
+    """The policy in a manifest; the defaults for bundles of earlier versions, which store none."""
     return parse_policy(data.get("policy", {}), "manifest.json: policy")
 
 
 def policy_changes(old: Policy, new: Policy) -> tuple[Change, ...]:
-    """Every limit that ``new`` sets otherwise than ``old``, and whether that lets through more."""
+    """Every limit that differs between ``old`` and ``new``, and whether the new one is looser."""
     before, after = dict(_flat(old.model_dump())), dict(_flat(new.model_dump()))
     return tuple(
         Change(key=key, old=before[key], new=value, loosens=_loosens(key, before[key], value))

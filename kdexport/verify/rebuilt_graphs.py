@@ -1,7 +1,6 @@
-"""The graphs that a bundle must hold, made again from its unfused student by this version: fold, export, cast.
+"""The graphs that a bundle must contain, made again from its unfused student by this version: fold, export, cast.
 
-Nothing that a bundle says about its own files is used but the calibrated ranges and the precision plans, whose effect
-rungs C and D judge.
+Only the calibrated ranges and the precision plans are taken from the bundle; rungs C and D judge their effect.
 """
 
 from pathlib import Path
@@ -28,13 +27,13 @@ class RebuiltGraphs:
     """Rebuilds the graph of each form on demand, each once."""
 
     def __init__(self, folder: Path, manifest: Manifest, scratch: Path) -> None:
-        """``scratch`` is an empty folder for the files that are made."""
+        """``scratch`` is an empty folder for the rebuilt files."""
         self._folder, self._manifest, self._scratch = folder, manifest, scratch
         self._float32: Path | None = None
         self._made: dict[tuple[object, ...], onnx.ModelProto] = {}
 
     def finding(self, name: str, form: str, plan: LayerPlan, weight_bits: int) -> Finding:
-        """Whether the ONNX file ``name`` is the graph that this version makes of the unfused student in ``form``."""
+        """Whether the ONNX file ``name`` equals the graph that this version makes from the unfused student in ``form``."""
         try:
             expected = self._expected(self._folder / name, form, plan, weight_bits)
             difference = graph_difference(onnx.load(str(self._folder / name)), expected)

@@ -28,13 +28,13 @@ class Probes:
     edges: tuple[str, ...]
 
     def name(self, index: int) -> str:
-        """What input ``index`` is."""
+        """The name of input ``index``."""
         return f"image {index}" if index < self.real else self.edges[index - self.real]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Simulated:
-    """What a precision costs at best: its logits (n,K), n <= N, and the largest activation on the way to them."""
+    """The simulation of a precision: its logits (n,K), n <= N, and its largest activation."""
 
     logits: NDArray[np.float32]
     peak: float
@@ -44,9 +44,9 @@ class Simulated:
 class Reference:
     """Logits (N,K) of the unfused student, and simulations of the fused one by form (``targets.FORMS``).
 
-    ``exact`` is float64; ``unfused`` float32; ``added`` (N,K) float64 is what the last linear layer adds up to each
-    logit: the sum of its absolute products. An int8 simulation holds the real images alone: edge inputs lie outside
-    of what int8 was calibrated for.
+    ``exact`` is float64 and ``unfused`` float32. ``added`` (N,K) float64 is the sum of absolute terms of each logit in
+    the last linear layer. An int8 simulation covers the real images only: edge inputs are outside the range that int8
+    was calibrated for.
     """
 
     exact: NDArray[np.float64]
@@ -56,7 +56,7 @@ class Reference:
 
 
 def make_probes(pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> Probes:
-    """Real images (N,S,S,3) uint8 and the inputs that break range, layout or symmetry assumptions."""
+    """Real images (N,S,S,3) uint8, and edge inputs that break assumptions about range, layout or symmetry."""
     size = preprocessing.image_size
     rng = np.random.default_rng(20240208)
     flat = np.zeros((size, size, 3), np.uint8)
@@ -83,9 +83,9 @@ def make_reference(
     weight_bits: int = 8,
     plans: Mapping[str, LayerPlan] = MappingProxyType({}),
 ) -> Reference:
-    """Run the unfused student (eval mode, float32 weights) and simulations of its fused form in ``forms``.
+    """Run the unfused student (eval mode, float32 weights) and simulations of the fused one in ``forms``.
 
-    ``plans`` are the precision plans of forms that have one.
+    ``plans`` are the precision plans by form; a form without one is not in it.
     """
     exact, added = run_exact(unfused, probes.images)
     return Reference(
@@ -102,16 +102,16 @@ def make_reference(
 
 def _simulate(fused: nn.Module, form: str, probes: Probes, weight_bits: int, plan: LayerPlan) -> Simulated:
     integer = form.startswith("int8")
-    # Weight bits are a matter of CPUs: TensorRT has no 16-bit sums to save.
+    # Only CPU kernels need fewer bits for weights: TensorRT does not add products in 16 bits.
     simulation = Simulation(fused, form, weight_bits=weight_bits if form == "int8-u8" else 8, plan=plan)
     logits = run_torch(simulation, probes.images[: probes.real] if integer else probes.images)
     return Simulated(logits.astype(np.float32), simulation.peak)
 
 
 def run_exact(unfused: nn.Module, images: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Logits (N,K) in float64, and what the last linear layer adds up to each: sum of |w x|, and |b|.
+    """Logits (N,K) in float64, and the sum of absolute terms of each in the last linear layer: sum of |w x|, plus |b|.
 
-    Rounding every feature to float32 once moves a logit by up to 2^-24 of that sum, however exact the rest is.
+    Rounding every feature to float32 once changes a logit by up to 2^-24 of that sum, even if the rest is exact.
     """
     module = copy.deepcopy(unfused).double()
     added: list[Tensor] = []
@@ -128,7 +128,7 @@ def run_exact(unfused: nn.Module, images: NDArray[Any]) -> tuple[NDArray[np.floa
     for chunk in _chunks(images.astype(np.float64)):
         values = run_torch(module, chunk)
         logits.append(values)
-        # A network of convolutions alone ends in no sum that could be read here.
+        # A network without a linear layer at its end has no such sum.
         sums.append(added[0].numpy() if added and added[0].shape == values.shape else np.abs(values))
     return np.concatenate(logits), np.concatenate(sums)
 

@@ -1,7 +1,4 @@
-"""A bundle's manifest as pages for people: Markdown for a job summary, one self-contained HTML file.
-
-The precision plans of a manifest in words and rows: what int8 costs without and with them, and why.
-"""
+"""The pages of a bundle's manifest for people: report.md for a job summary, and report.html as one file."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -9,73 +6,10 @@ from typing import Any
 
 from kdexport.core.tables import Table, html_page, markdown_page
 
-_TRADE_HEADER = ("plan", "top-1", "flips", "noise", "mean KL, nats", "size", "latency")
-
-
-def _plan_entries(data: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(targets, plan) of each plan of a manifest: targets of one form share one."""
-    searched = [(name, entry["plan"]) for name, entry in data["targets"].items() if "plan" in entry]
-    while searched:
-        plan = searched[0][1]
-        yield ", ".join(name for name, other in searched if other == plan), plan
-        searched = [(name, other) for name, other in searched if other != plan]
-
-
-def _trade_rows(plan: dict[str, Any]) -> list[tuple[str, ...]]:
-    """What the float32 graph, the plain cast and the chosen plan cost on the images of the search."""
-    plain, chosen = plan["trades"][0], plan["trades"][plan["chosen"]]
-    rows = [("float32", plan["float32"]), ("int8, no plan", plain)]
-    if plan["chosen"]:
-        rows.append((f"int8, {_plan_words(chosen)}", chosen))
-    return [(name, *_costs(trade)) for name, trade in rows]
-
-
-def plan_tables(data: dict[str, Any]) -> Iterator[Table]:
-    """One table for each plan of a manifest."""
-    for name, plan in _plan_entries(data):
-        yield Table(
-            title=f"Precision plan of {name}",
-            header=_TRADE_HEADER,
-            rows=tuple(_trade_rows(plan)),
-            note=_plan_note(plan),
-        )
-
-
-def _plan_note(plan: dict[str, Any]) -> str:
-    """What was searched, what was found, and why."""
-    budget = plan["budget"]
-    noise = "" if budget["noise"] is None else f" and {budget['noise']:.1%} noise"
-    parts = [
-        f"{len(plan['trades'])} plans measured on {plan['images']:,} training images against the float32 graph (up to "
-        f"{budget['flips']:.2%} flips and {budget['top1_drop']:.2%} top-1 lost{noise} allowed); rung D judges the "
-        "chosen one on validation images. Latency: median of single images on one thread of onnxruntime."
-    ]
-    if plan["collapsed"]:
-        parts.append("Without a plan int8 is another network.")
-    parts += [f"{reason}." for reason in plan["reasons"]]
-    if plan["kept"]:
-        parts.append(f"Kept in float32: {', '.join(layer['node'] for layer in plan['kept'])}.")
-    return " ".join(parts)
-
-
-def _costs(trade: dict[str, Any]) -> tuple[str, ...]:
-    return (
-        f"{trade['top1']:.2%}",
-        f"{trade['flips']:.2%}",
-        "not finite" if trade["noise"] is None else f"{trade['noise']:.1%}",
-        "not finite" if trade["divergence"] is None else f"{trade['divergence']:.2g}",
-        f"{trade['bytes'] / 1e3:,.0f} kB",
-        "not run" if trade["latency_ms"] is None else f"{trade['latency_ms']:.3f} ms",
-    )
-
-
-def _plan_words(trade: dict[str, Any]) -> str:
-    counts = ((trade["equalised"], "pair", "equalised"), (len(trade["kept"]), "layer", "in float32"))
-    return ", ".join(f"{count} {what}{'s' * (count > 1)} {how}" for count, what, how in counts if count)
-
-
-#: The rungs of the ladder, in their order; other checks are audits.
+#: The rungs of the ladder in order; all other checks are audits.
 RUNGS = ("A", "B", "C", "D")
+
+_TRADE_HEADER = ("plan", "top-1", "flips", "noise", "mean KL, nats", "size", "latency")
 
 
 def write_reports(folder: Path, data: dict[str, Any]) -> None:
@@ -93,35 +27,32 @@ def failed_checks(data: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def verdict_sentence(data: dict[str, Any], not_run: Sequence[str] | None = None) -> str:
-    """One sentence: what holds, what was not executed.
+    """One sentence: which checks hold, and which targets were not executed.
 
-    ``not_run`` are statements about targets that did not run in a verification of a finished bundle; None takes the
-    statuses of the manifest.
+    ``not_run`` describes the targets that did not run in a verification of a finished bundle; None takes the statuses
+    of the manifest.
     """
     failed = failed_checks(data)
     if failed:
         return f"{len(failed)} of {len(data['parity'])} checks failed"
     latency = data.get("latency")
-    waiting = [name for name, entry in data["targets"].items() if entry["status"] != "verified"]
+    not_executed = [name for name, entry in data["targets"].items() if entry["status"] != "verified"]
     parts = [f"all {len(data['parity'])} checks hold"]
     if latency is not None:
-        parts.append(
-            f"{latency['verdict']} than the unfused student"
-            if "slower" in latency["verdict"]
-            else "latency inconclusive"
-        )
+        decided = "slower" in latency["verdict"]
+        parts.append(f"{latency['verdict']} than the unfused student" if decided else "latency inconclusive")
     undecided = sum(bool(check.get("undecided")) for check in data["parity"])
     if undecided:
-        parts.append(f"{undecided} statements about the task undecided by {data['task']['images']:,} images")
+        parts.append(f"{undecided} checks of the task undecided with {data['task']['images']:,} images")
     if not_run is not None:
         parts += not_run
-    elif waiting:
-        parts.append(f"{', '.join(waiting)} built, not executed")
+    elif not_executed:
+        parts.append(f"{', '.join(not_executed)} built, not executed")
     return "; ".join(parts)
 
 
 def report_tables(data: dict[str, Any]) -> list[Table]:
-    """Everything a reader of the bundle wants to know, as tables."""
+    """The report as tables, in the order of the page."""
     measured = (*_task(data), *_latency(data), *_targets(data), *plan_tables(data), *_ladder(data), *_hazards(data))
     return [_summary(data), *measured, _certificate(data), _origin(data)]
 
@@ -142,7 +73,7 @@ def _closeness(check: dict[str, Any]) -> float:
     if not check["holds"]:
         return float("inf")
     if check["rung"] == "D":
-        # What rung D is about, unless something else fails.
+        # Rung D shows its flips unless another check fails.
         return float(check["name"] == "flips")
     return float(check["measured"] / check["allowed"]) if check["allowed"] else 0.0
 
@@ -168,7 +99,7 @@ def _summary(data: dict[str, Any]) -> Table:
         ("convolutions", str(operators["unfused"].get("Conv", 0)), str(operators["fused"].get("Conv", 0))),
         ("parameters", f"{certificate['unfused_parameters']:,}", f"{certificate['fused_parameters']:,}"),
     ]
-    note = "Operators of the ONNX graph; the exporter itself folds batch norms of the unfused student, never branches."
+    note = "Operators of the ONNX graph. The exporter itself folds batch norms of the unfused student, but no branches."
     if "top1" in metrics:
         accuracy = f"Top-1 after the last epoch {metrics['top1']:.2%}"
         if "teacher_top1" in metrics:
@@ -182,7 +113,7 @@ def _targets(data: dict[str, Any]) -> Iterable[Table]:
         (name, entry["precision"], entry["status"], str(entry.get("kernels", "")), str(entry.get("version", "")))
         for name, entry in data["targets"].items()
     ]
-    note = "'built, not executed': the engine was compiled and its layer table read, but no machine here can run it."
+    note = "'built, not executed': the file was built and its layers were checked, but this machine cannot run it."
     yield Table(
         title="Targets", header=("target", "precision", "status", "kernels", "builder"), rows=tuple(rows), note=note
     )
@@ -192,8 +123,8 @@ def _ladder(data: dict[str, Any]) -> Iterable[Table]:
     rows = [(check["rung"], check["subject"], *_measured(check), str(check["detail"])) for check in data["parity"]]
     note = (
         f"{data['parity_images']} validation images and edge inputs. A: algebra in float64. B: error against the "
-        "float64 oracle in multiples of the unfused fp32 model's own. C: the same in multiples of the simulated "
-        "precision. D: the task."
+        "float64 oracle, in multiples of the unfused fp32 model's own error. C: the same, in multiples of the error of "
+        "a simulation. D: the task."
     )
     yield Table(
         title="Checks", header=("rung", "subject", "measured", "allowed", "", "detail"), rows=tuple(rows), note=note
@@ -201,7 +132,7 @@ def _ladder(data: dict[str, Any]) -> Iterable[Table]:
 
 
 def _task_rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
-    """One row per file that ran on the validation set; bundles of earlier versions have none."""
+    """One row for each file that ran on the validation set; none for bundles of earlier versions."""
     task = data.get("task") or {"files": {}}
     checks = {(check["subject"], check["name"]): check for check in data["parity"] if check["rung"] == "D"}
     return [
@@ -233,9 +164,9 @@ def _task(data: dict[str, Any]) -> Iterable[Table]:
     task = data["task"]
     note = (
         f"{task['images']:,} validation images, paired with the unfused fp32 student (top-1 "
-        f"{task['reference_top1']:.2%}). A flip is an image with another answer; it is unexplained where the reference "
-        "was surer than any error that rungs B and C allow can overturn. 'undecided': so few images show neither that "
-        "the limit is kept nor that it is broken."
+        f"{task['reference_top1']:.2%}). A flip is an image with another answer. It is unexplained if the reference's "
+        "margin is larger than any error that rungs B and C allow can overturn. 'undecided': this number of images "
+        "neither confirms nor refutes that the value is within its limit."
     )
     header = ("file", "precision", "top-1", "top-1 lost", "flips", "unexplained", "mean KL, nats")
     yield Table(title="Task", header=header, rows=tuple(rows), note=note)
@@ -254,12 +185,74 @@ def _latency(data: dict[str, Any]) -> Iterable[Table]:
         latency["verdict"],
     )
     note = (
-        f"{latency['clock']}, batch {latency['batch']}, {latency['threads']} thread. Interleaved pairs; each session "
-        f"is a fresh process. 20 sessions would tell a slowdown {latency['mde']:.1%} above the "
-        f"allowed one (90 % power)."
+        f"{latency['clock']}, batch {latency['batch']}, {latency['threads']} thread{'s' * (latency['threads'] > 1)}. "
+        f"Interleaved pairs; each session is a new process. 20 sessions detect a slowdown {latency['mde']:.1%} above "
+        "the allowed one with 90 % power."
     )
     header = ("fused / unfused", "99 % interval", "medians", "sessions", "allowed", "verdict")
     yield Table(title="Latency", header=header, rows=(row,), note=note)
+
+
+def _plan_entries(data: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(targets, plan) of each plan of a manifest; targets of one form share a plan."""
+    searched = [(name, entry["plan"]) for name, entry in data["targets"].items() if "plan" in entry]
+    while searched:
+        plan = searched[0][1]
+        yield ", ".join(name for name, other in searched if other == plan), plan
+        searched = [(name, other) for name, other in searched if other != plan]
+
+
+def _trade_rows(plan: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The costs of the float32 graph, the plain cast and the chosen plan on the images of the search."""
+    plain, chosen = plan["trades"][0], plan["trades"][plan["chosen"]]
+    rows = [("float32", plan["float32"]), ("int8, no plan", plain)]
+    if plan["chosen"]:
+        rows.append((f"int8, {_plan_summary(chosen)}", chosen))
+    return [(name, *_costs(trade)) for name, trade in rows]
+
+
+def plan_tables(data: dict[str, Any]) -> Iterator[Table]:
+    """One table for each plan of a manifest."""
+    for name, plan in _plan_entries(data):
+        yield Table(
+            title=f"Precision plan of {name}",
+            header=_TRADE_HEADER,
+            rows=tuple(_trade_rows(plan)),
+            note=_plan_note(plan),
+        )
+
+
+def _plan_note(plan: dict[str, Any]) -> str:
+    """How many plans were measured, within which limits, and why the chosen one differs from the plain cast."""
+    budget = plan["budget"]
+    noise = "" if budget["noise"] is None else f" and {budget['noise']:.1%} noise"
+    parts = [
+        f"{len(plan['trades'])} plans measured on {plan['images']:,} training images against the float32 graph (up to "
+        f"{budget['flips']:.2%} flips and {budget['top1_drop']:.2%} top-1 lost{noise} allowed). Rung D judges the "
+        "chosen plan on validation images. Latency: median of single images on one thread of onnxruntime."
+    ]
+    if plan["collapsed"]:
+        parts.append("Without a plan int8 collapses: its logits differ too much from the float32 ones.")
+    parts += [f"{reason}." for reason in plan["reasons"]]
+    if plan["kept"]:
+        parts.append(f"Kept in float32: {', '.join(layer['node'] for layer in plan['kept'])}.")
+    return " ".join(parts)
+
+
+def _costs(trade: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        f"{trade['top1']:.2%}",
+        f"{trade['flips']:.2%}",
+        "not finite" if trade["noise"] is None else f"{trade['noise']:.1%}",
+        "not finite" if trade["divergence"] is None else f"{trade['divergence']:.2g}",
+        f"{trade['bytes'] / 1e3:,.0f} kB",
+        "not run" if trade["latency_ms"] is None else f"{trade['latency_ms']:.3f} ms",
+    )
+
+
+def _plan_summary(trade: dict[str, Any]) -> str:
+    counts = ((trade["equalised"], "pair", "equalised"), (len(trade["kept"]), "layer", "in float32"))
+    return ", ".join(f"{count} {what}{'s' * (count > 1)} {how}" for count, what, how in counts if count)
 
 
 def _certificate(data: dict[str, Any]) -> Table:
@@ -267,19 +260,19 @@ def _certificate(data: dict[str, Any]) -> Table:
     blocks = sorted(certificate["blocks"], key=lambda block: -block["relative_error"])
     rows = [(block["name"], block["kind"], f"{block['relative_error']:.1e}") for block in blocks]
     whole = ("whole student", "", f"{certificate['whole_relative_error']:.1e}")
-    note = f"float64 error relative to the block's largest output; up to {certificate['limit']:.0e} allowed."
+    note = f"float64 error relative to the largest output of the block; up to {certificate['limit']:.0e} allowed."
     return Table(title="Merge certificate", header=("block", "kind", "error"), rows=(whole, *rows), note=note)
 
 
 def hazard_rows(data: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Warnings of the fold: layer, kind, numbers; bundles of earlier versions have none."""
+    """Warnings of the fold: layer, kind, numbers; none for bundles of earlier versions."""
     return [(item["layer"], item["kind"], item["detail"]) for item in data["certificate"].get("hazards", [])]
 
 
 def _hazards(data: dict[str, Any]) -> Iterable[Table]:
     rows = hazard_rows(data)
     if rows:
-        note = "The merge is exact all the same; these layers lose more than others in float16 or int8."
+        note = "The merge is exact. These layers lose more precision than others in float16 or int8."
         yield Table(title="Warnings", header=("layer", "kind", "numbers"), rows=tuple(rows), note=note)
 
 

@@ -1,4 +1,4 @@
-"""A bundle held to other limits than those of its build, from stored numbers: no model, no image, no GPU."""
+"""Decides a finished bundle again under other limits, from its stored numbers: no model, image or GPU is needed."""
 
 import math
 from collections.abc import Mapping
@@ -17,14 +17,14 @@ from kdexport.verify.verdict import Verdict, stored_task
 
 @dataclass(frozen=True, slots=True)
 class Rethresholded:
-    """What the stored numbers say under the new policy, and which limits it changed."""
+    """The verdict on the stored numbers under the new policy, and the limits that it changes."""
 
     verdict: Verdict
     changes: tuple[Change, ...]
 
 
 def rethreshold(folder: Path, manifest: Manifest, policy_file: Path, *, allow_looser: bool) -> Rethresholded:
-    """Decide every rung again. Raises ``ConfigError`` for a limit that lets through more, unless that is asked for."""
+    """Decide every rung again; raises ``ConfigError`` for a looser limit unless ``allow_looser``."""
     old = stored_policy(manifest.data)
     new = load_policy(policy_file, old)
     changes = policy_changes(old, new)
@@ -33,8 +33,8 @@ def rethreshold(folder: Path, manifest: Manifest, policy_file: Path, *, allow_lo
         lines = [f"  {change.key}: {change.old:g} -> {change.new:g}" if _numbers(change) else
                  f"  {change.key}: {change.old} -> {change.new}" for change in looser]  # fmt: skip
         raise ConfigError(
-            "\n".join([f"{policy_file} lets through more than the bundle was built with:", *lines]),
-            remedy="Pass --allow-looser if that is meant; nothing was decided.",
+            "\n".join([f"{policy_file} has looser limits than the build of the bundle:", *lines]),
+            remedy="Lower these limits, or pass --allow-looser to accept them.",
         )
     stored = [redecide(check, new) for check in manifest.data["parity"] if check["rung"] != "D"]
     return Rethresholded(
@@ -43,7 +43,7 @@ def rethreshold(folder: Path, manifest: Manifest, policy_file: Path, *, allow_lo
 
 
 def redecide(stored: Mapping[str, Any], policy: Policy) -> Check:
-    """A stored check of rungs A to C against the policy's limit; other checks stay what they were."""
+    """A stored check of rungs A to C against the policy's limit; other checks are unchanged."""
     try:
         check = Check(
             rung=str(stored["rung"]),
@@ -57,7 +57,8 @@ def redecide(stored: Mapping[str, Any], policy: Policy) -> Check:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise BundleError(
-            f"A stored check is damaged: {type(error).__name__}: {error}.", remedy="Build the bundle again."
+            f"A check stored in the manifest is damaged: {type(error).__name__}: {error}.",
+            remedy="Build the bundle again.",
         ) from error
     limit = _limits(policy).get((check.rung, check.name))
     if limit is None or check.unit == "faults":

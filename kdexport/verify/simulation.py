@@ -1,6 +1,6 @@
-"""What a low precision costs at best: the folded student in torch, rounded where hardware of that precision rounds.
+"""The error of a low precision itself: the folded student in torch, rounded where hardware of that precision rounds.
 
-Nothing here reads an exported file: a wrong scale or a lost weight of one cannot hide in what it is compared with.
+The simulation reads no exported file, so a wrong scale or a lost weight in a file shows as a difference from it.
 """
 
 import copy
@@ -16,12 +16,12 @@ from kdexport.graph.plan import PLAIN, LayerPlan
 
 _ATEN = torch.ops.aten
 _MULTIPLYING = {_ATEN.convolution.default, _ATEN.addmm.default, _ATEN.mm.default}
-#: What int8 kernels of a CPU also take their inputs in int8 for.
+#: Other operators whose inputs are int8 in CPU kernels.
 _COMBINING = {
     _ATEN.add.Tensor, _ATEN.add_.Tensor, _ATEN.mul.Tensor, _ATEN.mul_.Tensor, _ATEN.cat.default, _ATEN.mean.dim,
 }  # fmt: skip
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-#: Not a form of a file: a float32 graph whose products a GPU reads with 10 bits of mantissa.
+#: Not a form of an ONNX file: a GPU reads the factors of a float32 graph with 10 bits of mantissa.
 TF32 = "tf32"
 #: float32 keeps 23 bits of the mantissa, TF32 the upper 10 of them.
 _TF32_DROPPED = 13
@@ -30,12 +30,12 @@ _TF32_DROPPED = 13
 class Simulation(nn.Module):
     """A float32 module in ``form``, one of ``targets.FORMS`` but fp32, or TF32.
 
-    tf32: what convolutions and linear layers read is rounded, biases and sums are not.
-    fp16 and bf16: weights and every intermediate result rounded, sums in float32. int8-u8: what convolutions, linear
-    layers, sums and concatenations read has 256 levels between its extremes in this batch, and so have the logits.
-    int8-s8: what convolutions and linear layers read has 127 levels on each side of zero. Weights of both have
-    ``weight_bits`` around zero, one scale an output channel. ``plan`` scales layers before that, and keeps some in
-    float32.
+    tf32: the inputs of convolutions and linear layers are rounded; biases and sums are not.
+    fp16 and bf16: weights and every intermediate result are rounded; sums are float32.
+    int8-u8: the inputs of convolutions, linear layers, sums and concatenations have 256 levels between their extremes
+    in the batch, and so do the logits. int8-s8: the inputs of convolutions and linear layers have 127 levels on each
+    side of zero. In both, weights have ``weight_bits`` around zero and one scale for each output channel.
+    ``plan`` scales layers before that, and keeps some in float32.
     """
 
     def __init__(self, module: nn.Module, form: str, *, weight_bits: int = 8, plan: LayerPlan = PLAIN) -> None:
@@ -66,7 +66,7 @@ class Simulation(nn.Module):
         if self._form in _DTYPES:
             with self._mode:
                 return cast(Tensor, self._module(images.to(_DTYPES[self._form]).float()))
-        # A tensor object of its own: the mark is not to stay on the caller's.
+        # A tensor object of its own, so that the caller's tensor is not marked.
         given = _exact(images.detach())
         with self._mode:
             logits = cast(Tensor, self._module(given))
@@ -104,7 +104,7 @@ def _asymmetric(values: Tensor) -> Tensor:
 
 
 def round_tf32(values: Tensor) -> Tensor:
-    """float32 values at TF32's 10 bits of mantissa, to nearest, ties to even; what is not finite stays."""
+    """float32 values rounded to TF32's 10 bits of mantissa, ties to even; values that are not finite are unchanged."""
     bits = values.contiguous().view(torch.int32)
     half = (1 << (_TF32_DROPPED - 1)) - 1
     rounded = (bits + half + ((bits >> _TF32_DROPPED) & 1)) & -(1 << _TF32_DROPPED)
@@ -112,7 +112,7 @@ def round_tf32(values: Tensor) -> Tensor:
 
 
 class _Tf32(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Rounds what products read."""
+    """Rounds the inputs of products."""
 
     peak = 0.0
 
@@ -125,7 +125,7 @@ class _Tf32(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Rounds what each operator returns, and what an in-place operator leaves behind."""
+    """Rounds the result of each operator, including operators that work in place."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -142,11 +142,11 @@ class _Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Quantizing(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Quantizes what layers that multiply or combine read; parameters have been quantized before.
+    """Quantizes the inputs of layers that multiply or combine; parameters have been quantized before.
 
-    A layer whose weight lies in the storage ``kept`` multiplies and writes float32, and so does what computes from
-    nothing but such results. It reads what others write as they write it: TensorRT's form has levels in front of int8
-    layers alone.
+    A layer whose weight is in the storage ``kept`` multiplies and returns float32, and so does every operator whose
+    inputs are all such results. The form for TensorRT quantizes only inputs of int8 layers, so a kept layer reads its
+    input unrounded there.
     """
 
     def __init__(self, *, symmetric: bool, kept: Set[int]) -> None:
@@ -188,7 +188,7 @@ def _maps(arguments: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def _exact(result: Any) -> Any:
-    """Mark what was computed in float32; the mark is the tensor's own, so that it goes when the tensor does."""
+    """Mark a result as computed in float32; the mark is an attribute of the tensor and ends with it."""
     for values in _maps([result]):
         values._kdexport_exact = True  # type: ignore[attr-defined]
     return result
@@ -202,5 +202,5 @@ def _larger(peak: float, values: Tensor) -> float:
     if not values.numel():
         return peak
     largest = values.abs().max().item()
-    # NaN compares as smaller than any peak; it comes from an overflow and is one.
+    # NaN comes from an overflow and counts as one, although it compares as smaller than any peak.
     return math.inf if math.isnan(largest) else max(peak, largest)

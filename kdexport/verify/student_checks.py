@@ -1,6 +1,6 @@
-"""Checks on a bundle as a whole and on its student: files, golden images, weights, algebra.
+"""Checks of a bundle as a whole and of its student: files, golden images, weights, algebra.
 
-What all files of a bundle are compared with, and how a finding becomes a check.
+They end in a ``BundleContext``, which the checks of each file and target need.
 """
 
 import math
@@ -33,10 +33,13 @@ from kdexport.verify.policy import Policy, stored_policy
 from kdexport.verify.reference import Probes, Reference, make_probes, make_reference, run_torch
 from kdexport.verify.simulation import TF32
 
+#: Folding in float64 and rounding once may differ between machines in the last bit, but no further.
+_WEIGHT_LIMIT = 3e-7
+
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Subject:
-    """What all files of a bundle are compared with."""
+class BundleContext:
+    """A bundle with everything that its files are compared with: inputs, reference, folded weights, limits."""
 
     folder: Path
     manifest: Manifest
@@ -45,27 +48,23 @@ class Subject:
     reference: Reference
     weights: dict[str, NDArray[np.float32]]
     policy: Policy
-    #: Bits of a weight of int8 files for a CPU.
+    #: Bits of weights in int8 files for CPUs.
     weight_bits: int = 8
 
     def plan(self, name: str) -> LayerPlan:
-        """The precision plan of a target or of the ONNX file of one; without a search there is none."""
+        """The precision plan of a target, given by its name or its ONNX file; ``PLAIN`` if it was not searched."""
         target = name.removeprefix(f"{TARGETS}/").removesuffix(f"/{MODEL}")
         return layer_plans(self.manifest).get(target, PLAIN)
 
     def computes_in(self, target: Target) -> str:
-        """The form that ``target`` computes in: TF32 is one of its own, though its graph holds float32."""
+        """The form that ``target`` computes in: TF32 if the build allows it, although its graph holds float32."""
         return target.runtime.computes_in(target.precision, self.manifest.data["export"])
 
 
-#: Folding in float64 and rounding once may differ by the last bit between machines, and by nothing more.
-_WEIGHT_LIMIT = 3e-7
-
-
 def check_integrity(folder: Path, manifest: Manifest) -> list[Check]:
-    """Every file is there and has the sha256 of the manifest."""
+    """Every file is present and has the sha256 of the manifest."""
     changes = changed_files(folder, manifest.files)
-    detail = ", ".join(f"{name} {what}" for name, what in changes.items()) or f"{len(manifest.files)} files"
+    detail = ", ".join(f"{name} {change}" for name, change in changes.items()) or f"{len(manifest.files)} files"
     targets = folder / TARGETS
     present = {path.name for path in targets.iterdir()} if targets.is_dir() else set()
     fact = f"on disk {sorted(present)}, in the manifest {sorted(manifest.targets)}"
@@ -76,7 +75,7 @@ def check_integrity(folder: Path, manifest: Manifest) -> list[Check]:
 
 
 def check_golden(folder: Path, manifest: Manifest, pixels: NDArray[np.uint8]) -> list[Check]:
-    """The golden images still give the stored reference logits, through decoding, preprocessing and float64."""
+    """The golden images, decoded and preprocessed, give the stored reference logits in float64."""
     try:
         stored = load_tensors(folder / GOLDEN_LOGITS)["logits"].numpy()
         unfused = load_unfused(folder, manifest.spec).double()
@@ -90,8 +89,10 @@ def check_golden(folder: Path, manifest: Manifest, pixels: NDArray[np.uint8]) ->
     return [check_at_most("golden", "images", "reference logits", difference, 1e-9, unit="of max")]
 
 
-def student_checks(folder: Path, manifest: Manifest, pixels: NDArray[np.uint8]) -> tuple[list[Check], Subject | None]:
-    """Weights and rungs A and B of the student itself, and what its files are compared with, None if it is damaged."""
+def student_checks(
+    folder: Path, manifest: Manifest, pixels: NDArray[np.uint8]
+) -> tuple[list[Check], BundleContext | None]:
+    """Weights and rungs A and B of the student itself; the context of its files is None if the student is damaged."""
     spec = manifest.spec
     try:
         unfused = load_unfused(folder, spec)
@@ -114,11 +115,11 @@ def student_checks(folder: Path, manifest: Manifest, pixels: NDArray[np.uint8]) 
     export = manifest.data["export"]
     batches = (int(export["min_batch"]), int(export["opt_batch"]), 7, int(export["max_batch"]))
     sizes = tuple(dict.fromkeys(min(batch, int(export["max_batch"])) for batch in batches))
-    return checks, Subject(folder, manifest, sizes, probes, reference, arrays, policy, bits)
+    return checks, BundleContext(folder, manifest, sizes, probes, reference, arrays, policy, bits)
 
 
 def _plans(manifest: Manifest, weights: Weights) -> dict[str, LayerPlan]:
-    """Precision plans by form: one build searches once for each. Raises ``AuditError`` for a foreign one."""
+    """Precision plans by form; a build has one for each. Raises ``AuditError`` if a plan does not fit the weights."""
     found = {parse_target(name).form: plan for name, plan in layer_plans(manifest).items()}
     for plan in found.values():
         plan.scaled(weights)
@@ -131,15 +132,15 @@ def _forms(manifest: Manifest) -> list[str]:
 
 
 def _weight_bits(manifest: Manifest) -> int:
-    """What the targets of a bundle were quantized with; one build has one setting."""
+    """The bits of quantized weights in CPU targets; a build has one setting."""
     found = (entry["calibration"]["weight_bits"] for entry in manifest.targets.values() if "calibration" in entry)
     return int(next(found, 8))
 
 
 def check_algebra(folder: Path, manifest: Manifest, pixels: NDArray[np.uint8]) -> list[Check]:
-    """Rung A block by block: the stored unfused student folded again in float64, and the weights that came of it.
+    """Rung A block by block: fold the stored unfused student again in float64 and compare with the stored weights.
 
-    Nothing that was exported is run. Golden images (N,S,S,3) uint8 judge the whole beside the certificate's noise.
+    No exported file is run. The whole student is compared on golden images (N,S,S,3) uint8 and edge inputs.
     """
     spec = manifest.spec
     try:
@@ -161,7 +162,7 @@ def check_algebra(folder: Path, manifest: Manifest, pixels: NDArray[np.uint8]) -
 
 
 def check_weights(stored: dict[str, Tensor], fused: dict[str, Tensor]) -> Check:
-    """The stored weights are the folded ones but for the last bit; the layer that differs most is named."""
+    """The stored weights equal the folded ones up to the last bit; the detail names the layer that differs most."""
     worst, where = 0.0, ""
     for name, expected in fused.items():
         tensor = stored.get(name)

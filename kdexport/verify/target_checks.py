@@ -1,4 +1,4 @@
-"""Checks on each ONNX file and each target of a bundle: what its graph says, what ran it, and what it computes."""
+"""Checks of each ONNX file and each target of a bundle: its graph, the runtime that ran it, and its logits."""
 
 import json
 from dataclasses import dataclass
@@ -21,41 +21,41 @@ from kdexport.targets import Target, parse_target
 from kdexport.verify.check import Check, broken, from_finding
 from kdexport.verify.parity import check_batches, check_repeatable, rung_b, rung_c
 from kdexport.verify.rebuilt_graphs import RebuiltGraphs
-from kdexport.verify.student_checks import Subject
+from kdexport.verify.student_checks import BundleContext
 
 
 @dataclass(frozen=True, slots=True)
 class FileResult:
-    """The checks of one file or target, and what ran it: None where nothing did."""
+    """The checks of one file or target, and what ran it; None if it did not run."""
 
     checks: tuple[Check, ...]
     execution: Execution | None = None
 
 
-def graph_checks(subject: Subject, name: str, form: str, rebuilt: RebuiltGraphs) -> FileResult:
+def graph_checks(context: BundleContext, name: str, form: str, rebuilt: RebuiltGraphs) -> FileResult:
     """Audit of the ONNX file ``name``, and rung B or C of its reference run by onnxruntime on the CPU.
 
-    ``form`` is the one that the file's precision is written in; ``rebuilt`` makes the graph that the file must hold.
+    ``form`` is the form of the file's precision, one of ``FORMS``; ``rebuilt`` makes the graph that it must equal.
     """
-    path = subject.folder / name
+    path = context.folder / name
     try:
         ranges = _ranges(path, form)
     except (OSError, ValueError, TypeError) as error:
         return FileResult((broken("audit", name, f"{RANGES}: {type(error).__name__}: {error}"),))
-    plan = subject.plan(name)
+    plan = context.plan(name)
     findings = audit_graph(
         path,
-        plan.scaled(subject.weights),
+        plan.scaled(context.weights),
         form=form,
-        opset=subject.manifest.opset,
+        opset=context.manifest.opset,
         ranges=ranges,
         kept=plan.nodes,
     )
     checks = [from_finding(name, finding) for finding in findings]
     if not findings[0].holds:
         return FileResult(tuple(checks))
-    checks.append(from_finding(name, rebuilt.finding(name, form, plan, subject.weight_bits)))
-    checks.append(from_finding(name, _metadata(subject, path)))
+    checks.append(from_finding(name, rebuilt.finding(name, form, plan, context.weight_bits)))
+    checks.append(from_finding(name, _metadata(context, path)))
     try:
         model = open_file(path, form)
         if form == "int8-u8":
@@ -63,17 +63,17 @@ def graph_checks(subject: Subject, name: str, form: str, rebuilt: RebuiltGraphs)
     except AuditError as error:
         return FileResult((*checks, broken("audit", name, error.message)))
     checks.append(from_finding(name, provider_finding(model, CPU)))
-    checks += _computed(subject, f"{name} on onnxruntime CPU", _Reference(model), form)
+    checks += _computed(context, f"{name} on onnxruntime CPU", _Reference(model), form)
     return FileResult(tuple(checks), execution_of(model, CPU))
 
 
-def target_checks(subject: Subject, name: str) -> FileResult:
-    """Audit of target ``name`` and its rung in its own runtime, where this machine can run it.
+def target_checks(context: BundleContext, name: str) -> FileResult:
+    """Audit of target ``name``, and its rung in its own runtime if this machine can run it.
 
-    The execution is None unless the runtime opened the file here, ran every image, and told what it ran on.
+    The execution is None unless the runtime opened the file on this machine, ran every image and reported its device.
     """
     target = parse_target(name)
-    folder, kept = subject.folder / TARGETS / name, subject.plan(name).nodes
+    folder, kept = context.folder / TARGETS / name, context.plan(name).nodes
     where = f"{TARGETS}/{name}/{target.artifact}"
     checks = [from_finding(where, finding) for finding in target.runtime.audit(folder, target.precision, kept)]
     if not all(check.holds for check in checks):
@@ -85,7 +85,7 @@ def target_checks(subject: Subject, name: str) -> FileResult:
         runner = target.runtime.open(folder / target.artifact, target.precision, kept=kept)
         label = run_label(target)
         checks += [from_finding(label, finding) for finding in runner.findings()]
-        checks += _computed(subject, label, runner, subject.computes_in(target))
+        checks += _computed(context, label, runner, context.computes_in(target))
         return FileResult(tuple(checks), runner.execution)
     except BackendUnavailableError as error:
         return FileResult((*checks, _not_executed(run_label(target), Missing(error.message.rstrip("."), error.remedy))))
@@ -96,7 +96,7 @@ def target_checks(subject: Subject, name: str) -> FileResult:
 
 
 def run_label(target: Target) -> str:
-    """How reports and stored results name a target's run in its own runtime."""
+    """The name of a target's run in its own runtime, in reports and stored results."""
     where = f"{TARGETS}/{target}/{target.artifact}"
     device = target.runtime.device(target.precision).upper()
     return where if target.compiles else f"{where} on {target.runtime.title} {device}"
@@ -120,25 +120,25 @@ class _Reference(Runner):
         return self._model.logits(images)
 
 
-def _computed(subject: Subject, where: str, runner: Runner, form: str) -> list[Check]:
-    """Batches, the rung of ``form``, and repeatability of something that runs."""
+def _computed(context: BundleContext, where: str, runner: Runner, form: str) -> list[Check]:
+    """Dynamic batches, the rung of ``form``, and repeatability of an opened target."""
     if runner.starts_a_process:
-        return _rung(subject, where, runner.run(subject.probes.images, subject.batches), form)
-    dynamic = check_batches(where, runner.logits, subject.probes)
+        return _rung(context, where, runner.run(context.probes.images, context.batches), form)
+    dynamic = check_batches(where, runner.logits, context.probes)
     if not dynamic.holds:
         return [dynamic]
-    candidate = runner.run(subject.probes.images, subject.batches)
+    candidate = runner.run(context.probes.images, context.batches)
     return [
         dynamic,
-        *_rung(subject, where, candidate, form),
-        *check_repeatable(where, runner.logits, subject.probes, min(8, subject.batches[-1])),
+        *_rung(context, where, candidate, form),
+        *check_repeatable(where, runner.logits, context.probes, min(8, context.batches[-1])),
     ]
 
 
-def _rung(subject: Subject, where: str, candidate: NDArray[np.float32], form: str) -> list[Check]:
+def _rung(context: BundleContext, where: str, candidate: NDArray[np.float32], form: str) -> list[Check]:
     if form == "fp32":
-        return rung_b(where, candidate, subject.reference, subject.probes, subject.policy.B)
-    return rung_c(where, candidate, subject.reference, subject.probes, form=form, policy=subject.policy.C)
+        return rung_b(where, candidate, context.reference, context.probes, context.policy.B)
+    return rung_c(where, candidate, context.reference, context.probes, form=form, policy=context.policy.C)
 
 
 def _ranges(path: Path, form: str) -> dict[str, Range]:
@@ -148,18 +148,19 @@ def _ranges(path: Path, form: str) -> dict[str, Range]:
 def open_file(path: Path, form: str) -> OrtModel:
     """The reference run of an ONNX file, by onnxruntime on the CPU.
 
-    Where this CPU has no kernels of the file's precision, its own arithmetic is run step by step.
+    onnxruntime has no bf16 convolutions on the CPU; a bf16 file is emulated, with every result rounded.
     """
     if form == "bf16":
         return load_model(path, content=emulate_bf16(path), optimise=False)
-    # Q/DQ around float32 operators is what the form for TensorRT means; onnxruntime's optimisation would change it.
+    # The form for TensorRT has Q/DQ pairs around float32 operators; onnxruntime's optimisation would change results.
     return load_model(path, optimise=form != "int8-s8")
 
 
-def _metadata(subject: Subject, path: Path) -> Finding:
-    """The file and the manifest say the same about classes, preprocessing and origin; each is read by somebody."""
+def _metadata(context: BundleContext, path: Path) -> Finding:
+    """The metadata in the file equals the manifest: classes, preprocessing and origin."""
     written = read_metadata(onnx.load(str(path), load_external_data=False))
-    # As JSON, because that is what was written: tuples are lists there.
-    expected = json.loads(json.dumps(model_metadata(subject.manifest.spec, sha256_file(subject.folder / UNFUSED))))
+    # Through JSON, as the metadata was written: tuples become lists.
+    expected = json.loads(json.dumps(model_metadata(context.manifest.spec, sha256_file(context.folder / UNFUSED))))
     wrong = [key for key in expected if key != "version" and written.get(key) != expected[key]]
-    return Finding("metadata", not wrong, f"{', '.join(wrong) or 'all'} {'differ' if wrong else 'as'} in the manifest")
+    fact = f"differs from the manifest in {', '.join(wrong)}" if wrong else "equal to the manifest"
+    return Finding("metadata", not wrong, fact)

@@ -1,8 +1,8 @@
-"""Rung D: what a file's errors cost on the task, image by image, paired with the unfused float32 student.
+"""Rung D: the effect of a file's errors on the task, image by image, paired with the unfused float32 student.
 
-Two limits follow from the largest difference e between their logits that rungs B and C allow, and are nobody's choice:
-a flip needs a reference margin of at most 2 e, and by Hoeffding's lemma the KL divergence is at most e^2 / 2. The
-budgets for flips and lost accuracy are a policy, because only the user knows what an answer is worth.
+Two limits follow from the largest difference e between their logits that rungs B and C allow: a flip needs a reference
+margin of at most 2 e, and by Hoeffding's lemma the KL divergence is at most e^2 / 2. The limits for flips and lost
+accuracy are a policy, because they depend on the application.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,8 @@ from kdexport.verify.policy import Policy, TaskPolicy
 class TaskReference:
     """N validation images: labels (N,), and the unfused student's prediction and top1 - top2 margin of each.
 
-    ``indices`` are their places in the validation split; ``own_error`` is the largest error of its own logits.
+    ``indices`` are the positions of the images in the validation split; ``own_error`` is the largest error of the
+    student's float32 logits against float64.
     """
 
     indices: NDArray[np.int32]
@@ -40,9 +41,9 @@ class TaskReference:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class TaskMetrics:
-    """One file on the same N images: its predictions, KL(reference || file) in nats, largest error of a logit.
+    """One file on the same N images: predictions, KL(reference || file) in nats, largest error of a logit.
 
-    ``unit_error`` is the largest error of a logit that its precision has by itself: the unit of rungs B and C.
+    ``unit_error`` is the largest error of a logit that the precision itself has: the unit of rungs B and C.
     """
 
     precision: str
@@ -55,7 +56,7 @@ class TaskMetrics:
 def task_reference(
     logits: NDArray[np.float32], labels: NDArray[np.int64], indices: NDArray[np.int64], own_error: float
 ) -> TaskReference:
-    """What rung D keeps of the reference's logits (N,K)."""
+    """The per-image values that rung D stores of the reference's logits (N,K)."""
     top = np.partition(logits.astype(np.float64), -2, axis=1)[:, -2:]
     return TaskReference(
         indices=indices.astype(np.int32),
@@ -69,12 +70,12 @@ def task_reference(
 def task_metrics(
     logits: NDArray[np.float32], reference: NDArray[np.float32], *, precision: str, unit_error: float
 ) -> TaskMetrics:
-    """What rung D keeps of a file's logits (N,K) beside the reference's."""
+    """The per-image values that rung D stores of a file's logits (N,K), compared with the reference's."""
     exact, other = reference.astype(np.float64), logits.astype(np.float64)
     return TaskMetrics(
         precision=precision,
-        # argmax takes NaN for the largest, so that such an answer is a flip unless the class is right by luck; the
-        # error is NaN then and fails by itself.
+        # argmax takes NaN as the largest, so such an answer is a flip unless the class is right by chance; the error
+        # is then NaN and fails its check.
         predictions=other.argmax(axis=1).astype(np.int32),
         divergences=kl_divergence(exact, other).astype(np.float32),
         errors=np.abs(other - exact).max(axis=1).astype(np.float32),
@@ -83,15 +84,15 @@ def task_metrics(
 
 
 def rung_d(subject: str, metrics: TaskMetrics, reference: TaskReference, limits: Policy) -> list[Check]:
-    """The task's checks of one file."""
+    """The checks of one file on the task."""
     policy = limits.D
     budget = policy.budget(metrics.precision)
     factor = limits.B.max_error if metrics.precision == "fp32" else limits.C.max_error
-    # Both sides of the comparison are off the oracle: the file as far as its rung allows, the reference by its own.
+    # Both sides differ from the oracle: the file by as much as its rung allows, the reference by its own error.
     allowed = factor * metrics.unit_error + reference.own_error
     flipped = metrics.predictions != reference.predictions
     flips, total = int(flipped.sum()), len(flipped)
-    # Read in float64: the stored margin is rounded, and a limit of exactly 2 e is met by ties alone.
+    # In float64, because the stored margin is rounded: only ties reach a limit of exactly 2 e.
     unexplained = flipped & ~(reference.margins.astype(np.float64) <= 2 * allowed)
     right, was_right = metrics.predictions == reference.labels, reference.predictions == reference.labels
     lost, gained = int((was_right & ~right).sum()), int((~was_right & right).sum())
@@ -128,8 +129,8 @@ def _budgeted(
     verdict = estimate.verdict(limit)
     detail = f"{counts}; {policy.confidence:.0%} bounds {estimate.low:.3%} and {estimate.high:.3%}"
     if verdict == "INCONCLUSIVE":
-        needed = f"takes {images_needed(limit, policy.confidence):,} images to show" if limit else "cannot be shown"
-        detail += f": undecided; a rate of {limit:.1%} {needed}"
+        needed = f"takes {images_needed(limit, policy.confidence):,} images" if limit else "is not possible"
+        detail += f": undecided; to confirm a limit of {limit:.1%} {needed}"
     return Check(
         rung="D",
         subject=subject,

@@ -1,4 +1,4 @@
-"""Runs a bundle's files on the validation set beside the unfused student, and keeps what rung D needs of each image."""
+"""Runs the files of a bundle and its unfused student on the validation set, and stores the per-image results."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,13 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from kdexport.backends.base import Logits, run_in_batches
-from kdexport.bundle.manifest import (
-    TARGETS,
-    TASK,
-    Manifest,
-    load_unfused,
-    onnx_files,
-)
+from kdexport.bundle.manifest import TARGETS, TASK, Manifest, load_unfused, onnx_files
 from kdexport.checkpoint import load_tensors, save_tensors
 from kdexport.core.digests import sha256_file
 from kdexport.data.datasets import ImageSet
@@ -26,18 +20,18 @@ from kdexport.verify.check import Check, check_at_most
 from kdexport.verify.parity import unit_error
 from kdexport.verify.policy import PRECISIONS, Policy
 from kdexport.verify.reference import run_torch
-from kdexport.verify.student_checks import Subject
+from kdexport.verify.student_checks import BundleContext
 from kdexport.verify.target_checks import open_file
 from kdexport.verify.task import TaskMetrics, TaskReference, rung_d, task_metrics, task_reference
 
-#: Pixels of one pass over all files: large enough that an engine is loaded a few times only.
+#: Pixels of one pass over all files: large enough that an engine is loaded only a few times.
 _CHUNK_PIXELS = 2048 * 64 * 64
 _BATCH = 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TaskImages:
-    """The images of rung D: a split, and the places in it that are used."""
+    """The images of rung D: a split, and the positions in it that are used."""
 
     images: ImageSet
     indices: Sequence[int]
@@ -58,14 +52,16 @@ class _Runner:
     logits: Logits
 
 
-def measure_task(subject: Subject, task: TaskImages, progress: Callable[[str], None]) -> tuple[TaskRecord, list[Check]]:
-    """Every file of the bundle that runs here, on the images of ``task``; the checks name those that do not run."""
+def measure_task(
+    context: BundleContext, task: TaskImages, progress: Callable[[str], None]
+) -> tuple[TaskRecord, list[Check]]:
+    """Run every file of the bundle that this machine can run on ``task``; the checks name files that failed to run."""
     images, indices = task.images, task.indices
-    runners, faults = _runners(subject)
-    unfused = load_unfused(subject.folder, subject.manifest.spec)
+    runners, faults = _runners(context)
+    unfused = load_unfused(context.folder, context.manifest.spec)
     reference: list[NDArray[np.float32]] = []
     found: dict[str, list[NDArray[np.float32]]] = {name: [] for name in runners}
-    preprocessing = subject.manifest.spec.preprocessing
+    preprocessing = context.manifest.spec.preprocessing
     done = 0
     for chosen in _chunks(indices, preprocessing.image_size):
         batch = preprocessing.normalise(images.read(chosen, preprocessing))
@@ -75,7 +71,7 @@ def measure_task(subject: Subject, task: TaskImages, progress: Callable[[str], N
         done += len(chosen)
         progress(f"task, {done:,} of {len(indices):,} images")
     exact = np.concatenate(reference)
-    own = unit_error("fp32", subject.reference)
+    own = unit_error("fp32", context.reference)
     places = np.asarray(indices, np.int64)
     record = TaskRecord(
         task_reference(exact, images.labels[places], places, own),
@@ -97,7 +93,7 @@ def task_checks(record: TaskRecord, policy: Policy) -> list[Check]:
 
 
 def save_record(folder: Path, record: TaskRecord) -> dict[str, object]:
-    """Write the per-image results into a bundle folder; returns what its manifest says about them."""
+    """Write the per-image results into a bundle folder; return their summary for the manifest."""
     reference = record.reference
     tensors = {
         "indices": reference.indices,
@@ -129,13 +125,13 @@ def save_record(folder: Path, record: TaskRecord) -> dict[str, object]:
 
 
 def load_record(folder: Path, manifest: Manifest) -> TaskRecord | None:
-    """The stored results of a bundle, None where it has none; ``BundleError`` unless they are those of its build."""
+    """The stored results of a bundle, None if it has none; ``BundleError`` if they are not those of its build."""
     described = manifest.data.get("task")
     if described is None:
         return None
     path = folder / TASK
     if not path.is_file() or sha256_file(path) != manifest.files.get(TASK):
-        raise BundleError(f"{TASK} is not the one that was written with the bundle.", remedy="Build the bundle again.")
+        raise BundleError(f"{TASK} is missing or differs from the manifest.", remedy="Build the bundle again.")
     try:
         stored = {name: tensor.numpy() for name, tensor in load_tensors(path).items()}
         reference = TaskReference(
@@ -160,7 +156,7 @@ def load_record(folder: Path, manifest: Manifest) -> TaskRecord | None:
             raise ValueError(f"precision {min(unknown)!r}")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BundleError(
-            f"{TASK} and the manifest do not belong together: {type(error).__name__}: {error}.",
+            f"{TASK} does not match the manifest: {type(error).__name__}: {error}.",
             remedy="Build the bundle again.",
         ) from error
     return TaskRecord(reference, files)
@@ -172,52 +168,52 @@ def _chunks(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
         yield indices[start : start + step]
 
 
-def _runners(subject: Subject) -> tuple[dict[str, _Runner], list[Check]]:
-    """Each distinct ONNX file once as its reference run, and each target that another runtime runs on this machine.
+def _runners(context: BundleContext) -> tuple[dict[str, _Runner], list[Check]]:
+    """The reference run of each distinct ONNX file, and each target that another runtime runs on this machine.
 
-    A float32 target of onnxruntime is the exported model itself.
+    Files of equal content run once: a float32 target of onnxruntime is the exported model itself.
     """
     found: dict[str, _Runner] = {}
     faults: list[Check] = []
     seen: set[str] = set()
-    batch = (min(_BATCH, subject.batches[-1]),)
-    for name, form in onnx_files(subject.manifest).items():
-        path = subject.folder / name
+    batch = (min(_BATCH, context.batches[-1]),)
+    for name, form in onnx_files(context.manifest).items():
+        path = context.folder / name
         try:
             content = sha256_file(path)
             if content not in seen:
-                found[name] = _runner(subject, form, _batched(open_file(path, form).logits, batch))
+                found[name] = _runner(context, form, _batched(open_file(path, form).logits, batch))
             seen.add(content)
         except (KdexportError, OSError) as error:
-            faults.append(_silent(name, str(error).partition("\n")[0]))
-    for target in map(parse_target, subject.manifest.targets):
+            faults.append(_did_not_run(name, str(error).partition("\n")[0]))
+    for target in map(parse_target, context.manifest.targets):
         if target.runs_as_reference or target.not_executable() is not None:
             continue
-        path, kept = subject.folder / TARGETS / str(target) / target.artifact, subject.plan(str(target)).nodes
+        path, kept = context.folder / TARGETS / str(target) / target.artifact, context.plan(str(target)).nodes
         try:
             opened = target.runtime.open(path, target.precision, kept=kept)
         except BackendUnavailableError:
-            # The checks of the target say that it was not executed, and why.
+            # The checks of the target report that it was not executed, and why.
             continue
         except KdexportError as error:
-            faults.append(_silent(str(target), error.message))
+            faults.append(_did_not_run(str(target), error.message))
             continue
-        found[record_name(target)] = _runner(subject, subject.computes_in(target), partial(opened.run, batches=batch))
+        found[record_name(target)] = _runner(context, context.computes_in(target), partial(opened.run, batches=batch))
     return found, faults
 
 
 def record_name(target: Target) -> str:
-    """The name under which the record holds what ``target`` answered in its own runtime."""
+    """The name of the results that ``target`` gave in its own runtime, in the record."""
     where = f"{TARGETS}/{target}/{target.artifact}"
     return where if target.compiles else f"{where} on {target.runtime.title}"
 
 
-def _silent(name: str, fact: str) -> Check:
+def _did_not_run(name: str, fact: str) -> Check:
     return check_at_most("D", name, "runs", 1, 0, unit="faults", detail=fact)
 
 
-def _runner(subject: Subject, form: str, logits: Logits) -> _Runner:
-    return _Runner(form.partition("-")[0], unit_error(form, subject.reference), logits)
+def _runner(context: BundleContext, form: str, logits: Logits) -> _Runner:
+    return _Runner(form.partition("-")[0], unit_error(form, context.reference), logits)
 
 
 def _batched(logits: Logits, batch: tuple[int, ...]) -> Logits:

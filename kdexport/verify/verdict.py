@@ -1,6 +1,7 @@
-"""The whole verification of a bundle folder; only its success makes a ``VerifiedBundle``.
+"""The verification of a bundle folder, while it is built and again later, and its verdict.
 
-Verification of a finished bundle from its own files alone.
+A build verifies on validation images (``verify_folder``); a finished bundle is verified from its own files
+(``replay``). Only ``seal`` makes a ``VerifiedBundle``, and only if every check holds.
 """
 
 import tempfile
@@ -27,20 +28,20 @@ from kdexport.verify.task_record import TaskImages, TaskRecord, load_record, mea
 
 _SEAL = object()
 
-_BUILD_AGAIN = (
-    "This is not the student that was trained. `kdexport explain-failure` names the place; `kdexport explain KDX330` "
-    "says what the rungs mean."
+_REMEDY = (
+    "The bundle is not the student that was trained. Run kdexport explain-failure BUNDLE to find the file and node "
+    "that differ, and kdexport explain KDX330 for the meaning of the rungs."
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """All checks of one verification, and the per-image results that rung D was decided on."""
+    """All checks of one verification, and the per-image results of rung D."""
 
     checks: tuple[Check, ...]
     record: TaskRecord | None = None
     remedy: str = ""
-    #: What ran each target in this verification; a target that is missing here did not run.
+    #: What ran each target in this verification; targets that did not run are not in it.
     executed: Mapping[str, Execution] = field(default_factory=dict)
 
     @property
@@ -49,7 +50,7 @@ class Verdict:
         return tuple(check for check in self.checks if not check.holds)
 
     def require(self, remedy: str = "") -> None:
-        """Raise ``VerificationError`` that lists what failed, measured against allowed."""
+        """Raise ``VerificationError`` with every failed check, measured against allowed, if there is one."""
         if not self.failures:
             return
         lines = [
@@ -59,56 +60,13 @@ class Verdict:
         ]
         raise VerificationError(
             "\n".join([f"{len(lines)} of {len(self.checks)} checks failed:", *lines]),
-            remedy=remedy or self.remedy or _BUILD_AGAIN,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class TargetRun:
-    """Whether a target ran in one verification of its bundle, and what ran it."""
-
-    target: str
-    #: "ran here", "ran at build" (says the manifest), or "never ran".
-    state: str
-    fact: str
-
-    def __str__(self) -> str:
-        return f"{self.target} {self.state}" + (f" ({self.fact})" if self.fact else "")
-
-
-def target_runs(manifest: Manifest, verdict: Verdict) -> list[TargetRun]:
-    """One entry per target: what this verification ran, and otherwise what the manifest says of the build."""
-    return [_target_run(name, entry, verdict.executed.get(name)) for name, entry in manifest.targets.items()]
-
-
-def _target_run(name: str, entry: dict[str, Any], execution: Execution | None) -> TargetRun:
-    if execution is not None:
-        return TargetRun(name, "ran here", str(execution))
-    if entry["status"] == NOT_EXECUTED:
-        return TargetRun(name, "never ran", NOT_EXECUTED)
-    told = entry.get("executed")
-    fact = "{runtime} {version}, {device}".format(**told) if told else "by an earlier version"
-    return TargetRun(name, "ran at build", f"{fact}, says the manifest")
-
-
-def require_executed(runs: Sequence[TargetRun], targets: Sequence[str]) -> None:
-    """Raise unless each of ``targets`` ran in this verification: ``UnknownNameError`` or ``NotExecutedError``."""
-    states = {run.target: run for run in runs}
-    for name in targets:
-        if name not in states:
-            raise UnknownNameError(f"The bundle holds no target {name!r}.", remedy=nearest(name, states))
-    missing = [states[name] for name in targets if states[name].state != "ran here"]
-    if missing:
-        raise NotExecutedError(
-            f"{len(missing)} of {len(targets)} required targets did not run in this verification: "
-            f"{'; '.join(map(str, missing))}.",
-            remedy="Verify the bundle on a machine that runs them: `kdexport doctor` says what this one lacks.",
+            remedy=remedy or self.remedy or _REMEDY,
         )
 
 
 @dataclass(frozen=True, slots=True)
 class VerifiedBundle:
-    """A bundle folder whose checks held in this process; made by ``seal`` alone."""
+    """A bundle folder whose checks held in this process; only ``seal`` makes one."""
 
     folder: Path
     manifest: Manifest
@@ -120,7 +78,7 @@ class VerifiedBundle:
 
 
 def seal(folder: Path, manifest: Manifest, verdict: Verdict) -> VerifiedBundle:
-    """A ``VerifiedBundle`` if every check of ``verdict`` held, else ``VerificationError``."""
+    """A ``VerifiedBundle`` if every check of ``verdict`` holds, else ``VerificationError``."""
     verdict.require()
     return VerifiedBundle(folder, manifest, _SEAL)
 
@@ -135,18 +93,18 @@ def verify_folder(
 ) -> Verdict:
     """Check every file of a bundle against its unfused student on real images (N,S,S,3) uint8 and edge inputs.
 
-    With ``task`` its files also run on the validation set, which is rung D.
+    With ``task`` the files also run on the validation set, which is rung D.
     """
     progress("reference in float64")
-    checks, subject = student_checks(folder, manifest, pixels)
-    if subject is None:
+    checks, context = student_checks(folder, manifest, pixels)
+    if context is None:
         return Verdict(tuple(checks))
     executed: dict[str, Execution] = {}
     with tempfile.TemporaryDirectory(prefix="kdexport-verify-") as scratch:
         rebuilt = RebuiltGraphs(folder, manifest, Path(scratch))
         for name, form in onnx_files(manifest).items():
             progress(name)
-            result = graph_checks(subject, name, form, rebuilt)
+            result = graph_checks(context, name, form, rebuilt)
             checks += result.checks
             target = target_of(name)
             if target is not None and result.execution is not None and _is_own_run(target):
@@ -155,14 +113,14 @@ def verify_folder(
         if target.runs_as_reference:
             continue
         progress(f"{target} on {target.runtime.title}")
-        result = target_checks(subject, str(target))
+        result = target_checks(context, str(target))
         checks += result.checks
         if result.execution is not None:
             executed[str(target)] = result.execution
     if task is None:
         return Verdict(tuple(checks), executed=executed)
-    record, faults = measure_task(subject, task, progress)
-    checks, remedy = explain_collapse(subject, [*checks, *faults, *task_checks(record, subject.policy)])
+    record, faults = measure_task(context, task, progress)
+    checks, remedy = explain_collapse(context, [*checks, *faults, *task_checks(record, context.policy)])
     return Verdict(tuple(checks), record, remedy, executed)
 
 
@@ -172,20 +130,23 @@ def _is_own_run(target: Target) -> bool:
 
 
 def replay(folder: Path, manifest: Manifest, progress: Callable[[str], None]) -> Verdict:
-    """Files, golden images from their bytes, and the whole ladder on them; a failure stops no later check."""
+    """Verify a finished bundle: file digests, golden images from their bytes, and the ladder on these images.
+
+    A failed check does not stop later ones.
+    """
     checks, pixels = _files(folder, manifest, progress)
     if pixels is None:
         return Verdict(tuple(checks))
     progress("golden images")
     checks += check_golden(folder, manifest, pixels)
     verdict = verify_folder(folder, manifest, pixels, progress=progress)
-    progress("task, as stored")
+    progress("stored results of the task")
     stored = stored_task(folder, manifest, stored_policy(manifest.data))
     return Verdict((*checks, *verdict.checks, *stored), executed=verdict.executed)
 
 
 def stored_task(folder: Path, manifest: Manifest, policy: Policy) -> list[Check]:
-    """Rung D decided again from the per-image results in the bundle, without the images and without a model."""
+    """Rung D decided again from the per-image results in the bundle; no image and no model is needed."""
     try:
         record = load_record(folder, manifest)
     except BundleError as error:
@@ -194,7 +155,7 @@ def stored_task(folder: Path, manifest: Manifest, policy: Policy) -> list[Check]
 
 
 def replay_algebra(folder: Path, manifest: Manifest, progress: Callable[[str], None]) -> Verdict:
-    """Files and rung A alone, with one check per folded block."""
+    """Verify only the file digests and rung A, with one check for each folded block."""
     checks, pixels = _files(folder, manifest, progress)
     if pixels is None:
         return Verdict(tuple(checks))
@@ -211,3 +172,50 @@ def _files(
         return checks, read_golden(folder, manifest)
     except DataError as error:
         return [*checks, check_at_most("golden", "images", "readable", 1, 0, unit="faults", detail=error.message)], None
+
+
+@dataclass(frozen=True, slots=True)
+class TargetRun:
+    """Whether a target ran in one verification of its bundle, and what ran it."""
+
+    target: str
+    #: "ran here", "ran at build" (according to the manifest), or "never ran".
+    state: str
+    fact: str
+
+    def __str__(self) -> str:
+        return f"{self.target} {self.state}" + (f" ({self.fact})" if self.fact else "")
+
+
+def target_runs(manifest: Manifest, verdict: Verdict) -> list[TargetRun]:
+    """One entry for each target: what ran it in this verification, or else, by the manifest, at the build."""
+    return [_target_run(name, entry, verdict.executed.get(name)) for name, entry in manifest.targets.items()]
+
+
+def _target_run(name: str, entry: dict[str, Any], execution: Execution | None) -> TargetRun:
+    if execution is not None:
+        return TargetRun(name, "ran here", str(execution))
+    if entry["status"] == NOT_EXECUTED:
+        return TargetRun(name, "never ran", NOT_EXECUTED)
+    recorded = entry.get("executed")
+    fact = "{runtime} {version}, {device}".format(**recorded) if recorded else "runtime not recorded"
+    return TargetRun(name, "ran at build", f"{fact}, according to the manifest")
+
+
+def require_executed(runs: Sequence[TargetRun], targets: Sequence[str]) -> None:
+    """Raise ``NotExecutedError`` unless each of ``targets`` ran in this verification.
+
+    ``UnknownNameError`` if the bundle has no such target.
+    """
+    states = {run.target: run for run in runs}
+    for name in targets:
+        if name not in states:
+            raise UnknownNameError(f"The bundle has no target {name!r}.", remedy=nearest(name, states))
+    missing = [states[name] for name in targets if states[name].state != "ran here"]
+    if missing:
+        raise NotExecutedError(
+            f"{len(missing)} of {len(targets)} required targets did not run in this verification: "
+            f"{'; '.join(map(str, missing))}.",
+            remedy="Run kdexport doctor to see what this machine lacks, or verify the bundle on a machine that can run "
+            "them.",
+        )

@@ -130,7 +130,7 @@ def test_a_changed_status_does_not_pass_for_a_run(built: Built, tmp_path: Path) 
     assert runs["onnx-fp32"].state == "ran here"
     assert runs["onnx-fp32"].fact.endswith("CPUExecutionProvider")
     assert runs["trt-rtx-fp16"].state == "ran at build"
-    assert runs["trt-rtx-fp16"].fact == "by an earlier version, says the manifest"
+    assert runs["trt-rtx-fp16"].fact == "runtime not recorded, according to the manifest"
 
 
 def test_verify_can_require_that_targets_run(here: Command, built: Built) -> None:
