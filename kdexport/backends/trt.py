@@ -53,7 +53,7 @@ def build_engine(request: EngineRequest) -> Engine:
         answer = _call("kdexport.backends.trt_build", [json.dumps(asdict(request))], failure)
     except ChildDiedError as error:
         raise EngineBuildError(
-            f"{failure}: the builder died with exit code {error.exit_code}: {error.said}", remedy=kept
+            f"{failure}: the builder died with exit code {error.exit_code}: {error.stderr}", remedy=kept
         ) from None
     if "refused" in answer:
         raise EngineBuildError(f"{failure}: {answer['refused']}", remedy=kept)
@@ -78,7 +78,7 @@ def run_engine(
             facts = _call("kdexport.backends.trt", arguments, f"The engine {plan} did not answer", environment)
         except ChildDiedError as error:
             raise EngineBuildError(
-                f"The engine {plan} does not run: {error.said}",
+                f"The engine {plan} does not run: {error.stderr}",
                 remedy="An engine runs only on the GPU generation and TensorRT version that it was built for.",
             ) from None
         logits: NDArray[np.float32] = np.load(exchange / "logits.npy")

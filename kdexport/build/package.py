@@ -1,4 +1,4 @@
-"""Assembles a bundle folder, has it verified, and writes its manifest last."""
+"""Assembles a bundle folder, verifies it, and writes its manifest last."""
 
 import json
 import platform
@@ -59,8 +59,30 @@ class Parts:
     searched: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
+def require_matching(spec: StudentSpec, student: str, validation: ImageSet) -> None:
+    """Raise if the checkpoint is of another student or has other classes than the configuration and data set.
+
+    ``CheckpointError`` for these, ``DataError`` if there is no validation image.
+    """
+    if spec.student != student:
+        raise CheckpointError(
+            f"The checkpoint is a {spec.student}, but the build is for a {student}.",
+            remedy=f"Pass --student {spec.student}, or the checkpoint of a {student}.",
+        )
+    if spec.classes != validation.classes:
+        counts = f"{spec.num_classes} classes, the data set has {len(validation.classes)}"
+        names = "classes with other names or in another order than those of the data set"
+        raise CheckpointError(
+            f"The checkpoint was trained for {counts if spec.num_classes != len(validation.classes) else names}.",
+            remedy="Set the data set that the checkpoint was trained on: [overrides.data] name and root in the export "
+            "configuration, or --data.",
+        )
+    if len(validation) < 1:
+        raise DataError("The data set has no validation images.", remedy="Add images to its test split.")
+
+
 def package(folder: Path, parts: Parts, progress: Progress) -> VerifiedBundle:
-    """Fill ``folder`` and verify it. Raises ``VerificationError``, with the report left in ``folder``, if it fails."""
+    """Fill ``folder`` and verify it; raises ``VerificationError`` if it fails, with the report in ``folder``."""
     _copy_files(folder, parts)
     golden = _write_golden(folder, parts)
     data = _describe(parts, golden)
@@ -86,7 +108,7 @@ def package(folder: Path, parts: Parts, progress: Progress) -> VerifiedBundle:
 
 
 def _save_task(folder: Path, record: TaskRecord, images: ImageSet) -> dict[str, object]:
-    """With the fingerprint and the size of the whole split, for results of another bundle to be laid beside them."""
+    """Write the record; its summary also identifies the split, so that bundles can be compared image by image."""
     return save_record(folder, record) | {"data_sha256": images.fingerprint(), "data_images": len(images)}
 
 
@@ -161,7 +183,7 @@ def _target_entry(target: Target, parts: Parts) -> dict[str, Any]:
         "precision": target.precision,
         "backend": target.backend,
         "engine": target.compiles,
-        # Until its own runtime has run it in this verification.
+        # Until the verification has run the target in its own runtime.
         "status": NOT_EXECUTED,
         "form": target.form,
     }
@@ -197,22 +219,6 @@ def _require_not_slower(latency: LatencyResult | None) -> None:
         raise VerificationError(
             f"The fused student is slower than the unfused one: {latency.ratio:.3f}x, interval {latency.low:.3f} to "
             f"{latency.high:.3f} (up to {1 + latency.max_slowdown:.3f} allowed) over {latency.sessions} sessions.",
-            remedy="Run again on a quiet machine; if it stays, raise max_slowdown under [latency] deliberately.",
+            remedy="Run the same command again on a quiet machine. If the result is the same, raise max_slowdown under "
+            "[latency] of the export configuration.",
         )
-
-
-def require_matching(spec: StudentSpec, student: str, validation: ImageSet) -> None:
-    """Raise where a checkpoint is of another student or other classes than the configuration and data."""
-    if spec.student != student:
-        raise CheckpointError(
-            f"The checkpoint holds a {spec.student}, and {student} was asked for.",
-            remedy=f"Pass --student {spec.student}, or the checkpoint of a {student}.",
-        )
-    if spec.classes != validation.classes:
-        counts = f"{spec.num_classes} classes, the data set has {len(validation.classes)}"
-        difference = counts if spec.num_classes != len(validation.classes) else "classes of other names or order"
-        raise CheckpointError(
-            f"The checkpoint was trained for {difference}.", remedy="Name the data set that it was trained on."
-        )
-    if len(validation) < 1:
-        raise DataError("There is no validation image.", remedy="Add images to the test split.")

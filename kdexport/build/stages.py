@@ -1,4 +1,4 @@
-"""The stages of a build up to a target's files, each declared once: what its result is made of, and how."""
+"""The stages of a build up to the files of a target, each declared once: what its result depends on, and how."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ BUNDLE_TOOLS = (
 
 
 def fuse(trained: TrainedStudent) -> Step[FusedFiles]:
-    """The trained student folded; making it raises ``CertificateError`` where the fold is not exact."""
+    """The folded student; making it raises ``CertificateError`` if the fold is not exact."""
 
     def make(making: Making) -> None:
         from kdexport.reparam.fold_student import fuse_student
@@ -43,7 +43,7 @@ def fuse(trained: TrainedStudent) -> Step[FusedFiles]:
         (making.folder / CERTIFICATE).write_text(json.dumps(result.certificate.to_json(), indent=2))
 
     described = trained.spec.to_json()
-    # How fast or how well it was trained changes nothing of what is exported.
+    # Metrics of the training do not change what is exported.
     described["provenance"] = {name: v for name, v in described["provenance"].items() if name != "metrics"}
     return Step(
         stage="fuse",
@@ -56,7 +56,7 @@ def fuse(trained: TrainedStudent) -> Step[FusedFiles]:
 
 
 def export(trained: TrainedStudent, fused: Step[FusedFiles], *, opset: int) -> Step[OnnxModel]:
-    """The folded student as ONNX, and beside it the unfused one that its latency is compared with."""
+    """The folded student as ONNX, and the unfused one for the comparison of latency."""
 
     def make(making: Making) -> None:
         from kdexport.graph.audit import audit_graph
@@ -76,8 +76,9 @@ def export(trained: TrainedStudent, fused: Step[FusedFiles], *, opset: int) -> S
         faults = [f for f in audit_graph(folder / MODEL, weights, form="fp32", opset=opset) if not f.holds]
         if faults:
             raise ExportError(
-                f"The exported graph is not the folded student: {faults[0].check}: {faults[0].fact}.",
-                remedy="Report the student and the versions of torch and onnxscript.",
+                f"The exported graph differs from the folded student: {faults[0].check}: {faults[0].fact}.",
+                remedy="Open an issue in kdexport's repository with this message, the student's name and the output of "
+                "kdexport doctor, which has the versions of torch and onnxscript.",
             )
 
     return Step(
@@ -111,7 +112,7 @@ def calibrate(model: Step[OnnxModel], calibration: Calibration) -> Step[Path]:
 
 
 def equalise(model: Step[OnnxModel], plan: LayerPlan) -> Step[OnnxModel]:
-    """The float32 ``model`` with the layers of ``plan`` scaled; the same function, bit for bit."""
+    """The float32 ``model`` with the layers of ``plan`` scaled; it computes the same function, bit for bit."""
     if not plan.equalised:
         return model
 
@@ -133,7 +134,7 @@ def equalise(model: Step[OnnxModel], plan: LayerPlan) -> Step[OnnxModel]:
 
 
 def cast(model: Step[OnnxModel], form: str, calibration: Calibration, plan: LayerPlan = PLAIN) -> Step[OnnxModel]:
-    """The float32 ``model`` in ``form`` by ``plan``; float32 is the model itself. int8 has its ranges beside it."""
+    """The float32 ``model`` in ``form`` by ``plan``; float32 is the model itself, int8 has its ranges in the folder."""
     if form == "fp32":
         return model
     return _cast_int8(model, form, calibration, plan) if is_int8(form) else _cast_float(model, form)
@@ -173,7 +174,7 @@ def _cast_int8(model: Step[OnnxModel], form: str, calibration: Calibration, plan
 def write_int8(
     workspace: Workspace, model: Step[OnnxModel], form: str, calibration: Calibration, plan: LayerPlan, path: Path
 ) -> Path:
-    """Write the float32 ``model`` in the int8 ``form`` by ``plan`` to ``path``; returns the file of its ranges."""
+    """Write the float32 ``model`` in the int8 ``form`` by ``plan`` to ``path``; return the file of its ranges."""
     from kdexport.graph.quantize import parse_form, quantize
 
     source = equalise(model, plan)
@@ -189,14 +190,14 @@ def is_int8(form: str) -> bool:
 
 
 def weight_bits(form: str, calibration: Calibration) -> int:
-    """Bits of a weight; only CPUs have a reason to save one."""
+    """Bits of a quantized weight; fewer than 8 help only on CPUs, where sums of products can saturate."""
     return calibration.settings.weight_bits if form == "int8-u8" else 8
 
 
 def compile_engine(
     model: Step[OnnxModel], target: Target, settings: "ExportSettings", image_size: int
 ) -> Step[EngineFile]:
-    """The engine of ``target``, built, with the precision of each of its kernels asserted."""
+    """The engine of ``target``; the backend raises ``AuditError`` if a kernel runs in another precision."""
 
     def make(making: Making) -> None:
         given = model.result(making.workspace)

@@ -1,4 +1,4 @@
-"""Starts the training package as a child process; what comes back is a directory, kept by what it was trained from."""
+"""Runs the training package in a child process; its results are folders, stored by the digest of their inputs."""
 
 import json
 from collections.abc import Mapping
@@ -16,39 +16,39 @@ _LAUNCHER = "torch.distributed.run"
 def resolve_recipe(recipe: str, overrides: dict[str, Any]) -> dict[str, Any]:
     """``{"revision": int, "recipe": {...}, "plugins": {...}}``: the complete recipe after its base and ``overrides``.
 
-    ``plugins`` has the sha256 of each plugin's source that the recipe's student, teacher or distiller comes from.
+    ``plugins`` has the sha256 of the source of each plugin that defines the recipe's student, teacher or distiller.
     """
     return dict(_call(["resolve", "--recipe", recipe, *_as_options(overrides)]))
 
 
 def train_teacher(recipe: str, overrides: dict[str, Any], out: Path) -> None:
-    """Train the recipe's teacher into ``out``/model.safetensors, continuing what is there."""
+    """Train the recipe's teacher into ``out``/model.safetensors; a run that was interrupted there continues."""
     _call(["teacher", "--recipe", recipe, *_as_options(overrides), "--out", str(out)])
 
 
 def train_student(recipe: str, overrides: dict[str, Any], out: Path, *, processes: int) -> None:
-    """Distil the recipe's student into ``out``/student, continuing what is there."""
+    """Distil the recipe's student into ``out``/student; a run that was interrupted there continues."""
     _call(["train", "--recipe", recipe, *_as_options(overrides), "--out", str(out)], processes=processes)
 
 
 def student_key(
     recipe: dict[str, Any], dataset_sha256: str, teacher_sha256: str, revision: int, plugins: Mapping[str, str]
 ) -> str:
-    """Digest of all that a distilled student depends on; ``plugins`` as ``resolve_recipe`` gives them."""
+    """Digest of all that a distilled student depends on; ``plugins`` are those of ``resolve_recipe``."""
     return digest(["train", _portable(recipe), dataset_sha256, teacher_sha256, revision, *sorted(plugins.items())])
 
 
 def teacher_key(recipe: dict[str, Any], dataset_sha256: str, revision: int, plugins: Mapping[str, str]) -> str:
     """Digest of all that the recipe's teacher depends on."""
     tables = {name: table for name, table in _portable(recipe).items() if name in ("data", "teacher", "train")}
-    # The student's own length and rate do not reach the teacher.
+    # The number of epochs and the learning rate of the student do not change the teacher.
     tables["train"] = {name: v for name, v in tables["train"].items() if name not in ("epochs", "learning_rate")}
     source = [plugins["teacher"]] if "teacher" in plugins else []
     return digest(["teacher", tables, dataset_sha256, revision, *source])
 
 
 def _portable(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The recipe without places: moved data and weights are the same data and weights, by their digests."""
+    """The recipe without paths: data and weights count by their digests, wherever they are stored."""
     data = {name: value for name, value in recipe["data"].items() if name not in ("root", "workers")}
     data["name"] = data["name"].partition(":")[0]
     teacher = {name: value for name, value in recipe["teacher"].items() if name != "checkpoint"}
@@ -61,12 +61,12 @@ def _call(arguments: list[str], *, processes: int = 1) -> Any:
         module = _LAUNCHER
         options = ["--standalone", "--nproc_per_node", str(processes), "-m", "training", *arguments]
     try:
-        # Training takes as long as it takes, and shows its progress on stderr.
+        # Training has no time limit, and shows its progress on stderr.
         return call(module, options, timeout_s=None, shows_stderr=True)
     except ChildDiedError as error:
         raise TrainingError(
             f"The training process ended with exit code {error.exit_code}.",
-            remedy="Its output is above. The same command continues from the last finished epoch.",
+            remedy="See its output above. Run the same command again to continue from the last finished epoch.",
         ) from None
 
 
@@ -77,6 +77,6 @@ def _as_options(tables: dict[str, Any], prefix: str = "") -> list[str]:
         if isinstance(value, dict):
             options += _as_options(value, f"{name}.")
         else:
-            # JSON scalars and arrays of them are TOML values as they are.
+            # JSON scalars and arrays of them are valid TOML values.
             options += ["--set", f"{name}={json.dumps(value)}"]
     return options

@@ -1,22 +1,15 @@
-"""Names of the files in a bundle; the stages of a build name their results alike."""
+"""The layout of a bundle: the names of its files. The stages of a build give their results the same names."""
 
 MANIFEST = "manifest.json"
-
 UNFUSED = "unfused.safetensors"
-
 FUSED = "student.safetensors"
-
 TARGETS = "targets"
-
 GOLDEN = "golden"
-
 GOLDEN_LOGITS = "golden/logits.safetensors"
-
-#: A tensor of that file: the error on the golden images that rung B of the bundle's policy allows a multiple of.
-UNIT_ERROR = "unit_error"
-
 #: Per-image results of rung D.
 TASK = "metrics/validation.safetensors"
-
-#: The calibrated range of each tensor, beside an int8 model.
+#: The calibrated range of each tensor, in the folder of an int8 model.
 RANGES = "ranges.json"
+
+#: A tensor of ``GOLDEN_LOGITS``: the unit of the error on the golden images, of which rung B allows a multiple.
+UNIT_ERROR = "unit_error"

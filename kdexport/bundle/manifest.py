@@ -1,4 +1,4 @@
-"""The bundle on disk: its layout, its manifest, and the digests that tie both together."""
+"""The bundle on disk: its layout, its manifest, and the digests of its files."""
 
 import json
 import re
@@ -59,19 +59,18 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 1
-
 _MAX_BATCH, _MAX_SIZE = 4096, 4096
 
 _LISTED_CHANGES = 5
 
 MODEL = ONNX_FILE
-
+#: The status of a target.
 VERIFIED, NOT_EXECUTED = "verified", "built, not executed"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """What a bundle says about itself; ``data`` is the whole JSON object."""
+    """The manifest of a bundle, checked; ``data`` is the whole JSON object."""
 
     data: dict[str, Any]
     spec: StudentSpec
@@ -83,7 +82,9 @@ class Manifest:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Manifest":
-        """Read a manifest's JSON object; raises ``KeyError``, ``TypeError`` or ``ValueError`` on a foreign one."""
+        """Read a manifest's JSON object; raises ``KeyError``, ``TypeError`` or ``ValueError`` for other JSON,
+        ``BundleError`` for a target whose backend is not registered.
+        """
         if data["schema_version"] != SCHEMA_VERSION:
             raise ValueError(f"schema_version is {data['schema_version']!r}, this version reads {SCHEMA_VERSION}")
         for name in ("export", "certificate", "operators", "versions", "parity", "parity_images", "latency"):
@@ -103,24 +104,27 @@ class Manifest:
 
 
 def _require_sound(data: dict[str, Any]) -> None:
-    """What verification relies on: shapes, targets and golden images are there and make sense."""
+    """Check what the verification relies on: batch sizes, targets, golden images and the image size."""
     export = data["export"]
     batches = [export[name] for name in ("min_batch", "opt_batch", "max_batch")]
     if not all(isinstance(batch, int) and 1 <= batch <= _MAX_BATCH for batch in batches):
-        raise ValueError(f"batch sizes are {batches}")
+        raise ValueError(f"batch sizes are {batches}, expected integers from 1 to {_MAX_BATCH}")
     for name, entry in data["targets"].items():
         _require_known_backend(name)
         if name not in target_names() or entry["precision"] != name.rpartition("-")[2]:
-            raise ValueError(f"target {name!r} with precision {entry['precision']!r}")
+            raise ValueError(f"the target {name!r} has the precision {entry['precision']!r}")
         if bool(entry["engine"]) != parse_target(name).compiles or entry["status"] not in (VERIFIED, NOT_EXECUTED):
-            raise ValueError(f"target {name!r} says engine {entry['engine']!r}, status {entry['status']!r}")
+            raise ValueError(f"the target {name!r} has engine {entry['engine']!r} and status {entry['status']!r}")
         if "plan" in entry:
             LayerPlan.from_json(entry["plan"])
     if not data["golden"] or not isinstance(data["parity"], list):
-        raise ValueError("there is no golden image or no list of checks")
+        raise ValueError("the golden images or the list of checks are missing")
     size = data["student"]["preprocessing"]
     if not 8 <= size["image_size"] <= size["resize"] <= _MAX_SIZE:
-        raise ValueError(f"image_size {size['image_size']}, resize {size['resize']}")
+        raise ValueError(
+            f"image_size is {size['image_size']} and resize {size['resize']}, expected 8 <= image_size <= resize <= "
+            f"{_MAX_SIZE}"
+        )
 
 
 def _require_known_backend(target: str) -> None:
@@ -135,21 +139,21 @@ def _require_known_backend(target: str) -> None:
 
 def _require_inside(name: str) -> None:
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-        raise ValueError(f"{name!r} lies outside the bundle")
+        raise ValueError(f"the path {name!r} is outside the bundle")
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a bundle folder; raises ``BundleError`` where there is none or it cannot be read."""
+    """The manifest of a bundle folder; raises ``BundleError`` if it is missing or cannot be read."""
     path = folder / MANIFEST
     if not path.is_file():
         raise BundleError(
-            f"{folder} is not a bundle: it has no {MANIFEST}.", remedy="Pass a folder that `kdexport build` wrote."
+            f"{folder} is not a bundle: it has no {MANIFEST}.", remedy="Pass a folder written by kdexport build."
         )
     try:
         return Manifest.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise BundleError(
-            f"{path} is damaged or of another version: {type(error).__name__}: {error}.",
+            f"{path} is damaged or was written by another version: {type(error).__name__}: {error}.",
             remedy="Build the bundle again.",
         ) from error
 
@@ -162,7 +166,7 @@ def hash_files(folder: Path) -> dict[str, str]:
 
 
 def changed_files(folder: Path, expected: dict[str, str]) -> dict[str, str]:
-    """What became of files since the manifest was written: name to ``missing``, ``changed`` or ``unknown``."""
+    """Files that differ from the manifest, each as ``missing``, ``changed`` or ``unknown`` (not in the manifest)."""
     present = hash_files(folder)
     changes = dict.fromkeys(expected.keys() - present.keys(), "missing")
     changes.update(dict.fromkeys(present.keys() - expected.keys(), "unknown"))
@@ -171,12 +175,12 @@ def changed_files(folder: Path, expected: dict[str, str]) -> dict[str, str]:
 
 
 def listed_changes(changes: dict[str, str]) -> str:
-    """The first of ``changed_files`` in words, for an error."""
+    """The first few of ``changed_files`` as one line, for an error message."""
     return ", ".join(f"{name} {change}" for name, change in list(changes.items())[:_LISTED_CHANGES])
 
 
 def write_golden(folder: Path, images: Iterable[tuple[bytes, str]]) -> list[str]:
-    """Write original image bytes with their suffixes; returns their paths relative to the bundle."""
+    """Write original image bytes with their suffixes; return their paths relative to the bundle."""
     (folder / GOLDEN).mkdir(parents=True)
     names = []
     for index, (data, suffix) in enumerate(images):
@@ -197,12 +201,12 @@ def read_golden(folder: Path, manifest: Manifest) -> "NDArray[np.uint8]":
 
 
 def layer_plans(manifest: Manifest) -> dict[str, LayerPlan]:
-    """The precision plan of each target that was searched, by target."""
+    """The precision plan of each target that has one, by target."""
     return {name: LayerPlan.from_json(entry["plan"]) for name, entry in manifest.targets.items() if "plan" in entry}
 
 
 def onnx_files(manifest: Manifest) -> dict[str, str]:
-    """ONNX files of a bundle by relative path, with the form that their precision is written in."""
+    """ONNX files of a bundle by relative path, with the form of each."""
     files = {MODEL: "fp32"}
     for name in manifest.targets:
         files[f"{TARGETS}/{name}/{MODEL}"] = parse_target(name).form
@@ -210,7 +214,7 @@ def onnx_files(manifest: Manifest) -> dict[str, str]:
 
 
 def target_of(name: str) -> Target | None:
-    """The target whose ONNX file ``name`` is; None for the exported model of the bundle itself."""
+    """The target of the ONNX file ``name``; None for the exported model of the bundle itself."""
     place = PurePosixPath(name)
     inside = place.parent.parent.as_posix() == TARGETS and place.name == MODEL
     return parse_target(place.parent.name) if inside else None

@@ -38,7 +38,7 @@ def _from_training(kind: str) -> Callable[[], Rows]:
             names = call("training", ["names", kind], timeout_s=None)
         except ChildDiedError as error:
             raise BackendUnavailableError(
-                f"The training package does not start: {error.said}",
+                f"The training package does not start: {error.stderr}",
                 remedy="Install kdexport whole: pip install kdexport.",
             ) from None
         return [(name, "") for name in names]

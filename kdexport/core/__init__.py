@@ -1,1 +1,1 @@
-"""What every part needs once: child processes, whole-file writes, tables, digests, TOML, console."""
+"""Shared by all parts: child processes, atomic writes, tables, digests, TOML, console."""

@@ -1,10 +1,10 @@
-"""Child processes: one of our modules, started to answer with JSON, in a process that ends with its parent.
+"""Child processes: run one of our modules, read its answer as JSON, and end it when its parent ends.
 
 ``call`` waits for the end of the child, ``started`` for the line that a server writes when it is ready. Both run
 ``python -m kdexport.core.child PARENT -m MODULE ...``, so that the new process is tied to its parent before it imports
-anything else. On Linux the system then kills it when its parent ends, even by SIGKILL, and whatever it does; strictly,
-when the thread that started it ends, which ``call`` and the block of ``started`` keep. On other systems a thread of the
-child waits for the end of stdin, a pipe that the parent alone holds open; native code that does not release the
+anything else. On Linux the system kills the child when its parent ends, even by SIGKILL; more precisely, when the thread
+that started it ends, so ``call`` and the block of ``started`` wait in that thread. On other systems a thread of the
+child waits for the end of stdin, a pipe that only the parent holds open; native code that does not release the
 interpreter's lock delays this until it returns.
 """
 
@@ -24,21 +24,21 @@ from typing import Any, NoReturn
 
 from kdexport.errors import ForwardedError
 
-#: The id of a process that was started here: it describes an error on stdout, and its parent prints it.
+#: Holds the id of a process that was started here: it writes its errors as JSON on stdout, for its parent to print.
 _CHILD = "KDEXPORT_CHILD_PID"
 
-#: Set by torch's launcher for the processes that it starts, each in a session of its own.
+#: Set by torch's launcher for the processes that it starts.
 _LAUNCHED = "TORCHELASTIC_RUN_ID"
 
-#: Exit code of a child whose parent is gone, as after Ctrl-C.
+#: Exit code of a child whose parent has ended, the same as after Ctrl-C.
 _ORPHANED = 130
 
-#: How much of stderr an error quotes, from its end.
+#: An error quotes this many characters from the end of stderr.
 _QUOTED_CHARACTERS = 500
 
 
 class ChildTimeoutError(Exception):
-    """A child process had no answer after ``seconds`` and was killed."""
+    """A child process gave no answer within ``seconds`` and was killed."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__(f"no answer within {seconds:g} s")
@@ -46,12 +46,12 @@ class ChildTimeoutError(Exception):
 
 
 class ChildDiedError(Exception):
-    """A child process ended without an answer; ``exit_code`` is negative for a signal, ``said`` the end of stderr."""
+    """A child process ended without an answer; ``exit_code`` is negative for a signal, ``stderr`` its last output."""
 
-    def __init__(self, exit_code: int, said: str) -> None:
-        super().__init__(f"exit code {exit_code}: {said}")
+    def __init__(self, exit_code: int, stderr: str) -> None:
+        super().__init__(f"exit code {exit_code}: {stderr}")
         self.exit_code = exit_code
-        self.said = said
+        self.stderr = stderr
 
 
 def call(
@@ -62,10 +62,10 @@ def call(
     environment: Mapping[str, str] | None = None,
     shows_stderr: bool = False,
 ) -> Any:
-    """Run ``module`` with ``arguments`` in a child process; the last JSON object or list that it writes on stdout.
+    """Run ``module`` with ``arguments`` in a child process; return the last JSON object or list on its stdout.
 
-    ``environment`` is added to ours. With ``shows_stderr`` the child writes to our stderr, and an error quotes nothing.
-    Raises ``ForwardedError`` with the error that the child described, ``ChildDiedError`` or ``ChildTimeoutError``.
+    ``environment`` is added to ours. With ``shows_stderr`` the child writes to our stderr, and errors do not quote it.
+    Raises ``ForwardedError`` with the error that the child reported, ``ChildDiedError`` or ``ChildTimeoutError``.
     """
     with _held_pipe() as stdin:
         try:
@@ -83,7 +83,7 @@ def call(
 def started(module: str, arguments: Sequence[str], *, timeout_s: float) -> Iterator[Any]:
     """Start ``module`` and yield the JSON of its first line on stdout; the child is killed at the end of the block.
 
-    Raises what ``call`` raises.
+    Raises the same errors as ``call``.
     """
     with _held_pipe() as stdin, tempfile.TemporaryFile("w+", errors="replace") as stderr:
         child = subprocess.Popen(
@@ -104,7 +104,7 @@ def started(module: str, arguments: Sequence[str], *, timeout_s: float) -> Itera
 
 
 def end_with_launcher() -> None:
-    """As one of the processes that torch's launcher started, end when the launcher ends, even by SIGKILL."""
+    """In a process that torch's launcher started: end when the launcher ends, even by SIGKILL."""
     if _LAUNCHED in os.environ:
         _end_with_parent()
 
@@ -119,13 +119,13 @@ def _command(module: str, arguments: Sequence[str]) -> list[str]:
 
 
 def _environment(added: Mapping[str, str] | None) -> dict[str, str]:
-    # A child runs our own modules, whatever lies in the user's folder under the same names.
+    # A child runs our own modules, even if the user's folder has modules of the same names.
     return {**os.environ, "PYTHONSAFEPATH": "1", **(added or {})}
 
 
 @contextlib.contextmanager
 def _held_pipe() -> Iterator[int]:
-    """A stdin that ends when this process does."""
+    """A pipe to read from, which ends when this process ends."""
     reading, held = os.pipe()
     try:
         yield reading
@@ -147,7 +147,7 @@ def _answer(stdout: str, exit_code: int, stderr: str) -> Any:
 
 
 def _last_json(text: str) -> Any:
-    # Libraries write to stdout too, some of them while the process ends.
+    # Libraries also write to stdout, some of them while the process ends.
     for line in reversed(text.splitlines()):
         with contextlib.suppress(json.JSONDecodeError):
             value = json.loads(line)
@@ -157,14 +157,14 @@ def _last_json(text: str) -> Any:
 
 
 def _end_with_parent() -> None:
-    """Have the system kill this process when its parent ends; holds for what it executes too."""
+    """Have the system kill this process when its parent ends, also after it executes another program."""
     set_parent_death_signal = 1
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def _end_with_stdin() -> None:
-    """End this process when its stdin ends, which its parent holds open."""
+    """End this process when its stdin ends, that is, when its parent ends."""
 
     def wait() -> NoReturn:
         while os.read(sys.stdin.fileno(), 1):
@@ -178,7 +178,7 @@ def _main() -> None:
     parent, module = int(sys.argv[1]), sys.argv[3]
     if sys.platform == "linux":
         _end_with_parent()
-        # The parent may have ended before the line above.
+        # The parent may have ended before the call above.
         if os.getppid() != parent:
             sys.exit(_ORPHANED)
     else:

@@ -23,7 +23,7 @@ def guarded(app: Callable[[], Any]) -> NoReturn:
         fail(error)
     except OSError as error:
         fail(storage_error(error))
-    except Exception as error:  # noqa: BLE001, otherwise the user would see a traceback
+    except Exception as error:  # noqa: BLE001, or the user would see a traceback
         fail(UnexpectedError(error))
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted. Run the same command again to continue from the last finished step.\n")
@@ -32,7 +32,7 @@ def guarded(app: Callable[[], Any]) -> NoReturn:
 
 
 def storage_error(error: OSError) -> StorageError:
-    """Turn a full disk, a missing permission or an impossible path into kdexport's own error."""
+    """A full disk, a missing permission or an invalid path as kdexport's own error."""
     place = f"{error.filename}: " if error.filename else ""
     wrapped = StorageError(
         f"{place}{error.strerror or error}.",

@@ -25,7 +25,7 @@ def sha256_file(path: Path) -> str:
 
 
 def tool_versions(*packages: str) -> dict[str, str]:
-    """Installed versions by package name, read from metadata, so that nothing is imported."""
+    """Installed versions by package name, or ``absent``; read from metadata without importing."""
     return {package: _installed(package) for package in packages}
 
 

@@ -1,8 +1,8 @@
-"""Files and folders that appear whole or not at all: whatever is written for a user, or read again later.
+"""Atomic writes: a file or folder appears complete or not at all.
 
-A file or folder is made under a name beside its own and renamed when it is complete and on disk. What is written inside
-a folder that appears by rename itself (a stage's result, a bundle, a Triton model before ``publish``), or in a
-temporary folder, is written plainly.
+Each is written under another name in the same folder, and renamed when it is complete and on disk. These functions are
+for everything that a user keeps or a later process reads. They are not needed inside a folder that itself appears by
+rename (a stage's result, a bundle, a Triton model before ``publish``), or in a temporary folder.
 """
 
 import contextlib
@@ -18,29 +18,29 @@ _PARTIAL = ".partial-"
 
 
 def require_writable_file(path: Path | None) -> None:
-    """Raise ``OutputError`` before anything is timed where a report could not be written after it."""
+    """Raise ``OutputError`` if the report of a measurement could not be written to ``path`` afterwards."""
     if path is None:
         return
     if path.is_dir() or not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK):
         raise OutputError(
             f"{path} cannot be written: it is a folder, or its folder is missing or read-only.",
-            remedy="Pass a file in a folder that exists; nothing was timed.",
+            remedy="Pass a file in an existing, writable folder; nothing was measured.",
         )
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` as UTF-8; ``path`` is complete, or what it was before."""
+    """Write ``text`` as UTF-8; after a failure ``path`` is unchanged."""
     write_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write ``data``; ``path`` is complete, or what it was before."""
+    """Write ``data``; after a failure ``path`` is unchanged."""
     write_file(path, lambda partial: partial.write_bytes(data))
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write(partial)`` make a file that then takes the place of ``path``; a failure leaves ``path`` as it was."""
-    # Two processes that write one file have a partial file each.
+    """Let ``write(partial)`` write a file that then replaces ``path``; after a failure ``path`` is unchanged."""
+    # Processes that write the same file at once have different partial files.
     partial = path.with_name(f".{path.name}{_PARTIAL}{os.getpid()}")
     try:
         write(partial)
@@ -51,13 +51,13 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def remove_partials(folder: Path) -> None:
-    """Remove what killed processes left unfinished in ``folder``, which no other process may be writing to."""
+    """Remove the partial files of killed processes from ``folder``; no other process may be writing to it."""
     for partial in folder.glob(f".*{_PARTIAL}[0-9]*"):
         partial.unlink(missing_ok=True)
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Give a finished folder its name; its files are on disk before the name is."""
+    """Rename a finished folder to ``final``; its files are flushed to disk first."""
     for path in partial.rglob("*"):
         if path.is_file():
             _flush(path)
@@ -71,7 +71,7 @@ def _flush(path: Path) -> None:
 
 @contextlib.contextmanager
 def exclusive(lock: Path) -> Iterator[None]:
-    """Hold ``lock`` against other processes; the system drops it when this one ends, however it ends.
+    """Hold ``lock`` against other processes; the system releases it when this process ends in any way.
 
     Raises ``StorageError`` on a system without such locks.
     """
@@ -82,13 +82,13 @@ def exclusive(lock: Path) -> Iterator[None]:
             "kdexport runs on Linux and macOS: this system has no locks on folders (flock).",
             remedy="On Windows, run kdexport in WSL 2 or in a Linux container.",
         ) from None
-    # A folder is locked as it is: a lock file that is removed again would let two processes hold two of one name.
+    # A folder is locked itself: if a lock file were removed, two processes could hold two files of one name.
     descriptor = os.open(lock, os.O_RDONLY if lock.is_dir() else os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            sys.stderr.write("Waiting for another kdexport that is working on the same thing ...\n")
+            sys.stderr.write(f"Waiting for another kdexport process that holds {lock} ...\n")
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
@@ -96,7 +96,7 @@ def exclusive(lock: Path) -> Iterator[None]:
 
 
 def require_writable(folder: Path) -> None:
-    """Create the parent of ``folder`` and prove that it can be written; ``OSError`` where it cannot."""
+    """Create the parent of ``folder`` and test that it can be written; raises ``OSError`` if not."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     probe = folder.parent / f".{folder.name}.probe-{os.getpid()}"
     probe.mkdir()
@@ -104,30 +104,33 @@ def require_writable(folder: Path) -> None:
 
 
 def require_replaceable(folder: Path, is_ours: Callable[[Path], bool]) -> None:
-    """Raise ``OutputError`` where ``folder`` holds something that is not ours to replace."""
+    """Raise ``OutputError`` if ``folder`` holds something else than kdexport wrote, as ``is_ours`` tells."""
     if not folder.name:
-        raise OutputError(f"{folder} cannot be a bundle folder.", remedy="Pass --out with a name of its own.")
+        raise OutputError(
+            f"{folder} has no folder name and cannot be written.", remedy="Pass --out with the name of a new folder."
+        )
     if folder.parent.is_dir():
         with exclusive(folder.parent):
             recover(folder)
     occupied = folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
     if folder.is_symlink() or (occupied and not (folder.is_dir() and is_ours(folder))):
         raise OutputError(
-            f"{folder} exists and is not a bundle.", remedy="Pass another --out, or move it away; nothing was changed."
+            f"{folder} exists and is not a bundle.",
+            remedy="Pass another --out, or move the folder away; nothing was changed.",
         )
 
 
 def replace_folder(source: Path, target: Path) -> None:
-    """Put a copy of ``source`` in the place of ``target``, which stays as it is until the copy is complete."""
+    """Replace ``target`` with a copy of ``source`` when the copy is complete."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with exclusive(target.parent):
         write_folder(target, lambda incoming: shutil.copytree(source, incoming))
 
 
 def write_folder(target: Path, make: Callable[[Path], object]) -> None:
-    """Let ``make(incoming)`` make a folder that then takes the place of ``target``.
+    """Let ``make(incoming)`` fill a folder that then replaces ``target``.
 
-    Only one process at a time may do so: ``replace_folder`` locks, a run has its folder to itself.
+    Only one process at a time may call this for one target: ``replace_folder`` locks; other callers own their folder.
     """
     incoming, outgoing = _sibling(target, "new"), _sibling(target, "old")
     shutil.rmtree(incoming, ignore_errors=True)
@@ -142,7 +145,7 @@ def write_folder(target: Path, make: Callable[[Path], object]) -> None:
 
 
 def recover(target: Path) -> None:
-    """After a kill between the two renames of ``write_folder``: put the old folder back, or drop it."""
+    """Restore the old folder, or remove it, if ``write_folder`` was killed between its two renames."""
     outgoing = _sibling(target, "old")
     if outgoing.is_dir() and not target.exists():
         outgoing.rename(target)

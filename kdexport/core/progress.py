@@ -9,14 +9,14 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 
 class Reporter:
-    """Says which stage runs and what it found; ``quiet`` says nothing."""
+    """Shows which stage runs and how long it took; nothing if ``quiet``."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._console = Console(stderr=True, highlight=False, quiet=quiet)
 
     @contextmanager
     def stage(self, name: str, *, live: bool = True) -> Iterator[Callable[[str], None]]:
-        """Time one stage; the yielded function tells what it is at. ``live=False`` leaves the screen to a child."""
+        """Time one stage; the yielded function shows its current step. ``live=False`` leaves the screen to a child."""
         started = time.monotonic()
         columns = (SpinnerColumn(), TextColumn("{task.description:<10} {task.fields[detail]}"), TimeElapsedColumn())
         hidden = not (live and self._console.is_terminal)

@@ -1,4 +1,4 @@
-"""Tables of text for people: on a terminal, as Markdown, and as HTML in one file."""
+"""Tables of text: on a terminal, as Markdown, and as one HTML file."""
 
 import html
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Table:
-    """A header row and rows of text, each of as many cells; pages add a heading and a sentence on how to read it."""
+    """A header and rows of text with the same number of cells; pages also show ``title`` and ``note``."""
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -35,8 +35,8 @@ def terminal_table(table: Table) -> "RichTable":
 
 
 def markdown_text(text: str) -> str:
-    """``text`` as one line of Markdown that shows it as it is, in a cell too."""
-    # A cell is one line without a separator, or the row falls apart.
+    """``text`` escaped as one line of Markdown, also inside a cell."""
+    # A line break or a separator would end the cell.
     return " ".join(html.escape(text, quote=False).replace("|", "/").split())
 
 
@@ -70,7 +70,7 @@ th{color:#5a6475;font-weight:600}td.bad{color:#c62f1f;font-weight:700}p{color:#5
 
 
 def html_page(title: str, tables: Sequence[Table], *, failed: bool) -> str:
-    """One self-contained page without a script; ``failed`` colours its verdict."""
+    """One self-contained page without scripts; ``failed`` selects the colour of its verdict."""
     parts = [_html_table(table) for table in tables]
     name, _, sentence = title.partition(": ")
     banner = f'<div class="verdict{" bad" if failed else ""}">{html.escape(sentence)}</div>'

@@ -18,7 +18,7 @@ class Settings(BaseModel):
 
     @classmethod
     def model_of(cls, data: Mapping[str, Any]) -> type["Settings"]:  # noqa: ARG003
-        """The model that reads ``data``: this one, unless a key of it chooses among several."""
+        """The model that reads ``data``: this one, unless one of its keys selects another."""
         return cls
 
 
@@ -30,12 +30,14 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"There is no file {path}.", remedy="Check the path.") from None
+        raise ConfigError(f"The file {path} does not exist.", remedy="Check the path.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}.", remedy="Check the file and its permissions.") from error
-    # A number of thousands of digits is a ValueError, nesting without end a RecursionError.
+    # A number with thousands of digits is a ValueError, very deep nesting a RecursionError.
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}.", remedy="Correct the line that is named.") from error
+        raise ConfigError(
+            f"{path} is not valid TOML: {error}.", remedy="Correct the line that the message names."
+        ) from error
 
 
 def parse(model: type[M], data: Mapping[str, Any], source: str) -> M:
@@ -48,7 +50,7 @@ def parse(model: type[M], data: Mapping[str, Any], source: str) -> M:
         ]
         raise ConfigError(
             f"{source}: {problems[0]}" if len(problems) == 1 else f"{source}:\n  " + "\n  ".join(problems),
-            remedy="Correct the file or the option; nothing was started.",
+            remedy="Correct the file or the option, then run the same command again.",
         ) from None
 
 

@@ -1,1 +1,1 @@
-"""Where a failed check comes from: bisection over stages, then over nodes, to one node that can be run alone."""
+"""The cause of a failed check: bisection over stages, then over nodes, to one node that can be run alone."""

@@ -1,7 +1,7 @@
-"""Bisection of a failed bundle: over its stages, then over the nodes of the first file that is off.
+"""Bisection of a failed bundle: over its stages, then over the nodes of the first file that is wrong.
 
-The trusted graph is made anew from the bundle's unfused weights: folded in float64, checked against the unfused
-student, exported. What the bundle's files say about themselves is never trusted.
+Files are compared with a trusted graph, which is made again from the bundle's unfused weights: folded in float64,
+checked against the unfused student, exported. Nothing else in the bundle is trusted.
 """
 
 import json
@@ -16,7 +16,7 @@ import onnx
 from numpy.typing import NDArray
 
 from kdexport.backends.base import INPUT
-from kdexport.bundle.manifest import FUSED, MODEL, Manifest, layer_plans, load_unfused, onnx_files, read_golden
+from kdexport.bundle.manifest import FUSED, MODEL, UNFUSED, Manifest, layer_plans, load_unfused, onnx_files, read_golden
 from kdexport.checkpoint import load_tensors
 from kdexport.diagnose.differences import overflow, stored_difference
 from kdexport.diagnose.reproduction import write_reproduction
@@ -33,17 +33,18 @@ from kdexport.verify.student_checks import check_golden, check_weights
 
 Progress = Callable[[str], None]
 
-#: Real images that take part; the edge inputs come on top.
+#: Real images that are run, in addition to the edge inputs.
 _IMAGES = 8
 REPORT, REPRODUCTION = "blame.json", "reproduction"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Blame:
-    """The first place where a bundle leaves its unfused student.
+    """The first place where a bundle differs from its unfused student.
 
-    ``stage`` is unfused, fold, export, cast or engine; ``file`` the first file that is off; ``node`` and ``words`` say
-    which node and how, ``reproduction`` where it lies as files of its own (empty where no node could be cut out).
+    ``stage`` is unfused, fold, export, cast or engine. ``file`` is the first wrong file, ``node`` the first wrong node
+    in it, and ``words`` describes the difference. ``reproduction`` is the folder with the node as a program of its own;
+    it is empty if no node could be extracted.
     """
 
     stage: str
@@ -71,21 +72,21 @@ class Blame:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trusted:
-    """What files are compared with: the trusted graph, and the inputs on which."""
+    """What files are compared with: the trusted graph, and the inputs that both are run on."""
 
     model: onnx.ModelProto
     probes: Probes
 
 
 def explain(folder: Path, manifest: Manifest, out: Path, progress: Progress) -> Blame | None:
-    """Find the first fault of a bundle and write its reproduction below ``out``; None where every stage is right."""
+    """Find the first fault of a bundle and write its reproduction below ``out``; None if every stage is right."""
     progress("golden images")
     pixels = read_golden(folder, manifest)
     wrong = [check for check in check_golden(folder, manifest, pixels) if not check.holds]
     if wrong:
-        words = "does not give the reference logits of the golden images: the weights as trained were changed"
-        return _without_node("unfused", "unfused.safetensors", wrong[0].measured, wrong[0].allowed, words)
-    progress("folding and exporting anew")
+        words = "does not give the reference logits of the golden images: the trained weights were changed"
+        return _without_node("unfused", UNFUSED, wrong[0].measured, wrong[0].allowed, words)
+    progress("fold and export again")
     trusted = _trust(folder, manifest, pixels[:_IMAGES])
     if isinstance(trusted, Blame):
         return trusted
@@ -101,7 +102,7 @@ def explain(folder: Path, manifest: Manifest, out: Path, progress: Progress) -> 
 
 
 def _scaled(trusted: Trusted, manifest: Manifest, name: str) -> Trusted:
-    """The trusted graph as the precision plan of a file scales it: the same function with the file's own ranges."""
+    """The trusted graph, scaled by the precision plan of a file: the same function with the file's own ranges."""
     plan = layer_plans(manifest).get(Path(name).parent.name, PLAIN)
     return replace(trusted, model=apply_scalings(trusted.model, plan.equalised)) if plan.equalised else trusted
 
@@ -117,7 +118,7 @@ def _trust(folder: Path, manifest: Manifest, pixels: NDArray[np.uint8]) -> "Trus
     try:
         fused = fuse_student(load_unfused(folder, spec)).module
     except KdexportError as error:
-        return _without_node("fold", "unfused.safetensors", 1.0, 0.0, error.message)
+        return _without_node("fold", UNFUSED, 1.0, 0.0, error.message)
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / MODEL
         model = export_onnx(fused, path, image_size=spec.image_size, opset=manifest.opset, metadata={})
@@ -131,7 +132,9 @@ def _trust(folder: Path, manifest: Manifest, pixels: NDArray[np.uint8]) -> "Trus
     for stage, rung in (("fold", eager), ("export", checks)):
         wrong = [check for check in rung if not check.holds]
         if wrong:
-            words = f"is off when made anew by this version: {wrong[0].name} {wrong[0].measured:.3g} {wrong[0].unit}"
+            words = (
+                f"is wrong when this version makes it again: {wrong[0].name} {wrong[0].measured:.3g} {wrong[0].unit}"
+            )
             return _without_node(stage, wrong[0].subject, wrong[0].measured, wrong[0].allowed, words)
     return Trusted(model, probes)
 
@@ -144,21 +147,23 @@ def _fold_fault(folder: Path, manifest: Manifest) -> Blame | None:
         return _without_node("fold", FUSED, 1.0, 0.0, error.message)
     if check.holds:
         return None
-    return _without_node("fold", FUSED, check.measured, check.allowed, f"is not the fold: {check.detail}")
+    return _without_node(
+        "fold", FUSED, check.measured, check.allowed, f"differs from the folded student: {check.detail}"
+    )
 
 
 def _engine_fault(manifest: Manifest) -> Blame | None:
-    """Every graph is right; a stored check of an engine that failed leaves its builder."""
+    """If every graph is right, the fault of a failed check of an engine is in its builder."""
     for check in manifest.data["parity"]:
         if not check["holds"] and str(check["subject"]).endswith(".plan"):
-            words = f"is off while its ONNX file is right: {check['name']}; the builder changed it"
+            words = f"fails {check['name']} although its ONNX file is right: the engine builder changed it"
             measured = float("inf") if check["measured"] is None else float(check["measured"])
             return _without_node("engine", str(check["subject"]), measured, float(check["allowed"]), words)
     return None
 
 
 def file_fault(path: Path, name: str, precision: str, trusted: Trusted, out: Path) -> Blame | None:
-    """The first fault of one ONNX file ``name`` at ``path``, reproduced below ``out``; its stage is the caller's."""
+    """The first fault of the ONNX file ``name`` at ``path``, reproduced below ``out``; the caller sets its stage."""
     try:
         suspect = onnx.load(str(path))
         found = trace(suspect, trusted.model, {INPUT: trusted.probes.images})
@@ -166,11 +171,11 @@ def file_fault(path: Path, name: str, precision: str, trusted: Trusted, out: Pat
         static = None if precision != "bf16" else _stored_fault(suspect, trusted.model, precision, {})
         if static is not None:
             return _named(static[0], name, precision, static[1])
-        # bfloat16 convolutions run on no CPU kernel of onnxruntime: only what is stored can be compared.
+        # onnxruntime has no bfloat16 convolution on the CPU: only stored values can be compared.
         return None if precision == "bf16" else _without_node("export", name, 1.0, 0.0, error.message)
-    # protobuf raises its own error on a damaged file.
+    # protobuf raises its own error for a damaged file.
     except Exception as error:  # noqa: BLE001
-        return _without_node("export", name, 1.0, 0.0, f"is not readable: {type(error).__name__}: {error}")
+        return _without_node("export", name, 1.0, 0.0, f"cannot be read: {type(error).__name__}: {error}")
     rows = {row.tensor: row for row in found.nodes}
     numeric = first_faulty(found.nodes, precision)
     stored = _stored_fault(suspect, trusted.model, precision, rows)
@@ -205,8 +210,8 @@ def _numeric_words(node: NodeError, found: Trace, precision: str) -> str:
     if too_large:
         return too_large
     return (
-        f"is off by {node.error:.2g} of its result (rms, fed with trusted values), {LIMITS[precision]:.0e} is what "
-        f"{precision} explains"
+        f"has an error of {node.error:.2g} of its result (rms, with trusted inputs; up to {LIMITS[precision]:.0e} "
+        f"allowed in {precision})"
     )
 
 
@@ -215,7 +220,7 @@ def _reproduced(
 ) -> Blame:
     given = {name: value for name, value in found.given.items() if name != node.tensor}
     folder = out / REPRODUCTION
-    # A stored difference may be smaller than rounding explains on these inputs; the script shows it all the same.
+    # A stored difference may be below the limit of rounding on these inputs; the script must detect it even then.
     limit = min(blame.allowed, node.error / 2) if np.isfinite(node.error) else blame.allowed
     write_reproduction(
         folder,

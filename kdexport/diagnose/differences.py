@@ -1,4 +1,4 @@
-"""What is wrong with a node, in words: its weights, bias, attributes and inputs against the trusted node's."""
+"""Describes how a node differs from the trusted one: in weights, bias, attributes, inputs, or by overflow."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ _TYPES: dict[str, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dty
 def stored_difference(
     suspect: onnx.ModelProto, trusted: onnx.ModelProto, node: onnx.NodeProto, expected: onnx.NodeProto, precision: str
 ) -> str:
-    """How a node and what it stores differ from the trusted node; empty where they are the same but for rounding."""
+    """How a node and its stored values differ from the trusted node; empty if they differ only by rounding."""
     if precision not in _TYPES:
         return ""
     if node.op_type != expected.op_type:
@@ -31,7 +31,7 @@ def stored_difference(
     for name, wanted in zip(node.input, expected.input, strict=False):
         if wanted in theirs and theirs[wanted].dtype == np.float32:
             if name not in mine:
-                return f"reads {name} where {wanted} was expected"
+                return f"reads {name}, expected {wanted}"
             text = _values(wanted, mine[name], theirs[wanted].astype(_TYPES[precision]))
             if text:
                 return text
@@ -39,13 +39,13 @@ def stored_difference(
 
 
 def overflow(trusted: NDArray[Any], own: NDArray[Any]) -> str:
-    """Which values did not fit into float16; empty where all did."""
+    """Which values overflow in float16; empty if none does."""
     if own.dtype != np.float16 or np.isfinite(own).all():
         return ""
     peak = float(np.abs(trusted[np.isfinite(trusted)].astype(np.float64)).max(initial=0.0))
     count = int((~np.isfinite(own)).sum())
-    reach = f"reaches {peak:.4g}" if peak > FLOAT16_MAX else "overflows inside the sum"
-    return f"{reach} where float16 ends at 65504: {count:,} of {own.size:,} values are not finite"
+    reach = f"reaches {peak:.4g}" if peak > FLOAT16_MAX else "overflows inside a sum"
+    return f"{reach}, but float16 ends at 65504: {count:,} of {own.size:,} values are not finite"
 
 
 def _constants(model: onnx.ModelProto) -> dict[str, NDArray[Any]]:
@@ -66,22 +66,22 @@ def _values(name: str, stored: NDArray[Any], expected: NDArray[Any]) -> str:
         return ""
     order = _permutation(mine, theirs)
     if order is not None:
-        moved = [f"{place} holds {source}" for place, source in enumerate(order) if place != source]
+        moved = [f"row {place} contains row {source}" for place, source in enumerate(order) if place != source]
         return f"the rows of {name} are in another order: {', '.join(moved[:4])}{', ...' if len(moved) > 4 else ''}"
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = mine[theirs != 0] / theirs[theirs != 0]
     if ratios.size > 1 and np.isfinite(ratios).all() and np.ptp(ratios) <= 4e-3 * abs(np.median(ratios)):
-        return f"{name} is {np.median(ratios):.4g} times what it should be"
+        return f"{name} is {np.median(ratios):.4g} times the expected values"
     change = np.abs(mine - theirs)
     place = tuple(int(i) for i in np.unravel_index(int(np.argmax(change)), change.shape))
     return (
-        f"{int(unequal.sum())} of {unequal.size} values of {name} differ, most at {list(place)}: {mine[place]:.4g}, "
-        f"expected {theirs[place]:.4g}"
+        f"{int(unequal.sum())} of {unequal.size} values of {name} differ, the largest difference is at {list(place)}: "
+        f"{mine[place]:.4g}, expected {theirs[place]:.4g}"
     )
 
 
 def _permutation(stored: NDArray[Any], expected: NDArray[Any]) -> list[int] | None:
-    """Which expected row each stored row is, where every one is one of them."""
+    """The expected row that each stored row equals; None unless the stored rows are a permutation of the expected."""
     if stored.ndim < 1 or stored.shape[0] < 2:
         return None
     known = {row.tobytes(): place for place, row in enumerate(expected)}

@@ -1,7 +1,4 @@
-"""What this machine has: one line a fact, with what to do where something is missing.
-
-``kdexport doctor BUNDLE``: whether this machine would serve a bundle, and gives its labels.
-"""
+"""What this machine can build and run, and whether it can serve a bundle: one line for each fact."""
 
 import platform
 import shutil
@@ -19,23 +16,15 @@ from kdexport.serving.loading import as_kdexport_error, load, read_files
 from kdexport.targets import DEFAULT_TARGET, parse_target, require_servable, target_names
 
 _PACKAGES = (
-    "torch",
-    "torchvision",
-    "onnx",
-    "onnxscript",
-    "safetensors",
-    "accelerate",
-    "polygraphy",
-    "openvino",
+    "torch", "torchvision", "onnx", "onnxscript", "safetensors", "accelerate", "polygraphy", "openvino",
     "scikit-learn",
-)
-
-_MIN_FREE_GB = 2
+)  # fmt: skip
+_MIN_FREE_GIB = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """One line of the doctor: what was looked at, whether it serves, and what was found."""
+    """One line of ``kdexport doctor``: what was examined, whether it is usable, and what was found."""
 
     what: str
     ok: bool
@@ -43,12 +32,12 @@ class Fact:
 
 
 def examine() -> list[Fact]:
-    """Look at Python, packages, devices, disk and targets."""
+    """Examine Python, packages, devices, disk and targets."""
     return [
         Fact("python", True, f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         Fact("processors", True, f"{len(usable_cpus())} usable"),
         *[
-            Fact(name, version != "absent", version if version != "absent" else f"absent: pip install {name}")
+            Fact(name, version != "absent", version if version != "absent" else f"not installed: pip install {name}")
             for name, version in tool_versions(*_PACKAGES).items()
         ],
         _onnxruntime(),
@@ -65,9 +54,13 @@ def _onnxruntime() -> Fact:
         if version != "absent"
     }
     if not both:
-        return Fact("onnxruntime", False, "absent: pip install onnxruntime-gpu")
+        return Fact("onnxruntime", False, "not installed: pip install onnxruntime-gpu")
     if len(both) > 1:
-        return Fact("onnxruntime", False, f"{both}: both install the same module; remove one")
+        return Fact(
+            "onnxruntime",
+            False,
+            f"{' and '.join(both)} are both installed and share one module: pip uninstall one of them",
+        )
     from kdexport.backends.ort import import_onnxruntime
 
     providers = ", ".join(import_onnxruntime().get_available_providers())
@@ -83,12 +76,14 @@ def _cuda() -> Fact:
 
     usable = torch.cuda.is_available()
     names = "; ".join(line.removeprefix("Model:").strip() for line in gpus[1:])
-    return Fact("GPU", usable, names if usable else f"{names}, but torch {torch.__version__} does not see it")
+    return Fact("GPU", usable, names if usable else f"{names}, but torch {torch.__version__} cannot use it")
 
 
 def _disk() -> Fact:
     free = shutil.disk_usage(Path.cwd()).free / 2**30
-    return Fact("disk", free >= _MIN_FREE_GB, f"{free:.1f} GiB free here ({_MIN_FREE_GB} GiB are enough)")
+    return Fact(
+        "disk", free >= _MIN_FREE_GIB, f"{free:.1f} GiB free in this folder (at least {_MIN_FREE_GIB} GiB required)"
+    )
 
 
 def _target(name: str) -> Fact:
@@ -99,7 +94,10 @@ def _target(name: str) -> Fact:
 
 
 def examine_bundle(folder: Path, provider: str = CPU, target: str = DEFAULT_TARGET) -> list[Fact]:
-    """Files, graph, provider and golden images from their bytes; raises what the server would refuse the bundle for."""
+    """Check a bundle as the server does: files, graph, provider, and golden images from their bytes.
+
+    Raises the ``KdexportError`` with which the server would refuse the bundle.
+    """
     try:
         require_servable(target, provider)
         files = read_files(folder, target)
@@ -115,11 +113,11 @@ def examine_bundle(folder: Path, provider: str = CPU, target: str = DEFAULT_TARG
         raise as_kdexport_error(error, folder) from error
     golden = model.golden
     nodes = sum(model.ort.nodes_by_provider.values())
-    fact = f"{golden.images} images from their bytes: same pixels as in training, same labels as the reference"
+    fact = f"{golden.images} images: pixels as in training, labels as the reference"
     return [
-        Fact("files", True, f"{len(files.manifest.files)} files are those that were verified"),
+        Fact("files", True, f"{len(files.manifest.files)} files unchanged since they were verified"),
         Fact("graph", True, f"{target}: one file, {len(files.graph):,} bytes, no foreign operators"),
         Fact("provider", True, f"{nodes} of {nodes} nodes on {provider}"),
         Fact("golden images", True, fact),
-        Fact("golden logits", True, f"off by {golden.error:.2e} at most (up to {golden.allowed:.2e} allowed)"),
+        Fact("golden logits", True, f"largest error {golden.error:.2e} (up to {golden.allowed:.2e} allowed)"),
     ]

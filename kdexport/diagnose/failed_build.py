@@ -1,4 +1,4 @@
-"""What is left of a build whose verification failed: the folder with its report, and where its fault lies."""
+"""What a build keeps if its verification fails: the folder with its report, and the place of the fault."""
 
 import tempfile
 from collections.abc import Callable
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def keep_failed(
     error: VerificationError, folder: Path, place: Path, *, blame: bool, progress: Callable[[str], None]
 ) -> VerificationError:
-    """Copy ``folder`` to ``place``; the error that names it, and with ``blame`` the node that is at fault."""
+    """Copy ``folder`` to ``place``; return the error with its path, and with ``blame`` also the node at fault."""
     replace_folder(folder, place)
     lines = [error.message, f"Report: {place / 'report.md'}"]
     if blame:
@@ -24,16 +24,18 @@ def keep_failed(
 
 
 def _blame(failed: Path, progress: Callable[[str], None]) -> list[str]:
-
     try:
         return blame_lines(blame_bundle(failed, failed.with_name(f"{failed.name}-blame"), progress))
     except KdexportError as error:
-        # The failure itself must be told even where its cause cannot be found.
+        # The failure itself must be reported even if its cause cannot be found.
         return [f"Blame: {error.message}"]
 
 
 def blame_bundle(bundle: Path, out: Path, progress: Callable[[str], None]) -> "Blame | None":
-    """Explain ``bundle`` into ``out``, which is replaced whole; nothing is written where nothing is wrong."""
+    """Find the first fault of ``bundle`` and write it to ``out``, which is replaced as a whole.
+
+    Nothing is written if every stage is right.
+    """
     from kdexport.bundle.manifest import read_manifest
     from kdexport.diagnose.bisect import REPORT, explain, write_blame
 
@@ -42,7 +44,7 @@ def blame_bundle(bundle: Path, out: Path, progress: Callable[[str], None]) -> "B
         require_replaceable(out, lambda folder: (folder / REPORT).is_file())
     except OutputError as error:
         raise OutputError(
-            f"{out} exists and was not written by `kdexport explain-failure`.", remedy=error.remedy
+            f"{out} exists and was not written by kdexport explain-failure.", remedy=error.remedy
         ) from None
     require_writable(out)
     with tempfile.TemporaryDirectory() as place:
@@ -57,10 +59,10 @@ def blame_bundle(bundle: Path, out: Path, progress: Callable[[str], None]) -> "B
 
 
 def blame_lines(found: "Blame | None") -> list[str]:
-    """What is said about a finding on a terminal."""
+    """The lines that a terminal shows for a finding."""
     if found is None:
-        return ["Every stage from the unfused weights to the files is right on the golden images."]
+        return ["Every stage, from the unfused weights to the files, is right on the golden images."]
     lines = [f"Blamed: {found.sentence()}."]
     if found.reproduction:
-        lines.append(f"Reproduce: python {found.reproduction}/reproduce.py   (needs onnxruntime alone)")
+        lines.append(f"Reproduce: python {found.reproduction}/reproduce.py   (needs only numpy and onnxruntime)")
     return lines

@@ -1,4 +1,4 @@
-"""A blamed node as files that need onnxruntime and numpy alone: graph, inputs, expected result, script."""
+"""A wrong node as files that need only numpy and onnxruntime: graph, inputs, expected result, script."""
 
 from pathlib import Path
 
@@ -12,8 +12,8 @@ GRAPH, INPUTS, EXPECTED, SCRIPT = "node.onnx", "inputs.npz", "expected.npz", "re
 
 _TEMPLATE = '''"""{title}
 
-Runs {graph} on {inputs} and compares with {expected}. Needs numpy and onnxruntime, nothing else.
-Exit code 1: the fault is there. 0: it is gone.
+Runs {graph} on {inputs} and compares the result with {expected}. Needs only numpy and onnxruntime.
+Exit code 1: the fault is present. 0: it is fixed.
 """
 
 import os
@@ -38,7 +38,7 @@ found = session.run([name], {{key: feeds[key] for key in feeds}})[0].astype(np.f
 with np.errstate(invalid="ignore", over="ignore"):
     error = np.sqrt(np.mean((found - wanted) ** 2)) / np.sqrt(np.mean(wanted**2))
 off = not error <= LIMIT
-verdict = "OFF" if off else "fine"
+verdict = "FAILS" if off else "holds"
 sys.stdout.write(f"{{name}}: error {{error:.3g}} of the expected result, {{LIMIT:.3g}} allowed: {{verdict}}\\n")
 sys.exit(1 if off else 0)
 '''
@@ -55,12 +55,12 @@ def write_reproduction(
     limit: float,
     title: str,
 ) -> list[str]:
-    """Write the four files for one image; returns the operators of the small graph."""
+    """Write the four files for one image; return the operators of the small graph."""
     single = {name: value[image : image + 1] for name, value in given.items()}
     small = extract(model, tensor, single, local=True)
     folder.mkdir(parents=True, exist_ok=True)
     onnx.save(small, str(folder / GRAPH))
-    # An index into the archive for a name with a slash in it would be a folder: npz names are kept as they are.
+    # npz keeps names with a slash, and ``stored.files`` returns them unchanged.
     np.savez_compressed(folder / INPUTS, **{value.name: single[value.name] for value in small.graph.input})  # type: ignore[arg-type]
     np.savez_compressed(folder / EXPECTED, **{tensor: expected[image : image + 1]})  # type: ignore[arg-type]
     script = _TEMPLATE.format(title=title, graph=GRAPH, inputs=INPUTS, expected=EXPECTED, limit=limit)

@@ -52,7 +52,7 @@ def try_bundle(folder: Path, provider: str, limits: Limits, target: str = DEFAUL
         ) from None
     except ChildDiedError as error:
         # The message below can reach clients (/v2/repository/index); what another library printed can not.
-        _log.error("Output of the process that loaded %s: %s", folder, error.said)
+        _log.error("Output of the process that loaded %s: %s", folder, error.stderr)
         raise BundleError(
             f"The process that loaded {folder} crashed (exit code {error.exit_code}).",
             remedy="Build the bundle again; the server's log has the output of the process.",

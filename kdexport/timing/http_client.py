@@ -77,7 +77,7 @@ def _ready(arguments: list[str]) -> Iterator[str]:
             raise VerificationError(
                 f"The server was not ready within {error.seconds:g} s."
                 if isinstance(error, ChildTimeoutError)
-                else f"The server exited during startup with code {error.exit_code}: {error.said}",
+                else f"The server exited during startup with code {error.exit_code}: {error.stderr}",
                 remedy="Run `kdexport serve` with each bundle to see its error.",
             ) from None
         yield announced["url"]

@@ -134,7 +134,7 @@ def run_session(request: Request) -> Session:
         ) from None  # fmt: skip
     except ChildDiedError as error:
         raise VerificationError(
-            f"A latency session crashed with exit code {error.exit_code}: {error.said}",
+            f"A latency session crashed with exit code {error.exit_code}: {error.stderr}",
             remedy="Run the same command again; if it crashes again, open each model in its runtime.",
         ) from None
     return Session.from_json(result)

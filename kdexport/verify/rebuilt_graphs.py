@@ -33,7 +33,7 @@ class RebuiltGraphs:
         self._made: dict[tuple[object, ...], onnx.ModelProto] = {}
 
     def finding(self, name: str, form: str, plan: LayerPlan, weight_bits: int) -> Finding:
-        """Whether the ONNX file ``name`` equals the graph that this version makes from the unfused student in ``form``."""
+        """Whether the ONNX file ``name`` equals the graph that this version makes from the unfused student."""
         try:
             expected = self._expected(self._folder / name, form, plan, weight_bits)
             difference = graph_difference(onnx.load(str(self._folder / name)), expected)

@@ -141,7 +141,7 @@ def test_an_unknown_key_is_named_with_the_nearest(override: str, problem: str) -
 def test_a_wrong_type_or_range_is_refused_and_nothing_is_converted(override: str) -> None:
     message = refused("digits", override)
     assert override.partition("=")[0] in message
-    assert message.endswith("Correct the file or the option; nothing was started.")
+    assert message.endswith("Correct the file or the option, then run the same command again.")
 
 
 def test_every_problem_is_reported_at_once() -> None:

@@ -173,7 +173,7 @@ def _swap_classes(data: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
-        (_swap_classes, "classes differ"),
+        (_swap_classes, "metadata differs from the manifest in classes"),
         (lambda d: d["student"]["preprocessing"].update(mean=[0.3, 0.3, 0.31]), "preprocessing"),
         (lambda d: d["targets"].pop("trt-rtx-fp16"), "bundle targets"),
         (lambda d: d["provenance"].update(teacher_sha256="0" * 64), "provenance"),
@@ -205,7 +205,7 @@ def test_a_manifest_that_contradicts_the_files_is_found(
 )
 def test_a_malformed_manifest_is_refused(edit: Callable[[dict[str, Any]], object], bundle_copy: Path) -> None:
     change(bundle_copy, edit)
-    with pytest.raises(BundleError, match="is damaged or of another version"):
+    with pytest.raises(BundleError, match="is damaged or was written by another version"):
         read_manifest(bundle_copy)
 
 

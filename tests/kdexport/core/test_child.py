@@ -177,7 +177,7 @@ def test_a_crash_has_its_exit_code_and_the_end_of_what_it_said(
 ) -> None:
     with pytest.raises(ChildDiedError) as caught:
         call(module(source), [], timeout_s=60)
-    assert (caught.value.exit_code, caught.value.said) == (exit_code, said)
+    assert (caught.value.exit_code, caught.value.stderr) == (exit_code, said)
 
 
 def test_a_child_that_hangs_is_killed(module: Callable[[str], str], tmp_path: Path) -> None:

@@ -260,7 +260,7 @@ def truncate_manifest(bundle: Path) -> None:
     ("damage", "message"),
     [
         (truncate_graph, "{folder} cannot be loaded (DecodeError)."),
-        (truncate_manifest, "{folder}/manifest.json is damaged or of another version: JSONDecodeError."),
+        (truncate_manifest, "{folder}/manifest.json is damaged or was written by another version: JSONDecodeError."),
     ],
 )
 def test_the_error_of_the_child_process_names_the_librarys_exception_without_its_text(
