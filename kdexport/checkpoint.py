@@ -1,4 +1,4 @@
-"""The hand-over from training: a directory with student.json and model.safetensors, and nothing pickled."""
+"""The result of training: a folder with student.json and model.safetensors; nothing is pickled."""
 
 import json
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ _SPEC, _WEIGHTS = "student.json", "model.safetensors"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudentSpec:
-    """All that is needed to rebuild a student and to feed it, without its weights."""
+    """Everything that is needed to build a student and to prepare its input, except its weights."""
 
     student: str
     classes: tuple[str, ...]
@@ -37,7 +37,7 @@ class StudentSpec:
 
     @property
     def image_size(self) -> int:
-        """Pixels a side."""
+        """Height and width of an input image, in pixels."""
         return self.preprocessing.image_size
 
     def to_json(self) -> dict[str, Any]:
@@ -53,16 +53,16 @@ class StudentSpec:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "StudentSpec":
-        """Inverse of ``to_json``; raises ``KeyError``, ``TypeError`` or ``ValueError`` on foreign data."""
+        """Inverse of ``to_json``; raises ``KeyError``, ``TypeError`` or ``ValueError`` for other data."""
         if data["schema_version"] != SCHEMA_VERSION:
             raise ValueError(f"schema_version is {data['schema_version']!r}, this version reads {SCHEMA_VERSION}")
         known = ("schema_version", "student", "classes", "preprocessing", "branches", "provenance")
         unknown = sorted(data.keys() - set(known))
         if unknown:
-            raise ValueError(f"unknown key {unknown[0]!r}; known are {', '.join(known)}")
+            raise ValueError(f"unknown key {unknown[0]!r}; known: {', '.join(known)}")
         branches, classes = data["branches"], data["classes"]
         if not isinstance(classes, list) or not classes:
-            raise ValueError("classes is not a list of names")
+            raise ValueError("classes is not a list of at least one name")
         return cls(
             student=str(data["student"]),
             classes=tuple(str(name) for name in classes),
@@ -74,36 +74,36 @@ class StudentSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainedStudent:
-    """A checkpoint on disk that was read and found whole."""
+    """A checkpoint on disk whose description was read and whose weights were hashed."""
 
     weights: Path
     weights_sha256: str
     spec: StudentSpec
-    #: The source of the plugin that defines the student; empty for a student of this package.
+    #: sha256 of the source of the plugin that defines the student; empty for a student of this package.
     plugin_sha256: str = ""
 
 
 def open_checkpoint(directory: Path) -> TrainedStudent:
-    """Read student.json and hash the weights; raises ``CheckpointError`` for what is missing or foreign."""
+    """Read student.json and hash the weights; raises ``CheckpointError`` if one is missing or not readable."""
     spec_path, weights = directory / _SPEC, directory / _WEIGHTS
     for path in (spec_path, weights):
         if not path.is_file():
             raise CheckpointError(
                 f"{directory} is not a student checkpoint: it has no {path.name}.",
-                remedy="Pass the folder that `python -m training train` wrote (student.json and model.safetensors).",
+                remedy="Pass a folder written by python -m training train (student.json and model.safetensors).",
             )
     try:
         spec = StudentSpec.from_json(json.loads(spec_path.read_text()))
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(
-            f"{spec_path} is not a description of a student: {type(error).__name__}: {error}.",
-            remedy="Pass a folder written by this version of `python -m training train`.",
+            f"{spec_path} does not describe a student: {type(error).__name__}: {error}.",
+            remedy="Pass a folder written by this version of python -m training train.",
         ) from error
     return TrainedStudent(weights=weights, weights_sha256=sha256_file(weights), spec=spec)
 
 
 def save_checkpoint(directory: Path, student: "nn.Module", spec: StudentSpec) -> None:
-    """Write a checkpoint directory; the caller makes its appearance atomic."""
+    """Write a checkpoint folder; the write is not atomic, so the caller renames the folder when it is complete."""
     directory.mkdir(parents=True, exist_ok=True)
     save_tensors(directory / _WEIGHTS, student.state_dict())
     (directory / _SPEC).write_text(json.dumps(spec.to_json(), indent=2, sort_keys=True) + "\n")
@@ -113,12 +113,12 @@ def save_tensors(path: Path, tensors: "dict[str, Tensor]") -> None:
     """Write tensors as safetensors, on the CPU and contiguous."""
     from safetensors.torch import save
 
-    # Serialized first and written by Python, so that a full disk is an OSError like everywhere else.
+    # Serialized first and written by Python, so that a full disk raises OSError, not an error of safetensors.
     path.write_bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
 
 def load_tensors(path: Path) -> "dict[str, Tensor]":
-    """Read safetensors; raises ``CheckpointError`` for a truncated or foreign file."""
+    """Read safetensors; raises ``CheckpointError`` if the file is truncated or of another format."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -126,7 +126,7 @@ def load_tensors(path: Path) -> "dict[str, Tensor]":
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path} is truncated or not a safetensors file: {error}.", remedy="Copy the checkpoint again."
+            f"{path} is truncated or not a safetensors file: {error}.", remedy="Copy the file from its source again."
         ) from error
 
 
@@ -149,7 +149,10 @@ def load_student(trained: TrainedStudent) -> "Student":
 
 
 def load_strictly(module: "nn.Module", tensors: "dict[str, Tensor]", source: str) -> None:
-    """Load all tensors into ``module``, none missing, none left over; raises ``CheckpointError`` that names them."""
+    """Load ``tensors`` into ``module``.
+
+    Raises ``CheckpointError`` if one is missing, unknown, of another shape or type, or not finite.
+    """
     own = module.state_dict()
     missing, foreign = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     misshapen = [
@@ -174,12 +177,12 @@ def load_strictly(module: "nn.Module", tensors: "dict[str, Tensor]", source: str
         hint = f" {nearest(foreign[0], missing)}" if foreign and missing and len(missing) < 20 else ""
         raise CheckpointError(
             f"{source} does not fit the model: {'; '.join(facts)}.{hint}",
-            remedy="Name the architecture, number of classes and branches that it was trained with.",
+            remedy="Use the student, number of classes and branches that it was trained with.",
         )
     bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if bad:
         raise CheckpointError(
             f"{source} holds NaN or infinite values, first in {bad[0]!r}.",
-            remedy="The run diverged; train again with a smaller learning rate.",
+            remedy="The training run diverged: train again with a smaller learning_rate.",
         )
     module.load_state_dict(tensors)

@@ -1,4 +1,4 @@
-"""Strict reading of TOML: every key is known, every type is right, and an error names the nearest key."""
+"""The export configuration of a build, read strictly from TOML: unknown keys and wrong types are errors."""
 
 from importlib import resources
 from pathlib import Path
@@ -19,22 +19,22 @@ class ExportSettings(Settings):
     min_batch: Annotated[int, Field(ge=1)] = 1
     opt_batch: Annotated[int, Field(ge=1)] = 8
     max_batch: Annotated[int, Field(ge=1, le=4096)] = 64
-    #: GPU generations a TensorRT-RTX engine is built for; its default is every one it knows from Ampere on.
+    #: GPU generations that a TensorRT-RTX engine is built for; empty: all that it supports from Ampere on.
     compute_capabilities: list[str] = Field(default_factory=list)
-    #: Memory that an engine's kernels may use beside its weights and activations, MiB; 0 leaves it to the builder.
+    #: Memory that the kernels of an engine may use besides weights and activations, MiB; 0: the builder decides.
     workspace_mb: Annotated[int, Field(ge=0)] = 0
-    #: Let float32 engines multiply with 10 bits of mantissa; rung B then says what that costs.
+    #: Let float32 engines multiply with 10 bits of mantissa (TF32); rung C then limits the error.
     tf32: bool = False
 
 
 class SearchSettings(Settings):
-    """``[precision_search]``: which layers int8 is not to compute; what a plan may cost on training images."""
+    """``[precision_search]``: limits of a precision plan on training images, and the extent of the search."""
 
     enabled: bool = False
-    #: Shares of the images against the float32 graph; those of rung D's policy where they are not given.
+    #: Fractions of the images, compared with the float32 graph; the limits of rung D if not given.
     flips: Annotated[float, Field(ge=0, le=1)] | None = None
     top1_drop: Annotated[float, Field(ge=0, le=1)] | None = None
-    #: rms error of the logits relative to their size; no limit where it is not given.
+    #: rms error of the logits relative to their size; no limit if not given.
     noise: Annotated[float, Field(gt=0)] | None = None
     #: At most this many plans are cast and run.
     evaluations: Annotated[int, Field(ge=3, le=1000)] = 24
@@ -42,7 +42,7 @@ class SearchSettings(Settings):
 
 
 class VerifySettings(Settings):
-    """``[verify]``: how many validation images rungs A to C, rung D and the golden set take."""
+    """``[verify]``: the number of validation images for rungs A to C, for rung D and for the golden set."""
 
     images: Annotated[int, Field(ge=8)] = 512
     task_images: Annotated[int, Field(ge=1)] = 10_000
@@ -50,10 +50,10 @@ class VerifySettings(Settings):
 
 
 class LatencySettings(Settings):
-    """``[latency]``: the interleaved comparison of the fused with the unfused student."""
+    """``[latency]``: the comparison of the fused with the unfused student, in interleaved pairs."""
 
     max_slowdown: Annotated[float, Field(gt=0, lt=1)] = 0.02
-    #: At most this many fresh processes; the test looks after 6, 12 and 20 and ends as soon as it is sure.
+    #: At most this many new processes; the test looks after 6, 12 and 20 and ends when it has a verdict.
     sessions: Annotated[int, Field(ge=3, le=100)] = 20
     pairs: Annotated[int, Field(ge=10, le=1000)] = 40
     batch: Annotated[int, Field(ge=1)] = 1
@@ -61,11 +61,11 @@ class LatencySettings(Settings):
 
 
 class BuildConfig(Settings):
-    """One export configuration: what is trained, on what, and how it is exported and verified."""
+    """One export configuration: the student and its recipe, and how it is exported and verified."""
 
     student: str
     targets: list[str] = Field(default_factory=lambda: ["onnx-fp32"])
-    #: A recipe of ``training/recipes`` by name, or the path of a TOML file.
+    #: The name of a recipe in ``training/recipes``, or the path of a TOML file.
     recipe: str
     #: Files (relative to this one) and modules that register students, teachers, distillers or backends.
     plugins: list[str] = Field(default_factory=list)
@@ -81,7 +81,7 @@ class BuildConfig(Settings):
 
 
 def find_config(student: str, folder: Path = Path("export_configs")) -> Path:
-    """The configuration of ``student``: one in ``export_configs`` here, else the one that ships with kdexport."""
+    """The path of the configuration of ``student``: in ``export_configs`` here, else in kdexport's package."""
     local = folder / f"{student}.toml"
     if local.is_file():
         return local
@@ -111,7 +111,7 @@ def _require_registered(student: str, configured: set[str]) -> None:
 
 
 def load_config(path: Path) -> BuildConfig:
-    """Read an export configuration."""
+    """Read an export configuration; raises ``ConfigError`` for an unknown key or a value out of range."""
     from kdexport.verify.policy import parse_policy
 
     config = parse(BuildConfig, read_toml(path), str(path))
@@ -120,7 +120,7 @@ def load_config(path: Path) -> BuildConfig:
         raise ConfigError(
             f"{path}: [export] needs min_batch <= opt_batch <= max_batch, got {export.min_batch}, {export.opt_batch}, "
             f"{export.max_batch}.",
-            remedy="Correct the three batch sizes.",
+            remedy="Correct the three batch sizes under [export].",
         )
     parse_policy(config.policy, f"{path}: [policy]")
     return config

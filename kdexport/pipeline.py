@@ -1,4 +1,4 @@
-"""`kdexport build`: from a recipe or a checkpoint to a verified bundle, doing only what is not done yet."""
+"""`kdexport build`: from a recipe or a checkpoint to a verified bundle; finished stages are reused."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,9 +22,9 @@ from kdexport.workspace import Making, Step, Workspace
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildRequest:
-    """What `kdexport build` was asked for. ``checkpoint`` skips training; ``fresh`` forgets earlier results.
+    """The options of `kdexport build`. ``checkpoint`` skips training; ``fresh`` removes earlier results first.
 
-    ``blame`` bisects a bundle whose verification failed.
+    With ``blame`` a bundle whose verification fails is bisected to the node at fault.
     """
 
     config: BuildConfig
@@ -41,7 +41,7 @@ class BuildRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildResult:
-    """The bundle at ``out``; ``up_to_date`` where nothing had to be done."""
+    """The bundle at ``out``; ``up_to_date`` if it existed and nothing was done."""
 
     out: Path
     manifest: Manifest
@@ -61,7 +61,7 @@ class _Plan:
 
 
 def build(request: BuildRequest, reporter: Reporter) -> BuildResult:
-    """Train (or read) the student, fuse, export, compile, verify, package; each stage only where it is not done yet.
+    """Train (or read) the student, fuse, export, compile, verify and package it; finished stages are not run again.
 
     The bundle at ``request.out`` is replaced only by a complete, verified one.
     """
@@ -97,7 +97,7 @@ def _is_bundle(folder: Path) -> bool:
     try:
         manifest = read_manifest(folder)
     except BundleError:
-        # A manifest that cannot be read is still ours where the rest of a bundle is beside it.
+        # A folder with a damaged manifest is still ours if the other files of a bundle are present.
         return all((folder / name).is_file() for name in (MANIFEST, UNFUSED, FUSED))
     return len(manifest.build_key) == 64
 
@@ -121,8 +121,8 @@ def _plan(request: BuildRequest, workspace: Workspace, reporter: Reporter) -> _P
     if request.checkpoint is None and teacher and not Path(teacher).is_file():
         raise CheckpointError(
             f"There is no teacher checkpoint {teacher}.",
-            remedy="Pass --teacher-checkpoint FILE, or remove `checkpoint` under [overrides.teacher] of the "
-            "configuration: then the teacher is trained first.",
+            remedy="Pass --teacher-checkpoint FILE. Or remove checkpoint under [overrides.teacher] of the export "
+            "configuration to train the teacher first.",
         )
     dataset = dataset_spec(recipe["data"]["name"], recipe["data"]["root"])
     with reporter.stage("data"):

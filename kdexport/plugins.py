@@ -1,8 +1,8 @@
 """Files and modules outside this package that register students, teachers, distillers or backends when imported.
 
-``--plugin`` and ``plugins = [...]`` of a build configuration put them into ``KDEXPORT_PLUGINS``, which child processes
-inherit. An installed package names a module under an entry point of the group ``kdexport.students``,
-``kdexport.teachers``, ``kdexport.distillers`` or ``kdexport.backends``. A registry imports them when it is first asked.
+``--plugin``, and ``plugins = [...]`` of an export configuration, add them to ``KDEXPORT_PLUGINS``, which child
+processes inherit. An installed package declares a module as an entry point of the group ``kdexport.students``,
+``kdexport.teachers``, ``kdexport.distillers`` or ``kdexport.backends``. A registry imports them on its first use.
 """
 
 import functools
@@ -21,7 +21,7 @@ from types import ModuleType
 
 from kdexport.errors import ConfigError, KdexportError, first_line
 
-#: Plugins of this process and of its children, separated as the folders in PATH are; files by their absolute path.
+#: Plugins of this process and of its children, separated like the folders in PATH; files as absolute paths.
 PLUGINS = "KDEXPORT_PLUGINS"
 
 _OURS = ("kdexport", "training")
@@ -40,26 +40,26 @@ class Place:
 
     @property
     def is_ours(self) -> bool:
-        """Whether it is part of this project and not of a plugin."""
+        """Whether the module is part of this project and not a plugin."""
         return self.module.partition(".")[0] in _OURS
 
 
-#: Every entry of every registry of this process.
+#: Where every entry of every registry of this process was registered.
 _registered: list[Place] = []
 
-#: What was imported already, with the error of what cannot be: a second import would register the first half again.
+#: The plugins that were imported, with the error if one failed: a second import would register its entries twice.
 _imported: dict[str, KdexportError | None] = {}
 
 
 def note_registration(place: Place) -> None:
-    """Tell which plugin registers something at all."""
+    """Record an entry, so that a plugin that registers nothing is detected."""
     _registered.append(place)
 
 
 def use_plugins(sources: Iterable[str] | None, folder: Path | None = None) -> None:
     """Add plugins for this process and its children; files are relative to ``folder``, or to the current one.
 
-    Raises ``ConfigError`` where there is no such file or module.
+    Raises ``ConfigError`` if a file or module does not exist.
     """
     chosen = dict.fromkeys(active_plugins())
     for source in sources or ():
@@ -69,7 +69,7 @@ def use_plugins(sources: Iterable[str] | None, folder: Path | None = None) -> No
 
 
 def active_plugins() -> list[str]:
-    """Files by path and modules by name, as ``--plugin``, a build configuration or the environment named them."""
+    """The plugins of ``KDEXPORT_PLUGINS``: files by path, modules by name."""
     return [source for source in os.environ.get(PLUGINS, "").split(os.pathsep) if source]
 
 
@@ -80,12 +80,12 @@ def has_plugins(*groups: str) -> bool:
 
 @functools.cache
 def _are_installed(groups: tuple[str, ...]) -> bool:
-    # Every folder of installed packages is read for it, and the cells of a table ask hundreds of times.
+    # This reads every folder of installed packages, and the cells of a table call it hundreds of times.
     return any(metadata.entry_points(group=group) for group in groups)
 
 
 def import_active_plugins() -> None:
-    """Import those of ``KDEXPORT_PLUGINS`` that are not imported yet; raises ``ConfigError``."""
+    """Import the plugins of ``KDEXPORT_PLUGINS`` that are not imported yet; raises ``ConfigError``."""
     for source in active_plugins():
         located = _located(source, Path.cwd())
         _import(
@@ -96,7 +96,7 @@ def import_active_plugins() -> None:
 
 
 def import_installed_plugins(group: str) -> None:
-    """Import the modules that installed packages name under ``group``; raises ``ConfigError``."""
+    """Import the modules that installed packages declare in ``group``; raises ``ConfigError``."""
     for entry in metadata.entry_points(group=group):
         package = entry.dist.name if entry.dist is not None else entry.module
         _import(
@@ -107,7 +107,7 @@ def import_installed_plugins(group: str) -> None:
 
 
 def source_digest(module: str) -> str:
-    """sha256 of the source of the plugin that ``module`` is part of: its file, or all Python files of its package."""
+    """sha256 of the source of the plugin that contains ``module``: its file, or all Python files of its package."""
     top = sys.modules[module.partition(".")[0]]
     hasher = hashlib.sha256()
     for name, path in _files(top):
@@ -121,7 +121,7 @@ def _files(module: ModuleType) -> list[tuple[str, Path]]:
     if folders:
         found = [(path.relative_to(folder).as_posix(), path) for folder in folders for path in folder.rglob("*.py")]
         return sorted(found)
-    # The path of a file says nothing about what it does.
+    # The path of a file is not part of the digest, because it does not change what the file does.
     return [("", Path(str(module.__file__)))]
 
 
@@ -138,8 +138,8 @@ def _located(source: str, folder: Path) -> str:
         raise ConfigError(f"There is no plugin file {folder / source}.", remedy="Check the path of --plugin.")
     if os.pathsep in str(path):
         raise ConfigError(
-            f"The path of the plugin {path} has a {os.pathsep!r} in it, which separates plugins in {PLUGINS}.",
-            remedy="Move the file to a folder without it.",
+            f"The path of the plugin {path} contains {os.pathsep!r}, which separates plugins in {PLUGINS}.",
+            remedy=f"Move the file to a folder without {os.pathsep!r} in its path.",
         )
     return str(path)
 
@@ -148,7 +148,7 @@ def _require_module(name: str) -> None:
     parts = name.split(".")
     try:
         found = all(part.isidentifier() for part in parts) and importlib.util.find_spec(parts[0]) is not None
-    # A module without a specification, for example __main__.
+    # Raised for a module without a specification, for example __main__.
     except ValueError:
         found = False
     if not found:
@@ -164,7 +164,7 @@ def _import(what: str, identity: str, remedy: str) -> None:
         if error is not None:
             raise error
         return
-    # Set before the import, because a plugin may ask a registry itself.
+    # Set before the import, because a plugin may use a registry itself.
     _imported[identity] = None
     known_before, count = identity in sys.modules, _registrations()
     try:
@@ -172,7 +172,7 @@ def _import(what: str, identity: str, remedy: str) -> None:
             _import_file(Path(identity))
         else:
             importlib.import_module(identity)
-        # What somebody else imported before has registered its entries then.
+        # A module that was imported before has already registered its entries.
         if not known_before and _registrations() == count:
             raise ConfigError(
                 f"{what} registers no student, teacher, distiller or backend.",
@@ -181,7 +181,7 @@ def _import(what: str, identity: str, remedy: str) -> None:
     except KdexportError as error:
         _imported[identity] = error
         raise
-    # A plugin is somebody's own code, which may also end the interpreter.
+    # A plugin is foreign code, which may also call sys.exit.
     except (Exception, SystemExit) as error:
         wrapped = ConfigError(
             f"{what} cannot be imported{_line(identity, error)}: {type(error).__name__}: {first_line(error)}",
@@ -196,20 +196,20 @@ def _registrations() -> int:
 
 
 def _line(file: str, error: BaseException) -> str:
-    """The line of ``file`` that raised ``error``, where one did."""
+    """The line of ``file`` that raised ``error``; empty if it was raised elsewhere."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
     return f" (line {lines[-1]})" if lines else ""
 
 
 class _Uncached(importlib.machinery.SourceFileLoader):
-    """Compiles the file as it is now: a cached compilation is told apart by seconds and size only."""
+    """Compiles the file on every import: the cache compares only the time in seconds and the size."""
 
     def get_code(self, fullname: str) -> object:  # type: ignore[override]  # noqa: ARG002
         return self.source_to_code(self.get_data(self.path), self.path)
 
 
 def _import_file(path: Path) -> None:
-    # Two files of one name are two modules.
+    # Two files of the same name must be two modules.
     name = f"kdexport_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path, loader=_Uncached(name, str(path)))
     assert spec is not None

@@ -1,4 +1,4 @@
-"""Named factories, found by scanning a package and by importing plugins: a new entry is one new file."""
+"""Factories by name, found by importing the modules of a package and the plugins: a new entry is one new file."""
 
 import difflib
 import importlib
@@ -19,7 +19,7 @@ from kdexport.plugins import (
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A sentence that points from a wrong name to the known ones."""
+    """A hint with the names nearest to ``name``, followed by all known names."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     hint = f"Did you mean {' or '.join(close)}? " if close else ""
@@ -36,10 +36,10 @@ class _Entry(Generic[T]):
 
 
 class Registry(Generic[T]):
-    """Factories by name; modules of ``package`` and plugins are imported on first use and register themselves.
+    """Factories by name; modules of ``package`` and plugins register them when they are imported, on first use.
 
-    Plugins are those of ``kdexport.plugins``: files and modules given by ``--plugin``, and the entry points of the
-    group ``kdexport.<kind>s`` of installed packages.
+    Plugins are the files and modules given by ``--plugin``, and the entry points of the group ``kdexport.<kind>s`` of
+    installed packages (see ``kdexport.plugins``).
     """
 
     def __init__(self, kind: str, package: str) -> None:
@@ -50,11 +50,11 @@ class Registry(Generic[T]):
 
     @property
     def group(self) -> str:
-        """The entry points that this registry reads."""
+        """The group of entry points that this registry imports."""
         return f"kdexport.{self.kind}s"
 
     def register(self, name: str) -> Callable[[Callable[..., T]], Callable[..., T]]:
-        """Decorator that enters a factory under ``name``; a second entry of one name raises ``ConfigError``."""
+        """Decorator that registers a factory as ``name``; raises ``ConfigError`` if the name is registered already."""
         caller = sys._getframe(1)
         place = Place(str(caller.f_globals.get("__name__")), caller.f_code.co_filename, caller.f_lineno)
 
@@ -102,5 +102,5 @@ class Registry(Generic[T]):
                 importlib.import_module(f"{self._package}.{module.name}")
             import_installed_plugins(self.group)
             self._scanned = True
-        # A build configuration may name more of them later.
+        # A build configuration may add plugins later.
         import_active_plugins()

@@ -1,4 +1,4 @@
-"""Targets are ``<backend>-<precision>``: what they need, and whether this machine has it."""
+"""Targets, named ``<backend>-<precision>``: what they need, and whether this machine has it."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from kdexport.backends.base import Backend, Missing
 from kdexport.errors import BackendUnavailableError, ConfigError, UnknownNameError
 from kdexport.registry import nearest
 
-#: The target that every bundle holds as its exported model.
+#: The target whose file is the exported model of every bundle.
 DEFAULT_TARGET = "onnx-fp32"
 
 
@@ -23,22 +23,22 @@ class Target:
 
     @property
     def runtime(self) -> Backend:
-        """The backend; raises ``UnknownNameError`` where none of that name is registered."""
+        """The backend; raises ``UnknownNameError`` if it is not registered."""
         return backend(self.backend)
 
     @property
     def plugin_sha256(self) -> str:
-        """The source of the plugin that defines the backend; empty for a backend of this package."""
+        """sha256 of the source of the plugin that defines the backend; empty for a backend of this package."""
         return BACKENDS.plugin_digest(self.backend)
 
     @property
     def compiles(self) -> bool:
-        """Whether something is compiled from the ONNX file."""
+        """Whether the runtime opens a file that was compiled from the ONNX file."""
         return self.runtime.compiles
 
     @property
     def form(self) -> str:
-        """The ONNX graph that this target is made of, one of ``backends.base.FORMS``."""
+        """The form of this target's ONNX graph, one of ``backends.base.FORMS``."""
         return self.runtime.form(self.precision)
 
     @property
@@ -52,16 +52,16 @@ class Target:
         return self.runtime.runs_as_reference(self.precision)
 
     def unavailable(self) -> Missing | None:
-        """Why the target cannot be built on this machine, None where it can."""
+        """Why the target cannot be built on this machine; None if it can."""
         return self.runtime.unavailable(self.precision)
 
     def not_executable(self) -> Missing | None:
-        """Why the built target cannot run on this machine, None where it can."""
+        """Why the built target cannot run on this machine; None if it can."""
         return self.runtime.not_executable(self.precision)
 
 
 def target_names() -> tuple[str, ...]:
-    """All targets that can be asked for."""
+    """The names of all targets of the registered backends."""
     runtimes = [backend(name) for name in BACKENDS.names()]
     return tuple(f"{runtime.name}-{precision}" for runtime in runtimes for precision in runtime.precisions)
 
@@ -78,7 +78,7 @@ def parse_target(name: str) -> Target:
 
 
 def parse_targets(names: list[str]) -> tuple[Target, ...]:
-    """Several targets, each once; raises ``ConfigError`` for none."""
+    """Several targets, each once; raises ``ConfigError`` if there is none."""
     targets = tuple(dict.fromkeys(parse_target(name) for name in names))
     if not targets:
         raise ConfigError("No target was given.", remedy=f"Pass --target; known: {', '.join(target_names())}.")

@@ -1,4 +1,4 @@
-"""Results by content: each lies under the sha256 of what it is made of and appears by rename, whole."""
+"""The store of finished stages: each result is a folder named by the sha256 of its inputs, and appears complete."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,27 +17,27 @@ _PARTIAL = ".partial-"
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """A folder of finished results, ``root/<stage>/<sha256>``, and of runs that can be continued."""
+    """A folder of finished results, ``root/<stage>/<sha256>``, and of runs that can continue."""
 
     root: Path
 
     def path(self, stage: str, key: str) -> Path:
-        """Where the result of ``stage`` for inputs ``key`` is or will be."""
+        """The folder of the result of ``stage`` for the inputs ``key``, whether it exists or not."""
         return self.root / stage / key
 
     def has(self, stage: str, key: str) -> bool:
-        """Whether that result is finished."""
+        """Whether this result is finished."""
         return self.path(stage, key).is_dir()
 
     def produce(self, stage: str, key: str, make: Callable[[Path], None]) -> Path:
-        """The finished result, made by ``make(folder)`` unless it exists; a failure leaves nothing behind."""
+        """The finished result, made by ``make(folder)`` unless it exists; after a failure nothing is left."""
         final = self.path(stage, key)
         if final.is_dir():
             return final
         self._prepare(stage)
         partial = final.with_name(f"{_PARTIAL}{key}")
         with exclusive(self.root / stage / f".lock-{key}"):
-            # Under the lock, what lies there was left by a process that is gone.
+            # Under the lock, an existing partial folder was left by a process that has ended.
             shutil.rmtree(partial, ignore_errors=True)
             if final.is_dir():
                 return final
@@ -50,7 +50,7 @@ class Workspace:
         return final
 
     def resume(self, stage: str, key: str, make: Callable[[Path], None]) -> Path:
-        """Like ``produce`` for a long run that keeps its own state: its folder stays until it is finished."""
+        """Like ``produce``, for a long run that can continue after a failure: its folder is kept until it is finished."""
         final = self.path(stage, key)
         if final.is_dir():
             return final
@@ -64,7 +64,7 @@ class Workspace:
         return final
 
     def forget(self, stage: str, key: str) -> None:
-        """Remove a result and a run that was begun for it."""
+        """Remove a result, and an unfinished run for it."""
         shutil.rmtree(self.path(stage, key), ignore_errors=True)
         shutil.rmtree(self.path(stage, f"running-{key}"), ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""What compiles and runs a graph: one file a runtime, all behind ``base.Backend``."""
+"""The runtimes that compile and run graphs: one file for each, all implementing ``base.Backend``."""
 
 from functools import cache
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""A TensorRT plan behind onnxruntime: a model of one node that hands the plan, as it is, to the TensorRT provider."""
+"""A TensorRT plan in onnxruntime: a model with one node, which passes the plan to the TensorRT provider."""
 
 import re
 from pathlib import Path
@@ -22,16 +22,17 @@ _DOMAIN = "com.microsoft"
 def write_context(
     plan: Path, path: Path, *, backend: str, image_size: int, classes: int, built_with: str
 ) -> "onnx.ModelProto":
-    """Write ``path`` beside ``plan``: input (batch,3,S,S) to logits (batch,K), both float32, by the plan's own kernels.
+    """Write the model ``path`` that runs ``plan``: input (batch,3,S,S) to logits (batch,K), both float32.
 
-    The plan stays a file of its own, named relative to ``path``; ``built_with`` is the TensorRT version it needs.
+    The plan remains a separate file, named relative to ``path``. ``built_with`` is the TensorRT version that it needs.
     """
     import onnx
     from onnx import TensorProto, helper
 
     if plan.parent != path.parent:
         raise BundleError(
-            f"{plan} and {path} lie in different folders.", remedy="onnxruntime reads a plan beside its model alone."
+            f"{plan} and {path} are in different folders.",
+            remedy="Pass a path in the folder of the plan: onnxruntime reads a plan only from the folder of its model.",
         )
     node = helper.make_node(
         "EPContext",
@@ -55,7 +56,7 @@ def write_context(
 
 
 def provider_tensorrt_major() -> int | None:
-    """The TensorRT that onnxruntime's provider is linked with, by its first number; None where it has no provider."""
+    """The major version of TensorRT that onnxruntime's provider is linked with; None if it has no such provider."""
     from kdexport.backends.ort import import_onnxruntime
 
     library = Path(import_onnxruntime().__file__).parent / "capi" / "libonnxruntime_providers_tensorrt.so"
@@ -66,26 +67,28 @@ def provider_tensorrt_major() -> int | None:
 
 
 def require_servable(built_with: str, provider_major: int | None) -> None:
-    """Raise where a plan of TensorRT ``built_with`` (such as 10.16.1.11) cannot be opened by onnxruntime's provider.
+    """Raise if onnxruntime's provider cannot open a plan of TensorRT ``built_with`` (such as 10.16.1.11).
 
-    The provider opens plans of the very TensorRT that it loads, and it loads the major version that it was linked with.
+    The provider opens only plans of the TensorRT version that it loads, whose major version it was linked with.
+    ``BackendUnavailableError`` if there is no provider, ``AuditError`` for another major version.
     """
     if provider_major is None:
         raise BackendUnavailableError(
-            "This onnxruntime has no TensorRT provider.", remedy="Install onnxruntime-gpu, or serve the ONNX file."
+            "This onnxruntime has no TensorRT provider.",
+            remedy="Install it with pip install onnxruntime-gpu, or serve the ONNX file with kdexport serve BUNDLE.",
         )
     major = int(built_with.partition(".")[0])
     if major != provider_major:
         raise AuditError(
-            f"The plan was built with TensorRT {built_with}, and onnxruntime's provider loads TensorRT "
-            f"{provider_major}: a plan opens in the version that built it and in no other.",
+            f"The plan was built with TensorRT {built_with}, but onnxruntime's provider loads TensorRT "
+            f"{provider_major}, and a plan opens only in the version that built it.",
             remedy=f"Build with TensorRT {provider_major} to serve behind onnxruntime, or serve the plan with Triton's "
             f"TensorRT {major} backend.",
         )
 
 
 def wrap_plan(folder: Path, *, built_with: str, image_size: int, classes: int) -> str:
-    """Write ``served.onnx`` beside the TensorRT plan in ``folder``, or return why onnxruntime could not open it."""
+    """Write ``served.onnx`` for the TensorRT plan in ``folder``; return why not if onnxruntime could not open it."""
     try:
         require_servable(built_with, provider_tensorrt_major())
     except (AuditError, BackendUnavailableError) as error:

@@ -1,4 +1,4 @@
-"""NVIDIA's driver and GPUs, as the driver tells them without being loaded."""
+"""NVIDIA's driver and GPUs, read from files of the driver without loading it."""
 
 from pathlib import Path
 

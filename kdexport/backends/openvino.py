@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU, strictly: the precision that was asked for is the one that each layer runs in."""
+"""OpenVINO on the CPU, strictly: each layer must run in the requested precision."""
 
 import contextlib
 import importlib.util
@@ -17,19 +17,16 @@ from kdexport.backends.base import Backend, Clock, Device, Execution, Finding, M
 from kdexport.errors import AuditError, BackendUnavailableError, first_line
 
 _DEVICE = "CPU"
-
 _HINTS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16", "int8": "f32"}
-
-#: What a layer that computes may report for a precision.
+#: The types that a layer that multiplies may report, by precision.
 RUNTIME_TYPES = {"fp32": ("f32",), "fp16": ("f16",), "bf16": ("bf16",), "int8": ("u8", "i8")}
-
 #: Layers of a classifier that multiply by weights.
 _COMPUTING = ("Convolution", "FullyConnected", "MatMul", "Gemm")
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One layer as OpenVINO executes it: name, kind, the type it computes in, and the nodes that it was made of."""
+    """One layer as OpenVINO executes it: name, kind, type of its computation, and the ONNX nodes that it replaces."""
 
     name: str
     kind: str
@@ -39,11 +36,11 @@ class Layer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OpenvinoModel:
-    """A compiled model and the layers that it consists of."""
+    """A compiled model and its layers."""
 
     request: Any
     layers: tuple[Layer, ...]
-    #: The devices that OpenVINO says it executes on.
+    #: The devices that OpenVINO reports.
     device: str = _DEVICE
 
     def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -58,13 +55,13 @@ class OpenvinoModel:
 
     @property
     def kinds(self) -> dict[str, int]:
-        """How many layers of each kind there are, constants and ends left out."""
+        """The number of layers of each kind, without constants, inputs and outputs."""
         counts = Counter(layer.kind for layer in self.layers if layer.kind not in ("Const", "Input", "Output"))
         return dict(sorted(counts.items()))
 
 
 def import_openvino() -> Any:
-    """Import OpenVINO with telemetry off; raises ``BackendUnavailableError`` where it is not installed."""
+    """Import OpenVINO with telemetry off; raises ``BackendUnavailableError`` if it is not installed."""
     try:
         with _no_telemetry():
             import openvino
@@ -75,7 +72,7 @@ def import_openvino() -> Any:
 
 @contextlib.contextmanager
 def _no_telemetry() -> Iterator[None]:
-    """Importing OpenVINO reports the import over the network; without the package for it, it takes a stub instead."""
+    """Hide the telemetry package, with which OpenVINO would report its import over the network; it then uses a stub."""
     name = "openvino_telemetry"
     before = sys.modules.get(name)
     sys.modules[name] = None  # type: ignore[assignment]
@@ -94,9 +91,10 @@ def capabilities() -> tuple[str, ...]:
 
 
 def load_openvino(path: Path, *, precision: str, threads: int = 0) -> OpenvinoModel:
-    """Compile an ONNX file for ``precision``. ``threads`` 0 leaves their number to OpenVINO.
+    """Compile an ONNX file for ``precision``; with ``threads`` 0 OpenVINO chooses their number.
 
-    Raises ``AuditError`` where the file cannot be compiled. What really runs is in ``layers``, not in the request.
+    Raises ``AuditError`` if the file cannot be compiled. OpenVINO may run another precision than requested: ``layers``
+    has the types that it reports.
     """
     openvino = import_openvino()
     # Without a hint a CPU with AMX computes float32 graphs in bfloat16.
@@ -112,8 +110,8 @@ def load_openvino(path: Path, *, precision: str, threads: int = 0) -> OpenvinoMo
     # OpenVINO raises RuntimeError with a stack of its own files in the text.
     except RuntimeError as error:
         raise AuditError(
-            f"OpenVINO does not open {path.name}: {first_line(error)}",
-            remedy="The file is damaged or has an operator that OpenVINO lacks; build it again.",
+            f"OpenVINO cannot open {path.name}: {first_line(error)}",
+            remedy="The file is damaged or has an operator that OpenVINO does not support; build the bundle again.",
         ) from error
 
 
@@ -125,7 +123,7 @@ def _layer(node: Any) -> Layer:
 
 
 def _names_of_nodes(path: Path, nodes: Sequence[str]) -> set[str]:
-    """What OpenVINO may call some nodes: by their own names, or by those of what they compute."""
+    """The names that OpenVINO may give to ``nodes``: their own names, or those of their results."""
     import onnx
 
     graph = onnx.load(str(path), load_external_data=False).graph
@@ -133,7 +131,7 @@ def _names_of_nodes(path: Path, nodes: Sequence[str]) -> set[str]:
 
 
 def runtime_types(model: OpenvinoModel, precision: str, kept: Set[str]) -> Finding:
-    """Whether each layer that multiplies runs in ``precision``, those of ``kept`` in float32."""
+    """Whether each layer that multiplies runs in ``precision``, and those of ``kept`` in float32."""
     wanted = RUNTIME_TYPES[precision]
     wrong = [
         layer
@@ -144,9 +142,8 @@ def runtime_types(model: OpenvinoModel, precision: str, kept: Set[str]) -> Findi
         f"{count} {kind}" for kind, count in model.kinds.items()
     )
     if wrong:
-        facts = (
-            f"{len(wrong)} of {len(model.computing)} layers run otherwise: {wrong[0].name} in {wrong[0].runtime_type}"
-        )
+        first = f"{wrong[0].name} in {wrong[0].runtime_type}"
+        facts = f"{len(wrong)} of {len(model.computing)} layers run in another type: {first}"
     return Finding(f"every layer in {precision}", not wrong and bool(model.computing), facts)
 
 
@@ -188,10 +185,10 @@ class OpenVino(Backend):
         here = capabilities()
         if precision.upper() in here:
             return None
-        # Asked all the same, OpenVINO would run float32 and not say so.
+        # OpenVINO would accept the request and run float32 without a warning.
         return Missing(
-            f"OpenVINO has no {precision} on this CPU, only {', '.join(name.lower() for name in here)}",
-            "Build on a machine whose CPU has it, or for another precision",
+            f"OpenVINO does not compute in {precision} on this CPU, only in {', '.join(name.lower() for name in here)}",
+            "Build on a machine whose CPU supports it, or build another precision",
         )
 
     def open(
@@ -204,15 +201,15 @@ class OpenVino(Backend):
         kept: Sequence[str] = (),
     ) -> Runner:
         if device == "gpu":
-            raise BackendUnavailableError("OpenVINO runs on the CPU here.", remedy="Pass --clock host.")
+            raise BackendUnavailableError("OpenVINO targets run on the CPU.", remedy="Pass --clock host.")
         model = load_openvino(path, precision=precision, threads=threads)
         names = _names_of_nodes(path, kept) if kept else set()
         return OpenvinoRunner(model, precision, frozenset(names))
 
     def not_timed_on(self, precision: str, clock: Clock) -> Missing | None:
         if clock == "gpu":
-            return Missing("OpenVINO runs it on the CPU", "Pass --clock host")
+            return Missing("OpenVINO targets run on the CPU", "Pass --clock host")
         return self.unavailable(precision)
 
     def served_elsewhere(self) -> str:
-        return "OpenVINO's own model server takes its file"
+        return "Serve its file with OpenVINO Model Server"

@@ -1,4 +1,4 @@
-"""onnxruntime, strictly: the provider that was asked for is the one that runs, and its telemetry is off."""
+"""onnxruntime, strictly: the requested provider runs every node, and telemetry is off."""
 
 import functools
 import importlib
@@ -19,17 +19,15 @@ from kdexport.backends.base import Backend, Clock, Device, Execution, Finding, M
 from kdexport.errors import AuditError, BackendUnavailableError, first_line
 
 CPU = "CPUExecutionProvider"
-
 CUDA = "CUDAExecutionProvider"
-
 TENSORRT = "TensorrtExecutionProvider"
 
-#: TF32 keeps 10 bits of the mantissa: a float32 graph would run in another precision than it says.
+#: With TF32, which keeps 10 bits of the mantissa, a float32 graph would not run in float32.
 _OPTIONS = {CUDA: {"use_tf32": "0"}}
 
 
 def import_onnxruntime() -> Any:
-    """Import onnxruntime with telemetry off; recent wheels collect usage events unless told before the import."""
+    """Import onnxruntime with telemetry off; recent wheels collect usage events unless it is off before the import."""
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     import onnxruntime
 
@@ -39,7 +37,7 @@ def import_onnxruntime() -> Any:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OrtModel:
-    """A loaded model that runs on one provider, and how many of its nodes run where."""
+    """A loaded model that runs on one provider, and the number of its nodes on each."""
 
     session: Any
     nodes_by_provider: dict[str, int]
@@ -59,38 +57,38 @@ def load_model(
     content: bytes | None = None,
     provider_options: Mapping[str, str] = MappingProxyType({}),
 ) -> OrtModel:
-    """Open an ONNX file on exactly ``provider``. ``threads`` 0 leaves their number to onnxruntime.
+    """Open an ONNX file on exactly ``provider``; with ``threads`` 0 onnxruntime chooses their number.
 
-    ``content`` is the file as it was read and checked; it is then not read a second time. ``provider_options`` are
-    added to those that keep float32 what it says.
+    ``content`` are the bytes of the file if it was already read and checked; it is then not read a second time.
+    ``provider_options`` are added to those that prevent TF32.
 
-    Raises ``BackendUnavailableError`` where onnxruntime would have fallen back to another provider, and ``AuditError``
-    where the file is not a valid model.
+    Raises ``BackendUnavailableError`` if onnxruntime would fall back to another provider, and ``AuditError`` if the
+    file is not a valid model.
     """
     ort = import_onnxruntime()
     if provider not in ort.get_available_providers():
         raise BackendUnavailableError(
-            f"onnxruntime has no {provider} here, only {', '.join(ort.get_available_providers())}.",
+            f"onnxruntime has no {provider} on this machine, only {', '.join(ort.get_available_providers())}.",
             remedy="Install onnxruntime-gpu with its CUDA libraries, or choose another provider.",
         )
     options = _session_options(ort, threads, optimise)
     if provider == TENSORRT:
-        # The provider has no option of its own for it, and TensorRT computes float32 in TF32 unless told.
+        # The provider has no option for it, and by default TensorRT computes float32 in TF32.
         os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
     try:
         source = str(path) if content is None else content
         chosen = {**_OPTIONS.get(provider, {}), **provider_options}
         session = ort.InferenceSession(source, options, providers=[(provider, chosen)])
-    # onnxruntime raises a dozen exception types of its own without a common base.
+    # onnxruntime raises a dozen exception types without a common base.
     except Exception as error:
         raise AuditError(
-            f"onnxruntime does not open {path.name}: {first_line(error)}",
-            remedy="The file is damaged or not an ONNX model; build it again.",
+            f"onnxruntime cannot open {path.name}: {first_line(error)}",
+            remedy="The file is damaged or not an ONNX model; build the bundle again.",
         ) from error
     session.disable_fallback()
     if session.get_providers()[0] != provider:
         raise BackendUnavailableError(
-            f"{provider} was asked for and onnxruntime runs {session.get_providers()[0]}.",
+            f"{provider} was requested, but onnxruntime runs {session.get_providers()[0]}.",
             remedy="Install the driver and libraries of that provider.",
         )
     counts: Counter[str] = Counter()
@@ -103,7 +101,7 @@ def _session_options(ort: Any, threads: int, optimise: bool) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    # A worker that spins between runs takes the core that the other arm of a comparison needs.
+    # A worker thread that spins between runs occupies a core that the other arm of a comparison needs.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     _choose_int8_kernels(options)
     if not optimise:
@@ -112,10 +110,10 @@ def _session_options(ort: Any, threads: int, optimise: bool) -> Any:
 
 
 def _choose_int8_kernels(options: Any) -> None:
-    """Take kernels that do not saturate.
+    """Choose kernels that do not saturate.
 
-    Without VNNI the fast ones add pairs of products in 16 bits; with it they are exact, and twice as fast with weights
-    of 8 bits as those that the option chooses.
+    Without VNNI the fast kernels add pairs of products in 16 bits. With VNNI they are exact, and with 8-bit weights
+    twice as fast as the kernels that the option chooses.
     """
     if not has_vnni():
         options.add_session_config_entry("session.x64quantprecision", "1")
@@ -123,7 +121,7 @@ def _choose_int8_kernels(options: Any) -> None:
 
 @functools.cache
 def has_vnni(path: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether this processor says that it adds int8 products in 32 bits; False where it says nothing."""
+    """Whether this processor reports VNNI, which adds int8 products in 32 bits; False if it reports nothing."""
     try:
         lines = path.read_text().splitlines()
     except OSError:
@@ -133,13 +131,13 @@ def has_vnni(path: Path = Path("/proc/cpuinfo")) -> bool:
 
 
 def optimised_operators(path: Path) -> dict[str, int]:
-    """The operators that onnxruntime's CPU provider really runs for an ONNX file, by type: its own optimised graph."""
+    """The operators of the optimised graph that onnxruntime's CPU provider runs for an ONNX file, by type."""
     import onnx
 
     ort = import_onnxruntime()
     options = ort.SessionOptions()
     _choose_int8_kernels(options)
-    # The file is read for its operators and thrown away; that it fits this processor alone is the point.
+    # A warning says that the optimised file fits only this processor; it is read and deleted here.
     options.log_severity_level = 4
     with TemporaryDirectory() as folder:
         options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
@@ -149,7 +147,7 @@ def optimised_operators(path: Path) -> dict[str, int]:
 
 
 def integer_kernels(path: Path, kept: int) -> Finding:
-    """onnxruntime runs every convolution and linear layer of an int8 file but the kept ones by an integer kernel."""
+    """Whether onnxruntime runs every convolution and linear layer of an int8 file, except the kept, in integers."""
     counts = optimised_operators(path)
     real = {kind: counts.get(kind, 0) for kind in ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulInteger")}
     left = {kind: counts.get(kind, 0) for kind in ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul")}
@@ -178,7 +176,7 @@ class OrtRunner(Runner):
 
 
 def execution_of(model: OrtModel, provider: str) -> Execution:
-    """What ran: the provider of the nodes as onnxruntime assigned them, several names if they are not all on one."""
+    """What ran ``model``: the providers to which onnxruntime assigned its nodes."""
     devices = " and ".join(sorted(model.nodes_by_provider)) or provider
     return Execution(runtime="onnxruntime", version=str(import_onnxruntime().__version__), device=devices)
 
@@ -246,7 +244,7 @@ class OnnxRuntime(Backend):
         placed = provider_finding(model, CUDA)
         if not placed.holds:
             raise BackendUnavailableError(
-                f"{path} does not run on the GPU alone: {placed.fact}.",
+                f"{path} does not run entirely on the GPU: {placed.fact}.",
                 remedy="Pass --clock host, or another --target.",
             )
         (source,), (result,) = model.session.get_inputs(), model.session.get_outputs()
@@ -254,11 +252,11 @@ class OnnxRuntime(Backend):
         binding = model.session.io_binding()
         binding.bind_input(source.name, "cuda", 0, np.float32, tuple(given.shape), given.data_ptr())
         binding.bind_output(result.name, "cuda", 0, np.float32, tuple(output.shape), output.data_ptr())
-        # ``given`` is read at each replay: the closure keeps it.
+        # Each replay reads ``given``, so the closure keeps it alive.
         return lambda _alive=given: model.session.run_with_iobinding(binding), output
 
     def providers(self, precision: str) -> tuple[str, ...]:
-        # A float16 graph on a CPU would be computed in float32, and an int8 one on CUDA in float32 between casts.
+        # A CPU computes a float16 graph in float32, and CUDA an int8 graph in float32 between casts.
         return {"fp32": (CPU, CUDA, TENSORRT), "fp16": (CUDA,), "int8": (CPU,)}.get(precision, ())
 
     def triton_platform(self, precision: str) -> str | Missing:
@@ -268,4 +266,4 @@ class OnnxRuntime(Backend):
 def _cuda_missing() -> Missing | None:
     if CUDA in import_onnxruntime().get_available_providers():
         return None
-    return Missing(f"onnxruntime has no {CUDA} here", "Install onnxruntime-gpu with its CUDA libraries")
+    return Missing(f"onnxruntime has no {CUDA} on this machine", "Install onnxruntime-gpu with its CUDA libraries")

@@ -1,6 +1,6 @@
-"""TensorRT 10 and 11 and TensorRT-RTX through their one builder API; the graph carries the precision.
+"""TensorRT 10 and 11 and TensorRT-RTX through their common builder API; the graph carries the precision.
 
-Each engine is built, and run, in a process of its own (``trt_build``).
+Each engine is built (``trt_build``) and run in a child process.
 """
 
 import importlib
@@ -40,23 +40,24 @@ from kdexport.errors import AuditError, EngineBuildError
 #: The compiled engine, as the builder wrote it, and the table of its layers.
 PLAN = "model.plan"
 LAYERS = "layers.json"
-
-
 _TIMEOUT_S = 1800
 
 
 def build_engine(request: EngineRequest) -> Engine:
-    """Build in a child process. Raises ``EngineBuildError`` with the builder's own words."""
+    """Build in a child process; raises ``EngineBuildError`` with the messages of the builder."""
     failure = f"{MODULES[request.backend]} did not build {Path(request.onnx).name}"
-    kept = "The ONNX file is kept in the workspace; its own tools open it as it is."
+    remedy = (
+        "If the builder does not support an operator in this precision, build another target. To build the ONNX file "
+        f"with more output: trtexec --verbose --onnx={request.onnx}"
+    )
     try:
         answer = _call("kdexport.backends.trt_build", [json.dumps(asdict(request))], failure)
     except ChildDiedError as error:
         raise EngineBuildError(
-            f"{failure}: the builder died with exit code {error.exit_code}: {error.stderr}", remedy=kept
+            f"{failure}: the builder ended with exit code {error.exit_code}: {error.stderr}", remedy=remedy
         ) from None
     if "refused" in answer:
-        raise EngineBuildError(f"{failure}: {answer['refused']}", remedy=kept)
+        raise EngineBuildError(f"{failure}: {answer['refused']}", remedy=remedy)
     layers = tuple(EngineLayer.from_json(row) for row in answer["layers"])
     return Engine(plan=Path(request.plan), layers=layers, version=str(answer["version"]))
 
@@ -75,10 +76,10 @@ def run_engine(
         environment = {"POLYGRAPHY_USE_TENSORRT_RTX": str(int(MODULES[backend] != MODULES["trt"]))}
         arguments = [str(plan), backend, folder, json.dumps(batches)]
         try:
-            facts = _call("kdexport.backends.trt", arguments, f"The engine {plan} did not answer", environment)
+            facts = _call("kdexport.backends.trt", arguments, f"The engine {plan} gave no result", environment)
         except ChildDiedError as error:
             raise EngineBuildError(
-                f"The engine {plan} does not run: {error.stderr}",
+                f"The engine {plan} cannot be run: {error.stderr}",
                 remedy="An engine runs only on the GPU generation and TensorRT version that it was built for.",
             ) from None
         logits: NDArray[np.float32] = np.load(exchange / "logits.npy")
@@ -91,7 +92,7 @@ def _call(module: str, arguments: list[str], failure: str, environment: dict[str
     except ChildTimeoutError as error:
         raise EngineBuildError(
             f"{failure} within {error.seconds:g} s.",
-            remedy="Ask for fewer compute capabilities, or use a faster machine.",
+            remedy="Name fewer GPU generations in compute_capabilities under [export], or use a faster machine.",
         ) from None
 
 
@@ -119,7 +120,7 @@ def load_engine(folder: Path) -> Engine:
 
 
 class EngineRunner(Runner):
-    """An engine that runs in a process of its own at each call."""
+    """An engine; each call runs it in a child process."""
 
     starts_a_process = True
 
@@ -142,7 +143,7 @@ class EngineRunner(Runner):
 
 
 class _Engines(Backend):
-    """What TensorRT and TensorRT-RTX have in common: one builder API, a plan and the table of its layers."""
+    """The common part of TensorRT and TensorRT-RTX: the builder API, a plan, and the table of its layers."""
 
     artifact = PLAN
 
@@ -162,7 +163,7 @@ class _Engines(Backend):
         return "gpu"
 
     def timing_key(self) -> str:
-        """Digest of what measured kernel times hold for: the builder's version, GPU and driver."""
+        """Digest of what measured kernel times depend on: the builder's version, GPU and driver."""
         return digest(["timing", tool_versions(*self.packages), nvidia.gpu_fingerprint()])
 
     def compile(self, request: CompileRequest) -> None:
@@ -221,7 +222,7 @@ class _Engines(Backend):
         context = None if engine is None else engine.create_execution_context()
         if context is None:
             raise EngineBuildError(
-                f"TensorRT {trt.__version__} does not open {path}.",
+                f"TensorRT {trt.__version__} cannot open {path}.",
                 remedy="An engine runs only on the GPU generation and TensorRT version that it was built for.",
             )
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
@@ -231,11 +232,11 @@ class _Engines(Backend):
         output = torch.empty(tuple(context.get_tensor_shape(result)), dtype=torch.float32, device="cuda")
         context.set_tensor_address(source, given.data_ptr())
         context.set_tensor_address(result, output.data_ptr())
-        # The first run of a shape sets resources up and cannot be captured.
+        # The first run of a shape allocates resources and cannot be captured.
         if not accepted or not context.execute_async_v3(stream.cuda_stream):
             raise EngineBuildError(
-                f"{path} does not run a batch of {len(given)}.",
-                remedy="Use a batch size that the engine was built for.",
+                f"{path} cannot run a batch of {len(given)}.",
+                remedy="Pass a batch size between min_batch and max_batch of the build.",
             )
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -243,19 +244,19 @@ class _Engines(Backend):
             captured = context.execute_async_v3(stream.cuda_stream)
         if not captured:
             raise EngineBuildError(
-                f"TensorRT {trt.__version__} refuses to run {path} inside a captured CUDA graph.",
-                remedy="Pass --clock host with another --target, or build the engine again on this machine.",
+                f"TensorRT {trt.__version__} cannot run {path} in a captured CUDA graph.",
+                remedy="Build the bundle again on this machine, or pass --clock host and a target for the CPU.",
             )
 
         def launch(_alive: tuple[Any, ...] = (runtime, engine, context, given)) -> None:
-            # ``replay`` takes the current stream.
+            # ``replay`` uses the current stream.
             with torch.cuda.stream(stream):
                 graph.replay()
 
         return launch, output
 
     def served_elsewhere(self) -> str:
-        return "`kdexport triton` writes a model repository with an engine"
+        return "Run kdexport triton to write a Triton model repository with the engine"
 
 
 @BACKENDS.register("trt")
@@ -289,8 +290,8 @@ class TensorRT(_Engines):
         version = load_engine(folder).version
         reason = wrap_plan(folder, built_with=version, image_size=image_size, classes=num_classes)
         if reason:
-            # No fault of the plan: trtexec, Polygraphy and Triton open it as it is.
-            (folder / "served.txt").write_text(f"There is no {SERVED} here. {reason}\n", encoding="utf-8")
+            # The plan itself is right: trtexec, Polygraphy and Triton can open it.
+            (folder / "served.txt").write_text(f"{SERVED} was not written. {reason}\n", encoding="utf-8")
 
     def not_timed_on(self, precision: str, clock: Clock) -> Missing | None:
         if clock == "host":
@@ -323,21 +324,21 @@ class TensorRTRTX(_Engines):
     def not_timed_on(self, precision: str, clock: Clock) -> Missing | None:
         if clock == "host":
             return _NOT_ON_HOST
-        # A captured graph may hold for good the slow kernels that come first.
+        # A captured graph may keep the slow kernels that run first.
         return Missing(
-            "TensorRT-RTX compiles while it runs, so that the time of a captured graph means little",
+            "TensorRT-RTX compiles while it runs, so the time of a captured graph is not that of later runs",
             "Pass a trt or onnx target",
         )
 
     def triton_platform(self, precision: str) -> str | Missing:
         return Missing(
-            "is a TensorRT-RTX plan, and Triton's TensorRT backend loads plans of TensorRT alone",
+            "is a TensorRT-RTX plan, but Triton's TensorRT backend loads only plans of TensorRT",
             "Pass --target onnx-fp32, or build the bundle with a trt-... target on a machine with a GPU",
         )
 
 
 _NOT_ON_HOST = Missing(
-    "it is an engine, and this clock times the CPU", "Pass --clock gpu on a machine with an NVIDIA GPU"
+    "it is an engine, but the clock host times the CPU", "Pass --clock gpu on a machine with an NVIDIA GPU"
 )
 
 

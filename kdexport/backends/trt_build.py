@@ -1,6 +1,6 @@
 """The child process that builds one engine: `python -m kdexport.backends.trt_build REQUEST`.
 
-A crash of the native builder then is an error message, and builds of one process do not influence each other's bytes.
+A crash of the native builder becomes an error message, and builds do not change each other's bytes.
 """
 
 import contextlib
@@ -19,10 +19,10 @@ MODULES = {"trt": "tensorrt", "trt-rtx": "tensorrt_rtx"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineRequest:
-    """What is built: an ONNX file, its input shapes (min, opt, max batch) and the GPU generations it must run on.
+    """An engine to build: the ONNX file, its batch sizes (min, opt, max) and the GPU generations that it must run on.
 
-    ``workspace_mb`` 0 leaves the builder all memory of the GPU. ``timing_cache`` is a file shared by all builds of one
-    GPU and TensorRT version; TensorRT-RTX has none.
+    With ``workspace_mb`` 0 the builder may use all memory of the GPU. ``timing_cache`` is a file shared by all builds
+    with one GPU and TensorRT version; TensorRT-RTX has none.
     """
 
     backend: str
@@ -37,7 +37,7 @@ class EngineRequest:
 
 
 def build(request: EngineRequest) -> dict[str, Any]:
-    """Build, write the plan, and tell version and layers; or what the builder said against it, under ``refused``."""
+    """Build and write the plan; return ``version`` and ``layers``, or the builder's errors under ``refused``."""
     trt = importlib.import_module(MODULES[request.backend])
     messages: list[tuple[str, str]] = []
 
@@ -49,7 +49,7 @@ def build(request: EngineRequest) -> dict[str, Any]:
             messages.append((severity.name, text))
 
     builder = trt.Builder(Log())
-    # Required on TensorRT 10, ignored by 11 and RTX, where every network is strongly typed.
+    # Required by TensorRT 10, ignored by 11 and RTX, where every network is strongly typed.
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if typed is None else 1 << int(typed))
     parser = trt.OnnxParser(network, trt.Logger(trt.Logger.ERROR))
@@ -57,7 +57,8 @@ def build(request: EngineRequest) -> dict[str, Any]:
         faults = [parser.get_error(i) for i in range(parser.num_errors)]
         return {"refused": "; ".join(f"{fault.node_name()}: {fault.desc()}" for fault in faults)}
     if (network.num_inputs, network.num_outputs) != (1, 1):
-        return {"refused": f"a graph of {network.num_inputs} inputs and {network.num_outputs} outputs, not one of each"}
+        counts = f"{network.num_inputs} inputs and {network.num_outputs} outputs"
+        return {"refused": f"the graph has {counts}, expected one of each"}
     interface = {network.get_input(0).name, network.get_output(0).name}
     config = _configure(trt, builder, network, request)
     plan = builder.build_serialized_network(network, config)
@@ -69,7 +70,7 @@ def build(request: EngineRequest) -> dict[str, Any]:
             _save_timing_cache(config, Path(request.timing_cache))
         layers = _inspect(trt, bytes(plan), request, interface)
     else:
-        # Without a GPU an engine cannot be opened; its build tells the same table.
+        # Without a GPU an engine cannot be opened; its build log has the same table.
         layers = parse_layer_table([text for _, text in messages], interface)
     return {"version": trt.__version__, "layers": [asdict(layer) for layer in layers]}
 
@@ -77,7 +78,7 @@ def build(request: EngineRequest) -> dict[str, Any]:
 def _configure(trt: Any, builder: Any, network: Any, request: EngineRequest) -> Any:
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    # On by default: float32 would run with 10 bits of mantissa.
+    # On by default, and float32 would then run with 10 bits of mantissa.
     (config.set_flag if request.tf32 else config.clear_flag)(trt.BuilderFlag.TF32)
     if request.workspace_mb:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request.workspace_mb * 2**20)
@@ -100,7 +101,7 @@ def _read(path: Path) -> bytes:
 
 
 def _save_timing_cache(config: Any, path: Path) -> None:
-    """Add what this build measured to the shared file, together with what others have added meanwhile."""
+    """Add the times of this build to the shared file, together with those that other builds added meanwhile."""
     from kdexport.core.files import exclusive, write_bytes
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,13 +113,13 @@ def _save_timing_cache(config: Any, path: Path) -> None:
 
 
 def _inspect(trt: Any, plan: bytes, request: EngineRequest, interface: set[str]) -> list[EngineLayer]:
-    """The layers as the finished engine tells them, at the shape that it was optimised for."""
+    """The layers that the finished engine reports, at the shape that it was optimised for."""
     runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
     engine = runtime.deserialize_cuda_engine(plan)
     inspector = engine.create_engine_inspector()
     name = next(n for n in map(engine.get_tensor_name, range(engine.num_io_tensors)) if _is_input(trt, engine, n))
-    # The inspector holds no reference: a context that nobody else holds is freed at once. Without a shape the types of
-    # a dynamic engine are not told.
+    # The inspector keeps no reference to the context, so this variable must. Without a shape a dynamic engine does not
+    # report its types.
     context = engine.create_execution_context()
     context.set_input_shape(name, (request.batches[1], *request.shape))
     inspector.execution_context = context
@@ -134,7 +135,7 @@ def _main() -> None:
     data = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
     try:
         answer = build(EngineRequest(**data))
-    # Native bindings raise RuntimeError, AttributeError and their own; the parent names the builder and quotes this.
+    # Native bindings raise RuntimeError, AttributeError and their own types; the parent quotes the message.
     except Exception as error:  # noqa: BLE001
         answer = {"refused": f"{type(error).__name__}: {error}"}
     print_json(answer)

@@ -1,4 +1,4 @@
-"""What the stages of a build hand to each other, finished and on disk."""
+"""The finished results that the stages of a build pass on, as files on disk."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +16,9 @@ class FusedFiles:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OnnxModel:
-    """A checked ONNX file; its graph, not the engine builder, carries the precision: one of ``targets.FORMS``.
+    """A checked ONNX file. Its graph carries the precision: ``form`` is one of ``backends.base.FORMS``.
 
-    ``plan`` says which layers differ from ``form``, and which were scaled before the cast.
+    ``plan`` has the layers that differ from ``form``, and those that were scaled before the cast.
     """
 
     path: Path
@@ -28,6 +28,6 @@ class OnnxModel:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineFile:
-    """The folder of a compiled plan with the layer table of its build."""
+    """A folder with a compiled engine and the layer table of its build."""
 
     folder: Path

@@ -2,9 +2,9 @@
 
 ``call`` waits for the end of the child, ``started`` for the line that a server writes when it is ready. Both run
 ``python -m kdexport.core.child PARENT -m MODULE ...``, so that the new process is tied to its parent before it imports
-anything else. On Linux the system kills the child when its parent ends, even by SIGKILL; more precisely, when the thread
-that started it ends, so ``call`` and the block of ``started`` wait in that thread. On other systems a thread of the
-child waits for the end of stdin, a pipe that only the parent holds open; native code that does not release the
+anything else. On Linux the system kills the child when its parent ends, even by SIGKILL; more precisely, when the
+thread that started it ends, so ``call`` and the block of ``started`` wait in that thread. On other systems a thread of
+the child waits for the end of stdin, a pipe that only the parent holds open; native code that does not release the
 interpreter's lock delays this until it returns.
 """
 

@@ -30,7 +30,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"The file {path} does not exist.", remedy="Check the path.") from None
+        raise ConfigError(f"There is no file {path}.", remedy="Check the path.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}.", remedy="Check the file and its permissions.") from error
     # A number with thousands of digits is a ValueError, very deep nesting a RecursionError.

@@ -107,13 +107,13 @@ def test_a_missing_folder_and_a_file_in_its_place_are_errors(tmp_path: Path, che
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '"student"', "{}", '{"schema_version": 1}', "\x00\x01"])
 def test_a_foreign_description_is_named(checkpoint: Path, text: str) -> None:
     (checkpoint / "student.json").write_text(text)
-    with pytest.raises(CheckpointError, match=r"student\.json is not a description of a student"):
+    with pytest.raises(CheckpointError, match=r"student\.json does not describe a student"):
         open_checkpoint(checkpoint)
 
 
 def test_a_description_that_is_no_text_is_named(checkpoint: Path) -> None:
     (checkpoint / "student.json").write_bytes(b"\xff\xfe\x80\x80")
-    with pytest.raises(CheckpointError, match=r"student\.json is not a description of a student"):
+    with pytest.raises(CheckpointError, match=r"student\.json does not describe a student"):
         open_checkpoint(checkpoint)
 
 
@@ -144,7 +144,7 @@ def test_another_schema_version_is_refused_with_both_versions(checkpoint: Path, 
 )
 def test_a_description_with_a_wrong_value_is_refused(checkpoint: Path, change: dict[str, Any]) -> None:
     describe(checkpoint, **change)
-    with pytest.raises(CheckpointError, match=r"student\.json is not a description of a student"):
+    with pytest.raises(CheckpointError, match=r"student\.json does not describe a student"):
         open_checkpoint(checkpoint)
 
 

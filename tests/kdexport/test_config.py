@@ -141,7 +141,7 @@ def test_a_syntax_error_is_told_with_its_line(tmp_path: Path, text: str, line: i
 
 
 def test_a_missing_file_a_folder_and_binary_data_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"The file .*none\.toml does not exist\."):
+    with pytest.raises(ConfigError, match=r"There is no file .*none\.toml\."):
         read_toml(tmp_path / "none.toml")
     with pytest.raises(ConfigError, match="cannot be read"):
         read_toml(tmp_path)

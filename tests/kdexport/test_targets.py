@@ -57,7 +57,9 @@ def test_openvino_refuses_a_precision_that_this_processor_lacks(monkeypatch: pyt
     require_openvino()
     monkeypatch.setattr("kdexport.backends.openvino.capabilities", lambda: ("FP32", "BF16"))
     assert Target("openvino", "bf16").unavailable() is None
-    with pytest.raises(BackendUnavailableError, match=r"no fp16 on this CPU, only fp32, bf16") as caught:
+    with pytest.raises(
+        BackendUnavailableError, match=r"OpenVINO does not compute in fp16 on this CPU, only in fp32, bf16"
+    ) as caught:
         require_available((Target("openvino", "fp32"), Target("openvino", "fp16")))
     assert caught.value.exit_code == 4
 

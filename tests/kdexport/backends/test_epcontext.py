@@ -65,7 +65,7 @@ def test_a_plan_elsewhere_is_refused(tmp_path: Path) -> None:
 def test_the_version_rule_is_checked_and_explained() -> None:
     require_servable("10.16.1.11", 10)
     with pytest.raises(
-        AuditError, match=r"built with TensorRT 11\.4\.0\.106, and onnxruntime's provider loads TensorRT 10"
+        AuditError, match=r"built with TensorRT 11\.4\.0\.106, but onnxruntime's provider loads TensorRT 10"
     ):
         require_servable("11.4.0.106", 10)
     with pytest.raises(BackendUnavailableError, match="no TensorRT provider") as caught:

@@ -69,7 +69,7 @@ def test_a_damaged_file_is_refused_by_name(model: Path, tmp_path: Path, damage: 
     if damage != "absent":
         clean = model.read_bytes()
         path.write_bytes(clean[:-40] if damage == "truncated" else b"\x93NUMPY\xff" * 99)
-    with pytest.raises(AuditError, match=r"OpenVINO does not open bad\.onnx: ") as caught:
+    with pytest.raises(AuditError, match=r"OpenVINO cannot open bad\.onnx: ") as caught:
         load_openvino(path, precision="fp32")
     assert "\n" not in caught.value.message
 

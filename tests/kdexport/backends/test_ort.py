@@ -32,7 +32,7 @@ def test_an_unknown_provider_is_refused_with_the_list_of_available_ones(model: P
     with pytest.raises(BackendUnavailableError) as caught:
         load_model(model, provider="AbacusExecutionProvider")
     assert caught.value.exit_code == 4
-    assert caught.value.message.startswith("onnxruntime has no AbacusExecutionProvider here, only ")
+    assert caught.value.message.startswith("onnxruntime has no AbacusExecutionProvider on this machine, only ")
     assert CPU in caught.value.message
 
 
@@ -54,7 +54,7 @@ def test_a_damaged_file_is_refused_by_name(model: Path, damage: str) -> None:
         model.write_bytes({"truncated": clean[:-40], "garbage": b"\x93NUMPY\xff" * 99, "empty": b""}[damage])
     with pytest.raises(AuditError) as caught:
         load_model(model)
-    assert caught.value.message.startswith("onnxruntime does not open small.onnx: ")
+    assert caught.value.message.startswith("onnxruntime cannot open small.onnx: ")
     assert "\n" not in caught.value.message
     assert str(model.parent) not in caught.value.message.partition(":")[0]
 

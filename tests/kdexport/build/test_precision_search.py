@@ -200,7 +200,7 @@ def test_a_plan_that_the_files_do_not_follow_is_found_and_named(searched: tuple[
     )
     assert f"{scaling['first'][0]} (" in failed[engine_file, "weights"]
     assert "node_conv2d has no float32 weight" in failed[engine_file, "precision int8-s8"]
-    assert "lists no float32 kernel that multiplies for it" in failed["targets/trt-rtx-int8/model.plan", "readable"]
+    assert "has no float32 kernel that computes it" in failed["targets/trt-rtx-int8/model.plan", "readable"]
 
 
 def _quantize_weight(path: Path, name: str) -> None:

@@ -212,10 +212,10 @@ def test_only_the_int8_target_is_served_as_int8(bundle: Path, tmp_path: Path) ->
     assert allowed == pytest.approx(LowPolicy().max_error * model.golden.error, rel=1e-3)
     assert allowed > 100 * try_bundle(bundle, CPU, Limits())
     for target, provider, words in (
-        ("onnx-fp16", CPU, "does not run onnx-fp16 as what it says"),
-        ("onnx-int8", CUDA, "does not run onnx-int8 as what it says"),
-        ("openvino-int8", CPU, "by onnxruntime, not openvino-int8"),
-        ("trt-rtx-int8", CPU, "by onnxruntime, not trt-rtx-int8"),
+        ("onnx-fp16", CPU, "CPUExecutionProvider would run onnx-fp16 in another precision"),
+        ("onnx-int8", CUDA, "CUDAExecutionProvider would run onnx-int8 in another precision"),
+        ("openvino-int8", CPU, "with onnxruntime, not openvino-int8"),
+        ("trt-rtx-int8", CPU, "with onnxruntime, not trt-rtx-int8"),
     ):
         with pytest.raises(BackendUnavailableError, match=words) as caught:
             examine_bundle(bundle, provider, target)

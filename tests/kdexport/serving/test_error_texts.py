@@ -283,7 +283,7 @@ def test_onnxruntimes_own_text_is_replaced_by_the_name_of_its_exception(zoo_copy
     name, text = type(caught.value.__cause__).__name__, str(caught.value.__cause__)
     assert text in caught.value.message
     error = without_library_text(caught.value, zoo_copy)
-    assert error.message == f"onnxruntime does not open model.onnx: {name}"
+    assert error.message == f"onnxruntime cannot open model.onnx: {name}"
     assert error.remedy.endswith(f"`kdexport doctor {zoo_copy}` shows the message of {name}.")
 
 

@@ -170,5 +170,5 @@ def test_a_file_that_does_not_open_is_its_own_error(tmp_path: Path) -> None:
     comparison = replace(COMPARISON, reference=str(good), candidate=str(bad), image_size=16)
     with pytest.raises(ForwardedError) as caught:
         compare_latency(comparison, max_slowdown=0.02, max_sessions=3)
-    assert caught.value.message.startswith("In a latency session: onnxruntime does not open bad.onnx")
+    assert caught.value.message.startswith("In a latency session: onnxruntime cannot open bad.onnx")
     assert (caught.value.code, caught.value.exit_code) == ("KDX311", 1)
