@@ -50,7 +50,7 @@ class Workspace:
         return final
 
     def resume(self, stage: str, key: str, make: Callable[[Path], None]) -> Path:
-        """Like ``produce``, for a long run that can continue after a failure: its folder is kept until it is finished."""
+        """Like ``produce``, for a long run that can continue after a failure: its folder is kept until it finishes."""
         final = self.path(stage, key)
         if final.is_dir():
             return final

@@ -14,27 +14,29 @@ if TYPE_CHECKING:
 
 
 def build(
-    student: Annotated[str | None, typer.Option(help="Student, and name of its configuration.")] = None,
-    target: Annotated[str | None, typer.Option(help="Targets, comma separated: onnx-fp32,trt-rtx-fp16.")] = None,
+    student: Annotated[str | None, typer.Option(help="Name of the student and of its export configuration.")] = None,
+    target: Annotated[str | None, typer.Option(help="Targets, separated by commas: onnx-fp32,trt-rtx-fp16.")] = None,
     config: Annotated[
         Path | None, typer.Option(help="Export configuration; default export_configs/STUDENT.toml.")
     ] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="Trained student folder: skips training.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Folder of a trained student; skips training.")] = None,
     out: Annotated[Path | None, typer.Option(help="Bundle folder; default dist/STUDENT.")] = None,
-    data: Annotated[str | None, typer.Option(help="Where the data set lies; overrides the recipe.")] = None,
+    data: Annotated[str | None, typer.Option(help="Path of the data set; overrides the recipe.")] = None,
     teacher_checkpoint: Annotated[str | None, typer.Option(help="Teacher weights, .pt or .safetensors.")] = None,
-    workspace: Annotated[Path, typer.Option(help="Where finished stages are kept.")] = Path(".kdexport"),
+    workspace: Annotated[Path, typer.Option(help="Folder in which finished stages are kept.")] = Path(".kdexport"),
     processes: Annotated[int, typer.Option(min=1, help="Training processes, one per GPU.")] = 1,
-    fresh: Annotated[bool, typer.Option("--fresh/--resume", help="Forget earlier results, or use them.")] = False,
-    blame: Annotated[bool, typer.Option("--blame", help="Name the node where a check fails.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh/--resume", help="Remove earlier results first, or reuse them.")
+    ] = False,
+    blame: Annotated[bool, typer.Option("--blame", help="If a check fails, find the node at fault.")] = False,
     precision_search: Annotated[
-        bool, typer.Option("--precision-search", help="Keep the fewest layers of int8 targets in float32.")
+        bool, typer.Option("--precision-search", help="For int8 targets, find the fewest layers to keep in float32.")
     ] = False,
     plugin: Plugins = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Train or read a student, fold, export, compile, verify and package it."""
+    """Train a student or read a trained one; fold, export, compile, verify and package it."""
     from kdexport.core.progress import Reporter
     from kdexport.pipeline import BuildRequest
     from kdexport.pipeline import build as run
@@ -68,7 +70,9 @@ def _settings(student: str | None, config: Path | None, *, precision_search: boo
     from kdexport.plugins import use_plugins
 
     if student is None and config is None:
-        raise ConfigError("Neither --student nor --config was given.", remedy="For example: --student mobilenetv2")
+        raise ConfigError(
+            "Neither --student nor --config was given.", remedy="Pass one of them, for example --student mobilenetv2."
+        )
     path = config if config is not None else find_config(str(student))
     settings = load_config(path)
     use_plugins(settings.plugins, path.parent)

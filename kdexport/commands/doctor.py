@@ -1,4 +1,4 @@
-"""`kdexport doctor`: what this machine can build and run, and whether it would serve a bundle."""
+"""`kdexport doctor`: what this machine can build and run, and whether it can serve a bundle."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,13 +10,13 @@ from kdexport.core.console import print_json
 
 
 def doctor(
-    bundle: Annotated[Path | None, typer.Argument(help="A bundle: check that it can be served here.")] = None,
-    target: Annotated[str, typer.Option(help="Target of it that would be served.")] = "onnx-fp32",
+    bundle: Annotated[Path | None, typer.Argument(help="A bundle; check whether this machine can serve it.")] = None,
+    target: Annotated[str, typer.Option(help="The target of the bundle to serve.")] = "onnx-fp32",
     plugin: Plugins = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show what this machine can build and run, and what is missing; or whether it would serve BUNDLE."""
+    """Show what this machine can build and run, and what is missing; or whether it can serve BUNDLE."""
     from kdexport.diagnose.environment import examine, examine_bundle
 
     facts = examine() if bundle is None else examine_bundle(bundle, target=target)

@@ -1,4 +1,4 @@
-"""`kdexport explain`: what an error code means."""
+"""`kdexport explain`: explain an error code."""
 
 import sys
 from typing import Annotated

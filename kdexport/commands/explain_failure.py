@@ -1,4 +1,4 @@
-"""`kdexport explain-failure`: from a failed check to the node that is to blame, as files that anybody can run."""
+"""`kdexport explain-failure`: find the node that makes a check fail, and write it as files that run alone."""
 
 import json
 from pathlib import Path
@@ -12,14 +12,14 @@ from kdexport.diagnose.failed_build import blame_bundle, blame_lines
 
 def explain_failure(
     bundle: Annotated[Path, typer.Argument(help="A bundle, or the folder of a failed build.")],
-    out: Annotated[Path, typer.Option(help="Folder for the finding and its reproduction.")] = Path("blame"),
+    out: Annotated[Path, typer.Option(help="Folder for the result and its reproduction.")] = Path("blame"),
     plugin: Plugins = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Print tracebacks of errors.")] = False,
 ) -> None:
-    """Bisect a bundle over its stages and nodes: which node is the first that is off, and how.
+    """Find the first node of a bundle that is wrong, by bisection over its stages and nodes.
 
-    Exits with 1 where one was found, with 0 where every stage is right.
+    Exits with 1 if a fault was found, with 0 if every stage is right.
     """
     from kdexport.core.progress import Reporter
 

@@ -1,4 +1,4 @@
-"""`kdexport inspect`: what a bundle says about itself, without running anything."""
+"""`kdexport inspect`: show the manifest of a bundle, without running anything."""
 
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +15,7 @@ def inspect(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show what a bundle says about itself, without running anything."""
+    """Show the manifest of a bundle: student, checks, targets; runs nothing."""
     from kdexport.bundle.manifest import read_manifest
 
     manifest = read_manifest(bundle)

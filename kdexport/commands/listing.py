@@ -1,4 +1,4 @@
-"""What `kdexport list` prints."""
+"""`kdexport list`: the names of students, teachers, distillers, recipes or targets."""
 
 import sys
 from collections.abc import Callable
@@ -28,22 +28,22 @@ def _targets() -> Rows:
     for name in target_names():
         target = parse_target(name)
         missing = target.unavailable()
-        rows.append((name, target.runtime.description + (f" (not here: {missing[0]})" if missing else "")))
+        rows.append((name, target.runtime.description + (f" (not on this machine: {missing[0]})" if missing else "")))
     return rows
 
 
 def _from_training(kind: str) -> Callable[[], Rows]:
-    def ask() -> Rows:
+    def rows() -> Rows:
         try:
             names = call("training", ["names", kind], timeout_s=None)
         except ChildDiedError as error:
             raise BackendUnavailableError(
-                f"The training package does not start: {error.stderr}",
-                remedy="Install kdexport whole: pip install kdexport.",
+                f"The training package cannot be started: {error.stderr}",
+                remedy="Reinstall kdexport with its training package: pip install --force-reinstall kdexport.",
             ) from None
         return [(name, "") for name in names]
 
-    return ask
+    return rows
 
 
 LISTS: dict[str, Callable[[], Rows]] = {
@@ -63,7 +63,7 @@ def list_(
 ) -> None:
     """List students, teachers, distillers, recipes or targets by name."""
     if kind not in LISTS:
-        raise UnknownNameError(f"There is no list of {kind!r}.", remedy=nearest(kind, LISTS))
+        raise UnknownNameError(f"{kind!r} cannot be listed.", remedy=nearest(kind, LISTS))
     rows = LISTS[kind]()
     if as_json:
         print_json({kind: [{"name": name, **({"note": note} if note else {})} for name, note in rows]})

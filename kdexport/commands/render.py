@@ -1,4 +1,4 @@
-"""Results on a terminal: tables on stdout, readable in a pipe too."""
+"""Results on a terminal: tables on stdout, also readable in a pipe."""
 
 import os
 import shutil
@@ -11,13 +11,7 @@ from rich.console import Console
 
 from kdexport.bundle.manifest import Manifest
 from kdexport.core.tables import Table, terminal_table
-from kdexport.verify.report import (
-    RUNGS,
-    hazard_rows,
-    plan_tables,
-    rung_rows,
-    verdict_sentence,
-)
+from kdexport.verify.report import RUNGS, hazard_rows, plan_tables, rung_rows, verdict_sentence
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,18 +21,18 @@ if TYPE_CHECKING:
     from kdexport.verify.policy import Change
     from kdexport.verify.verdict import TargetRun, Verdict
 
-
+#: Warnings that a terminal shows; the report has all.
 _SHOWN_HAZARDS = 3
 
 
 def new_console() -> Console:
-    """A console on stdout; cells never wrap in a pipe."""
-    # In a pipe there is no terminal to fit: wrapped cells would break what reads them.
+    """A console on stdout; in a pipe cells do not wrap."""
+    # A program that reads a pipe expects one row on one line.
     return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
 
 
 def show_build(result: "BuildResult") -> None:
-    """The bundle's table, its verdict and what to type next."""
+    """What ``kdexport build`` prints: the bundle's tables, its verdict and what to type next."""
     console, data = new_console(), result.manifest.data
     if result.up_to_date:
         console.print("Nothing to do: the bundle is up to date.")
@@ -56,7 +50,7 @@ def _plugin_options() -> str:
 
 
 def _program() -> str:
-    """How this command can be typed here: by its name where that is on the path, else by its place."""
+    """How to type this command: its name if that is on PATH, else its path."""
     if shutil.which("kdexport"):
         return "kdexport"
     near = os.path.relpath(sys.argv[0])
@@ -74,14 +68,15 @@ def show_manifest(folder: Path, manifest: Manifest) -> None:
     console.print(f"Classes {', '.join(spec.classes[:8])}{', ...' if spec.num_classes > 8 else ''}")
     _print_build(console, data)
     console.print(
-        f"Verdict at build time: {verdict_sentence(data)}. `kdexport verify {folder}` checks it again.", soft_wrap=True
+        f"Verdict at build time: {verdict_sentence(data)}. Run kdexport verify {folder} to check it again.",
+        soft_wrap=True,
     )
 
 
 def show_verdict(
     folder: Path, manifest: Manifest, verdict: "Verdict", runs: "Sequence[TargetRun] | None" = None
 ) -> None:
-    """What ``kdexport verify`` prints: one row per rung and file, what ran each target, the verdict."""
+    """What ``kdexport verify`` prints: a row for each rung and file, what ran each target, and the verdict."""
     console = new_console()
     data = {**manifest.data, "parity": [check.to_json() for check in verdict.checks], "latency": None}
     others = [check for check in verdict.checks if check.rung not in RUNGS]
@@ -94,7 +89,7 @@ def show_verdict(
         console.print()
     not_run = None if runs is None else [str(run) for run in runs if run.state != "ran here"]
     if not verdict.failures:
-        console.print(f"Verdict: {verdict_sentence(data, not_run)}: {folder} is what was trained.", soft_wrap=True)
+        console.print(f"Verdict: {verdict_sentence(data, not_run)}: {folder} is the trained student.", soft_wrap=True)
 
 
 def _run_rows(runs: "Sequence[TargetRun]") -> tuple[tuple[str, ...], ...]:
@@ -102,7 +97,7 @@ def _run_rows(runs: "Sequence[TargetRun]") -> tuple[tuple[str, ...], ...]:
 
 
 def show_changes(changes: "Sequence[Change]") -> None:
-    """Which limits a policy changes, and in which direction."""
+    """The limits that a policy changes, and whether each is looser or stricter."""
     console = new_console()
     if not changes:
         console.print("The policy changes no limit.")
@@ -171,8 +166,8 @@ def _rung_table(data: dict[str, Any], *further: tuple[str, ...]) -> Table:
 def _target_table(data: dict[str, Any]) -> Table:
     rows = []
     for name, entry in data["targets"].items():
-        told = "multiplying in" if entry["precision"] == "int8" else "all"
-        kernels = f"{entry['kernels']}, {told} {entry['precision']}" if "kernels" in entry else ""
+        which = "multiplying in" if entry["precision"] == "int8" else "all"
+        kernels = f"{entry['kernels']}, {which} {entry['precision']}" if "kernels" in entry else ""
         rows.append((name, entry["status"], kernels))
     return Table(header=("target", "status", "kernels"), rows=tuple(rows))
 

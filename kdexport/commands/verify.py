@@ -1,4 +1,4 @@
-"""`kdexport verify`: a bundle checked again, by running it or from its stored numbers."""
+"""`kdexport verify`: check a bundle again, by running it or from its stored numbers."""
 
 import json
 from pathlib import Path
@@ -17,34 +17,35 @@ def verify(
     bundle: Annotated[Path, typer.Argument(help="A folder that `kdexport build` wrote.")],
     rung: Annotated[
         str | None,
-        typer.Option(help="Only this rung of the ladder: A (algebra; block by block, without running a file)."),
+        typer.Option(help="Check only this rung: A, the algebra of each block; runs no exported file."),
     ] = None,
     rethreshold: Annotated[
         Path | None,
-        typer.Option(metavar="POLICY", help="Decide from the stored numbers under this policy; nothing is run."),
+        typer.Option(metavar="POLICY", help="Decide the stored numbers under this policy; runs nothing."),
     ] = None,
     allow_looser: Annotated[
-        bool, typer.Option("--allow-looser", help="Let the policy raise limits above those of the build.")
+        bool, typer.Option("--allow-looser", help="Accept a policy with looser limits than those of the build.")
     ] = False,
     require: Annotated[
         str | None,
         typer.Option(
             "--require-executed",
             metavar="TARGETS",
-            help="Exit with 3 unless these targets, comma separated, run in this verification.",
+            help="Exit with 3 unless these targets, separated by commas, run in this verification.",
         ),
     ] = None,
     plugin: Plugins = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Print tracebacks of errors.")] = False,
 ) -> None:
-    """Check a bundle again: its files, its algebra, its graphs, its logits on the golden images."""
+    """Check a bundle again: its files, algebra, graphs, and logits on the golden images."""
     if rethreshold is not None:
         if rung is not None:
-            raise ConfigError("--rung and --rethreshold exclude each other.", remedy="Pass one of them.")
+            raise ConfigError("--rung and --rethreshold cannot be combined.", remedy="Omit one of them.")
         if require is not None:
             raise ConfigError(
-                "--rethreshold runs nothing, and --require-executed asks for a run.", remedy="Omit one of them."
+                "--rethreshold and --require-executed cannot be combined: --rethreshold runs no target.",
+                remedy="Omit one of them.",
             )
         _rethreshold(bundle, rethreshold, allow_looser=allow_looser, as_json=as_json)
         return
@@ -53,9 +54,13 @@ def verify(
     from kdexport.verify.verdict import replay, replay_algebra, require_executed, target_runs
 
     if rung is not None and require is not None:
-        raise ConfigError("--rung and --require-executed exclude each other.", remedy="Omit one of them.")
+        raise ConfigError(
+            "--rung and --require-executed cannot be combined: --rung A runs no target.", remedy="Omit one of them."
+        )
     if rung not in (None, "A", "a"):
-        raise UnknownNameError(f"Rung {rung!r} cannot be verified by itself.", remedy="Pass --rung A, or no --rung.")
+        raise UnknownNameError(
+            f"The rung {rung!r} cannot be checked alone; only A can.", remedy="Pass --rung A, or omit --rung."
+        )
     manifest = read_manifest(bundle)
     with Reporter().stage("verify") as progress:
         verdict = (replay if rung is None else replay_algebra)(bundle, manifest, progress)
@@ -103,7 +108,9 @@ def _rethreshold(bundle: Path, policy: Path, *, allow_looser: bool, as_json: boo
 
     show_changes(result.changes)
     show_verdict(bundle, manifest, result.verdict)
-    result.verdict.require("The bundle does not keep this policy; nothing was run and nothing was changed.")
+    result.verdict.require(
+        "The bundle exceeds the limits of this policy. Raise them in the policy file, or build the bundle again."
+    )
 
 
 def _print(value: dict[str, Any]) -> None:

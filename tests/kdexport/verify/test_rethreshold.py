@@ -188,5 +188,5 @@ def test_the_command_shows_old_and_new_limits(bundle_copy: Path) -> None:
     done = CliRunner().invoke(app, [*options, "--allow-looser"])
     assert done.exit_code == 0
     assert re.search(r"B\.rms_error +2\.0 +3\.0 +looser", done.stdout)
-    with pytest.raises(ConfigError, match="exclude each other"):
+    with pytest.raises(ConfigError, match="--rung and --rethreshold cannot be combined"):
         CliRunner().invoke(app, [*options, "--rung", "A"], catch_exceptions=False)
