@@ -1,4 +1,4 @@
-# Three stages for three places: train on a GPU, build and verify anywhere, serve small.
+# Three images: train on a GPU, build and verify on any machine, serve with few packages.
 #
 #   docker build --target train -t kdexport:train .
 #   docker build --target build -t kdexport:build .
@@ -22,8 +22,8 @@ RUN pip install -c constraints.txt '.[demo,trt-rtx]'
 ENTRYPOINT ["kdexport"]
 CMD ["doctor"]
 
-# Serves one bundle to everyone who reaches the container: publish the port on loopback, or pass --token-file.
-# Ports: 8000 requests, 8002 metrics. `docker stop -t 30` leaves time to drain.
+# Serves one bundle to every client that can reach the container: publish the port on loopback, or pass --token-file.
+# Ports: 8000 for requests, 8002 for metrics. Stop with `docker stop -t 30`, so that requests in progress can finish.
 FROM base AS serve
 ARG BUNDLE=dist/mobilenetv2
 RUN pip install -c constraints.txt '.[serve]'

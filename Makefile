@@ -1,10 +1,10 @@
-# One entry for people and CI: `make quickstart`, `make test`. Everything lives in .venv; nothing else is touched.
+# The same commands for people and CI: `make quickstart`, `make test`. Packages are installed only into .venv.
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test lint types unit clean
 
 VENV := .venv
 BIN := $(VENV)/bin
-# Test processes, of one thread each: a file's tests share one, so that what they build is built once or twice.
+# Test processes, with one thread each. The tests of a file run in one process, so that they share what they build.
 JOBS ?= 2
 UNUSED := /(tests?|testing/_internal)/|site-packages/(pip|setuptools|mypy|mypyc)/
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -20,8 +20,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV) || { echo "Creating $(VENV) failed; on Debian: apt-get install python3-venv"; exit 4; }
 	@echo "Installing into $(VENV): torch, onnxruntime, TensorRT-RTX, a few minutes once ..."
 	@$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[demo,trt-rtx,openvino,serve,dev]'
-	@# pip compiles on one processor. Templates that are no modules cannot be compiled, and need not be; what libraries
-	@# hold for their own tests is not imported.
+	@# pip compiles on one processor. Templates that are not modules cannot be compiled; tests inside libraries are never
+	@# imported.
 	@$(BIN)/python -m compileall -q -j 0 -x '$(UNUSED)' $(VENV)/lib > /dev/null 2>&1 || true
 	@touch $@
 
@@ -30,7 +30,7 @@ setup: $(VENV)/.ready  ## Create .venv with everything that development needs
 quickstart: setup  ## Distil, fold, export, verify and package a student on digits
 	@$(BIN)/kdexport build --config export_configs/quickstart.toml --out dist/quickstart
 
-lint: setup  ## ruff, and which way imports run
+lint: setup  ## ruff, and the import contracts
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/lint-imports --no-cache > .import-linter.log || { cat .import-linter.log; exit 1; }
@@ -41,7 +41,7 @@ types: setup  ## mypy --strict
 unit: setup  ## pytest
 	@PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-# mypy takes what the tests leave of the processors while they wait for a server or a child.
+# mypy runs at low priority while the tests wait for servers and child processes.
 test: lint  ## Everything that CI checks
 	@$(MAKE) --no-print-directory -j 2 types unit
 
