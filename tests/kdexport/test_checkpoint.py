@@ -166,7 +166,7 @@ def test_a_description_without_a_key_is_refused_by_the_key(checkpoint: Path, key
         ({"preprocessing": PREPROCESSING.to_json() | {"image_size": 32.0}}, "image_size is 32.0, not a number"),
         ({"preprocessing": PREPROCESSING.to_json() | {"resize": "36"}}, "resize is '36', not a number of pixels"),
         ({"preprocessing": PREPROCESSING.to_json() | {"mean": "543"}}, "'543' is not three numbers, one per channel"),
-        ({"colour": "red"}, "unknown key 'colour'; known are schema_version, student, classes"),
+        ({"colour": "red"}, "unknown key 'colour'; known: schema_version, student, classes"),
     ],
     ids=["interpolation", "a fraction of a pixel", "text", "digits", "outside"],
 )  # fmt: skip
