@@ -81,7 +81,7 @@ class ResNet18(Student):
     def __init__(self, num_classes: int, image_size: int) -> None:
         super().__init__()
         net = torchvision_network("resnet18", num_classes=num_classes)
-        # torchvision's own names, so that its checkpoints load unchanged.
+        # The parameter names of torchvision, so that its checkpoints load unchanged.
         self.conv1, self.bn1, self.maxpool = net.conv1, net.bn1, net.maxpool
         self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4
         self.fc = net.fc

@@ -1,4 +1,4 @@
-"""ShuffleNetV1 (Zhang et al., 2018) with three groups: the CIFAR definition, and the same body for ImageNet sizes."""
+"""ShuffleNetV1 (Zhang et al., 2018) with three groups: the CIFAR definition, also for ImageNet sizes."""
 
 from typing import cast
 
@@ -16,7 +16,7 @@ _STAGES = ((240, 4), (480, 8), (960, 4))
 
 
 class _Unit(nn.Module):
-    """Grouped 1x1, shuffle, depthwise 3x3, grouped 1x1, beside the identity or, at stride 2, an average pooling.
+    """Grouped 1x1, shuffle, depthwise 3x3, grouped 1x1, parallel to the identity or to average pooling (stride 2).
 
     A strided unit computes only the channels that the pooled input does not provide, and its bottleneck is a quarter of
     these; in the paper it is a quarter of all channels.

@@ -1,4 +1,4 @@
-"""Networks that are distilled from; one file per architecture family."""
+"""Teachers: the networks that students learn from; one file for each architecture family."""
 
 from kdexport.registry import Registry
 from training.teachers.teacher import Teacher

@@ -1,4 +1,4 @@
-"""A frozen teacher as it runs: without the batch norms that fold exactly, its weights in the precision of the run."""
+"""The form in which a frozen teacher runs: batch norms folded, weights in the precision of the run."""
 
 import copy
 
@@ -11,11 +11,11 @@ from training.teachers.teacher import Teacher
 
 
 def folded(teacher: Teacher, precision: torch.dtype | None = None) -> Teacher:
-    """A copy of an eval-mode ``teacher`` that writes the same values with fewer passes over memory.
+    """A copy of an eval-mode ``teacher`` with the same outputs and fewer passes over memory.
 
-    A batch norm folds where it alone reads a plain convolution, taps included; all others stay. Weights of convolutions
-    and linear layers are cast to ``precision`` once, where autocast would cast them at each step. Parameters that do
-    not change are shared with ``teacher``, which is left as it is.
+    A batch norm folds if it is the only reader of a plain convolution, taps included; all others stay. Weights of
+    convolutions and linear layers are cast to ``precision`` once; autocast would cast them at each step. Parameters
+    that do not change are shared with ``teacher``, which does not change.
     """
     shared = {id(tensor): tensor for tensor in (*teacher.parameters(), *teacher.buffers())}
     twin = copy.deepcopy(teacher, shared)
@@ -38,8 +38,8 @@ def _frozen(value: Tensor) -> nn.Parameter:
     return nn.Parameter(value.detach(), requires_grad=False)
 
 
-class _Everything(nn.Module):
-    """All that a distiller may read, as a tracer takes it: a tap is then a reader like any other."""
+class _AllOutputs(nn.Module):
+    """All outputs that a distiller may read, in a form that can be traced, where each tap is one more reader."""
 
     def __init__(self, network: Teacher) -> None:
         super().__init__()
@@ -51,8 +51,8 @@ class _Everything(nn.Module):
 
 
 def _pairs(network: Teacher) -> list[tuple[str, str]]:
-    """The paths of each convolution and the batch norm that folds into it."""
-    root = _Everything(network)
+    """The paths of each convolution and of the batch norm that folds into it."""
+    root = _AllOutputs(network)
     calls = [node for node in fx.Tracer().trace(root).nodes if node.op == "call_module"]
     targets = [str(node.target) for node in calls]
     found = []

@@ -1,6 +1,6 @@
-"""ResNet50 (He et al., 2016): a 3x3 stem without pooling for small images, torchvision's for ImageNet sizes.
+"""ResNet50 (He et al., 2016): a 3x3 stem without pooling for small images, torchvision's form for ImageNet sizes.
 
-Both have the stride of a stage on the 3x3 convolution of its first bottleneck.
+In both the 3x3 convolution of the first bottleneck has the stride of a stage.
 """
 
 from typing import cast
@@ -45,7 +45,7 @@ class _Bottleneck(nn.Module):
 
 
 def _preactivate(block: nn.Module, shortcut: nn.Module | None, x: Tensor) -> Tensor:
-    """The sum that the last ReLU of a bottleneck reads; torchvision's block writes that ReLU over it."""
+    """The input of the last ReLU of a bottleneck, which the in-place ReLU of torchvision's block overwrites."""
     y = functional.relu(block.bn1(block.conv1(x)))  # type: ignore[operator]
     y = functional.relu(block.bn2(block.conv2(y)))  # type: ignore[operator]
     y = block.bn3(block.conv3(y))  # type: ignore[operator]
@@ -55,7 +55,7 @@ def _preactivate(block: nn.Module, shortcut: nn.Module | None, x: Tensor) -> Ten
 class SmallResNet50(Teacher):
     """The form of the distillation literature for 32x32 inputs: 23,705,252 parameters at 100 classes.
 
-    Names of parameters are those of the public checkpoints: conv1, bn1, layer1.0.conv1, layer1.0.shortcut.0, linear.
+    Parameters have the names of public checkpoints: conv1, bn1, layer1.0.conv1, layer1.0.shortcut.0, linear.
     """
 
     def __init__(self, *, num_classes: int, image_size: int) -> None:
@@ -93,14 +93,14 @@ class SmallResNet50(Teacher):
 class ResNet50(Teacher):
     """torchvision's ResNet50 with its parameter names: 23,712,932 parameters at 100 classes.
 
-    The stem's tap is before the max pooling, which belongs to the first stage.
+    The tap of the stem is before the max pooling, which belongs to the first stage.
     """
 
     def __init__(self, *, num_classes: int, image_size: int) -> None:
         super().__init__()
         self.num_classes, self.image_size = num_classes, image_size
         net = torchvision_network("resnet50", num_classes=num_classes)
-        # torchvision's own names, so that its checkpoints load unchanged.
+        # The parameter names of torchvision, so that its checkpoints load unchanged.
         self.conv1, self.bn1, self.maxpool = net.conv1, net.bn1, net.maxpool
         self.layer1, self.layer2, self.layer3, self.layer4 = net.layer1, net.layer2, net.layer3, net.layer4
         self.fc = net.fc
@@ -123,6 +123,6 @@ class ResNet50(Teacher):
 
 @TEACHERS.register("resnet50")
 def resnet50(*, num_classes: int, image_size: int) -> Teacher:
-    """The form of ResNet50 that fits images of ``image_size`` pixels a side."""
+    """The ResNet50 for images with a side of ``image_size`` pixels."""
     form = ResNet50 if image_size >= IMAGENET_MIN_SIZE else SmallResNet50
     return form(num_classes=num_classes, image_size=image_size)

@@ -1,8 +1,8 @@
 """ResNets of depth 6n+2 for small images (He et al., 2016, section 4.2) with 1x1 convolution shortcuts.
 
-The x4 widths are those of Tian et al. (2020): a stem of 32 channels, and a projected shortcut in every stage. There is
-no ImageNet form in the literature; the body has no size of its own and serves larger images as it is, at their cost.
-Names of parameters are those of the public checkpoints: conv1, bn1, layer1.0.conv1, layer1.0.downsample.0, fc.
+The x4 widths are those of Tian et al. (2020): a stem of 32 channels, and a projected shortcut in every stage. The
+literature has no ImageNet form; larger images use the same network, at a higher cost. Parameters have the names of
+public checkpoints: conv1, bn1, layer1.0.conv1, layer1.0.downsample.0, fc.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ class _BasicBlock(nn.Module):
             self.downsample = nn.Identity()
 
     def preactivate(self, x: Tensor) -> Tensor:
-        """The sum that the last activation reads."""
+        """The input of the last activation."""
         y = functional.relu(self.bn1(self.conv1(x)))
         return cast(Tensor, self.bn2(self.conv2(y)) + self.downsample(x))
 

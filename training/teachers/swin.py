@@ -16,11 +16,11 @@ _STAGES = 4
 
 
 class Swin(Teacher):
-    """Patch embedding and four stages, with torchvision's parameter names; swin_t has 27,596,254 at 100 classes.
+    """Patch embedding and four stages, with torchvision's names; swin_t has 27,596,254 parameters at 100 classes.
 
-    A stage ends without an activation, so its feature and its pre-activation are one tensor; but the last feature is
-    behind the final layer norm, because that is what is pooled, and its pre-activation before it. Merging of patches
-    between two stages belongs to the later one.
+    A stage ends without an activation, so its feature and its pre-activation are one tensor. Only the last feature is
+    after the final layer norm, because the pooling reads that, and its pre-activation before it. The merging of patches
+    between two stages belongs to the later stage.
     """
 
     def __init__(self, name: str, *, num_classes: int, image_size: int) -> None:
@@ -28,7 +28,7 @@ class Swin(Teacher):
         _check_size(name, image_size)
         self.num_classes, self.image_size = num_classes, image_size
         net = torchvision_network(name, num_classes=num_classes)
-        # torchvision's own names, so that its checkpoints load unchanged.
+        # The parameter names of torchvision, so that its checkpoints load unchanged.
         self.features, self.norm = cast(nn.Sequential, net.features), cast(nn.LayerNorm, net.norm)
         self.head = cast(nn.Linear, net.head)
         width = self.head.in_features // 2 ** (_STAGES - 1)
@@ -43,7 +43,7 @@ class Swin(Teacher):
         if index == 0:
             return Stage.linear(_channels_first(self.features[0](x)))
         x = x.permute(0, 2, 3, 1)
-        # Odd positions hold the blocks of a stage, even ones the merging of patches before it.
+        # Odd positions have the blocks of a stage, even ones the merging of patches before it.
         for position in range(max(1, 2 * index - 2), 2 * index):
             x = self.features[position](x)
         if index < _STAGES:
@@ -62,13 +62,13 @@ def _channels_first(x: Tensor) -> Tensor:
 def _check_size(name: str, image_size: int) -> None:
     if image_size < IMAGENET_MIN_SIZE:
         raise ConfigError(
-            f"{name} needs images of at least {IMAGENET_MIN_SIZE} pixels a side, and image_size is {image_size}: its "
-            "patches of 4 pixels and windows of 7 patches would leave it one window, or a part of one, to see.",
-            remedy="Set data.image_size to 224: images are resized, for the student too. Or choose another teacher.",
+            f"{name} needs images of at least {IMAGENET_MIN_SIZE} pixels a side, but data.image_size is {image_size}: "
+            "smaller images have too few windows of 7 patches of 4 pixels.",
+            remedy="Set data.image_size to 224, which resizes images for the student too, or choose another teacher.",
         )
     if image_size % _PATCH:
         raise ConfigError(
-            f"{name} cuts images into patches of {_PATCH} pixels, and image_size {image_size} is no multiple of that.",
+            f"{name} needs a multiple of {_PATCH} pixels a side, but data.image_size is {image_size}.",
             remedy=f"Set data.image_size to {image_size // _PATCH * _PATCH}.",
         )
 

@@ -1,8 +1,7 @@
 """Wide residual networks with pre-activation blocks (Zagoruyko & Komodakis, 2016) for small images.
 
-There is no ImageNet form in the literature; the body has no size of its own and serves larger images as it is, at their
-cost. Names of parameters are those of the public checkpoints: conv1, block1.layer.0.bn1, block1.layer.0.convShortcut,
-bn1, fc.
+The literature has no ImageNet form; larger images use the same network, at a higher cost. Parameters have the names of
+public checkpoints: conv1, block1.layer.0.bn1, block1.layer.0.convShortcut, bn1, fc.
 """
 
 import math
@@ -33,7 +32,7 @@ class _PreactivationBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         activated = functional.relu(self.bn1(x))
         y = self.conv2(functional.relu(self.bn2(self.conv1(activated))))
-        # A projection reads the activated input; the identity carries the raw one.
+        # A projection reads the activated input; the identity passes the raw one.
         return cast(Tensor, y + (self.convShortcut(activated) if self.projects else x))
 
 
@@ -51,8 +50,9 @@ class _Group(nn.Module):
 class WideResNet(Teacher):
     """Depth 6n+4 and a width factor; wrn40_2 has 2,255,156 parameters at 100 classes.
 
-    Features are the raw sums that groups end with, the stem's the bare convolution; the batch norm that reads a feature
-    next, without its ReLU, gives the pre-activation. So no feature is the ReLU of its pre-activation.
+    The feature of a stage is the sum at the end of its group, without an activation; that of the stem is the output of
+    the convolution. The pre-activation is the output of the batch norm that reads the feature next. So no feature
+    is the ReLU of its pre-activation.
     """
 
     def __init__(self, depth: int, factor: int, *, num_classes: int, image_size: int) -> None:
@@ -77,8 +77,8 @@ class WideResNet(Teacher):
     def advance(self, index: int, x: Tensor) -> Stage:
         feature = self.conv1(x) if index == 0 else self.get_submodule(f"block{index}")(x)
         last = index + 1 == len(self.taps)
-        reader = self.bn1 if last else self.get_submodule(f"block{index + 1}.layer.0.bn1")
-        return Stage(feature, lambda: _read(cast(nn.BatchNorm2d, reader), feature))
+        batch_norm = self.bn1 if last else self.get_submodule(f"block{index + 1}.layer.0.bn1")
+        return Stage(feature, lambda: _normalised(cast(nn.BatchNorm2d, batch_norm), feature))
 
     def pool(self, feature: Tensor) -> Tensor:
         return super().pool(functional.relu(self.bn1(feature)))
@@ -87,8 +87,8 @@ class WideResNet(Teacher):
         return cast(Tensor, self.fc(pooled))
 
 
-def _read(batch_norm: nn.BatchNorm2d, feature: Tensor) -> Tensor:
-    """What ``batch_norm`` makes of (N,C,h,w), without a second update of its statistics in training mode."""
+def _normalised(batch_norm: nn.BatchNorm2d, feature: Tensor) -> Tensor:
+    """The output of ``batch_norm`` for (N,C,h,w), without a second update of its statistics in training mode."""
     if not batch_norm.training:
         return cast(Tensor, batch_norm(feature))
     scale, shift = batch_norm.weight, batch_norm.bias

@@ -109,7 +109,7 @@ def test_truncated_weights_are_refused_wherever_they_end(legacy: bool, tmp_path:
     ends = np.random.default_rng(0).integers(0, len(whole), 25)
     for end in (0, 1, 2, 3, 10, 100, len(whole) // 2, len(whole) - 1, *ends.tolist()):
         path.write_bytes(whole[:end])
-        with pytest.raises(CheckpointError, match=r"cut\.pt is truncated or holds more than tensors: \S"):
+        with pytest.raises(CheckpointError, match=r"cut\.pt is truncated or contains more than tensors: \S"):
             load_teacher_weights(teacher, path)
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
@@ -145,7 +145,7 @@ def test_code_in_a_foreign_pickle_never_runs(wrap: object, plain: bool, tmp_path
         path.write_bytes(pickle.dumps(wrap(Trap(sprung)), protocol=2))
     else:
         torch.save(wrap(Trap(sprung)), path)
-    with pytest.raises(CheckpointError, match="holds more than tensors") as caught:
+    with pytest.raises(CheckpointError, match="contains more than tensors") as caught:
         load_teacher_weights(resnet(8), path)
     assert not sprung.exists()
     assert "code in a pickle is never run" in caught.value.remedy

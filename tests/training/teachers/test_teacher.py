@@ -68,7 +68,7 @@ def test_the_printed_command_converts_a_checkpoint_with_training_options(legacy:
     tensors, path = checkpoint("vgg8"), tmp_path / "it's a vgg8 \u00e9 last.pth"
     options = argparse.Namespace(epochs=240, lr_decay_epochs=[150, 180], model="vgg8", nested=argparse.Namespace(a=1.5))
     torch.save({"opt": options, "model": tensors}, path, _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(CheckpointError, match="holds more than tensors") as caught:
+    with pytest.raises(CheckpointError, match="contains more than tensors") as caught:
         load_teacher_weights(built("vgg8", 32), path)
     said, _, command = caught.value.remedy.partition(": ")
     assert "argparse.Namespace" in said
@@ -89,11 +89,11 @@ def test_the_printed_command_converts_a_checkpoint_with_training_options(legacy:
 def test_options_of_another_kind_are_not_converted(tmp_path: Path) -> None:
     path = tmp_path / "foreign.pth"
     torch.save({"opt": argparse.Namespace(root=tmp_path), "model": checkpoint("vgg8")}, path)
-    with pytest.raises(CheckpointError, match="holds more than tensors") as caught:
+    with pytest.raises(CheckpointError, match="contains more than tensors") as caught:
         load_teacher_weights(built("vgg8", 32), path)
     assert "code in a pickle is never run" in caught.value.remedy
     torch.save({"opt": argparse.Namespace(lr=0.1), "weights": checkpoint("vgg8")}, path)
-    with pytest.raises(CheckpointError, match="holds more than tensors") as caught:
+    with pytest.raises(CheckpointError, match="contains more than tensors") as caught:
         load_teacher_weights(built("vgg8", 32), path)
     assert "add_safe_globals" not in caught.value.remedy
 
@@ -101,5 +101,5 @@ def test_options_of_another_kind_are_not_converted(tmp_path: Path) -> None:
 def test_a_state_dict_whose_keys_are_not_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "odd.pth"
     torch.save({"model": {3: torch.ones(2), "bn1.bias": torch.ones(2)}}, path)
-    with pytest.raises(CheckpointError, match="is not a state_dict"):
+    with pytest.raises(CheckpointError, match="does not contain a state_dict"):
         load_teacher_weights(built("vgg8", 32), path)
