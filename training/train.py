@@ -13,7 +13,7 @@ from kdexport.checkpoint import load_student as load_trained_student
 from kdexport.checkpoint import open_checkpoint, save_tensors
 from kdexport.core.digests import sha256_file
 from kdexport.core.files import recover, write_file, write_text
-from kdexport.data.datasets import ImageSet, dataset_digest, open_dataset
+from kdexport.data.datasets import ImageSet, class_difference, dataset_digest, open_dataset
 from kdexport.errors import BackendUnavailableError, CheckpointError
 from kdexport.reparam.blocks import BranchSpec, attach_branches, branch_paths
 from kdexport.reparam.branches import ParallelBranches
@@ -27,7 +27,7 @@ from training.runs.loop import Metrics, Run, run, top1
 from training.runs.record import claim, device_name, note_environment
 from training.runs.task import DistillationTask, FrozenTeacher, SupervisedTask
 from training.teachers import TEACHERS, Teacher
-from training.teachers.teacher import load_teacher_weights
+from training.teachers.teacher import described_classes, load_teacher_weights
 
 _CALIBRATION_BATCHES = 8
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -186,8 +186,7 @@ class Distillation:
 
 def prepare_distillation(recipe: Recipe, train: ImageSet, batches: Batches, device: torch.device) -> Distillation:
     """Build the networks and the distiller of ``recipe`` with its seed, and calibrate the distiller."""
-    teacher = _build_teacher(recipe, train)
-    load_teacher_weights(teacher, Path(recipe.teacher.checkpoint))
+    teacher = _trained_teacher(recipe, train)
     torch.manual_seed(recipe.train.seed)
     student = STUDENTS.build(recipe.student.name, num_classes=len(train.classes), image_size=recipe.data.image_size)
     DISTILLERS.check(recipe.distiller.name)
@@ -209,8 +208,7 @@ def evaluate_teacher(recipe: Recipe) -> float:
     """Top-1 of the recipe's teacher checkpoint on the test split, in full precision."""
     device = make_accelerator(recipe.train.model_copy(update={"mixed_precision": "no"})).device
     test = open_dataset(recipe.data.spec(), "test")
-    teacher = _build_teacher(recipe, test)
-    load_teacher_weights(teacher, Path(recipe.teacher.checkpoint))
+    teacher = _trained_teacher(recipe, test)
     exact = recipe.model_copy(
         update={"train": recipe.train.model_copy(update={"mixed_precision": "no", "teacher_precision": "no"})}
     )
@@ -223,20 +221,15 @@ def evaluate_student(recipe: Recipe, checkpoint: Path) -> float:
     trained = open_checkpoint(checkpoint)
     test = open_dataset(recipe.data.spec(), "test")
     if trained.spec.classes != test.classes:
+        difference = class_difference(trained.spec.classes, test.classes, "the checkpoint", "the data set")
         raise CheckpointError(
-            f"The classes of {checkpoint} are not those of the data: {_class_difference(trained.spec.classes, test)}.",
+            f"{checkpoint} was trained for {trained.spec.num_classes} classes, the data set has {len(test.classes)}: "
+            f"{difference}.",
             remedy="Pass --data with the data set that the student was trained on.",
         )
     student = load_trained_student(trained).to(device)
     own = trained.spec.preprocessing
     return top1(student, EvaluationBatches(test, recipe.data, device=device, preprocessing=own))
-
-
-def _class_difference(classes: tuple[str, ...], images: ImageSet) -> str:
-    if len(classes) != len(images.classes):
-        return f"{len(classes)} and {len(images.classes)} classes"
-    pairs = enumerate(zip(classes, images.classes, strict=True))
-    return next(f"class {index} is {own!r} and {other!r}" for index, (own, other) in pairs if own != other)
 
 
 def make_accelerator(settings: TrainSettings) -> Accelerator:
@@ -264,6 +257,25 @@ def _precision(setting: str) -> Precision:
 
 def _build_teacher(recipe: Recipe, images: ImageSet) -> Teacher:
     return TEACHERS.build(recipe.teacher.name, num_classes=len(images.classes), image_size=recipe.data.image_size)
+
+
+def _trained_teacher(recipe: Recipe, images: ImageSet) -> Teacher:
+    """The teacher with the weights of its checkpoint.
+
+    Raises ``CheckpointError`` if the checkpoint cannot be read, or if a teacher.json beside it names other classes:
+    logits are matched with classes by position.
+    """
+    path = Path(recipe.teacher.checkpoint)
+    trained = described_classes(path)
+    if trained is not None and trained != images.classes:
+        raise CheckpointError(
+            f"The teacher {path} was trained for {len(trained)} classes, the data set has {len(images.classes)}: "
+            f"{class_difference(trained, images.classes, 'the teacher', 'the data set')}.",
+            remedy="Pass --teacher-checkpoint with a teacher of this data set, or the data set that it was trained on.",
+        )
+    teacher = _build_teacher(recipe, images)
+    load_teacher_weights(teacher, path)
+    return teacher
 
 
 def _batches(train: ImageSet, recipe: Recipe, accelerator: Accelerator) -> Batches:

@@ -26,7 +26,7 @@ from kdexport.bundle.manifest import (
 from kdexport.checkpoint import StudentSpec, TrainedStudent
 from kdexport.config import BuildConfig
 from kdexport.core.digests import tool_versions
-from kdexport.data.datasets import ImageSet, spread
+from kdexport.data.datasets import ImageSet, class_difference, spread
 from kdexport.errors import CheckpointError, DataError, VerificationError
 from kdexport.graph.audit import operator_counts
 from kdexport.targets import DEFAULT_TARGET, Target, providers
@@ -70,10 +70,10 @@ def require_matching(spec: StudentSpec, student: str, validation: ImageSet) -> N
             remedy=f"Pass --student {spec.student}, or the checkpoint of a {student}.",
         )
     if spec.classes != validation.classes:
-        counts = f"{spec.num_classes} classes, the data set has {len(validation.classes)}"
-        names = "classes with other names or in another order than those of the data set"
+        difference = class_difference(spec.classes, validation.classes, "the checkpoint", "the data set")
         raise CheckpointError(
-            f"The checkpoint was trained for {counts if spec.num_classes != len(validation.classes) else names}.",
+            f"The checkpoint was trained for {spec.num_classes} classes, the data set has {len(validation.classes)}: "
+            f"{difference}.",
             remedy="Set the data set that the checkpoint was trained on: [overrides.data] name and root in the export "
             "configuration, or --data.",
         )

@@ -105,7 +105,11 @@ class ImageSet:
 
 
 def open_dataset(spec: DatasetSpec, split: Split) -> ImageSet:
-    """Open one split. Raises ``DataError`` if it is missing, empty or inconsistent, ``ConfigError`` for its name."""
+    """Open one split. Raises ``DataError`` if it is missing or empty, ``ConfigError`` for an unknown name.
+
+    Raises ``DataError`` too if the other split is there and has different classes, because a label is the position of
+    its class among the classes of its split.
+    """
     if spec.name.startswith("folder:"):
         return _open_folder(Path(spec.name.removeprefix("folder:")), split)
     readers: dict[str, Callable[[DatasetSpec, Split], ImageSet]] = {"digits": _open_digits, "cifar100": _open_cifar100}
@@ -185,13 +189,46 @@ def _open_cifar100(spec: DatasetSpec, split: Split) -> ImageSet:
     return ImageSet(classes=tuple(data.classes), labels=np.asarray(data.targets, np.int64), pixels=data.data, files=())
 
 
+def _split_folder(root: Path, split: Split) -> Path | None:
+    return next((root / name for name in _SPLIT_FOLDERS[split] if (root / name).is_dir()), None)
+
+
+def _class_names(split_folder: Path) -> list[str]:
+    return sorted(entry.name for entry in split_folder.iterdir() if entry.is_dir())
+
+
+def _require_same_classes(root: Path) -> None:
+    """A label is the position of a class folder: with a folder in one split only, the labels of both splits differ."""
+    train, test = _split_folder(root, "train"), _split_folder(root, "test")
+    if train is None or test is None:
+        return
+    names, others = _class_names(train), _class_names(test)
+    if names and others and names != others:
+        raise DataError(
+            f"The training and test splits of {root} have different classes: "
+            f"{class_difference(names, others, train.name, test.name)}.",
+            remedy=f"Add a folder with images for every class to both {train.name} and {test.name}, or remove the "
+            "classes that one of them does not have.",
+        )
+
+
+def class_difference(one: Sequence[str], two: Sequence[str], one_name: str, two_name: str) -> str:
+    """How two lists of classes differ, in words: the classes that one of them does not have, at most 5 of each."""
+    parts = []
+    for name, classes, others in ((one_name, one, two), (two_name, two, one)):
+        only = sorted(set(classes) - set(others))
+        more = f" and {len(only) - 5} more" if len(only) > 5 else ""
+        parts += [f"only in {name}: {', '.join(only[:5])}{more}"] if only else []
+    return "; ".join(parts) or "the same names in a different order"
+
+
 def _open_folder(root: Path, split: Split) -> ImageSet:
-    found = next((root / name for name in _SPLIT_FOLDERS[split] if (root / name).is_dir()), None)
+    found = _split_folder(root, split)
     if found is None:
         raise DataError(
             f"{root} has no folder {' or '.join(_SPLIT_FOLDERS[split])}.", remedy=f"Arrange images as {_LAYOUT}."
         )
-    classes = sorted(entry.name for entry in found.iterdir() if entry.is_dir())
+    classes = _class_names(found)
     files: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
@@ -205,6 +242,7 @@ def _open_folder(root: Path, split: Split) -> ImageSet:
         labels += [label] * len(images)
     if not files:
         raise DataError(f"{found} contains no class folder.", remedy=f"Arrange images as {_LAYOUT}.")
+    _require_same_classes(root)
     return ImageSet(classes=tuple(classes), labels=np.asarray(labels, np.int64), pixels=None, files=tuple(files))
 
 
@@ -226,12 +264,6 @@ def dataset_digest(spec: DatasetSpec, memory: Path) -> str:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         return str(json.loads(cached.read_text())["sha256"])
     train, test = open_dataset(spec, "train"), open_dataset(spec, "test")
-    if train.classes != test.classes:
-        only = sorted(set(train.classes) ^ set(test.classes))
-        raise DataError(
-            f"The training and test splits have different classes; in one of them only: {', '.join(only[:5])}.",
-            remedy="Add a folder with images for every class in both splits.",
-        )
     value = digest([train.fingerprint(), test.fingerprint()])
     memory.mkdir(parents=True, exist_ok=True)
     write_text(cached, json.dumps({"sha256": value}))

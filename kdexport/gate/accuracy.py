@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kdexport.backends.base import Device
 from kdexport.bundle.manifest import GOLDEN_LOGITS
-from kdexport.data.datasets import ImageSet, dataset_spec, open_dataset
+from kdexport.data.datasets import ImageSet, class_difference, dataset_spec, open_dataset
 from kdexport.data.preprocessing import Preprocessing
 from kdexport.errors import BundleError, MismatchError, VerificationError
 from kdexport.gate.arms import Artifact, Bundle
@@ -151,10 +151,11 @@ def labelled_images(bundle: Bundle, data: str | None) -> LabelledImages:
     is_cifar = any((folder / "meta").is_file() for folder in (root, root / "cifar-100-python"))
     name = "digits" if data == "digits" else "cifar100" if is_cifar else "folder:"
     images = open_dataset(dataset_spec(name, "" if data == "digits" else data), "test")
-    if images.classes != bundle.manifest.spec.classes:
+    trained = bundle.manifest.spec.classes
+    if images.classes != trained:
         raise MismatchError(
-            f"The classes of {data} ({len(images.classes)}) and of {bundle.folder} "
-            f"({bundle.manifest.spec.num_classes}) differ in number, name or order.",
+            f"The classes of {data} ({len(images.classes)}) and of {bundle.folder} ({len(trained)}) differ in number, "
+            f"name or order: {class_difference(images.classes, trained, data, str(bundle.folder))}.",
             remedy="Pass --data with a validation set of the classes that the bundle was trained for.",
         )
     return LabelledImages(images=images, source=data)

@@ -13,7 +13,15 @@ import pytest
 from PIL import Image
 
 from kdexport.data import datasets
-from kdexport.data.datasets import DatasetSpec, ImageSet, dataset_digest, dataset_spec, open_dataset, source_files
+from kdexport.data.datasets import (
+    DatasetSpec,
+    ImageSet,
+    class_difference,
+    dataset_digest,
+    dataset_spec,
+    open_dataset,
+    source_files,
+)
 from kdexport.data.preprocessing import Preprocessing, decode
 from kdexport.errors import ConfigError, DataError
 
@@ -314,12 +322,48 @@ def test_the_digest_is_remembered_until_a_file_changes(tmp_path: Path, monkeypat
     assert not list((tmp_path / "memory").glob("*.partial*"))
 
 
-def test_splits_with_different_classes_are_refused_with_the_difference(tmp_path: Path) -> None:
-    spec = noise_folders(tmp_path / "data")
-    shutil.copytree(tmp_path / "data" / "train" / "ant", tmp_path / "data" / "train" / "wasp")
-    with pytest.raises(DataError, match="splits have different classes; in one of them only: wasp"):
+@pytest.mark.parametrize("opened", ["train", "test"])
+def test_a_split_is_not_opened_while_the_other_has_different_classes(
+    tmp_path: Path, opened: Literal["train", "test"]
+) -> None:
+    # Positions are labels: without "bee" in test, a "cat" of test would have the label of a training "bee".
+    spec = image_folders(tmp_path, "val")
+    (tmp_path / "val" / "bee").rename(tmp_path / "val" / "zebra")
+    with pytest.raises(DataError) as caught:
+        open_dataset(spec, opened)
+    assert caught.value.message == (
+        f"The training and test splits of {tmp_path} have different classes: only in train: bee; only in val: zebra."
+    )
+    assert caught.value.remedy == (
+        "Add a folder with images for every class to both train and val, or remove the classes that one of them does "
+        "not have."
+    )
+    shutil.rmtree(tmp_path / "val" / "zebra")
+    with pytest.raises(DataError, match=r"different classes: only in train: bee\.\n"):
+        open_dataset(spec, opened)
+    with pytest.raises(DataError, match="only in train: bee"):
+        open_dataset(DatasetSpec(name="cifar100", root=str(tmp_path)), opened)
+    with pytest.raises(DataError, match="only in train: bee"):
         dataset_digest(spec, tmp_path / "memory")
     assert not (tmp_path / "memory").exists()
+
+
+def test_a_folder_with_one_split_is_opened(tmp_path: Path) -> None:
+    spec = image_folders(tmp_path)
+    shutil.rmtree(tmp_path / "train")
+    assert open_dataset(spec, "test").classes == ("ant", "bee", "cat")
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "words"),
+    [
+        ("abc", "acd", "only in A: b; only in B: d"),
+        ("ab", "abcdefghi", "only in B: c, d, e, f, g and 2 more"),
+        ("ab", "ba", "the same names in a different order"),
+    ],
+)
+def test_the_difference_of_classes_is_told_by_name(one: str, two: str, words: str) -> None:
+    assert class_difference(tuple(one), tuple(two), "A", "B") == words
 
 
 def test_a_missing_data_set_is_an_error_and_is_not_remembered(tmp_path: Path) -> None:

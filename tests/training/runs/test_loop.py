@@ -2,6 +2,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from kdexport.checkpoint import load_student, open_checkpoint
-from kdexport.errors import CheckpointError, ConfigError, TrainingError
+from kdexport.errors import CheckpointError, ConfigError, DataError, TrainingError
 from tests.training.small_runs import CLASSES, arguments, start, tiny_recipe
 from training.__main__ import app
 from training.data import Batch, Labelled
@@ -387,8 +388,38 @@ def test_a_student_is_not_evaluated_on_other_classes(distilled: Path, tmp_path: 
     other = tmp_path / "test" / "dog"
     other.mkdir(parents=True)
     (other / "0.png").write_bytes((tiny_images / "test" / "ant" / "0.png").read_bytes())
-    with pytest.raises(CheckpointError, match=r"The classes of .*student are not those of the data: 3 and 1 classes\."):
+    with pytest.raises(CheckpointError) as caught:
         evaluate_student(tiny_recipe(tmp_path), distilled / "student")
+    assert caught.value.message == (
+        f"{distilled / 'student'} was trained for 3 classes, the data set has 1: "
+        "only in the checkpoint: ant, bee, cow; only in the data set: dog."
+    )
+
+
+def test_a_teacher_is_not_used_for_classes_of_other_names(distilled: Path, tmp_path: Path, tiny_images: Path) -> None:
+    # The same number of classes, so that the weights fit, at other positions: "cow" becomes "aaa", the first one.
+    for split in ("train", "test"):
+        shutil.copytree(tiny_images / split, tmp_path / split)
+        (tmp_path / split / "cow").rename(tmp_path / split / "aaa")
+    weights = distilled / "teacher" / "model.safetensors"
+    recipe = tiny_recipe(tmp_path, f"teacher.checkpoint={weights}")
+    difference = "only in the teacher: cow; only in the data set: aaa"
+    for use in (lambda: evaluate_teacher(recipe), lambda: train_student(recipe, tmp_path / "run", ORIGIN)):
+        with pytest.raises(CheckpointError, match=difference) as caught:
+            use()
+        assert caught.value.message.startswith(f"The teacher {weights} was trained for 3 classes, the data set has 3:")
+
+
+@pytest.mark.parametrize("job", ["train_teacher", "evaluate_teacher"])
+def test_a_teacher_is_neither_trained_nor_evaluated_where_a_class_is_missing_from_the_test_split(
+    distilled: Path, tmp_path: Path, tiny_images: Path, job: str
+) -> None:
+    shutil.copytree(tiny_images, tmp_path / "data")
+    shutil.rmtree(tmp_path / "data" / "test" / "ant")
+    recipe = tiny_recipe(tmp_path / "data", f"teacher.checkpoint={distilled / 'teacher' / 'model.safetensors'}")
+    with pytest.raises(DataError, match=r"different classes: only in train: ant\.\n"):
+        train_teacher(recipe, tmp_path / "run") if job == "train_teacher" else evaluate_teacher(recipe)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_folder_of_another_recipe_is_refused_and_left_alone(tiny_images: Path, tmp_path: Path) -> None:
