@@ -176,6 +176,22 @@ def compose(first: Convolution, second: Convolution, border: Tensor | None = Non
     return Convolution(weight, bias, stride, dilation, padding, mode, groups, first.output_padding)
 
 
+def pool_to_linear(conv: Convolution, linear: Convolution) -> Convolution:
+    """linear(mean over positions of conv(x)) as one linear layer of mean(x): W = W_l W_c and b = W_l b_c + b_l.
+
+    Exact for a pointwise ``conv`` of stride 1 without padding, which commutes with the mean; raises ``ReparamError``
+    otherwise.
+    """
+    if any(k > 1 for k in conv.kernel) or any(s > 1 for s in conv.stride) or conv.pads or linear.kernel:
+        raise ReparamError(
+            f"A convolution of kernel {conv.kernel}, stride {conv.stride} and padding {conv.padding} does not commute "
+            "with the mean over positions.",
+            remedy="Only a 1x1 convolution of stride 1 without padding folds through global average pooling.",
+        )
+    dense = expand_groups(conv, 1)
+    return compose(Convolution(dense.weight.flatten(1), dense.bias, (), (), ()), linear)
+
+
 def _joint_mode(first: Convolution, second: Convolution) -> PaddingMode:
     modes = {conv.padding_mode for conv in (first, second) if conv.pads}
     if len(modes) > 1:

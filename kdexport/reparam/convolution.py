@@ -136,6 +136,36 @@ def add_shifts(one: Tensor, other: Tensor) -> Tensor:
     return torch.where(total.abs() <= _CANCELLED * one.abs(), 0.0, total)
 
 
+def from_layer(layer: nn.Module) -> Convolution:
+    """A Conv1d, Conv2d, Conv3d or Linear as it is, whatever its padding, mode, groups or dilation."""
+    if isinstance(layer, nn.Linear):
+        return Convolution(_double(layer.weight), _bias(layer.bias, layer.out_features), (), (), ())
+    conv = cast("nn.Conv1d | nn.Conv2d | nn.Conv3d", layer)
+    kernel, dilation = tuple(conv.kernel_size), tuple(conv.dilation)
+    padding: Padding
+    if isinstance(conv.padding, str):
+        padding = same_padding(kernel, dilation) if conv.padding == "same" else ((0, 0),) * len(kernel)
+    else:
+        padding = tuple((side, side) for side in conv.padding)
+    return Convolution(
+        _double(conv.weight),
+        _bias(conv.bias, conv.out_channels),
+        tuple(conv.stride),
+        dilation,
+        padding,
+        conv.padding_mode,
+        conv.groups,
+    )
+
+
+def _double(value: Tensor) -> Tensor:
+    return value.detach().to("cpu", torch.float64)
+
+
+def _bias(bias: Tensor | None, channels: int) -> Tensor:
+    return torch.zeros(channels, dtype=torch.float64) if bias is None else _double(bias)
+
+
 def same_padding(kernel: tuple[int, ...], dilation: tuple[int, ...]) -> Padding:
     """What torch makes of padding="same": the odd position of an even span goes behind."""
     totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]

@@ -8,13 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kdexport.errors import ReparamError
-from kdexport.reparam.algebra import (
-    AnyBatchNorm,
-    compose_pointwise_conv,
-    compose_pointwise_linear,
-    fold_batch_norm,
-    merge_branches,
-)
+from kdexport.reparam.algebra import AnyBatchNorm, fold_batch_norm, merge_branches
 from kdexport.reparam.branches import ParallelBranches
 from kdexport.reparam.certificate import (
     BlockCertificate,
@@ -24,6 +18,8 @@ from kdexport.reparam.certificate import (
     hostile_input,
     relative_error,
 )
+from kdexport.reparam.compose import compose, pool_to_linear
+from kdexport.reparam.convolution import from_layer
 from kdexport.reparam.structure import (
     ComposeAdapters,
     FoldPair,
@@ -92,9 +88,9 @@ def _apply(module: nn.Module, step: Step) -> None:
 
 def _compose(module: nn.Module, step: ComposeAdapters) -> None:
     adapter, reader = _merged(module, step.parallel), module.get_submodule(step.layer)
-    outer = cast(Tensor, reader.weight), cast("Tensor | None", reader.bias)
-    fold = compose_pointwise_linear if step.pooled else compose_pointwise_conv
-    weights = fold((adapter.weight, adapter.bias), outer)
+    join = pool_to_linear if step.pooled else compose
+    folded = join(from_layer(adapter), from_layer(reader))
+    weights = folded.weight, folded.bias
     if step.batch_norm is not None:
         weights = fold_batch_norm(*weights, cast(AnyBatchNorm, module.get_submodule(step.batch_norm)))
         _replace(module, step.batch_norm, nn.Identity())

@@ -255,7 +255,7 @@ Step = FoldPair | MergeBranches | ComposeAdapters
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, ParallelBranches) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, ParallelBranches | _BatchNorm) or super().is_leaf_module(m, module_qualified_name)
 
 
 def trace(module: nn.Module) -> fx.Graph:
@@ -278,6 +278,7 @@ def find_steps(module: nn.Module) -> list[Step]:
     """
     require_eval(module)
     refuse_hooks(module)
+    _refuse_other_norms(module)
     graph = trace(module)
     calls = Counter(id(module.get_submodule(str(n.target))) for n in graph.nodes if n.op == "call_module")
     steps: list[Step] = []
@@ -297,6 +298,17 @@ def find_steps(module: nn.Module) -> list[Step]:
     _require_called(module, steps)
     composed = {step.layer for step in steps if isinstance(step, ComposeAdapters)}
     return [step for step in steps if not (isinstance(step, FoldPair) and step.layer in composed)]
+
+
+def _refuse_other_norms(module: nn.Module) -> None:
+    """Each batch norm computes what torch's own does: another class may add an activation, or hide from the fold."""
+    for name, child in module.named_modules():
+        is_norm = isinstance(child, _BatchNorm) or "BatchNorm" in type(child).__name__
+        if is_norm and type(child).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward):
+            raise ReparamError(
+                f"{name} is a {type(child).__name__}, which may compute more than a batch norm.",
+                remedy="Use nn.BatchNorm2d and put an activation after it as a module of its own.",
+            )
 
 
 def batch_norm_after(module: nn.Module, path: str) -> str:

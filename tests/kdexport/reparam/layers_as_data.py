@@ -1,4 +1,4 @@
-"""Layers of torch as the convolutions that the merge works on, and what such a convolution computes."""
+"""What a convolution as data computes, and average pooling as one."""
 
 from typing import Any, cast
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kdexport.reparam import convolution
-from kdexport.reparam.convolution import Convolution, Padding, same_padding
+from kdexport.reparam.convolution import Convolution
 
 _FUNCTIONS: tuple[Any, ...] = (functional.linear, functional.conv1d, functional.conv2d, functional.conv3d)
 _POOLS: tuple[Any, ...] = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
@@ -26,28 +26,6 @@ def apply(conv: Convolution, x: Tensor) -> Tensor:
     return cast(Tensor, function(x, weight, bias, conv.stride, 0, conv.dilation, conv.groups))
 
 
-def from_layer(layer: nn.Module) -> Convolution:
-    """A Conv1d, Conv2d, Conv3d or Linear as it is, whatever its padding, mode, groups or dilation."""
-    if isinstance(layer, nn.Linear):
-        return Convolution(_double(layer.weight), _bias(layer.bias, layer.out_features), (), (), ())
-    conv = cast("nn.Conv1d | nn.Conv2d | nn.Conv3d", layer)
-    kernel, dilation = tuple(conv.kernel_size), tuple(conv.dilation)
-    padding: Padding
-    if isinstance(conv.padding, str):
-        padding = same_padding(kernel, dilation) if conv.padding == "same" else ((0, 0),) * len(kernel)
-    else:
-        padding = tuple((side, side) for side in conv.padding)
-    return Convolution(
-        _double(conv.weight),
-        _bias(conv.bias, conv.out_channels),
-        tuple(conv.stride),
-        dilation,
-        padding,
-        conv.padding_mode,
-        conv.groups,
-    )
-
-
 def average_pool(pool: nn.Module, channels: int) -> Convolution:
     """An average pooling module over ``channels`` channels."""
     dims, options = 1 + _POOLS.index(type(pool)), cast(nn.AvgPool2d, pool)
@@ -61,14 +39,6 @@ def average_pool(pool: nn.Module, channels: int) -> Convolution:
         count_include_pad=options.count_include_pad,
         divisor_override=None if dims == 1 else options.divisor_override,
     )
-
-
-def _double(value: Tensor) -> Tensor:
-    return value.detach().to("cpu", torch.float64)
-
-
-def _bias(bias: Tensor | None, channels: int) -> Tensor:
-    return torch.zeros(channels, dtype=torch.float64) if bias is None else _double(bias)
 
 
 def _tuple(value: int | tuple[int, ...], dims: int) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kdexport.errors import CertificateError, ReparamError
-from kdexport.reparam import algebra, fold_student
+from kdexport.reparam import fold_student
 from kdexport.reparam.branches import Adapters
+from kdexport.reparam.compose import compose
+from kdexport.reparam.convolution import Convolution, from_layer
 from kdexport.reparam.fold_student import fuse_student
 from kdexport.reparam.structure import ComposeAdapters, find_steps
 from tests.kdexport.hostile_values import noise, relative_difference
@@ -92,11 +95,11 @@ def test_padded_zeros_would_really_be_wrong_at_the_border_alone() -> None:
     net = read_by(nn.Conv2d(6, 8, 3, padding=1))
     adapter, reader = net.get_submodule("adapter"), net.get_submodule("reader")
     assert isinstance(reader, nn.Conv2d)
-    folded = fold_student._merged(net, "adapter")
-    weight, bias = algebra.compose_pointwise_conv((folded.weight, folded.bias), (reader.weight, reader.bias))
+    unpadded = replace(from_layer(reader), padding=((0, 0), (0, 0)))
+    folded = compose(from_layer(fold_student._merged(net, "adapter")), unpadded)
     x = noise(1, 5, 8, 9)
     with torch.no_grad():
-        wrong, right = functional.conv2d(x, weight, bias, padding=1), reader(adapter(x))
+        wrong, right = functional.conv2d(x, folded.weight, folded.bias, padding=1), reader(adapter(x))
     error = (wrong - right).abs() / right.abs().max()
     assert error[..., 1:-1, 1:-1].max() < 1e-12
     assert error[..., 0, :].max() > 1e-3
@@ -161,15 +164,13 @@ def test_spatial_and_strided_adapters_before_a_convolution_are_refused(conv: nn.
 
 @pytest.mark.parametrize("mutant", ["first bias dropped", "transposed", "second bias dropped"])
 def test_a_wrong_composition_is_caught_and_its_adapters_named(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    true = algebra.compose_pointwise_conv
-
-    def wrong(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def wrong(first: Convolution, second: Convolution) -> Convolution:
         if mutant == "first bias dropped":
-            return true((first[0], None), second)
+            return compose(replace(first, bias=torch.zeros_like(first.bias)), second)
         if mutant == "second bias dropped":
-            return true(first, (second[0], None))
-        return true(first, (second[0].flip(1), second[1]))
+            return compose(first, replace(second, bias=torch.zeros_like(second.bias)))
+        return compose(first, replace(second, weight=second.weight.flip(1)))
 
-    monkeypatch.setattr(fold_student, "compose_pointwise_conv", wrong)
+    monkeypatch.setattr(fold_student, "compose", wrong)
     with pytest.raises(CertificateError, match=r"worst block adapter \(adapters into conv\)"):
         fuse_student(read_by(nn.Conv2d(6, 8, 3)), input_shape=SHAPE)

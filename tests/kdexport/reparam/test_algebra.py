@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from kdexport.errors import ReparamError
-from kdexport.reparam.algebra import AnyBatchNorm, compose_pointwise_linear, fold_batch_norm, merge_branches
+from kdexport.reparam.algebra import AnyBatchNorm, fold_batch_norm, merge_branches
 from tests.kdexport.hostile_values import noise, randomize, relative_difference
 
 LIMIT = 1e-12
@@ -259,37 +259,3 @@ def test_merge_of_different_shapes_is_refused_with_the_shapes() -> None:
 def test_a_wrong_number_of_coefficients_is_refused(coefficients: list[float]) -> None:
     with pytest.raises(ReparamError, match=f"2 branches came with {len(coefficients)} coefficients"):
         merge_branches(random_branches(2, [True]), coefficients)
-
-
-@pytest.mark.parametrize("conv_bias", [True, False])
-@pytest.mark.parametrize("linear_bias", [True, False])
-@pytest.mark.parametrize("size", [(1, 1), (7, 5)])
-def test_a_pointwise_convolution_folds_through_pooling_into_the_classifier(
-    conv_bias: bool, linear_bias: bool, size: tuple[int, int]
-) -> None:
-    conv, linear = nn.Conv2d(9, 21, 1, bias=conv_bias), nn.Linear(21, 4, bias=linear_bias)
-    net = randomize(nn.Sequential(conv, nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear).double())
-    x = noise(3, 9, *size)
-    with torch.no_grad():
-        weight, bias = compose_pointwise_linear((conv.weight, conv.bias), (linear.weight, linear.bias))
-        assert weight.shape == (4, 9)
-        pooled = functional.avg_pool2d(x, size).flatten(1)
-        assert relative_difference(functional.linear(pooled, weight, bias), net(x)) <= LIMIT
-
-
-def test_composition_of_float32_is_computed_in_float64_and_rounded_once() -> None:
-    conv, linear = nn.Conv2d(33, 65, 1), nn.Linear(65, 5)
-    randomize(nn.Sequential(conv, linear))
-    outer = linear.weight.detach().numpy().astype(np.float64)
-    inner = conv.weight.detach().numpy().astype(np.float64)[:, :, 0, 0]
-    weight, bias = compose_pointwise_linear((conv.weight, conv.bias), (linear.weight, linear.bias))
-    assert weight.dtype == bias.dtype == torch.float32
-    assert np.array_equal(weight.numpy(), np.einsum("ka,ac->kc", outer, inner).astype(np.float32))
-
-
-@pytest.mark.parametrize(
-    "shape", [(21, 9, 3, 3), (21, 9, 1, 3), (20, 9, 1, 1), (21, 9), (21, 9, 1), (21, 9, 1, 1, 1)], ids=str
-)
-def test_composition_of_what_does_not_commute_with_pooling_is_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ReparamError, match="does not fold into a linear layer of shape \\(4, 21\\)"):
-        compose_pointwise_linear((noise(*shape), None), (noise(4, 21), noise(4)))

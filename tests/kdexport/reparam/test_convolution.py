@@ -16,12 +16,13 @@ from kdexport.reparam.convolution import (
     Convolution,
     fold_norm,
     from_batch_norm,
+    from_layer,
     identity,
     scale,
     shift,
 )
 from tests.kdexport.hostile_values import noise
-from tests.kdexport.reparam.layers_as_data import apply, average_pool, from_layer
+from tests.kdexport.reparam.layers_as_data import apply, average_pool
 from tests.kdexport.reparam.random_layers import (
     MODES,
     NORMS,

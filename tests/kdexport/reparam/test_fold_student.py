@@ -2,6 +2,7 @@ import copy
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kdexport.errors import CertificateError, ReparamError
-from kdexport.reparam import algebra, fold_student
+from kdexport.reparam import algebra, compose, fold_student
 from kdexport.reparam.blocks import attach_branches
+from kdexport.reparam.convolution import Convolution
 from kdexport.reparam.fold_student import fuse_student
 from kdexport.reparam.spec import BranchSpec, Placement
 from kdexport.students import STUDENTS
@@ -304,10 +306,10 @@ def test_wrong_branch_coefficients_are_caught(
 def test_a_dropped_adapter_bias_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     net = student(placement="R2", num_branches=2)
 
-    def without_bias(conv: Any, linear: Any) -> tuple[Tensor, Tensor]:
-        return algebra.compose_pointwise_linear((conv[0], None), linear)
+    def without_bias(conv: Convolution, linear: Convolution) -> Convolution:
+        return compose.pool_to_linear(replace(conv, bias=torch.zeros_like(conv.bias)), linear)
 
-    monkeypatch.setattr(fold_student, "compose_pointwise_linear", without_bias)
+    monkeypatch.setattr(fold_student, "pool_to_linear", without_bias)
     with pytest.raises(CertificateError, match=r"worst block adapters\.last"):
         fuse_student(net)
 

@@ -13,10 +13,11 @@ from kdexport.reparam import algebra
 from kdexport.reparam import compose as parallel
 from kdexport.reparam import compose as sequence
 from kdexport.reparam import convolution as layers
-from kdexport.reparam.compose import add, compose, concatenate
-from kdexport.reparam.convolution import Convolution, fold_norm, from_batch_norm, identity
-from tests.kdexport.reparam.layers_as_data import average_pool, from_layer
-from tests.kdexport.reparam.random_layers import assert_same, hostile
+from kdexport.reparam.compose import add, compose, concatenate, pool_to_linear
+from kdexport.reparam.convolution import Convolution, fold_norm, from_batch_norm, from_layer, identity
+from tests.kdexport.hostile_values import noise, relative_difference
+from tests.kdexport.reparam.layers_as_data import average_pool
+from tests.kdexport.reparam.random_layers import LIMIT, assert_same, hostile
 
 SIZES = [(11, 14), (12, 13)]
 Case = Callable[[], None]
@@ -97,9 +98,19 @@ def side_by_side() -> None:
     assert_same(concatenate(from_layer(one), from_layer(two)), lambda x: torch.cat([one(x), two(x)], 1), SIZES)
 
 
+def through_the_mean() -> None:
+    conv, linear = hostile(nn.Conv2d(6, 8, 1, groups=2), 12), hostile(nn.Linear(8, 3), 13)
+    x = noise(3, 6, 5, 7)
+    with torch.no_grad():
+        wanted = linear(conv(x).mean((2, 3)))
+        merged = pool_to_linear(from_layer(conv), from_layer(linear))
+        found = nn.functional.linear(x.mean((2, 3)), merged.weight, merged.bias)
+    assert relative_difference(found, wanted) < LIMIT
+
+
 CASES: list[Case] = [
     conv_and_norm, norm_alone, parallel_block, uneven_block, grouped_identity, pooled, uneven_divisor, sequential,
-    dense_in_groups, border, side_by_side,
+    dense_in_groups, border, side_by_side, through_the_mean,
 ]  # fmt: skip
 
 

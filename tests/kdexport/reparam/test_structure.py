@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrizations
+from torchvision.ops import FrozenBatchNorm2d
 
 from kdexport.errors import ReparamError
 from kdexport.reparam.branches import ParallelBranches
@@ -434,3 +435,21 @@ def test_a_refusal_leaves_the_module_untouched() -> None:
         fuse_student(net)
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
     assert not randomize(net).training
+
+
+class NormAct(nn.BatchNorm2d):
+    """A batch norm with an activation inside, as timm's BatchNormAct2d."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        return functional.relu(super().forward(input))
+
+
+class RenamedNorm(nn.BatchNorm2d):
+    """A batch norm of another name that computes the same."""
+
+
+def test_a_batch_norm_of_another_class_is_folded_only_if_it_computes_the_same() -> None:
+    assert find_steps(hostile(pair(batch_norm=RenamedNorm(5)))) == [FoldPair("conv", "bn")]
+    for norm in (NormAct(5), FrozenBatchNorm2d(5)):
+        with pytest.raises(ReparamError, match=rf"bn is a {type(norm).__name__}, which may compute more"):
+            find_steps(hostile(pair(batch_norm=norm)))
