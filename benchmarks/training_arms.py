@@ -23,7 +23,7 @@ from training.teachers import TEACHERS
 from training.train import make_accelerator, prepare_distillation
 
 CLASSES, SIZE, WORKERS = 100, 32, 2
-#: Seconds of one step.
+#: Runs some steps and returns the seconds of one step.
 Arm = Callable[[], float]
 Clock = Callable[[], float]
 

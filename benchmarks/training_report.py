@@ -1,4 +1,4 @@
-"""Write a run folder of ``python -m training`` as a Markdown page: machine, recipe, a row per epoch.
+"""Write a run folder of ``python -m training`` as a Markdown page: machine, recipe, one row for each epoch.
 
 python benchmarks/training_report.py RUN --to docs/results/NAME.md [--title TEXT]
 """

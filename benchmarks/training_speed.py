@@ -3,8 +3,8 @@
 python benchmarks/training_speed.py --to docs/results/training.md [--rounds 12] [--steps 4] [--batch 128]
                                     [--threads 2] [--clock wall|cpu]
 
-Images are noise and the teacher is fresh: neither changes the work of a step. The clock ``cpu`` counts the seconds that
-processors spent on an arm, loader workers included, which other programs on the machine change little.
+Images are noise and the teacher is not trained, which does not change the work of a step. The clock ``cpu`` counts the
+processor time of an arm, loader workers included, which other programs on the machine affect little.
 """
 
 import argparse
@@ -77,15 +77,16 @@ TEMPLATE = """# The speed of training
     python benchmarks/training_speed.py --rounds {rounds} --steps {steps} --batch {batch} --threads {threads} \\
         --clock {clock} --to docs/results/training.md
 
-resnet56 teaches MobileNetV2 on CIFAR-sized noise, batch {batch}. Machine: {machine}.
-{rounds} rounds; in each, every arm takes {steps} steps, one arm after the other in one process, in rotating order.
-Ratios are of the same round: geometric mean and 95 % interval. {clocked}
+The teacher is resnet56, the student MobileNetV2; images are noise of CIFAR's size, batch {batch}.
+Machine: {machine}.
+{rounds} rounds; in each, every arm runs {steps} steps, one arm after the other in one process, in rotating order.
+Ratios are within a round: geometric mean and 95 % interval. {clocked}
 
-The reference loop is ours, written as public distillation code is: `DataLoader` with two workers, PIL images
-cropped, flipped and normalised one by one, NCHW, eager, default SGD, the teacher as it is, and `.item()` of the loss
-and of the correct answers at each step. It trains the same student with cross-entropy beside the same teacher's forward
-pass, as the arm *plain* of our loop does. Its first step of a round does not count: workers fill their queues before
-it.
+The reference loop is our own, in the style of public distillation code: `DataLoader` with two workers, PIL images
+that are cropped, flipped and normalised one by one, NCHW, eager, default SGD, an unchanged teacher, and `.item()` of
+the loss and of the correct answers at each step. Like the arm *plain* of our loop, it trains the same student with
+cross-entropy and runs the forward pass of the same teacher. Its first step of a round does not count, because the
+workers fill their queues before it.
 
 | what | goal | measured | |
 |---|---|---|---|
@@ -95,15 +96,15 @@ it.
 |---|---|---|
 {arms}
 
-Memory is the peak of the resident set during {memory_steps} steps of a fresh process, less what was there before them:
+Memory is the peak of the resident set during {memory_steps} steps of a new process, minus the resident set before them:
 {memories}.
 {device}"""
-NO_GPU = "\nNothing here was measured on a GPU: none was available.\n"
+NO_GPU = "\nNo GPU was available for these measurements.\n"
 CLOCKED = {
-    "wall": "Seconds are those of the clock on the wall.",
+    "wall": "Times are wall-clock times.",
     "cpu": "Other programs used the same processors\n"
-    "meanwhile. Seconds are therefore those that processors spent on an arm, loader workers included; images/s are\n"
-    "those of one processor, and waiting is not seen.",
+    "meanwhile, so times are the processor time of an arm, loader workers included; images/s are those of one\n"
+    "processor, and waiting does not count.",
 }
 MEMORY_STEPS = 3
 
@@ -157,7 +158,7 @@ def _verdict(estimate: tuple[float, float, float], limit: float, sign: int) -> s
     """``sign`` 1: at least ``limit``; -1: at most."""
     mean, low, high = estimate
     if low < limit < high:
-        return "undecided: the limit lies in the interval"
+        return "undecided: the interval contains the limit"
     return _met(sign * (mean - limit) >= 0)
 
 
