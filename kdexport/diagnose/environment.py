@@ -10,10 +10,11 @@ from kdexport.backends.ort import CPU
 from kdexport.core.digests import tool_versions
 from kdexport.core.processors import usable_cpus
 from kdexport.errors import KdexportError
-from kdexport.serving.isolated_load import allowed_error, require_one_file
+from kdexport.serving.isolated_load import require_one_file
 from kdexport.serving.limits import Limits
 from kdexport.serving.loading import as_kdexport_error, load, read_files
 from kdexport.targets import DEFAULT_TARGET, parse_target, require_servable, target_names
+from kdexport.verify.golden_limits import allowed_error
 
 _PACKAGES = (
     "torch", "torchvision", "onnx", "onnxscript", "safetensors", "accelerate", "polygraphy", "openvino",

@@ -19,6 +19,7 @@ from kdexport.data.datasets import ImageSet, class_difference, dataset_spec, ope
 from kdexport.data.preprocessing import Preprocessing
 from kdexport.errors import BundleError, MismatchError, VerificationError
 from kdexport.gate.arms import Artifact, Bundle
+from kdexport.stats.logits import COLLAPSED, logit_noise
 from kdexport.stats.proportions import (
     ACCURACY_CONFIDENCE,
     Estimate,
@@ -28,7 +29,8 @@ from kdexport.stats.proportions import (
     trials_needed,
 )
 from kdexport.stats.sequential import Verdict
-from kdexport.targets import parse_target
+from kdexport.targets import DEFAULT_TARGET, parse_target
+from kdexport.verify.golden_limits import read_reference, stored_limit
 from kdexport.verify.task_record import TaskRecord, load_record, record_name
 
 _CHUNK = 256
@@ -94,6 +96,35 @@ def accuracy_gates(
     images = images or labelled_images(arms[-1][1], None)
     reference, candidate = (predictions(arm, bundle, images, threads, on_gpu=on_gpu) for arm, bundle in arms)
     return judge_accuracy(reference, candidate, images.images.labels, limits, images.source)
+
+
+def require_golden_logits(model: Artifact, bundle: Bundle, threads: int, *, on_gpu: bool = False) -> None:
+    """Run the golden images on an arm as it is timed; raises ``VerificationError`` if its logits are another network's.
+
+    What a bundle stores about itself proves nothing about the file that is timed. A target whose error limit is stored
+    in the bundle is held to it; any other to a noise below ``COLLAPSED`` of the signal.
+    """
+    exact = read_reference(bundle.folder)["logits"]
+    golden = labelled_images(bundle, None)
+    run = _opened(model, (int(bundle.manifest.data["export"]["max_batch"]),), threads, on_gpu)
+    logits = np.concatenate([run(chunk) for chunk in golden.chunks(bundle.manifest.spec.preprocessing)])
+    if logits.shape != exact.shape:
+        raise VerificationError(
+            f"{model.label} gives logits of shape {logits.shape} for the golden images; the bundle requires "
+            f"{exact.shape}.",
+            remedy=f"Nothing was timed. Run kdexport verify {bundle.folder} for details.",
+        )
+    target = DEFAULT_TARGET if model.variant == "unfused" else model.target
+    limit = stored_limit(bundle.folder, bundle.manifest, target)
+    error = float(np.abs(logits.astype(np.float64) - exact).max())
+    noise = logit_noise(exact, logits.astype(np.float64))
+    if not noise < COLLAPSED or (limit is not None and not error <= limit):
+        allowed = f"an error of {limit:.3g}" if limit is not None else f"{COLLAPSED:.0%} noise"
+        raise VerificationError(
+            f"{model.label} is not the network of its bundle: its logits of the golden images are off by {error:.3g}, "
+            f"{noise:.2%} of their spread (up to {allowed} allowed).",
+            remedy=f"Nothing was timed. Run kdexport verify {bundle.folder} for details.",
+        )
 
 
 def judge_accuracy(

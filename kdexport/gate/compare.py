@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kdexport.errors import ConfigError
-from kdexport.gate.accuracy import accuracy_gates
+from kdexport.gate.accuracy import accuracy_gates, require_golden_logits
 from kdexport.gate.arms import (
     Artifact,
     Bundle,
@@ -83,10 +83,14 @@ def run_gate(request: GateRequest, progress: Progress) -> GateResult:
     plan = Plan(
         max_slowdown=limits.slowdown, threads=request.threads, seed=request.seed, tails=limits.p99_ms is not None
     )
+    on_gpu = request.clocks == ("gpu",)
     with _open_arms(request, progress) as arms:
+        progress("golden images")
+        require_golden_logits(arms.candidate, arms.candidate_bundle, request.threads, on_gpu=on_gpu)
+        if arms.reference is not arms.candidate:
+            require_golden_logits(arms.reference, arms.reference_bundle, request.threads, on_gpu=on_gpu)
         if arms.stored is None:
             progress("accuracy")
-            on_gpu = request.clocks == ("gpu",)
             wanted = (limits.flips, limits.top1_drop)
             pair = ((arms.reference, arms.reference_bundle), (arms.candidate, arms.candidate_bundle))
             accuracy = accuracy_gates(pair, wanted, request.data, request.threads, on_gpu=on_gpu)

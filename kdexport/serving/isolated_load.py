@@ -7,20 +7,18 @@ logits of the golden images may have.
 import json
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
-from kdexport.bundle.manifest import MODEL, UNIT_ERROR, Manifest
+from kdexport.bundle.manifest import MODEL
 from kdexport.core.child import ChildDiedError, ChildTimeoutError, call
 from kdexport.core.console import guarded, print_json
 from kdexport.errors import AuditError, BundleError
 from kdexport.serving.limits import Limits
 from kdexport.targets import DEFAULT_TARGET, require_servable
+from kdexport.verify.golden_limits import allowed_error
 
 if TYPE_CHECKING:
     import onnx
@@ -28,8 +26,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("kdexport.serving")
 _TIMEOUT_SECONDS = 120
-#: In a bundle without ``unit_error``, ``allowed_error`` is this multiple of it under any policy.
-_FORMER_FACTOR = 4.0
 
 
 def try_bundle(folder: Path, provider: str, limits: Limits, target: str = DEFAULT_TARGET) -> float:
@@ -58,39 +54,6 @@ def try_bundle(folder: Path, provider: str, limits: Limits, target: str = DEFAUL
             remedy="Build the bundle again; the server's log has the output of the process.",
         ) from None
     return float(answer["allowed_error"])
-
-
-def allowed_error(folder: Path, manifest: Manifest, target: str = DEFAULT_TARGET) -> float:
-    """The largest error of a golden logit that the bundle's own policy allows.
-
-    It is a multiple of an error stored in the bundle, or of the unfused student's if the bundle is too old to have it.
-    """
-    from kdexport.serving.self_check import read_reference
-    from kdexport.verify.policy import stored_policy
-
-    tensors = read_reference(folder)
-    if target != DEFAULT_TARGET:
-        if f"allowed_error.{target}" not in tensors:
-            raise BundleError(
-                f"{folder} has no limit for the error of {target}: an earlier version of kdexport built it.",
-                remedy="Build the bundle again.",
-            )
-        return float(tensors[f"allowed_error.{target}"])
-    return stored_policy(manifest.data).B.max_error * _float32_unit(folder, manifest, tensors)
-
-
-def _float32_unit(folder: Path, manifest: Manifest, tensors: Mapping[str, NDArray[np.float64]]) -> float:
-    if UNIT_ERROR in tensors:
-        return float(tensors[UNIT_ERROR])
-    if "allowed_error" in tensors:
-        return float(tensors["allowed_error"]) / _FORMER_FACTOR
-    from kdexport.bundle.manifest import load_unfused, read_golden
-    from kdexport.verify.parity import float32_unit
-    from kdexport.verify.reference import run_exact, run_torch
-
-    images = manifest.spec.preprocessing.normalise(read_golden(folder, manifest))
-    student = load_unfused(folder, manifest.spec)
-    return float32_unit(*run_exact(student, images), run_torch(student, images))
 
 
 def _tensors(message: "Message") -> "Iterator[onnx.TensorProto]":

@@ -7,11 +7,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdexport.backends.ort import OrtModel
-from kdexport.bundle.manifest import GOLDEN_LOGITS, UNIT_ERROR, Manifest
+from kdexport.bundle.manifest import GOLDEN_LOGITS, Manifest
 from kdexport.data.preprocessing import read_image
 from kdexport.errors import BundleError, RequestError, VerificationError
 from kdexport.serving.images import FORMATS, PixelBudget, decode_upload, normalise
 from kdexport.serving.limits import Limits
+from kdexport.verify.golden_limits import read_reference
 
 _UPLOAD_SUFFIXES = tuple(f".{name.lower()}" for name in (*FORMATS, "JPG"))
 
@@ -23,20 +24,6 @@ class Golden:
     images: int
     error: float
     allowed: float
-
-
-def read_reference(folder: Path) -> dict[str, NDArray[np.float64]]:
-    """The reference logits and error limits of golden/logits.safetensors; raises ``BundleError``."""
-    from safetensors.numpy import load_file
-
-    try:
-        tensors = load_file(folder / GOLDEN_LOGITS)
-        limits = {k: v for k, v in tensors.items() if k == UNIT_ERROR or k.startswith("allowed_error")}
-        return {"logits": tensors["logits"], **limits}
-    except Exception as error:
-        raise BundleError(
-            f"{folder / GOLDEN_LOGITS} cannot be read ({type(error).__name__}).", remedy="Build the bundle again."
-        ) from error
 
 
 def compare_golden(

@@ -21,6 +21,7 @@ from kdexport.gate.calibrate import calibrate, read_calibration
 from kdexport.gate.sequential_test import run_sequential_test
 from tests.conftest import Built, Command
 from tests.kdexport.gate.drawn_sessions import machine
+from tests.kdexport.gate.edited_bundles import edited
 from tests.kdexport.gate.short_gates import QUICK_PLAN
 
 FILES = ("model.onnx", "targets/onnx-fp32/model.onnx")
@@ -181,3 +182,25 @@ def test_a_changed_baseline_is_refused(built: Built, bundle_copy: Path, invoke: 
     error = json.loads(done.stdout)["error"]
     assert error["code"] == "KDX203"
     assert f"{FILES[1]} changed" in error["message"]
+
+
+def test_a_candidate_of_other_weights_is_not_timed_whatever_its_bundle_remembers(
+    built: Built, bundle_copy: Path, invoke: Command
+) -> None:
+    """Its digests are consistent, and the stored answers of its images are those of the baseline."""
+    rng = np.random.default_rng(5)
+    for name in FILES:
+        model = onnx.load(str(bundle_copy / name))
+        for tensor in model.graph.initializer:
+            values = numpy_helper.to_array(tensor)
+            if values.ndim > 1 and values.dtype == np.float32:
+                noise = rng.normal(0, values.std(), values.shape).astype(np.float32)
+                tensor.CopyFrom(numpy_helper.from_array(noise, tensor.name))
+        onnx.save(model, str(bundle_copy / name))
+    edited(bundle_copy, lambda _: None)
+    done = invoke("gate", bundle_copy, "--baseline", built.bundle, "--max-flips", "50%", "--json")
+    assert done.exit_code == 1
+    assert (
+        "is not the network of its bundle: its logits of the golden images are off by" in done.data["error"]["message"]
+    )
+    assert "Nothing was timed." in done.data["error"]["remedy"]

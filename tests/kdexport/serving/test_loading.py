@@ -26,10 +26,11 @@ from kdexport.errors import (
     KdexportError,
     VerificationError,
 )
-from kdexport.serving.isolated_load import allowed_error, require_one_file, try_bundle
+from kdexport.serving.isolated_load import require_one_file, try_bundle
 from kdexport.serving.limits import Limits
 from kdexport.serving.loading import load, read_files
 from kdexport.serving.repository import Repository, parse_source
+from kdexport.verify.golden_limits import allowed_error
 from tests.conftest import Command
 from tests.kdexport.serving.served_bundles import encoded, make_bundle, photo
 
