@@ -114,7 +114,10 @@ def test_the_options_of_each_command_are_frozen() -> None:
             "--workspace",
         ],
         "explain-failure": ["--debug", "--json", "--out", "--plugin", "bundle"],
-        "verify": ["--allow-looser", "--debug", "--json", "--plugin", "--rethreshold", "--rung", "bundle"],
+        "verify": [
+            "--allow-looser", "--debug", "--json", "--plugin", "--require-executed", "--rethreshold", "--rung",
+            "bundle",
+        ],
         "inspect": ["--debug", "--json", "--plugin", "bundle"],
         "list": ["--debug", "--json", "--plugin", "kind"],
         "doctor": ["--debug", "--json", "--plugin", "--target", "bundle"],
