@@ -18,11 +18,13 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 
 RecipeOption = Annotated[str, typer.Option("--recipe", help="A recipe by name, or a TOML file.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override a key: train.epochs=30.")]
-DataOption = Annotated[str | None, typer.Option("--data", help="Where the data set lies; overrides data.root.")]
+DataOption = Annotated[str | None, typer.Option("--data", help="Folder of the data set; overrides data.root.")]
 TeacherOption = Annotated[
     str | None, typer.Option("--teacher-checkpoint", help="Teacher weights, .pt or .safetensors.")
 ]
-OutOption = Annotated[Path, typer.Option("--out", help="Run folder: state, metrics, result. Continues what is there.")]
+OutOption = Annotated[
+    Path, typer.Option("--out", help="Run folder with state, metrics and result; continues the run there.")
+]
 
 
 def _tables(overrides: list[str] | None, data: str | None, teacher: str | None) -> dict[str, Any]:
@@ -46,7 +48,10 @@ def _numbers(text: str) -> list[int]:
     except ValueError:
         numbers = []
     if not numbers or len(set(numbers)) < len(numbers) or min(numbers) < 0:
-        raise ConfigError(f"--seeds {text!r} is not a list of different numbers.", remedy="For example --seeds 0,1,2")
+        raise ConfigError(
+            f"--seeds must be different whole numbers of 0 or more, separated by commas; got {text!r}.",
+            remedy="For example: --seeds 0,1,2",
+        )
     return numbers
 
 
@@ -83,7 +88,7 @@ def train(
     teacher_checkpoint: TeacherOption = None,
     plugin: Plugins = None,
 ) -> None:
-    """Distil the recipe's student; without teacher weights the teacher is trained first, in the same run."""
+    """Distil the recipe's student; without teacher weights, first train the teacher in the same run."""
     from training.train import distil, make_accelerator
 
     resolved = _resolve(recipe, set_, data, teacher_checkpoint)
@@ -95,17 +100,19 @@ def train(
 @app.command()
 def table(
     recipes: Annotated[list[str], typer.Option("--recipes", help="Names, TOML files, patterns: 'cifar100/*/*'.")],
-    out: Annotated[Path, typer.Option("--out", help="The page to write; a CSV of all runs lies beside it.")],
-    runs: Annotated[Path, typer.Option("--runs", help="Where the runs live; finished ones stay.")] = Path("runs"),
+    out: Annotated[Path, typer.Option("--out", help="The page to write; a CSV of all runs is written next to it.")],
+    runs: Annotated[Path, typer.Option("--runs", help="Folder of the runs; finished ones are not repeated.")] = Path(
+        "runs"
+    ),
     seeds: Annotated[str, typer.Option("--seeds", help="Seeds, separated by commas.")] = "0",
     set_: SetOption = None,
     data: DataOption = None,
     teacher_checkpoint: TeacherOption = None,
     plugin: Plugins = None,
     title: Annotated[str, typer.Option("--title")] = "Distillation results",
-    report: Annotated[bool, typer.Option("--report", help="Write the table of what there is; run nothing.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="Write the table from existing runs; run nothing.")] = False,
 ) -> None:
-    """Run or continue every cell of a table, then write it; a cell that was not run says so."""
+    """Run or continue every cell of a results table, and write the table."""
     from training.study.table import tabulate
 
     tabulate(
@@ -117,7 +124,9 @@ def table(
 @app.command()
 def evaluate(
     recipe: RecipeOption,
-    checkpoint: Annotated[Path | None, typer.Option("--checkpoint", help="A student folder; else the teacher.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option("--checkpoint", help="A student folder; without it, the teacher.")
+    ] = None,
     set_: SetOption = None,
     data: DataOption = None,
     teacher_checkpoint: TeacherOption = None,
@@ -147,7 +156,9 @@ def resolve(
 
 @app.command()
 def architectures(
-    out: Annotated[Path | None, typer.Option("--out", help="Write the page there instead of printing it.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write the page to this file instead of printing it.")
+    ] = None,
     plugin: Plugins = None,
 ) -> None:
     """Print the table of every student and teacher, measured from the networks, as Markdown."""
@@ -171,7 +182,7 @@ def names(
 
     known = {"teachers": TEACHERS.names, "distillers": DISTILLERS.names, "recipes": shipped_names}
     if kind not in known:
-        raise UnknownNameError(f"There is no list of {kind!r}.", remedy=nearest(kind, known))
+        raise UnknownNameError(f"There is no list of {kind!r} to print.", remedy=nearest(kind, known))
     sys.stdout.write(json.dumps(list(known[kind]())) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""Recipes: what is trained, by what, on what, for how long; TOML, resolved without importing torch."""
+"""Recipes: data, teacher, student, method and schedule of a training run, as TOML; read without importing torch."""
 
 import difflib
 from pathlib import Path
@@ -17,7 +17,7 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class DataSettings(Settings):
-    """``[data]``: the set and how it is augmented. ``crop_padding`` and ``flip`` act on small images."""
+    """``[data]``: the data set and its augmentation. ``crop_padding`` is used for small images only."""
 
     name: str
     root: str = ""
@@ -33,28 +33,30 @@ class DataSettings(Settings):
     @model_validator(mode="after")
     def _covers_the_crop(self) -> "DataSettings":
         if 0 < self.resize < self.image_size:
-            raise ValueError(f"resize {self.resize} is smaller than the crop of {self.image_size} pixels")
+            raise ValueError(
+                f"resize must be 0 or at least image_size, which is {self.image_size}, but is {self.resize}"
+            )
         return self
 
     def spec(self) -> DatasetSpec:
-        """What ``kdexport.data.datasets.open_dataset`` takes."""
+        """The argument of ``kdexport.data.datasets.open_dataset``."""
         return dataset_spec(self.name, self.root)
 
 
 class TeacherSettings(Settings):
-    """``[teacher]``: the network, and its weights where they exist; without them it is trained first."""
+    """``[teacher]``: the network and the file of its weights; without a file it is trained first."""
 
     name: str
     checkpoint: str = ""
     epochs: Annotated[int, Field(ge=1)] = 240
     learning_rate: Positive = 0.05
-    #: Channel means in whose space the teacher was trained; empty means the student's.
+    #: The normalisation with which the teacher was trained; without it, that of the student.
     mean: tuple[Finite, Finite, Finite] | None = None
     std: tuple[Positive, Positive, Positive] | None = None
 
 
 class StudentSettings(Settings):
-    """``[student]``."""
+    """``[student]``: the network that is trained."""
 
     name: str
 
@@ -74,14 +76,14 @@ class TrainSettings(Settings):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     #: ``auto`` is bf16 on CUDA and full precision on the CPU.
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
-    #: The frozen teacher's own precision; ``auto`` follows ``mixed_precision``.
+    #: The precision of the frozen teacher; ``auto`` follows ``mixed_precision``.
     teacher_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     #: Whether teacher and step are compiled; ``auto`` compiles on CUDA.
     compile: Literal["auto", "no", "yes"] = "auto"
 
 
 class Published(Settings):
-    """``[published]``: top-1 in percent that others report, and who; nothing of it acts on the training."""
+    """``[published]``: the published top-1 in percent and its source; they do not affect the training."""
 
     teacher: Annotated[float, Field(gt=0, le=100)] | None = None
     top1: Annotated[float, Field(gt=0, le=100)] | None = None
@@ -89,7 +91,7 @@ class Published(Settings):
 
 
 class Recipe(Settings):
-    """A training run, complete: the same recipe and data give the same weights on one kind of machine."""
+    """A complete training run: the same recipe and data give the same weights on the same kind of machine."""
 
     data: DataSettings
     teacher: TeacherSettings
@@ -99,22 +101,22 @@ class Recipe(Settings):
     published: Published = Published()
 
     def identity(self) -> dict[str, Any]:
-        """What decides the weights, as JSON values: without places, threads and other people's numbers."""
+        """The keys that determine the weights, as JSON values: without paths, threads and published numbers."""
         tables = self.model_dump(mode="json", exclude={"published"})
-        # Places may change between two calls; what lies there is the same by the digests of the caller.
+        # Paths may change between two calls; the caller compares digests of the files.
         tables["data"].update(root="", workers=0)
         tables["teacher"].update(checkpoint="")
         return tables
 
 
 def load_recipe(source: str, overrides: dict[str, Any] | None = None) -> Recipe:
-    """Read a recipe by name or path: what it extends, in that order, then itself, then ``overrides`` (nested)."""
+    """Read a recipe by name or path: the recipes that it extends, then its own keys, then ``overrides`` (nested)."""
     data = read_tables(source)
-    return parse(Recipe, _tuples(_laid_over(data, overrides or {})), f"recipe {source}")
+    return parse(Recipe, _tuples(_extended(data, overrides or {})), f"recipe {source}")
 
 
 def plugin_digests(recipe: Recipe) -> dict[str, str]:
-    """sha256 of the plugin that the student, the teacher or the distiller of ``recipe`` comes from, where one does.
+    """The sha256 of the plugins that define the student, teacher or distiller of ``recipe``, by kind.
 
     Raises ``UnknownNameError`` for a name that no plugin registers. Without plugins nothing is imported.
     """
@@ -133,12 +135,12 @@ def plugin_digests(recipe: Recipe) -> dict[str, str]:
 
 
 def parse_override(text: str) -> dict[str, Any]:
-    """``train.epochs=30`` as nested tables; the value is TOML, or a bare string where it is none."""
+    """``train.epochs=30`` as nested tables; the value is TOML, or a string if it is not valid TOML."""
     import tomllib
 
     key, separator, value = text.partition("=")
     if not separator or not all(part.isidentifier() for part in key.split(".")):
-        raise ConfigError(f"--set {text!r} is not KEY=VALUE.", remedy="For example --set train.epochs=30")
+        raise ConfigError(f"--set must be KEY=VALUE; got {text!r}.", remedy="For example: --set train.epochs=30")
     try:
         parsed = tomllib.loads(f"v = {value}")["v"]
     except tomllib.TOMLDecodeError:
@@ -149,7 +151,7 @@ def parse_override(text: str) -> dict[str, Any]:
 
 
 def merge_overrides(items: list[dict[str, Any]]) -> dict[str, Any]:
-    """Nested tables laid over each other, the last one on top."""
+    """Merge nested tables; later ones override earlier ones."""
     merged: dict[str, Any] = {}
     for item in items:
         merged = _merged(merged, item)
@@ -157,54 +159,60 @@ def merge_overrides(items: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def read_tables(source: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The tables of a recipe or part over those of what it extends; ``seen`` are the recipes that extend it."""
+    """The tables of a recipe or part, merged over those that it extends; ``seen`` are the recipes that extend it."""
     path = Path(source) if source.endswith(".toml") else None
     identity = source if path is None else str(path.resolve())
     if identity in seen:
-        raise ConfigError(f"Recipe {source!r} extends itself.", remedy=f"Break the chain {' -> '.join(seen)}.")
+        raise ConfigError(
+            f"Recipe {source!r} extends itself: {' -> '.join((*seen, identity))}.",
+            remedy="Remove it from `extends` in one of these recipes.",
+        )
     data = shipped_recipe(source) if path is None else read_toml(path) if path.is_file() else None
     if data is None:
         raise ConfigError(
             f"There is no recipe {source!r}.",
-            remedy=f"Pass a TOML file or a name; `python -m training names recipes` has all. {_similar(source)}",
+            remedy=f"{_similar(source)}Run python -m training names recipes for all names, or pass a TOML file.",
         )
     bases = data.pop("extends", [])
     tables: dict[str, Any] = {}
     for base in [bases] if isinstance(bases, str) else _names(bases, source):
         parent = str(path.parent / base) if path is not None and base.endswith(".toml") else base
-        tables = _laid_over(tables, read_tables(parent, (*seen, identity)))
-    return _laid_over(tables, data)
+        tables = _extended(tables, read_tables(parent, (*seen, identity)))
+    return _extended(tables, data)
 
 
 def _names(value: Any, source: str) -> list[str]:
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return value
-    raise ConfigError(f"extends = {value!r} in recipe {source!r}.", remedy="Give one recipe, or a list of them.")
+    raise ConfigError(
+        f"`extends` in recipe {source!r} must be a recipe or a list of recipes; got {value!r}.",
+        remedy='For example: extends = ["cifar100", "parts/kd"]',
+    )
 
 
 def _similar(name: str) -> str:
     close = difflib.get_close_matches(name, shipped_names(), n=3, cutoff=0.5)
-    return f"Did you mean {' or '.join(close)}?" if close else ""
+    return f"Did you mean {' or '.join(close)}? " if close else ""
 
 
-def _laid_over(below: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    """``top`` over what it extends or overrides. Another data set does not lie where the one below does."""
-    data, named = below.get("data"), top.get("data")
-    if isinstance(data, dict) and isinstance(named, dict) and named.get("name", data.get("name")) != data.get("name"):
-        below = {**below, "data": {key: value for key, value in data.items() if key != "root"}}
-    return _merged(below, top)
+def _extended(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """``top`` merged over ``base``; a different data set does not inherit the path of the base."""
+    data, new = base.get("data"), top.get("data")
+    if isinstance(data, dict) and isinstance(new, dict) and new.get("name", data.get("name")) != data.get("name"):
+        base = {**base, "data": {key: value for key, value in data.items() if key != "root"}}
+    return _merged(base, top)
 
 
 def _merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     result = dict(base)
     for key, value in top.items():
-        below = result.get(key)
-        result[key] = _merged(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+        old = result.get(key)
+        result[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return result
 
 
 def _tuples(value: Any) -> Any:
-    # TOML has arrays only; strict validation asks for tuples where the length is fixed.
+    # TOML has only arrays, but strict validation needs tuples for fixed lengths.
     if isinstance(value, dict):
         return {key: _tuples(item) for key, item in value.items()}
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

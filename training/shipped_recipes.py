@@ -1,4 +1,4 @@
-"""The recipes that ship with the package: a few files, and a table of pairs and methods that gives all the others."""
+"""The shipped recipes: a few files, and a table of pairs and methods that defines all others."""
 
 import functools
 import math
@@ -15,16 +15,16 @@ _METHODS = "parts/"
 
 
 class _Table(Settings):
-    """Pairs on one data set that extend one recipe, with what was published about them."""
+    """Pairs on one data set that extend the same recipe, with their published numbers."""
 
     set: str
     extends: str
-    #: TEACHER-STUDENT, each a pair.
+    #: Each pair is TEACHER-STUDENT.
     pairs: list[_Pair]
-    #: Who published the numbers, and who did for single methods.
+    #: The source of the published numbers, and other sources for some methods.
     source: str = ""
     sources: dict[str, str] = Field(default_factory=dict)
-    #: Top-1 in percent of "teacher" and of each method, one number a pair; nan where none was published.
+    #: Top-1 in percent of "teacher" and of each method, one number for each pair; nan if none was published.
     top1: dict[str, list[float]] = Field(default_factory=dict)
     #: Keys of ``[distiller]`` by pair and method.
     settings: dict[str, dict[str, dict[str, Any]]] = Field(default_factory=dict)
@@ -33,10 +33,12 @@ class _Table(Settings):
     def _has_a_number_for_each_pair(self) -> "_Table":
         for row, numbers in self.top1.items():
             if len(numbers) != len(self.pairs):
-                raise ValueError(f"top1.{row} has {len(numbers)} numbers for {len(self.pairs)} pairs")
+                raise ValueError(
+                    f"top1.{row} must have {len(self.pairs)} numbers, one for each pair, but has {len(numbers)}"
+                )
         unknown = sorted(set(self.settings) - set(self.pairs))
         if unknown:
-            raise ValueError(f"settings are given for {unknown[0]!r}, which is not one of the pairs")
+            raise ValueError(f"settings has the pair {unknown[0]!r}, which is not in pairs")
         return self
 
 
@@ -50,17 +52,17 @@ class _Tables(Settings):
             used = {*table.sources, *table.top1, *(method for row in table.settings.values() for method in row)}
             unknown = sorted(used - {"teacher", *self.methods})
             if unknown:
-                raise ValueError(f"{unknown[0]!r} is not in [methods]")
+                raise ValueError(f"the method {unknown[0]!r} is not in [methods]")
         return self
 
 
 def shipped_names() -> list[str]:
-    """Complete recipes, sorted; those of a results table are SET/TEACHER-STUDENT and SET/TEACHER-STUDENT/METHOD."""
+    """The sorted names of complete recipes; tables have SET/TEACHER-STUDENT and SET/TEACHER-STUDENT/METHOD."""
     return sorted(name for name in _recipes() if not name.startswith(_METHODS))
 
 
 def shipped_recipe(name: str) -> dict[str, Any] | None:
-    """The tables of the recipe or part ``name`` with the names it ``extends``; None where there is none."""
+    """The tables of the recipe or part ``name``, with the names that it ``extends``; None if it does not exist."""
     found = _recipes().get(name)
     return None if found is None else dict(found)
 
@@ -75,7 +77,7 @@ def _recipes() -> dict[str, dict[str, Any]]:
 
 
 def read_listed(path: Path) -> dict[str, dict[str, Any]]:
-    """The recipes that a file of pairs and methods stands for, by name; raises ``ConfigError``."""
+    """The recipes that a file of pairs and methods defines, by name; raises ``ConfigError``."""
     listed = parse(_Tables, read_toml(path), str(path))
     recipes: dict[str, dict[str, Any]] = {
         f"{_METHODS}{method}": {"distiller": distiller} for method, distiller in listed.methods.items()

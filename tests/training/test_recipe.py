@@ -50,8 +50,8 @@ def test_a_cycle_of_bases_is_refused(back: str, tmp_path: Path) -> None:
     write(tmp_path / "second.toml", f'extends = "{back}"\n')
     first = write(tmp_path / "first.toml", 'extends = "second.toml"\n')
     message = refused(first)
-    assert "extends itself.\nBreak the chain" in message
-    assert f"{first} -> {tmp_path / 'second.toml'}" in message
+    assert f"extends itself: {first} -> {tmp_path / 'second.toml'} -> {first}.\n" in message
+    assert message.endswith("Remove it from `extends` in one of these recipes.")
 
 
 def test_a_recipe_that_extends_itself_is_refused(tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_a_recipe_that_extends_itself_is_refused(tmp_path: Path) -> None:
 def test_a_missing_recipe_or_base_is_named_with_the_nearest(tmp_path: Path) -> None:
     assert refused("cifar10") == (
         "There is no recipe 'cifar10'.\n"
-        "Pass a TOML file or a name; `python -m training names recipes` has all. Did you mean cifar100?"
+        "Did you mean cifar100? Run python -m training names recipes for all names, or pass a TOML file."
     )
     absent = tmp_path / "absent.toml"
     assert f"There is no recipe '{absent}'." in refused(write(tmp_path / "top.toml", 'extends = "absent.toml"\n'))
@@ -78,8 +78,9 @@ def test_of_several_bases_the_later_one_lies_on_top(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", ["3", "[1]", "{a = 1}"])
 def test_bases_must_be_names(value: str, tmp_path: Path) -> None:
     message = refused(write(tmp_path / "top.toml", f"extends = {value}\n"))
-    assert "extends = " in message
-    assert "Give one recipe, or a list of them." in message
+    assert "`extends` in recipe " in message
+    assert "must be a recipe or a list of recipes; got " in message
+    assert message.endswith('For example: extends = ["cifar100", "parts/kd"]')
 
 
 def test_the_identity_of_a_run_excludes_paths_and_published_numbers() -> None:
@@ -178,7 +179,7 @@ def test_an_override_is_toml_or_else_a_bare_string(text: str, expected: dict[str
 def test_an_override_without_key_and_value_is_refused(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_override(text)
-    assert str(caught.value) == f"--set {text!r} is not KEY=VALUE.\nFor example --set train.epochs=30"
+    assert str(caught.value) == f"--set must be KEY=VALUE; got {text!r}.\nFor example: --set train.epochs=30"
 
 
 def test_the_last_override_of_a_key_wins_and_its_neighbours_stay() -> None:

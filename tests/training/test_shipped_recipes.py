@@ -164,13 +164,13 @@ def test_a_new_method_is_one_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "problem"),
     [
-        ("[1.5, nan]", "[1.5]", "top1.plain has 1 numbers for 2 pairs"),
-        ("plain = [", "plane = [", "'plane' is not in [methods]"),
+        ("[1.5, nan]", "[1.5]", "top1.plain must have 2 numbers, one for each pair, but has 1"),
+        ("plain = [", "plane = [", "the method 'plane' is not in [methods]"),
         ('"sun-mars"', '"mars"', "should match pattern"),
         (
             "[tables.top1]",
             "settings.sun-pluto.plain = { weight = 1.0 }\n[tables.top1]",
-            "'sun-pluto', which is not one",
+            "settings has the pair 'sun-pluto', which is not in pairs",
         ),
         ("extends", "extend", "unknown key 'tables.0.extend'"),
     ],
