@@ -77,12 +77,12 @@ class Workspace:
 
 
 def _silent(_detail: str) -> None:
-    """No progress is shown."""
+    """Show no progress."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Making:
-    """What the function that makes a result is given: an empty folder, and where the results it is made of are."""
+    """The argument of the function that makes a result: an empty folder, and the workspace with earlier results."""
 
     folder: Path
     key: str
@@ -92,11 +92,11 @@ class Making:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Step(Generic[T]):
-    """A result of a build as a value, made or not: ``key`` is the sha256 of everything that it depends on.
+    """A result of a build, whether it is made yet or not; ``key`` is the sha256 of everything that it depends on.
 
-    That is ``made_of``, the versions of ``tools``, and code: the function that declares the step around ``make``,
-    what this function uses of its module, all modules of kdexport that are imported there, and ``modules``, which a
-    registry imports. A step is declared in one place, and is made, found again and forgotten by that declaration.
+    That is ``made_of``, the versions of ``tools``, and code: the function that declares the step around ``make``, the
+    definitions of its module that this function uses, all modules of kdexport that these import, and ``modules``, which
+    a registry imports. A step is declared in one place; that declaration makes it, finds it again and removes it.
     """
 
     #: The folder of a workspace that has the results.
@@ -131,7 +131,7 @@ class Step(Generic[T]):
         return self.read(workspace.produce(self.stage, self.key, fill))
 
     def steps(self) -> Iterator["Step[Any]"]:
-        """This step after those that it is made of; one that serves twice comes twice."""
+        """The steps that this one depends on, then this step; a step that is used twice comes twice."""
         for each in self.made_of:
             if isinstance(each, Step):
                 yield from each.steps()

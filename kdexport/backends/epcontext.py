@@ -75,7 +75,7 @@ def require_servable(built_with: str, provider_major: int | None) -> None:
     if provider_major is None:
         raise BackendUnavailableError(
             "This onnxruntime has no TensorRT provider.",
-            remedy="Install it with pip install onnxruntime-gpu, or serve the ONNX file with kdexport serve BUNDLE.",
+            remedy="Run pip install onnxruntime-gpu, or serve the ONNX file with kdexport serve BUNDLE.",
         )
     major = int(built_with.partition(".")[0])
     if major != provider_major:

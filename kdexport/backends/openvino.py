@@ -17,6 +17,7 @@ from kdexport.backends.base import Backend, Clock, Device, Execution, Finding, M
 from kdexport.errors import AuditError, BackendUnavailableError, first_line
 
 _DEVICE = "CPU"
+_INSTALL = "Run pip install 'kdexport[openvino]'"
 _HINTS = {"fp32": "f32", "fp16": "f16", "bf16": "bf16", "int8": "f32"}
 #: The types that a layer that multiplies may report, by precision.
 RUNTIME_TYPES = {"fp32": ("f32",), "fp16": ("f16",), "bf16": ("bf16",), "int8": ("u8", "i8")}
@@ -66,7 +67,7 @@ def import_openvino() -> Any:
         with _no_telemetry():
             import openvino
     except ImportError:
-        raise BackendUnavailableError("OpenVINO is not installed.", remedy="pip install 'kdexport[openvino]'") from None
+        raise BackendUnavailableError("OpenVINO is not installed.", remedy=f"{_INSTALL}.") from None
     return openvino
 
 
@@ -179,7 +180,7 @@ class OpenVino(Backend):
 
     def unavailable(self, precision: str) -> Missing | None:
         if importlib.util.find_spec("openvino") is None:
-            return Missing("OpenVINO is not installed", "pip install 'kdexport[openvino]'")
+            return Missing("OpenVINO is not installed", _INSTALL)
         if precision == "fp32":
             return None
         here = capabilities()

@@ -41,6 +41,10 @@ from kdexport.errors import AuditError, EngineBuildError
 PLAN = "model.plan"
 LAYERS = "layers.json"
 _TIMEOUT_S = 1800
+_BUILD_HERE = (
+    "Build the bundle again on this machine: an engine runs only on the GPU generation and with the TensorRT version "
+    "that it was built for."
+)
 
 
 def build_engine(request: EngineRequest) -> Engine:
@@ -80,7 +84,7 @@ def run_engine(
         except ChildDiedError as error:
             raise EngineBuildError(
                 f"The engine {plan} cannot be run: {error.stderr}",
-                remedy="An engine runs only on the GPU generation and TensorRT version that it was built for.",
+                remedy=_BUILD_HERE,
             ) from None
         logits: NDArray[np.float32] = np.load(exchange / "logits.npy")
     return logits, Execution(runtime=facts["runtime"], version=facts["version"], device=facts["device"])
@@ -223,7 +227,7 @@ class _Engines(Backend):
         if context is None:
             raise EngineBuildError(
                 f"TensorRT {trt.__version__} cannot open {path}.",
-                remedy="An engine runs only on the GPU generation and TensorRT version that it was built for.",
+                remedy=_BUILD_HERE,
             )
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         (source,) = (name for name in names if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT)
@@ -315,7 +319,7 @@ class TensorRTRTX(_Engines):
 
     def unavailable(self, precision: str) -> Missing | None:
         if importlib.util.find_spec("tensorrt_rtx") is None:
-            return Missing("TensorRT-RTX is not installed", "pip install 'kdexport[trt-rtx]'")
+            return Missing("TensorRT-RTX is not installed", "Run pip install 'kdexport[trt-rtx]'")
         return None
 
     def key_material(self, precision: str) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The search as a stage of a build: which layers of a form stay in float32 or are scaled, by training images."""
+"""The precision search as a stage of a build: which layers stay in float32 or are scaled, by training images."""
 
 import json
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from kdexport.verify.policy import parse_policy
 from kdexport.workspace import Making, Step
 
 if TYPE_CHECKING:
-    # Values of settings are in the keys; the other tables of a configuration are nothing to a stage.
+    # Only the values of these settings are in the keys, not the code of their classes.
     from kdexport.config import BuildConfig, SearchSettings
 
 _FOUND = "plan.json"
@@ -24,7 +24,7 @@ _FOUND = "plan.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SearchRequest:
-    """One form to be searched: where its training images come from, and what a plan may cost on them."""
+    """A form to search: the source of its training images, and the limits of a plan on them."""
 
     form: str
     calibration: Calibration
@@ -34,32 +34,31 @@ class SearchRequest:
 
     @property
     def noise(self) -> float:
-        """The largest noise of the logits, infinite where none was set."""
+        """The largest noise of the logits; infinite if no limit is set."""
         return float("inf") if self.settings.noise is None else self.settings.noise
 
 
 @dataclass(frozen=True, slots=True)
 class Searched:
-    """The plan, and what the manifest says about it: images, budget, every trade."""
+    """The plan, and its description for the manifest: images, budget, the costs of every measured plan."""
 
     layers: LayerPlan
     described: dict[str, Any]
 
 
 def require_searchable(targets: Sequence[Target]) -> None:
-    """Raise ``ConfigError`` where no target leaves anything to search."""
+    """Raise ``ConfigError`` unless one of ``targets`` is int8."""
     if not any(target.precision == "int8" for target in targets):
         raise ConfigError(
-            f"There is nothing to search: {', '.join(map(str, targets))} has no int8 target, and the precision search "
-            "keeps layers of int8 targets in float32.",
-            remedy="Add an int8 target, or build without --precision-search.",
+            f"The precision search needs an int8 target; the targets are {', '.join(map(str, targets))}.",
+            remedy="Add one, for example onnx-int8, or omit --precision-search ([precision_search] enabled = false).",
         )
 
 
 def search_requests(
     targets: Sequence[Target], config: "BuildConfig", calibration: Calibration
 ) -> dict[str, SearchRequest]:
-    """What is to be searched, by form, because targets of one form share a plan. Limits left open are rung D's."""
+    """The searches of a build by form, because targets of one form share a plan; default limits are those of rung D."""
     settings = config.precision_search
     budget = parse_policy(config.policy, "[policy]").D.int8
     flips = budget.flips if settings.flips is None else settings.flips
@@ -74,7 +73,7 @@ def search_requests(
 
 
 def search(model: Step[OnnxModel], request: SearchRequest) -> Step[Searched]:
-    """The plan for the float32 ``model``; making it raises ``VerificationError`` where none keeps the budget."""
+    """The plan for the float32 ``model``; making it raises ``VerificationError`` if none is within the budget."""
     settings, form, calibration = request.settings, request.form, request.calibration
 
     def make(making: Making) -> None:

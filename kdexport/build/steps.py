@@ -1,4 +1,4 @@
-"""The steps of one build in their order, down to the bundle: what is made, found again and forgotten together."""
+"""The steps of one build in order, up to the bundle, which are made, reused and removed together."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildInputs:
-    """What a bundle is built of: the student, the data set with its digest, the targets and all settings."""
+    """The inputs of a bundle: the student, the data set with its digest, the targets and all settings."""
 
     trained: TrainedStudent
     dataset: DatasetSpec
@@ -45,7 +45,7 @@ class BuildInputs:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Steps:
-    """Every step of a build but the bundle; targets of one form share a search and a cast."""
+    """Every step of a build except the bundle; targets of one form share a search and a cast."""
 
     fused: Step[FusedFiles]
     exported: Step[OnnxModel]
@@ -54,7 +54,7 @@ class Steps:
     engines: dict[Target, Step[EngineFile]]
 
     def all(self) -> tuple[Step[Any], ...]:
-        """These steps and those that they are made of, each once."""
+        """These steps and the steps that they depend on, each once."""
         named: tuple[Step[Any], ...] = (
             self.fused,
             self.exported,
@@ -66,7 +66,7 @@ class Steps:
 
 
 def declare(inputs: BuildInputs, plans: Mapping[str, LayerPlan] = MappingProxyType({})) -> Steps:
-    """The steps of ``inputs``; ``plans`` are what searches found, by form, and none is known before they are made."""
+    """The steps of ``inputs``; ``plans`` are the results of the searches by form, empty before these are made."""
     config, calibration = inputs.config, inputs.calibration
     fused = fuse(inputs.trained)
     exported = export(inputs.trained, fused, opset=config.export.opset)
@@ -89,7 +89,7 @@ def declare(inputs: BuildInputs, plans: Mapping[str, LayerPlan] = MappingProxyTy
 
 
 def known_steps(inputs: BuildInputs, workspace: Workspace) -> tuple[Step[Any], ...]:
-    """Every step of a build that is known now: what follows a search in which ``workspace`` has no result is not."""
+    """Every step whose key is known now: not the steps after a search that has no result in ``workspace``."""
     found = {form: step for form, step in declare(inputs).searches.items() if workspace.has(step.stage, step.key)}
     steps = declare(inputs, {form: step.result(workspace).layers for form, step in found.items()})
     unknown = steps.searches.keys() - found.keys()
@@ -101,7 +101,7 @@ def known_steps(inputs: BuildInputs, workspace: Workspace) -> tuple[Step[Any], .
 
 
 def bundle(inputs: BuildInputs, on_failure: Callable[[VerificationError, Making], VerificationError]) -> Step[Manifest]:
-    """The verified bundle; where its verification fails, what ``on_failure`` returns is raised."""
+    """The verified bundle; if its verification fails, the error that ``on_failure`` returns is raised."""
     config, spec = inputs.config, inputs.trained.spec
 
     def make(making: Making) -> None:
@@ -113,7 +113,7 @@ def bundle(inputs: BuildInputs, on_failure: Callable[[VerificationError, Making]
             raise on_failure(error, making) from error
 
     settings = [table.model_dump(mode="json") for table in (config.export, config.verify, config.latency)]
-    # A bundle says which targets ran on its machine, and how its int8 targets were calibrated.
+    # The manifest records which targets ran on this machine, and how int8 targets were calibrated.
     ran = [(str(target), target.plugin_sha256, target.not_executable() is None) for target in inputs.targets]
     calibrated = inputs.calibration.to_json() if any(is_int8(target.form) for target in inputs.targets) else None
     return Step(

@@ -11,12 +11,12 @@ PACKAGE = "kdexport"
 #: The folder that holds the package.
 ROOT = Path(__file__).parents[2]
 
-#: Code that changes no result: it raises an error, writes to the terminal, or stores a result and finds it again.
+#: Code that does not change a result: it raises errors, writes to the terminal, or stores and finds results.
 _WITHOUT_RESULT = {
     f"{PACKAGE}.{name}" for name in ("errors", "core.console", "core.files", "core.import_graph", "workspace")
 }
 
-#: Where the steps of a build are declared: each definition that is imported from there counts by itself.
+#: The package that declares the steps of a build; of its modules only the imported definitions count.
 _BY_DEFINITION = f"{PACKAGE}.build."
 
 
@@ -25,7 +25,7 @@ def source_digest(*code: str, root: Path = ROOT) -> str:
 
     Each entry is a module (``kdexport.graph.audit``) or one definition of a module (``kdexport.build.stages:fuse``).
     Of a definition's own file, and of modules of ``kdexport.build``, only what is used counts. Comments, layout,
-    docstrings and imports for type checkers do not count. Raises ``LookupError`` for code that is not there.
+    docstrings and imports for type checkers do not count. Raises ``LookupError`` for code that does not exist.
     """
     return _digest(tuple(sorted(code)), root)
 
@@ -36,7 +36,7 @@ def source_modules(*code: str, root: Path = ROOT) -> tuple[str, ...]:
 
 
 def modules_registering(name: str, package: str, root: Path = ROOT) -> tuple[str, ...]:
-    """The modules of ``package`` that register an entry under ``name``: a registry finds these, and no import does."""
+    """The modules of ``package`` that register ``name``: a registry imports them, so no import statement names them."""
     folder = root.joinpath(*package.split("."))
     found = (f"{package}.{path.stem}" for path in sorted(folder.glob("*.py")))
     return tuple(module for module in found if name in _registered(module, root))
@@ -60,7 +60,7 @@ def _sources(code: Sequence[str], root: Path) -> set[tuple[str, str]]:
     while pending:
         entry = pending.pop()
         module, _, definition = entry.partition(":")
-        # A name that is no file is a class or a function of the module before its last dot, which is listed too.
+        # A name without a file is a class or function of the module before its last dot, which is also in the list.
         source = None if entry in seen or module in _WITHOUT_RESULT else _source(module, root)
         seen.add(entry)
         if source is not None:
@@ -72,7 +72,7 @@ def _sources(code: Sequence[str], root: Path) -> set[tuple[str, str]]:
 
 @dataclass(frozen=True, eq=False)
 class _Source:
-    """Statements of one module without what changes no result."""
+    """The statements of one module, without those that do not change a result."""
 
     module: str
     statements: tuple[ast.stmt, ...]
@@ -83,7 +83,7 @@ class _Source:
 
     @functools.cached_property
     def imports(self) -> frozenset[str]:
-        """Names that may be modules of the package: whatever is imported from it."""
+        """Everything imported from the package; each name may be a module."""
         nodes = [node for statement in self.statements for node in ast.walk(statement)]
         names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
         for node in nodes:
@@ -103,7 +103,7 @@ class _Source:
         return {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
 
     def part(self, definition: str) -> "_Source":
-        """``definition``, what it uses of its module, and the statements that define nothing."""
+        """``definition``, the definitions of its module that it uses, and the statements that define nothing."""
         kept: dict[int, ast.stmt] = {}
         pending = [None, definition]
         seen: set[str | None] = set()
@@ -135,7 +135,7 @@ def _parsed(module: str, content: bytes) -> _Source:
 
 
 class _Stripped(ast.NodeTransformer):
-    """Drops what changes no result: bare strings (docstrings among them) and what only type checkers read."""
+    """Drops what does not change a result: bare strings, such as docstrings, and code for type checkers only."""
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
         return None if isinstance(node.value, ast.Constant) else self.generic_visit(node)
@@ -149,7 +149,7 @@ class _Stripped(ast.NodeTransformer):
 
 
 def _bound(statement: ast.stmt) -> set[str]:
-    """Names that a statement of a module gives it."""
+    """Names that a statement defines in its module."""
     if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return {statement.name}
     names: set[str] = set()
@@ -170,7 +170,7 @@ def _used(statement: ast.stmt) -> Iterator[str]:
 
 
 def _only(statement: ast.stmt, used: set[str | None]) -> ast.stmt:
-    """An import without the names that are not used; any other statement as it is."""
+    """An import without unused names; any other statement unchanged."""
     if isinstance(statement, ast.ImportFrom):
         names = [alias for alias in statement.names if _bound_by(alias) in used]
         return ast.ImportFrom(module=statement.module, names=names, level=statement.level)

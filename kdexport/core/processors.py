@@ -5,18 +5,18 @@ from collections.abc import Sequence
 
 
 def usable_cpus() -> tuple[int, ...]:
-    """The processors on which this process may run: all of them where the system has no affinity masks, as on macOS."""
+    """The processors on which this process may run; all, if the system has no affinity masks, as on macOS."""
     if not can_pin():
         return tuple(range(os.cpu_count() or 1))
     return tuple(sorted(os.sched_getaffinity(0)))
 
 
 def can_pin() -> bool:
-    """Whether the system restricts a process to some of its processors."""
+    """Whether the system can restrict a process to some processors."""
     return hasattr(os, "sched_getaffinity")
 
 
 def pin_process(cpus: Sequence[int]) -> None:
-    """Keep this process on ``cpus``; nothing is done for none of them."""
+    """Restrict this process to ``cpus``; an empty sequence changes nothing."""
     if cpus:
         os.sched_setaffinity(0, cpus)

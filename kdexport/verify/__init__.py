@@ -1,1 +1,1 @@
-"""The parity ladder, the latency comparison, and what they say."""
+"""The parity ladder, the latency comparison, and their reports."""

@@ -67,7 +67,7 @@ def rung_b(
     own_rms = max(_rms(own), _ULP * _rms(reference.added))
     own_max = float32_unit(reference.exact, reference.added, reference.unfused)
     error = np.abs(candidate.astype(np.float64) - reference.exact)
-    detail = f"worst input {probes.name(_worst(error))}; the unfused fp32 model is off by up to {own.max():.1e}"
+    detail = f"worst input {probes.name(_worst(error))}; largest error of the unfused fp32 model {own.max():.1e}"
     return [
         check_at_most("B", subject, "rms error", _ratio(_rms(error), own_rms), policy.rms_error, unit="x unfused"),
         check_at_most(

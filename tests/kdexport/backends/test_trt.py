@@ -240,7 +240,7 @@ def test_a_target_without_tensorrt_is_an_error_with_the_install_command(monkeypa
     assert caught.value.exit_code == 4
     with pytest.raises(BackendUnavailableError, match=r"TensorRT-RTX is not installed") as caught:
         require_available((parse_target("trt-rtx-fp16"),))
-    assert caught.value.remedy == "pip install 'kdexport[trt-rtx]'."
+    assert caught.value.remedy == "Run pip install 'kdexport[trt-rtx]'."
 
 
 def test_importing_the_backend_imports_no_tensorrt() -> None:

@@ -221,4 +221,4 @@ def _quantize_weight(path: Path, name: str) -> None:
 def test_a_search_without_an_int8_target_is_refused_before_any_work(root: Path, tmp_path: Path) -> None:
     done = build(root, tmp_path / "out", "onnx-fp32,trt-rtx-fp16", "--precision-search")
     assert done.exit_code == 2
-    assert "onnx-fp32, trt-rtx-fp16 has no int8 target" in done.stderr
+    assert "The precision search needs an int8 target; the targets are onnx-fp32, trt-rtx-fp16." in done.stderr

@@ -158,7 +158,7 @@ def test_rung_b_finds_one_wrong_logit_of_one_image_and_names_it(ladder: Ladder) 
     assert 5 <= checks[1].measured <= 7.1
     # The mean over many inputs alone would pass.
     assert checks[0].measured < checks[1].measured
-    assert checks[1].detail.startswith("worst input image 17; the unfused fp32 model is off by ")
+    assert checks[1].detail.startswith("worst input image 17; largest error of the unfused fp32 model ")
 
 
 def test_a_wrong_edge_input_is_named(ladder: Ladder) -> None:
