@@ -9,7 +9,7 @@ from kdexport.core.tables import Table, html_page, markdown_page
 #: The rungs of the ladder in order; all other checks are audits.
 RUNGS = ("A", "B", "C", "D")
 
-_TRADE_HEADER = ("plan", "top-1", "flips", "noise", "mean KL, nats", "size", "latency")
+_PLAN_HEADER = ("plan", "top-1", "flips", "noise", "mean KL, nats", "size", "latency")
 
 
 def write_reports(folder: Path, data: dict[str, Any]) -> None:
@@ -202,13 +202,13 @@ def _plan_entries(data: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         searched = [(name, other) for name, other in searched if other != plan]
 
 
-def _trade_rows(plan: dict[str, Any]) -> list[tuple[str, ...]]:
+def _plan_rows(plan: dict[str, Any]) -> list[tuple[str, ...]]:
     """The costs of the float32 graph, the plain cast and the chosen plan on the images of the search."""
     plain, chosen = plan["trades"][0], plan["trades"][plan["chosen"]]
     rows = [("float32", plan["float32"]), ("int8, no plan", plain)]
     if plan["chosen"]:
         rows.append((f"int8, {_plan_summary(chosen)}", chosen))
-    return [(name, *_costs(trade)) for name, trade in rows]
+    return [(name, *_costs(cost)) for name, cost in rows]
 
 
 def plan_tables(data: dict[str, Any]) -> Iterator[Table]:
@@ -216,8 +216,8 @@ def plan_tables(data: dict[str, Any]) -> Iterator[Table]:
     for name, plan in _plan_entries(data):
         yield Table(
             title=f"Precision plan of {name}",
-            header=_TRADE_HEADER,
-            rows=tuple(_trade_rows(plan)),
+            header=_PLAN_HEADER,
+            rows=tuple(_plan_rows(plan)),
             note=_plan_note(plan),
         )
 
@@ -239,19 +239,19 @@ def _plan_note(plan: dict[str, Any]) -> str:
     return " ".join(parts)
 
 
-def _costs(trade: dict[str, Any]) -> tuple[str, ...]:
+def _costs(cost: dict[str, Any]) -> tuple[str, ...]:
     return (
-        f"{trade['top1']:.2%}",
-        f"{trade['flips']:.2%}",
-        "not finite" if trade["noise"] is None else f"{trade['noise']:.1%}",
-        "not finite" if trade["divergence"] is None else f"{trade['divergence']:.2g}",
-        f"{trade['bytes'] / 1e3:,.0f} kB",
-        "not run" if trade["latency_ms"] is None else f"{trade['latency_ms']:.3f} ms",
+        f"{cost['top1']:.2%}",
+        f"{cost['flips']:.2%}",
+        "not finite" if cost["noise"] is None else f"{cost['noise']:.1%}",
+        "not finite" if cost["divergence"] is None else f"{cost['divergence']:.2g}",
+        f"{cost['bytes'] / 1e3:,.0f} kB",
+        "not run" if cost["latency_ms"] is None else f"{cost['latency_ms']:.3f} ms",
     )
 
 
-def _plan_summary(trade: dict[str, Any]) -> str:
-    counts = ((trade["equalised"], "pair", "equalised"), (len(trade["kept"]), "layer", "in float32"))
+def _plan_summary(cost: dict[str, Any]) -> str:
+    counts = ((cost["equalised"], "pair", "equalised"), (len(cost["kept"]), "layer", "in float32"))
     return ", ".join(f"{count} {what}{'s' * (count > 1)} {how}" for count, what, how in counts if count)
 
 
