@@ -186,7 +186,9 @@ def test_a_file_that_parses_as_an_empty_graph_is_refused(build: Build, tmp_path:
     # A message of unknown fields is a valid protobuf, and no model.
     empty = tmp_path / "empty.onnx"
     empty.write_bytes(b"\x00garbage" * 40)
-    with pytest.raises(EngineBuildError, match=r"did not build empty\.onnx: a graph of 0 inputs and 0 outputs"):
+    with pytest.raises(
+        EngineBuildError, match=r"did not build empty\.onnx: the graph has 0 inputs and 0 outputs, expected one of each"
+    ):
         build(empty)
 
 
