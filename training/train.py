@@ -82,7 +82,7 @@ def rehearse(recipe: Recipe) -> None:
 
 
 def prepare_teacher(recipe: Recipe, directory: Path) -> Path:
-    """The file of the teacher's weights; trains it into ``directory`` if neither the recipe nor that has weights."""
+    """The file of the teacher's weights: that of the recipe, or else in ``directory``, where the teacher is trained."""
     if recipe.teacher.checkpoint:
         return Path(recipe.teacher.checkpoint)
     weights = directory / "model.safetensors"
@@ -262,9 +262,14 @@ def _build_teacher(recipe: Recipe, images: ImageSet) -> Teacher:
 def _trained_teacher(recipe: Recipe, images: ImageSet) -> Teacher:
     """The teacher with the weights of its checkpoint.
 
-    Raises ``CheckpointError`` if the checkpoint cannot be read, or if a teacher.json beside it names other classes:
-    logits are matched with classes by position.
+    Raises ``CheckpointError`` if there is no checkpoint, if it cannot be read, or if a teacher.json in its folder has
+    other classes: logits are matched with classes by position.
     """
+    if not recipe.teacher.checkpoint:
+        raise CheckpointError(
+            f"The recipe has no file with weights of the teacher {recipe.teacher.name}.",
+            remedy="Pass --teacher-checkpoint FILE.",
+        )
     path = Path(recipe.teacher.checkpoint)
     trained = described_classes(path)
     if trained is not None and trained != images.classes:

@@ -1,7 +1,7 @@
 """Contrastive representation distillation (Tian et al., 2020, CRD).
 
-For each image, both networks learn to tell its embedding in the memory of the other network from those of images of
-other classes. The memory has one embedding for each network and training image.
+For each image, each network learns to distinguish the image's embedding in the memory of the other network from those
+of images of other classes. The memory has one embedding for each network and training image.
 """
 
 import torch

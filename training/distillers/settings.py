@@ -1,6 +1,6 @@
 """The settings of each method of distillation, read and checked without importing torch.
 
-A method without ``@method_settings`` has the keys of ``DistillerSettings`` alone. Defaults are those of
+A method without ``@method_settings`` has only the keys of ``DistillerSettings``. Defaults are those of
 the published code of a method for CIFAR-100; a comment marks keys without a published value.
 """
 
@@ -53,7 +53,7 @@ def method_settings(model: type[S]) -> type[S]:
 
 @method_settings
 class PlainSettings(DistillerSettings):
-    """Cross-entropy alone."""
+    """Cross-entropy only."""
 
     name: Literal["plain"] = "plain"
 

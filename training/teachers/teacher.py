@@ -20,7 +20,7 @@ class Teacher(Classifier):
 
 
 def load_teacher_weights(teacher: Teacher, path: Path) -> None:
-    """Load ``path`` (.safetensors, or .pt holding tensors only) into ``teacher``; raises ``CheckpointError``.
+    """Load ``path`` (.safetensors, or .pt with tensors only) into ``teacher``; raises ``CheckpointError``.
 
     A .pt file has a state_dict, or a dictionary with one under "model" as public checkpoints do. The prefix "module.",
     which DataParallel adds, is removed if every name has it. All tensors must match.
@@ -37,10 +37,10 @@ def load_teacher_weights(teacher: Teacher, path: Path) -> None:
 
 
 def described_classes(path: Path) -> tuple[str, ...] | None:
-    """The classes, in order, that the teacher.json beside the weights ``path`` names; None where there is no such file.
+    """The ordered classes in the teacher.json in the folder of the weights ``path``; None if there is no such file.
 
-    Only ``python -m training`` writes this file, and only beside model.safetensors. Raises ``CheckpointError`` if it
-    cannot be read.
+    Only ``python -m training`` writes this file, and only together with model.safetensors. Raises ``CheckpointError``
+    if it cannot be read.
     """
     described = path.parent / "teacher.json"
     if path.name != "model.safetensors" or not described.is_file():
