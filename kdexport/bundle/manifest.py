@@ -22,7 +22,7 @@ from kdexport.bundle.layout import (
 )
 from kdexport.checkpoint import StudentSpec, build_student, load_strictly, load_tensors
 from kdexport.core.digests import sha256_file
-from kdexport.errors import BundleError
+from kdexport.errors import BundleError, VerificationError
 from kdexport.graph.plan import LayerPlan
 from kdexport.targets import Target, parse_target, target_names
 
@@ -54,6 +54,7 @@ __all__ = [
     "onnx_files",
     "read_golden",
     "read_manifest",
+    "require_unchanged",
     "target_of",
     "write_golden",
 ]
@@ -177,6 +178,16 @@ def changed_files(folder: Path, expected: dict[str, str]) -> dict[str, str]:
 def listed_changes(changes: dict[str, str]) -> str:
     """The first few of ``changed_files`` as one line, for an error message."""
     return ", ".join(f"{name} {change}" for name, change in list(changes.items())[:_LISTED_CHANGES])
+
+
+def require_unchanged(folder: Path, manifest: Manifest) -> None:
+    """Raise ``VerificationError`` that names the files that differ from those of the manifest."""
+    changes = changed_files(folder, manifest.files)
+    if changes:
+        raise VerificationError(
+            f"{len(changes)} files of {folder} differ from the manifest: {listed_changes(changes)}.",
+            remedy="Copy the bundle again, or build it again.",
+        )
 
 
 def write_golden(folder: Path, images: Iterable[tuple[bytes, str]]) -> list[str]:

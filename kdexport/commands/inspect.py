@@ -15,13 +15,19 @@ def inspect(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Show the manifest of a bundle: student, checks, targets; runs nothing."""
-    from kdexport.bundle.manifest import read_manifest
+    """Show the manifest of a bundle: student, checks, targets; runs nothing.
+
+    Exits with 1 if a file differs from the manifest.
+    """
+    from kdexport.bundle.manifest import read_manifest, require_unchanged
 
     manifest = read_manifest(bundle)
     if as_json:
+        # Before the manifest is printed, because stdout has one JSON object.
+        require_unchanged(bundle, manifest)
         print_json(manifest.data)
-    else:
-        from kdexport.commands.render import show_manifest
+        return
+    from kdexport.commands.render import show_manifest
 
-        show_manifest(bundle, manifest)
+    show_manifest(bundle, manifest)
+    require_unchanged(bundle, manifest)

@@ -16,7 +16,17 @@ import onnx
 from numpy.typing import NDArray
 
 from kdexport.backends.base import INPUT
-from kdexport.bundle.manifest import FUSED, MODEL, UNFUSED, Manifest, layer_plans, load_unfused, onnx_files, read_golden
+from kdexport.bundle.manifest import (
+    FUSED,
+    MODEL,
+    UNFUSED,
+    Manifest,
+    layer_plans,
+    listed_changes,
+    load_unfused,
+    onnx_files,
+    read_golden,
+)
 from kdexport.checkpoint import load_tensors
 from kdexport.diagnose.differences import overflow, stored_difference
 from kdexport.diagnose.reproduction import write_reproduction
@@ -42,9 +52,9 @@ REPORT, REPRODUCTION = "blame.json", "reproduction"
 class Blame:
     """The first place where a bundle differs from its unfused student.
 
-    ``stage`` is unfused, fold, export, cast or engine. ``file`` is the first wrong file, ``node`` the first wrong node
-    in it, and ``words`` describes the difference. ``reproduction`` is the folder with the node as a program of its own;
-    it is empty if no node could be extracted.
+    ``stage`` is files, unfused, fold, export, cast or engine. ``file`` is the first wrong file, ``node`` the first
+    wrong node in it, and ``words`` describes the difference. ``reproduction`` is the folder with the node as a program
+    of its own; it is empty if no node could be extracted.
     """
 
     stage: str
@@ -245,6 +255,12 @@ def _named(node: NodeError, file: str, precision: str, words: str) -> Blame:
         allowed=LIMITS[precision],
         words=words,
     )
+
+
+def changed_file(changes: dict[str, str]) -> Blame:
+    """The finding for files that differ from the manifest: the first of ``changed_files``, with all in ``words``."""
+    words = f"differs from the manifest ({listed_changes(changes)}): copy the bundle again, or build it again"
+    return _without_node("files", next(iter(changes)), float(len(changes)), 0.0, words)
 
 
 def _without_node(stage: str, file: str, error: float, allowed: float, words: str) -> Blame:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdexport.core.files import replace_folder, require_replaceable, require_writable
-from kdexport.errors import KdexportError, OutputError, VerificationError
+from kdexport.errors import KdexportError, MachineError, OutputError, VerificationError
 
 if TYPE_CHECKING:
+    from kdexport.bundle.manifest import Manifest
     from kdexport.diagnose.bisect import Blame
 
 
@@ -37,7 +38,7 @@ def blame_bundle(bundle: Path, out: Path, progress: Callable[[str], None]) -> "B
     Nothing is written if every stage is right.
     """
     from kdexport.bundle.manifest import read_manifest
-    from kdexport.diagnose.bisect import REPORT, explain, write_blame
+    from kdexport.diagnose.bisect import REPORT, write_blame
 
     manifest = read_manifest(bundle)
     try:
@@ -49,13 +50,38 @@ def blame_bundle(bundle: Path, out: Path, progress: Callable[[str], None]) -> "B
     require_writable(out)
     with tempfile.TemporaryDirectory() as place:
         made = Path(place) / "blame"
-        found = explain(bundle, manifest, made, progress)
+        found = _explained(bundle, manifest, made, progress)
         if found is None:
             return None
         found = found.moved(out)
         write_blame(made, found)
         replace_folder(made, out)
     return found
+
+
+def _explained(bundle: Path, manifest: "Manifest", made: Path, progress: Callable[[str], None]) -> "Blame | None":
+    """The finding of ``explain``; a file that differs from the manifest where the cause is not in a stage of the build.
+
+    Golden images and their logits are what everything is compared with, so a change of them is told at once.
+    """
+    from kdexport.bundle.manifest import GOLDEN, changed_files
+    from kdexport.diagnose.bisect import changed_file, explain
+
+    progress("files")
+    changes = changed_files(bundle, manifest.files)
+    golden = {name: change for name, change in changes.items() if name.startswith(f"{GOLDEN}/")}
+    if golden:
+        return changed_file(golden)
+    try:
+        found = explain(bundle, manifest, made, progress)
+    except MachineError:
+        raise
+    # A changed file is the cause, whatever the library that reads it raises.
+    except Exception:
+        if changes:
+            return changed_file(changes)
+        raise
+    return found or (changed_file(changes) if changes else None)
 
 
 def blame_lines(found: "Blame | None") -> list[str]:

@@ -1,10 +1,14 @@
 """One comparison of a measured value with the value allowed."""
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from kdexport.backends.base import Finding
+from kdexport.errors import KdexportError, MachineError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,3 +67,23 @@ def from_finding(subject: str, finding: Finding, *, rung: str = "audit") -> Chec
 def broken(rung: str, subject: str, fact: str) -> Check:
     """The failed check of a file that cannot be read or run."""
     return from_finding(subject, Finding("readable", False, fact), rung=rung)
+
+
+def attempt(rung: str, subject: str, run: Callable[[], T]) -> "T | Check":
+    """The result of ``run``, or a failed check of ``subject`` where it raises an exception.
+
+    The readers of ONNX, safetensors, images and engine tables raise exceptions of many types for a damaged file. Errors
+    of the machine are raised as they are: they do not say that the file is wrong.
+    """
+    try:
+        return run()
+    except (MachineError, MemoryError):
+        raise
+    except KdexportError as error:
+        return broken(rung, subject, error.message)
+    except FileNotFoundError as error:
+        return broken(rung, subject, f"{error.filename} is missing")
+    except OSError:
+        raise
+    except Exception as error:  # noqa: BLE001
+        return broken(rung, subject, f"cannot be checked: {type(error).__name__}: {error}")

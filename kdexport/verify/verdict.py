@@ -7,6 +7,7 @@ A build verifies on validation images (``verify_folder``); a finished bundle is 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdexport.backends.base import Execution
-from kdexport.bundle.manifest import NOT_EXECUTED, TASK, Manifest, onnx_files, read_golden, target_of
-from kdexport.errors import BundleError, DataError, NotExecutedError, UnknownNameError, VerificationError
+from kdexport.bundle.manifest import NOT_EXECUTED, TARGETS, TASK, Manifest, onnx_files, read_golden, target_of
+from kdexport.errors import BundleError, NotExecutedError, UnknownNameError, VerificationError
 from kdexport.registry import nearest
 from kdexport.targets import Target, parse_target
-from kdexport.verify.check import Check, check_at_most
+from kdexport.verify.check import Check, attempt, check_at_most
 from kdexport.verify.int8_collapse import explain_collapse
 from kdexport.verify.policy import Policy, stored_policy
 from kdexport.verify.rebuilt_graphs import RebuiltGraphs
 from kdexport.verify.student_checks import check_algebra, check_golden, check_integrity, student_checks
-from kdexport.verify.target_checks import graph_checks, target_checks
+from kdexport.verify.target_checks import FileResult, graph_checks, target_checks
 from kdexport.verify.task_record import TaskImages, TaskRecord, load_record, measure_task, task_checks
 
 _SEAL = object()
@@ -96,7 +97,10 @@ def verify_folder(
     With ``task`` the files also run on the validation set, which is rung D.
     """
     progress("reference in float64")
-    checks, context = student_checks(folder, manifest, pixels)
+    student = attempt("A", "student", partial(student_checks, folder, manifest, pixels))
+    if isinstance(student, Check):
+        return Verdict((student,))
+    checks, context = student
     if context is None:
         return Verdict(tuple(checks))
     executed: dict[str, Execution] = {}
@@ -104,7 +108,7 @@ def verify_folder(
         rebuilt = RebuiltGraphs(folder, manifest, Path(scratch))
         for name, form in onnx_files(manifest).items():
             progress(name)
-            result = graph_checks(context, name, form, rebuilt)
+            result = _file_result(name, partial(graph_checks, context, name, form, rebuilt))
             checks += result.checks
             target = target_of(name)
             if target is not None and result.execution is not None and _is_own_run(target):
@@ -113,7 +117,7 @@ def verify_folder(
         if target.runs_as_reference:
             continue
         progress(f"{target} on {target.runtime.title}")
-        result = target_checks(context, str(target))
+        result = _file_result(f"{TARGETS}/{target}", partial(target_checks, context, str(target)))
         checks += result.checks
         if result.execution is not None:
             executed[str(target)] = result.execution
@@ -122,6 +126,11 @@ def verify_folder(
     record, faults = measure_task(context, task, progress)
     checks, remedy = explain_collapse(context, [*checks, *faults, *task_checks(record, context.policy)])
     return Verdict(tuple(checks), record, remedy, executed)
+
+
+def _file_result(name: str, run: Callable[[], FileResult]) -> FileResult:
+    result = attempt("audit", name, run)
+    return FileResult((result,)) if isinstance(result, Check) else result
 
 
 def _is_own_run(target: Target) -> bool:
@@ -138,10 +147,10 @@ def replay(folder: Path, manifest: Manifest, progress: Callable[[str], None]) ->
     if pixels is None:
         return Verdict(tuple(checks))
     progress("golden images")
-    checks += check_golden(folder, manifest, pixels)
+    checks += _checked("golden", "images", partial(check_golden, folder, manifest, pixels))
     verdict = verify_folder(folder, manifest, pixels, progress=progress)
     progress("stored results of the task")
-    stored = stored_task(folder, manifest, stored_policy(manifest.data))
+    stored = _checked("D", TASK, lambda: stored_task(folder, manifest, stored_policy(manifest.data)))
     return Verdict((*checks, *verdict.checks, *stored), executed=verdict.executed)
 
 
@@ -160,7 +169,12 @@ def replay_algebra(folder: Path, manifest: Manifest, progress: Callable[[str], N
     if pixels is None:
         return Verdict(tuple(checks))
     progress("algebra in float64")
-    return Verdict((*checks, *check_algebra(folder, manifest, pixels)))
+    return Verdict((*checks, *_checked("A", "student", partial(check_algebra, folder, manifest, pixels))))
+
+
+def _checked(rung: str, subject: str, run: Callable[[], list[Check]]) -> list[Check]:
+    result = attempt(rung, subject, run)
+    return [result] if isinstance(result, Check) else result
 
 
 def _files(
@@ -168,10 +182,8 @@ def _files(
 ) -> tuple[list[Check], NDArray[np.uint8] | None]:
     progress("files")
     checks = check_integrity(folder, manifest)
-    try:
-        return checks, read_golden(folder, manifest)
-    except DataError as error:
-        return [*checks, check_at_most("golden", "images", "readable", 1, 0, unit="faults", detail=error.message)], None
+    pixels = attempt("golden", "images", partial(read_golden, folder, manifest))
+    return ([*checks, pixels], None) if isinstance(pixels, Check) else (checks, pixels)
 
 
 @dataclass(frozen=True, slots=True)
