@@ -85,10 +85,14 @@ def _measured(check: dict[str, Any]) -> tuple[str, str, str]:
     if check.get("undecided"):
         word = f"{word}, undecided"
     if check["unit"] == "of images":
-        return f"{check['name']}: {check['measured']:.2%} of images", f"{check['allowed']:.2%}", word
-    value = "not finite" if check["measured"] is None else f"{check['measured']:.3g}"
-    allowed = f"{check['allowed']:.3g}"
+        measured, allowed = _number(check["measured"], ".2%"), _number(check["allowed"], ".2%")
+        return f"{check['name']}: {measured} of images", allowed, word
+    value, allowed = _number(check["measured"], ".3g"), _number(check["allowed"], ".3g")
     return f"{check['name']}: {value} {check['unit']}", allowed, word
+
+
+def _number(value: float | None, form: str) -> str:
+    return "not finite" if value is None else format(float(value), form)
 
 
 def _summary(data: dict[str, Any]) -> Table:
@@ -152,8 +156,8 @@ def _claim(check: dict[str, Any] | None) -> str:
         return ""
     word = "FAILS" if not check["holds"] else "undecided" if check.get("undecided") else "holds"
     counted = check["unit"] == "images"
-    value = f"{check['measured']:.0f}" if counted else f"{check['measured']:.3%}"
-    allowed = f"{check['allowed']:.0f}" if counted else f"{check['allowed']:.2%}"
+    value = _number(check["measured"], ".0f" if counted else ".3%")
+    allowed = _number(check["allowed"], ".0f" if counted else ".2%")
     return f"{value} of {allowed} allowed: {word}"
 
 
