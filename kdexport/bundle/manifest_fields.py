@@ -223,4 +223,5 @@ def require_fields(data: Mapping[str, Any]) -> None:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         place = ".".join(str(part) for part in first["loc"]) or "the manifest"
-        raise ValueError(f"{place}: {first['msg'][:1].lower()}{first['msg'][1:]}") from None
+        problem = first["msg"].removeprefix("Value error, ")
+        raise ValueError(f"{place}: {problem[:1].lower()}{problem[1:]}") from None

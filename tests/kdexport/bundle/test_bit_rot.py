@@ -113,4 +113,4 @@ def test_a_damaged_manifest_is_named_by_every_command(
     path.write_bytes(DAMAGES[damage](path.read_bytes()))
     done = here(command, bundle_copy)
     assert done.exit_code == 2
-    assert done.stderr.startswith(f"error KDX203: {path} is damaged or of another version: ")
+    assert done.stderr.startswith(f"error KDX203: {path} is damaged or was written by ")
