@@ -20,7 +20,7 @@ from training.quadratic import full_precision
 from training.teachers import Teacher
 
 
-class OtherClasses(nn.Module):
+class NegativeSampler(nn.Module):
     """Draws indices of images of other classes, without replacement and independently for each image of a batch.
 
     A step uses one permutation of the set. For each image, the permutation without the image's own class is a circle,
@@ -87,7 +87,7 @@ class ContrastMemory(nn.Module):
     def __init__(self, labels: Tensor, *, dimension: int, negatives: int, temperature: float, momentum: float) -> None:
         super().__init__()
         self._temperature, self._momentum = temperature, momentum
-        self.others = OtherClasses(labels, negatives)
+        self.others = NegativeSampler(labels, negatives)
         bound = (dimension / 3) ** -0.5
         for name in ("student", "teacher"):
             self.register_buffer(name, torch.empty(len(labels), dimension).uniform_(-bound, bound))
@@ -121,11 +121,11 @@ class ContrastMemory(nn.Module):
     @torch.no_grad()
     def _store(self, student: Tensor, teacher: Tensor, samples: Tensor, normaliser: Tensor) -> None:
         self.normaliser.copy_(normaliser)
-        places = gathered(samples)
-        vectors = gathered(torch.cat([student, teacher], 1)).chunk(2, 1)
-        for bank, seen in zip((self.student, self.teacher), vectors, strict=True):
-            mixed = self._momentum * bank[places] + (1 - self._momentum) * seen
-            bank.index_copy_(0, places, functional.normalize(mixed))
+        indices = gathered(samples)
+        embeddings = gathered(torch.cat([student, teacher], 1)).chunk(2, 1)
+        for bank, new in zip((self.student, self.teacher), embeddings, strict=True):
+            mixed = self._momentum * bank[indices] + (1 - self._momentum) * new
+            bank.index_copy_(0, indices, functional.normalize(mixed))
 
 
 def similarities(vectors: Tensor, bank: Tensor, chosen: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ def similarities(vectors: Tensor, bank: Tensor, chosen: Tensor) -> Tensor:
 
     Computing all B x n products and choosing among them moves far less memory than a copy of B x C rows.
     """
-    # The bank is overwritten before the backward pass reads it.
+    # A copy, because the bank is overwritten before the backward pass reads it.
     return (vectors @ bank.clone().T).gather(1, chosen)
 
 

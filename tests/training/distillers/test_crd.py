@@ -17,7 +17,7 @@ from kdexport.checkpoint import load_student, open_checkpoint
 from kdexport.errors import DataError
 from kdexport.students import STUDENTS, Tapped
 from tests.training.small_runs import tiny_recipe
-from training.distillers.crd import CRD, ContrastMemory, OtherClasses
+from training.distillers.crd import CRD, ContrastMemory, NegativeSampler
 from training.distillers.distiller import StepContext
 from training.distillers.settings import CRDSettings
 from training.runs.handover import Origin
@@ -203,7 +203,7 @@ def test_the_weight_is_reached_by_its_ramp() -> None:
     assert losses[0] == pytest.approx(losses[1] / 4, rel=1e-6)
 
 
-def draw(others: OtherClasses, samples: Tensor, times: int) -> Tensor:
+def draw(others: NegativeSampler, samples: Tensor, times: int) -> Tensor:
     """Indicators (times, B, n) of what was drawn."""
     torch.manual_seed(11)
     drawn = torch.zeros(times, len(samples), len(others.labels))
@@ -214,7 +214,7 @@ def draw(others: OtherClasses, samples: Tensor, times: int) -> Tensor:
 
 @pytest.mark.parametrize("count", [1, 4, 7, 1000])
 def test_negatives_are_distinct_images_of_other_classes(count: int) -> None:
-    others = OtherClasses(LABELS, count)
+    others = NegativeSampler(LABELS, count)
     # Class 0 has six of the thirteen images.
     assert others.count == min(count, 7)
     drawn = draw(others, torch.arange(13), 200)
@@ -235,7 +235,7 @@ def within(observed: Tensor, expected: Tensor, times: int) -> None:
 def test_draws_are_uniform_in_an_image_and_independent_between_images() -> None:
     labels, count, times = torch.tensor([0, 1, 1, 2, 2, 2, 1]), 3, 3000
     samples = torch.tensor([0, 1, 3, 4])
-    drawn = draw(OtherClasses(labels, count), samples, times)
+    drawn = draw(NegativeSampler(labels, count), samples, times)
     allowed = (labels[samples][:, None] != labels).float()
     pool = allowed.sum(1, keepdim=True)
     share = allowed * count / pool
@@ -251,7 +251,7 @@ def test_draws_are_uniform_in_an_image_and_independent_between_images() -> None:
 
 
 def test_the_negatives_of_an_image_do_not_depend_on_its_batch() -> None:
-    others = OtherClasses(LABELS, 4)
+    others = NegativeSampler(LABELS, 4)
     drawn = []
     for samples in ([0, 7, 12, 3], [12, 5], [3]):
         torch.manual_seed(2)
