@@ -59,7 +59,7 @@ def merge_branches(
     factors = [1.0 / count] * count if coefficients is None else list(coefficients)
     if len(factors) != count:
         raise ReparamError(
-            f"{count} branches came with {len(factors)} coefficients.", remedy="Pass one coefficient per branch."
+            f"{count} branches were given {len(factors)} coefficients.", remedy="Pass one coefficient per branch."
         )
     first = branches[0][0]
     shapes = {tuple(weight.shape) for weight, _ in branches}

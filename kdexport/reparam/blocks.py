@@ -24,7 +24,7 @@ def branch_paths(student: Student, spec: BranchSpec) -> dict[str, str]:
 
 
 def attach_branches(student: Student, spec: BranchSpec) -> None:
-    """Put training branches into ``student``, in place, with fresh weights by the student's own law.
+    """Put training branches into ``student``, in place, with fresh weights by the initialisation of the student.
 
     Raises ``ConfigError`` for a branch count outside 1..16, a layer that the student does not have, and an R2 adapter
     without its channel count; ``ReparamError`` with the reason where the branches could not be folded exactly later.
@@ -47,7 +47,7 @@ def _layer_names(student: Student, spec: BranchSpec) -> tuple[str, ...]:
         choices = {"single": taps[-1:], "multi": taps}
         if spec.layers not in choices:
             raise UnknownNameError(
-                f"Branches cannot sit at {spec.layers!r}.",
+                f"Branches cannot be attached at {spec.layers!r}.",
                 remedy=f"{nearest(spec.layers, choices)} A tuple names single layers.",
             )
         return tuple(choices[spec.layers])
@@ -73,7 +73,7 @@ def _branch_hosts(student: Student, conv_paths: list[str], count: int) -> None:
     for path in conv_paths:
         if not isinstance(student.get_submodule(path), nn.Conv2d):
             raise ConfigError(
-                f"{path} of {student.name} is no convolution, or carries branches already.",
+                f"{path} of {student.name} is not a convolution, or has branches already.",
                 remedy="Attach branches once, to a convolution that a batch norm follows.",
             )
     declared = {host.conv: host.batch_norm for host in student.hosts}

@@ -1,6 +1,6 @@
-"""The proof that a fold changed nothing: float64 error per block and of the whole, on hostile input.
+"""The certificate of a fold: float64 errors per block and of the whole, on hostile input.
 
-What a correct merge can still cost later: channels that only the epsilon keeps finite, ranges that int8 loses.
+It also lists hazards of an exact merge: channels that only the epsilon keeps finite, ranges that int8 cannot represent.
 """
 
 import math
@@ -18,7 +18,7 @@ from kdexport.errors import CertificateError
 #: the median channel keeps 127 / 16, eight levels of either sign.
 RANGE_LIMIT = 16.0
 
-#: Growth of that ratio by the merge from which the merge is to blame, and not the weights as they were trained.
+#: Growth of that ratio by the merge from which the merge, and not the trained weights, is the cause.
 GROWTH_LIMIT = 2.0
 
 #: A channel counts as dead where the epsilon is at least this share of what the batch norm divides by.
@@ -131,7 +131,7 @@ def _spread(per_channel: Tensor) -> float:
 
 
 #: Largest float64 error allowed, relative to the largest value of the reference. Correct algebra stays near 1e-15, and
-#: one rounding to float32 is 6e-8: nothing lies between, so this limit never needs tuning.
+#: one rounding to float32 is 6e-8: no value is in between, so this limit needs no tuning.
 RELATIVE_LIMIT = 1e-9
 
 
@@ -195,7 +195,8 @@ class Certificate:
         raise CertificateError(
             f"The folded module differs from the original by {self.whole_relative_error:.2e} of its largest output in "
             f"float64 (up to {self.limit:.0e} allowed){where}.",
-            remedy="This is an algebra error, not rounding: report the module that shows it.",
+            remedy="This is an algebra error, not rounding: open an issue in kdexport's repository with the module "
+            "that shows it.",
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Convolutions that read one input, as one: summed, or side by side. Each refuses where it would not be exact.
+"""Merges convolutions that read one input (summed or concatenated) and convolutions in sequence, with exact borders.
 
-Convolutions in sequence, as one, with exact borders. Refuses where it would not be exact.
+Each function raises ``ReparamError`` if the merge would not be exact.
 """
 
 import itertools
@@ -24,7 +24,9 @@ def expand_groups(conv: Convolution, groups: int) -> Convolution:
     ratio, rest = divmod(conv.groups, groups)
     if rest:
         raise ReparamError(
-            f"A convolution of {conv.groups} groups is none of {groups} groups.", remedy="Pass a divisor of its groups."
+            f"Cannot rewrite a convolution with {conv.groups} groups as one with {groups}: {groups} must divide "
+            f"{conv.groups}.",
+            remedy="Pass a divisor of its groups.",
         )
     if ratio == 1:
         return conv
@@ -48,7 +50,7 @@ def aligned_geometry(convs: Sequence[Convolution]) -> tuple[tuple[int, ...], tup
     first = convs[0]
     if any(conv.is_transposed for conv in convs):
         raise ReparamError(
-            "A transposed convolution takes in the batch norm after it, and is not summed with other branches.",
+            "A transposed convolution absorbs the batch norm after it, but is not summed with other branches.",
             remedy="Sum plain convolutions before the upsampling.",
         )
     for conv in convs:
@@ -112,7 +114,7 @@ def _place(conv: Convolution, kernel: tuple[int, ...], dilation: tuple[int, ...]
 def concatenate(*convs: Convolution) -> Convolution:
     """Outputs side by side along the channels: rows of W and b are stacked, taps aligned as in ``add``.
 
-    Grouped branches are expanded to one group, for the outputs of one group would no longer lie together.
+    Grouped branches are expanded to one group, because the outputs of one group would not be adjacent any more.
     """
     kernel, dilation, padding, mode = aligned_geometry(convs)
     rows = [_place(expand_groups(conv, 1), kernel, dilation, padding) for conv in convs]
@@ -154,8 +156,8 @@ def compose(first: Convolution, second: Convolution, border: Tensor | None = Non
         )
     if second.is_transposed or (first.is_transposed and not second.is_per_channel):
         raise ReparamError(
-            "A transposed convolution is followed or preceded by another layer; it takes in a scale and a shift per "
-            "channel after it alone.",
+            "A transposed convolution is followed or preceded by another layer; it absorbs only a scale and a shift "
+            "per channel after it.",
             remedy="Put the batch norm after the transposed convolution.",
         )
     mode = _joint_mode(first, second)
@@ -214,8 +216,8 @@ def _require_border(first: Convolution, second: Convolution, border: Tensor | No
     wanted = torch.zeros_like(first.bias) if border is None else border
     if (first.bias - wanted).abs().max() > _BORDER * first.bias.abs().max():
         raise ReparamError(
-            "The output of a convolution with a shift is padded with other values than that shift: what lies beyond "
-            "the border is no convolution of zeros.",
+            "The output of a convolution with a shift is padded with values other than that shift: beyond the "
+            "border the result is not the convolution of zeros.",
             remedy="Pad before the first layer, or pad with its shift (bias of its batch norm at zero input).",
         )
 

@@ -53,7 +53,8 @@ class Convolution:
         if len(counts) > 1 or not divides or self.bias.shape != self.weight.shape[:1]:
             raise ReparamError(
                 f"A convolution of weight {tuple(self.weight.shape)}, bias {tuple(self.bias.shape)}, stride "
-                f"{self.stride}, dilation {self.dilation}, padding {self.padding} and {self.groups} groups is none.",
+                f"{self.stride}, dilation {self.dilation}, padding {self.padding} and {self.groups} groups "
+                "does not exist.",
                 remedy="Give one stride, dilation and padding per spatial dimension, and groups that divide.",
             )
         if self.padding_mode not in get_args(PaddingMode) or any(side < 0 for pair in self.padding for side in pair):

@@ -1,9 +1,8 @@
 """Finds in a functional graph what can be merged: layers in sequence, parallel branches, batch norms.
 
-Each value is a sum of paths of linear layers, from values that something else computes. A value that more than one
-operator reads is such a source, because it must exist anyway.
-
-Chains of linear layers between two places of a graph, what they cost, and when joining them is exact and cheaper.
+Each value is a sum of paths. A path starts at a source and applies linear layers in sequence. A value that several
+operators read is a source, because it has to be computed in any case. Layers of a path are joined if that is exact and
+costs no more.
 """
 
 import math
@@ -22,10 +21,10 @@ from kdexport.reparam.operators import (
     LAYERS,
     NORMS,
     Concat,
+    GraphContext,
     Layer,
     Operator,
     Sum,
-    Surroundings,
     WeightKey,
     arguments,
     read,
@@ -42,7 +41,7 @@ Reasons = dict[fx.Node, str]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Stage:
-    """One convolution to be: it maps the value of ``entry`` to the sum of the values of ``results``.
+    """A convolution that may be written: it maps the value of ``entry`` to the sum of the values of ``results``.
 
     ``nodes`` compute that so far, ``kinds`` counts them; with ``border`` the stage pads by those values per channel and
     is no convolution by itself. ``branches`` is the number of parallel paths that were merged into it.
@@ -80,14 +79,14 @@ def stage_of(layer: Layer) -> Stage:
 
 
 def describe(stage: Stage) -> str:
-    """What was merged, for people."""
+    """What was merged, in words."""
     counted = [(kind, count) for kind, count in stage.kinds.items() if kind != "identity"]
     parts = " + ".join(kind if count == 1 else f"{count} {kind}s" for kind, count in counted)
     return f"{stage.branches} branches: {parts}" if stage.branches > 1 else parts
 
 
 def extend(path: Path, layer: Layer, shapes: Shapes, reasons: Reasons) -> Path:
-    """``path`` with ``layer`` behind, joined with the stages before it where that is exact and not dearer.
+    """``path`` with ``layer`` behind, joined with the stages before it where that is exact and costs no more.
 
     Why an affordable join is not exact is noted in ``reasons``, by the later layer's node.
     """
@@ -128,7 +127,7 @@ def collapse(stages: Sequence[Stage], budget: int) -> Convolution | None:
     """
     if stages[0].border is not None:
         raise ReparamError(
-            "A padding with a constant other than zero follows no layer whose shift it could be.",
+            "A padding with a constant other than zero does not follow a layer whose shift it could be.",
             remedy="Pad with zeros, or pad the output of a layer with its shift.",
         )
     conv = stages[0].conv
@@ -149,7 +148,7 @@ class Term:
 
 
 def merge_terms(terms: Sequence[Term], node: fx.Node, shapes: Shapes, reasons: Reasons) -> list[Term] | None:
-    """Terms of the sum ``node``; those of one source are merged where it is exact and no dearer, others stay.
+    """Terms of the sum ``node``; those of one source are merged where it is exact and costs no more, others stay.
 
     Terms with coefficients merge all together or, None, not at all: a part of them would need its own multiplication.
     """
@@ -226,7 +225,7 @@ def _merge(
         reasons[node] = error.message
         return None
     if _saving(whole, node, shapes) is None:
-        reasons[node] = "One convolution in the place of these branches would cost more multiply-accumulates."
+        reasons[node] = "One convolution in place of these branches would cost more multiply-accumulates."
         return None
     conv = add(*(conv for _, conv in whole), coefficients=[term.factor for term, _ in whole])
     leaves = tuple(leaf for term, _ in whole for leaf in term.leaves)
@@ -240,7 +239,7 @@ def _merge(
 
 
 def side_by_side(paths: Sequence[Path], node: fx.Node, shapes: Shapes) -> Path | None:
-    """Paths of one source that are concatenated along the channels, as one where it is exact and no dearer."""
+    """Paths of one source that are concatenated along the channels, as one if that is exact and costs no more."""
     stages = [stage for path in paths for stage in path.stages]
     if len({path.source for path in paths}) > 1 or any(not path.stages for path in paths):
         return None
@@ -280,7 +279,7 @@ class LeftAlone:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """What to rewrite, in the order of the graph, and what stays."""
+    """What to rewrite, in the order of the graph, and what is left as it is."""
 
     rewrites: tuple[Rewrite, ...]
     left_alone: tuple[LeftAlone, ...]
@@ -294,34 +293,34 @@ def find_merges(evaluation: Evaluation) -> Plan:
     """
     kept: set[WeightKey] = set()
     while True:
-        around = Surroundings(evaluation, kept)
-        plan = _Search(evaluation, around).plan()
-        dearer = _dearer_sharing(plan, around)
-        if not dearer:
+        context = GraphContext(evaluation, kept)
+        plan = _MergePlanner(evaluation, context).plan()
+        costlier = _costlier_sharing(plan, context)
+        if not costlier:
             return plan
-        kept |= dearer
+        kept |= costlier
 
 
-def _dearer_sharing(plan: Plan, around: Surroundings) -> set[WeightKey]:
+def _costlier_sharing(plan: Plan, context: GraphContext) -> set[WeightKey]:
     """Weights that several places share and whose merges would need more weights than they replace."""
     stages = [stage for item in plan.rewrites for path in item.paths for stage in path.stages if is_rewritten(stage)]
-    keys = [set().union(*(around.keys(node) for node in stage.nodes)) for stage in stages]
-    dearer: set[WeightKey] = set()
+    keys = [set().union(*(context.keys(node) for node in stage.nodes)) for stage in stages]
+    costlier: set[WeightKey] = set()
     for group in _connected(keys):
-        shared = {key for index in group for key in keys[index] if around.uses[key] > 1}
+        shared = {key for index in group for key in keys[index] if context.uses[key] > 1}
         if not shared:
             continue
         inside: Counter[WeightKey] = Counter()
         for index in group:
             for node in stages[index].nodes:
                 if node.target in LAYERS:
-                    inside.update(around.keys(node))
+                    inside.update(context.keys(node))
         # A weight that a layer elsewhere reads has to remain.
-        freed = sum(math.prod(key[1]) for key, count in inside.items() if count == around.uses[key])
+        freed = sum(math.prod(key[1]) for key, count in inside.items() if count == context.uses[key])
         distinct = distinct_convolutions([stages[index].conv for index in group])
         if sum(conv.weight.numel() + conv.bias.numel() for conv in distinct) > freed:
-            dearer |= shared
-    return dearer
+            costlier |= shared
+    return costlier
 
 
 def _connected(keys: Sequence[set[WeightKey]]) -> list[list[int]]:
@@ -348,10 +347,10 @@ def same_weights(one: Convolution, other: Convolution) -> bool:
     return torch.equal(one.weight, other.weight) and torch.equal(one.bias, other.bias)
 
 
-class _Search:
-    def __init__(self, evaluation: Evaluation, around: Surroundings) -> None:
+class _MergePlanner:
+    def __init__(self, evaluation: Evaluation, context: GraphContext) -> None:
         self._graph = evaluation.graph
-        self._around = around
+        self._context = context
         self._shapes: Shapes = evaluation.shapes
         self._terms: dict[fx.Node, list[Term]] = {}
         self._operators: dict[fx.Node, Operator] = {}
@@ -360,7 +359,7 @@ class _Search:
     def plan(self) -> Plan:
         for node in self._graph.nodes:
             try:
-                operator = read(node, self._around)
+                operator = read(node, self._context)
             except ReparamError as error:
                 self._reasons[node] = error.message
                 continue
@@ -374,7 +373,7 @@ class _Search:
             for path in item.paths:
                 for stage in path.stages:
                     self._explain_lone_norm(stage)
-        left = [LeftAlone(self._around.place(node), reason) for node, reason in self._reasons.items()]
+        left = [LeftAlone(self._context.place(node), reason) for node, reason in self._reasons.items()]
         return Plan(rewrites, tuple(dict.fromkeys(left)))
 
     def _explain_lone_norm(self, stage: Stage) -> None:
@@ -389,8 +388,8 @@ class _Search:
         if source in self._operators and len(source.users) > 1:
             fact = f"The batch norm follows {name}, whose output is read by {len(source.users)} operators"
         else:
-            fact = f"The batch norm follows {name}, which is not a convolution or linear layer of its own"
-        self._reasons.setdefault(norm, f"{fact}, and no layer after it takes it in.")
+            fact = f"The batch norm follows {name}, which is not a convolution or linear layer with no other reader"
+        self._reasons.setdefault(norm, f"{fact}, and no layer after it can absorb it.")
 
     def _value(self, node: fx.Node, operator: Operator) -> list[Term] | None:
         if isinstance(operator, Layer):

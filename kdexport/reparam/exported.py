@@ -1,4 +1,4 @@
-"""Modules as exported programs, and programs as functional graphs whose weights keep their names."""
+"""Exports modules as programs, and reads programs as functional graphs whose weights keep their names."""
 
 import contextlib
 import io
@@ -106,7 +106,7 @@ def _plain_graph(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _drop_mutation(graph: fx.Graph) -> bool:
-    """Replace in-place operators on values that have no view by their functional twins; whether all were.
+    """Replace in-place operators on values without views by functional ones; returns whether all were replaced.
 
     What reads the value after the operator reads its result instead.
     """
@@ -198,7 +198,7 @@ def _positional_inputs(program: ExportedProgram, module: fx.GraphModule) -> None
     args, kwargs = program.example_inputs if program.example_inputs is not None else ((None,) * len(inputs), {})
     if not plain or kwargs or len(args) != len(inputs):
         raise ReparamError(
-            "The program takes other inputs than tensors in a row.",
+            "The program takes inputs that are not positional tensors.",
             remedy="Wrap the module so that forward() takes tensors by position.",
         )
 

@@ -1,9 +1,4 @@
-"""What an operator of a functional graph can be as a linear map: a layer, a sum or a concatenation.
-
-Reads operators that gather several tensors, or several writes to one tensor, as linear maps.
-
-Reads one operator of a functional graph as a linear map.
-"""
+"""Reads one operator of a functional graph as a linear map: a layer, a sum or a concatenation."""
 
 import operator
 from collections import Counter
@@ -95,8 +90,8 @@ def module_paths(names: list[str]) -> list[str]:
     return [path for path in dict.fromkeys(name.rpartition(".")[0] for name in names) if path]
 
 
-class Surroundings:
-    """What must be known about a graph to read one of its operators.
+class GraphContext:
+    """The shapes, constants and shared weights of a graph, which reading one of its operators needs.
 
     Layers whose weights are among ``kept`` are not read: several places use these, and merges would differ.
     """
@@ -125,7 +120,7 @@ class Surroundings:
         """What tells the weights of ``node`` from others: their places in memory, shapes and steps."""
         return {self._key(root) for root in self.weights(node)}
 
-    def require_free_weights(self, node: fx.Node) -> None:
+    def require_separate_weights(self, node: fx.Node) -> None:
         """Raise ``ReparamError`` where another layer reads a weight of ``node`` too and both must keep it."""
         for root in self.weights(node):
             key = self._key(root)
@@ -137,7 +132,7 @@ class Surroundings:
                 )
 
     def constant(self, value: Any) -> Any:
-        """A node's value where it is constant, None where it is not; what is no node stays as it is."""
+        """The value of a constant node, None for another node; anything else is returned as it is."""
         return self.constants.get(value) if isinstance(value, fx.Node) else value
 
     def per_channel(self, value: Any, shape: tuple[int, ...]) -> float | Tensor | None:
@@ -175,28 +170,28 @@ _MOVES = {
 _PADS = {_ATEN.pad.default, _ATEN.constant_pad_nd.default}
 
 
-def read_reduction(node: fx.Node, around: Surroundings) -> Operator | None:
+def read_reduction(node: fx.Node, context: GraphContext) -> Operator | None:
     """A sum or mean over the axis along which tensors were stacked."""
     given = arguments(node)
     stacked = given["self"]
     axes = given["dim"] or []
     if len(axes) != 1 or given["keepdim"] or given["dtype"] is not None or len(stacked.users) != 1:
         return None
-    axis = axes[0] % len(around.shapes[stacked])
-    operands = _stacked(stacked, axis, around)
-    shape = around.shapes[node]
+    axis = axes[0] % len(context.shapes[stacked])
+    operands = _stacked(stacked, axis, context)
+    shape = context.shapes[node]
     if (
         not operands
         or len(operands) < 2
-        or any(around.shapes.get(item) != shape or item in around.constants for item in operands)
+        or any(context.shapes.get(item) != shape or item in context.constants for item in operands)
     ):
         return None
     factor = 1.0 / len(operands) if node.target is _ATEN.mean.dim else 1.0
     return Sum(operands, (factor,) * len(operands))
 
 
-def _stacked(node: fx.Node, axis: int, around: Surroundings) -> tuple[fx.Node, ...] | None:
-    rank = len(around.shapes[node])
+def _stacked(node: fx.Node, axis: int, context: GraphContext) -> tuple[fx.Node, ...] | None:
+    rank = len(context.shapes[node])
     if node.target is _ATEN.stack.default:
         given = arguments(node)
         return tuple(given["tensors"]) if given["dim"] % rank == axis else None
@@ -213,28 +208,28 @@ def _stacked(node: fx.Node, axis: int, around: Surroundings) -> tuple[fx.Node, .
     if not isinstance(joined, fx.Node) or joined.target is not _ATEN.cat.default or len(joined.users) != 1:
         return None
     given = arguments(joined)
-    shape = around.shapes[given["tensors"][0]]
-    whole = (*shape[:axis], len(given["tensors"]), *shape[axis:]) == around.shapes[node]
+    shape = context.shapes[given["tensors"][0]]
+    whole = (*shape[:axis], len(given["tensors"]), *shape[axis:]) == context.shapes[node]
     return tuple(given["tensors"]) if whole and given["dim"] % len(shape) == axis else None
 
 
-def read_cat(node: fx.Node, around: Surroundings) -> Operator | None:
+def read_cat(node: fx.Node, context: GraphContext) -> Operator | None:
     """A concatenation along the channels."""
     given = arguments(node)
     operands = tuple(given["tensors"])
-    along_channels = given["dim"] % len(around.shapes[node]) == 1
-    if not along_channels or len(operands) < 2 or any(item in around.constants for item in operands):
+    along_channels = given["dim"] % len(context.shapes[node]) == 1
+    if not along_channels or len(operands) < 2 or any(item in context.constants for item in operands):
         return None
     return Concat(operands)
 
 
-def read_pad_with_border(node: fx.Node, around: Surroundings) -> Operator | None:
+def read_pad_with_border(node: fx.Node, context: GraphContext) -> Operator | None:
     """Zero padding whose border is then overwritten, slice by slice, with one constant per channel.
 
     The chain of slices and copies only moves values, so running it on two different tensors shows where each value
     goes: the inside must be the tensor itself and the border must not depend on it.
     """
-    region = _moves_back_to_a_pad(node, around)
+    region = _moves_from_a_pad(node, context)
     if region is None:
         return None
     pad = next(item for item in region if item.target in _PADS)
@@ -242,25 +237,25 @@ def read_pad_with_border(node: fx.Node, around: Surroundings) -> Operator | None
     source, sides = given["self"], given["pad"]
     if given.get("mode", "constant") != "constant" or any(side < 0 for side in sides):
         return None
-    shape = around.shapes[source]
+    shape = context.shapes[source]
     dims = len(shape) - 2
     sides = [*sides, *[0] * (2 * dims - len(sides))]
     fixed = all(isinstance(size, int) for size in source.meta["val"].shape[2:])
     if dims < 1 or len(sides) != 2 * dims or not fixed:
         return None
     pairs = tuple(reversed([(sides[2 * axis], sides[2 * axis + 1]) for axis in range(dims)]))
-    border = _border(node, source, pairs, around)
+    border = _border(node, source, pairs, context)
     if border is None:
         return None
     conv = replace(identity(shape[1], dims), padding=pairs)
     return Layer(source, conv, region, "padding", border)
 
 
-def _moves_back_to_a_pad(node: fx.Node, around: Surroundings) -> tuple[fx.Node, ...] | None:
+def _moves_from_a_pad(node: fx.Node, context: GraphContext) -> tuple[fx.Node, ...] | None:
     region, pending = {node}, [node]
     while pending:
         for item in pending.pop().all_input_nodes:
-            if item in region or item in around.constants or item in around.evaluation.scalars:
+            if item in region or item in context.constants or item in context.evaluation.scalars:
                 continue
             if item.target not in _MOVES | _PADS:
                 return None
@@ -274,16 +269,16 @@ def _moves_back_to_a_pad(node: fx.Node, around: Surroundings) -> tuple[fx.Node, 
     return tuple(item for item in node.graph.nodes if item in region)
 
 
-def _border(node: fx.Node, source: fx.Node, pairs: tuple[tuple[int, int], ...], around: Surroundings) -> Tensor | None:
-    shape = around.shapes[source]
+def _border(node: fx.Node, source: fx.Node, pairs: tuple[tuple[int, int], ...], context: GraphContext) -> Tensor | None:
+    shape = context.shapes[source]
     probe = torch.arange(1, 1 + torch.Size(shape).numel(), dtype=torch.float64).reshape(shape)
     inside: list[Any] = [slice(None)] * 2
     inside += [slice(before, before + size) for (before, _), size in zip(pairs, shape[2:], strict=True)]
-    outside = torch.ones(around.shapes[node][2:], dtype=torch.bool)
+    outside = torch.ones(context.shapes[node][2:], dtype=torch.bool)
     outside[tuple(inside[2:])] = False
     values = []
     for factor in (1.0, -3.0):
-        result = around.evaluation.compute([node], {source: probe * factor})[0]
+        result = context.evaluation.compute([node], {source: probe * factor})[0]
         if not torch.equal(result[tuple(inside)], probe * factor):
             return None
         values.append(result[:, :, outside])
@@ -311,29 +306,29 @@ _SIGNS: dict[Any, float] = {
 }
 
 
-def read(node: fx.Node, around: Surroundings) -> Operator | None:
+def read(node: fx.Node, context: GraphContext) -> Operator | None:
     """The linear map that ``node`` is, or None. Raises ``ReparamError`` for one that looks linear and is not."""
-    if node not in around.shapes or node in around.constants or len(around.shapes[node]) < 2:
+    if node not in context.shapes or node in context.constants or len(context.shapes[node]) < 2:
         return None
     value = node.meta.get("val")
     reader = _READERS.get(node.target)
     if reader is None or not isinstance(value, Tensor) or not value.is_floating_point():
         return None
-    return reader(node, around)
+    return reader(node, context)
 
 
-def _conv(node: fx.Node, around: Surroundings) -> Operator | None:
+def _conv(node: fx.Node, context: GraphContext) -> Operator | None:
     given = arguments(node)
-    weight, bias = around.constant(given["weight"]), around.constant(given["bias"])
+    weight, bias = context.constant(given["weight"]), context.constant(given["bias"])
     source = given["input"]
     if weight is None or (bias is None) != (given["bias"] is None):
         return None
     if given.get("transposed", node.target in TRANSPOSED):
-        return _transposed_conv(node, around)
+        return _transposed_conv(node, context)
     dims = weight.dim() - 2
-    if len(around.shapes[source]) != weight.dim():
+    if len(context.shapes[source]) != weight.dim():
         return None
-    around.require_free_weights(node)
+    context.require_separate_weights(node)
     stride, dilation = _spread(given["stride"], dims), _spread(given["dilation"], dims)
     padding: Padding
     if isinstance(given["padding"], str):
@@ -345,17 +340,17 @@ def _conv(node: fx.Node, around: Surroundings) -> Operator | None:
     return Layer(source, conv, (node,), "convolution")
 
 
-def _transposed_conv(node: fx.Node, around: Surroundings) -> Operator | None:
+def _transposed_conv(node: fx.Node, context: GraphContext) -> Operator | None:
     given = arguments(node)
     weight, bias, source, groups = (
-        around.constant(given["weight"]),
-        around.constant(given["bias"]),
+        context.constant(given["weight"]),
+        context.constant(given["bias"]),
         given["input"],
         given["groups"],
     )
-    if len(around.shapes[source]) != weight.dim():
+    if len(context.shapes[source]) != weight.dim():
         return None
-    around.require_free_weights(node)
+    context.require_separate_weights(node)
     weight = swap_channels(weight, groups)
     dims = weight.dim() - 2
     padding = tuple((side, side) for side in _spread(given["padding"], dims))
@@ -371,23 +366,23 @@ def swap_channels(weight: Tensor, groups: int) -> Tensor:
     return parts.reshape(-1, parts.shape[2], *weight.shape[2:])
 
 
-def _linear(node: fx.Node, around: Surroundings) -> Operator | None:
+def _linear(node: fx.Node, context: GraphContext) -> Operator | None:
     given = arguments(node)
     if node.target is _ATEN.linear.default:
-        source, weight, bias = given["input"], around.constant(given["weight"]), given["bias"]
+        source, weight, bias = given["input"], context.constant(given["weight"]), given["bias"]
     elif node.target is _ATEN.addmm.default:
         if given["beta"] != 1 or given["alpha"] != 1:
             return None
-        source, weight, bias = given["mat1"], around.constant(given["mat2"]), given["self"]
+        source, weight, bias = given["mat1"], context.constant(given["mat2"]), given["self"]
     else:
-        source, weight, bias = given["self"], around.constant(given["mat2"]), None
-    known = around.constant(bias)
-    if weight is None or source in around.constants or len(around.shapes[source]) != 2 or weight.dim() != 2:
+        source, weight, bias = given["self"], context.constant(given["mat2"]), None
+    known = context.constant(bias)
+    if weight is None or source in context.constants or len(context.shapes[source]) != 2 or weight.dim() != 2:
         return None
     weight = weight if node.target is _ATEN.linear.default else weight.t()
     if (known is None and bias is not None) or (known is not None and known.shape != weight.shape[:1]):
         return None
-    around.require_free_weights(node)
+    context.require_separate_weights(node)
     return Layer(
         source,
         Convolution(weight, weight.new_zeros(weight.shape[0]) if known is None else known, (), (), ()),
@@ -396,33 +391,33 @@ def _linear(node: fx.Node, around: Surroundings) -> Operator | None:
     )
 
 
-def _norm(node: fx.Node, around: Surroundings) -> Operator | None:
+def _norm(node: fx.Node, context: GraphContext) -> Operator | None:
     given = arguments(node)
-    mean, variance = around.constant(given["running_mean"]), around.constant(given["running_var"])
+    mean, variance = context.constant(given["running_mean"]), context.constant(given["running_var"])
     if mean is None or variance is None or given.get("training"):
         raise ReparamError(
             "A batch norm uses the statistics of the batch: its output depends on the other images.",
             remedy="Train with track_running_stats=True and export in evaluation mode.",
         )
-    around.require_free_weights(node)
-    norm = eval_norm(mean, variance, around.constant(given["weight"]), around.constant(given["bias"]), given["eps"])
+    context.require_separate_weights(node)
+    norm = eval_norm(mean, variance, context.constant(given["weight"]), context.constant(given["bias"]), given["eps"])
     source = given["input"]
-    return Layer(source, from_batch_norm(norm, len(around.shapes[source]) - 2), (node,), "batch norm")
+    return Layer(source, from_batch_norm(norm, len(context.shapes[source]) - 2), (node,), "batch norm")
 
 
-def _item(node: fx.Node, around: Surroundings) -> Operator | None:
+def _item(node: fx.Node, context: GraphContext) -> Operator | None:
     """The first of the three results that a decomposed batch norm has."""
     norm, index = node.args
     if not isinstance(norm, fx.Node) or norm.target not in NORMS or index != 0 or len(norm.users) != 1:
         return None
-    layer = _norm(norm, around)
+    layer = _norm(norm, context)
     return replace(layer, nodes=(norm, node)) if isinstance(layer, Layer) else None
 
 
-def _pool(node: fx.Node, around: Surroundings) -> Operator | None:
+def _pool(node: fx.Node, context: GraphContext) -> Operator | None:
     given = arguments(node)
     source = next(iter(node.all_input_nodes))
-    shape = around.shapes[source]
+    shape = context.shapes[source]
     dims = len(shape) - 2
     if node.target is not (_ATEN.avg_pool1d, _ATEN.avg_pool2d, _ATEN.avg_pool3d)[max(dims, 1) - 1].default:
         return None
@@ -439,66 +434,66 @@ def _pool(node: fx.Node, around: Surroundings) -> Operator | None:
     return Layer(source, conv, (node,), "average pooling")
 
 
-def _pad(node: fx.Node, around: Surroundings) -> Operator | None:
+def _pad(node: fx.Node, context: GraphContext) -> Operator | None:
     given = arguments(node)
     source = next(iter(node.all_input_nodes))
     sides = given["pad"] if "pad" in given else given["padding"]
-    dims = len(around.shapes[source]) - 2
+    dims = len(context.shapes[source]) - 2
     mode = _MODES.get(node.target) or _NAMED_MODES[given["mode"]]
     plain = all(isinstance(side, int) for side in sides)
     if not plain or any(sides[2 * dims :]) or len(sides) % 2:
         return None
     sides = [*sides, *[0] * (2 * dims - len(sides))]
     pairs = tuple(reversed([(sides[2 * axis], sides[2 * axis + 1]) for axis in range(dims)]))
-    channels = around.shapes[source][1]
+    channels = context.shapes[source][1]
     conv = replace(identity(channels, dims), padding=pairs, padding_mode=mode)
     value = given.get("value") or 0.0
     border = torch.full((channels,), float(value), dtype=torch.float64) if value and mode == "zeros" else None
     return Layer(source, conv, (node,), "padding", border)
 
 
-def _same(node: fx.Node, around: Surroundings) -> Operator | None:
+def _same(node: fx.Node, context: GraphContext) -> Operator | None:
     source = node.all_input_nodes[0]
-    if around.shapes.get(source) != around.shapes[node] or arguments(node).get("train"):
+    if context.shapes.get(source) != context.shapes[node] or arguments(node).get("train"):
         return None
-    shape = around.shapes[node]
+    shape = context.shapes[node]
     return Layer(source, identity(shape[1], len(shape) - 2), (node,), "identity")
 
 
-def _sum(node: fx.Node, around: Surroundings) -> Operator | None:
+def _sum(node: fx.Node, context: GraphContext) -> Operator | None:
     sign = _SIGNS[node.target]
     given = arguments(node)
     first, second, alpha = given["self"], given["other"], given.get("alpha", 1)
-    shape = around.shapes[node]
+    shape = context.shapes[node]
     if not isinstance(alpha, int | float):
         return None
     factor = sign * alpha
-    one, two = around.per_channel(first, shape), around.per_channel(second, shape)
+    one, two = context.per_channel(first, shape), context.per_channel(second, shape)
     if one is None and two is None:
-        same = all(isinstance(x, fx.Node) and around.shapes.get(x) == shape for x in (first, second))
+        same = all(isinstance(x, fx.Node) and context.shapes.get(x) == shape for x in (first, second))
         return Sum((first, second), (1.0, factor)) if same else None
     source, coefficient, offset = (second, factor, one) if two is None else (first, 1.0, two)
-    if not isinstance(source, fx.Node) or around.shapes.get(source) != shape or offset is None:
+    if not isinstance(source, fx.Node) or context.shapes.get(source) != shape or offset is None:
         return None
     moved = shift(scale(identity(shape[1], len(shape) - 2), coefficient), offset if two is None else factor * offset)
     return Layer(source, moved, (node,), "shift")
 
 
-def _product(node: fx.Node, around: Surroundings) -> Operator | None:
+def _product(node: fx.Node, context: GraphContext) -> Operator | None:
     given = arguments(node)
     first, second = given["self"], given["other"]
-    shape, divides = around.shapes[node], node.target in (_ATEN.div.Tensor, _ATEN.div.Scalar)
-    factor, source = around.per_channel(second, shape), first
+    shape, divides = context.shapes[node], node.target in (_ATEN.div.Tensor, _ATEN.div.Scalar)
+    factor, source = context.per_channel(second, shape), first
     if factor is None and not divides:
-        factor, source = around.per_channel(first, shape), second
-    if factor is None or not isinstance(source, fx.Node) or around.shapes.get(source) != shape:
+        factor, source = context.per_channel(first, shape), second
+    if factor is None or not isinstance(source, fx.Node) or context.shapes.get(source) != shape:
         return None
     factor = 1.0 / factor if divides else factor
     return Layer(source, scale(identity(shape[1], len(shape) - 2), factor), (node,), "scale")
 
 
-def _negative(node: fx.Node, around: Surroundings) -> Operator | None:
-    shape = around.shapes[node]
+def _negative(node: fx.Node, context: GraphContext) -> Operator | None:
+    shape = context.shapes[node]
     return Layer(node.all_input_nodes[0], scale(identity(shape[1], len(shape) - 2), -1.0), (node,), "scale")
 
 
@@ -507,7 +502,7 @@ def _spread(value: Any, dims: int) -> tuple[int, ...]:
     return tuple(int(item) for item in (values * dims if len(values) == 1 else values))
 
 
-_READERS: dict[Any, Callable[[fx.Node, Surroundings], Operator | None]] = {
+_READERS: dict[Any, Callable[[fx.Node, GraphContext], Operator | None]] = {
     **dict.fromkeys(CONVS | TRANSPOSED, _conv),
     **dict.fromkeys(LINEARS, _linear),
     _ATEN.batch_norm.default: _norm,

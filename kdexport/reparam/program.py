@@ -26,7 +26,7 @@ from kdexport.reparam.original import (
     run_program,
     store_computed_weights,
 )
-from kdexport.reparam.rewrite import rewrite, round_merged, settle
+from kdexport.reparam.rewrite import prune_unused, rewrite, round_merged
 from kdexport.reparam.structure import refuse_hooks, require_eval
 
 
@@ -43,9 +43,9 @@ class Size:
 class FusedProgram:
     """The merged module, in the type of the original, and the proof that it computes the same.
 
-    ``program`` is it as an exported program with the dynamic dimensions of the original; ``left_alone`` says what was
-    not merged and why; ``before`` and ``after`` are what both cost; ``weights`` names
-    the merged ones in ``program.state_dict``.
+    ``program`` is the exported program with the dynamic dimensions of the original; ``left_alone`` lists what was not
+    merged and why; ``before`` and ``after`` are the costs; ``weights`` are the names of the merged weights in
+    ``program.state_dict``.
     """
 
     module: fx.GraphModule
@@ -74,7 +74,7 @@ def fuse_module(source: nn.Module | ExportedProgram, example_inputs: Sequence[Te
     before = _size(evaluation, batch)
     plan = find_merges(evaluation)
     blocks, hazards = rewrite(evaluation, plan)
-    roundings = settle(module)
+    roundings = prune_unused(module)
     errors = [
         relative_error(found, wanted, infinities=True)
         for found, wanted in zip(evaluation.evaluate(inputs), reference, strict=True)
@@ -89,7 +89,7 @@ def fuse_module(source: nn.Module | ExportedProgram, example_inputs: Sequence[Te
         hazards=tuple(hazards),
     )
     certificate.require()
-    _require_no_dearer(before, after)
+    _require_no_extra_cost(before, after)
     round_merged(module, roundings)
     written = reexport(module, program, [tuple(x.shape) for x in inputs])
     return FusedProgram(
@@ -117,7 +117,9 @@ def _read(
             remedy="Pass the Python module that it was scripted or traced from.",
         )
     if example_inputs is None:
-        raise ReparamError("A module came without example inputs.", remedy="Pass one tensor per input of forward().")
+        raise ReparamError(
+            "A module was given without example inputs.", remedy="Pass one tensor per input of forward()."
+        )
     require_eval(source)
     refuse_hooks(source, stored=True)
     own = independent_copy(source)
@@ -144,13 +146,13 @@ def _require_numbers(outputs: Sequence[Tensor]) -> None:
         )
 
 
-def _require_no_dearer(before: Size, after: Size) -> None:
+def _require_no_extra_cost(before: Size, after: Size) -> None:
     costs = before.multiply_accumulates, after.multiply_accumulates
     if costs[1] > costs[0]:
         raise CertificateError(
             f"The merged program would need {costs[1]:,} multiply-accumulates (up to {costs[0]:,} allowed: those "
             "of the original).",
-            remedy="No merge may cost more: please report the module that shows it.",
+            remedy="No merge may cost more: open an issue in kdexport's repository with the module that shows it.",
         )
 
 

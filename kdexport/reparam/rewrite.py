@@ -1,6 +1,6 @@
 """Writes merged convolutions into a functional graph and certifies each against the nodes that it replaces.
 
-Gives merged weights their names and types, and drops the weights that they replace.
+Merged weights get names and types; the weights that they replace are removed.
 """
 
 import itertools
@@ -23,7 +23,7 @@ from kdexport.reparam.certificate import (
 from kdexport.reparam.convolution import Convolution
 from kdexport.reparam.dataflow import Plan, Rewrite, Stage, describe, is_rewritten, same_weights
 from kdexport.reparam.evaluation import Evaluation
-from kdexport.reparam.operators import LAYERS, NORMS, Surroundings, arguments, module_paths, swap_channels
+from kdexport.reparam.operators import LAYERS, NORMS, GraphContext, arguments, module_paths, swap_channels
 
 
 class Merged(nn.Module):
@@ -46,10 +46,10 @@ class Rounding:
     dtype: torch.dtype
 
 
-def settle(module: fx.GraphModule) -> list[Rounding]:
-    """Drop weights that nothing reads, own those that stay, and give the merged ones readable names.
+def prune_unused(module: fx.GraphModule) -> list[Rounding]:
+    """Remove unused weights, copy the remaining ones, and give the merged ones readable names.
 
-    The merged ones stay float64, so that what is certified is what will be written; ``round_merged`` comes last.
+    The merged ones remain float64 until ``round_merged``, so that what is certified is what is written.
     """
     _drop_unused(module)
     roundings = []
@@ -125,7 +125,7 @@ _TRANSPOSED_CALLS = (
 def rewrite(evaluation: Evaluation, plan: Plan) -> tuple[list[BlockCertificate], list[Hazard]]:
     """Carry out ``plan`` in the graph of ``evaluation``, in place; the float64 error of each block, and warnings.
 
-    New weights are float64 until ``settle``.
+    New weights are float64 until ``round_merged``.
     """
     writer = _Writer(evaluation)
     for item in plan.rewrites:
@@ -139,7 +139,7 @@ class _Writer:
     def __init__(self, evaluation: Evaluation) -> None:
         self._evaluation, self._graph = evaluation, evaluation.graph
         self._module: Any = evaluation.module
-        self._around = Surroundings(evaluation)
+        self._context = GraphContext(evaluation)
         self._shapes = dict(evaluation.shapes)
         self._replaced: dict[fx.Node, fx.Node] = {}
         self._written: list[tuple[str, Convolution, torch.device, torch.dtype]] = []
@@ -177,7 +177,7 @@ class _Writer:
         return written
 
     def _warn(self, stage: Stage, name: str) -> None:
-        constant, trained = self._around.constant, []
+        constant, trained = self._context.constant, []
         for node in stage.nodes:
             given = arguments(node) if node.target in LAYERS else {}
             if node.target in NORMS:
@@ -216,9 +216,9 @@ class _Writer:
             return self._graph.call_function(_TRANSPOSED_CALLS[dims], (value, weight, bias, *spread))
         symmetric = all(before == after for before, after in conv.padding)
         if conv.pads and not (symmetric and conv.padding_mode == "zeros"):
-            around = [side for pair in reversed(conv.padding) for side in pair]
+            sides_outward = [side for pair in reversed(conv.padding) for side in pair]
             mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-            value = self._graph.call_function(_ATEN.pad.default, (value, around, mode))
+            value = self._graph.call_function(_ATEN.pad.default, (value, sides_outward, mode))
             sides = [0] * dims
         geometry = (list(conv.stride), sides, list(conv.dilation), conv.groups)
         return self._graph.call_function(_CALLS[dims], (value, weight, bias, *geometry))
@@ -248,4 +248,4 @@ class _Writer:
         return next(name for name in numbered if name not in names)
 
     def _paths(self, nodes: Iterable[fx.Node]) -> list[str]:
-        return module_paths([str(root.target) for node in nodes for root in self._around.weights(node)])
+        return module_paths([str(root.target) for node in nodes for root in self._context.weights(node)])

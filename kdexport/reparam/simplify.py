@@ -67,7 +67,7 @@ def inline_regions(module: fx.GraphModule) -> None:
             user = str(getattr(next(iter(node.users)).target, "__name__", node.name))
             kind = "autocast" if "autocast" in user else "control flow" if "cond" in user else user
             raise ReparamError(
-                f"The program holds a region of its own ({kind}), which runs under other rules than the rest.",
+                f"The program contains a separate region ({kind}), which runs under other rules than the rest.",
                 remedy="Remove torch.autocast, torch.cond and other regions from forward(); torch.no_grad and "
                 "torch.autocast(enabled=False) may stay.",
             )

@@ -1,6 +1,6 @@
-"""What `kdexport fuse` takes: a .pt2 file, or a factory of a module that can be imported.
+"""Reads the input of `kdexport fuse`: a .pt2 file, or a factory of a module that can be imported.
 
-Reads a .pt2 archive of torch.export without running what somebody else wrote into it.
+A .pt2 archive is read without running code that it contains.
 
 ``torch.export.load`` unpickles tensors that are marked so, opaque constants and example inputs, loads compiled code,
 and evaluates strings: symbolic sizes, and guards once the program is run. Everything of that kind is looked at first,
@@ -122,7 +122,7 @@ def _require_plain(path: Path) -> None:
                     )
     except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
         raise CheckpointError(
-            f"{path} is no complete archive of torch.export.save: {first_line(error)}.",
+            f"{path} is not a complete archive of torch.export.save: {first_line(error)}.",
             remedy="Copy it again, or save it again with torch.export.save.",
         ) from error
 
@@ -153,9 +153,9 @@ def _suspicious(program: dict[str, Any]) -> str | None:
         if key == "target" and not _TARGETS.fullmatch(value):
             return f"calls {value[:80]!r}"
         if key == "expr_str" and not _is_harmless(value, _EXPRESSION):
-            return f"holds a size that is no plain expression: {value[:80]!r}"
+            return f"holds a size that is not a plain expression: {value[:80]!r}"
         if key == "guards_code" and not _is_harmless(value, _GUARD):
-            return f"holds a guard that is no plain comparison: {value[:80]!r}"
+            return f"holds a guard that is not a plain comparison: {value[:80]!r}"
     return None
 
 
@@ -193,7 +193,8 @@ def parse_shapes(texts: Sequence[str]) -> list[tuple[int, ...]]:
         parts = [part.strip() for part in text.split(",")]
         if not all(part.isdecimal() and int(part) > 0 for part in parts):
             raise ConfigError(
-                f"--input {text!r} is no shape.", remedy="Write sizes from 1 up, batch first: --input 1,3,224,224"
+                f"--input {text!r} is not a valid shape.",
+                remedy="Write sizes from 1 up, batch first: --input 1,3,224,224",
             )
         shapes.append(tuple(int(part) for part in parts))
     return shapes
@@ -212,11 +213,13 @@ def load_source(
         _require_program_file(Path(source))
         if shapes:
             raise ConfigError(
-                "--input was given with a .pt2 file, which knows its inputs.", remedy="Leave --input out."
+                "--input was given with a .pt2 file, which already contains them.", remedy="Omit --input."
             )
         return read_program(Path(source)), None
     if not shapes:
-        raise ConfigError(f"{source} came without the shape of its input.", remedy="For example: --input 1,3,224,224")
+        raise ConfigError(
+            f"{source} was given without the shape of its input.", remedy="For example: --input 1,3,224,224"
+        )
     module = _call(source, _find(name, attribute))
     dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
     generator = torch.Generator().manual_seed(0)
@@ -233,7 +236,8 @@ def _find(name: str, attribute: str) -> Any:
     except (Exception, SystemExit) as error:
         raise ConfigError(
             f"{name!r} cannot be imported from {here}: {type(error).__name__}: {first_line(error)}",
-            remedy="Run the command where the package lies, or install it; --debug shows where it fails.",
+            remedy="Run the command in the folder that contains the package, or install it; --debug shows the "
+            "traceback.",
         ) from error
     if not hasattr(module, attribute):
         raise UnknownNameError(
@@ -246,7 +250,7 @@ def _find(name: str, attribute: str) -> Any:
 def _call(source: str, factory: Any) -> nn.Module:
     if not callable(factory) or isinstance(factory, nn.Module):
         raise ConfigError(
-            f"{source} is a {type(factory).__name__}, no factory.",
+            f"{source} is a {type(factory).__name__}, not a factory.",
             remedy="Name a function without arguments that returns a module in evaluation mode.",
         )
     try:
@@ -255,10 +259,10 @@ def _call(source: str, factory: Any) -> nn.Module:
     except (Exception, SystemExit) as error:
         raise ConfigError(
             f"{source}() failed: {type(error).__name__}: {first_line(error)}",
-            remedy="It is called without arguments; --debug shows where it fails.",
+            remedy="It is called without arguments; --debug shows the traceback.",
         ) from error
     if not isinstance(module, nn.Module):
         raise ConfigError(
-            f"{source}() returned a {type(module).__name__}, no module.", remedy="Return a torch.nn.Module."
+            f"{source}() returned a {type(module).__name__}, not a module.", remedy="Return a torch.nn.Module."
         )
     return module

@@ -1,4 +1,4 @@
-"""Where branches sit, in words: read and written without torch."""
+"""Where branches are placed, as data that is read and written without torch."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
@@ -9,7 +9,7 @@ MAX_BRANCHES = 16
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BranchSpec:
-    """Where branches sit.
+    """Where branches are placed.
 
     ``R1`` puts ``num_branches`` copies of a convolution and its batch norm in their place. ``R2`` appends 1x1 adapters
     to ``adapter_channels`` after a feature; they fold into the layer that reads them.

@@ -1,9 +1,4 @@
-"""Finds by dataflow what can be folded in a module, and refuses what cannot be folded exactly.
-
-Finds the layer into which adapters fold, or says what stands in the way.
-
-What is refused before a fold, each with its reason: an exact fold or none.
-"""
+"""Finds by dataflow what can be folded in a module, and refuses with a reason what cannot be folded exactly."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -33,7 +28,7 @@ def absorbing_layer(module: nn.Module, node: fx.Node, conv: nn.Conv2d, calls: Co
     """The call of the layer that alone reads the adapters called at ``node``, whose branches look like ``conv``.
 
     That is the linear layer after global average pooling, or an ungrouped convolution directly after them that reads
-    no padded zeros. Raises ``ReparamError`` that names what lies between, or why the reader cannot take them in.
+    no padded zeros. Raises ``ReparamError`` that names what is between, or why the reader cannot absorb them.
     """
     path, pooled, current = str(node.target), False, node
     while True:
@@ -44,7 +39,7 @@ def absorbing_layer(module: nn.Module, node: fx.Node, conv: nn.Conv2d, calls: Co
             break
         if isinstance(layer, nn.Conv2d) and not pooled:
             require_pointwise(conv, path, f"convolution {current.target}, whose kernel would grow")
-            _require_takes_in(path, str(current.target), layer)
+            _require_absorbable(path, str(current.target), layer)
             break
         is_pool = isinstance(layer, nn.AdaptiveAvgPool2d) or current.target in _POOLING
         if is_pool and _pools_to_one(current, layer):
@@ -78,7 +73,7 @@ def _only_user(path: str, node: fx.Node) -> fx.Node:
     )
 
 
-def _require_takes_in(path: str, name: str, reader: nn.Conv2d) -> None:
+def _require_absorbable(path: str, name: str, reader: nn.Conv2d) -> None:
     if reader.groups != 1:
         raise ReparamError(
             f"Adapter {path} is read by {name}, which has {reader.groups} groups and the adapter has one: the fold "
@@ -103,7 +98,7 @@ def _refuse_between(path: str, node: fx.Node, layer: nn.Module | None) -> None:
     shuffles = what in _MOVES_CHANNELS or isinstance(layer, nn.ChannelShuffle)
     reason = "which moves channels or positions" if shuffles else "which does not commute with a linear map"
     raise ReparamError(
-        f"Between adapter {path} and the layer that reads it lies {what}, {reason}.",
+        f"Between adapter {path} and the layer that reads it is {what}, {reason}.",
         remedy="R2 adapters need a 1x1 convolution, or global average pooling and a linear classifier, directly after "
         "them; use R1.",
     )
@@ -159,10 +154,10 @@ def refuse_reuse(name: str, count: int) -> None:
 
 
 def refuse_parametrization(module: nn.Module, name: str) -> None:
-    """A module that is folded has no parametrization that computes its weight anew."""
+    """A module that is folded has no parametrization that computes its weight in each pass."""
     if nn.utils.parametrize.is_parametrized(module):
         raise ReparamError(
-            f"{name} is parametrized, so its weight is computed anew in each pass.",
+            f"{name} is parametrized, so its weight is computed again in each pass.",
             remedy="Call torch.nn.utils.parametrize.remove_parametrizations on it first: the weight is then stored.",
         )
 
@@ -189,13 +184,13 @@ def require_pointwise(conv: nn.Conv2d, path: str, reader: str) -> None:
     pointwise = conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.groups == 1
     if not pointwise or conv.padding not in ((0, 0), "valid", "same"):
         raise ReparamError(
-            f"The branches of adapter {path} are no plain 1x1 convolutions: {conv}. They do not fold into {reader}.",
+            f"The branches of adapter {path} are not plain 1x1 convolutions: {conv}. They do not fold into {reader}.",
             remedy="Only an ungrouped, unpadded 1x1 convolution of stride 1 folds into the plain student's graph.",
         )
 
 
 def refuse_hooks(module: nn.Module, *, stored: bool = False) -> None:
-    """No submodule carries a forward hook: it would run on traced values, or be dropped with what is folded.
+    """No submodule has a forward hook: it would run on traced values, or be dropped with what is folded.
 
     With ``stored`` those of weight norm, spectral norm and pruning are allowed, whose weights can be stored instead.
     """
@@ -206,7 +201,7 @@ def refuse_hooks(module: nn.Module, *, stored: bool = False) -> None:
             if way_out is not None and stored:
                 continue
             raise ReparamError(
-                f"{name or type(module).__name__} carries a forward hook, which folding would drop or run on its own "
+                f"{name or type(module).__name__} has a forward hook, which folding would remove or run on other "
                 "values.",
                 remedy=way_out or "Remove it first: call remove() on what register_forward_hook returned.",
             )
@@ -239,9 +234,9 @@ class MergeBranches:
 
 @dataclass(frozen=True, slots=True)
 class ComposeAdapters:
-    """``Adapters`` to be folded into the layer that reads them, and the batch norm of that layer into it too.
+    """``Adapters`` that fold into the layer that reads them, together with the batch norm of that layer.
 
-    ``pooled`` says that global average pooling lies between.
+    ``pooled``: global average pooling is between the two.
     """
 
     parallel: str
@@ -365,7 +360,7 @@ def _fold_pair(module: nn.Module, node: fx.Node, calls: Counter[int]) -> FoldPai
     layer = module.get_submodule(layer_name)
     if not isinstance(layer, _LINEAR_TYPES):
         raise ReparamError(
-            f"Batch norm {name} follows {layer_name}, a {type(layer).__name__}, which is no convolution or linear "
+            f"Batch norm {name} follows {layer_name}, a {type(layer).__name__}, which is not a convolution or linear "
             "layer.",
             remedy="There is nothing before it that it could be folded into.",
         )

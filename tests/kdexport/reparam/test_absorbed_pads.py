@@ -124,7 +124,7 @@ def test_what_lies_between_adapters_and_their_reader_is_named(
     run: Callable[[Net, Tensor], Tensor], between: str
 ) -> None:
     net = read_by(nn.Conv2d(6, 8, 1), run, act=nn.Hardswish(), shuffle=nn.ChannelShuffle(2))
-    with pytest.raises(ReparamError, match=rf"Between adapter adapter and the layer that reads it lies .*{between}"):
+    with pytest.raises(ReparamError, match=rf"Between adapter adapter and the layer that reads it is .*{between}"):
         fuse_student(net, input_shape=SHAPE)
 
 
@@ -158,7 +158,7 @@ def test_a_reader_that_is_called_twice_is_refused() -> None:
 def test_spatial_and_strided_adapters_before_a_convolution_are_refused(conv: nn.Module) -> None:
     net = read_by(nn.Conv2d(6, 8, 1))
     net.adapter = Adapters([conv, conv])
-    with pytest.raises(ReparamError, match=re.escape("no plain 1x1 convolutions")):
+    with pytest.raises(ReparamError, match=re.escape("not plain 1x1 convolutions")):
         fuse_student(hostile(net), input_shape=SHAPE)
 
 

@@ -257,5 +257,5 @@ def test_merge_of_different_shapes_is_refused_with_the_shapes() -> None:
 
 @pytest.mark.parametrize("coefficients", [[], [1.0], [0.2, 0.3, 0.5]])
 def test_a_wrong_number_of_coefficients_is_refused(coefficients: list[float]) -> None:
-    with pytest.raises(ReparamError, match=f"2 branches came with {len(coefficients)} coefficients"):
+    with pytest.raises(ReparamError, match=f"2 branches were given {len(coefficients)} coefficients"):
         merge_branches(random_branches(2, [True]), coefficients)

@@ -80,13 +80,13 @@ def test_each_adapter_writes_its_own_number_of_channels_and_its_reader_is_widene
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"layers": "all"}, "cannot sit at 'all'"),
+        ({"layers": "all"}, "cannot be attached at 'all'"),
         ({"layers": ()}, "No layer is named"),
         ({"layers": ("stage1", "stage2", "stage1")}, "stage1 is named twice"),
         ({"layers": ("stage9",)}, "no layer 'stage9' for R1"),
         ({"layers": ("conv2.9",)}, r"no layer 'conv2\.9' for R1"),
         ({"placement": "R2", "layers": ("conv2.0",), "adapter_channels": 8}, r"no layer 'conv2\.0' for R2"),
-        ({"layers": ("blocks.1",)}, r"blocks\.1 of mobilenetv2 is no convolution"),
+        ({"layers": ("blocks.1",)}, r"blocks\.1 of mobilenetv2 is not a convolution"),
         (
             {"placement": "R2", "layers": "multi", "adapter_channels": (8, 8)},
             "2 adapter_channels .* for 5 layers",
@@ -104,7 +104,7 @@ def test_layers_that_do_not_exist_or_are_named_twice_are_refused(changes: dict[s
 def test_branches_on_branches_are_refused() -> None:
     net = STUDENTS.build("mobilenetv2", num_classes=5, image_size=32)
     attach_branches(net, BranchSpec(placement="R1", num_branches=2))
-    with pytest.raises(ConfigError, match="carries branches already"):
+    with pytest.raises(ConfigError, match="has branches already"):
         attach_branches(net, BranchSpec(placement="R1", num_branches=2))
 
 

@@ -69,7 +69,7 @@ def test_a_failed_certificate_says_the_numbers_the_limit_and_the_block() -> None
     assert str(caught.value) == (
         "The folded module differs from the original by 3.25e-04 of its largest output in float64 (up to 1e-09 allowed)"
         "; worst block block1 (conv + batch norm) at 1.25e-01.\n"
-        "This is an algebra error, not rounding: report the module that shows it."
+        "This is an algebra error, not rounding: open an issue in kdexport's repository with the module that shows it."
     )
 
 

@@ -206,7 +206,7 @@ def test_an_intermediate_padded_with_the_shift_of_its_batch_norm_is_one_convolut
     pad = replace(identity(8, 2), padding=Pad(sides).pairs)
     merged = compose(compose(first, pad, border=value.flatten()), from_layer(last))
     assert_same(merged, reference, [(9, 11), (10, 7)])
-    with pytest.raises(ReparamError, match="other values than that shift"):
+    with pytest.raises(ReparamError, match="values other than that shift"):
         compose(first, pad)
 
 
@@ -248,14 +248,14 @@ def conv2d(inputs: int = 4, outputs: int = 4, kernel: int = 3, **options: Any) -
         (lambda: add(conv2d(padding=1), conv2d(inputs=6, padding=1)), "channels"),
         (lambda: add(conv2d(padding=1), conv2d(padding=1, padding_mode="reflect")), "reflect, zeros"),
         (lambda: add(), "cannot be summed"),
-        (lambda: compose(conv2d(kernel=1), conv2d(padding=1)), "other values than that shift"),
+        (lambda: compose(conv2d(kernel=1), conv2d(padding=1)), "values other than that shift"),
         (lambda: compose(conv2d(bias=False), conv2d(padding=1)), "would not compute zeros"),
         (lambda: compose(conv2d(padding=1, bias=False), conv2d(padding=1)), "would not compute zeros"),
         (lambda: compose(conv2d(), conv2d(padding=1, padding_mode="circular")), "continues its output"),
         (lambda: compose(conv2d(kernel=1, stride=2), conv2d(padding=1, padding_mode="reflect")), "continues its"),
         (lambda: compose(conv2d(padding=1, padding_mode="reflect"), conv2d(padding=1)), "padded by reflect"),
         (lambda: compose(conv2d(), conv2d(inputs=6)), "6 inputs"),
-        (lambda: expand_groups(conv2d(groups=4), 3), "4 groups is none of 3"),
+        (lambda: expand_groups(conv2d(groups=4), 3), "4 groups as one with 3: 3 must divide 4"),
         (lambda: average_pool(nn.AvgPool2d(3, 1, 1, count_include_pad=False), 4), "count_include_pad=False"),
         (lambda: average_pool(nn.AvgPool2d(3, 2, ceil_mode=True), 4), "ceil_mode"),
         (lambda: fold_norm(conv2d(), nn.BatchNorm2d(4)), "training mode"),
@@ -263,7 +263,7 @@ def conv2d(inputs: int = 4, outputs: int = 4, kernel: int = 3, **options: Any) -
         (lambda: fold_norm(conv2d(), nn.BatchNorm2d(4, track_running_stats=False).eval()), "running statistics"),
         (lambda: replace(conv2d(), padding=((1, -1), (0, 0))), "no exact form"),
         (lambda: replace(conv2d(), padding_mode=cast(Any, "mirror")), "'mirror'"),
-        (lambda: replace(conv2d(), groups=3), "3 groups is none"),
+        (lambda: replace(conv2d(), groups=3), "3 groups does not exist"),
         (lambda: replace(conv2d(), stride=(1,)), r"stride \(1,\)"),
     ],
 )  # fmt: skip

@@ -138,7 +138,7 @@ def test_a_weight_that_is_computed_from_others_is_merged_and_the_original_is_unt
 def test_a_hook_of_the_user_is_refused_with_the_call_that_removes_it() -> None:
     net = ready(nn.Sequential(conv_bn(3, 4, 3)))
     cast(Any, net)[0][0].register_forward_pre_hook(lambda module, inputs: (inputs[0] * 2,))
-    with pytest.raises(ReparamError, match=r"0\.0 carries a forward hook") as caught:
+    with pytest.raises(ReparamError, match=r"0\.0 has a forward hook") as caught:
         fuse_module(net, (noise(*SHAPE),))
     assert caught.value.remedy == "Remove it first: call remove() on what register_forward_hook returned."
 
