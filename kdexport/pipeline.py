@@ -126,7 +126,7 @@ def _plan(request: BuildRequest, workspace: Workspace, reporter: Reporter) -> _P
         )
     dataset = dataset_spec(recipe["data"]["name"], recipe["data"]["root"])
     with reporter.stage("data"):
-        dataset_sha256 = dataset_digest(dataset, workspace.root / "dataset")
+        dataset_sha256 = dataset_digest(dataset, workspace.root / "dataset", reporter.say)
     return _Plan(
         recipe=recipe,
         plugins=resolved["plugins"],

@@ -13,7 +13,8 @@ from kdexport.checkpoint import load_student as load_trained_student
 from kdexport.checkpoint import open_checkpoint, save_tensors
 from kdexport.core.digests import sha256_file
 from kdexport.core.files import recover, write_file, write_text
-from kdexport.data.datasets import ImageSet, class_difference, dataset_digest, open_dataset
+from kdexport.core.progress import Reporter
+from kdexport.data.datasets import ImageSet, class_difference, dataset_digest, described, open_dataset
 from kdexport.errors import BackendUnavailableError, CheckpointError
 from kdexport.reparam.blocks import BranchSpec, attach_branches, branch_paths
 from kdexport.reparam.branches import ParallelBranches
@@ -44,7 +45,8 @@ def distil(recipe: Recipe, directory: Path, teacher_directory: Path | None = Non
     accelerator = make_accelerator(recipe.train)
     with accelerator.main_process_first():
         claim(directory, recipe, "student")
-        dataset = dataset_digest(recipe.data.spec(), directory / "dataset")
+        report = Reporter(quiet=not accelerator.is_main_process).say
+        dataset = dataset_digest(recipe.data.spec(), directory / "dataset", report)
     # A finished run is only reported again, so this machine did no work on it.
     if accelerator.is_main_process and not (directory / "student").is_dir():
         note_environment(directory, device_name(), accelerator.num_processes)
@@ -120,8 +122,8 @@ def train_teacher(recipe: Recipe, directory: Path) -> Metrics:
     )
     history = run(job, accelerator)
     if accelerator.is_main_process:
-        described = {"teacher": recipe.teacher.name, "classes": list(train.classes), "metrics": history[-1]}
-        write_text(directory / "teacher.json", json.dumps(described, indent=2))
+        about = {"teacher": recipe.teacher.name, "classes": list(train.classes), "metrics": history[-1]}
+        write_text(directory / "teacher.json", json.dumps(about, indent=2))
         # The weights are written last: they mark the teacher as complete.
         write_file(directory / "model.safetensors", lambda path: save_tensors(path, teacher.state_dict()))
     accelerator.wait_for_everyone()
@@ -207,7 +209,7 @@ def prepare_distillation(recipe: Recipe, train: ImageSet, batches: Batches, devi
 def evaluate_teacher(recipe: Recipe) -> float:
     """Top-1 of the recipe's teacher checkpoint on the test split, in full precision."""
     device = make_accelerator(recipe.train.model_copy(update={"mixed_precision": "no"})).device
-    test = open_dataset(recipe.data.spec(), "test")
+    test = _reported_test_split(recipe)
     teacher = _trained_teacher(recipe, test)
     exact = recipe.model_copy(
         update={"train": recipe.train.model_copy(update={"mixed_precision": "no", "teacher_precision": "no"})}
@@ -219,7 +221,7 @@ def evaluate_student(recipe: Recipe, checkpoint: Path) -> float:
     """Top-1 of a student checkpoint on the test split of the recipe's data, in full precision."""
     device = make_accelerator(recipe.train.model_copy(update={"mixed_precision": "no"})).device
     trained = open_checkpoint(checkpoint)
-    test = open_dataset(recipe.data.spec(), "test")
+    test = _reported_test_split(recipe)
     if trained.spec.classes != test.classes:
         difference = class_difference(trained.spec.classes, test.classes, "the checkpoint", "the data set")
         raise CheckpointError(
@@ -257,6 +259,12 @@ def _precision(setting: str) -> Precision:
 
 def _build_teacher(recipe: Recipe, images: ImageSet) -> Teacher:
     return TEACHERS.build(recipe.teacher.name, num_classes=len(images.classes), image_size=recipe.data.image_size)
+
+
+def _reported_test_split(recipe: Recipe) -> ImageSet:
+    test = open_dataset(recipe.data.spec(), "test")
+    Reporter().say(described({"test": test}))
+    return test
 
 
 def _trained_teacher(recipe: Recipe, images: ImageSet) -> Teacher:

@@ -77,8 +77,9 @@ def gate(
         threads=threads, runner=runner, policy=parse_on_inconclusive(on_inconclusive), seed=seed,
     )  # fmt: skip
     require_files(files)
-    with Reporter().stage("gate") as progress:
-        result = run_gate(request, progress)
+    reporter = Reporter()
+    with reporter.stage("gate") as progress:
+        result = run_gate(request, progress, reporter.say)
     write_files(result, files)
     if as_json:
         print_json(result.to_json())

@@ -7,18 +7,21 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import pickle
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kdexport.core.digests import digest, tool_versions
 from kdexport.core.files import write_text
-from kdexport.data.preprocessing import Preprocessing, read_image
+from kdexport.data.preprocessing import Preprocessing, check_image, read_image
 from kdexport.errors import BackendUnavailableError, ConfigError, DataError
 from kdexport.registry import nearest
 
@@ -26,10 +29,22 @@ if TYPE_CHECKING:
     from PIL import Image
 
 Split = Literal["train", "test"]
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm"}
-_SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val")}
+#: Suffixes, in any case, of the files that are images: those of ``preprocessing.FORMATS``.
+SUFFIXES = (
+    *(".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff"),
+    ".webp",
+)
+#: Suffixes of images in formats that are not read. Such a file is an error, because an image would be missing.
+_UNREAD_SUFFIXES = (
+    *(".arw", ".avif", ".cr2", ".cr3", ".dng", ".exr", ".heic", ".heif", ".j2k", ".jp2", ".jxl", ".nef", ".psd"),
+    ".tga",
+)
+#: Files and folders, in lower case, that operating systems write into folders of images.
+_SYSTEM_NAMES = ("thumbs.db", "desktop.ini", "__macosx", "icon\r")
+_SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
+_MOST_NAMED = 20
 _CIFAR_FOLDER = "cifar-100-python"
-_LAYOUT = "DIR/train/<class>/*.png and DIR/test/<class>/*.png (or val/)"
+_LAYOUT = "DIR/train/<class>/*.png and DIR/test/<class>/*.png (or val/, valid/, validation/)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +78,8 @@ class ImageSet:
     labels: NDArray[np.int64]
     pixels: NDArray[np.uint8] | None
     files: tuple[Path, ...]
+    #: Files in the folders of the split that are no images, or are in no class folder.
+    ignored: tuple[Path, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -128,12 +145,14 @@ def source_files(spec: DatasetSpec) -> list[Path]:
     _require_known(spec.name)
     if spec.name == "digits":
         return []
-    root = Path(spec.name.removeprefix("folder:")) if spec.name.startswith("folder:") else Path(spec.root)
-    archive = _cifar_archive(root)
-    if spec.name == "cifar100" and archive is not None:
+    archive = _cifar_archive(Path(spec.root)) if spec.name == "cifar100" else None
+    if archive is not None:
         return [archive / name for name in ("train", "test", "meta")]
-    splits: tuple[Split, ...] = ("train", "test")
-    return sorted(path for split in splits for path in _open_folder(root, split).files)
+    return sorted(path for images in _open_both(spec).values() for path in images.files)
+
+
+def _is_array(spec: DatasetSpec) -> bool:
+    return spec.name == "digits" or (spec.name == "cifar100" and _cifar_archive(Path(spec.root)) is not None)
 
 
 def _open_digits(_spec: DatasetSpec, split: Split) -> ImageSet:
@@ -193,8 +212,31 @@ def _split_folder(root: Path, split: Split) -> Path | None:
     return next((root / name for name in _SPLIT_FOLDERS[split] if (root / name).is_dir()), None)
 
 
+def _is_data(name: str) -> bool:
+    return not name.startswith(".") and name.lower() not in _SYSTEM_NAMES
+
+
 def _class_names(split_folder: Path) -> list[str]:
-    return sorted(entry.name for entry in split_folder.iterdir() if entry.is_dir())
+    return sorted(entry.name for entry in split_folder.iterdir() if entry.is_dir() and _is_data(entry.name))
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """The files in ``folder`` and all folders in it, sorted; symbolic links are followed."""
+    found: list[Path] = []
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=_raise_unreadable):
+        folders[:] = filter(_is_data, folders)
+        for name in folders:
+            path = Path(parent, name)
+            if path.is_symlink() and Path(parent).resolve().is_relative_to(path.resolve()):
+                raise DataError(f"{path} is a link to a folder that contains it.", remedy="Remove the link.")
+        found += [Path(parent, name) for name in names if _is_data(name)]
+    return sorted(found)
+
+
+def _raise_unreadable(error: OSError) -> NoReturn:
+    raise DataError(
+        f"{error.filename} cannot be read: {error.strerror}.", remedy="Check the path and its permissions."
+    ) from error
 
 
 def _require_same_classes(root: Path) -> None:
@@ -231,19 +273,52 @@ def _open_folder(root: Path, split: Split) -> ImageSet:
     classes = _class_names(found)
     files: list[Path] = []
     labels: list[int] = []
+    ignored = [path for path in found.iterdir() if not path.is_dir() and _is_data(path.name)]
     for label, name in enumerate(classes):
-        images = sorted(path for path in (found / name).iterdir() if path.suffix.lower() in _SUFFIXES)
+        images: list[Path] = []
+        for path in _files_below(found / name):
+            (images if path.suffix.lower() in SUFFIXES else ignored).append(path)
         if not images:
             raise DataError(
                 f"{found / name} contains no image.",
-                remedy=f"Add images ({' '.join(sorted(_SUFFIXES))}) or remove the folder.",
+                remedy=f"Add images ({' '.join(SUFFIXES)}) or remove the folder.",
             )
         files += images
         labels += [label] * len(images)
     if not files:
         raise DataError(f"{found} contains no class folder.", remedy=f"Arrange images as {_LAYOUT}.")
+    _require_no_unread_image(found, ignored)
     _require_same_classes(root)
-    return ImageSet(classes=tuple(classes), labels=np.asarray(labels, np.int64), pixels=None, files=tuple(files))
+    return ImageSet(
+        classes=tuple(classes),
+        labels=np.asarray(labels, np.int64),
+        pixels=None,
+        files=tuple(files),
+        ignored=tuple(sorted(ignored)),
+    )
+
+
+def _require_no_unread_image(folder: Path, ignored: Sequence[Path]) -> None:
+    unread = sorted(path for path in ignored if path.suffix.lower() in _UNREAD_SUFFIXES)
+    if unread:
+        raise DataError(
+            f"{folder} contains {len(unread)} images of a format that is not read, the first is {unread[0]}.",
+            remedy=f"Convert them to one of {' '.join(SUFFIXES)}, or move them out of {folder}.",
+        )
+
+
+def described(splits: Mapping[str, ImageSet]) -> str:
+    """One line on opened splits by name: their images, the number of classes and the files that were ignored."""
+    counts = [f"{len(images)} {name}" for name, images in splits.items()]
+    classes = len(next(iter(splits.values())).classes)
+    ignored = Counter(_kind(path) for images in splits.values() for path in images.ignored)
+    kinds = f" ({', '.join(f'{kind} {count}' for kind, count in sorted(ignored.items()))})" if ignored else ""
+    return f"{' and '.join(counts)} images, {classes} classes, {ignored.total()} files ignored{kinds}"
+
+
+def _kind(ignored: Path) -> str:
+    suffix = ignored.suffix.lower()
+    return f"{suffix} outside of the class folders" if suffix in SUFFIXES else suffix or "no suffix"
 
 
 def spread(total: int, count: int) -> list[int]:
@@ -251,28 +326,71 @@ def spread(total: int, count: int) -> list[int]:
     return [int(index) for index in np.linspace(0, total - 1, min(count, total)).round()]
 
 
-def dataset_digest(spec: DatasetSpec, memory: Path) -> str:
-    """sha256 of both splits of a data set. It is cached in ``memory`` by the names, sizes and times of the files."""
+def dataset_digest(spec: DatasetSpec, memory: Path, report: Callable[[str], None] = lambda _: None) -> str:
+    """sha256 of both splits of a data set. It is cached in ``memory`` by the names, sizes and times of the files.
+
+    ``report`` gets the line of ``described``. Raises ``DataError`` with all files that are no readable images.
+    """
+    _require_known(spec.name)
+    opened = None if _is_array(spec) else _open_both(spec)
+    files = (
+        source_files(spec) if opened is None else sorted(path for images in opened.values() for path in images.files)
+    )
     listing = digest(
         {
             "name": spec.name.partition(":")[0],
             "versions": tool_versions("scikit-learn", "pillow"),
-            "files": _listing(spec),
+            "files": _listing(files),
         }
     )
     cached = memory / f"{listing}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return str(json.loads(cached.read_text())["sha256"])
-    train, test = open_dataset(spec, "train"), open_dataset(spec, "test")
-    value = digest([train.fingerprint(), test.fingerprint()])
+        kept = json.loads(cached.read_text())
+        value, line = str(kept["sha256"]), str(kept["described"])
+        report(line if opened is None else described(opened))
+        return value
+    splits = opened or _open_both(spec)
+    line = described(splits)
+    report(line)
+    if len(splits["training"].classes) < 2:
+        raise DataError(
+            f"The data set has one class, {splits['training'].classes[0]}: there is nothing to tell apart.",
+            remedy=f"Arrange images as {_LAYOUT}, with a folder for each class.",
+        )
+    _require_readable(files if opened else [])
+    value = digest([splits["training"].fingerprint(), splits["test"].fingerprint()])
     memory.mkdir(parents=True, exist_ok=True)
-    write_text(cached, json.dumps({"sha256": value}))
+    write_text(cached, json.dumps({"sha256": value, "described": line}))
     return value
 
 
-def _listing(spec: DatasetSpec) -> list[tuple[str, int, int]]:
+def _open_both(spec: DatasetSpec) -> dict[str, ImageSet]:
+    return {"training": open_dataset(spec, "train"), "test": open_dataset(spec, "test")}
+
+
+def _require_readable(files: Sequence[Path]) -> None:
+    """Check each image file once, so that a damaged one is found now and not in the middle of a training."""
+
+    def problem(path: Path) -> str:
+        try:
+            check_image(path)
+        except DataError as error:
+            return error.message
+        return ""
+
+    with ThreadPoolExecutor() as pool:
+        problems = [text for text in pool.map(problem, files) if text]
+    if problems:
+        more = f"\n  and {len(problems) - _MOST_NAMED} more" if len(problems) > _MOST_NAMED else ""
+        raise DataError(
+            f"{len(problems)} of {len(files)} images cannot be used:\n  " + "\n  ".join(problems[:_MOST_NAMED]) + more,
+            remedy="Repair or remove these files.",
+        )
+
+
+def _listing(files: Sequence[Path]) -> list[tuple[str, int, int]]:
     entries = []
-    for path in source_files(spec):
+    for path in files:
         try:
             status = path.stat()
         except FileNotFoundError:

@@ -1,5 +1,6 @@
 """Preprocessing of images, from bytes to the input tensor: one definition for training, verification and serving."""
 
+import contextlib
 import io
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
@@ -14,7 +15,12 @@ from kdexport.errors import DataError, KdexportError
 if TYPE_CHECKING:
     from PIL import Image
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM")
+#: Formats of data sets; Pillow decodes them itself, with no external program.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
+#: A label is of one picture, so that a file with several frames or pages is refused.
+_MAY_HAVE_PAGES = ("TIFF", "GIF")
+#: Modes that Pillow cannot convert to RGB.
+_NO_RGB = ("LAB", "HSV")
 #: Lower than the limit of Pillow, so that this limit applies first.
 _MAX_PIXELS = 80_000_000
 
@@ -116,18 +122,38 @@ def decode(
 
     ``inspect`` gets the image before its pixels are decoded, and may raise a ``KdexportError``.
     """
+    with _explained(name, formats):
+        image = _opened(data, name, formats)
+        inspect(image)
+        image.load()
+    return image
+
+
+def _opened(data: bytes, name: str, formats: tuple[str, ...]) -> "Image.Image":
+    """An image whose header is read and allowed; its pixels are not decoded."""
+    from PIL import Image
+
+    # The limit is lower than that at which Pillow warns: warnings are process-wide state, and this runs in threads.
+    image = Image.open(io.BytesIO(data), formats=formats)
+    if image.width * image.height > _MAX_PIXELS:
+        raise _unreadable(name, f"it has {image.width}x{image.height} pixels", formats)
+    if image.mode[0] in "IF":
+        # Pillow clips these at 255 when converting to RGB, so the image would become almost white.
+        raise _unreadable(name, f"its channels are wider than 8 bits (mode {image.mode})", formats)
+    if image.mode in _NO_RGB:
+        raise _unreadable(name, f"its colours are {image.mode}, which cannot be converted to RGB", formats)
+    if image.format in _MAY_HAVE_PAGES and getattr(image, "is_animated", False):
+        raise _unreadable(name, "it has more than one frame or page", formats)
+    return image
+
+
+@contextlib.contextmanager
+def _explained(name: str, formats: tuple[str, ...]) -> Iterator[None]:
+    """Raise ``DataError`` with the name of the image for each error of Pillow."""
     from PIL import Image, UnidentifiedImageError
 
     try:
-        # The limit is lower than that at which Pillow warns: warnings are process-wide state, and this runs in threads.
-        image = Image.open(io.BytesIO(data), formats=formats)
-        if image.width * image.height > _MAX_PIXELS:
-            raise _unreadable(name, f"it has {image.width}x{image.height} pixels", formats)
-        if image.mode[0] in "IF":
-            # Pillow clips these at 255 when converting to RGB, so the image would become almost white.
-            raise _unreadable(name, f"its channels are wider than 8 bits (mode {image.mode})", formats)
-        inspect(image)
-        image.load()
+        yield
     except KdexportError:
         raise
     except UnidentifiedImageError as error:
@@ -138,7 +164,17 @@ def decode(
     # left out, because the server sends this message to its clients, and the text may hold addresses of memory.
     except Exception as error:
         raise _unreadable(name, f"it is damaged or truncated ({type(error).__name__})", formats) from error
-    return image
+
+
+def check_image(path: Path) -> None:
+    """Check one image file without decoding its pixels; raises ``DataError``.
+
+    The header is read and, in PNG files, the checksum of each chunk. A damaged picture behind a good header is found
+    only by decoding.
+    """
+    data = _bytes_of(path)
+    with _explained(str(path), FORMATS):
+        _opened(data, str(path), FORMATS).verify()
 
 
 def _unreadable(name: str, reason: str, formats: tuple[str, ...]) -> DataError:
@@ -150,10 +186,13 @@ def _unreadable(name: str, reason: str, formats: tuple[str, ...]) -> DataError:
 
 def read_image(path: Path) -> "Image.Image":
     """Open and decode one image file; raises ``DataError``."""
+    return decode(_bytes_of(path), str(path))
+
+
+def _bytes_of(path: Path) -> bytes:
     try:
-        data = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise DataError(
             f"{path} cannot be read: {error.strerror}.", remedy="Check the path and its permissions."
         ) from error
-    return decode(data, str(path))

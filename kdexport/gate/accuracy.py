@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kdexport.backends.base import Device
 from kdexport.bundle.manifest import GOLDEN_LOGITS
-from kdexport.data.datasets import ImageSet, class_difference, dataset_spec, open_dataset
+from kdexport.data.datasets import ImageSet, class_difference, dataset_spec, described, open_dataset
 from kdexport.data.preprocessing import Preprocessing
 from kdexport.errors import BundleError, MismatchError, VerificationError
 from kdexport.gate.arms import Artifact, Bundle
@@ -80,15 +80,19 @@ def accuracy_gates(
     threads: int,
     *,
     on_gpu: bool = False,
+    report: Callable[[str], None] = lambda _: None,
 ) -> list[AccuracyResult]:
     """Compare reference and candidate on the same images; without a limit nothing runs and the result is empty.
 
     Predictions that both bundles store for the same images are used if ``data`` is None or has the fingerprint of
     those images. Stored predictions of ONNX files were computed on a CPU and are not used if ``on_gpu``.
+    ``report`` gets one line on the images of ``data``.
     """
     if limits == (None, None):
         return []
     images = None if data is None else labelled_images(arms[-1][1], data)
+    if images is not None:
+        report(described({"test": images.images}))
     if not on_gpu or all(_ran_on_gpu(arm) for arm, _ in arms):
         stored = stored_outputs(arms, None if images is None else images.images.fingerprint())
         if stored is not None:

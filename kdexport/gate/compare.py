@@ -74,8 +74,11 @@ class _Arms:
     anchors: Mapping[str, Path | None] = field(default_factory=dict)
 
 
-def run_gate(request: GateRequest, progress: Progress) -> GateResult:
-    """Measure and judge both arms; raises ``KdexportError`` if they cannot be compared."""
+def run_gate(request: GateRequest, progress: Progress, report: Progress = lambda _: None) -> GateResult:
+    """Measure and judge both arms; raises ``KdexportError`` if they cannot be compared.
+
+    ``progress`` gets the step that runs, ``report`` one line on the images of ``request.data``.
+    """
     started = time.monotonic()
     require_cores(request.threads)
     calibration = _resolution(request)
@@ -93,7 +96,7 @@ def run_gate(request: GateRequest, progress: Progress) -> GateResult:
             progress("accuracy")
             wanted = (limits.flips, limits.top1_drop)
             pair = ((arms.reference, arms.reference_bundle), (arms.candidate, arms.candidate_bundle))
-            accuracy = accuracy_gates(pair, wanted, request.data, request.threads, on_gpu=on_gpu)
+            accuracy = accuracy_gates(pair, wanted, request.data, request.threads, on_gpu=on_gpu, report=report)
         else:
             accuracy = []
         outcomes = run_sequential_test(_measurements(request, arms), plan, progress=progress)

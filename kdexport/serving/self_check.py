@@ -14,7 +14,7 @@ from kdexport.serving.images import FORMATS, PixelBudget, decode_upload, normali
 from kdexport.serving.limits import Limits
 from kdexport.verify.golden_limits import read_reference
 
-_UPLOAD_SUFFIXES = tuple(f".{name.lower()}" for name in (*FORMATS, "JPG"))
+_UPLOAD_SUFFIXES = tuple(f".{name.lower()}" for name in (*FORMATS, "JPG", "JFIF", "JPE"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kdexport.data import datasets
 from kdexport.data.datasets import (
     DatasetSpec,
     ImageSet,
     class_difference,
     dataset_digest,
     dataset_spec,
+    described,
     open_dataset,
     source_files,
 )
@@ -127,6 +127,150 @@ def test_every_image_suffix_is_read_in_any_case_and_other_files_are_not(tmp_path
     train = open_dataset(spec, "train")
     assert np.bincount(train.labels).tolist() == [3, 8, 3]
     assert train.classes == ("ant", "bee", "cat")
+
+
+def test_images_in_folders_within_a_class_folder_belong_to_the_class(tmp_path: Path) -> None:
+    spec = image_folders(tmp_path)
+    flat = open_dataset(spec, "train").read(range(9), SMALL)
+    for name in ("ant", "bee", "cat"):
+        deep = tmp_path / "train" / name / "session2" / "evening"
+        deep.mkdir(parents=True)
+        for image in ("1.png", "2.png"):
+            (tmp_path / "train" / name / image).rename(deep / image)
+    nested = open_dataset(spec, "train")
+    assert nested.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert np.array_equal(nested.read(range(9), SMALL), flat)
+
+
+def test_linked_folders_of_a_class_are_read_and_a_link_to_a_parent_is_refused(tmp_path: Path) -> None:
+    spec = image_folders(tmp_path / "data")
+    (tmp_path / "elsewhere").mkdir()
+    Image.fromarray(pixels(7)).save(tmp_path / "elsewhere" / "x.png")
+    (tmp_path / "data" / "train" / "bee" / "more").symlink_to(tmp_path / "elsewhere")
+    assert np.bincount(open_dataset(spec, "train").labels).tolist() == [3, 4, 3]
+    (tmp_path / "data" / "train" / "bee" / "loop").symlink_to(tmp_path / "data" / "train")
+    with pytest.raises(DataError, match="bee/loop is a link to a folder that contains it"):
+        open_dataset(spec, "train")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "kind"),
+    [
+        (".jfif", "JPEG"),
+        (".JPE", "JPEG"),
+        (".tif", "TIFF"),
+        (".tiff", "TIFF"),
+        (".gif", "GIF"),
+        (".pgm", "PPM"),
+        (".pbm", "PPM"),
+        (".pnm", "PPM"),
+    ],
+)
+def test_images_of_rare_suffixes_are_read(tmp_path: Path, suffix: str, kind: str) -> None:
+    spec = image_folders(tmp_path)
+    grey = 255 if suffix == ".pbm" else 200
+    picture = Image.new("L", (9, 7), grey).convert({".pgm": "L", ".pbm": "1"}.get(suffix, "RGB"))
+    picture.save(tmp_path / "train" / "bee" / f"more{suffix}", format=kind)
+    train = open_dataset(spec, "train")
+    assert np.bincount(train.labels).tolist() == [3, 4, 3]
+    at = [path.suffix for path in train.files].index(suffix)
+    assert np.abs(train.read([at], SMALL)[0].astype(int) - grey).max() <= (2 if suffix == ".gif" else 0)
+
+
+def test_hidden_files_and_those_of_operating_systems_are_no_data(tmp_path: Path) -> None:
+    spec = image_folders(tmp_path)
+    digest, opened = dataset_digest(spec, tmp_path / "a"), open_dataset(spec, "train")
+    folder = tmp_path / "train" / "bee"
+    for name in ("._0.png", ".hidden.png", ".DS_Store", "Thumbs.db", "desktop.ini"):
+        (folder / name).write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X        ")
+    for parent in (folder, tmp_path / "train", tmp_path / "test"):
+        for name in (".ipynb_checkpoints", "__MACOSX"):
+            (parent / name).mkdir()
+            Image.fromarray(pixels(9)).save(parent / name / "copy.png")
+    again = open_dataset(spec, "train")
+    assert again.classes == ("ant", "bee", "cat")
+    assert (again.files, again.ignored) == (opened.files, ())
+    assert dataset_digest(spec, tmp_path / "b") == digest
+
+
+def test_one_line_tells_how_many_images_were_found_and_which_files_were_ignored(tmp_path: Path) -> None:
+    spec = image_folders(tmp_path)
+    (tmp_path / "train" / "bee" / "deep").mkdir()
+    for name in ("bee/notes.txt", "bee/deep/1.JSON", "bee/deep/2.json", "LICENSE"):
+        (tmp_path / "train" / name).write_text("no image")
+    Image.fromarray(pixels(9)).save(tmp_path / "test" / "stray.png")
+    line = (
+        "9 training and 6 test images, 3 classes, 5 files ignored "
+        "(.json 2, .png outside of the class folders 1, .txt 1, no suffix 1)"
+    )
+    said: list[str] = []
+    for _ in range(2):
+        dataset_digest(spec, tmp_path / "memory", said.append)
+    assert said == [line, line]
+    (tmp_path / "train" / "bee" / "notes.txt").unlink()
+    dataset_digest(spec, tmp_path / "memory", said.append)
+    assert said[-1].startswith("9 training and 6 test images, 3 classes, 4 files ignored")
+    assert described({"test": open_dataset(spec, "test")}).startswith("6 test images, 3 classes, 1 files ignored (.png")
+    for _ in range(2):
+        dataset_digest(DatasetSpec(name="digits"), tmp_path / "memory", said.append)
+        assert said[-1] == "1437 training and 360 test images, 10 classes, 0 files ignored"
+
+
+def test_images_of_a_format_that_is_not_read_are_refused_and_not_left_out(tmp_path: Path) -> None:
+    spec = image_folders(tmp_path)
+    for name in ("b.HEIC", "a.avif"):
+        (tmp_path / "train" / "bee" / name).write_bytes(b"\0\0\0\x18ftyp")
+    with pytest.raises(DataError) as caught:
+        open_dataset(spec, "train")
+    folder = tmp_path / "train"
+    assert caught.value.message == (
+        f"{folder} contains 2 images of a format that is not read, the first is {folder / 'bee' / 'a.avif'}."
+    )
+    assert caught.value.remedy.startswith("Convert them to one of .bmp .gif .jfif")
+
+
+def test_the_digest_of_a_flat_data_set_is_that_of_earlier_versions(tmp_path: Path) -> None:
+    # Computed here as the versions did that read the files of a class folder only.
+    spec, shas = image_folders(tmp_path), []
+    for split, count in (("train", 3), ("test", 2)):
+        sha = hashlib.sha256(b"ant\0bee\0cat" + np.repeat(np.arange(3), count).astype(np.int64).tobytes())
+        for name in ("ant", "bee", "cat"):
+            for path in sorted((tmp_path / split / name).iterdir()):
+                sha.update(path.stat().st_size.to_bytes(8, "little") + path.read_bytes())
+        shas.append(sha.hexdigest())
+    expected = hashlib.sha256(f'["{shas[0]}","{shas[1]}"]'.encode()).hexdigest()
+    assert dataset_digest(spec, tmp_path / "memory") == expected
+
+
+@pytest.mark.parametrize("name", ["valid", "validation"])
+def test_other_names_of_the_validation_folder_are_understood(tmp_path: Path, name: str) -> None:
+    assert len(open_dataset(image_folders(tmp_path, name), "test")) == 6
+
+
+def test_all_damaged_images_are_named_at_once_before_the_digest(tmp_path: Path) -> None:
+    spec = image_folders(tmp_path / "data")
+    bad = [tmp_path / "data" / "train" / "bee" / f"bad{i:02}.png" for i in range(22)]
+    for path in bad:
+        path.write_bytes(b"")
+    cut = tmp_path / "data" / "test" / "ant" / "1.png"
+    cut.write_bytes(cut.read_bytes()[:70])
+    with pytest.raises(DataError) as caught:
+        dataset_digest(spec, tmp_path / "memory")
+    lines = caught.value.message.splitlines()
+    assert lines[0] == "23 of 37 images cannot be used:"
+    assert lines[1].startswith(f"  {cut} is not a readable image: it is damaged or truncated")
+    assert lines[2].startswith(f"  {bad[0]} is not a readable image: its content is not JPEG, PNG,")
+    assert (len(lines), lines[-1]) == (22, "  and 3 more")
+    assert not (tmp_path / "memory").exists()
+    for path in (*bad, cut):
+        path.unlink()
+    assert dataset_digest(spec, tmp_path / "memory")
+
+
+def test_a_data_set_of_one_class_is_refused(tmp_path: Path) -> None:
+    spec = image_folders(tmp_path, classes=("images",))
+    with pytest.raises(DataError, match="The data set has one class, images: there is nothing to tell apart"):
+        dataset_digest(spec, tmp_path / "memory")
 
 
 def test_the_original_of_a_file_is_its_bytes_and_of_an_array_a_lossless_png(
@@ -306,19 +450,21 @@ def test_the_digest_changes_with_the_content(tmp_path: Path, change: Callable[[P
 def test_the_digest_is_remembered_until_a_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = noise_folders(tmp_path / "data")
     first = dataset_digest(spec, tmp_path / "memory")
-    opened: list[DatasetSpec] = []
+    read: list[Path] = []
+    read_bytes = Path.read_bytes
 
-    def count(spec: DatasetSpec, split: Literal["train", "test"]) -> ImageSet:
-        opened.append(spec)
-        return open_dataset(spec, split)
+    def count(path: Path) -> bytes:
+        read.append(path)
+        return read_bytes(path)
 
-    monkeypatch.setattr(datasets, "open_dataset", count)
+    monkeypatch.setattr(Path, "read_bytes", count)
     assert dataset_digest(spec, tmp_path / "memory") == first
-    assert opened == []
+    assert read == []
     # The same bytes with a new time are read again, and found to be the same.
     os.utime(tmp_path / "data" / "train" / "ant" / "0.png", (1, 1))
     assert dataset_digest(spec, tmp_path / "memory") == first
-    assert len(opened) == 2
+    # Once to check that they are images, and once for the digest.
+    assert len(read) == 16
     assert not list((tmp_path / "memory").glob("*.partial*"))
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms import functional as vision
 
-from kdexport.data.preprocessing import Preprocessing, decode, read_image
+from kdexport.data.preprocessing import Preprocessing, check_image, decode, read_image
 from kdexport.errors import DataError
 
 IMAGENET = Preprocessing(image_size=224, resize=256, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -150,7 +150,7 @@ def test_normalisation_is_per_channel_and_channels_come_first() -> None:
     np.testing.assert_allclose(ours, expected.numpy(), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "BMP", "PPM"])
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "PPM", "TIFF"])
 def test_lossless_formats_decode_exactly(kind: str) -> None:
     image = noise_image(19, 23)
     assert np.array_equal(np.asarray(decode(encoded(image, kind), "x")), np.asarray(image))
@@ -163,7 +163,7 @@ def test_lossy_formats_decode_closely(kind: str) -> None:
     assert np.abs(difference).mean() < 3
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "PPM"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF", "GIF"])
 @pytest.mark.parametrize("kept", [0.02, 0.5, 0.9])
 def test_a_truncated_image_is_an_error_that_names_it(kind: str, kept: float) -> None:
     data = encoded(noise_image(61, 53), kind)
@@ -173,13 +173,34 @@ def test_a_truncated_image_is_an_error_that_names_it(kind: str, kept: float) -> 
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"\x00" * 64, b"<svg xmlns='http://www.w3.org/2000/svg'/>", encoded(noise_image(9, 9), "GIF")],
-    ids=["empty", "zeros", "svg", "gif"],
+    [b"", b"\x00" * 64, b"<svg xmlns='http://www.w3.org/2000/svg'/>", encoded(noise_image(9, 9), "ICO")],
+    ids=["empty", "zeros", "svg", "ico"],
 )
 def test_a_foreign_file_is_an_error_that_names_it_and_the_formats(data: bytes) -> None:
     with pytest.raises(DataError, match=r"^photo is not a readable image") as caught:
         decode(data, "photo")
-    assert "JPEG, PNG, WEBP, BMP, PPM" in caught.value.remedy
+    assert "JPEG, PNG, WEBP, BMP, PPM, TIFF, GIF" in caught.value.remedy
+
+
+@pytest.mark.parametrize("kind", ["GIF", "TIFF"])
+def test_a_file_of_several_frames_or_pages_is_refused(kind: str, tmp_path: Path) -> None:
+    frames = [noise_image(9, 7), smooth_image(9, 7)]
+    path = tmp_path / "film"
+    path.write_bytes(encoded(frames[0], kind, save_all=True, append_images=frames[1:]))
+    reason = "film is not a readable image: it has more than one frame or page"
+    with pytest.raises(DataError, match=reason):
+        decode(path.read_bytes(), "film")
+    with pytest.raises(DataError, match=reason):
+        check_image(path)
+    path.write_bytes(encoded(frames[0], kind))
+    check_image(path)
+    assert decode(path.read_bytes(), "film").size == frames[0].size
+
+
+def test_colours_that_cannot_become_rgb_are_refused() -> None:
+    lab = Image.merge("LAB", [Image.new("L", (9, 7), 90)] * 3)
+    with pytest.raises(DataError, match="its colours are LAB, which cannot be converted to RGB"):
+        decode(encoded(lab, "TIFF"), "scan")
 
 
 def test_flipped_bytes_in_compressed_data_are_an_error() -> None:
