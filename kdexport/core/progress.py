@@ -25,3 +25,7 @@ class Reporter:
         with bar:
             yield lambda detail: bar.update(task, detail=detail)
         self._console.print(f"{name:<10} {time.monotonic() - started:6.1f} s", soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        """Print one line, in a pipe and on a terminal."""
+        self._console.print(text, soft_wrap=True, markup=False)
