@@ -309,7 +309,7 @@ def test_doctor_checks_a_bundle_and_names_what_it_found(zoo: Path, zoo_copy: Pat
     done = kdexport("doctor", zoo, "--json")
     assert done.exit_code == 0
     facts = {fact["what"]: fact["fact"] for fact in done.data["facts"]}
-    assert "8 images from their bytes" in facts["golden images"]
+    assert "8 images: pixels as in training, labels as the reference" in facts["golden images"]
     assert "nodes on CPUExecutionProvider" in facts["provider"]
     image = Image.open(zoo_copy / "golden" / "001.png")
     image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(zoo_copy / "golden" / "001.png")
