@@ -1,7 +1,7 @@
 """The settings of each method of distillation, read and checked without importing torch.
 
-A method without ``@method_settings`` has only the keys of ``DistillerSettings``. Defaults are those of
-the published code of a method for CIFAR-100; a comment marks keys without a published value.
+A method without ``@method_settings`` has only the keys of ``DistillerSettings``. Defaults are those of the
+published code of a method for CIFAR-100; a comment marks keys without a published value.
 """
 
 import importlib
@@ -46,7 +46,9 @@ def method_settings(model: type[S]) -> type[S]:
     """Decorator: ``model`` reads ``[distiller]`` if ``name`` there is the default of its ``name``."""
     name = model.model_fields["name"].default
     if not isinstance(name, str) or name in _BY_NAME:
-        raise ValueError(f"{model.__name__} needs a default of `name` that no other settings have, not {name!r}")
+        raise ValueError(
+            f"the default of `name` in {model.__name__} must be a string that no other settings use; got {name!r}"
+        )
     _BY_NAME[name] = model
     return model
 
@@ -213,7 +215,7 @@ class KDiffusionSettings(BranchedSettings):
     guide_feature: Literal["mean", "prediction", "all"] = "mean"
 
     @model_validator(mode="after")
-    def _has_a_meaning(self) -> Self:
+    def _combination_is_valid(self) -> Self:
         if self.permutation == "expected":
             if self.trajectory == "marginal":
                 raise ValueError("permutation 'expected' has a closed form for trajectory 'shared_noise' only")
