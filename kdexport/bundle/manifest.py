@@ -1,7 +1,9 @@
 """The bundle on disk: its layout, its manifest, and the digests of its files."""
 
 import json
+import os
 import re
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 __all__ = [
+    "EMPTY_FOLDER",
     "FUSED",
     "GOLDEN",
     "GOLDEN_LOGITS",
@@ -49,6 +52,7 @@ __all__ = [
     "Manifest",
     "changed_files",
     "hash_files",
+    "irregular_entries",
     "layer_plans",
     "listed_changes",
     "load_unfused",
@@ -67,6 +71,8 @@ _LISTED_CHANGES = 5
 
 MODEL = ONNX_FILE
 #: The status of a target.
+EMPTY_FOLDER = "an empty folder"
+
 VERIFIED, NOT_EXECUTED = "verified", "built, not executed"
 
 
@@ -161,6 +167,36 @@ def hash_files(folder: Path) -> dict[str, str]:
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     names = {path.relative_to(folder).as_posix(): path for path in paths}
     return {name: sha256_file(path) for name, path in names.items() if name != MANIFEST}
+
+
+def irregular_entries(folder: Path) -> dict[str, str]:
+    """Entries of a bundle folder that are neither regular files nor folders with files, by relative path.
+
+    Digests do not cover them: a link can lead to a file outside of the bundle, which can change later.
+    """
+    found = {}
+    pending = [folder] if folder.is_dir() else []
+    while pending:
+        place = pending.pop()
+        with os.scandir(place) as entries:
+            inside = list(entries)
+        if not inside and place != folder:
+            found[place.relative_to(folder).as_posix()] = EMPTY_FOLDER
+        for entry in inside:
+            facts = entry.stat(follow_symlinks=False)
+            if stat.S_ISDIR(facts.st_mode):
+                pending.append(Path(entry.path))
+            elif kind := _irregular(facts):
+                found[Path(entry.path).relative_to(folder).as_posix()] = kind
+    return dict(sorted(found.items()))
+
+
+def _irregular(facts: os.stat_result) -> str:
+    if stat.S_ISLNK(facts.st_mode):
+        return "a symbolic link"
+    if not stat.S_ISREG(facts.st_mode):
+        return "a device, pipe or socket"
+    return "a hard link" if facts.st_nlink != 1 else ""
 
 
 def changed_files(folder: Path, expected: dict[str, str]) -> dict[str, str]:

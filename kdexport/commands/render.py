@@ -74,9 +74,16 @@ def show_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def show_verdict(
-    folder: Path, manifest: Manifest, verdict: "Verdict", runs: "Sequence[TargetRun] | None" = None
+    folder: Path,
+    manifest: Manifest,
+    verdict: "Verdict",
+    runs: "Sequence[TargetRun] | None" = None,
+    looser: "Sequence[Change]" = (),
 ) -> None:
-    """What ``kdexport verify`` prints: a row for each rung and file, what ran each target, and the verdict."""
+    """What ``kdexport verify`` prints: a row for each rung and file, what ran each target, and the verdict.
+
+    ``looser`` are the limits of the bundle's own policy that are looser than the default ones.
+    """
     console = new_console()
     data = {**manifest.data, "parity": [check.to_json() for check in verdict.checks], "latency": None}
     others = [check for check in verdict.checks if check.rung not in RUNGS]
@@ -88,8 +95,13 @@ def show_verdict(
         console.print(terminal_table(Table(header=("target", "in this verification", "by"), rows=_run_rows(runs))))
         console.print()
     not_run = None if runs is None else [str(run) for run in runs if run.state != "ran here"]
+    for change in looser:
+        console.print(f"The policy of the bundle is looser than the default: {change}.", soft_wrap=True)
     if not verdict.failures:
-        console.print(f"Verdict: {verdict_sentence(data, not_run)}: {folder} is the trained student.", soft_wrap=True)
+        keys = ", ".join(change.key for change in looser)
+        limits = f"; limits looser than the default: {keys}" if looser else ""
+        sentence = f"{verdict_sentence(data, not_run)}{limits}"
+        console.print(f"Verdict: {sentence}: {folder} is the trained student.", soft_wrap=True)
 
 
 def _run_rows(runs: "Sequence[TargetRun]") -> tuple[tuple[str, ...], ...]:

@@ -51,6 +51,7 @@ def verify(
         return
     from kdexport.bundle.manifest import read_manifest
     from kdexport.core.progress import Reporter
+    from kdexport.verify.policy import looser_than_default, stored_policy
     from kdexport.verify.verdict import replay, replay_algebra, require_executed, target_runs
 
     if rung is not None and require is not None:
@@ -62,6 +63,7 @@ def verify(
             f"The rung {rung!r} cannot be checked alone; only A can.", remedy="Pass --rung A, or omit --rung."
         )
     manifest = read_manifest(bundle)
+    looser = looser_than_default(stored_policy(manifest.data))
     with Reporter().stage("verify") as progress:
         verdict = (replay if rung is None else replay_algebra)(bundle, manifest, progress)
     runs = target_runs(manifest, verdict) if rung is None else None
@@ -74,13 +76,14 @@ def verify(
                 "ok": not verdict.failures,
                 "exit_code": 1 if verdict.failures else 0,
                 "checks": [check.to_json() for check in verdict.checks],
+                "policy_looser": [{"key": c.key, "default": c.old, "bundle": c.new} for c in looser],
                 **({} if runs is None else {"targets": {run.target: _run_json(run, verdict) for run in runs}}),
             }
         )
         raise typer.Exit(1 if verdict.failures else 0)
     from kdexport.commands.render import show_verdict
 
-    show_verdict(bundle, manifest, verdict, runs)
+    show_verdict(bundle, manifest, verdict, runs, looser)
     verdict.require()
     require_executed(runs or [], required)
 

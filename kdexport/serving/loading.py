@@ -1,7 +1,5 @@
 """Load a bundle for serving: check its files, open its graph on the provider, and compare its golden images."""
 
-import os
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,12 +8,14 @@ from numpy.typing import NDArray
 
 from kdexport.backends.ort import CPU, OrtModel, load_model
 from kdexport.bundle.manifest import (
+    EMPTY_FOLDER,
     MANIFEST,
     MODEL,
     TARGETS,
     VERIFIED,
     Manifest,
     changed_files,
+    irregular_entries,
     listed_changes,
     read_manifest,
 )
@@ -119,18 +119,12 @@ def bundle_digest(folder: Path) -> str:
 
 def require_plain_files(folder: Path) -> None:
     """Raise ``BundleError`` for a link or device inside: files outside the folder were never verified."""
-    pending = [folder] if folder.is_dir() else []
-    while pending:
-        with os.scandir(pending.pop()) as entries:
-            for entry in entries:
-                facts = entry.stat(follow_symlinks=False)
-                if stat.S_ISDIR(facts.st_mode):
-                    pending.append(Path(entry.path))
-                elif not stat.S_ISREG(facts.st_mode) or facts.st_nlink != 1:
-                    raise BundleError(
-                        f"{entry.path} is a link or a device; a bundle may have regular files only.",
-                        remedy=f"Copy the bundle with the contents of its links: cp -rL {folder} NEW_FOLDER",
-                    )
+    for name, kind in irregular_entries(folder).items():
+        if kind != EMPTY_FOLDER:
+            raise BundleError(
+                f"{folder / name} is a link or a device; a bundle may have regular files only.",
+                remedy=f"Copy the bundle with the contents of its links: cp -rL {folder} NEW_FOLDER",
+            )
 
 
 def _require_verified(folder: Path, manifest: Manifest, name: str) -> None:

@@ -87,6 +87,10 @@ class Change:
     new: float | str
     loosens: bool
 
+    def __str__(self) -> str:
+        shown = [f"{value:g}" if isinstance(value, float | int) else value for value in (self.new, self.old)]
+        return f"{self.key} is {shown[0]} instead of {shown[1]}"
+
 
 #: Limits where a larger value is stricter.
 _STRICTER_UPWARDS = {"C.headroom", "D.confidence"}
@@ -117,6 +121,11 @@ def policy_changes(old: Policy, new: Policy) -> tuple[Change, ...]:
         for key, value in after.items()
         if value != before[key]
     )
+
+
+def looser_than_default(policy: Policy) -> tuple[Change, ...]:
+    """The limits of ``policy`` that are looser than the default ones."""
+    return tuple(change for change in policy_changes(DEFAULT, policy) if change.loosens)
 
 
 def _loosens(key: str, old: float | str, new: float | str) -> bool:

@@ -10,6 +10,7 @@ from kdexport.bundle.manifest import Manifest
 from kdexport.errors import BundleError, ConfigError
 from kdexport.graph.precision import FLOAT16_MAX
 from kdexport.verify.check import Check
+from kdexport.verify.consistency import check_consistency
 from kdexport.verify.policy import Change, Policy, load_policy, policy_changes, stored_policy
 from kdexport.verify.student_checks import check_integrity
 from kdexport.verify.verdict import Verdict, stored_task
@@ -38,7 +39,15 @@ def rethreshold(folder: Path, manifest: Manifest, policy_file: Path, *, allow_lo
         )
     stored = [redecide(check, new) for check in manifest.data["parity"] if check["rung"] != "D"]
     return Rethresholded(
-        Verdict((*check_integrity(folder, manifest), *stored, *stored_task(folder, manifest, new))), changes
+        Verdict(
+            (
+                *check_integrity(folder, manifest),
+                *check_consistency(folder, manifest),
+                *stored,
+                *stored_task(folder, manifest, new),
+            )
+        ),
+        changes,
     )
 
 

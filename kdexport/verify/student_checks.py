@@ -19,6 +19,7 @@ from kdexport.bundle.manifest import (
     TARGETS,
     Manifest,
     changed_files,
+    irregular_entries,
     layer_plans,
     load_unfused,
 )
@@ -68,8 +69,10 @@ def check_integrity(folder: Path, manifest: Manifest) -> list[Check]:
     targets = folder / TARGETS
     present = {path.name for path in targets.iterdir()} if targets.is_dir() else set()
     fact = f"on disk {sorted(present)}, in the manifest {sorted(manifest.targets)}"
+    irregular = ", ".join(f"{name} is {kind}" for name, kind in irregular_entries(folder).items())
     return [
         check_at_most("files", "bundle", "sha256", len(changes), 0, unit="files", detail=detail),
+        from_finding("bundle", Finding("regular files", not irregular, irregular or "no link, device or empty folder")),
         from_finding("bundle", Finding("targets", present == set(manifest.targets), fact)),
     ]
 

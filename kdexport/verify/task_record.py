@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -107,6 +108,12 @@ def save_record(folder: Path, record: TaskRecord) -> dict[str, object]:
         tensors[f"{name}:errors"] = metrics.errors
     (folder / TASK).parent.mkdir(parents=True, exist_ok=True)
     save_tensors(folder / TASK, {name: torch.from_numpy(values) for name, values in tensors.items()})
+    return described_results(record)
+
+
+def described_results(record: TaskRecord) -> dict[str, Any]:
+    """The summary of per-image results for the manifest."""
+    reference = record.reference
     return {
         "images": len(reference.labels),
         "reference_top1": float(np.mean(reference.predictions == reference.labels)),

@@ -15,11 +15,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdexport.backends.base import Execution
-from kdexport.bundle.manifest import NOT_EXECUTED, TARGETS, TASK, Manifest, onnx_files, read_golden, target_of
+from kdexport.bundle.manifest import (
+    EMPTY_FOLDER,
+    NOT_EXECUTED,
+    TARGETS,
+    TASK,
+    Manifest,
+    irregular_entries,
+    onnx_files,
+    read_golden,
+    target_of,
+)
 from kdexport.errors import BundleError, NotExecutedError, UnknownNameError, VerificationError
 from kdexport.registry import nearest
 from kdexport.targets import Target, parse_target
 from kdexport.verify.check import Check, attempt, check_at_most
+from kdexport.verify.consistency import check_consistency
 from kdexport.verify.int8_collapse import explain_collapse
 from kdexport.verify.policy import Policy, stored_policy
 from kdexport.verify.rebuilt_graphs import RebuiltGraphs
@@ -182,6 +193,10 @@ def _files(
 ) -> tuple[list[Check], NDArray[np.uint8] | None]:
     progress("files")
     checks = check_integrity(folder, manifest)
+    if any(kind != EMPTY_FOLDER for kind in irregular_entries(folder).values()):
+        # A link may lead out of the bundle, and reading a pipe never ends.
+        return checks, None
+    checks += check_consistency(folder, manifest)
     pixels = attempt("golden", "images", partial(read_golden, folder, manifest))
     return ([*checks, pixels], None) if isinstance(pixels, Check) else (checks, pixels)
 

@@ -1,0 +1,164 @@
+"""Checks that the statements of a manifest agree with the files of its bundle, without running a model.
+
+A file that is changed together with its sha256 in the manifest agrees with its digest. These checks compare the content
+of the files with the other fields that are derived from them.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from kdexport.backends.base import Finding
+from kdexport.bundle.manifest import GOLDEN_LOGITS, MANIFEST, MODEL, TASK, UNFUSED, Manifest, onnx_files
+from kdexport.checkpoint import load_tensors
+from kdexport.core.digests import sha256_file
+from kdexport.data.datasets import spread
+from kdexport.graph.audit import operator_counts
+from kdexport.targets import parse_target
+from kdexport.verify.check import Check, attempt, from_finding
+from kdexport.verify.task_record import TaskRecord, described_results, load_record, record_name
+
+#: Means of float32 values differ between processors in the last digits.
+_SAME_MEAN = 1e-4
+
+
+def check_consistency(folder: Path, manifest: Manifest) -> list[Check]:
+    """One check for each statement: origin, operators, results of the task, labels of the golden images."""
+    statements: dict[str, Callable[[Path, Manifest], Finding]] = {
+        UNFUSED: _origin,
+        MODEL: _operators,
+        TASK: _task,
+        GOLDEN_LOGITS: _golden,
+    }
+    results = {name: attempt("files", name, partial(say, folder, manifest)) for name, say in statements.items()}
+    return [
+        result if isinstance(result, Check) else from_finding(name, result, rung="files")
+        for name, result in results.items()
+    ]
+
+
+def _origin(folder: Path, manifest: Manifest) -> Finding:
+    """The unfused student is the checkpoint that the bundle was built from."""
+    recorded = manifest.data["provenance"].get("checkpoint_sha256")
+    found = sha256_file(folder / UNFUSED)
+    if recorded is None:
+        return Finding("origin", True, "the bundle is of an earlier version that did not record the checkpoint")
+    fact = f"sha256 {found[:12]}, and provenance.checkpoint_sha256 in {MANIFEST} is {recorded[:12]}"
+    return Finding("origin", recorded == found, fact)
+
+
+def _operators(folder: Path, manifest: Manifest) -> Finding:
+    found = operator_counts(onnx.load(str(folder / MODEL), load_external_data=False))
+    recorded = manifest.data["operators"]["fused"]
+    names = sorted(name for name in {*found, *recorded} if found.get(name, 0) != recorded.get(name, 0))
+    wrong = [f"{found.get(name, 0)} {name}, {recorded.get(name, 0)} in {MANIFEST}" for name in names]
+    return Finding("operators", not wrong, "; ".join(wrong) or f"{sum(found.values())} nodes, as in {MANIFEST}")
+
+
+def _task(folder: Path, manifest: Manifest) -> Finding:
+    """The figures of the task are those of the stored results, and every graph has results."""
+    record = load_record(folder, manifest)
+    if record is None:
+        exists = (folder / TASK).exists()
+        return Finding("task", not exists, f"the file exists, and {MANIFEST} has no task" if exists else "no task")
+    wrong = [*_wrong_results(folder, manifest, record), *_wrong_precisions(manifest, record)]
+    # Figures of incomplete results cannot be computed.
+    wrong = wrong or _wrong_figures(manifest.data["task"], record)
+    count = len(record.reference.labels)
+    return Finding("task", not wrong, "; ".join(wrong[:3]) or f"{count:,} images, figures as in {MANIFEST}")
+
+
+def _wrong_results(folder: Path, manifest: Manifest, record: TaskRecord) -> list[str]:
+    """Stored results that are incomplete or impossible."""
+    reference, classes = record.reference, manifest.spec.num_classes
+    images = len(reference.labels)
+    arrays = {"labels": reference.labels, "predictions": reference.predictions}
+    arrays |= {f"{name}:predictions": metrics.predictions for name, metrics in record.files.items()}
+    wrong = [f"{name} has a class that does not exist" for name, values in arrays.items() if _outside(values, classes)]
+    sizes = {"indices": reference.indices, "margins": reference.margins} | arrays
+    for name, metrics in record.files.items():
+        sizes |= {f"{name}:divergences": metrics.divergences, f"{name}:errors": metrics.errors}
+    wrong += [f"{name} has shape {a.shape}, expected ({images},)" for name, a in sizes.items() if a.shape != (images,)]
+    if len(np.unique(reference.indices)) != images:
+        wrong.append("an image is in the results twice")
+    stored = {name.rpartition(":")[0] for name in load_tensors(folder / TASK) if ":" in name}
+    wrong += [f"{MANIFEST} has no figures of {name}" for name in sorted(stored - set(record.files))]
+    measured = {manifest.files.get(name) for name in record.files}
+    # Files with the same content are run once.
+    missing = [name for name in onnx_files(manifest) if manifest.files.get(name) not in measured]
+    return [*wrong, *(f"there are no results of {name}" for name in missing)]
+
+
+def _wrong_precisions(manifest: Manifest, record: TaskRecord) -> list[str]:
+    """Results that the manifest attributes to another precision, whose limits may be looser, than their file has."""
+    export, targets = manifest.data["export"], map(parse_target, manifest.targets)
+    forms = {record_name(t): t.runtime.computes_in(t.precision, export) for t in targets if not t.runs_as_reference}
+    forms |= onnx_files(manifest)
+    return [
+        f"{name} has the precision {metrics.precision} in {MANIFEST}, expected {forms[name].partition('-')[0]}"
+        for name, metrics in record.files.items()
+        if name in forms and metrics.precision != forms[name].partition("-")[0]
+    ]
+
+
+def _outside(values: NDArray[np.integer[Any]], classes: int) -> bool:
+    return bool(((values < 0) | (values >= classes)).any())
+
+
+def _wrong_figures(described: dict[str, Any], record: TaskRecord) -> list[str]:
+    """Figures of the manifest that differ from those of the stored results."""
+    expected = described_results(record)
+    pairs = [("", key, described.get(key), expected[key]) for key in ("images", "reference_top1")]
+    for name, entry in expected["files"].items():
+        pairs += [(f" of {name}", key, described["files"][name][key], value) for key, value in entry.items()]
+    return [
+        f"{key}{where} is {found}, and {recorded} in {MANIFEST}"
+        for where, key, recorded, found in pairs
+        if not _same(recorded, found)
+    ]
+
+
+def _same(recorded: object, found: object) -> bool:
+    if isinstance(recorded, float) and isinstance(found, float):
+        both_nan = math.isnan(recorded) and math.isnan(found)
+        return both_nan or math.isclose(recorded, found, rel_tol=_SAME_MEAN, abs_tol=1e-30)
+    return recorded == found
+
+
+def _golden(folder: Path, manifest: Manifest) -> Finding:
+    """The labels of the golden images exist, and labels and predictions are those of the same images in the task."""
+    tensors = load_tensors(folder / GOLDEN_LOGITS)
+    logits = tensors["logits"].numpy()
+    count, classes = len(manifest.golden), manifest.spec.num_classes
+    if logits.shape != (count, classes):
+        return Finding("labels", False, f"the logits have shape {logits.shape}, expected ({count}, {classes})")
+    if "labels" not in tensors:
+        return Finding("labels", True, "the bundle is of an earlier version that did not store labels")
+    labels = tensors["labels"].numpy()
+    if labels.shape != (count,) or _outside(labels, classes):
+        return Finding("labels", False, f"expected {count} labels from 0 to {classes - 1}, found {labels.tolist()}")
+    record, total = load_record(folder, manifest), (manifest.data.get("task") or {}).get("data_images", 0)
+    if record is None or not total:
+        return Finding("labels", True, f"{count} labels")
+    rows = {int(index): row for row, index in enumerate(record.reference.indices)}
+    shared = [(place, rows[index]) for place, index in enumerate(spread(total, count)) if index in rows]
+    wrong = [place for place, row in shared if not _agrees(record, row, labels[place], logits[place])]
+    fact = f"{len(shared) - len(wrong)} of {len(shared)} images that are also in {TASK} have its label and prediction"
+    return Finding("labels", not wrong, f"{fact}; {manifest.golden[wrong[0]]} differs" if wrong else fact)
+
+
+def _agrees(record: TaskRecord, row: int, label: int, logits: NDArray[np.float64]) -> bool:
+    """Whether a golden image has the label and prediction of row ``row``.
+
+    The prediction there is that of the float32 student, so that another one is possible for nearly equal logits.
+    """
+    reference = record.reference
+    prediction = int(reference.predictions[row])
+    tied = bool(logits.max() - logits[prediction] <= 2 * reference.own_error)
+    return int(label) == int(reference.labels[row]) and (int(logits.argmax()) == prediction or tied)
