@@ -64,14 +64,16 @@ def teacher(
     plugin: Plugins = None,
 ) -> None:
     """Train the recipe's teacher."""
+    from kdexport.core.progress import Reporter
     from training.runs.record import claim, device_name, note_environment
-    from training.train import make_accelerator, rehearse, train_teacher
+    from training.train import claim_data, make_accelerator, rehearse, train_teacher
 
     resolved = _resolve(recipe, set_, data, None)
     rehearse(resolved)
     accelerator = make_accelerator(resolved.train)
     with accelerator.main_process_first():
         claim(out, resolved, "teacher")
+        claim_data(out, resolved, Reporter(quiet=not accelerator.is_main_process).say)
     if accelerator.is_main_process:
         note_environment(out, device_name(), accelerator.num_processes)
     metrics = train_teacher(resolved, out)

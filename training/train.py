@@ -1,6 +1,7 @@
 """The jobs of ``python -m training``: distil a student, train its teacher, evaluate either."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,7 +26,7 @@ from training.distillers import DISTILLERS
 from training.recipe import Recipe, TrainSettings
 from training.runs.handover import Origin, hand_over, student_spec
 from training.runs.loop import Metrics, Run, run, top1
-from training.runs.record import claim, device_name, note_environment
+from training.runs.record import claim, claim_input, device_name, note_environment
 from training.runs.task import DistillationTask, FrozenTeacher, SupervisedTask
 from training.teachers import TEACHERS, Teacher
 from training.teachers.teacher import described_classes, load_teacher_weights
@@ -46,18 +47,32 @@ def distil(recipe: Recipe, directory: Path, teacher_directory: Path | None = Non
     with accelerator.main_process_first():
         claim(directory, recipe, "student")
         report = Reporter(quiet=not accelerator.is_main_process).say
-        dataset = dataset_digest(recipe.data.spec(), directory / "dataset", report)
+        dataset = claim_data(directory, recipe, report)
     # A finished run is only reported again, so this machine did no work on it.
     if accelerator.is_main_process and not (directory / "student").is_dir():
         note_environment(directory, device_name(), accelerator.num_processes)
     if teacher_directory is None:
-        checkpoint = prepare_teacher(recipe, directory / "teacher")
+        checkpoint = prepare_teacher(recipe, directory / "teacher", dataset)
     else:
         shared = recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": 0})})
-        checkpoint = prepare_teacher(shared, teacher_directory)
+        checkpoint = prepare_teacher(shared, teacher_directory, dataset)
     resolved = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"checkpoint": str(checkpoint)})})
     digest = sha256_file(checkpoint) if checkpoint.is_file() else ""
+    if digest:
+        with accelerator.main_process_first():
+            claim_input(directory, "teacher_sha256", digest, str(checkpoint))
     return train_student(resolved, directory, Origin(dataset_sha256=dataset, teacher_sha256=digest))
+
+
+def claim_data(directory: Path, recipe: Recipe, report: Callable[[str], None]) -> str:
+    """Make the data set of ``recipe`` that of the run in ``directory``; returns its digest.
+
+    ``report`` gets one line on the images. Raises ``ConfigError`` if the run has another data set.
+    """
+    spec = recipe.data.spec()
+    dataset = dataset_digest(spec, directory / "dataset", report)
+    claim_input(directory, "dataset_sha256", dataset, spec.root or spec.name)
+    return dataset
 
 
 def rehearse(recipe: Recipe) -> None:
@@ -83,10 +98,14 @@ def rehearse(recipe: Recipe) -> None:
         attach_branches(student, spec)
 
 
-def prepare_teacher(recipe: Recipe, directory: Path) -> Path:
-    """The file of the teacher's weights: that of the recipe, or else in ``directory``, where the teacher is trained."""
+def prepare_teacher(recipe: Recipe, directory: Path, dataset_sha256: str) -> Path:
+    """The file of the teacher's weights: that of the recipe, or else in ``directory``, where the teacher is trained.
+
+    Raises ``ConfigError`` if the teacher in ``directory`` is of another data set.
+    """
     if recipe.teacher.checkpoint:
         return Path(recipe.teacher.checkpoint)
+    claim_input(directory, "dataset_sha256", dataset_sha256, recipe.data.root or recipe.data.name)
     weights = directory / "model.safetensors"
     if not weights.is_file():
         train_teacher(recipe, directory)

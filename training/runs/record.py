@@ -14,6 +14,9 @@ from kdexport.errors import ConfigError, StorageError
 from training import REVISION
 from training.recipe import Recipe, plugin_digests
 
+_INPUTS_FILE = "inputs.json"
+#: What a run reads, by the key of its digest.
+_INPUTS = {"dataset_sha256": "data set", "teacher_sha256": "teacher"}
 _PACKAGES = ("torch", "torchvision", "accelerate", "numpy", "pillow", "safetensors")
 
 
@@ -52,6 +55,53 @@ def difference(directory: Path, recipe: Recipe, job: str) -> str:
             values = [f"{side[key]!r}" if key in side else "missing" for side in (there, here)]
             return f"{key.removeprefix('recipe.')} is {values[0]} there and {values[1]} in this run"
     return ""
+
+
+def claim_input(directory: Path, key: str, sha256: str, place: str) -> None:
+    """Record the digest of the data set (``dataset_sha256``) or of the weights (``teacher_sha256``) of a run.
+
+    ``place`` is where these lie now, for the message: the recipe does not tell, because places may change. Raises
+    ``ConfigError`` if the run in ``directory`` started with others, and ``StorageError`` if it cannot be written.
+    """
+    recorded = recorded_inputs(directory)
+    if recorded.get(key, sha256) != sha256:
+        raise ConfigError(
+            f"{directory} belongs to a run with another {_INPUTS[key]}: its sha256 is {recorded[key][:12]}... there "
+            f"and {sha256[:12]}... in this run ({place}).",
+            remedy="Pass another --out (for a table, another --runs), remove the folder, or pass the "
+            f"{_INPUTS[key]} of that run.",
+        )
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if _read_json(directory / _INPUTS_FILE).get(key) != sha256:
+            write_text(directory / _INPUTS_FILE, json.dumps({**recorded, key: sha256}, indent=2))
+    except OSError as error:
+        raise StorageError(f"Cannot write {directory}: {error.strerror}.", remedy="Pass another --out.") from error
+
+
+def recorded_inputs(directory: Path) -> dict[str, str]:
+    """The digests of what the run in ``directory`` reads, by their keys; without those that are not known yet.
+
+    A run of an earlier version has them only in its student, once an epoch is finished.
+    """
+    found = _read_json(directory / _INPUTS_FILE)
+    for folder in ("best", "student"):
+        provenance = _read_json(directory / folder / "student.json").get("provenance")
+        found = {**(provenance if isinstance(provenance, dict) else {}), **found}
+    return {key: str(found[key]) for key in _INPUTS if found.get(key)}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The table in a JSON file; empty if there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        raise ConfigError(
+            f"{path} is not a JSON object.",
+            remedy="Pass another --out (for a table, another --runs), or remove the folder.",
+        ) from None
 
 
 def _described(recipe: Recipe, job: str) -> dict[str, Any]:

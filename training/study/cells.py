@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdexport.core.digests import digest
+from kdexport.core.digests import digest, sha256_file
 from kdexport.core.files import write_text
+from kdexport.data.datasets import dataset_digest
 from kdexport.errors import ConfigError, KdexportError, ReparamError, TrainingError
 from training.recipe import Recipe, load_recipe, plugin_digests
-from training.runs.record import difference, read_environment
+from training.runs.record import claim_input, difference, read_environment, recorded_inputs
 from training.shipped_recipes import shipped_names
 
 _FAILURE = "failure.json"
@@ -101,11 +102,40 @@ def teacher_directory(cell: Cell, runs: Path) -> Path:
 def run_cell(cell: Cell, runs: Path, distil: Callable[[Recipe, Path, Path], object]) -> None:
     """Run or continue ``cell``; if it diverges or cannot be folded, its folder notes that, and it is not repeated."""
     if read(cell).state in ("done", "failed"):
+        require_same_inputs(cell, runs)
         return
     try:
         distil(cell.recipe, cell.directory, teacher_directory(cell, runs))
     except (TrainingError, ReparamError) as error:
         note_failure(cell, error)
+
+
+def require_same_inputs(cell: Cell, runs: Path) -> None:
+    """Raise ``ConfigError`` if ``cell`` ran with another data set or other teacher weights than those given now."""
+    recorded = recorded_inputs(cell.directory)
+    if "dataset_sha256" in recorded:
+        spec = cell.recipe.data.spec()
+        sha256 = dataset_digest(spec, cell.directory / "dataset")
+        claim_input(cell.directory, "dataset_sha256", sha256, spec.root or spec.name)
+    weights = Path(cell.recipe.teacher.checkpoint or teacher_directory(cell, runs) / "model.safetensors")
+    if "teacher_sha256" in recorded and weights.is_file():
+        claim_input(cell.directory, "teacher_sha256", sha256_file(weights), str(weights))
+
+
+def require_one_data_set(cells: Sequence[Cell]) -> None:
+    """Raise ``ConfigError`` if two cells of one table ran on different data sets of the same name."""
+    seen: dict[str, tuple[str, Path]] = {}
+    for cell in cells:
+        sha256 = recorded_inputs(cell.directory).get("dataset_sha256")
+        if sha256 is None:
+            continue
+        first, folder = seen.setdefault(cell.recipe.data.name, (sha256, cell.directory))
+        if sha256 != first:
+            raise ConfigError(
+                f"The runs {folder} and {cell.directory} are of different data sets: sha256 {first[:12]}... and "
+                f"{sha256[:12]}...",
+                remedy="Pass --recipes or --seeds with runs of one data set, or remove the folder of the other.",
+            )
 
 
 def note_failure(cell: Cell, error: KdexportError) -> None:

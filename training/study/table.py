@@ -12,7 +12,7 @@ from typing import Any
 from kdexport.core.files import write_text
 from kdexport.core.tables import Table, markdown_table
 from kdexport.errors import StorageError
-from training.study.cells import Result, plan, read, run_cell
+from training.study.cells import Result, plan, read, require_one_data_set, run_cell
 
 
 def tabulate(
@@ -30,6 +30,7 @@ def tabulate(
     Raises ``ConfigError`` for unknown recipes and folders of other runs, ``StorageError`` if a file cannot be written.
     """
     cells = plan(patterns, seeds, runs, overrides)
+    require_one_data_set(cells)
     command = shlex.join(["python", "-m", "training", *sys.argv[1:]])
 
     def write() -> None:

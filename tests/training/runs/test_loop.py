@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from kdexport.checkpoint import load_student, open_checkpoint
+from kdexport.data.datasets import dataset_digest
 from kdexport.errors import CheckpointError, ConfigError, DataError, TrainingError
 from tests.training.small_runs import CLASSES, arguments, start, tiny_recipe
 from training.__main__ import app
@@ -25,9 +26,18 @@ from training.distillers.distiller import StepContext
 from training.recipe import TrainSettings
 from training.runs.handover import Origin
 from training.runs.loop import Run, learning_rate, run, top1
+from training.runs.record import claim_input
 from training.runs.state import load_state
 from training.runs.task import StepResult
-from training.train import evaluate_student, evaluate_teacher, make_accelerator, train_student, train_teacher
+from training.train import (
+    distil,
+    evaluate_student,
+    evaluate_teacher,
+    make_accelerator,
+    prepare_teacher,
+    train_student,
+    train_teacher,
+)
 
 ORIGIN = Origin(dataset_sha256="d" * 64, teacher_sha256="e" * 64)
 STEPS, FEATURES = 3, 4
@@ -420,6 +430,45 @@ def test_a_teacher_is_neither_trained_nor_evaluated_where_a_class_is_missing_fro
     with pytest.raises(DataError, match=r"different classes: only in train: ant\.\n"):
         train_teacher(recipe, tmp_path / "run") if job == "train_teacher" else evaluate_teacher(recipe)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_is_not_called_with_other_data_or_other_teacher_weights(
+    distilled: Path, tmp_path: Path, tiny_images: Path
+) -> None:
+    # The student in the folder says that it was distilled on the data "ddd..." from the teacher "eee...".
+    run_folder = tmp_path / "run"
+    shutil.copytree(distilled, run_folder)
+    before = (run_folder / "student" / "student.json").read_bytes()
+    weights = distilled / "teacher" / "model.safetensors"
+    recipe = tiny_recipe(tiny_images, "train.epochs=2", f"teacher.checkpoint={weights}")
+    with pytest.raises(ConfigError, match=r"belongs to a run with another data set: its sha256 is dddddddddddd\.\.\."):
+        distil(recipe, run_folder)
+    own = dataset_digest(recipe.data.spec(), tmp_path / "memory")
+    (run_folder / "inputs.json").write_text(json.dumps({"dataset_sha256": own}))
+    with pytest.raises(ConfigError, match=r"belongs to a run with another teacher: its sha256 is eeeeeeeeeeee\.\.\."):
+        distil(recipe, run_folder)
+    assert (run_folder / "student" / "student.json").read_bytes() == before
+
+
+def test_a_teacher_is_not_shared_by_runs_on_different_data(distilled: Path, tmp_path: Path, tiny_images: Path) -> None:
+    shutil.copytree(distilled / "teacher", tmp_path / "teacher")
+    recipe = tiny_recipe(tiny_images)
+    # This teacher does not say what it was trained on, as those of earlier versions.
+    assert prepare_teacher(recipe, tmp_path / "teacher", "a" * 64) == tmp_path / "teacher" / "model.safetensors"
+    assert prepare_teacher(recipe, tmp_path / "teacher", "a" * 64).is_file()
+    with pytest.raises(ConfigError, match=f"{tmp_path / 'teacher'} belongs to a run with another data set"):
+        prepare_teacher(recipe, tmp_path / "teacher", "b" * 64)
+
+
+def test_the_command_teacher_does_not_continue_on_other_data(tiny_images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "teacher"
+    claim_input(out, "dataset_sha256", "a" * 64, "elsewhere")
+    command = ["teacher", *arguments(tiny_images, out)[1:]]
+    result = CliRunner().invoke(app, command)
+    assert isinstance(result.exception, ConfigError)
+    assert "belongs to a run with another data set" in result.exception.message
+    assert "36 training and 18 test images, 3 classes, 0 files ignored" in result.stderr
+    assert not (out / "metrics.jsonl").exists()
 
 
 def test_a_run_folder_of_another_recipe_is_refused_and_left_alone(tiny_images: Path, tmp_path: Path) -> None:

@@ -1,13 +1,17 @@
 """The cells of a table: planned, run and read."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kdexport.data.datasets import dataset_digest
 from kdexport.errors import ConfigError
-from tests.training.study.planned_cells import PAIR, cells, finished
-from training.study.cells import plan, read, run_cell, teacher_directory
+from tests.training.study.planned_cells import PAIR, cells, finish, finished
+from training.runs.record import claim_input
+from training.study.cells import plan, read, require_one_data_set, run_cell, teacher_directory
 
 
 def test_cells_are_planned_seed_by_seed_each_in_a_folder_of_its_own(tmp_path: Path) -> None:
@@ -57,3 +61,41 @@ def test_errors_of_the_machine_or_the_call_stop_the_table(tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match="no data"):
         run_cell(cells(tmp_path)[0], tmp_path, absent)
     assert read(cells(tmp_path)[0]).state == "not run"
+
+
+def test_a_finished_cell_is_not_reported_for_other_data_or_another_teacher(tmp_path: Path, tiny_images: Path) -> None:
+    weights = tmp_path / "teacher.pt"
+    weights.write_bytes(b"new weights")
+    data = {"data": {"name": f"folder:{tiny_images}"}, "teacher": {"checkpoint": str(weights)}}
+    (cell,) = plan([f"{PAIR}/kd"], (0,), tmp_path, data)
+    finish(cell, 0.5)
+
+    def never(*_: object) -> None:
+        raise AssertionError
+
+    run_cell(cell, tmp_path, never)
+    claim_input(cell.directory, "dataset_sha256", "a" * 64, "elsewhere")
+    with pytest.raises(ConfigError, match=f"{cell.directory} belongs to a run with another data set: .*{tiny_images}"):
+        run_cell(cell, tmp_path, never)
+    own = dataset_digest(cell.recipe.data.spec(), tmp_path / "memory")
+    (cell.directory / "inputs.json").write_text(json.dumps({"dataset_sha256": own, "teacher_sha256": "b" * 64}))
+    with pytest.raises(ConfigError, match=f"another teacher: its sha256 is bbbbbbbbbbbb.*{weights}"):
+        run_cell(cell, tmp_path, never)
+    right = {"dataset_sha256": own, "teacher_sha256": hashlib.sha256(b"new weights").hexdigest()}
+    (cell.directory / "inputs.json").write_text(json.dumps(right))
+    run_cell(cell, tmp_path, never)
+
+
+def test_cells_of_one_table_are_of_one_data_set(tmp_path: Path) -> None:
+    first, second = finished(tmp_path)[:2]
+    require_one_data_set([first, second])
+    claim_input(first.directory, "dataset_sha256", "a" * 64, "here")
+    claim_input(second.directory, "dataset_sha256", "a" * 64, "there")
+    require_one_data_set([first, second])
+    (second.directory / "inputs.json").write_text(json.dumps({"dataset_sha256": "b" * 64}))
+    with pytest.raises(ConfigError) as caught:
+        require_one_data_set([first, second])
+    assert caught.value.message == (
+        f"The runs {first.directory} and {second.directory} are of different data sets: sha256 aaaaaaaaaaaa... and "
+        "bbbbbbbbbbbb..."
+    )
