@@ -21,11 +21,16 @@ from kdexport.core.digests import sha256_file
 from kdexport.data.datasets import spread
 from kdexport.graph.audit import operator_counts
 from kdexport.targets import parse_target
-from kdexport.verify.check import Check, attempt, from_finding
+from kdexport.verify.check import Check, attempt, check_at_most, from_finding
+from kdexport.verify.parity import unit_error
+from kdexport.verify.student_checks import BundleContext
 from kdexport.verify.task_record import TaskRecord, described_results, load_record, record_name
 
 #: Means of float32 values differ between processors in the last digits.
 _SAME_MEAN = 1e-4
+
+#: The largest error over a few golden images is smaller than the one over all images of the build.
+_SAME_ERROR = 10.0
 
 
 def check_consistency(folder: Path, manifest: Manifest) -> list[Check]:
@@ -95,11 +100,39 @@ def _wrong_results(folder: Path, manifest: Manifest, record: TaskRecord) -> list
     return [*wrong, *(f"there are no results of {name}" for name in missing)]
 
 
-def _wrong_precisions(manifest: Manifest, record: TaskRecord) -> list[str]:
-    """Results that the manifest attributes to another precision, whose limits may be looser, than their file has."""
+def check_recorded_errors(context: BundleContext) -> list[Check]:
+    """The errors of each precision that the manifest records are about those measured on the golden images.
+
+    Rung D derives from them which flips are explained and which divergence is allowed, so that a larger one would be a
+    looser limit. The build measures them on other images.
+    """
+    task = context.manifest.data.get("task")
+    if task is None:
+        return []
+    forms = _forms(context.manifest)
+    recorded = {MANIFEST: ("fp32", task["own_error"])}
+    recorded |= {name: (forms[name], entry["unit_error"]) for name, entry in task["files"].items() if name in forms}
+    return [_recorded_error(context, name, form, error) for name, (form, error) in recorded.items()]
+
+
+def _recorded_error(context: BundleContext, name: str, form: str, error: float) -> Check:
+    measured = unit_error(form, context.reference)
+    return check_at_most(
+        "D", name, "recorded error of its precision", error / measured if measured else math.inf if error else 0.0,
+        _SAME_ERROR, unit="x measured", detail=f"{error:.3g} in {MANIFEST}, {measured:.3g} on the golden images",
+    )  # fmt: skip
+
+
+def _forms(manifest: Manifest) -> dict[str, str]:
+    """The form that each file or target of the task computes in."""
     export, targets = manifest.data["export"], map(parse_target, manifest.targets)
     forms = {record_name(t): t.runtime.computes_in(t.precision, export) for t in targets if not t.runs_as_reference}
-    forms |= onnx_files(manifest)
+    return forms | onnx_files(manifest)
+
+
+def _wrong_precisions(manifest: Manifest, record: TaskRecord) -> list[str]:
+    """Results that the manifest attributes to another precision, whose limits may be looser, than their file has."""
+    forms = _forms(manifest)
     return [
         f"{name} has the precision {metrics.precision} in {MANIFEST}, expected {forms[name].partition('-')[0]}"
         for name, metrics in record.files.items()

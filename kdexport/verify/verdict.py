@@ -30,7 +30,7 @@ from kdexport.errors import BundleError, NotExecutedError, UnknownNameError, Ver
 from kdexport.registry import nearest
 from kdexport.targets import Target, parse_target
 from kdexport.verify.check import Check, attempt, check_at_most
-from kdexport.verify.consistency import check_consistency
+from kdexport.verify.consistency import check_consistency, check_recorded_errors
 from kdexport.verify.int8_collapse import explain_collapse
 from kdexport.verify.policy import Policy, stored_policy
 from kdexport.verify.rebuilt_graphs import RebuiltGraphs
@@ -133,6 +133,7 @@ def verify_folder(
         if result.execution is not None:
             executed[str(target)] = result.execution
     if task is None:
+        checks += _checked("D", TASK, partial(check_recorded_errors, context))
         return Verdict(tuple(checks), executed=executed)
     record, faults = measure_task(context, task, progress)
     checks, remedy = explain_collapse(context, [*checks, *faults, *task_checks(record, context.policy)])

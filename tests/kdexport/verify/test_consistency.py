@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kdexport.bundle.manifest import hash_files, read_manifest
+from kdexport.bundle.manifest import hash_files, read_golden, read_manifest
 from kdexport.verify import verdict
-from kdexport.verify.consistency import check_consistency
+from kdexport.verify.consistency import check_consistency, check_recorded_errors
 from kdexport.verify.policy import Policy, looser_than_default, parse_policy
-from kdexport.verify.student_checks import check_integrity
+from kdexport.verify.student_checks import check_integrity, student_checks
 from kdexport.verify.verdict import Verdict, replay
 from tests.conftest import Built, Command
 
@@ -162,6 +162,28 @@ def test_a_prediction_of_the_task_that_the_golden_logits_contradict_is_found(bun
     tensors_changed(bundle_copy / TASK, edit)
     tampered(bundle_copy)
     assert failed(bundle_copy)[f"{GOLDEN} labels"].endswith(f"; {manifest.golden[0]} differs")
+
+
+@pytest.mark.parametrize(
+    ("edit", "name"),
+    [
+        (lambda task: task["files"][FP16].update(unit_error=1.0), FP16),
+        (lambda task: task.update(own_error=float("inf")), "manifest.json"),
+        (lambda task: task["files"]["model.onnx"].update(unit_error=float("nan")), "model.onnx"),
+    ],
+)
+def test_a_recorded_error_that_would_loosen_rung_d_is_found(
+    edit: Callable[[dict[str, Any]], object], name: str, bundle_copy: Path
+) -> None:
+    def recorded(folder: Path) -> dict[str, bool]:
+        manifest = read_manifest(folder)
+        _, context = student_checks(folder, manifest, read_golden(folder, manifest))
+        assert context is not None
+        return {check.subject: check.holds for check in check_recorded_errors(context)}
+
+    assert recorded(bundle_copy) == {"manifest.json": True, "model.onnx": True, FP16: True}
+    tampered(bundle_copy, lambda data: edit(data["task"]))
+    assert [subject for subject, holds in recorded(bundle_copy).items() if not holds] == [name]
 
 
 @pytest.mark.parametrize("file", ["unfused.safetensors", "model.onnx", TASK, GOLDEN])
