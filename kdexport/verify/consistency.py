@@ -118,7 +118,7 @@ def check_recorded_errors(context: BundleContext) -> list[Check]:
 def _recorded_error(context: BundleContext, name: str, form: str, error: float) -> Check:
     measured = unit_error(form, context.reference)
     return check_at_most(
-        "D", name, "recorded error of its precision", error / measured if measured else math.inf if error else 0.0,
+        "files", name, "recorded error of its precision", error / measured if measured else math.inf if error else 0.0,
         _SAME_ERROR, unit="x measured", detail=f"{error:.3g} in {MANIFEST}, {measured:.3g} on the golden images",
     )  # fmt: skip
 

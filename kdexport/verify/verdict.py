@@ -133,7 +133,7 @@ def verify_folder(
         if result.execution is not None:
             executed[str(target)] = result.execution
     if task is None:
-        checks += _checked("D", TASK, partial(check_recorded_errors, context))
+        checks += _checked("files", TASK, partial(check_recorded_errors, context))
         return Verdict(tuple(checks), executed=executed)
     record, faults = measure_task(context, task, progress)
     checks, remedy = explain_collapse(context, [*checks, *faults, *task_checks(record, context.policy)])
