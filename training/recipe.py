@@ -4,7 +4,7 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from kdexport.core.toml import Settings, parse, read_toml
 from kdexport.data.datasets import DatasetSpec, dataset_spec
@@ -13,7 +13,15 @@ from kdexport.plugins import has_plugins
 from training.distillers.settings import AnyDistiller, KDiffusionSettings, NonNegative, Positive
 from training.shipped_recipes import shipped_names, shipped_recipe
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+def _on_unit_scale(value: float) -> float:
+    if not 0 <= value <= 1:
+        raise ValueError("must be from 0 to 1, because pixels are divided by 255 before; divide it by 255 too")
+    return value
+
+
+Mean = Annotated[float, Field(allow_inf_nan=False), AfterValidator(_on_unit_scale)]
+Deviation = Annotated[Positive, AfterValidator(_on_unit_scale)]
 
 
 class DataSettings(Settings):
@@ -24,8 +32,8 @@ class DataSettings(Settings):
     image_size: Annotated[int, Field(ge=8, le=1024)] = 32
     #: Pixels of the short side before the central crop at evaluation; 0 means ``image_size``.
     resize: Annotated[int, Field(ge=0)] = 0
-    mean: tuple[Finite, Finite, Finite] = (0.5071, 0.4867, 0.4408)
-    std: tuple[Positive, Positive, Positive] = (0.2675, 0.2565, 0.2761)
+    mean: tuple[Mean, Mean, Mean] = (0.5071, 0.4867, 0.4408)
+    std: tuple[Deviation, Deviation, Deviation] = (0.2675, 0.2565, 0.2761)
     crop_padding: Annotated[int, Field(ge=0)] = 4
     flip: bool = True
     workers: Annotated[int, Field(ge=0)] = 2
@@ -51,8 +59,8 @@ class TeacherSettings(Settings):
     epochs: Annotated[int, Field(ge=1)] = 240
     learning_rate: Positive = 0.05
     #: The normalisation with which the teacher was trained; without it, that of the student.
-    mean: tuple[Finite, Finite, Finite] | None = None
-    std: tuple[Positive, Positive, Positive] | None = None
+    mean: tuple[Mean, Mean, Mean] | None = None
+    std: tuple[Deviation, Deviation, Deviation] | None = None
 
 
 class StudentSettings(Settings):

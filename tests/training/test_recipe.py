@@ -131,7 +131,11 @@ def test_an_unknown_key_is_named_with_the_nearest(override: str, problem: str) -
         "data.name=3",
         "data.mean=[0.5,0.5]",
         "data.mean=[0.5,0.5,nan]",
+        "data.mean=[123.7,116.3,103.5]",
+        "data.mean=[0.5,-0.1,0.5]",
+        "data.std=[58.4,57.1,57.4]",
         "data.std=[0.5,0.0,0.5]",
+        "teacher.mean=[123.7,116.3,103.5]",
         "data.image_size=4",
         "distiller.num_branches=17",
         "distiller.weight=inf",
@@ -143,6 +147,12 @@ def test_a_wrong_type_or_range_is_refused_and_nothing_is_converted(override: str
     message = refused("digits", override)
     assert override.partition("=")[0] in message
     assert message.endswith("Correct the file or the option, then run the same command again.")
+
+
+def test_means_on_the_scale_of_bytes_are_refused_with_what_to_do() -> None:
+    message = refused("digits", "teacher.std=[0.2,58.4,0.2]")
+    assert "teacher.std.1 = 58.4 (float)" in message
+    assert "must be from 0 to 1, because pixels are divided by 255 before; divide it by 255 too." in message
 
 
 def test_every_problem_is_reported_at_once() -> None:
