@@ -353,7 +353,7 @@ class _MergePlanner:
         self._context = context
         self._shapes: Shapes = evaluation.shapes
         self._terms: dict[fx.Node, list[Term]] = {}
-        self._operators: dict[fx.Node, Operator] = {}
+        self._linear: set[fx.Node] = set()
         self._reasons: Reasons = {}
 
     def plan(self) -> Plan:
@@ -364,7 +364,7 @@ class _MergePlanner:
                 self._reasons[node] = error.message
                 continue
             if operator is not None:
-                self._operators[node] = operator
+                self._linear.add(node)
                 terms = self._value(node, operator)
                 if terms is not None:
                     self._terms[node] = terms
@@ -385,7 +385,7 @@ class _MergePlanner:
         name = (
             str(source.target).removeprefix("aten.").partition(".")[0] if source.op == "call_function" else "an input"
         )
-        if source in self._operators and len(source.users) > 1:
+        if source in self._linear and len(source.users) > 1:
             fact = f"The batch norm follows {name}, whose output is read by {len(source.users)} operators"
         else:
             fact = f"The batch norm follows {name}, which is not a convolution or linear layer with no other reader"
@@ -393,8 +393,12 @@ class _MergePlanner:
 
     def _value(self, node: fx.Node, operator: Operator) -> list[Term] | None:
         if isinstance(operator, Layer):
-            before = self._path(operator.source, len(operator.source.users) == 1)
-            path = extend(before, operator, self._shapes, self._reasons)
+            private = len(operator.source.users) == 1
+            path = extend(self._path(operator.source, private), operator, self._shapes, self._reasons)
+            if private and operator.kind == "batch norm":
+                # The path contains the layer, whose weights need not be held twice. A padding is different: a border
+                # that is written later starts at the same source.
+                self._terms.pop(operator.source, None)
             return [Term(path, 1.0, (node,))]
         if isinstance(operator, Concat):
             paths = [self._path(operand, self._is_private(operand, operator)) for operand in operator.operands]

@@ -1,6 +1,6 @@
 """Runs functional graphs in float64, whole and in parts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,20 @@ _FACTORIES = {
 }
 
 
+class Constants(dict[fx.Node, Any]):
+    """Values that depend on weights alone. Weights are stored as they are and read in float64, which saves memory."""
+
+    def __getitem__(self, node: fx.Node) -> Any:
+        value = super().__getitem__(node)
+        return _wide(value) if isinstance(value, Tensor) else value
+
+    def get(self, node: fx.Node, default: Any = None) -> Any:
+        """The value of ``node`` in float64, ``default`` if it is not constant."""
+        if node not in self:
+            return default
+        return self[node]
+
+
 class Evaluation(fx.Interpreter):
     """A graph in float64 on the CPU, whatever the type and device of its weights.
 
@@ -33,7 +47,7 @@ class Evaluation(fx.Interpreter):
         self.graph: fx.Graph = module.graph
         self.extra_traceback = False
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
-        self.constants: dict[fx.Node, Any] = {}
+        self.constants = Constants()
         self.scalars: dict[fx.Node, int] = {}
 
     def evaluate(self, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -62,13 +76,7 @@ class Evaluation(fx.Interpreter):
     def compute(self, wanted: Sequence[fx.Node], given: Mapping[fx.Node, Any]) -> list[Any]:
         """The values of some nodes, where those of ``given`` are given."""
         known = {**self.scalars, **given}
-        needed, pending = set(wanted), [node for node in wanted if node not in known]
-        while pending:
-            for node in pending.pop().all_input_nodes:
-                if node not in needed:
-                    needed.add(node)
-                    if node not in known:
-                        pending.append(node)
+        needed = _needed(wanted, known)
         last_use = {node: user for user in self.graph.nodes if user in needed for node in user.all_input_nodes}
         drop: dict[fx.Node, list[fx.Node]] = {}
         for node, user in last_use.items():
@@ -91,7 +99,7 @@ class Evaluation(fx.Interpreter):
             inputs = n.all_input_nodes
             computed = inputs and all(node in self.constants for node in inputs)
             if n.op == "get_attr" or n.target in _FACTORIES or (n.op == "call_function" and computed):
-                self.constants[n] = value
+                self.constants[n] = self.fetch_attr(str(n.target)).detach() if n.op == "get_attr" else value
         elif isinstance(value, int):
             self.scalars[n] = value
         return value
@@ -104,6 +112,22 @@ class Evaluation(fx.Interpreter):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """An operator, with every narrower floating type that it names replaced by float64."""
         return super().call_function(target, _map(args), _map(kwargs))
+
+
+def between(entry: fx.Node, results: Sequence[fx.Node]) -> set[fx.Node]:
+    """The nodes that compute ``results`` from the value of ``entry``, without it, and what they read besides."""
+    return _needed(results, {entry}) - {entry}
+
+
+def _needed(wanted: Sequence[fx.Node], known: Container[fx.Node]) -> set[fx.Node]:
+    needed, pending = set(wanted), [node for node in wanted if node not in known]
+    while pending:
+        for node in pending.pop().all_input_nodes:
+            if node not in needed:
+                needed.add(node)
+                if node not in known:
+                    pending.append(node)
+    return needed
 
 
 def _wide(value: Tensor) -> Tensor:

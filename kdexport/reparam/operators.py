@@ -518,3 +518,6 @@ _READERS: dict[Any, Callable[[fx.Node, GraphContext], Operator | None]] = {
     _ATEN.cat.default: read_cat,
     _ATEN.slice_scatter.default: read_pad_with_border,
 }
+
+#: Linear operators that treat each image of a batch alike, so that one image shows what they compute.
+PER_IMAGE = frozenset(_READERS) - {_ATEN.slice_scatter.default, operator.getitem}

@@ -73,7 +73,10 @@ def fuse_module(source: nn.Module | ExportedProgram, example_inputs: Sequence[Te
     batch = inputs[0].shape[0] if inputs and inputs[0].dim() else 1
     before = _size(evaluation, batch)
     plan = find_merges(evaluation)
+    left_alone = plan.left_alone
     blocks, hazards = rewrite(evaluation, plan)
+    # It holds all merged weights in float64.
+    del plan
     roundings = prune_unused(module)
     errors = [
         relative_error(found, wanted, infinities=True)
@@ -96,7 +99,7 @@ def fuse_module(source: nn.Module | ExportedProgram, example_inputs: Sequence[Te
         module=written.module(),
         program=written,
         certificate=certificate,
-        left_alone=plan.left_alone,
+        left_alone=left_alone,
         before=before,
         after=after,
         weights=tuple(item.name for item in roundings),

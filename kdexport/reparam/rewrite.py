@@ -22,8 +22,8 @@ from kdexport.reparam.certificate import (
 )
 from kdexport.reparam.convolution import Convolution
 from kdexport.reparam.dataflow import Plan, Rewrite, Stage, describe, is_rewritten, same_weights
-from kdexport.reparam.evaluation import Evaluation
-from kdexport.reparam.operators import LAYERS, NORMS, GraphContext, arguments, module_paths, swap_channels
+from kdexport.reparam.evaluation import Evaluation, between
+from kdexport.reparam.operators import LAYERS, NORMS, PER_IMAGE, GraphContext, arguments, module_paths, swap_channels
 
 
 class Merged(nn.Module):
@@ -166,7 +166,7 @@ class _Writer:
             return self._keep(stage, value)
         name = self._name(stage)
         with torch.no_grad():
-            noise = hostile_input(self._shapes[stage.entry])
+            noise = hostile_input(self._noise_shape(stage))
             reference = sum(self._evaluation.compute(stage.results, {stage.entry: noise, **self._given(stage, noise)}))
             written = self._convolution(stage, value, name)
             candidate = self._evaluation.compute([written], {value: noise})[0]
@@ -175,6 +175,13 @@ class _Writer:
         self.blocks.append(BlockCertificate(name=name, kind=describe(stage), relative_error=error))
         self._warn(stage, name)
         return written
+
+    def _noise_shape(self, stage: Stage) -> tuple[int, ...]:
+        """The shape that the stage reads, with one image if all of its operators treat each image alike."""
+        shape = self._shapes[stage.entry]
+        entry = self._replaced.get(stage.entry, stage.entry)
+        nodes = between(entry, stage.results) - self._evaluation.constants.keys()
+        return (1, *shape[1:]) if all(node.target in PER_IMAGE for node in nodes) else shape
 
     def _warn(self, stage: Stage, name: str) -> None:
         constant, trained = self._context.constant, []
