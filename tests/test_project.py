@@ -20,6 +20,7 @@ SPANNING = {
     "kdexport/graph/test_audit_int8.py": "the audit, on the files that the quantizer writes",
     "kdexport/graph/test_students_export.py": "export, cast and audit of every registered student",
     "kdexport/reparam/test_absorbed_pads.py": "adapters composed into padded convolutions, from structure to fold",
+    "kdexport/reparam/test_timm_networks.py": "networks of timm, from export to certificate",
     "kdexport/reparam/test_mutated_merges.py": "wrong merges put into every module of the algebra",
     "kdexport/serving/test_error_texts.py": "no response holds the exception text of a library",
     "kdexport/serving/test_fuzz.py": "random requests to a running server",
