@@ -63,7 +63,7 @@ def _opsets(model: onnx.ModelProto) -> dict[str, int]:
 
 
 def _ends(values: Iterable[onnx.ValueInfoProto], model: onnx.ModelProto) -> list[tuple[str, str, list[str]]]:
-    """(name, type, dimensions) of the inputs or outputs that are no constants; a free dimension is ``?``."""
+    """(name, type, dimensions) of the inputs or outputs that are not constants; a free dimension is ``?``."""
     constants = {item.name for item in model.graph.initializer}
     found = []
     for value in values:

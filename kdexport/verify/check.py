@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from kdexport.backends.base import Finding
-from kdexport.errors import KdexportError, MachineError
+from kdexport.errors import KdexportError, MachineError, UnknownNameError
 
 T = TypeVar("T")
 
@@ -73,11 +73,12 @@ def attempt(rung: str, subject: str, run: Callable[[], T]) -> "T | Check":
     """The result of ``run``, or a failed check of ``subject`` where it raises an exception.
 
     The readers of ONNX, safetensors, images and engine tables raise exceptions of many types for a damaged file. Errors
-    of the machine are raised as they are: they do not say that the file is wrong.
+    of the machine are raised as they are, and so is an unknown name, which a plugin may have: neither shows that the
+    file is wrong.
     """
     try:
         return run()
-    except (MachineError, MemoryError):
+    except (MachineError, MemoryError, UnknownNameError):
         raise
     except KdexportError as error:
         return broken(rung, subject, error.message)

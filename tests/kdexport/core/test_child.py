@@ -39,7 +39,7 @@ KINDS = {
     "a latency session": ("onnxruntime", SESSION.format(clock="host")),
     "the server of a latency session": ("uvicorn", SESSION.format(clock="serve")),
     "the trial of a bundle": (
-        "pydantic",
+        "asyncio",
         """
         from pathlib import Path
         from kdexport.serving.isolated_load import try_bundle

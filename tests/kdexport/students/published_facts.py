@@ -12,7 +12,7 @@ Activation = Literal["relu", "relu6", "hardswish"]
 SHARED = r"has 2 users"
 #: The next layer is a depthwise convolution.
 GROUPED = r"has \d+ groups"
-POOLED = r"lies MaxPool2d|lies max_pool2d"
+POOLED = r"is MaxPool2d|is max_pool2d"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
