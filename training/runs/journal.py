@@ -30,6 +30,7 @@ class Journal:
         from torch.utils.tensorboard import SummaryWriter
 
         # One file for all epochs: TensorBoard reads files of the same second in the order of their names.
+        _wait_for_a_second_of_its_own(directory / "tensorboard")
         self._scalars = SummaryWriter(str(directory / "tensorboard"), purge_step=done + 1)
         self._directory, self._title, self._teacher_top1, self._say = directory, title, teacher_top1, say
         self._draws, self._drawn_at = draws, time.monotonic()
@@ -75,3 +76,14 @@ class Journal:
 
 def _jsonl(lines: Sequence[Line]) -> str:
     return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def _wait_for_a_second_of_its_own(folder: Path) -> None:
+    """Return in a later second than that of any event file in ``folder``.
+
+    A run that continues within a second of its end would else be read before the run that it continues.
+    """
+    seconds = [path.name.split(".")[3] for path in folder.glob("events.out.tfevents.*.*")]
+    now = time.time()
+    if str(int(now)) in (second.lstrip("0") for second in seconds):
+        time.sleep(int(now) + 1 - now)

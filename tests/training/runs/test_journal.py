@@ -1,5 +1,6 @@
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,19 @@ def test_without_matplotlib_the_run_continues_with_one_warning(tmp_path: Path, m
     assert "pip install 'kdexport[plots]'" in said[0]
     assert not list(tmp_path.glob("*.png"))
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_run_that_continues_in_the_same_second_is_read_after_the_run_before(tmp_path: Path) -> None:
+    """TensorBoard reads event files by name: the second of their start, then host and process."""
+    folder = tmp_path / "tensorboard"
+    folder.mkdir()
+    # So near to the next second that the file could else be named after it by chance.
+    while time.time() % 1 > 0.7:
+        time.sleep(0.05)
+    earlier = folder / f"events.out.tfevents.{int(time.time()):010d}.zzz.99999.0"
+    earlier.touch()
+    with journal(tmp_path, [], draws=False) as written:
+        written.write(HISTORY[:1], [], last=False)
+    names = sorted(path.name for path in folder.iterdir())
+    assert len(names) == 2
+    assert names[0] == earlier.name
