@@ -1,0 +1,1 @@
+"""Networks and weights that were not made here: libraries, factories, exported programs and files of weights."""
