@@ -109,12 +109,25 @@ def save_checkpoint(directory: Path, student: "nn.Module", spec: StudentSpec) ->
     (directory / _SPEC).write_text(json.dumps(spec.to_json(), indent=2, sort_keys=True) + "\n")
 
 
-def save_tensors(path: Path, tensors: "dict[str, Tensor]") -> None:
-    """Write tensors as safetensors, on the CPU and contiguous."""
+def save_tensors(path: Path, tensors: "dict[str, Tensor]", metadata: dict[str, str] | None = None) -> None:
+    """Write tensors as safetensors, on the CPU and contiguous, with ``metadata`` in the header of the file."""
     from safetensors.torch import save
 
     # Serialized first and written by Python, so that a full disk raises OSError, not an error of safetensors.
-    path.write_bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
+    path.write_bytes(save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata))
+
+
+def load_metadata(path: Path) -> dict[str, str]:
+    """The metadata in the header of a safetensors file; raises ``CheckpointError`` if it is of another format."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is truncated or not a safetensors file: {error}.", remedy="Copy the file from its source again."
+        ) from error
 
 
 def load_tensors(path: Path) -> "dict[str, Tensor]":

@@ -58,9 +58,16 @@ class TeacherSettings(Settings):
     checkpoint: str = ""
     epochs: Annotated[int, Field(ge=1)] = 240
     learning_rate: Positive = 0.05
-    #: The normalisation with which the teacher was trained; without it, that of the student.
+    #: The normalisation with which the teacher was trained, if its weights do not tell; without it, the student's.
     mean: tuple[Mean, Mean, Mean] | None = None
     std: tuple[Deviation, Deviation, Deviation] | None = None
+
+    @model_validator(mode="after")
+    def _normalisation_is_whole(self) -> "TeacherSettings":
+        if (self.mean is None) != (self.std is None):
+            given, missing = ("mean", "std") if self.std is None else ("std", "mean")
+            raise ValueError(f"{given} is given without {missing}; set both, or neither")
+        return self
 
 
 class StudentSettings(Settings):
@@ -204,11 +211,49 @@ def _similar(name: str) -> str:
 
 
 def _extended(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    """``top`` merged over ``base``; a different data set does not inherit the path of the base."""
-    data, new = base.get("data"), top.get("data")
-    if isinstance(data, dict) and isinstance(new, dict) and new.get("name", data.get("name")) != data.get("name"):
-        base = {**base, "data": {key: value for key, value in data.items() if key != "root"}}
+    """``top`` merged over ``base``, without the keys of ``base`` that are facts about what ``top`` replaces.
+
+    Another data set does not inherit the path of the base; another data set or another teacher does not inherit the
+    normalisation of the base's teacher. Raises ``ConfigError`` if only the student would get the normalisation of
+    ``top``, although the base sets one for the teacher.
+    """
+    if _replaces(base, top, "data"):
+        base = _without(base, "data", "root")
+    if _replaces(base, top, "data") or _replaces(base, top, "teacher"):
+        base = _without(base, "teacher", *_STATISTICS)
+    _require_whole_normalisation(base, top)
     return _merged(base, top)
+
+
+_STATISTICS = ("mean", "std")
+
+
+def _table(tables: dict[str, Any], name: str) -> dict[str, Any]:
+    value = tables.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def _replaces(base: dict[str, Any], top: dict[str, Any], table: str) -> bool:
+    """Whether ``top`` has another ``name`` in ``table`` than ``base``."""
+    old, new = _table(base, table).get("name"), _table(top, table).get("name")
+    return old is not None and new is not None and new != old
+
+
+def _without(tables: dict[str, Any], name: str, *keys: str) -> dict[str, Any]:
+    if not isinstance(tables.get(name), dict):
+        return tables
+    return {**tables, name: {key: value for key, value in tables[name].items() if key not in keys}}
+
+
+def _require_whole_normalisation(base: dict[str, Any], top: dict[str, Any]) -> None:
+    student, teacher = _table(top, "data"), _table(base, "teacher")
+    for key in _STATISTICS:
+        if key in student and key in teacher and key not in _table(top, "teacher") and student[key] != teacher[key]:
+            raise ConfigError(
+                f"data.{key} is changed to {student[key]}, but the recipe below it also sets teacher.{key}, to "
+                f"{teacher[key]}: the teacher would keep that one.",
+                remedy="Set teacher.mean and teacher.std too, to those with which the teacher was trained, or will be.",
+            )
 
 
 def _merged(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,9 @@ from training.runs.loop import Metrics, Run, run, top1
 from training.runs.record import claim, claim_input, device_name, note_environment
 from training.runs.task import DistillationTask, FrozenTeacher, SupervisedTask
 from training.teachers import TEACHERS, Teacher
-from training.teachers.teacher import described_classes, load_teacher_weights
+from training.teachers.description import TeacherDescription, described_teacher
+from training.teachers.teacher import load_teacher_weights
+from training.teaching import TeacherInput, teacher_input
 
 _CALIBRATION_BATCHES = 8
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -85,7 +87,7 @@ def rehearse(recipe: Recipe) -> None:
     size = recipe.data.image_size
     # Initialising a large teacher takes seconds. A distiller may read its values, so every weight is 1 instead.
     with init_empty_weights(include_buffers=False):
-        teacher = TEACHERS.build(recipe.teacher.name, num_classes=2, image_size=size)
+        teacher = _build_teacher(recipe, 2, _known_input(recipe).preprocessing.image_size)
     values = {
         name: torch.ones_like(value, device="cpu") if value.is_meta else value
         for name, value in teacher.state_dict().items()
@@ -122,11 +124,13 @@ def train_teacher(recipe: Recipe, directory: Path) -> Metrics:
     )
     accelerator = make_accelerator(settings)
     train, test = open_dataset(recipe.data.spec(), "train"), open_dataset(recipe.data.spec(), "test")
+    own = teacher_input(recipe.teacher, recipe.data)
+    Reporter(quiet=not accelerator.is_main_process).say(f"teacher {recipe.teacher.name}: {own}")
     # The teacher is trained with the normalisation of its inputs during distillation.
-    own = {"mean": recipe.teacher.mean or recipe.data.mean, "std": recipe.teacher.std or recipe.data.std}
-    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=own)})
+    statistics = {"mean": own.preprocessing.mean, "std": own.preprocessing.std}
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=statistics)})
     torch.manual_seed(settings.seed)
-    teacher = _build_teacher(recipe, train).to(accelerator.device)
+    teacher = _build_teacher(recipe, len(train.classes), recipe.data.image_size).to(accelerator.device)
     teacher.to(memory_format=torch.channels_last)
     job = Run(
         directory=directory,
@@ -141,10 +145,12 @@ def train_teacher(recipe: Recipe, directory: Path) -> Metrics:
     )
     history = run(job, accelerator)
     if accelerator.is_main_process:
-        about = {"teacher": recipe.teacher.name, "classes": list(train.classes), "metrics": history[-1]}
-        write_text(directory / "teacher.json", json.dumps(about, indent=2))
+        about = TeacherDescription(classes=train.classes, preprocessing=own.preprocessing)
+        written = {**about.to_json(recipe.teacher.name), "metrics": history[-1]}
+        write_text(directory / "teacher.json", json.dumps(written, indent=2))
         # The weights are written last: they mark the teacher as complete.
-        write_file(directory / "model.safetensors", lambda path: save_tensors(path, teacher.state_dict()))
+        metadata = about.metadata(recipe.teacher.name)
+        write_file(directory / "model.safetensors", lambda path: save_tensors(path, teacher.state_dict(), metadata))
     accelerator.wait_for_everyone()
     return history[-1]
 
@@ -155,6 +161,7 @@ def train_student(recipe: Recipe, directory: Path, origin: Origin) -> Metrics:
     train, test = open_dataset(recipe.data.spec(), "train"), open_dataset(recipe.data.spec(), "test")
     evaluation = EvaluationBatches(test, recipe.data, device=accelerator.device)
     batches = _batches(train, recipe, accelerator)
+    Reporter(quiet=not accelerator.is_main_process).say(f"teacher {recipe.teacher.name}: {_known_input(recipe)}")
     distillation = prepare_distillation(recipe, train, batches, accelerator.device)
     teacher_top1 = top1(_logits_only(distillation.frozen), evaluation)
 
@@ -230,6 +237,7 @@ def evaluate_teacher(recipe: Recipe) -> float:
     device = make_accelerator(recipe.train.model_copy(update={"mixed_precision": "no"})).device
     test = _reported_test_split(recipe)
     teacher = _trained_teacher(recipe, test)
+    Reporter().say(f"teacher {recipe.teacher.name}: {_known_input(recipe)}")
     exact = recipe.model_copy(
         update={"train": recipe.train.model_copy(update={"mixed_precision": "no", "teacher_precision": "no"})}
     )
@@ -276,8 +284,8 @@ def _precision(setting: str) -> Precision:
     return "bf16" if setting == "bf16" else "fp16" if setting == "fp16" else "no"
 
 
-def _build_teacher(recipe: Recipe, images: ImageSet) -> Teacher:
-    return TEACHERS.build(recipe.teacher.name, num_classes=len(images.classes), image_size=recipe.data.image_size)
+def _build_teacher(recipe: Recipe, num_classes: int, image_size: int) -> Teacher:
+    return TEACHERS.build(recipe.teacher.name, num_classes=num_classes, image_size=image_size)
 
 
 def _reported_test_split(recipe: Recipe) -> ImageSet:
@@ -286,11 +294,18 @@ def _reported_test_split(recipe: Recipe) -> ImageSet:
     return test
 
 
+def _known_input(recipe: Recipe) -> TeacherInput:
+    """The preprocessing of the recipe's teacher, that of its weights if they tell."""
+    path = Path(recipe.teacher.checkpoint)
+    known = described_teacher(path).preprocessing if recipe.teacher.checkpoint else None
+    return teacher_input(recipe.teacher, recipe.data, known, str(path))
+
+
 def _trained_teacher(recipe: Recipe, images: ImageSet) -> Teacher:
     """The teacher with the weights of its checkpoint.
 
-    Raises ``CheckpointError`` if there is no checkpoint, if it cannot be read, or if a teacher.json in its folder has
-    other classes: logits are matched with classes by position.
+    Raises ``CheckpointError`` if there is no checkpoint, if it cannot be read, or if its description has other classes:
+    logits are matched with classes by position.
     """
     if not recipe.teacher.checkpoint:
         raise CheckpointError(
@@ -298,14 +313,14 @@ def _trained_teacher(recipe: Recipe, images: ImageSet) -> Teacher:
             remedy="Pass --teacher-checkpoint FILE.",
         )
     path = Path(recipe.teacher.checkpoint)
-    trained = described_classes(path)
+    trained = described_teacher(path).classes
     if trained is not None and trained != images.classes:
         raise CheckpointError(
             f"The teacher {path} was trained for {len(trained)} classes, the data set has {len(images.classes)}: "
             f"{class_difference(trained, images.classes, 'the teacher', 'the data set')}.",
             remedy="Pass --teacher-checkpoint with a teacher of this data set, or the data set that it was trained on.",
         )
-    teacher = _build_teacher(recipe, images)
+    teacher = _build_teacher(recipe, len(images.classes), _known_input(recipe).preprocessing.image_size)
     load_teacher_weights(teacher, path)
     return teacher
 
@@ -326,10 +341,10 @@ def _freeze(teacher: Teacher, recipe: Recipe, device: torch.device) -> FrozenTea
     settings = recipe.train
     precision = settings.mixed_precision if settings.teacher_precision == "auto" else settings.teacher_precision
     frozen = FrozenTeacher(teacher, device, _PRECISIONS.get(_precision(precision)), settings.compile)
-    own = preprocessing_of(recipe.data)
-    mean, std = recipe.teacher.mean or own.mean, recipe.teacher.std or own.std
-    student_mean, student_std = _column(own.mean), _column(own.std)
-    frozen.renormalise(student_std / _column(std), (student_mean - _column(mean)) / _column(std))
+    given, own = preprocessing_of(recipe.data), _known_input(recipe).preprocessing
+    mean, std = _column(own.mean), _column(own.std)
+    frozen.renormalise(_column(given.std) / std, (_column(given.mean) - mean) / std)
+    frozen.resize(own.image_size)
     return frozen
 
 

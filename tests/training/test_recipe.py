@@ -32,7 +32,7 @@ def test_a_recipe_lies_over_the_one_it_extends(tmp_path: Path) -> None:
     top = write(tmp_path / "deep" / "top.toml", 'extends = "../base.toml"\n[train]\nepochs = 9\n')
     recipe = load_recipe(top, {"train": {"seed": 11}})
     assert (recipe.train.epochs, recipe.train.seed, recipe.train.batch_size) == (9, 11, 64)
-    assert (recipe.teacher.name, recipe.teacher.std) == ("resnet20", (0.2673, 0.2564, 0.2761))
+    assert (recipe.teacher.name, recipe.student.name) == ("resnet20", "mobilenetv2")
 
 
 def test_a_relative_base_is_found_from_any_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,3 +261,30 @@ def test_training_commands_refuse_bad_recipes() -> None:
         run_command("resolve", "--recipe", "digits", "--set", "train.epochs=3", module="training").stdout
     )
     assert resolved["recipe"]["train"]["epochs"] == 3
+
+
+PUBLIC = (0.5070, 0.4865, 0.4409)
+
+
+def test_another_data_set_or_teacher_does_not_keep_the_normalisation_of_the_teacher() -> None:
+    assert load_recipe("cifar100", {"data": {"root": "x"}}).teacher.mean == PUBLIC
+    assert load_recipe("cifar100", {"teacher": {"checkpoint": "t.pt"}}).teacher.mean == PUBLIC
+    for change in ({"data": {"name": "folder:x"}}, {"teacher": {"name": "resnet20"}}):
+        changed = load_recipe("cifar100", change)
+        assert (changed.teacher.mean, changed.teacher.std) == (None, None)
+
+
+def test_the_student_alone_is_not_given_another_normalisation() -> None:
+    half = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+    with pytest.raises(ConfigError, match=r"data\.mean is changed to \[0\.5, 0\.5, 0\.5\], but .* teacher\.mean"):
+        load_recipe("cifar100", {"data": half})
+    assert load_recipe("cifar100", {"data": half, "teacher": half}).teacher.mean == (0.5, 0.5, 0.5)
+    kept = {"mean": list(PUBLIC), "std": [0.2673, 0.2564, 0.2761]}
+    assert load_recipe("cifar100", {"data": half, "teacher": kept}).teacher.mean == PUBLIC
+    # Where the teacher has no normalisation of its own, it follows the student.
+    assert load_recipe("digits", {"data": half}).teacher.mean is None
+
+
+def test_a_mean_without_a_deviation_is_refused() -> None:
+    with pytest.raises(ConfigError, match="mean is given without std; set both, or neither"):
+        load_recipe("digits", {"teacher": {"mean": [0.5, 0.5, 0.5]}})

@@ -122,7 +122,7 @@ class FrozenTeacher:
         network = folded(teacher, precision).to(memory_format=torch.channels_last)
         self._taps = compiled(_Taps(network), compiling, device)
         self._device, self._precision = device, precision
-        self._renormalises = False
+        self._renormalises, self._image_size = False, 0
         self._scale, self._shift = torch.ones((), device=device), torch.zeros((), device=device)
 
     def renormalise(self, scale: Tensor, shift: Tensor) -> None:
@@ -130,11 +130,24 @@ class FrozenTeacher:
         self._scale, self._shift = scale.to(self._device), shift.to(self._device)
         self._renormalises = True
 
+    def resize(self, image_size: int) -> None:
+        """Resize the student's images to ``image_size`` pixels a side before the teacher reads them."""
+        self._image_size = image_size
+
     # Not inference mode: a loss may save a feature of the teacher for its gradient.
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tapped:
         """Features and logits for the student's input (N,3,S,S)."""
         own = torch.addcmul(self._shift, images, self._scale) if self._renormalises else images
+        if self._image_size and own.shape[-1] != self._image_size:
+            own = _resized(own, self._image_size)
         enabled = self._precision is not None
         with torch.autocast(self._device.type, dtype=self._precision, enabled=enabled):
             return cast(Tapped, self._taps(own))
+
+
+def _resized(images: Tensor, side: int) -> Tensor:
+    """Images (N,3,H,W) as (N,3,side,side), bilinear, and averaged where they become smaller."""
+    size = (side, side)
+    resized = functional.interpolate(images.float(), size, mode="bilinear", align_corners=False, antialias=True)
+    return resized.contiguous(memory_format=torch.channels_last)

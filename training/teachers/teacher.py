@@ -36,24 +36,6 @@ def load_teacher_weights(teacher: Teacher, path: Path) -> None:
     load_strictly(teacher, tensors, str(path))
 
 
-def described_classes(path: Path) -> tuple[str, ...] | None:
-    """The ordered classes in the teacher.json in the folder of the weights ``path``; None if there is no such file.
-
-    Only ``python -m training`` writes this file, and only together with model.safetensors. Raises ``CheckpointError``
-    if it cannot be read.
-    """
-    described = path.parent / "teacher.json"
-    if path.name != "model.safetensors" or not described.is_file():
-        return None
-    try:
-        return tuple(str(name) for name in json.loads(described.read_text())["classes"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{described} cannot be read ({type(error).__name__}).",
-            remedy="Remove this file, or train the teacher again.",
-        ) from error
-
-
 def _load_pickled_tensors(path: Path) -> dict[str, Tensor]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
