@@ -17,6 +17,7 @@ from kdexport.commands.gate import gate
 from kdexport.commands.inspect import inspect
 from kdexport.commands.listing import list_
 from kdexport.commands.serve import serve
+from kdexport.commands.sign import sign
 from kdexport.commands.triton import triton
 from kdexport.commands.verify import verify
 
@@ -56,5 +57,6 @@ app.command()(fuse)
 app.command()(bench)
 app.command()(gate)
 app.command(name="calibrate-runner")(calibrate_runner)
+app.command()(sign)
 app.command()(serve)
 app.command()(triton)

@@ -16,6 +16,7 @@ KdexportError
 |  |- AuditError            KDX311           a built file is not what the target requires
 |  |- EngineBuildError      KDX320           a backend could not build or run the graph
 |  |- VerificationError     KDX330           a rung of the parity ladder or the latency test failed
+|  |- SignatureError        KDX332           a bundle is not signed, or not by the expected signer
 |  `- TrainingError         KDX340           the training run diverged or ended early
 |- ResolutionError          KDX350  exit 3   this machine cannot measure differences as small as the limit
 |- NotExecutedError         KDX351  exit 3   a target that had to run did not run
@@ -215,6 +216,18 @@ class VerificationError(CheckError):
         "each file with the float64 reference, in multiples of the error that the unfused model or a simulation of the "
         "precision has by itself. Rung D compares answers and accuracy on the validation set. docs/verification.md "
         "lists the limits. Run kdexport explain-failure BUNDLE to find the node where the difference starts."
+    )
+
+
+class SignatureError(CheckError):
+    """A bundle has no signature, or one that the given key or certificates do not verify."""
+
+    code = "KDX332"
+    explanation = (
+        "A signature (model.sig, made by kdexport sign) shows that the holder of a key signed exactly these files. It "
+        "is checked before anything else is read. The message says what is wrong: no signature, another key, a "
+        "certificate that has expired or does not lead to a trusted one, or files that differ from the signed ones. Do "
+        "not use a bundle whose signature fails; docs/verification.md shows how to sign and check."
     )
 
 

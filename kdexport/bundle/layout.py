@@ -1,6 +1,8 @@
 """The layout of a bundle: the names of its files. The stages of a build give their results the same names."""
 
 MANIFEST = "manifest.json"
+#: The signature of all other files, the manifest among them, so that no digest can cover it.
+SIGNATURE = "model.sig"
 UNFUSED = "unfused.safetensors"
 FUSED = "student.safetensors"
 TARGETS = "targets"

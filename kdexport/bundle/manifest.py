@@ -17,6 +17,7 @@ from kdexport.bundle.layout import (
     GOLDEN_LOGITS,
     MANIFEST,
     RANGES,
+    SIGNATURE,
     TARGETS,
     TASK,
     UNFUSED,
@@ -163,10 +164,10 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def hash_files(folder: Path) -> dict[str, str]:
-    """sha256 of every file below ``folder`` except the manifest, by relative path."""
+    """sha256 of every file below ``folder`` except the manifest and the signature, by relative path."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     names = {path.relative_to(folder).as_posix(): path for path in paths}
-    return {name: sha256_file(path) for name, path in names.items() if name != MANIFEST}
+    return {name: sha256_file(path) for name, path in names.items() if name not in (MANIFEST, SIGNATURE)}
 
 
 def irregular_entries(folder: Path) -> dict[str, str]:

@@ -16,6 +16,7 @@ from kdexport.verify.report import RUNGS, hazard_rows, plan_tables, rung_rows, v
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from kdexport.bundle.signature import Signer
     from kdexport.diagnose.environment import Fact
     from kdexport.pipeline import BuildResult
     from kdexport.verify.policy import Change
@@ -102,6 +103,19 @@ def show_verdict(
         limits = f"; limits looser than the default: {keys}" if looser else ""
         sentence = f"{verdict_sentence(data, not_run)}{limits}"
         console.print(f"Verdict: {sentence}: {folder} is the trained student.", soft_wrap=True)
+
+
+def show_signed(folder: Path, signer: "Signer") -> None:
+    """What ``kdexport sign`` prints: by whom the bundle is signed now, and how to check it."""
+    console = new_console()
+    console.print(f"Signed {signer.files} files of {folder} by {signer}.", soft_wrap=True)
+    trusted = "PUBLIC_KEY.pem" if signer.kind == "key" else "ROOT.pem"
+    console.print(f"Check it: {_program()} verify {folder} --signature {trusted}", soft_wrap=True)
+
+
+def show_signer(signer: "Signer") -> None:
+    """Who signed a bundle, after the signature was checked."""
+    new_console().print(f"Signature: {signer.files} files, by {signer}.", soft_wrap=True)
 
 
 def _run_rows(runs: "Sequence[TargetRun]") -> tuple[tuple[str, ...], ...]:

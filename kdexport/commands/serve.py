@@ -64,6 +64,14 @@ def serve(
         float, typer.Option(min=0, help="Seconds between checks for new bundles; 0 means only on SIGHUP.")
     ] = 5.0,
     token_file: Annotated[Path | None, typer.Option(help="File with the bearer token that requests must have.")] = None,
+    trusted: Annotated[
+        Path | None,
+        typer.Option(
+            "--require-signature",
+            metavar="PEM",
+            help="Public key or root certificate; serve only bundles whose signature it verifies.",
+        ),
+    ] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain, PEM.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Private key, PEM.")] = None,
     plugin: Plugins = None,
@@ -84,7 +92,9 @@ def serve(
         body_seconds=body_timeout, drain_seconds=drain, grace_seconds=grace,
     )  # fmt: skip
     token = read_token(token_file)
-    settings = Settings(provider=_provider(provider), target=target, instances=instances, limits=limits, token=token)
+    settings = Settings(
+        provider=_provider(provider), target=target, instances=instances, limits=limits, token=token, trusted=trusted
+    )
     require_servable(target, settings.provider)
     context = _tls(tls_cert, tls_key)
     service = Service(parse_sources(bundles), settings)
@@ -118,8 +128,10 @@ def run(
         metrics_url = f"http://{address.host}:{running.metrics_port}/metrics"
         for model in service.repository.models.values():
             golden = model.golden
+            signed = "" if model.signer is None else f", signed by {model.signer}"
             sys.stderr.write(
-                f"{model.name} version {model.version}, {model.target} on {model.provider}, {service.count} instances; "
+                f"{model.name} version {model.version}{signed}, {model.target} on {model.provider}, {service.count} "
+                "instances; "
                 f"largest difference to the reference on {golden.images} golden images: {golden.error:.1e} "
                 f"(up to {golden.allowed:.1e} allowed)\n"
             )
@@ -143,7 +155,14 @@ def _describe(service: "Service", url: str, metrics_url: str, bound: int) -> dic
         "instances": service.count,
         "memory_bound_bytes": bound,
         "models": [
-            {"name": m.name, "version": str(m.version), "target": m.target, "provider": m.provider} for m in models
+            {
+                "name": m.name,
+                "version": str(m.version),
+                "target": m.target,
+                "provider": m.provider,
+                **({} if m.signer is None else {"signed_by": m.signer.to_json()}),
+            }
+            for m in models
         ],
     }
 

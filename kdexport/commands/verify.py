@@ -10,6 +10,7 @@ from kdexport.commands.options import Plugins
 from kdexport.errors import ConfigError, UnknownNameError
 
 if TYPE_CHECKING:
+    from kdexport.bundle.signature import Signer
     from kdexport.verify.verdict import TargetRun, Verdict
 
 
@@ -34,11 +35,20 @@ def verify(
             help="Exit with 3 unless these targets, separated by commas, run in this verification.",
         ),
     ] = None,
+    signature: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PEM",
+            help="Public key or root certificate; check the signature before anything else.",
+        ),
+    ] = None,
     plugin: Plugins = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Print tracebacks of errors.")] = False,
 ) -> None:
     """Check a bundle again: its files, algebra, graphs, and logits on the golden images."""
+    signer = None if signature is None else _require_signed(bundle, signature, as_json=as_json)
+    signed_by = {} if signer is None else {"signed_by": signer.to_json()}
     if rethreshold is not None:
         if rung is not None:
             raise ConfigError("--rung and --rethreshold cannot be combined.", remedy="Omit one of them.")
@@ -47,7 +57,7 @@ def verify(
                 "--rethreshold and --require-executed cannot be combined: --rethreshold runs no target.",
                 remedy="Omit one of them.",
             )
-        _rethreshold(bundle, rethreshold, allow_looser=allow_looser, as_json=as_json)
+        _rethreshold(bundle, rethreshold, signed_by, allow_looser=allow_looser, as_json=as_json)
         return
     from kdexport.bundle.manifest import read_manifest
     from kdexport.core.progress import Reporter
@@ -78,6 +88,7 @@ def verify(
                 "checks": [check.to_json() for check in verdict.checks],
                 "policy_looser": [{"key": c.key, "default": c.old, "bundle": c.new} for c in looser],
                 **({} if runs is None else {"targets": {run.target: _run_json(run, verdict) for run in runs}}),
+                **signed_by,
             }
         )
         raise typer.Exit(1 if verdict.failures else 0)
@@ -93,7 +104,18 @@ def _run_json(run: "TargetRun", verdict: "Verdict") -> dict[str, Any]:
     return {"state": run.state, "executed": None if execution is None else execution.to_json()}
 
 
-def _rethreshold(bundle: Path, policy: Path, *, allow_looser: bool, as_json: bool) -> None:
+def _require_signed(bundle: Path, trusted: Path, *, as_json: bool) -> "Signer":
+    from kdexport.bundle.signature import require_signed
+
+    signer = require_signed(bundle, trusted)
+    if not as_json:
+        from kdexport.commands.render import show_signer
+
+        show_signer(signer)
+    return signer
+
+
+def _rethreshold(bundle: Path, policy: Path, signed_by: dict[str, Any], *, allow_looser: bool, as_json: bool) -> None:
     from dataclasses import asdict
 
     from kdexport.bundle.manifest import read_manifest
@@ -105,7 +127,7 @@ def _rethreshold(bundle: Path, policy: Path, *, allow_looser: bool, as_json: boo
     if as_json:
         changes = [asdict(change) for change in result.changes]
         checks = [check.to_json() for check in result.verdict.checks]
-        _print({"ok": not failed, "exit_code": int(failed), "changes": changes, "checks": checks})
+        _print({"ok": not failed, "exit_code": int(failed), "changes": changes, "checks": checks, **signed_by})
         raise typer.Exit(int(failed))
     from kdexport.commands.render import show_changes, show_verdict
 

@@ -28,12 +28,14 @@ _log = logging.getLogger("kdexport.serving")
 _TIMEOUT_SECONDS = 120
 
 
-def try_bundle(folder: Path, provider: str, limits: Limits, target: str = DEFAULT_TARGET) -> float:
+def try_bundle(
+    folder: Path, provider: str, limits: Limits, target: str = DEFAULT_TARGET, trusted: Path | None = None
+) -> float:
     """Load ``folder`` in a child process; returns the largest error of a logit that its golden images may have.
 
     Raises the child's error, or ``BundleError`` if the child died.
     """
-    settings = [str(folder), provider, json.dumps(asdict(limits)), target]
+    settings = [str(folder), provider, json.dumps(asdict(limits)), target, "" if trusted is None else str(trusted)]
     try:
         answer = call(
             "kdexport.serving.isolated_load",
@@ -99,13 +101,15 @@ def _main() -> None:
     from kdexport.serving.loading import as_kdexport_error, load, read_files, without_library_text
 
     folder, provider, limits, target = Path(sys.argv[1]), sys.argv[2], Limits(**json.loads(sys.argv[3])), sys.argv[4]
+    trusted = Path(sys.argv[5]) if sys.argv[5] else None
     try:
         require_servable(target, provider)
-        files = read_files(folder, target)
+        files = read_files(folder, target, trusted)
         require_one_file(files.graph)
         allowed = allowed_error(folder, files.manifest, target)
         load(
-            folder, name=folder.name, version=1, provider=provider, limits=limits, allowed_error=allowed, target=target
+            folder, name=folder.name, version=1, provider=provider, limits=limits, allowed_error=allowed, target=target,
+            trusted=trusted,
         )  # fmt: skip
     except Exception as error:
         raise without_library_text(as_kdexport_error(error, folder), folder) from error

@@ -19,6 +19,7 @@ from kdexport.bundle.manifest import (
     listed_changes,
     read_manifest,
 )
+from kdexport.bundle.signature import Signer, require_signed
 from kdexport.core.digests import sha256_bytes, sha256_file
 from kdexport.errors import AuditError, BundleError, KdexportError, VerificationError, first_line
 from kdexport.serving.batching import UNKNOWN_PACE, Pace
@@ -61,6 +62,8 @@ class LoadedModel:
     table: NDArray[np.float32]
     golden: Golden
     pace: Pace = UNKNOWN_PACE
+    #: Who signed the bundle, if the server requires signatures.
+    signer: Signer | None = None
 
     def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """(n,3,S,S) float32 to (n,K) float32."""
@@ -79,16 +82,22 @@ class Files:
     digest: str
     name: str
     graph: bytes
+    #: Who signed it, if that was checked.
+    signer: Signer | None = None
 
 
-def read_files(folder: Path, target: str = DEFAULT_TARGET) -> Files:
+def read_files(folder: Path, target: str = DEFAULT_TARGET, trusted: Path | None = None) -> Files:
     """Check every file of a bundle and read the graph of ``target``.
 
-    Raises ``BundleError`` or ``VerificationError``.
+    With ``trusted`` the signature is checked before anything else is read; see ``require_signed``. Raises
+    ``BundleError``, ``SignatureError`` or ``VerificationError``.
     """
     folder = folder.resolve()
+    signer = None if trusted is None else require_signed(folder, trusted)
     require_plain_files(folder)
     digest = bundle_digest(folder)
+    if signer is not None and signer.manifest_sha256 != digest:
+        raise _changed(folder)
     manifest = read_manifest(folder)
     changes = changed_files(folder, manifest.files)
     if changes:
@@ -100,11 +109,15 @@ def read_files(folder: Path, target: str = DEFAULT_TARGET) -> Files:
     _require_verified(folder, manifest, name)
     graph = (folder / name).read_bytes()
     if sha256_bytes(graph) != manifest.files.get(name) or bundle_digest(folder) != digest:
-        raise VerificationError(
-            f"{folder} changed while it was read.",
-            remedy="Copy the new bundle to another folder and rename that folder into place.",
-        )
-    return Files(manifest=manifest, digest=digest, name=name, graph=graph)
+        raise _changed(folder)
+    return Files(manifest=manifest, digest=digest, name=name, graph=graph, signer=signer)
+
+
+def _changed(folder: Path) -> VerificationError:
+    return VerificationError(
+        f"{folder} changed while it was read.",
+        remedy="Copy the new bundle to another folder and rename that folder into place.",
+    )
 
 
 def bundle_digest(folder: Path) -> str:
@@ -148,13 +161,14 @@ def load(
     limits: Limits,
     allowed_error: float,
     target: str = DEFAULT_TARGET,
+    trusted: Path | None = None,
 ) -> LoadedModel:
     """Check the files, open the graph of ``target`` on ``provider`` and compare the golden images.
 
-    Raises ``KdexportError``.
+    With ``trusted`` the signature is checked first; see ``require_signed``. Raises ``KdexportError``.
     """
     require_servable(target, provider)
-    files = read_files(folder, target)
+    files = read_files(folder, target, trusted)
     manifest = files.manifest
     threads = 1 if provider == CPU else 0
     model = load_model(folder / files.name, provider=provider, threads=threads, content=files.graph)
@@ -178,6 +192,7 @@ def load(
         signature=signature,
         table=table,
         golden=golden,
+        signer=files.signer,
     )
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from kdexport.bundle.manifest import MANIFEST
+from kdexport.bundle.layout import MANIFEST, SIGNATURE
+from kdexport.bundle.signature import require_signed
 from kdexport.errors import BundleError, ConfigError, KdexportError, RequestError
 from kdexport.serving.batching import measure_pace
 from kdexport.serving.isolated_load import try_bundle
@@ -36,6 +37,14 @@ class Source:
 
 def _is_version(name: str) -> bool:
     return name.isascii() and name.isdigit() and name[0] != "0" and len(name) < 10
+
+
+def _facts(path: Path) -> tuple[int, ...] | None:
+    try:
+        facts = path.stat()
+    except OSError:
+        return None
+    return (facts.st_dev, facts.st_ino, facts.st_mtime_ns, facts.st_size)
 
 
 def parse_source(argument: str) -> Source:
@@ -83,12 +92,19 @@ class Repository:
     """The served models. Reading needs no lock, because a reload replaces the table and never changes it."""
 
     def __init__(
-        self, sources: tuple[Source, ...], *, provider: str, limits: Limits, target: str = DEFAULT_TARGET
+        self,
+        sources: tuple[Source, ...],
+        *,
+        provider: str,
+        limits: Limits,
+        target: str = DEFAULT_TARGET,
+        trusted: Path | None = None,
     ) -> None:
         self.sources = sources
         self._provider = provider
         self._target = target
         self._limits = limits
+        self._trusted = trusted
         self._models: dict[Key, LoadedModel] = {}
         self._refused: dict[Key, str] = {}
         self._last_signature: object = None
@@ -130,7 +146,10 @@ class Repository:
             raise error
 
     def reload(self) -> Change:
-        """Load new and changed bundles and replace the table; a refused bundle leaves its old model in place."""
+        """Load new and changed bundles and replace the table; a refused bundle leaves its old model in place.
+
+        If signatures are required, that of an unchanged bundle is checked too: the trusted key may be another one now.
+        """
         with self._reloading:
             self._last_signature = self._signature()
             wanted = {(source.name, n): path for source in self.sources for n, path in source.versions().items()}
@@ -139,6 +158,8 @@ class Repository:
                 try:
                     if key not in models or bundle_digest(folder) != models[key].digest:
                         models[key] = self._load(key, folder)
+                    elif self._trusted is not None:
+                        require_signed(folder, self._trusted)
                 # A folder can be damaged in any way, and none of them may stop the models that run.
                 except Exception as error:  # noqa: BLE001
                     refused[key] = without_library_text(as_kdexport_error(error, folder), folder)
@@ -152,19 +173,18 @@ class Repository:
             return Change(loaded=loaded, removed=tuple(before.keys() - models.keys()), refused=refused)
 
     def changed(self) -> bool:
-        """Whether a folder was replaced, added or removed since the last reload: inode and time of its manifest."""
+        """Whether a folder was replaced, added or removed since the last reload: inode and time of its manifest.
+
+        If signatures are required, also those of its signature.
+        """
         return self._last_signature is not None and self._signature() != self._last_signature
 
     def _signature(self) -> object:
         found: list[tuple[str, int, tuple[int, ...] | None]] = []
         for source in self.sources:
             for number, folder in sorted(source.versions().items()):
-                try:
-                    facts = (folder / MANIFEST).stat()
-                except OSError:
-                    found.append((source.name, number, None))
-                    continue
-                found.append((source.name, number, (facts.st_dev, facts.st_ino, facts.st_mtime_ns, facts.st_size)))
+                names = (MANIFEST,) if self._trusted is None else (MANIFEST, SIGNATURE)
+                found += [(source.name, number, _facts(folder / name)) for name in names]
         return tuple(found)
 
     def _load(self, key: Key, folder: Path) -> LoadedModel:
@@ -175,9 +195,9 @@ class Repository:
                 f"{folder} is neither a bundle nor a folder of bundles named 1, 2, 3: it has no {MANIFEST}.",
                 remedy="Pass a folder that `kdexport build` wrote.",
             )
-        allowed = try_bundle(folder, self._provider, self._limits, self._target)
+        allowed = try_bundle(folder, self._provider, self._limits, self._target, self._trusted)
         model = load(
             folder, name=name, version=version, provider=self._provider, limits=self._limits, allowed_error=allowed,
-            target=self._target,
+            target=self._target, trusted=self._trusted,
         )  # fmt: skip
         return replace(model, pace=measure_pace(model.ort, model.provider, model.signature))

@@ -75,6 +75,8 @@ class Settings:
     instances: int = 0
     limits: Limits = field(default_factory=Limits)
     token: str | None = field(default=None, repr=False)
+    #: A public key or certificates in PEM: only bundles are served whose signature it verifies.
+    trusted: Path | None = None
 
 
 class Service:
@@ -85,8 +87,9 @@ class Service:
         self.limits = settings.limits
         self.metrics = Metrics()
         self.repository = Repository(
-            sources, provider=settings.provider, limits=settings.limits, target=settings.target
-        )
+            sources, provider=settings.provider, limits=settings.limits, target=settings.target,
+            trusted=settings.trusted,
+        )  # fmt: skip
         self.budget = PixelBudget(settings.limits.pixels)
         self.decoders = usable_processors()
         self.count = settings.instances or (self.decoders if settings.provider == CPU else 1)

@@ -116,7 +116,7 @@ def test_the_options_of_each_command_are_frozen() -> None:
         "explain-failure": ["--debug", "--json", "--out", "--plugin", "bundle"],
         "verify": [
             "--allow-looser", "--debug", "--json", "--plugin", "--require-executed", "--rethreshold", "--rung",
-            "bundle",
+            "--signature", "bundle",
         ],
         "inspect": ["--debug", "--json", "--plugin", "bundle"],
         "list": ["--debug", "--json", "--plugin", "kind"],
@@ -136,11 +136,12 @@ def test_the_options_of_each_command_are_frozen() -> None:
             "--threads", "bundle",
         ],
         "fuse": ["--debug", "--input", "--json", "--out", "--plugin", "source"],
+        "sign": ["--certificate", "--debug", "--json", "--key", "--plugin", "bundle"],
         "serve": [
             "--body-timeout", "--connections", "--debug", "--drain", "--grace", "--header-timeout", "--host",
             "--instances", "--json", "--max-bodies", "--max-body", "--max-pixels", "--metrics-port", "--min-side",
-            "--plugin", "--port", "--provider", "--queue", "--queue-timeout", "--target", "--timeout", "--tls-cert",
-            "--tls-key", "--token-file", "--watch", "bundles",
+            "--plugin", "--port", "--provider", "--queue", "--queue-timeout", "--require-signature", "--target",
+            "--timeout", "--tls-cert", "--tls-key", "--token-file", "--watch", "bundles",
         ],
         "triton": [
             "--debug", "--delay-us", "--device", "--instances", "--json", "--keep-versions", "--max-batch",

@@ -17,9 +17,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kdexport.bundle.signature import sign_bundle
 from tests.conftest import run_command
 from tests.kdexport.serving.running_server import Running, binary_request, command, running
 from tests.kdexport.serving.served_bundles import CLASSES, encoded, photo
+from tests.kdexport.signing_keys import make_keys
 
 TRIALS = int(os.environ.get("KDEXPORT_SIGTERM_TRIALS", "3"))
 CLIENTS = 8
@@ -189,6 +191,30 @@ def test_a_new_version_is_found_without_a_signal_and_is_the_default(zoo: Path, t
         server.process.send_signal(signal.SIGHUP)
         wait_for(lambda: server.metric("kdexport_bundle_loads_total", outcome="refused") >= 1)
         assert label(server) == f"second {before}"
+
+
+def test_a_signature_is_required_at_the_start_and_at_every_reload(zoo: Path, zoo_copy: Path, tmp_path: Path) -> None:
+    keys, other = make_keys(tmp_path), make_keys(tmp_path, "other")
+    signer = sign_bundle(zoo_copy, key=keys.private)
+    arguments = (f"zoo={zoo_copy}", "--require-signature", keys.public, "--drain", "0", "--watch", "0")
+    with running(*arguments) as server:
+        assert server.announced["models"][0]["signed_by"] == signer.to_json()
+        fresh = Path(shutil.copytree(zoo, tmp_path / "fresh"))
+        renamed_classes(fresh, "forged ")
+        sign_bundle(fresh, key=other.private)
+        before = label(server)
+        swap(fresh, zoo_copy)
+        server.process.send_signal(signal.SIGHUP)
+        wait_for(lambda: server.metric("kdexport_bundle_loads_total", outcome="refused") == 1)
+        assert label(server) == before
+        sign_bundle(zoo_copy, key=keys.private)
+        server.process.send_signal(signal.SIGHUP)
+        wait_for(lambda: label(server) == f"forged {before}")
+    done = subprocess.run(
+        command(f"zoo={zoo}", "--require-signature", keys.public), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error KDX332: ")
 
 
 def test_several_bundles_and_a_token(zoo: Path, zoo_copy: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from kdexport.backends.ort import CPU
 from kdexport.bundle.manifest import hash_files, load_unfused, read_golden
+from kdexport.bundle.signature import Signer, require_signed, sign_bundle
 from kdexport.diagnose.environment import examine_bundle
 from kdexport.errors import (
     AuditError,
@@ -24,8 +25,10 @@ from kdexport.errors import (
     BundleError,
     ConfigError,
     KdexportError,
+    SignatureError,
     VerificationError,
 )
+from kdexport.serving import loading
 from kdexport.serving.isolated_load import require_one_file, try_bundle
 from kdexport.serving.limits import Limits
 from kdexport.serving.loading import load, read_files
@@ -33,6 +36,7 @@ from kdexport.serving.repository import Repository, parse_source
 from kdexport.verify.golden_limits import allowed_error
 from tests.conftest import Command
 from tests.kdexport.serving.served_bundles import encoded, make_bundle, photo
+from tests.kdexport.signing_keys import make_keys
 
 
 def rewrite(bundle: Path, change: Callable[[dict[str, Any]], None] = lambda _: None) -> None:
@@ -288,6 +292,51 @@ def test_a_reload_keeps_what_it_cannot_replace(zoo: Path, zoo_copy: Path) -> Non
     # The same bundle again is the same model: nothing was loaded.
     assert repository.find("zoo") is served
     assert repository.refused == {}
+
+
+def test_a_required_signature_is_checked_before_a_bundle_is_opened_and_at_every_reload(
+    zoo_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys, other = make_keys(tmp_path), make_keys(tmp_path, "other")
+    trusted = Path(shutil.copyfile(keys.public, tmp_path / "trusted.pem"))
+    repository = Repository((parse_source(f"zoo={zoo_copy}"),), provider=CPU, limits=Limits(), trusted=trusted)
+    with monkeypatch.context() as patch:
+        patch.setattr(loading, "read_manifest", lambda _: pytest.fail("the manifest was read"))
+        with pytest.raises(SignatureError, match="is not signed"):
+            load(zoo_copy, name="z", version=1, provider=CPU, limits=Limits(), allowed_error=1.0, trusted=trusted)
+    with pytest.raises(KdexportError, match="is not signed") as caught:
+        repository.load_all()
+    assert caught.value.code == "KDX332"
+    assert repository.models == {}
+    assert not repository.changed()
+    sign_bundle(zoo_copy, key=keys.private)
+    assert repository.changed()
+    repository.load_all()
+    served = repository.find("zoo")
+    assert served.signer == require_signed(zoo_copy, trusted)
+    sign_bundle(zoo_copy, key=other.private)
+    assert repository.changed()
+    assert "was made with another key" in str(repository.reload().refused["zoo", 1])
+    assert repository.find("zoo") is served
+    shutil.copyfile(other.public, trusted)
+    assert repository.reload().refused == {}
+
+
+def test_a_bundle_that_changes_after_its_signature_was_checked_is_refused(
+    zoo_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = make_keys(tmp_path)
+    sign_bundle(zoo_copy, key=keys.private)
+
+    def changing(folder: Path, trusted: Path) -> Signer:
+        signer = require_signed(folder, trusted)
+        data = json.loads((folder / "manifest.json").read_text())
+        (folder / "manifest.json").write_text(json.dumps(data))
+        return signer
+
+    monkeypatch.setattr(loading, "require_signed", changing)
+    with pytest.raises(VerificationError, match="changed while it was read"):
+        read_files(zoo_copy, trusted=keys.public)
 
 
 @pytest.mark.parametrize(
