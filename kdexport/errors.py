@@ -80,8 +80,9 @@ class CheckpointError(KdexportError):
     explanation = (
         "A student checkpoint is a folder with student.json and model.safetensors. Its tensors must match the student "
         "that student.json names: no tensor may be missing, unknown or of another shape or type, because kdexport "
-        "never loads part of a checkpoint. Pickled files are accepted only as teacher weights, and are read with "
-        "weights_only=True."
+        "never loads part of a checkpoint. Files of weights of other origins (.safetensors, .pt, .pth, .ckpt) are read "
+        "without running any code of them; the dictionaries and prefixes around the weights are removed, and the "
+        "tensors must then be exactly those of the network."
     )
 
 

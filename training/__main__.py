@@ -20,7 +20,7 @@ RecipeOption = Annotated[str, typer.Option("--recipe", help="A recipe by name, o
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override a key: train.epochs=30.")]
 DataOption = Annotated[str | None, typer.Option("--data", help="Folder of the data set; overrides data.root.")]
 TeacherOption = Annotated[
-    str | None, typer.Option("--teacher-checkpoint", help="Teacher weights, .pt or .safetensors.")
+    str | None, typer.Option("--teacher-checkpoint", help="Teacher weights: .safetensors, or a file of torch.save.")
 ]
 OutOption = Annotated[
     Path, typer.Option("--out", help="Run folder with state, metrics and result; continues the run there.")

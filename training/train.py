@@ -161,8 +161,9 @@ def train_student(recipe: Recipe, directory: Path, origin: Origin) -> Metrics:
     train, test = open_dataset(recipe.data.spec(), "train"), open_dataset(recipe.data.spec(), "test")
     evaluation = EvaluationBatches(test, recipe.data, device=accelerator.device)
     batches = _batches(train, recipe, accelerator)
-    Reporter(quiet=not accelerator.is_main_process).say(f"teacher {recipe.teacher.name}: {_known_input(recipe)}")
-    distillation = prepare_distillation(recipe, train, batches, accelerator.device)
+    say = Reporter(quiet=not accelerator.is_main_process).say
+    say(f"teacher {recipe.teacher.name}: {_known_input(recipe)}")
+    distillation = prepare_distillation(recipe, train, batches, accelerator.device, say=say)
     teacher_top1 = top1(_logits_only(distillation.frozen), evaluation)
 
     def keep(name: str, metrics: Metrics) -> None:
@@ -212,9 +213,19 @@ class Distillation:
         return self.task.diversity(self.compared, self.frozen(self.compared))
 
 
-def prepare_distillation(recipe: Recipe, train: ImageSet, batches: Batches, device: torch.device) -> Distillation:
-    """Build the networks and the distiller of ``recipe`` with its seed, and calibrate the distiller."""
-    teacher = _trained_teacher(recipe, train)
+def prepare_distillation(
+    recipe: Recipe,
+    train: ImageSet,
+    batches: Batches,
+    device: torch.device,
+    *,
+    say: Callable[[str], None] = lambda _: None,
+) -> Distillation:
+    """Build the networks and the distiller of ``recipe`` with its seed, and calibrate the distiller.
+
+    ``say`` gets one line if the file of the teacher's weights was not used as it is.
+    """
+    teacher = _trained_teacher(recipe, train, say)
     torch.manual_seed(recipe.train.seed)
     student = STUDENTS.build(recipe.student.name, num_classes=len(train.classes), image_size=recipe.data.image_size)
     DISTILLERS.check(recipe.distiller.name)
@@ -236,8 +247,9 @@ def evaluate_teacher(recipe: Recipe) -> float:
     """Top-1 of the recipe's teacher checkpoint on the test split, in full precision."""
     device = make_accelerator(recipe.train.model_copy(update={"mixed_precision": "no"})).device
     test = _reported_test_split(recipe)
-    teacher = _trained_teacher(recipe, test)
-    Reporter().say(f"teacher {recipe.teacher.name}: {_known_input(recipe)}")
+    say = Reporter().say
+    teacher = _trained_teacher(recipe, test, say)
+    say(f"teacher {recipe.teacher.name}: {_known_input(recipe)}")
     exact = recipe.model_copy(
         update={"train": recipe.train.model_copy(update={"mixed_precision": "no", "teacher_precision": "no"})}
     )
@@ -301,7 +313,7 @@ def _known_input(recipe: Recipe) -> TeacherInput:
     return teacher_input(recipe.teacher, recipe.data, known, str(path))
 
 
-def _trained_teacher(recipe: Recipe, images: ImageSet) -> Teacher:
+def _trained_teacher(recipe: Recipe, images: ImageSet, say: Callable[[str], None]) -> Teacher:
     """The teacher with the weights of its checkpoint.
 
     Raises ``CheckpointError`` if there is no checkpoint, if it cannot be read, or if its description has other classes:
@@ -321,7 +333,9 @@ def _trained_teacher(recipe: Recipe, images: ImageSet) -> Teacher:
             remedy="Pass --teacher-checkpoint with a teacher of this data set, or the data set that it was trained on.",
         )
     teacher = _build_teacher(recipe, len(images.classes), _known_input(recipe).preprocessing.image_size)
-    load_teacher_weights(teacher, path)
+    notes = load_teacher_weights(teacher, path)
+    if notes:
+        say(f"read {path}: {'; '.join(notes)}")
     return teacher
 
 

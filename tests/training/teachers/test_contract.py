@@ -109,7 +109,7 @@ def test_truncated_weights_are_refused_wherever_they_end(legacy: bool, tmp_path:
     ends = np.random.default_rng(0).integers(0, len(whole), 25)
     for end in (0, 1, 2, 3, 10, 100, len(whole) // 2, len(whole) - 1, *ends.tolist()):
         path.write_bytes(whole[:end])
-        with pytest.raises(CheckpointError, match=r"cut\.pt is truncated or contains more than tensors: \S"):
+        with pytest.raises(CheckpointError, match=r"cut\.pt is (truncated|empty)"):
             load_teacher_weights(teacher, path)
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
 
@@ -120,7 +120,7 @@ def test_truncated_safetensors_are_refused(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for end in (0, 7, 100, len(whole) - 1):
         path.write_bytes(whole[:end])
-        with pytest.raises(CheckpointError, match="truncated or not a safetensors file"):
+        with pytest.raises(CheckpointError, match=r"cut\.safetensors is (truncated|empty)"):
             load_teacher_weights(resnet(8), path)
 
 
@@ -145,10 +145,12 @@ def test_code_in_a_foreign_pickle_never_runs(wrap: object, plain: bool, tmp_path
         path.write_bytes(pickle.dumps(wrap(Trap(sprung)), protocol=2))
     else:
         torch.save(wrap(Trap(sprung)), path)
-    with pytest.raises(CheckpointError, match="contains more than tensors") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"contains code or objects other than tensors: it names (posix|nt)\.mkdir"
+    ) as caught:
         load_teacher_weights(resnet(8), path)
     assert not sprung.exists()
-    assert "code in a pickle is never run" in caught.value.remedy
+    assert "Code of a file is never run" in caught.value.remedy
     # The pickle does run its code when it is loaded without protection.
     torch.load(path, weights_only=False) if not plain else pickle.loads(path.read_bytes())
     assert sprung.exists()
@@ -167,8 +169,8 @@ def test_a_wrong_number_of_classes_or_depth_is_refused(weights: bytes, tmp_path:
     path.write_bytes(weights)
     with pytest.raises(CheckpointError) as caught:
         load_teacher_weights(resnet(8, num_classes=6), path)
-    assert "2 tensors of another shape or type, first 'fc.bias is (5,), not (6,)'" in caught.value.message
-    with pytest.raises(CheckpointError, match=r"tensors missing, first 'layer1\.1\.bn1\.bias'"):
+    assert "the file's classifier fc.weight has 5 outputs, the network 6" in caught.value.message
+    with pytest.raises(CheckpointError, match=r"tensors missing: 'layer1\.1\.conv1\.weight'"):
         load_teacher_weights(resnet(20), path)
 
 
@@ -176,7 +178,9 @@ def test_weights_that_diverged_are_refused(tmp_path: Path) -> None:
     tensors = resnet(8).state_dict()
     tensors["layer2.0.bn1.running_var"][3] = float("nan")
     torch.save(tensors, tmp_path / "nan.pt")
-    with pytest.raises(CheckpointError, match=r"NaN or infinite values, first in 'layer2\.0\.bn1\.running_var'"):
+    with pytest.raises(
+        CheckpointError, match=r"NaN or infinite values in 1 of 56 tensors: 'layer2\.0\.bn1\.running_var'"
+    ):
         load_teacher_weights(resnet(8), tmp_path / "nan.pt")
 
 
@@ -187,7 +191,7 @@ def test_the_public_resnet56_fits_to_the_last_tensor() -> None:
     load_teacher_weights(teacher, PUBLIC)
     same = [name for name, value in teacher.state_dict().items() if torch.equal(value, fresh[name])]
     assert same == []
-    with pytest.raises(CheckpointError, match="of another shape or type"):
+    with pytest.raises(CheckpointError, match="has 100 outputs, the network 99"):
         load_teacher_weights(resnet(56, 99), PUBLIC)
 
 
