@@ -16,6 +16,7 @@ from kdexport.commands.fuse import fuse
 from kdexport.commands.gate import gate
 from kdexport.commands.inspect import inspect
 from kdexport.commands.listing import list_
+from kdexport.commands.replay import replay
 from kdexport.commands.serve import serve
 from kdexport.commands.sign import sign
 from kdexport.commands.triton import triton
@@ -57,6 +58,7 @@ app.command()(fuse)
 app.command()(bench)
 app.command()(gate)
 app.command(name="calibrate-runner")(calibrate_runner)
+app.command()(replay)
 app.command()(sign)
 app.command()(serve)
 app.command()(triton)

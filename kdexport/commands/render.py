@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kdexport.diagnose.environment import Fact
     from kdexport.pipeline import BuildResult
     from kdexport.verify.policy import Change
+    from kdexport.verify.rebuilt_files import RebuiltFile
     from kdexport.verify.verdict import TargetRun, Verdict
 
 #: Warnings that a terminal shows; the report has all.
@@ -103,6 +104,17 @@ def show_verdict(
         limits = f"; limits looser than the default: {keys}" if looser else ""
         sentence = f"{verdict_sentence(data, not_run)}{limits}"
         console.print(f"Verdict: {sentence}: {folder} is the trained student.", soft_wrap=True)
+
+
+def show_rebuilt(folder: Path, files: "Sequence[RebuiltFile]") -> None:
+    """What ``kdexport replay`` prints: each file, whether the rebuilt one is the same, and what differs."""
+    console = new_console()
+    rows = tuple((file.name, file.outcome, file.fact) for file in files)
+    console.print(terminal_table(Table(header=("file", "rebuilt", ""), rows=rows)))
+    console.print()
+    counts = Counter(file.outcome for file in files)
+    summary = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+    console.print(f"{summary}: {len(files)} files of {folder}, rebuilt from its unfused student.", soft_wrap=True)
 
 
 def show_signed(folder: Path, signer: "Signer") -> None:

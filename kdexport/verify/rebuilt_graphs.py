@@ -9,12 +9,13 @@ from types import MappingProxyType
 import onnx
 
 from kdexport.backends.base import Finding
-from kdexport.bundle.manifest import FUSED, MODEL, RANGES, Manifest, load_unfused
+from kdexport.bundle.manifest import FUSED, MODEL, RANGES, UNFUSED, Manifest, load_unfused
 from kdexport.checkpoint import load_strictly, load_tensors
-from kdexport.errors import KdexportError, first_line
+from kdexport.core.digests import sha256_file
+from kdexport.errors import BundleError, KdexportError, first_line
 from kdexport.graph.equalise import apply_scalings
 from kdexport.graph.equality import graph_difference
-from kdexport.graph.export import export_onnx
+from kdexport.graph.export import export_onnx, model_metadata
 from kdexport.graph.plan import LayerPlan
 from kdexport.graph.precision import cast_to_bf16, cast_to_fp16
 from kdexport.graph.quantize import parse_form, quantize
@@ -24,53 +25,60 @@ _CASTS = MappingProxyType({"fp16": cast_to_fp16, "bf16": cast_to_bf16})
 
 
 class RebuiltGraphs:
-    """Rebuilds the graph of each form on demand, each once."""
+    """Rebuilds the file of each form on demand, each once."""
 
     def __init__(self, folder: Path, manifest: Manifest, scratch: Path) -> None:
         """``scratch`` is an empty folder for the rebuilt files."""
         self._folder, self._manifest, self._scratch = folder, manifest, scratch
         self._float32: Path | None = None
         self._source: Path | None = None
-        self._made: dict[tuple[object, ...], onnx.ModelProto] = {}
+        self._made: dict[tuple[object, ...], Path] = {}
 
     def finding(self, name: str, form: str, plan: LayerPlan, weight_bits: int) -> Finding:
         """Whether the ONNX file ``name`` equals the graph that this version makes from the unfused student."""
-        path = self._folder / name
         try:
-            expected = self._expected(path, form, plan, weight_bits if form == "int8-u8" else 8)
-        except KdexportError as error:
-            return Finding("graph as rebuilt", False, f"cannot be rebuilt: {error.message}")
-        # The quantizer of onnxruntime raises errors of its own for ranges that are not those of the graph.
-        except Exception as error:  # noqa: BLE001
-            return Finding("graph as rebuilt", False, f"cannot be rebuilt: {first_line(error)}")
-        difference = graph_difference(onnx.load(str(path)), expected)
+            expected = onnx.load(str(self.rebuild(name, form, plan, weight_bits)))
+        except BundleError as error:
+            return Finding("graph as rebuilt", False, error.message)
+        difference = graph_difference(onnx.load(str(self._folder / name)), expected)
         nodes = len(expected.graph.node)
         return Finding("graph as rebuilt", not difference, difference or f"{nodes} nodes, each as rebuilt")
 
-    def _expected(self, path: Path, form: str, plan: LayerPlan, weight_bits: int) -> onnx.ModelProto:
+    def rebuild(self, name: str, form: str, plan: LayerPlan, weight_bits: int) -> Path:
+        """The ONNX file ``name``, made again; raises ``BundleError`` if it cannot be made from what the bundle has."""
+        path = self._folder / name
+        try:
+            return self._expected(path, form, plan, weight_bits if form == "int8-u8" else 8)
+        except KdexportError as error:
+            raise _impossible(error.message) from error
+        # The quantizer of onnxruntime raises errors of its own for ranges that are not those of the graph.
+        except Exception as error:
+            raise _impossible(first_line(error)) from error
+
+    def _expected(self, path: Path, form: str, plan: LayerPlan, weight_bits: int) -> Path:
         ranges = path.with_name(RANGES) if form.startswith("int8") else None
         key = (form, str(plan.to_json()), weight_bits, None if ranges is None else ranges.read_bytes())
         if key not in self._made:
             self._made[key] = self._make(form, plan, weight_bits, ranges)
         return self._made[key]
 
-    def _make(self, form: str, plan: LayerPlan, weight_bits: int, ranges: Path | None) -> onnx.ModelProto:
+    def _make(self, form: str, plan: LayerPlan, weight_bits: int, ranges: Path | None) -> Path:
         if form == "fp32" and not plan.equalised:
-            return onnx.load(str(self._exported()))
-        source, path = self._scaled(plan), self._scratch / f"{form}.onnx"
+            return self._exported()
+        source, path = self._scaled(plan), self._scratch / f"{len(self._made)}-{form}.onnx"
         if ranges is not None:
             quantize(source, ranges, path, form=parse_form(form), weight_bits=weight_bits, keep=plan.nodes)
         elif form in _CASTS:
             _CASTS[form](source, path)
         else:
             path = source
-        return onnx.load(str(path))
+        return path
 
     def _scaled(self, plan: LayerPlan) -> Path:
         source = self._named_as_built()
         if not plan.equalised:
             return source
-        path = self._scratch / "equalised.onnx"
+        path = self._scratch / f"{len(self._made)}-equalised.onnx"
         onnx.save(apply_scalings(onnx.load(str(source)), plan.equalised), str(path))
         return path
 
@@ -93,6 +101,16 @@ class RebuiltGraphs:
             module = fuse_student(load_unfused(self._folder, spec)).module
             load_strictly(module, load_tensors(self._folder / FUSED), FUSED)
             path = self._scratch / MODEL
-            export_onnx(module, path, image_size=spec.image_size, opset=self._manifest.opset, metadata={})
+            # As at the build, so that the file has the same bytes if the tools are the same.
+            metadata = model_metadata(spec, sha256_file(self._folder / UNFUSED))
+            metadata |= {"version": str(self._manifest.data.get("kdexport", metadata["version"]))}
+            export_onnx(module, path, image_size=spec.image_size, opset=self._manifest.opset, metadata=metadata)
             self._float32 = path
         return self._float32
+
+
+def _impossible(reason: str) -> BundleError:
+    return BundleError(
+        f"cannot be rebuilt: {reason}",
+        remedy="Run kdexport verify BUNDLE to see which files of the bundle are damaged.",
+    )

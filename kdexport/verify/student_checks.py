@@ -109,7 +109,7 @@ def student_checks(
     except KdexportError as error:
         return [broken("A", "student", error.message)], None
     policy, probes = stored_policy(manifest.data), make_probes(pixels, spec.preprocessing)
-    plain, forms, bits = load_unfused(folder, spec), _forms(manifest), _weight_bits(manifest)
+    plain, forms, bits = load_unfused(folder, spec), _forms(manifest), weight_bits(manifest)
     reference = make_reference(plain, fused, probes, forms=forms, weight_bits=bits, plans=plans)
     merged = run_torch(exact.module, probes.images.astype(np.float64))
     checks = [weights, *rung_a(exact.certificate, merged, reference, probes, policy.A)]
@@ -134,7 +134,7 @@ def _forms(manifest: Manifest) -> list[str]:
     return list(dict.fromkeys([*(parse_target(name).form for name in manifest.targets), *tf32]))
 
 
-def _weight_bits(manifest: Manifest) -> int:
+def weight_bits(manifest: Manifest) -> int:
     """The bits of quantized weights in CPU targets; a build has one setting."""
     found = (entry["calibration"]["weight_bits"] for entry in manifest.targets.values() if "calibration" in entry)
     return int(next(found, 8))

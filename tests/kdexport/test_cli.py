@@ -136,6 +136,7 @@ def test_the_options_of_each_command_are_frozen() -> None:
             "--threads", "bundle",
         ],
         "fuse": ["--debug", "--input", "--json", "--out", "--plugin", "source"],
+        "replay": ["--debug", "--json", "--out", "--plugin", "bundle"],
         "sign": ["--certificate", "--debug", "--json", "--key", "--plugin", "bundle"],
         "serve": [
             "--body-timeout", "--connections", "--debug", "--drain", "--grace", "--header-timeout", "--host",

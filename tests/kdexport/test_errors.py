@@ -19,6 +19,7 @@ FROZEN = {
     "KDX311": ("AuditError", 1),
     "KDX320": ("EngineBuildError", 1),
     "KDX330": ("VerificationError", 1),
+    "KDX332": ("SignatureError", 1),
     "KDX340": ("TrainingError", 1),
     "KDX350": ("ResolutionError", 3),
     "KDX351": ("NotExecutedError", 3),
