@@ -66,7 +66,7 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 1
-_MAX_SIZE = 4096
+_MIN_SIZE, _MAX_SIZE = 8, 4096
 
 _LISTED_CHANGES = 5
 
@@ -122,11 +122,9 @@ def _require_sound(data: dict[str, Any]) -> None:
         if "plan" in entry:
             LayerPlan.from_json(entry["plan"])
     size = data["student"]["preprocessing"]
-    if not 8 <= size["image_size"] <= size["resize"] <= _MAX_SIZE:
-        raise ValueError(
-            f"image_size is {size['image_size']} and resize {size['resize']}, expected 8 <= image_size <= resize <= "
-            f"{_MAX_SIZE}"
-        )
+    for key in ("image_size", "resize"):
+        if not _MIN_SIZE <= size[key] <= _MAX_SIZE:
+            raise ValueError(f"{key} is {size[key]}, expected {_MIN_SIZE} to {_MAX_SIZE}")
 
 
 def _require_known_backend(target: str) -> None:

@@ -161,14 +161,14 @@ def test_a_description_without_a_key_is_refused_by_the_key(checkpoint: Path, key
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"preprocessing": PREPROCESSING.to_json() | {"interpolation": "bicubic"}},
-         "unknown key 'interpolation' of preprocessing; known are image_size, resize, mean, std"),
+        ({"preprocessing": PREPROCESSING.to_json() | {"antialias": True}},
+         "unknown key 'antialias' of preprocessing; known are image_size, resize, mean, std, geometry, interpolation"),
         ({"preprocessing": PREPROCESSING.to_json() | {"image_size": 32.0}}, "image_size is 32.0, not a number"),
         ({"preprocessing": PREPROCESSING.to_json() | {"resize": "36"}}, "resize is '36', not a number of pixels"),
-        ({"preprocessing": PREPROCESSING.to_json() | {"mean": "543"}}, "'543' is not three numbers, one per channel"),
+        ({"preprocessing": PREPROCESSING.to_json() | {"mean": "543"}}, "mean is '543', not three numbers, one per"),
         ({"colour": "red"}, "unknown key 'colour'; known: schema_version, student, classes"),
     ],
-    ids=["interpolation", "a fraction of a pixel", "text", "digits", "outside"],
+    ids=["antialias", "a fraction of a pixel", "text", "digits", "outside"],
 )  # fmt: skip
 def test_an_unknown_key_and_a_wrong_type_are_refused_like_in_every_toml_file(
     checkpoint: Path, change: dict[str, Any], words: str
@@ -249,7 +249,7 @@ def test_another_number_of_classes_is_named_with_both_shapes(checkpoint: Path) -
 
 
 def test_weights_of_another_form_or_without_their_branches_do_not_load(checkpoint: Path, tmp_path: Path) -> None:
-    describe(checkpoint, preprocessing=PREPROCESSING.to_json() | {"image_size": 224})
+    describe(checkpoint, preprocessing=PREPROCESSING.to_json() | {"image_size": 224, "resize": 256})
     assert "tensors missing" in load_error(checkpoint)
     branched = tmp_path / "branched"
     write(branched, spec(BranchSpec(placement="R1", num_branches=2)))

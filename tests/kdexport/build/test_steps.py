@@ -126,6 +126,8 @@ TABLE = {
     "data/datasets.py": CALIBRATE,
     "data/calibration_images.py": CALIBRATE,
     "data/preprocessing.py": FUSE,
+    "data/resampling.py": FUSE,
+    "data/exif_and_alpha.py": FUSE,
     "students/mobilenetv2.py": FUSE,
     "students/student.py": FUSE,
     "students/resnet18.py": "",

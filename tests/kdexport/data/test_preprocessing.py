@@ -1,5 +1,7 @@
+import dataclasses
 import io
 import json
+import math
 import os
 import time
 import tracemalloc
@@ -11,9 +13,18 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torchvision import transforms
 from torchvision.transforms import functional as vision
 
-from kdexport.data.preprocessing import Preprocessing, check_image, decode, read_image
+from kdexport.data.preprocessing import (
+    BACKGROUND,
+    Preprocessing,
+    check_image,
+    decode,
+    differing_fields,
+    read_image,
+    resized_size,
+)
 from kdexport.errors import DataError
 
 IMAGENET = Preprocessing(image_size=224, resize=256, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -255,16 +266,206 @@ def test_reading_a_file_gives_its_pixels_and_its_error_its_path(tmp_path: Path) 
         read_image(bad)
 
 
+#: Landscape and portrait, odd and even, shrunk and enlarged, thin and tiny.
+SIZES = [
+    *((64, 48), (48, 64), (61, 90), (90, 61), (33, 33), (300, 37), (37, 300), (500, 375), (333, 500), (101, 99)),
+    *((17, 19), (5, 3), (3, 5), (1, 1), (1, 40), (40, 1), (400, 2), (7, 250), (32, 36), (36, 32), (36, 36), (128, 64)),
+]
+#: Image size and resize; in the last two the crop is larger than the resized image.
+CROPS = [(32, 36), (24, 27), (31, 32), (32, 31), (16, 16), (24, 17), (25, 9)]
+INTERPOLATIONS = ["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
+MODES = ["RGB", "L", "LA", "RGBA", "P", "CMYK", "1"]
+
+
+def exact(image_size: int, resize: int, **changes: Any) -> Preprocessing:
+    new = Preprocessing.for_new_student(image_size=image_size, resize=resize, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.1))
+    return dataclasses.replace(new, **changes)
+
+
+def in_mode(image: Image.Image, mode: str) -> Image.Image:
+    if mode in ("LA", "RGBA"):
+        image = image.convert(mode)
+        image.putalpha(Image.fromarray(np.random.default_rng(1).integers(0, 256, image.size[::-1], np.uint8)))
+        return image
+    return image.convert(mode)
+
+
+def of_torchvision(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    modes = {"hamming": vision.InterpolationMode.HAMMING, "box": vision.InterpolationMode.BOX}
+    mode = modes.get(preprocessing.interpolation) or vision.InterpolationMode(preprocessing.interpolation)
+    size = preprocessing.resize if preprocessing.fit == "crop" else [preprocessing.resize] * 2
+    steps = transforms.Compose(
+        [transforms.Resize(size, interpolation=mode), transforms.CenterCrop(preprocessing.image_size)]
+    )
+    return np.asarray(steps(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+@pytest.mark.parametrize("crop", CROPS, ids=str)
+def test_every_size_has_the_bits_of_torchvision(interpolation: str, crop: tuple[int, int]) -> None:
+    for fit in ("crop", "squash"):
+        preprocessing = exact(*crop, interpolation=interpolation, fit=fit)
+        for size in SIZES:
+            image = noise_image(*size)
+            np.testing.assert_array_equal(preprocessing.pixels(image), of_torchvision(image, preprocessing), f"{size}")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])
+def test_every_mode_has_the_bits_of_torchvision(mode: str, interpolation: str) -> None:
+    preprocessing = exact(24, 27, interpolation=interpolation, background=None)
+    for size in ((61, 90), (300, 37), (24, 24), (27, 27), (27, 40), (9, 12)):
+        image = in_mode(noise_image(*size), mode)
+        np.testing.assert_array_equal(preprocessing.pixels(image), of_torchvision(image, preprocessing), f"{size}")
+
+
+def test_photos_have_the_bits_of_torchvision_at_the_size_of_imagenet() -> None:
+    for size in ((640, 427), (375, 500), (1200, 799), (255, 257), (230, 2000)):
+        for resize, interpolation in ((256, "bilinear"), (232, "bilinear"), (235, "bicubic")):
+            preprocessing = exact(224, resize, interpolation=interpolation)
+            image = noise_image(*size)
+            np.testing.assert_array_equal(preprocessing.pixels(image), of_torchvision(image, preprocessing), f"{size}")
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos", "nearest"])
+@pytest.mark.parametrize(("crop_mode", "fit"), [("center", "crop"), ("squash", "squash"), ("border", "pad")])
+@pytest.mark.parametrize(("image_size", "crop_pct"), [(32, 0.875), (24, 0.9), (31, 1.0), (28, 0.95)])
+def test_every_size_has_the_bits_of_timm(
+    interpolation: str, crop_mode: str, fit: str, image_size: int, crop_pct: float
+) -> None:
+    timm_data = pytest.importorskip("timm.data")
+    mean = (0.485, 0.456, 0.406)
+    steps = timm_data.create_transform(
+        (3, image_size, image_size), is_training=False, interpolation=interpolation, mean=mean, crop_pct=crop_pct,
+        crop_mode=crop_mode, normalize=False,
+    )  # fmt: skip
+    colour = (124, 116, 104) if fit == "pad" else (0, 0, 0)
+    preprocessing = exact(
+        image_size, math.floor(image_size / crop_pct), interpolation=interpolation, fit=fit, pad_colour=colour
+    )
+    for size in SIZES:
+        if fit == "pad" and max(size) > 2 * preprocessing.resize * min(size):
+            continue  # timm rounds the short side to 0 pixels
+        image = noise_image(*size)
+        wanted = steps(image).permute(1, 2, 0).numpy()
+        np.testing.assert_array_equal(preprocessing.pixels(image), wanted, f"{size}")
+
+
+def test_a_padded_image_keeps_at_least_one_pixel_of_its_short_side() -> None:
+    assert resized_size((1, 50_000), "pad", 32) == (1, 32)
+    pixels = exact(32, 32, fit="pad", pad_colour=(1, 2, 3)).pixels(Image.new("RGB", (1, 50_000), (200, 100, 50)))
+    assert (pixels[:, 15] == (200, 100, 50)).all()
+    assert (np.delete(pixels, 15, axis=1) == (1, 2, 3)).all()
+
+
+def test_the_colour_of_the_padding_reaches_grey_images_too() -> None:
+    pixels = exact(20, 20, fit="pad", pad_colour=(9, 80, 170)).pixels(Image.new("L", (40, 20), 77))
+    assert (pixels[:5] == (9, 80, 170)).all()
+    assert (pixels[5:15] == 77).all()
+    assert (pixels[15:] == (9, 80, 170)).all()
+
+
+@pytest.mark.parametrize("fit", ["crop", "squash", "pad"])
+@pytest.mark.parametrize("size", [(60_000, 1), (1, 60_000), (3, 20_000)])
+def test_exact_geometry_of_extreme_aspect_ratios_costs_neither_memory_nor_time(fit: str, size: tuple[int, int]) -> None:
+    image = Image.new("RGB", size, (9, 200, 30))
+    tracemalloc.start()
+    began = time.perf_counter()
+    pixels = exact(224, 256, fit=fit).pixels(image)
+    elapsed = time.perf_counter() - began
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (pixels == (9, 200, 30)).all(-1).any()
+    assert elapsed < 3
+    assert peak < 80e6
+
+
+def in_the_old_way(image: Image.Image, image_size: int, resize: int) -> NDArray[np.uint8]:
+    """What a student without the newer fields was trained with; it must not change."""
+    size = (image_size, image_size)
+    rgb = image.convert("RGB")
+    if image.size == size and resize == image_size:
+        return np.asarray(rgb)
+    scale = min(image.size) / resize
+    half = image_size * scale / 2
+    x, y = image.width / 2, image.height / 2
+    box = (max(x - half, 0), max(y - half, 0), min(x + half, image.width), min(y + half, image.height))
+    return np.asarray(rgb.resize(size, Image.Resampling.BILINEAR, box=box))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_students_without_the_newer_fields_see_what_they_saw(mode: str) -> None:
+    for image_size, resize in ((32, 36), (24, 27), (16, 16), (32, 32)):
+        stored = {"image_size": image_size, "resize": resize, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+        preprocessing = Preprocessing.from_json(json.loads(json.dumps(stored)))
+        assert json.loads(json.dumps(preprocessing.to_json())) == stored
+        for size in SIZES:
+            image = in_mode(noise_image(*size), mode)
+            image.getexif()[0x0112] = 6
+            data = encoded(image.convert("RGB"), "JPEG", exif=image.getexif(), quality=90)
+            wanted = in_the_old_way(image, image_size, resize)
+            np.testing.assert_array_equal(preprocessing.pixels(image), wanted, f"{size}")
+            photo = decode(data, "photo")
+            np.testing.assert_array_equal(preprocessing.pixels(photo), in_the_old_way(photo, image_size, resize))
+
+
+def test_an_image_is_shown_as_it_is_or_as_viewers_show_it() -> None:
+    rgba = Image.new("RGBA", (40, 20), (255, 255, 255, 0))
+    rgba.paste((200, 0, 0, 255), (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = decode(encoded(rgba, "PNG", exif=exif), "x")
+    shown = exact(20, 20, fit="squash", interpolation="nearest").pixels(image)
+    assert (shown[:10] == (200, 0, 0)).all()
+    assert (shown[10:] == BACKGROUND).all()
+    stored = exact(20, 20, fit="squash", interpolation="nearest", orientation="ignore", background=None).pixels(image)
+    assert (stored[:, :10] == (200, 0, 0)).all()
+    assert (stored[:, 10:] == 255).all()
+    assert exact(20, 20).rgb(image).size == (20, 40)
+    assert exact(20, 20).rgb(image).getpixel((5, 35)) == BACKGROUND
+    assert exact(20, 20).rgb(Image.new("L", (3, 2), 9)).getpixel((0, 0)) == (9, 9, 9)
+
+
+def test_differences_are_named() -> None:
+    assert differing_fields(exact(20, 20), exact(20, 20)) == ()
+    assert differing_fields(exact(20, 20), exact(20, 22, interpolation="bicubic", background=None)) == (
+        "resize",
+        "interpolation",
+        "background",
+    )
+
+
 def test_preprocessing_survives_json() -> None:
-    for value in (IMAGENET, CIFAR):
+    new = exact(224, 256, fit="pad", pad_colour=(1, 2, 3), interpolation="bicubic")
+    for value in (IMAGENET, CIFAR, new, exact(32, 36), exact(32, 36, background=None)):
         assert Preprocessing.from_json(json.loads(json.dumps(value.to_json()))) == value
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"mean": [0.1, 0.2]}, {"std": [0.1] * 4}, {"mean": 0.5}, {"image_size": "large"}, {"resize": None}],
+    ("change", "words"),
+    [
+        ({"mean": [0.5]}, r"mean is \(0.5,\), not three numbers, one per channel; inputs of students are RGB"),
+        ({"std": [0.1] * 4}, "std is .*not three numbers"),
+        ({"mean": 0.5}, "mean is 0.5, not three numbers"),
+        ({"mean": [0.1, float("nan"), 0.2]}, "which is not finite"),
+        ({"std": [0.1, 0, 0.2]}, "each number must be above 0"),
+        ({"image_size": "large"}, "image_size is 'large', not a number of pixels"),
+        ({"image_size": [32, 40]}, r"image_size is \(32, 40\), not a number of pixels; inputs of students are square"),
+        ({"resize": None}, "resize is None, not a number of pixels"),
+        ({"resize": 31}, "geometry one_step is for fit crop with a resize of at least image_size"),
+        ({"fit": "pad"}, "geometry one_step is for fit crop"),
+        ({"fit": "stretch"}, "fit is 'stretch'; it must be one of crop, squash, pad"),
+        ({"interpolation": "cubic"}, "interpolation is 'cubic'; it must be one of nearest, box, bilinear"),
+        ({"orientation": True}, "orientation is True; it must be one of apply, ignore"),
+        ({"geometry": ["two_steps"]}, "geometry is .*; it must be one of one_step, two_steps"),
+        ({"background": [0, 0]}, "background is .*not three whole numbers from 0 to 255"),
+        ({"background": [0, 0, 256]}, "background is .*not three whole numbers from 0 to 255"),
+        ({"pad_colour": [0, 0, 1.0]}, "pad_colour is .*not three whole numbers from 0 to 255"),
+        ({"pad_colour": None}, "pad_colour is None, not three whole numbers"),
+        ({"antialias": True}, "unknown key 'antialias' of preprocessing; known are image_size, resize, mean"),
+    ],
     ids=str,
 )
-def test_foreign_json_raises(change: dict[str, Any]) -> None:
-    with pytest.raises((ValueError, TypeError)):
+def test_foreign_json_raises(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
         Preprocessing.from_json(CIFAR.to_json() | change)
