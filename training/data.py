@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -30,8 +31,19 @@ class Batch(NamedTuple):
 
 def preprocessing_of(settings: DataSettings) -> Preprocessing:
     """The preprocessing of evaluation and production."""
-    resize = settings.resize or settings.image_size
-    return Preprocessing(image_size=settings.image_size, resize=resize, mean=settings.mean, std=settings.std)
+    preprocessing = Preprocessing.for_new_student(
+        image_size=settings.image_size,
+        resize=settings.resize or settings.image_size,
+        mean=settings.mean,
+        std=settings.std,
+    )
+    return replace(
+        preprocessing,
+        interpolation=settings.interpolation,
+        fit=settings.fit,
+        orientation=settings.orientation,
+        background=None if settings.background == "ignore" else settings.background,
+    )
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
@@ -77,7 +89,8 @@ class _AugmentedBatches:
     ) -> None:
         self.steps = full_batches(len(images), batch_size)
         self._settings, self._device = settings, device
-        self._normalise = Normaliser(preprocessing_of(settings), device)
+        self._preprocessing = preprocessing_of(settings)
+        self._normalise = Normaliser(self._preprocessing, device)
         self._batch_size, self._seed, self._rank, self._world = batch_size, seed, rank, world
         self._load(images)
 
@@ -94,7 +107,7 @@ class ResidentBatches(_AugmentedBatches):
 
     def _load(self, images: ImageSet) -> None:
         padding = self._settings.crop_padding
-        pixels = torch.from_numpy(decode_all(images, preprocessing_of(self._settings))).permute(0, 3, 1, 2)
+        pixels = torch.from_numpy(decode_all(images, self._preprocessing)).permute(0, 3, 1, 2)
         self._pixels = torch.nn.functional.pad(pixels, (padding,) * 4).to(self._device).contiguous()
         self._labels = torch.from_numpy(images.labels).to(self._device)
 
@@ -146,13 +159,13 @@ class StreamedBatches(_AugmentedBatches):
     def _augmented(self, sample: int, epoch: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
         from PIL import Image
 
-        image = self._images.image(sample).convert("RGB")
+        image = self._preprocessing.rgb(self._images.image(sample))
         # One seed for each image, because the order in which threads run is not repeatable.
         rng = np.random.default_rng((self._seed, epoch, sample))
         top, left, height, width = _resized_crop(rng, image.height, image.width)
         side = self._settings.image_size
         box = (left, top, left + width, top + height)
-        image = image.resize((side, side), Image.Resampling.BILINEAR, box=box)
+        image = image.resize((side, side), Image.Resampling[self._preprocessing.interpolation.upper()], box=box)
         if self._settings.flip and rng.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return np.asarray(image, dtype=np.uint8)

@@ -8,6 +8,9 @@ from pydantic import AfterValidator, Field, model_validator
 
 from kdexport.core.toml import Settings, parse, read_toml
 from kdexport.data.datasets import DatasetSpec, dataset_spec
+from kdexport.data.preprocessing import BACKGROUND, Fit, Orientation
+from kdexport.data.preprocessing_settings import ColourSetting
+from kdexport.data.resampling import Interpolation
 from kdexport.errors import ConfigError
 from kdexport.plugins import has_plugins
 from training.distillers.settings import AnyDistiller, KDiffusionSettings, NonNegative, Positive
@@ -34,6 +37,11 @@ class DataSettings(Settings):
     resize: Annotated[int, Field(ge=0)] = 0
     mean: tuple[Mean, Mean, Mean] = (0.5071, 0.4867, 0.4408)
     std: tuple[Deviation, Deviation, Deviation] = (0.2675, 0.2565, 0.2761)
+    #: These four are fields of ``kdexport.data.preprocessing.Preprocessing``.
+    interpolation: Interpolation = "bilinear"
+    fit: Fit = "crop"
+    orientation: Orientation = "apply"
+    background: ColourSetting | Literal["ignore"] = BACKGROUND
     crop_padding: Annotated[int, Field(ge=0)] = 4
     flip: bool = True
     workers: Annotated[int, Field(ge=0)] = 2
