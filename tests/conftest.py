@@ -25,12 +25,14 @@ recipe = "digits"
 [overrides.train]
 epochs = 1
 batch_size = 128
+warmup_epochs = 0.5
 
 [overrides.teacher]
 epochs = 1
 
 [overrides.distiller]
 num_branches = 3
+ramp_epochs = 0.5
 
 [verify]
 images = 24

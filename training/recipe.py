@@ -4,7 +4,7 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from kdexport.core.toml import Settings, parse, read_toml
 from kdexport.data.datasets import DatasetSpec, dataset_spec
@@ -59,6 +59,10 @@ class DataSettings(Settings):
         return dataset_spec(self.name, self.root)
 
 
+#: Keys of ``[teacher]`` that came after the first recipes.
+_LATER = ("plausibility",)
+
+
 class TeacherSettings(Settings):
     """``[teacher]``: the network and the file of its weights; without a file it is trained first."""
 
@@ -69,6 +73,14 @@ class TeacherSettings(Settings):
     #: The normalisation with which the teacher was trained, if its weights do not tell; without it, the student's.
     mean: tuple[Mean, Mean, Mean] | None = None
     std: tuple[Deviation, Deviation, Deviation] | None = None
+    #: Whether a teacher at chance level, or with its classes in another order, ends the run or is only reported.
+    plausibility: Literal["required", "reported"] = "required"
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A key that came later and has no effect must not make the folders of earlier runs those of other recipes.
+        fields = type(self).model_fields
+        return {key: value for key, value in handler(self).items() if key not in _LATER or value != fields[key].default}
 
     @model_validator(mode="after")
     def _normalisation_is_whole(self) -> "TeacherSettings":
@@ -129,6 +141,7 @@ class Recipe(Settings):
         # Paths may change between two calls; the caller compares digests of the files.
         tables["data"].update(root="", workers=0)
         tables["teacher"].update(checkpoint="")
+        tables["teacher"].pop("plausibility", None)
         return tables
 
 
@@ -136,6 +149,56 @@ def load_recipe(source: str, overrides: dict[str, Any] | None = None) -> Recipe:
     """Read a recipe by name or path: the recipes that it extends, then its own keys, then ``overrides`` (nested)."""
     data = read_tables(source)
     return parse(Recipe, _tuples(_extended(data, overrides or {})), f"recipe {source}")
+
+
+def check_schedule(recipe: Recipe) -> None:
+    """Raise ``ConfigError`` if a part of the schedule lies beyond the run, where it cannot act, with what to set."""
+    train, distiller = recipe.train, recipe.distiller
+    problems = _schedule_problems(train, train.epochs, "train.epochs")
+    if distiller.ramp_epochs > train.epochs:
+        problems.append(
+            (
+                f"distiller.ramp_epochs = {distiller.ramp_epochs:g} is longer than train.epochs = {train.epochs}, so "
+                "the loss of the method never gets its full weight",
+                f"distiller.ramp_epochs={_rounded(train.epochs / 12)}",
+            )
+        )
+    if not recipe.teacher.checkpoint:
+        # Epoch by epoch the teacher has the schedule of the student.
+        problems += _schedule_problems(train, recipe.teacher.epochs, "teacher.epochs")
+    if problems:
+        raise ConfigError(
+            f"The schedule cannot act: {'; '.join(problem for problem, _ in problems)}.",
+            remedy=f"For example: {' '.join(f'--set {setting}' for setting in dict.fromkeys(s for _, s in problems))}",
+        )
+
+
+def _schedule_problems(train: TrainSettings, epochs: int, key: str) -> list[tuple[str, str]]:
+    """What cannot act in a run of ``epochs``, which the recipe has at ``key``, each with a setting that can."""
+    problems = []
+    if train.warmup_epochs >= epochs:
+        problems.append(
+            (
+                f"train.warmup_epochs = {train.warmup_epochs:g} leaves nothing of {key} = {epochs}",
+                f"train.warmup_epochs={_rounded(epochs / 20)}",
+            )
+        )
+    late = [milestone for milestone in train.milestones if milestone >= epochs]
+    if train.schedule == "step" and late:
+        # The last one is where the CRD protocol has it: at 210 of 240 epochs.
+        places = {round(milestone * 0.875 * epochs / max(late)) for milestone in train.milestones}
+        scaled = sorted(place for place in places if 0 < place < epochs)
+        problems.append(
+            (
+                f"train.milestones has {', '.join(map(str, late))}, which {key} = {epochs} does not reach",
+                f"train.milestones={scaled}" if scaled and key == "train.epochs" else "train.schedule=cosine",
+            )
+        )
+    return problems
+
+
+def _rounded(epochs: float) -> float:
+    return round(epochs, 1) if epochs >= 0.1 else round(epochs, 2)
 
 
 def plugin_digests(recipe: Recipe) -> dict[str, str]:
@@ -222,13 +285,19 @@ def _extended(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     """``top`` merged over ``base``, without the keys of ``base`` that are facts about what ``top`` replaces.
 
     Another data set does not inherit the path of the base; another data set or another teacher does not inherit the
-    normalisation of the base's teacher. Raises ``ConfigError`` if only the student would get the normalisation of
-    ``top``, although the base sets one for the teacher.
+    normalisation of the base's teacher; another data set, pair or method has no published numbers of the base. Raises
+    ``ConfigError`` if only the student would get the normalisation of ``top``, although the base sets one for the
+    teacher.
     """
     if _replaces(base, top, "data"):
         base = _without(base, "data", "root")
     if _replaces(base, top, "data") or _replaces(base, top, "teacher"):
         base = _without(base, "teacher", *_STATISTICS)
+    # Published numbers are of one data set, one pair and one method.
+    if any(_replaces(base, top, table) for table in ("data", "teacher", "student")):
+        base = {key: value for key, value in base.items() if key != "published"}
+    if _replaces(base, top, "distiller"):
+        base = _without(base, "published", "top1")
     _require_whole_normalisation(base, top)
     return _merged(base, top)
 

@@ -1,10 +1,15 @@
-"""The teacher of a run: the preprocessing that it gets."""
+"""The teacher of a run: the preprocessing that it gets, and whether its predictions are plausible."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+from torch import nn
+
 from kdexport.data.preprocessing import Preprocessing
-from kdexport.errors import ConfigError
-from training.data import preprocessing_of
+from kdexport.errors import CheckpointError, ConfigError
+from training.data import Labelled, preprocessing_of
+from training.plausibility import Judgement, judge
 from training.recipe import DataSettings, TeacherSettings
 
 #: A quarter of a grey level: papers and recipes round their statistics.
@@ -57,3 +62,24 @@ def _require_same(
 
 def _numbers(values: tuple[float, float, float]) -> str:
     return " ".join(f"{value:.4g}" for value in values)
+
+
+@torch.no_grad()
+def judge_teacher(logits: nn.Module, batches: Iterable[Labelled], classes: Sequence[str]) -> Judgement:
+    """Compare the predictions of a teacher in evaluation mode with the labels of ``batches``."""
+    pairs = [(logits(images).argmax(1).cpu(), labels.cpu()) for images, labels in batches]
+    predictions, labels = (torch.cat(part).numpy() for part in zip(*pairs, strict=True))
+    return judge(predictions, labels, classes)
+
+
+def require_plausible(judgement: Judgement, settings: TeacherSettings, classes: Sequence[str]) -> None:
+    """Raise ``CheckpointError`` if there is a problem with the teacher and ``settings`` do not say to go on."""
+    if not judgement.problem or settings.plausibility == "reported":
+        return
+    place = f" with the weights {settings.checkpoint}" if settings.checkpoint else ""
+    shown = ", ".join(classes[:5]) + (f", ... ({len(classes)} in all)" if len(classes) > 5 else "")
+    raise CheckpointError(
+        f"The teacher {settings.name}{place} cannot teach this data set: {judgement.problem}.",
+        remedy=f"Check its weights, its mean and std, and that its outputs are in the order of the classes: {shown}. "
+        "To distil from it all the same: --set teacher.plausibility=reported",
+    )

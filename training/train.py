@@ -23,7 +23,7 @@ from kdexport.students import STUDENTS, Student
 from training.data import Batches, EvaluationBatches, preprocessing_of, training_batches
 from training.devices import LocalBuffers, check_batch_size, gathered
 from training.distillers import DISTILLERS
-from training.recipe import Recipe, TrainSettings
+from training.recipe import Recipe, TrainSettings, check_schedule
 from training.runs.handover import Origin, hand_over, student_spec
 from training.runs.loop import Metrics, Run, run, top1
 from training.runs.record import claim, claim_input, device_name, note_environment
@@ -31,7 +31,7 @@ from training.runs.task import DistillationTask, FrozenTeacher, SupervisedTask
 from training.teachers import TEACHERS, Teacher
 from training.teachers.description import TeacherDescription, described_teacher
 from training.teachers.teacher import load_teacher_weights
-from training.teaching import TeacherInput, teacher_input
+from training.teaching import TeacherInput, judge_teacher, require_plausible, teacher_input
 
 _CALIBRATION_BATCHES = 8
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -78,11 +78,12 @@ def claim_data(directory: Path, recipe: Recipe, report: Callable[[str], None]) -
 
 
 def rehearse(recipe: Recipe) -> None:
-    """Build the networks and the distiller of ``recipe`` and attach its branches, without data or weights.
+    """Check the schedule, build the networks and the distiller of ``recipe`` and attach its branches, without data.
 
     Raises ``UnknownNameError``, ``ConfigError`` or ``ReparamError`` for mistakes that would otherwise end the run only
     after the teacher's training.
     """
+    check_schedule(recipe)
     DISTILLERS.check(recipe.distiller.name)
     size = recipe.data.image_size
     # Initialising a large teacher takes seconds. A distiller may read its values, so every weight is 1 instead.
@@ -164,7 +165,11 @@ def train_student(recipe: Recipe, directory: Path, origin: Origin) -> Metrics:
     say = Reporter(quiet=not accelerator.is_main_process).say
     say(f"teacher {recipe.teacher.name}: {_known_input(recipe)}")
     distillation = prepare_distillation(recipe, train, batches, accelerator.device, say=say)
-    teacher_top1 = top1(_logits_only(distillation.frozen), evaluation)
+    judgement = judge_teacher(_logits_only(distillation.frozen), evaluation, test.classes)
+    say(f"teacher {recipe.teacher.name}: {judgement}")
+    if distillation.task.distiller.outputs_read(recipe.distiller):
+        require_plausible(judgement, recipe.teacher, test.classes)
+    teacher_top1 = judgement.top1
 
     def keep(name: str, metrics: Metrics) -> None:
         spec = student_spec(recipe, train, distillation.branches, metrics, origin)

@@ -239,9 +239,11 @@ flip = true
 [overrides.train]
 epochs = 1
 batch_size = 24
+warmup_epochs = 0.5
 [overrides.teacher]
 epochs = 1
 [overrides.distiller]
+ramp_epochs = 0.5
 placement = "R2"
 num_branches = 2
 permutation = "expected"

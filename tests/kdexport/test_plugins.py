@@ -227,6 +227,7 @@ image_size = 16
 [overrides.train]
 epochs = 1
 batch_size = 256
+warmup_epochs = 0.5
 
 [verify]
 images = 64
@@ -261,7 +262,8 @@ def built_example(tmp_path_factory: pytest.TempPathFactory) -> Example:
     def make(root: Path) -> None:
         source, config = example()
         (root / "mynet.py").write_text(source)
-        (root / "mynet.toml").write_text(config.replace('name = "myteacher"', 'name = "myteacher"\nepochs = 1') + SHORT)
+        teacher = 'name = "myteacher"\nepochs = 1\nplausibility = "reported"'
+        (root / "mynet.toml").write_text(config.replace('name = "myteacher"', teacher) + SHORT)
         elsewhere = root / "elsewhere"
         elsewhere.mkdir()
         done = run_command("build", "--config", "../mynet.toml", "--out", "../dist/mynet", cwd=elsewhere)

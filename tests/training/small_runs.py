@@ -20,6 +20,9 @@ OVERRIDES = (
     "train.batch_size=12",
     "train.mixed_precision=no",
     "distiller.ramp_epochs=1.5",
+    "train.warmup_epochs=0.5",
+    # A few steps on a few images do not make a teacher.
+    "teacher.plausibility=reported",
 )
 
 

@@ -12,7 +12,7 @@ from kdexport.errors import ConfigError, ReparamError
 from tests.conftest import run_command
 from tests.training.small_runs import environment
 from training.__main__ import app
-from training.recipe import load_recipe, merge_overrides, parse_override
+from training.recipe import Published, check_schedule, load_recipe, merge_overrides, parse_override
 
 
 def write(path: Path, text: str) -> str:
@@ -288,3 +288,74 @@ def test_the_student_alone_is_not_given_another_normalisation() -> None:
 def test_a_mean_without_a_deviation_is_refused() -> None:
     with pytest.raises(ConfigError, match="mean is given without std; set both, or neither"):
         load_recipe("digits", {"teacher": {"mean": [0.5, 0.5, 0.5]}})
+
+
+def schedule_error(source: str, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        check_schedule(load_recipe(source, merge_overrides([parse_override(text) for text in overrides])))
+    return str(caught.value)
+
+
+def test_milestones_beyond_the_run_are_refused_with_where_they_could_be() -> None:
+    given = "teacher.checkpoint=t.pt"
+    cell = "cifar100/vgg13-mobilenetv2/crd"
+    assert schedule_error(cell, "train.epochs=30", given) == (
+        "The schedule cannot act: train.milestones has 150, 180, 210, which train.epochs = 30 does not reach.\n"
+        "For example: --set train.milestones=[19, 22, 26]"
+    )
+    assert "train.milestones has 210, which train.epochs = 210" in schedule_error(cell, "train.epochs=210", given)
+    assert "--set train.schedule=cosine" in schedule_error(cell, "train.epochs=1", given)
+    for accepted in ("train.epochs=211", "train.schedule=cosine", "train.milestones=[19, 22, 26]"):
+        rest = [] if accepted.startswith("train.epochs") else ["train.epochs=30"]
+        texts = [accepted, given, *rest]
+        check_schedule(load_recipe(cell, merge_overrides([parse_override(text) for text in texts])))
+
+
+def test_a_warm_up_or_a_ramp_that_outlasts_the_run_is_refused() -> None:
+    text = schedule_error("digits", "train.epochs=4", "train.warmup_epochs=4.0", "teacher.epochs=5")
+    assert text == (
+        "The schedule cannot act: train.warmup_epochs = 4 leaves nothing of train.epochs = 4; "
+        "distiller.ramp_epochs = 5 is longer than train.epochs = 4, so the loss of the method never gets "
+        "its full weight.\n"
+        "For example: --set train.warmup_epochs=0.2 --set distiller.ramp_epochs=0.3"
+    )
+    check_schedule(load_recipe("digits", {"train": {"epochs": 5}, "distiller": {"ramp_epochs": 5.0}}))
+
+
+def test_the_schedule_of_a_teacher_that_will_be_trained_is_checked_too() -> None:
+    cell = "cifar100/vgg13-mobilenetv2/kd"
+    assert "150, 180, 210, which teacher.epochs = 20 does not reach" in schedule_error(cell, "teacher.epochs=20")
+    check_schedule(load_recipe(cell, {"teacher": {"epochs": 20, "checkpoint": "t.pt"}}))
+    assert "leaves nothing of teacher.epochs = 1" in schedule_error("digits", "teacher.epochs=1")
+
+
+def test_a_schedule_that_cannot_act_ends_the_command_before_anything_is_written(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = CliRunner().invoke(app, ["train", "--recipe", "digits", "--set", "train.epochs=2", "--out", str(out)])
+    assert isinstance(done.exception, ConfigError)
+    assert "distiller.ramp_epochs = 5" in done.exception.message
+    assert not out.exists()
+
+
+def test_published_numbers_are_dropped_with_what_they_were_published_for() -> None:
+    cell = "cifar100/vgg13-mobilenetv2/kd"
+    assert load_recipe(cell, {"train": {"epochs": 30}, "data": {"root": "x"}}).published.top1 == 67.37
+    for change in (
+        {"data": {"name": "folder:x"}},
+        {"teacher": {"name": "resnet20"}},
+        {"student": {"name": "resnet18"}},
+    ):
+        assert load_recipe(cell, change).published == Published()
+    other = load_recipe(cell, {"distiller": {"name": "dist"}}).published
+    assert (other.top1, other.teacher) == (None, 74.64)
+    own = {"student": {"name": "resnet18"}, "published": {"top1": 50.0, "source": "mine"}}
+    assert load_recipe(cell, own).published.top1 == 50.0
+
+
+def test_a_key_that_came_later_does_not_make_an_old_run_another_one() -> None:
+    assert set(load_recipe("digits").identity()["teacher"]) == {
+        *("name", "checkpoint", "epochs", "learning_rate", "mean", "std")
+    }
+    reported = load_recipe("digits", {"teacher": {"plausibility": "reported"}})
+    assert reported.identity() == load_recipe("digits").identity()
+    assert reported.model_dump()["teacher"]["plausibility"] == "reported"

@@ -1,20 +1,25 @@
 """The input of a teacher in a run: stored with its weights, or decided by the recipe, and never both."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from kdexport.checkpoint import load_tensors, save_tensors
 from kdexport.data.preprocessing import Preprocessing
 from kdexport.errors import CheckpointError, ConfigError
 from tests.training.small_runs import tiny_recipe
 from training.recipe import DataSettings, TeacherSettings
+from training.runs.handover import Origin
+from training.teachers import TEACHERS
 from training.teachers.description import TeacherDescription
 from training.teaching import teacher_input
-from training.train import distil, evaluate_teacher, train_teacher
+from training.train import distil, evaluate_teacher, train_student, train_teacher
 
 OWN = Preprocessing(image_size=16, resize=20, mean=(0.31, 0.42, 0.53), std=(0.11, 0.22, 0.33))
+ORIGIN = Origin(dataset_sha256="d" * 64, teacher_sha256="e" * 64)
 SHIFTED = ("data.mean=[0.9, 0.1, 0.8]", "data.std=[0.05, 0.9, 0.2]")
 
 
@@ -30,7 +35,7 @@ def weights(tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def with_teacher(images: Path, weights: Path, *more: str) -> Any:
-    return tiny_recipe(images, f"teacher.checkpoint={weights}", "train.epochs=1", *more)
+    return tiny_recipe(images, f"teacher.checkpoint={weights}", "train.epochs=2", *more)
 
 
 def test_the_weights_decide_then_the_recipe_then_the_student() -> None:
@@ -94,3 +99,37 @@ def test_a_contradiction_ends_a_run_before_anything_is_written(
     with pytest.raises(ConfigError, match=r"was trained with mean 0\.305 0\.305 0\.305"):
         distil(with_teacher(tiny_images, weights, *wrong), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_at_chance_level_ends_the_run_before_the_training(
+    tiny_images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    fresh = tmp_path / "fresh.safetensors"
+    save_tensors(fresh, TEACHERS.build("resnet8", num_classes=3, image_size=16).state_dict())
+    recipe = with_teacher(tiny_images, fresh, "teacher.plausibility=required")
+    with pytest.raises(CheckpointError) as caught:
+        train_student(recipe, tmp_path / "run", ORIGIN)
+    assert re.search(
+        r"teacher resnet8: top-1 \S+% of 18 validation images, chance level 33\.33%", capfd.readouterr().err
+    )
+    message = f"The teacher resnet8 with the weights {fresh} cannot teach this data set: it is not better than chance"
+    assert caught.value.message.startswith(message)
+    assert "in the order of the classes: ant, bee, cow." in caught.value.remedy
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    # A baseline does not read its teacher, and a user may insist.
+    for name, override in (("plain", "distiller.name=plain"), ("insists", "teacher.plausibility=reported")):
+        more = ("distiller.ramp_epochs=0.0", "teacher.plausibility=required", override)
+        train_student(with_teacher(tiny_images, fresh, *more), tmp_path / name, ORIGIN)
+        assert (tmp_path / name / "student").is_dir()
+
+
+def test_a_teacher_with_permuted_classes_ends_the_run(weights: Path, tiny_images: Path, tmp_path: Path) -> None:
+    tensors, permuted = load_tensors(weights), tmp_path / "permuted.safetensors"
+    for name in ("fc.weight", "fc.bias"):
+        tensors[name] = tensors[name][[1, 2, 0]]
+    save_tensors(permuted, tensors, TeacherDescription(preprocessing=None).metadata("resnet8"))
+    recipe = with_teacher(tiny_images, permuted, "teacher.plausibility=required")
+    with pytest.raises(CheckpointError, match=r"in another order: .* output 0 is 'bee', output 1 is 'cow'"):
+        train_student(recipe, tmp_path / "run", ORIGIN)
+    train_student(with_teacher(tiny_images, weights, "teacher.plausibility=required"), tmp_path / "good", ORIGIN)

@@ -16,6 +16,7 @@ class AT(Distiller):
     """Distance of the normalised attention maps after the activation, summed over all pairs of stages."""
 
     settings: ATSettings
+    reads = frozenset(("features",))
 
     def __init__(self, *, settings: ATSettings, student: Student, teacher: Teacher) -> None:
         super().__init__(settings=settings, student=student, teacher=teacher)

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from kdexport.reparam.blocks import BranchSpec
 from kdexport.students import Student, Tapped
-from training.distillers.distiller import BranchFeatures, Distiller, StepContext
+from training.distillers.distiller import BranchFeatures, Distiller, Output, StepContext
 from training.distillers.diversity import branch_diversity
 from training.distillers.guide import TargetGuide
 from training.distillers.pairs import Pair, paired_stages
@@ -82,6 +82,12 @@ class BranchedDistiller(Distiller):
         sizes = {"student_size": student.image_size, "teacher_size": teacher.image_size}
         self.layers = nn.ModuleDict({pair.student: LayerMatch(settings, pair, **sizes) for pair in self._pairs})
         self._guide = TargetGuide(teacher) if settings.target_guide > 0 else None
+
+    @classmethod
+    def outputs_read(cls, settings: DistillerSettings) -> frozenset[Output]:
+        assert isinstance(settings, BranchedSettings)
+        # The target guide reads the weight of the teacher's classifier, but not what its outputs stand for.
+        return frozenset(("features", "logits")) if settings.kd_weight > 0 else frozenset(("features",))
 
     @classmethod
     def branch_spec(cls, settings: DistillerSettings, student: Student, teacher: Teacher) -> BranchSpec:

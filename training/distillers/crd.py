@@ -145,6 +145,7 @@ class CRD(Distiller):
     """
 
     settings: CRDSettings
+    reads = frozenset(("pooled",))
     memory: ContrastMemory
 
     def __init__(self, *, settings: CRDSettings, student: Student, teacher: Teacher) -> None:

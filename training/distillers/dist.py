@@ -14,6 +14,7 @@ class DIST(Distiller):
     """One minus the correlation, over the classes of each image and over the images for each class."""
 
     settings: DISTSettings
+    reads = frozenset(("logits",))
 
     def forward(
         self,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -12,6 +13,8 @@ from training.teachers import Teacher
 
 #: The outputs (N,C,H,W) of the branches of each layer, by the name of the student's tap.
 BranchFeatures = dict[str, list[Tensor]]
+#: What a method reads of a teacher: maps at taps, the vector that its classifier reads, its logits.
+Output = Literal["features", "pooled", "logits"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -35,10 +38,17 @@ class Distiller(nn.Module):
     """
 
     settings: DistillerSettings
+    #: What the method reads of the teacher; a method that does not say is taken to read everything.
+    reads: ClassVar[frozenset[Output]] = frozenset(("features", "pooled", "logits"))
 
     def __init__(self, *, settings: DistillerSettings, student: Student, teacher: Teacher) -> None:  # noqa: ARG002
         super().__init__()
         self.settings = settings
+
+    @classmethod
+    def outputs_read(cls, settings: DistillerSettings) -> frozenset[Output]:  # noqa: ARG003
+        """What the method reads of the teacher with ``settings``."""
+        return cls.reads
 
     @classmethod
     def branch_spec(

@@ -14,6 +14,7 @@ class DKD(Distiller):
     """Two divergences of softened probabilities, each with its own weight."""
 
     settings: DKDSettings
+    reads = frozenset(("logits",))
 
     def forward(
         self,

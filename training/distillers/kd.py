@@ -14,6 +14,7 @@ class KD(Distiller):
     """Divergence of the student's probabilities from the teacher's, both at one temperature."""
 
     settings: KDSettings
+    reads = frozenset(("logits",))
 
     def forward(
         self,

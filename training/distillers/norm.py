@@ -23,6 +23,7 @@ class NORM(Distiller):
     """
 
     settings: NORMSettings
+    reads = frozenset(("features",))
 
     def __init__(self, *, settings: NORMSettings, student: Student, teacher: Teacher) -> None:
         super().__init__(settings=settings, student=student, teacher=teacher)

@@ -56,6 +56,7 @@ class OFD(Distiller):
     """
 
     settings: OFDSettings
+    reads = frozenset(("features",))
 
     def __init__(self, *, settings: OFDSettings, student: Student, teacher: Teacher) -> None:
         super().__init__(settings=settings, student=student, teacher=teacher)

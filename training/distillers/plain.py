@@ -11,6 +11,8 @@ from training.distillers.distiller import BranchFeatures, Distiller, StepContext
 class Plain(Distiller):
     """No loss except the cross-entropy with the labels."""
 
+    reads = frozenset()
+
     def forward(
         self,
         student: Tapped,  # noqa: ARG002

@@ -47,6 +47,7 @@ class ReviewKD(Distiller):
     """
 
     settings: ReviewKDSettings
+    reads = frozenset(("features", "pooled"))
 
     def __init__(self, *, settings: ReviewKDSettings, student: Student, teacher: Teacher) -> None:
         super().__init__(settings=settings, student=student, teacher=teacher)

@@ -47,6 +47,7 @@ class VID(Distiller):
     """Negative log-likelihood of the teacher's features after their activation, summed over all pairs of stages."""
 
     settings: VIDSettings
+    reads = frozenset(("features",))
 
     def __init__(self, *, settings: VIDSettings, student: Student, teacher: Teacher) -> None:
         super().__init__(settings=settings, student=student, teacher=teacher)
