@@ -10,6 +10,7 @@ from typing import Any
 
 from kdexport.build.artifacts import EngineFile, FusedFiles, OnnxModel
 from kdexport.build.stages import BUNDLE_TOOLS, UNFUSED_MODEL, is_int8
+from kdexport.bundle.layout import SBOM
 from kdexport.bundle.manifest import (
     FUSED,
     MANIFEST,
@@ -23,6 +24,7 @@ from kdexport.bundle.manifest import (
     Manifest,
     hash_files,
 )
+from kdexport.bundle.sbom import write_sbom
 from kdexport.checkpoint import StudentSpec, TrainedStudent
 from kdexport.config import BuildConfig
 from kdexport.core.digests import tool_versions
@@ -100,6 +102,7 @@ def package(folder: Path, parts: Parts, progress: Progress) -> VerifiedBundle:
     data["parity_images"] = count
     data["latency"] = None if latency is None else latency.to_json()
     write_reports(folder, data)
+    write_sbom(folder / SBOM, student=parts.trained.spec.student, build_key=parts.build_key)
     data["files"] = hash_files(folder)
     (folder / MANIFEST).write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     bundle = seal(folder, Manifest.from_json(data), verdict)

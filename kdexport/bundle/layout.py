@@ -3,6 +3,8 @@
 MANIFEST = "manifest.json"
 #: The signature of all other files, the manifest among them, so that no digest can cover it.
 SIGNATURE = "model.sig"
+#: The software that built the bundle. Bundles of earlier versions have none.
+SBOM = "sbom.json"
 UNFUSED = "unfused.safetensors"
 FUSED = "student.safetensors"
 TARGETS = "targets"

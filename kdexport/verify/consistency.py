@@ -15,7 +15,9 @@ import onnx
 from numpy.typing import NDArray
 
 from kdexport.backends.base import Finding
+from kdexport.bundle.layout import SBOM
 from kdexport.bundle.manifest import GOLDEN_LOGITS, MANIFEST, MODEL, TASK, UNFUSED, Manifest, onnx_files
+from kdexport.bundle.sbom import normalised, read_versions, serial_number
 from kdexport.checkpoint import load_tensors
 from kdexport.core.digests import sha256_file
 from kdexport.data.datasets import spread
@@ -34,8 +36,9 @@ _SAME_ERROR = 10.0
 
 
 def check_consistency(folder: Path, manifest: Manifest) -> list[Check]:
-    """One check for each statement: origin, operators, results of the task, labels of the golden images."""
+    """One check for each statement: origin, software, operators, results of the task, labels of the golden images."""
     statements: dict[str, Callable[[Path, Manifest], Finding]] = {
+        SBOM: _software,
         UNFUSED: _origin,
         MODEL: _operators,
         TASK: _task,
@@ -56,6 +59,23 @@ def _origin(folder: Path, manifest: Manifest) -> Finding:
         return Finding("origin", True, "the bundle is of an earlier version that did not record the checkpoint")
     fact = f"sha256 {found[:12]}, and provenance.checkpoint_sha256 in {MANIFEST} is {recorded[:12]}"
     return Finding("origin", recorded == found, fact)
+
+
+def _software(folder: Path, manifest: Manifest) -> Finding:
+    """The list of software belongs to this build and has the versions of the manifest."""
+    if SBOM not in manifest.files and not (folder / SBOM).exists():
+        return Finding("software", True, "the bundle is of an earlier version that wrote no list of software")
+    serial, found = read_versions(folder / SBOM)
+    recorded = {**manifest.data["versions"], "kdexport": manifest.data.get("kdexport")}
+    wrong = [
+        f"{name} {found.get(normalised(name), 'absent')}, {version} in {MANIFEST}"
+        for name, version in sorted(recorded.items())
+        if found.get(normalised(name)) != version
+    ]
+    expected = serial_number(manifest.build_key).urn
+    if serial != expected:
+        wrong.append(f"the serial number is {serial}, that of the build is {expected}")
+    return Finding("software", not wrong, "; ".join(wrong) or f"{len(found)} packages, versions as in {MANIFEST}")
 
 
 def _operators(folder: Path, manifest: Manifest) -> Finding:

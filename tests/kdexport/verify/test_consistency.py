@@ -62,6 +62,32 @@ def test_another_checkpoint_than_the_recorded_one_is_found(bundle_copy: Path) ->
     assert list(failed(bundle_copy)) == ["unfused.safetensors origin"]
 
 
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda data: data["versions"].update(torch="1.0"), ", 1.0 in manifest.json"),
+        (lambda data: data["versions"].update(python="3.0.0"), "python 3."),
+        (lambda data: data["versions"].update(unheard_of="1"), "unheard_of absent, 1 in manifest.json"),
+        (lambda data: data.update(kdexport="99"), "kdexport 0."),
+        (lambda data: data.update(build_key="0" * 64), "the serial number is urn:uuid:"),
+    ],
+)
+def test_versions_and_a_build_that_the_list_of_software_contradicts_are_found(
+    edit: Callable[[dict[str, Any]], object], words: str, bundle_copy: Path
+) -> None:
+    tampered(bundle_copy, edit)
+    found = failed(bundle_copy)
+    assert list(found) == ["sbom.json software"]
+    assert words in found["sbom.json software"]
+
+
+def test_a_bundle_of_an_earlier_version_has_no_list_of_software(bundle_copy: Path) -> None:
+    (bundle_copy / "sbom.json").unlink()
+    assert list(failed(bundle_copy)) == ["bundle sha256", "sbom.json readable"]
+    tampered(bundle_copy)
+    assert failed(bundle_copy) == {}
+
+
 def test_other_operators_than_the_recorded_ones_are_counted(bundle_copy: Path) -> None:
     tampered(bundle_copy, lambda data: data["operators"]["fused"].update(Conv=3))
     model = onnx.load(bundle_copy / "model.onnx")
