@@ -26,7 +26,7 @@ from training.distillers import DISTILLERS
 from training.recipe import Recipe, TrainSettings, check_schedule
 from training.runs.handover import Origin, hand_over, student_spec
 from training.runs.loop import Metrics, Run, run, top1
-from training.runs.record import claim, claim_input, device_name, note_environment
+from training.runs.record import claim, claim_input, device_name, note_environment, recorded_inputs
 from training.runs.task import DistillationTask, FrozenTeacher, SupervisedTask
 from training.teachers import TEACHERS, Teacher
 from training.teachers.description import TeacherDescription, described_teacher
@@ -60,9 +60,9 @@ def distil(recipe: Recipe, directory: Path, teacher_directory: Path | None = Non
         checkpoint = prepare_teacher(shared, teacher_directory, dataset)
     resolved = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"checkpoint": str(checkpoint)})})
     digest = sha256_file(checkpoint) if checkpoint.is_file() else ""
-    if digest:
-        with accelerator.main_process_first():
-            claim_input(directory, "teacher_sha256", digest, str(checkpoint))
+    # Weights that were not read yet may be those of another network: they are recorded only when they are loaded.
+    if digest and "teacher_sha256" in recorded_inputs(directory):
+        claim_input(directory, "teacher_sha256", digest, str(checkpoint))
     return train_student(resolved, directory, Origin(dataset_sha256=dataset, teacher_sha256=digest))
 
 
@@ -169,6 +169,9 @@ def train_student(recipe: Recipe, directory: Path, origin: Origin) -> Metrics:
     say(f"teacher {recipe.teacher.name}: {judgement}")
     if distillation.task.distiller.outputs_read(recipe.distiller):
         require_plausible(judgement, recipe.teacher, test.classes)
+    if origin.teacher_sha256:
+        with accelerator.main_process_first():
+            claim_input(directory, "teacher_sha256", origin.teacher_sha256, recipe.teacher.checkpoint)
     teacher_top1 = judgement.top1
 
     def keep(name: str, metrics: Metrics) -> None:

@@ -22,7 +22,9 @@ def build(
     checkpoint: Annotated[Path | None, typer.Option(help="Folder of a trained student; skips training.")] = None,
     out: Annotated[Path | None, typer.Option(help="Bundle folder; default dist/STUDENT.")] = None,
     data: Annotated[str | None, typer.Option(help="Path of the data set; overrides the recipe.")] = None,
-    teacher_checkpoint: Annotated[str | None, typer.Option(help="Teacher weights, .pt or .safetensors.")] = None,
+    teacher_checkpoint: Annotated[
+        str | None, typer.Option(help="Teacher weights, .safetensors or of torch.save.")
+    ] = None,
     workspace: Annotated[Path, typer.Option(help="Folder in which finished stages are kept.")] = Path(".kdexport"),
     processes: Annotated[int, typer.Option(min=1, help="Training processes, one per GPU.")] = 1,
     fresh: Annotated[

@@ -131,14 +131,17 @@ def read_pickled(path: Path) -> object:
         with path.open("rb") as stream, warnings.catch_warnings(), torch.serialization.safe_globals(_INERT):
             warnings.simplefilter("ignore")
             return torch.load(stream, map_location="cpu", weights_only=True)
-    except MemoryError:
-        raise
     # A foreign file fails in the zip reader, in the unpickler or in the functions of torch that make tensors.
     except Exception as error:
         raise _refusal(path, error) from error
 
 
 def _refusal(path: Path, error: Exception) -> CheckpointError:
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return CheckpointError(
+            f"{path} needs more memory than this machine has free, or is damaged.",
+            remedy="Save only model.state_dict(), without the state of the optimizer, or copy the file again.",
+        )
     protocol, names = _imported(path)
     if any(name.startswith("torch.nn.modules.") for name in names):
         return CheckpointError(

@@ -1,6 +1,7 @@
 """Which tensors of a file are those of a network: prefixes, wrappers, classifiers and what else is in the file."""
 
 import difflib
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -14,7 +15,8 @@ from kdexport.students import Classifier
 # Parts that wrappers of torch put into the names of a network.
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 _USUAL = (*_WRAPPERS, "model", "net", "network", "student", "backbone", "encoder", "classifier", "_forward_module")
-_SECOND = ("ema", "ema_model", "model_ema", "swa", "swa_model", "averaged", "teacher", "shadow", "momentum_encoder")
+# Words in the names of modules that follow the trained one.
+_SECOND = {"averaged", "ema", "momentum", "shadow", "swa", "target", "teacher"}
 # Counters that profilers (thop) leave in the modules that they measured.
 _PROFILED = ("total_ops", "total_params")
 _COUNTER = "num_batches_tracked"
@@ -162,7 +164,7 @@ def _is_surplus(name: str, tensor: Tensor, network: Network) -> bool:
     if name == "n_averaged" or name.rpartition(".")[2] in _PROFILED:
         return True
     own = network.recomputed.get(name)
-    return own is not None and own.shape == tensor.shape and torch.equal(own.cpu().to(tensor.dtype), tensor)
+    return own is not None and _same(own.cpu(), tensor)
 
 
 def _other_classifier(
@@ -221,7 +223,9 @@ def _contradictions(network: Network, used: Mapping[str, Tensor]) -> list[str]:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+    alike = one.shape == other.shape and one.dtype == other.dtype and one.layout == other.layout
+    # torch compares neither sparse tensors nor those without values.
+    return alike and one.layout == torch.strided and not (one.is_meta or other.is_meta) and torch.equal(one, other)
 
 
 def _preferred(fits: list[Fit], source: str) -> Fit | None:
@@ -237,8 +241,8 @@ def _preferred(fits: list[Fit], source: str) -> Fit | None:
 
 
 def _rank(fit: Fit) -> tuple[bool, int]:
-    parts = fit.prefix.split(".")[:-1]
-    kind = 2 if any(part in _SECOND for part in parts) else 0 if all(part in _USUAL for part in parts) else 1
+    usual = all(part in _USUAL for part in fit.prefix.split(".")[:-1])
+    kind = 2 if _SECOND.intersection(re.split(r"[._]", fit.prefix)) else 0 if usual else 1
     return fit.head is not None, kind
 
 

@@ -165,7 +165,8 @@ def _holds_tensors(value: object) -> bool:
 
 def _named_tensors(level: Mapping[str, object]) -> tuple[dict[str, Tensor], list[str]]:
     """The tensors of a state_dict, or of several in one dictionary, and the names of the other entries."""
-    found = {name: value.detach() for name, value in level.items() if isinstance(value, Tensor)}
+    # Not value.detach(): a file can set attributes of its tensors.
+    found = {name: Tensor.detach(value) for name, value in level.items() if isinstance(value, Tensor)}
     read = set(found)
     if not any("." in name for name in found):
         # Modules stored one by one, as {"backbone": ..., "head": ...}, or under a name of the author.
@@ -182,7 +183,7 @@ def _flat(value: object, prefix: str, seen: set[int]) -> Iterator[tuple[str, Ten
     seen.add(id(value))
     for key, entry in value.items():
         if isinstance(key, str) and isinstance(entry, Tensor):
-            yield prefix + key, entry.detach()
+            yield prefix + key, Tensor.detach(entry)
         elif isinstance(key, str):
             yield from _flat(entry, f"{prefix}{key}.", seen)
 

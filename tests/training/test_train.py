@@ -1,11 +1,21 @@
-"""What is refused before a run: recipes that cannot be built, and missing weights."""
+"""What is refused before a run: recipes that cannot be built, and weights that are missing or do not fit."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
-from kdexport.errors import CheckpointError
+from kdexport.core.digests import sha256_file
+from kdexport.errors import CheckpointError, ConfigError
+from tests.training.small_runs import arguments, environment, tiny_recipe
 from training.recipe import load_recipe
 from training.shipped_recipes import shipped_names
-from training.train import evaluate_teacher, rehearse
+from training.teachers import TEACHERS
+from training.train import distil, evaluate_teacher, rehearse
 
 
 def one_recipe_for_each_combination() -> list[str]:
@@ -28,3 +38,58 @@ def test_a_teacher_without_weights_is_not_evaluated() -> None:
     assert str(caught.value) == (
         "The recipe has no file with weights of the teacher resnet8.\nPass --teacher-checkpoint FILE."
     )
+
+
+#: The teachers of these tests are not trained.
+ONE_EPOCH = ("train.epochs=1", "distiller.ramp_epochs=0.5", "teacher.plausibility=reported")
+
+
+def lightning(path: Path, seed: int = 1, classes: int = 3) -> Path:
+    """A checkpoint of resnet8 as lightning writes it, with a loss beside the model."""
+    torch.manual_seed(seed)
+    state: dict[str, Tensor] = TEACHERS.build("resnet8", num_classes=classes, image_size=16).state_dict()
+    tensors = {**{f"model.{name}": tensor for name, tensor in state.items()}, "criterion.weight": torch.ones(classes)}
+    torch.save({"state_dict": tensors, "epoch": 3, "hyper_parameters": {"root": path}}, path)
+    return path
+
+
+def test_a_run_says_how_a_file_of_weights_was_read(
+    tiny_images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    weights = lightning(tmp_path / "last.ckpt")
+    said = (
+        f"read {weights}: weights taken from 'state_dict'; not read: 'epoch', 'hyper_parameters'; prefix 'model.' "
+        "removed; 1 other tensor not used: 'criterion.weight'\n"
+    )
+    recipe = tiny_recipe(tiny_images, f"teacher.checkpoint={weights}", *ONE_EPOCH)
+    evaluate_teacher(recipe)
+    assert said in capfd.readouterr().err
+    distil(recipe, tmp_path / "run")
+    assert capfd.readouterr().err.count(said) == 1
+    assert json.loads((tmp_path / "run" / "inputs.json").read_text())["teacher_sha256"] == sha256_file(weights)
+
+
+def test_weights_that_do_not_fit_leave_the_run_to_those_that_do(tiny_images: Path, tmp_path: Path) -> None:
+    wrong, right, other = (
+        lightning(tmp_path / f"{classes}-{seed}.ckpt", seed, classes) for seed, classes in ((1, 1_000), (1, 3), (2, 3))
+    )
+    with pytest.raises(CheckpointError, match=r"the file's classifier fc\.weight has 1000 outputs, the network 3"):
+        distil(tiny_recipe(tiny_images, f"teacher.checkpoint={wrong}", *ONE_EPOCH), tmp_path / "run")
+    distil(tiny_recipe(tiny_images, f"teacher.checkpoint={right}", *ONE_EPOCH), tmp_path / "run")
+    with pytest.raises(ConfigError, match="belongs to a run with another teacher"):
+        distil(tiny_recipe(tiny_images, f"teacher.checkpoint={other}", *ONE_EPOCH), tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["pointer.safetensors", "pointer.pt"])
+def test_a_file_that_holds_no_weights_ends_the_command_with_one_error(
+    name: str, tiny_images: Path, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 3\n")
+    command = arguments(tiny_images, tmp_path / "run", f"teacher.checkpoint={tmp_path / name}")
+    done = subprocess.run(
+        [sys.executable, "-m", "training", *command], env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "is a pointer of Git LFS, not the weights" in " ".join(done.stderr.split())
+    assert "git lfs pull" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -8,6 +8,7 @@ from typing import Any
 from kdexport.checkpoint import load_metadata
 from kdexport.data.preprocessing import Preprocessing
 from kdexport.errors import CheckpointError
+from kdexport.origins.file_formats import weight_format
 
 #: The key of the description in the metadata of a .safetensors file. It is the only key, because the order of several
 #: keys is random, and equal runs must write equal files.
@@ -42,7 +43,7 @@ def described_teacher(path: Path) -> TeacherDescription:
     cannot be read.
     """
     beside = path.parent / "teacher.json"
-    text = load_metadata(path).get(_KEY) if path.suffix == ".safetensors" and path.is_file() else None
+    text = load_metadata(path).get(_KEY) if path.exists() and weight_format(path) == "safetensors" else None
     source = f"The metadata of {path}"
     try:
         if text is None:

@@ -24,6 +24,7 @@ from kdexport.errors import CheckpointError
 from kdexport.origins.weights import Head, Weights, load_weights, read_weights
 
 State = dict[str, Tensor]
+Change = Callable[[Tensor], Tensor]
 
 
 class Network(nn.Module):
@@ -123,6 +124,10 @@ PLACES: dict[str, tuple[object, str]] = {
         "prefix 'model.' removed; 18 other tensors not used: 'teacher.conv1.weight'",
     ),
     "raw prefix": ({**prefixed("ema.", trained(2)), **prefixed("model.")}, "prefix 'model.' removed"),
+    "momentum": (
+        {"initted": torch.tensor(1), **prefixed("ema_model.", trained(2)), **prefixed("online_model.")},
+        "prefix 'online_model.' removed",
+    ),
     "own name": ({"mine": trained(), "other": {"x": torch.ones(2)}, "acc": torch.tensor(1.0)}, "prefix 'mine.'"),
     "by module": ({"a": {"net": prefixed("b.")}, "epoch": torch.tensor(3)}, "prefix 'a.net.b.' removed"),
     "wrapped layers": (
@@ -271,6 +276,25 @@ def test_tied_weights_that_differ_in_the_file_are_refused(tmp_path: Path) -> Non
     assert "'first.weight', 'second.weight' are one tensor in the network, and differ in the file" in error.message
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.to_sparse(),
+        lambda t: t.to("meta"),
+        lambda t: t[:1],
+        lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8),
+    ],
+)
+def test_tensors_that_cannot_be_compared_are_refused(change: Change, tmp_path: Path) -> None:
+    index = saved({**trained(), "index": change(torch.arange(4))}, tmp_path / "index.pt")
+    assert "1 tensor unknown: 'index'" in refused(index).message
+    weight = torch.rand(3, 3)
+    tensors = {"first.weight": weight, "second.weight": change(weight), "first.bias": weight[0]}
+    tied = saved({**tensors, "second.bias": weight[1]}, tmp_path / "tied.pt")
+    assert "tied.pt" in refused(tied, Tied()).message
+
+
 # --- the network and the file differ ---------------------------------------------------------------------------------
 
 
@@ -352,7 +376,6 @@ def test_names_that_only_start_alike_are_not_a_prefix(tmp_path: Path) -> None:
 
 # --- values ----------------------------------------------------------------------------------------------------------
 
-Change = Callable[[Tensor], Tensor]
 KINDS: dict[str, tuple[Change, str]] = {
     "sparse": (lambda t: t.to_sparse(), "is stored in the sparse layout sparse_coo"),
     "quantized": (lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), "is quantized (qint8)"),
@@ -467,6 +490,26 @@ def test_a_file_without_a_state_dict_says_what_it_has(what: str, tmp_path: Path)
     error = refused(saved(content, tmp_path / "odd.pt"))
     assert text in error.message
     assert len(error.message) < 600
+
+
+def test_attributes_that_a_file_sets_on_its_tensors_are_dropped(tmp_path: Path) -> None:
+    tensors = trained()
+    tensors["fc.bias"] = nn.Parameter(tensors["fc.bias"])
+    tensors["fc.bias"].detach = collections.OrderedDict  # type: ignore[method-assign, assignment]
+    state, _ = load(saved(tensors, tmp_path / "attributes.pt"))
+    assert equal(state, trained())
+
+
+class Huge:
+    """Pickles to a call that asks for 4 EiB."""
+
+    def __reduce__(self) -> tuple[object, tuple[int]]:
+        return bytearray, (2**62,)
+
+
+def test_a_file_that_asks_for_more_memory_than_there_is_ends_in_an_error(tmp_path: Path) -> None:
+    error = refused(saved({"model": trained(), "x": Huge()}, tmp_path / "huge.pt"))
+    assert "needs more memory than this machine has free, or is damaged" in error.message
 
 
 def test_tensors_of_pickle_dump_are_refused_with_the_way_out(tmp_path: Path) -> None:

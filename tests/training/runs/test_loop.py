@@ -355,6 +355,7 @@ def test_nothing_half_written_is_left_behind(distilled: Path) -> None:
         "curves.png",
         "diversity.jsonl",
         "diversity.png",
+        "inputs.json",
         "metrics.jsonl",
         "resume.safetensors",
         "student",
