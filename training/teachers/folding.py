@@ -15,8 +15,11 @@ def folded(teacher: Teacher, precision: torch.dtype | None = None) -> Teacher:
 
     A batch norm folds if it is the only reader of a plain convolution, taps included; all others stay. Weights of
     convolutions and linear layers are cast to ``precision`` once; autocast would cast them at each step. Parameters
-    that do not change are shared with ``teacher``, which does not change.
+    that do not change are shared with ``teacher``, which does not change. A teacher that is not ``traceable`` is
+    returned as it is.
     """
+    if not teacher.traceable:
+        return teacher
     shared = {id(tensor): tensor for tensor in (*teacher.parameters(), *teacher.buffers())}
     twin = copy.deepcopy(teacher, shared)
     pairs = _pairs(twin) if any(isinstance(module, _BatchNorm) for module in twin.modules()) else []

@@ -1,6 +1,7 @@
 """The base of all teachers, and the loading of their weights."""
 
 from pathlib import Path
+from typing import ClassVar
 
 from kdexport.errors import CheckpointError
 from kdexport.origins.weights import load_weights, read_weights
@@ -8,7 +9,12 @@ from kdexport.students import Classifier
 
 
 class Teacher(Classifier):
-    """A classifier that students learn from; its pooling reads the feature of its last tap."""
+    """A classifier that students learn from; its pooling reads the feature of its last tap.
+
+    A teacher that cannot be traced symbolically runs as it is, without its batch norms folded.
+    """
+
+    traceable: ClassVar[bool] = True
 
 
 def load_teacher_weights(teacher: Teacher, path: Path) -> tuple[str, ...]:
