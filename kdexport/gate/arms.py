@@ -9,6 +9,7 @@ from typing import Literal
 
 from kdexport.bundle.manifest import MANIFEST, MODEL, TARGETS, Manifest, changed_files, listed_changes, read_manifest
 from kdexport.core.digests import sha256_file
+from kdexport.data.preprocessing import differing_fields
 from kdexport.errors import BundleError, ConfigError, MismatchError, UnknownNameError
 from kdexport.registry import nearest
 from kdexport.targets import DEFAULT_TARGET, parse_target
@@ -66,7 +67,11 @@ def open_bundle(folder: Path) -> Bundle:
 
 
 def require_comparable(candidate: Bundle, baseline: Bundle) -> None:
-    """Raise ``MismatchError`` if two bundles differ in student, classes or image size."""
+    """Raise ``MismatchError`` if two bundles differ in student, classes, image size or another preprocessing.
+
+    Differences that come from the preprocessing would be counted as those of the network, and a server would answer
+    other pixels.
+    """
     one, two = candidate.manifest.spec, baseline.manifest.spec
     facts = [
         ("students", one.student, two.student),
@@ -85,6 +90,17 @@ def require_comparable(candidate: Bundle, baseline: Bundle) -> None:
             f"The bundles have different classes: class {at} is {one.classes[at]!r} in {candidate.folder} and "
             f"{two.classes[at]!r} in {baseline.folder}.",
             remedy="Pass --baseline with a bundle trained for the same classes in the same order.",
+        )
+    differing = differing_fields(one.preprocessing, two.preprocessing)
+    if differing:
+        listed = "; ".join(
+            f"{name} is {getattr(one.preprocessing, name)} in {candidate.folder} and "
+            f"{getattr(two.preprocessing, name)} in {baseline.folder}"
+            for name in differing
+        )
+        raise MismatchError(
+            f"The bundles have different preprocessing: {listed}.",
+            remedy="Pass --baseline with a bundle of the same preprocessing.",
         )
 
 

@@ -40,6 +40,14 @@ def test_a_bundle_whose_checks_failed_is_refused(bundle_copy: Path) -> None:
         (lambda data: data["student"]["classes"].pop(), "different numbers of classes: 10 in .*, 9 in"),
         (lambda data: data["student"]["classes"].reverse(), "class 0 is '0' in .* and '9' in"),
         (lambda data: data["student"]["preprocessing"].update(image_size=24), "different image sizes"),
+        (
+            lambda data: data["student"]["preprocessing"].update(interpolation="hamming"),
+            "different preprocessing: interpolation is bilinear in .* and hamming in",
+        ),
+        (
+            lambda data: data["student"]["preprocessing"].update(resize=40, mean=[0.25, 0.5, 0.75]),
+            r"different preprocessing: resize is \d+ in .* and 40 in .*; mean is .* and \(0.25, 0.5, 0.75\) in",
+        ),
     ],
 )
 def test_bundles_of_different_students_are_not_compared(
