@@ -178,12 +178,13 @@ async def classify(request: Request) -> Response:
     top = _top(request.query_params.get("top"), model)
     run = ModelRequest(service, request, model)
     content_type = request.headers.get("content-type", "")
+    uploaded = service.statistics(model).uploaded
 
     def decode(body: Body) -> NDArray[np.float32]:
         data = bytes(body)
         if content_type.lower().startswith("multipart/"):
             data = read_form_file(data, content_type, service.limits.parts)
-        pixels = decode_upload(data, model.manifest.spec.preprocessing, service.limits, service.budget)
+        pixels = decode_upload(data, model.manifest.spec.preprocessing, service.limits, service.budget, uploaded)
         return model.tensor(pixels)
 
     async def work(body: Body) -> Response:

@@ -1,13 +1,14 @@
 """Uploaded images: checked against the limits, decoded and normalised exactly as in training."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kdexport.data.exif_and_alpha import ImageFacts, image_facts
 from kdexport.data.preprocessing import Preprocessing, decode
 from kdexport.errors import DataError, RequestError
 from kdexport.serving.limits import Limits
@@ -59,8 +60,17 @@ class Spending:
         self.pixels += pixels
 
 
-def decode_upload(data: bytes, preprocessing: Preprocessing, limits: Limits, budget: PixelBudget) -> NDArray[np.uint8]:
-    """Image bytes to (S,S,3) uint8 as in training; raises ``RequestError`` if unreadable or beyond the limits."""
+def decode_upload(
+    data: bytes,
+    preprocessing: Preprocessing,
+    limits: Limits,
+    budget: PixelBudget,
+    seen: Callable[[ImageFacts], None] = lambda _: None,
+) -> NDArray[np.uint8]:
+    """Image bytes to (S,S,3) uint8 as in training; raises ``RequestError`` if unreadable or beyond the limits.
+
+    ``seen`` gets the orientation and transparency of an image that was decoded.
+    """
     size = _webp_size(data)
     if size is not None:
         # libwebp allocates its canvases while the header is read.
@@ -75,9 +85,11 @@ def decode_upload(data: bytes, preprocessing: Preprocessing, limits: Limits, bud
             spending.take(image.width * image.height * cost)
 
         try:
-            return preprocessing.pixels(decode(data, "The upload", formats=FORMATS, inspect=inspect))
+            image = decode(data, "The upload", formats=FORMATS, inspect=inspect)
         except DataError as error:
             raise RequestError(error.message, remedy=f"Send one of {', '.join(FORMATS)}.", reason="image") from None
+        seen(image_facts(image))
+        return preprocessing.pixels(image)
 
 
 def require_size(width: int, height: int, limits: Limits, cost: int = 1) -> None:

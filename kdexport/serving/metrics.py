@@ -8,6 +8,8 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 
+from kdexport.data.exif_and_alpha import ImageFacts
+
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 _SUFFIX = re.compile(rb"\b(nv_\w+?)_total\b")
 _MODEL = ("model", "version")
@@ -44,6 +46,11 @@ class Metrics:
         )  # fmt: skip
         self.refused = counter("kdexport_refused_requests", "Requests refused before the model ran", ("reason",))
         self.not_finite = counter("kdexport_not_finite_outputs", "Requests for which a logit was NaN or infinite")
+        self.uploads = counter(
+            "kdexport_uploaded_images",
+            "Images decoded, by EXIF orientation (1 is upright) and whether they have transparency",
+            (*_MODEL, "orientation", "transparency"),
+        )
         self.reloads = counter("kdexport_bundle_loads", "Bundles loaded or refused", ("outcome",))
         self.connections = Gauge("kdexport_connections", "Open connections", registry=self.registry)
         self.evicted = Counter(
@@ -73,7 +80,10 @@ class Durations:
 
 
 class ModelStatistics:
-    """Counts and durations of one model version, for /stats and /metrics; used only on the event loop."""
+    """Counts and durations of one model version, for /stats and /metrics.
+
+    Only ``uploaded`` may be called in other threads than that of the event loop.
+    """
 
     def __init__(self, metrics: Metrics, name: str, version: int) -> None:
         self._labels = (name, str(version))
@@ -104,6 +114,11 @@ class ModelStatistics:
         self._children["runs"].inc(images / together)
         self._children["duration"].inc(times_ns["total"] / 1000)
         self._children["latency"].observe(times_ns["total"] / 1e9)
+
+    def uploaded(self, facts: ImageFacts) -> None:
+        """Count a decoded image by what its file says of how it is shown."""
+        transparency = "yes" if facts.transparency else "no"
+        self._metrics.uploads.labels(*self._labels, str(facts.orientation), transparency).inc()
 
     def failed(self, reason: str, total_ns: int) -> None:
         """Count a request answered with another status."""

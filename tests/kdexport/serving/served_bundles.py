@@ -70,7 +70,9 @@ def make_bundle(
     policy: Mapping[str, Any] = MappingProxyType({}),
 ) -> Path:
     """A verified bundle below ``root``, with random batch norms and a resize that differs from the image size."""
-    preprocessing = Preprocessing(image_size=image_size, resize=resize, mean=(0.41, 0.47, 0.39), std=(0.21, 0.27, 0.24))
+    preprocessing = Preprocessing.for_new_student(
+        image_size=image_size, resize=resize, mean=(0.41, 0.47, 0.39), std=(0.21, 0.27, 0.24)
+    )
     torch.manual_seed(seed)
     student = STUDENTS.build("mobilenetv2", num_classes=len(classes), image_size=image_size)
     randomize(student, seed=seed)

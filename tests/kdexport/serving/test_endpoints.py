@@ -60,6 +60,32 @@ def test_every_mode_is_read_as_training_reads_it(server: Running, zoo: Path, mod
     assert (first["index"], first["probability"]) == (int(chances.argmax()), pytest.approx(chances.max(), rel=1e-12))
 
 
+def test_a_photo_is_turned_upright_and_counted(server: Running, zoo: Path) -> None:
+    upright = photo(64, 50, 11)
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    labels = {"model": "zoo", "version": "1", "orientation": "8", "transparency": "no"}
+    before = server.metric("kdexport_uploaded_images_total", **labels)
+    sideways = encoded(upright.transpose(Image.Transpose.ROTATE_270), "PNG", exif=exif)
+    answers = [
+        server.ask("POST", "/v1/classify", data).data["predictions"] for data in (encoded(upright, "PNG"), sideways)
+    ]
+    assert answers[0] == answers[1]
+    assert server.metric("kdexport_uploaded_images_total", **labels) == before + 1
+
+
+def test_transparent_pixels_are_black_whatever_their_file_stores(server: Running) -> None:
+    colours, alpha = np.asarray(photo(64, 50, 12)), np.zeros((50, 64), np.uint8)
+    alpha[10:30, 20:50] = 255
+    black = np.where(alpha[..., None] > 0, colours, 0).astype(np.uint8)
+    hidden = np.dstack([colours, alpha])
+    answers = [
+        server.ask("POST", "/v1/classify", encoded(Image.fromarray(pixels), "PNG")).data["predictions"]
+        for pixels in (black, hidden)
+    ]
+    assert answers[0] == answers[1]
+
+
 def test_the_golden_images_get_their_labels_from_their_bytes(server: Running, zoo: Path) -> None:
     from safetensors.numpy import load_file
 

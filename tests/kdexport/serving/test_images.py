@@ -1,17 +1,21 @@
 """Normalisation by table, and the budget of pixels that are decoded together."""
 
+import io
 import threading
 import time
 
 import numpy as np
 import pytest
+from PIL import Image, ImageOps
 
+from kdexport.data.exif_and_alpha import ImageFacts
 from kdexport.data.preprocessing import Preprocessing
 from kdexport.errors import RequestError
 from kdexport.serving.images import PixelBudget, decode_upload, normalisation_table, normalise
 from kdexport.serving.limits import Limits
 from tests.kdexport.serving.served_bundles import encoded, photo
 
+SHOWN = Preprocessing.for_new_student(image_size=8, resize=9, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 SMALL = Preprocessing(image_size=8, resize=8, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
@@ -21,6 +25,18 @@ def test_normalisation_by_table_is_bit_identical_to_the_arithmetic() -> None:
     pixels = np.stack([values, values[::-1], values.T], -1)
     ours = normalise(pixels, normalisation_table(preprocessing))
     assert ours.tobytes() == preprocessing.normalise(pixels[None]).tobytes()
+
+
+@pytest.mark.parametrize(("orientation", "transparency"), [(1, False), (6, False), (3, True)])
+def test_how_an_upload_is_shown_is_told_to_who_counts_it(orientation: int, transparency: bool) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = photo(40, 30, 3).convert("RGBA" if transparency else "RGB")
+    data, seen = encoded(image, "PNG", exif=exif), list[ImageFacts]()
+    pixels = decode_upload(data, SHOWN, Limits(), PixelBudget(Limits().pixels), seen.append)
+    assert seen == [(orientation, transparency)]
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    assert np.array_equal(pixels, SHOWN.pixels(upright))
 
 
 def test_the_pixels_of_all_open_images_are_limited() -> None:
