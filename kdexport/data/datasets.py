@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from kdexport.core.digests import digest, tool_versions
 from kdexport.core.files import write_text
+from kdexport.data.exif_and_alpha import ImageFacts
 from kdexport.data.preprocessing import Preprocessing, check_image, read_image
 from kdexport.errors import BackendUnavailableError, ConfigError, DataError
 from kdexport.registry import nearest
@@ -329,7 +330,8 @@ def spread(total: int, count: int) -> list[int]:
 def dataset_digest(spec: DatasetSpec, memory: Path, report: Callable[[str], None] = lambda _: None) -> str:
     """sha256 of both splits of a data set. It is cached in ``memory`` by the names, sizes and times of the files.
 
-    ``report`` gets the line of ``described``. Raises ``DataError`` with all files that are no readable images.
+    ``report`` gets the line of ``described``, and a line on images that are not shown as they are stored if there are
+    any. Raises ``DataError`` with all files that are no readable images.
     """
     _require_known(spec.name)
     opened = None if _is_array(spec) else _open_both(spec)
@@ -346,8 +348,9 @@ def dataset_digest(spec: DatasetSpec, memory: Path, report: Callable[[str], None
     cached = memory / f"{listing}.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         kept = json.loads(cached.read_text())
-        value, line = str(kept["sha256"]), str(kept["described"])
+        value, line, shown = str(kept["sha256"]), str(kept["described"]), str(kept["shown"])
         report(line if opened is None else described(opened))
+        _report_any(shown, report)
         return value
     splits = opened or _open_both(spec)
     line = described(splits)
@@ -357,10 +360,11 @@ def dataset_digest(spec: DatasetSpec, memory: Path, report: Callable[[str], None
             f"The data set has one class, {splits['training'].classes[0]}: there is nothing to tell apart.",
             remedy=f"Arrange images as {_LAYOUT}, with a folder for each class.",
         )
-    _require_readable(files if opened else [])
+    shown = _shown_differently(_require_readable(files if opened else []))
+    _report_any(shown, report)
     value = digest([splits["training"].fingerprint(), splits["test"].fingerprint()])
     memory.mkdir(parents=True, exist_ok=True)
-    write_text(cached, json.dumps({"sha256": value, "described": line}))
+    write_text(cached, json.dumps({"sha256": value, "described": line, "shown": shown}))
     return value
 
 
@@ -368,24 +372,40 @@ def _open_both(spec: DatasetSpec) -> dict[str, ImageSet]:
     return {"training": open_dataset(spec, "train"), "test": open_dataset(spec, "test")}
 
 
-def _require_readable(files: Sequence[Path]) -> None:
+def _report_any(line: str, report: Callable[[str], None]) -> None:
+    if line:
+        report(line)
+
+
+def _shown_differently(facts: Sequence[ImageFacts]) -> str:
+    """One line on the images that viewers do not show as they are stored; empty if there are none."""
+    counts = {
+        "an EXIF orientation": sum(each.orientation != 1 for each in facts),
+        "transparency": sum(each.transparency for each in facts),
+    }
+    found = ", ".join(f"with {what}: {count}" for what, count in counts.items() if count)
+    return f"images {found} (docs/preprocessing.md says how they are shown)" if found else ""
+
+
+def _require_readable(files: Sequence[Path]) -> list[ImageFacts]:
     """Check each image file once, so that a damaged one is found now and not in the middle of a training."""
 
-    def problem(path: Path) -> str:
+    def checked(path: Path) -> ImageFacts | str:
         try:
-            check_image(path)
+            return check_image(path)
         except DataError as error:
             return error.message
-        return ""
 
     with ThreadPoolExecutor() as pool:
-        problems = [text for text in pool.map(problem, files) if text]
+        found = list(pool.map(checked, files))
+    problems = [each for each in found if isinstance(each, str)]
     if problems:
         more = f"\n  and {len(problems) - _MOST_NAMED} more" if len(problems) > _MOST_NAMED else ""
         raise DataError(
             f"{len(problems)} of {len(files)} images cannot be used:\n  " + "\n  ".join(problems[:_MOST_NAMED]) + more,
             remedy="Repair or remove these files.",
         )
+    return [each for each in found if not isinstance(each, str)]
 
 
 def _listing(files: Sequence[Path]) -> list[tuple[str, int, int]]:

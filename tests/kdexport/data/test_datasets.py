@@ -216,6 +216,22 @@ def test_one_line_tells_how_many_images_were_found_and_which_files_were_ignored(
         assert said[-1] == "1437 training and 360 test images, 10 classes, 0 files ignored"
 
 
+def test_images_that_viewers_turn_or_compose_are_counted_before_training(tmp_path: Path) -> None:
+    spec = image_folders(tmp_path)
+    exif = Image.Exif()
+    for value in (1, 6, 3):
+        exif[0x0112] = value
+        Image.fromarray(pixels(value)).save(tmp_path / "train" / "bee" / f"turned{value}.png", exif=exif)
+    said: list[str] = []
+    for _ in range(2):
+        dataset_digest(spec, tmp_path / "memory", said.append)
+    rule = "(docs/preprocessing.md says how they are shown)"
+    assert said[1::2] == [f"images with an EXIF orientation: 2 {rule}"] * 2
+    Image.fromarray(pixels(9)).convert("RGBA").save(tmp_path / "test" / "bee" / "alpha.png")
+    dataset_digest(spec, tmp_path / "memory", said.append)
+    assert said[-1] == f"images with an EXIF orientation: 2, with transparency: 1 {rule}"
+
+
 def test_images_of_a_format_that_is_not_read_are_refused_and_not_left_out(tmp_path: Path) -> None:
     spec = image_folders(tmp_path)
     for name in ("b.HEIC", "a.avif"):
