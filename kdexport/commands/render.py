@@ -67,6 +67,7 @@ def show_manifest(folder: Path, manifest: Manifest) -> None:
     console.print(
         f"Input   float32 (batch, 3, {size.image_size}, {size.image_size}), RGB / 255, mean {size.mean}, std {size.std}"
     )
+    console.print(f"Image   {size.describe()}", soft_wrap=True)
     console.print(f"Classes {', '.join(spec.classes[:8])}{', ...' if spec.num_classes > 8 else ''}")
     _print_build(console, data)
     console.print(

@@ -132,6 +132,18 @@ class Preprocessing:
             values[key] = tuple(float(value) for value in values[key])
         return cls(image_size=values.pop("image_size"), resize=values.pop("resize"), **values)
 
+    def describe(self) -> str:
+        """The steps from an image to pixels, in one line."""
+        sides = {"crop": "short side to", "pad": "long side to", "squash": "both sides to"}[self.fit]
+        at_once = ", at once with the crop" if self.geometry == "one_step" else ""
+        padded = self.fit == "pad" or self.resize < self.image_size
+        return (
+            f"EXIF orientation {'applied' if self.orientation == 'apply' else 'ignored'}, transparency "
+            f"{'ignored' if self.background is None else f'on {_colour_name(self.background)}'}, RGB, {sides} "
+            f"{self.resize} pixels ({self.interpolation}{at_once}), central {self.image_size}x{self.image_size}"
+            f"{f' padded with {_colour_name(self.pad_colour)}' if padded else ''}"
+        )
+
     def pixels(self, image: "Image.Image") -> NDArray[np.uint8]:
         """An opened image as (image_size, image_size, 3) uint8.
 
@@ -188,6 +200,10 @@ class Preprocessing:
         scaled = pixels.astype(np.float32) / np.float32(255)
         centred = (scaled - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
         return np.ascontiguousarray(centred.transpose(0, 3, 1, 2))
+
+
+def _colour_name(colour: Colour) -> str:
+    return {(0, 0, 0): "black", (255, 255, 255): "white"}.get(colour, f"RGB {colour}")
 
 
 def differing_fields(one: Preprocessing, two: Preprocessing) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from kdexport.core.tables import Table, html_page, markdown_page
+from kdexport.data.preprocessing import Preprocessing
 
 #: The rungs of the ladder in order; all other checks are audits.
 RUNGS = ("A", "B", "C", "D")
@@ -282,6 +283,8 @@ def _hazards(data: dict[str, Any]) -> Iterable[Table]:
 
 def _origin(data: dict[str, Any]) -> Table:
     provenance = data["provenance"]
-    rows = [(key, str(provenance[key])) for key in sorted(provenance) if key.endswith("sha256") or key == "seed"]
+    preprocessing = Preprocessing.from_json(data["student"]["preprocessing"])
+    rows = [("preprocessing", preprocessing.describe())]
+    rows += [(key, str(provenance[key])) for key in sorted(provenance) if key.endswith("sha256") or key == "seed"]
     rows += [(f"version of {name}", version) for name, version in data["versions"].items()]
     return Table(title="Origin", header=("what", "value"), rows=(("build key", data["build_key"]), *rows))

@@ -426,6 +426,21 @@ def test_an_image_is_shown_as_it_is_or_as_viewers_show_it() -> None:
     assert exact(20, 20).rgb(Image.new("L", (3, 2), 9)).getpixel((0, 0)) == (9, 9, 9)
 
 
+def test_the_steps_are_described_in_one_line() -> None:
+    assert IMAGENET.describe() == (
+        "EXIF orientation ignored, transparency ignored, RGB, short side to 256 pixels (bilinear, at once with the "
+        "crop), central 224x224"
+    )
+    assert exact(32, 30, interpolation="bicubic").describe() == (
+        "EXIF orientation applied, transparency on black, RGB, short side to 30 pixels (bicubic), central 32x32 padded "
+        "with black"
+    )
+    assert exact(32, 36, fit="pad", pad_colour=(9, 8, 7), background=(255, 255, 255)).describe() == (
+        "EXIF orientation applied, transparency on white, RGB, long side to 36 pixels (bilinear), central 32x32 padded "
+        "with RGB (9, 8, 7)"
+    )
+
+
 def test_differences_are_named() -> None:
     assert differing_fields(exact(20, 20), exact(20, 20)) == ()
     assert differing_fields(exact(20, 20), exact(20, 22, interpolation="bicubic", background=None)) == (
