@@ -20,6 +20,7 @@ KdexportError
 |  `- TrainingError         KDX340           the training run diverged or ended early
 |- ResolutionError          KDX350  exit 3   this machine cannot measure differences as small as the limit
 |- NotExecutedError         KDX351  exit 3   a target that had to run did not run
+|- UndecidedError           KDX352  exit 3   a measured value is beyond its budget, and the images do not decide it
 |- MachineError                     exit 4   this machine lacks something
 |  |- BackendUnavailableError  KDX400        a package, driver or GPU is missing
 |  |- StorageError             KDX401        no space or no permission
@@ -263,6 +264,21 @@ class NotExecutedError(KdexportError):
         "--require-executed names targets that must run in their own runtime while the bundle is verified. All other "
         "checks may hold, but without a run nothing shows what the target computes on this machine. Verify the bundle "
         "on a machine that has the runtime and, for engines, the GPU."
+    )
+
+
+class UndecidedError(KdexportError):
+    """A measured value is beyond its budget, and the number of images does not show whether the true one is."""
+
+    code = "KDX352"
+    exit_code = 3
+    explanation = (
+        "Rung D compares the flips and the lost top-1 of a file with budgets. The measured value is beyond a budget, "
+        "but an exact test at the confidence of the policy does not show that the true value is: with this few images "
+        "a file within its budget gives such a value too often. Nothing failed, and nothing is shown. The bundle is "
+        "complete and can be served. The detail of the check says which value this number of images can show. Use more "
+        'validation images, or set a budget that these images can decide. on_inconclusive = "fail" under [D] of a '
+        "policy makes such a check fail."
     )
 
 

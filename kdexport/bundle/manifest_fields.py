@@ -138,11 +138,14 @@ class _Check(_Fields):
     unit: str
     detail: str
     undecided: bool = False
+    beyond: bool = False
 
     @model_validator(mode="after")
     def _holds_for_a_number(self) -> Self:
         if self.holds and self.measured is None:
             raise ValueError("holds is true, and measured is null")
+        if self.beyond and (self.holds or not self.undecided or self.rung != "D"):
+            raise ValueError("beyond is true, and the check is not an undecided one of rung D that does not hold")
         return self
 
 

@@ -60,11 +60,16 @@ def build(
     )
     result = run(request, Reporter())
     if as_json:
-        print_json({"bundle": str(result.out), "up_to_date": result.up_to_date, **_summary(result.manifest.data)})
+        summary = _summary(result.manifest.data)
+        print_json({"bundle": str(result.out), "up_to_date": result.up_to_date, **summary})
+        if not summary["ok"]:
+            raise typer.Exit(summary["exit_code"])
     else:
         from kdexport.commands.render import show_build
+        from kdexport.verify.verdict import require_decided
 
         show_build(result)
+        require_decided(result.manifest.data["parity"])
 
 
 def _settings(student: str | None, config: Path | None, *, precision_search: bool) -> "BuildConfig":
@@ -87,13 +92,17 @@ def _settings(student: str | None, config: Path | None, *, precision_search: boo
 
 
 def _summary(data: dict[str, Any]) -> dict[str, Any]:
+    from kdexport.verify.report import beyond_checks, failed_checks
+
+    beyond = beyond_checks(data)
     return {
-        "ok": True,
-        "exit_code": 0,
+        "ok": not beyond,
+        "exit_code": 3 if beyond else 0,
         "student": data["student"]["student"],
         "metrics": data["provenance"].get("metrics", {}),
         "targets": data["targets"],
         "operators": data["operators"],
         "latency": data["latency"],
-        "failed_checks": [check for check in data["parity"] if not check["holds"]],
+        "failed_checks": failed_checks(data),
+        "undecided_checks": beyond,
     }

@@ -104,7 +104,8 @@ def show_verdict(
         keys = ", ".join(change.key for change in looser)
         limits = f"; limits looser than the default: {keys}" if looser else ""
         sentence = f"{verdict_sentence(data, not_run)}{limits}"
-        console.print(f"Verdict: {sentence}: {folder} is the trained student.", soft_wrap=True)
+        end = "." if verdict.beyond else f": {folder} is the trained student."
+        console.print(f"Verdict: {sentence}{end}", soft_wrap=True)
 
 
 def show_rebuilt(folder: Path, files: "Sequence[RebuiltFile]") -> None:

@@ -83,20 +83,25 @@ def verify(
             require_executed(runs or [], required)
         _print(
             {
-                "ok": not verdict.failures,
-                "exit_code": 1 if verdict.failures else 0,
+                "ok": not verdict.failures and not verdict.beyond,
+                "exit_code": _exit_code(verdict),
                 "checks": [check.to_json() for check in verdict.checks],
                 "policy_looser": [{"key": c.key, "default": c.old, "bundle": c.new} for c in looser],
                 **({} if runs is None else {"targets": {run.target: _run_json(run, verdict) for run in runs}}),
                 **signed_by,
             }
         )
-        raise typer.Exit(1 if verdict.failures else 0)
+        raise typer.Exit(_exit_code(verdict))
     from kdexport.commands.render import show_verdict
 
     show_verdict(bundle, manifest, verdict, runs, looser)
     verdict.require()
     require_executed(runs or [], required)
+    verdict.require_decided()
+
+
+def _exit_code(verdict: "Verdict") -> int:
+    return 1 if verdict.failures else 3 if verdict.beyond else 0
 
 
 def _run_json(run: "TargetRun", verdict: "Verdict") -> dict[str, Any]:
@@ -123,12 +128,12 @@ def _rethreshold(bundle: Path, policy: Path, signed_by: dict[str, Any], *, allow
 
     manifest = read_manifest(bundle)
     result = rethreshold(bundle, manifest, policy, allow_looser=allow_looser)
-    failed = bool(result.verdict.failures)
+    code = _exit_code(result.verdict)
     if as_json:
         changes = [asdict(change) for change in result.changes]
         checks = [check.to_json() for check in result.verdict.checks]
-        _print({"ok": not failed, "exit_code": int(failed), "changes": changes, "checks": checks, **signed_by})
-        raise typer.Exit(int(failed))
+        _print({"ok": not code, "exit_code": code, "changes": changes, "checks": checks, **signed_by})
+        raise typer.Exit(code)
     from kdexport.commands.render import show_changes, show_verdict
 
     show_changes(result.changes)
@@ -136,6 +141,7 @@ def _rethreshold(bundle: Path, policy: Path, signed_by: dict[str, Any], *, allow
     result.verdict.require(
         "The bundle exceeds the limits of this policy. Raise them in the policy file, or build the bundle again."
     )
+    result.verdict.require_decided()
 
 
 def _print(value: dict[str, Any]) -> None:

@@ -20,14 +20,8 @@ from kdexport.data.preprocessing import Preprocessing
 from kdexport.errors import BundleError, MismatchError, VerificationError
 from kdexport.gate.arms import Artifact, Bundle
 from kdexport.stats.logits import COLLAPSED, logit_noise
-from kdexport.stats.proportions import (
-    ACCURACY_CONFIDENCE,
-    Estimate,
-    drop_trials_needed,
-    estimate_drop,
-    estimate_proportion,
-    trials_needed,
-)
+from kdexport.stats.paired import drop_trials_needed, estimate_drop
+from kdexport.stats.proportions import ACCURACY_CONFIDENCE, Estimate, estimate_proportion, trials_needed
 from kdexport.stats.sequential import Verdict
 from kdexport.targets import DEFAULT_TARGET, parse_target
 from kdexport.verify.golden_limits import read_reference, stored_limit

@@ -13,6 +13,7 @@ from kdexport.data.preprocessing import differing_fields
 from kdexport.errors import BundleError, ConfigError, MismatchError, UnknownNameError
 from kdexport.registry import nearest
 from kdexport.targets import DEFAULT_TARGET, parse_target
+from kdexport.verify.check import has_failed
 
 Variant = Literal["fused", "unfused"]
 
@@ -56,7 +57,7 @@ def open_bundle(folder: Path) -> Bundle:
             remedy="Download or build the bundle again; nothing was timed.",
         )
     checks = manifest.data["parity"]
-    failed = [check for check in checks if not check.get("holds")]
+    failed = list(filter(has_failed, checks))
     if failed or not checks:
         raise BundleError(
             f"{folder} is not verified: {len(checks) - len(failed)} of {len(checks)} checks passed "

@@ -28,6 +28,7 @@ from kdexport.serving.limits import Limits
 from kdexport.serving.self_check import Golden, compare_golden
 from kdexport.serving.wire import Signature
 from kdexport.targets import DEFAULT_TARGET, require_servable
+from kdexport.verify.check import has_failed
 
 #: kdexport raises these itself while it reads a bundle, so their text is its own.
 _OWN_CAUSES = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
@@ -142,7 +143,7 @@ def require_plain_files(folder: Path) -> None:
 
 def _require_verified(folder: Path, manifest: Manifest, name: str) -> None:
     checks = manifest.data["parity"]
-    failed = [check for check in checks if not check.get("holds")]
+    failed = list(filter(has_failed, checks))
     if failed or not any(str(check.get("subject", "")).startswith(name) for check in checks):
         raise VerificationError(
             f"{folder} was not verified: {len(failed)} of {len(checks)} checks in its manifest failed."

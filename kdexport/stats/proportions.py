@@ -40,13 +40,13 @@ def upper_bound(count: int, trials: int, confidence: float) -> float:
     """The largest proportion that ``count`` events in ``trials`` do not exclude."""
     from scipy.special import betaincinv
 
-    _require_count(count, trials)
+    require_count(count, trials)
     return 1.0 if count == trials else float(betaincinv(count + 1, trials - count, confidence))
 
 
 def lower_bound(count: int, trials: int, confidence: float) -> float:
     """The smallest proportion that ``count`` events in ``trials`` do not exclude."""
-    _require_count(count, trials)
+    require_count(count, trials)
     return 1.0 - upper_bound(trials - count, trials, confidence)
 
 
@@ -56,22 +56,6 @@ def estimate_proportion(count: int, trials: int, confidence: float) -> Estimate:
     """
     low, high = lower_bound(count, trials, confidence), upper_bound(count, trials, confidence)
     return Estimate(value=count / trials, low=low, high=high)
-
-
-def estimate_drop(lost: int, gained: int, images: int, confidence: float = ACCURACY_CONFIDENCE) -> Estimate:
-    """The drop of top-1: ``lost`` images are right in the reference alone, ``gained`` in the candidate alone.
-
-    Both are multinomial counts of one sample. The bound of their difference takes each at half the error, so it holds
-    for every correlation between them, and also if no image changed. An interval conditional on the sum of both
-    counts would instead treat zero differences in ten images as proof of equality.
-    """
-    _require_count(lost + gained, images)
-    each = _confidence_of_each(confidence)
-    return Estimate(
-        value=(lost - gained) / images,
-        low=lower_bound(lost, images, each) - upper_bound(gained, images, each),
-        high=upper_bound(lost, images, each) - lower_bound(gained, images, each),
-    )
 
 
 def mcnemar_p_value(lost: int, gained: int) -> float:
@@ -86,11 +70,6 @@ def trials_needed(limit: float, confidence: float) -> int:
     99 %.
     """
     return math.ceil(math.log1p(-confidence) / math.log1p(-limit))
-
-
-def drop_trials_needed(limit: float, confidence: float = ACCURACY_CONFIDENCE) -> int:
-    """The number of images that prove a drop of at most ``limit`` by ``estimate_drop`` if none of them changes."""
-    return trials_needed(limit, _confidence_of_each(confidence))
 
 
 def quantile_bounds(
@@ -115,11 +94,7 @@ def quantile_bounds(
     return estimate, low, float(values[above[0]]) if len(above) else None
 
 
-def _confidence_of_each(confidence: float) -> float:
-    """The confidence of each of two bounds that err together with probability at most 1 - ``confidence``."""
-    return 1 - (1 - confidence) / 2
-
-
-def _require_count(count: int, trials: int) -> None:
+def require_count(count: int, trials: int) -> None:
+    """Raise ``ValueError`` unless ``trials`` is at least 1 and ``count`` lies between 0 and it."""
     if trials < 1 or not 0 <= count <= trials:
         raise ValueError(f"A count must lie between 0 and the number of trials (1 or more); got {count} of {trials}.")

@@ -1,7 +1,7 @@
 """One comparison of a measured value with the value allowed."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -25,6 +25,13 @@ class Check:
     detail: str = ""
     #: This number of images neither confirms nor refutes the statement; the policy decides whether the check holds.
     undecided: bool = False
+    #: Undecided, and the measured value is beyond the limit: the check does not hold, and it did not fail either.
+    beyond: bool = False
+
+    @property
+    def failed(self) -> bool:
+        """Whether the check shows that the statement is false."""
+        return not self.holds and not self.beyond
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object; numbers that are not finite become null, because JSON cannot hold them."""
@@ -32,6 +39,11 @@ class Check:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in asdict(self).items()
         }
+
+
+def has_failed(stored: Mapping[str, Any]) -> bool:
+    """Whether a check of a manifest failed; one beyond its limit that is undecided did not."""
+    return not stored.get("holds") and not stored.get("beyond")
 
 
 def check_at_most(

@@ -51,7 +51,9 @@ class TaskPolicy(Settings):
     """``[D]``: the task. ``confidence`` is the confidence of each one-sided bound.
 
     ``unexplained_flips`` limits the flips whose reference margin is larger than any error that rungs B and C allow can
-    overturn. ``on_inconclusive`` decides a check that this number of images neither confirms nor refutes.
+    overturn. ``on_inconclusive`` decides a check that this number of images neither confirms nor refutes: with
+    "pass" it holds if the measured value is within the limit and is reported as beyond it otherwise, with "fail" it
+    fails.
     """
 
     confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95

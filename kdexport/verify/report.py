@@ -6,6 +6,7 @@ from typing import Any
 
 from kdexport.core.tables import Table, html_page, markdown_page
 from kdexport.data.preprocessing import Preprocessing
+from kdexport.verify.check import has_failed
 
 #: The rungs of the ladder in order; all other checks are audits.
 RUNGS = ("A", "B", "C", "D")
@@ -17,14 +18,19 @@ def write_reports(folder: Path, data: dict[str, Any]) -> None:
     """Write report.md and report.html of a manifest into the bundle."""
     title = f"{data['student']['student']}: {verdict_sentence(data)}"
     tables = report_tables(data)
-    bad = bool(failed_checks(data)) or (data.get("latency") or {}).get("verdict") == "slower"
+    bad = bool(failed_checks(data) or beyond_checks(data)) or (data.get("latency") or {}).get("verdict") == "slower"
     (folder / "report.md").write_text(markdown_page(title, tables), encoding="utf-8")
     (folder / "report.html").write_text(html_page(title, tables, failed=bad), encoding="utf-8")
 
 
 def failed_checks(data: dict[str, Any]) -> list[dict[str, Any]]:
-    """The checks of a manifest that do not hold."""
-    return [check for check in data["parity"] if not check["holds"]]
+    """The checks of a manifest that failed."""
+    return [check for check in data["parity"] if has_failed(check)]
+
+
+def beyond_checks(data: dict[str, Any]) -> list[dict[str, Any]]:
+    """The checks of a manifest whose measured value is beyond the limit, undecided with the images of the task."""
+    return [check for check in data["parity"] if check.get("beyond")]
 
 
 def verdict_sentence(data: dict[str, Any], not_run: Sequence[str] | None = None) -> str:
@@ -38,13 +44,19 @@ def verdict_sentence(data: dict[str, Any], not_run: Sequence[str] | None = None)
         return f"{len(failed)} of {len(data['parity'])} checks failed"
     latency = data.get("latency")
     not_executed = [name for name, entry in data["targets"].items() if entry["status"] != "verified"]
+    beyond = len(beyond_checks(data))
     parts = [f"all {len(data['parity'])} checks hold"]
+    if beyond:
+        parts = [
+            f"{beyond} of {len(data['parity'])} checks beyond the limit, undecided with "
+            f"{data['task']['images']:,} images; the others hold"
+        ]
     if latency is not None:
         decided = "slower" in latency["verdict"]
         parts.append(f"{latency['verdict']} than the unfused student" if decided else "latency inconclusive")
     undecided = sum(bool(check.get("undecided")) for check in data["parity"])
-    if undecided:
-        parts.append(f"{undecided} checks of the task undecided with {data['task']['images']:,} images")
+    if undecided > beyond:
+        parts.append(f"{undecided - beyond} checks of the task undecided with {data['task']['images']:,} images")
     if not_run is not None:
         parts += not_run
     elif not_executed:
@@ -80,7 +92,7 @@ def _closeness(check: dict[str, Any]) -> float:
 
 
 def _measured(check: dict[str, Any]) -> tuple[str, str, str]:
-    word = "holds" if check["holds"] else "FAILS"
+    word = _word(check)
     if check["unit"] == "faults":
         return check["name"], "", word
     if check.get("undecided"):
@@ -90,6 +102,10 @@ def _measured(check: dict[str, Any]) -> tuple[str, str, str]:
         return f"{check['name']}: {measured} of images", allowed, word
     value, allowed = _number(check["measured"], ".3g"), _number(check["allowed"], ".3g")
     return f"{check['name']}: {value} {check['unit']}", allowed, word
+
+
+def _word(check: dict[str, Any]) -> str:
+    return "holds" if check["holds"] else "FAILS" if has_failed(check) else "beyond"
 
 
 def _number(value: float | None, form: str) -> str:
@@ -155,7 +171,8 @@ def _task_rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
 def _claim(check: dict[str, Any] | None) -> str:
     if check is None:
         return ""
-    word = "FAILS" if not check["holds"] else "undecided" if check.get("undecided") else "holds"
+    word = "within, undecided" if check["holds"] and check.get("undecided") else _word(check)
+    word = "beyond, undecided" if word == "beyond" else word
     counted = check["unit"] == "images"
     value = _number(check["measured"], ".0f" if counted else ".3%")
     allowed = _number(check["allowed"], ".0f" if counted else ".2%")
@@ -170,8 +187,8 @@ def _task(data: dict[str, Any]) -> Iterable[Table]:
     note = (
         f"{task['images']:,} validation images, paired with the unfused fp32 student (top-1 "
         f"{task['reference_top1']:.2%}). A flip is an image with another answer. It is unexplained if the reference's "
-        "margin is larger than any error that rungs B and C allow can overturn. 'undecided': this number of images "
-        "neither confirms nor refutes that the value is within its limit."
+        "margin is larger than any error that rungs B and C allow can overturn. 'undecided': the measured value is "
+        "within or beyond its limit, and this number of images does not show whether the true one is."
     )
     header = ("file", "precision", "top-1", "top-1 lost", "flips", "unexplained", "mean KL, nats")
     yield Table(title="Task", header=header, rows=tuple(rows), note=note)

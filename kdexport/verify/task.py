@@ -7,19 +7,20 @@ accuracy are a policy, because they depend on the application.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kdexport.stats.logits import kl_divergence
-from kdexport.stats.proportions import (
-    Estimate,
+from kdexport.stats.paired import (
+    DETECTION_POWER,
+    detectable_drop,
+    detectable_proportion,
     drop_trials_needed,
     estimate_drop,
-    estimate_proportion,
-    mcnemar_p_value,
-    trials_needed,
 )
+from kdexport.stats.proportions import Estimate, estimate_proportion, mcnemar_p_value, trials_needed
 from kdexport.verify.check import Check, check_at_most
 from kdexport.verify.policy import Policy, TaskPolicy
 
@@ -100,14 +101,14 @@ def rung_d(subject: str, metrics: TaskMetrics, reference: TaskReference, limits:
     drop = estimate_drop(lost, gained, total, policy.confidence)
     divergence = float(np.max(metrics.divergences))
     return [
-        _budgeted("flips", subject, flip_rate, budget.flips, policy, f"{flips} of {total}", trials_needed),
+        _budgeted("flips", subject, flip_rate, budget.flips, policy, f"{flips} of {total}", total),
         check_at_most(
             "D", subject, "unexplained flips", int(unexplained.sum()), policy.unexplained_flips, unit="images",
             detail=_widest(flipped, reference, 2 * allowed),
         ),
         _budgeted(
             "top-1 lost", subject, drop, budget.top1_drop, policy,
-            f"{lost} lost, {gained} gained, McNemar p {mcnemar_p_value(lost, gained):.2g}", drop_trials_needed,
+            f"{lost} lost, {gained} gained, McNemar p {mcnemar_p_value(lost, gained):.2g}", total,
         ),
         check_at_most(
             "D", subject, "largest KL divergence", divergence, allowed**2 / 2, unit="nats",
@@ -118,30 +119,53 @@ def rung_d(subject: str, metrics: TaskMetrics, reference: TaskReference, limits:
 
 
 def _budgeted(
-    name: str,
+    name: Literal["flips", "top-1 lost"],
     subject: str,
     estimate: Estimate,
     limit: float,
     policy: TaskPolicy,
     counts: str,
-    images_needed: Callable[[float, float], int],
+    images: int,
 ) -> Check:
-    verdict = estimate.verdict(limit)
+    """The check of a budget. An estimate within it holds unless the budget is refuted; one beyond it never holds: it
+    fails if the budget is refuted, and is otherwise ``beyond``.
+
+    Refuted means that the exact lower bound is above the limit, which happens with probability at most
+    1 - ``confidence`` if the true value is within it.
+    """
+    verdict, exceeds = estimate.verdict(limit), not estimate.value <= limit
+    undecided, accepted = verdict == "INCONCLUSIVE", policy.on_inconclusive == "pass"
     detail = f"{counts}; {policy.confidence:.0%} bounds {estimate.low:.3%} and {estimate.high:.3%}"
-    if verdict == "INCONCLUSIVE":
-        needed = f"takes {images_needed(limit, policy.confidence):,} images" if limit else "is not possible"
-        detail += f": undecided; to confirm a limit of {limit:.1%} {needed}"
+    if undecided:
+        detail += _resolution(name, limit, images, policy.confidence, exceeds=exceeds)
     return Check(
         rung="D",
         subject=subject,
         name=name,
-        holds=verdict == "PASS" or (verdict == "INCONCLUSIVE" and policy.on_inconclusive == "pass"),
+        holds=verdict == "PASS" or (undecided and accepted and not exceeds),
         measured=estimate.value,
         allowed=limit,
         unit="of images",
         detail=detail,
-        undecided=verdict == "INCONCLUSIVE",
+        undecided=undecided,
+        beyond=undecided and accepted and exceeds,
     )
+
+
+def _resolution(
+    name: Literal["flips", "top-1 lost"], limit: float, images: int, confidence: float, *, exceeds: bool
+) -> str:
+    """What ``images`` images can show about ``limit``."""
+    drop = name == "top-1 lost"
+    needed: Callable[[float, float], int] = drop_trials_needed if drop else trials_needed
+    least = (detectable_drop if drop else detectable_proportion)(limit, images, confidence)
+    proof = f"a proof takes {needed(limit, confidence):,} images without a change" if limit else "no proof is possible"
+    shows = (
+        f"{images:,} images show that a value is above the limit with {DETECTION_POWER:.0%} power from {least:.2%} on"
+        if least is not None
+        else f"{images:,} images cannot show that a value is above the limit"
+    )
+    return f": {'beyond' if exceeds else 'within'} the limit, undecided; {proof}; {shows}"
 
 
 def _widest(flipped: NDArray[np.bool_], reference: TaskReference, explained: float) -> str:

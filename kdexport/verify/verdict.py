@@ -1,7 +1,7 @@
 """The verification of a bundle folder, while it is built and again later, and its verdict.
 
 A build verifies on validation images (``verify_folder``); a finished bundle is verified from its own files
-(``replay``). Only ``seal`` makes a ``VerifiedBundle``, and only if every check holds.
+(``replay``). Only ``seal`` makes a ``VerifiedBundle``, and only if no check failed.
 """
 
 import tempfile
@@ -26,7 +26,7 @@ from kdexport.bundle.manifest import (
     read_golden,
     target_of,
 )
-from kdexport.errors import BundleError, NotExecutedError, UnknownNameError, VerificationError
+from kdexport.errors import BundleError, NotExecutedError, UndecidedError, UnknownNameError, VerificationError
 from kdexport.registry import nearest
 from kdexport.targets import Target, parse_target
 from kdexport.verify.check import Check, attempt, check_at_most
@@ -45,6 +45,11 @@ _REMEDY = (
     "that differ, and kdexport explain KDX330 for the meaning of the rungs."
 )
 
+_UNDECIDED_REMEDY = (
+    "Build with more validation images, or set a budget that these images can decide: [policy.D.PRECISION] of the "
+    "export configuration, or for a finished bundle kdexport verify BUNDLE --rethreshold POLICY --allow-looser."
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
@@ -58,27 +63,51 @@ class Verdict:
 
     @property
     def failures(self) -> tuple[Check, ...]:
-        """Checks that do not hold."""
-        return tuple(check for check in self.checks if not check.holds)
+        """Checks that failed."""
+        return tuple(check for check in self.checks if check.failed)
+
+    @property
+    def beyond(self) -> tuple[Check, ...]:
+        """Checks whose measured value is beyond the limit, undecided with the images of the task."""
+        return tuple(check for check in self.checks if check.beyond)
 
     def require(self, remedy: str = "") -> None:
         """Raise ``VerificationError`` with every failed check, measured against allowed, if there is one."""
         if not self.failures:
             return
-        lines = [
-            f"  {check.rung} {check.subject}: {check.name} {check.measured:.3g} (up to {check.allowed:.3g} "
-            f"{check.unit} allowed) {check.detail}".rstrip()
-            for check in self.failures
-        ]
+        lines = list(map(_line, self.failures))
         raise VerificationError(
             "\n".join([f"{len(lines)} of {len(self.checks)} checks failed:", *lines]),
             remedy=remedy or self.remedy or _REMEDY,
         )
 
+    def require_decided(self) -> None:
+        """Raise ``UndecidedError`` with every check that is beyond its limit, if there is one."""
+        require_decided([check.to_json() for check in self.checks], self.remedy)
+
+
+def require_decided(stored: Sequence[Mapping[str, Any]], remedy: str = "") -> None:
+    """Raise ``UndecidedError`` if one of the checks of a manifest is beyond its limit and undecided."""
+    lines = [_line(Check(**check)) for check in stored if check.get("beyond")]
+    if lines:
+        raise UndecidedError(
+            "\n".join(
+                [f"{len(lines)} of {len(stored)} checks are beyond their limit, undecided with these images:", *lines]
+            ),
+            remedy=remedy or _UNDECIDED_REMEDY,
+        )
+
+
+def _line(check: Check) -> str:
+    return (
+        f"  {check.rung} {check.subject}: {check.name} {check.measured:.3g} (up to {check.allowed:.3g} "
+        f"{check.unit} allowed) {check.detail}".rstrip()
+    )
+
 
 @dataclass(frozen=True, slots=True)
 class VerifiedBundle:
-    """A bundle folder whose checks held in this process; only ``seal`` makes one."""
+    """A bundle folder of which no check failed in this process; only ``seal`` makes one."""
 
     folder: Path
     manifest: Manifest
@@ -90,7 +119,7 @@ class VerifiedBundle:
 
 
 def seal(folder: Path, manifest: Manifest, verdict: Verdict) -> VerifiedBundle:
-    """A ``VerifiedBundle`` if every check of ``verdict`` holds, else ``VerificationError``."""
+    """A ``VerifiedBundle`` if no check of ``verdict`` failed, else ``VerificationError``."""
     verdict.require()
     return VerifiedBundle(folder, manifest, _SEAL)
 

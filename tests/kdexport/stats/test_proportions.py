@@ -10,8 +10,6 @@ from scipy import stats
 
 from kdexport.stats.proportions import (
     Estimate,
-    drop_trials_needed,
-    estimate_drop,
     estimate_proportion,
     lower_bound,
     mcnemar_p_value,
@@ -35,8 +33,6 @@ def test_a_count_outside_of_its_trials_is_refused(count: int, trials: int) -> No
     for refuse in (upper_bound, lower_bound, estimate_proportion):
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             refuse(count, trials, 0.95)
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        estimate_drop(count, 0, trials)
 
 
 def test_the_runs_that_prove_a_p99_are_those_of_the_literature() -> None:
@@ -71,26 +67,6 @@ def test_a_verdict_on_the_limit_passes_and_one_without_a_number_never_does(
     assert Estimate(value=0.1, low=low, high=high).verdict(0.1) == expected
 
 
-def test_top1_bounds_cover_the_true_drop() -> None:
-    rng = np.random.default_rng(4)
-    images, lost, gained = 400, 0.03, 0.01
-    draws = rng.multinomial(images, [lost, gained, 1 - lost - gained], size=1500)
-    found = [estimate_drop(int(a), int(b), images, 0.95) for a, b, _ in draws]
-    assert np.mean([bound.high < lost - gained for bound in found]) <= 0.05
-    assert np.mean([bound.low > lost - gained for bound in found]) <= 0.05
-    # On the limit neither verdict may come more often than its error.
-    assert np.mean([bound.verdict(0.02) == "PASS" for bound in found]) <= 0.05
-    assert np.mean([bound.verdict(0.02) == "FAIL" for bound in found]) <= 0.05
-
-
-def test_few_images_without_a_change_prove_no_small_drop() -> None:
-    assert estimate_drop(0, 0, 64).verdict(0.001) == "INCONCLUSIVE"
-    assert estimate_drop(0, 0, 64).verdict(0.2) == "PASS"
-    assert estimate_drop(0, 0, 20_000).verdict(0.001) == "PASS"
-    assert estimate_drop(30, 2, 1000).verdict(0.001) == "FAIL"
-    assert estimate_drop(2, 30, 1000).verdict(0.001) == "PASS"
-
-
 def test_quantile_bounds_hold_for_a_skewed_distribution_as_often_as_they_state() -> None:
     rng = np.random.default_rng(8)
     true = stats.lognorm(1.5).ppf(0.99)
@@ -111,14 +87,6 @@ def test_a_p99_of_too_few_runs_has_no_upper_bound() -> None:
     assert quantile_bounds([7.0], 0.5) == (7.0, 0.0, None)
     with pytest.raises(ValueError, match="finite"):
         quantile_bounds([1.0, float("nan")], 0.99)
-
-
-@pytest.mark.parametrize(("limit", "confidence"), [(0.001, 0.95), (0.013, 0.9), (0.2, 0.99)])
-def test_so_many_unchanged_images_prove_a_drop_and_one_less_does_not(limit: float, confidence: float) -> None:
-    needed = drop_trials_needed(limit, confidence)
-    assert estimate_drop(0, 0, needed, confidence).verdict(limit) == "PASS"
-    assert estimate_drop(0, 0, needed - 1, confidence).verdict(limit) == "INCONCLUSIVE"
-    assert needed > trials_needed(limit, confidence)
 
 
 def tail(count: int, total: int, rate: float, *, upper: bool) -> float:
@@ -153,36 +121,6 @@ def test_no_flip_in_n_images_bounds_the_rate_by_the_rule_of_three(total: int, pu
 
 @pytest.mark.parametrize(("lost", "gained"), [(0, 0), (1, 0), (0, 9), (7, 7), (30, 11)])
 def test_mcnemar_is_the_exact_sign_test(lost: int, gained: int) -> None:
-    found = estimate_drop(lost, gained, 400)
     fewer = min(lost, gained)
     expected = min(1.0, 2 * sum(math.comb(lost + gained, k) for k in range(fewer + 1)) / 2 ** (lost + gained))
     assert mcnemar_p_value(lost, gained) == pytest.approx(expected)
-    assert found.value == (lost - gained) / 400
-    assert found.low < found.value < found.high
-
-
-def test_no_difference_in_few_images_is_no_proof_of_equality() -> None:
-    few, many = estimate_drop(0, 0, 10), estimate_drop(0, 0, 10_000)
-    assert few.high == pytest.approx(1 - 0.025 ** (1 / 10))
-    assert few.low == -few.high
-    assert many.high < 0.001
-
-
-@pytest.mark.parametrize("truth", [(0.03, 0.01), (0.004, 0.004), (0.0, 0.02)])
-def test_each_bound_of_the_drop_is_wrong_no_more_often_than_asked(truth: tuple[float, float]) -> None:
-    lost, gained = truth
-    rng = np.random.default_rng(5)
-    counts, repeats = np.unique(
-        rng.multinomial(250, [lost, gained, 1 - lost - gained], size=1500), axis=0, return_counts=True
-    )
-    found = [estimate_drop(int(a), int(b), 250) for a, b, _ in counts]
-    above = sum(n for interval, n in zip(found, repeats, strict=True) if interval.high < lost - gained)
-    below = sum(n for interval, n in zip(found, repeats, strict=True) if interval.low > lost - gained)
-    # Three standard deviations of 1500 draws at 5 % are 1.7 points.
-    assert above / 1500 < 0.067
-    assert below / 1500 < 0.067
-
-
-def test_the_interval_of_a_loss_is_the_gain_mirrored() -> None:
-    one, other = estimate_drop(12, 5, 300, 0.98), estimate_drop(5, 12, 300, 0.98)
-    assert (one.low, one.high) == pytest.approx((-other.high, -other.low))

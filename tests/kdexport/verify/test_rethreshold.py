@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from kdexport.bundle.manifest import TASK, read_manifest
 from kdexport.cli import app
 from kdexport.data.datasets import DatasetSpec, open_dataset
-from kdexport.errors import BundleError, ConfigError
+from kdexport.errors import BundleError, ConfigError, UndecidedError, VerificationError
 from kdexport.verify.check import Check
 from kdexport.verify.policy import Policy, policy_changes, stored_policy
 from kdexport.verify.rethreshold import redecide, rethreshold
@@ -197,3 +197,45 @@ def test_the_command_shows_old_and_new_limits(bundle_copy: Path) -> None:
     assert re.search(r"B\.rms_error +2\.0 +3\.0 +looser", done.stdout)
     with pytest.raises(ConfigError, match="--rung and --rethreshold cannot be combined"):
         CliRunner().invoke(app, [*options, "--rung", "A"], catch_exceptions=False)
+
+
+def with_lost_images(folder: Path, count: int) -> None:
+    """Rewrite the stored results so that the fp16 file is wrong for ``count`` images that the reference has right."""
+    tensors = load_file(folder / TASK)
+    right = np.flatnonzero(tensors["predictions"] == tensors["labels"])[:count]
+    tensors["margins"][right] = 0
+    tensors[f"{FP16}:predictions"][right] = (tensors["labels"][right] + 1) % 10
+    save_file(tensors, folder / TASK)
+    path = folder / "manifest.json"
+    data = json.loads(path.read_text())
+    data["files"][TASK] = hashlib.sha256((folder / TASK).read_bytes()).hexdigest()
+    entry, found = data["task"]["files"][FP16], tensors[f"{FP16}:predictions"]
+    entry["flips"] = int(np.sum(found != tensors["predictions"]))
+    entry["top1"] = float(np.mean(found == tensors["labels"]))
+    path.write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize(("lost", "code"), [(0, 0), (2, 3), (10, 1)])
+def test_a_value_beyond_its_budget_ends_with_3_and_a_refuted_budget_with_1(
+    lost: int, code: int, bundle_copy: Path
+) -> None:
+    with_lost_images(bundle_copy, lost)
+    policy = bundle_copy.parent / "policy.toml"
+    policy.write_text("")
+    arguments = ["verify", str(bundle_copy), "--rethreshold", str(policy)]
+    shown = CliRunner().invoke(app, arguments)
+    if lost == 2:
+        assert isinstance(shown.exception, UndecidedError)
+        assert shown.exception.message.startswith("2 of ")
+        assert "beyond the limit, undecided" in shown.exception.message
+        assert "2 of 75 checks beyond the limit, undecided with 360 images; the others hold" in shown.stdout
+        assert "is the trained student" not in shown.stdout
+        assert re.search(
+            r"D +targets/trt-rtx-fp16/model.onnx +flips: 0.56% of images +0.50% +beyond, undec", shown.stdout
+        )
+    elif lost:
+        assert isinstance(shown.exception, VerificationError)
+    printed = CliRunner().invoke(app, [*arguments, "--json"])
+    answer = json.loads(printed.stdout)
+    assert (printed.exit_code, answer["exit_code"], answer["ok"]) == (code, code, code == 0)
+    assert all(not check["holds"] for check in answer["checks"] if check["beyond"])

@@ -89,16 +89,64 @@ def test_an_answer_that_is_not_finite_fails(bad: float) -> None:
     assert not checks["largest KL divergence"].holds
 
 
-@pytest.mark.parametrize(("lost", "holds", "undecided"), [(0, True, False), (6, True, True), (25, False, False)])
-def test_accuracy_is_shown_to_be_kept_or_lost_or_neither(lost: int, holds: bool, undecided: bool) -> None:
+@pytest.mark.parametrize(
+    ("lost", "holds", "undecided", "beyond"),
+    [(0, True, False, False), (6, True, True, False), (10, False, True, True), (25, False, False, False)],
+)
+def test_accuracy_is_shown_to_be_kept_or_lost_or_neither(lost: int, holds: bool, undecided: bool, beyond: bool) -> None:
     logits = reference_logits().copy()
     right = np.flatnonzero(labels() == logits.argmax(axis=1))[:lost]
     logits[right, logits[right].argmin(axis=1)] = 100
     check = run(logits)["top-1 lost"]
     assert check.measured == lost / COUNT
-    assert (check.holds, check.undecided) == (holds, undecided)
-    strict = parse_policy({"D": {"on_inconclusive": "fail"}}, "test")
-    assert run(logits, strict)["top-1 lost"].holds is (holds and not undecided)
+    assert (check.holds, check.undecided, check.beyond) == (holds, undecided, beyond)
+    assert check.failed is (not holds and not beyond)
+    strict = run(logits, parse_policy({"D": {"on_inconclusive": "fail"}}, "test"))["top-1 lost"]
+    assert strict.holds is (holds and not undecided)
+    assert strict.failed is not strict.holds
+
+
+def counted(count: int, lost: int, gained: int, flips: int = 0, precision: str = "int8") -> dict[str, Check]:
+    """Rung D of a file that loses, gains and otherwise flips so many of ``count`` images."""
+    truth = np.zeros(count, np.int32)
+    before, after = truth.copy(), truth.copy()
+    after[:lost] = 1
+    before[lost : lost + gained] = 1
+    before[lost + gained : lost + gained + flips], after[lost + gained : lost + gained + flips] = 1, 2
+    even = np.zeros(count, np.float32)
+    reference = TaskReference(indices=truth, labels=truth, predictions=before, margins=even, own_error=0.0)
+    metrics = TaskMetrics(precision=precision, predictions=after, divergences=even, errors=even, unit_error=1.0)
+    return {check.name: check for check in rung_d("file", metrics, reference, Policy())}
+
+
+def test_ten_lost_images_of_360_fail_a_budget_of_half_a_point() -> None:
+    check = counted(360, 10, 0)["top-1 lost"]
+    assert check.failed
+    assert not check.undecided
+    assert "10 lost, 0 gained, McNemar p 0.002" in check.detail
+
+
+@pytest.mark.parametrize(("lost", "gained", "flips"), [(2, 0, 0), (5, 0, 0), (10, 3, 0), (20, 17, 9)])
+def test_a_measured_value_beyond_its_budget_never_holds(lost: int, gained: int, flips: int) -> None:
+    checks = counted(360, lost, gained, flips)
+    drop = checks["top-1 lost"]
+    assert drop.measured > drop.allowed
+    assert not drop.holds
+    assert drop.beyond
+    assert ": beyond the limit, undecided; a proof takes 599 images without a change; 360 images show" in drop.detail
+    flipped = checks["flips"]
+    assert flipped.holds is (flipped.measured <= 0.1)
+    assert flipped.beyond is (lost + gained + flips == 46)
+
+
+def test_a_hundred_images_are_told_what_they_can_show() -> None:
+    kept, one, many = (counted(100, lost, 0)["top-1 lost"] for lost in (0, 1, 4))
+    assert kept.holds
+    assert kept.undecided
+    assert "within the limit, undecided; a proof takes 599 images" in kept.detail
+    assert "100 images show that a value is above the limit with 90% power from 6.56% on" in kept.detail
+    assert one.beyond
+    assert many.failed
 
 
 def test_few_images_are_inconclusive_and_the_required_number_is_reported() -> None:
