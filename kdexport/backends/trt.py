@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from kdexport.backends import BACKENDS, nvidia
 from kdexport.backends.base import (
+    ONNX_FILE,
     TF32,
     Backend,
     Clock,
@@ -30,11 +31,12 @@ from kdexport.backends.base import (
     Runner,
     run_in_batches,
 )  # fmt: skip
+from kdexport.backends.plan_content import built_from, weights_in_plan, whole
 from kdexport.backends.trt_build import MODULES, EngineRequest
 from kdexport.backends.trt_layers import Engine, EngineLayer, require_precision
 from kdexport.core.child import ChildDiedError, ChildTimeoutError, call
 from kdexport.core.console import print_json
-from kdexport.core.digests import digest, tool_versions
+from kdexport.core.digests import digest, sha256_bytes, sha256_file, tool_versions
 from kdexport.errors import AuditError, EngineBuildError
 
 #: The compiled engine, as the builder wrote it, and the table of its layers.
@@ -123,6 +125,27 @@ def load_engine(folder: Path) -> Engine:
     return Engine(plan=folder / PLAN, layers=layers, version=str(data["version"]))
 
 
+def _plan_findings(folder: Path, engine: Engine) -> list[Finding]:
+    """Whether the plan is whole, and is the one of the layer table and the ONNX file in ``folder``."""
+    plan = engine.plan.read_bytes()
+    length = whole(plan)
+    if not length.holds:
+        return [length]
+    table: dict[str, Any] = json.loads((folder / LAYERS).read_text())
+    if "plan_sha256" not in table:
+        return [length, Finding("plan is that of its layers", True, f"not bound: {LAYERS} of an earlier version")]
+    found = {"plan_sha256": sha256_bytes(plan), "onnx_sha256": sha256_file(folder / ONNX_FILE)}
+    wrong = [
+        f"{key} is {value[:12]}, and {str(table[key])[:12]} in {LAYERS}"
+        for key, value in found.items()
+        if table[key] != value
+    ]
+    fact = "; ".join(wrong) or f"digests of {PLAN} and {ONNX_FILE} as in {LAYERS}"
+    nodes = frozenset(node for layer in engine.layers for node in layer.nodes)
+    content = built_from(plan, folder / ONNX_FILE, [str(name) for name in table["weights_in_plan"]], nodes)
+    return [length, Finding("plan is that of its layers", not wrong, fact), content]
+
+
 class EngineRunner(Runner):
     """An engine; each call runs it in a child process."""
 
@@ -185,7 +208,14 @@ class _Engines(Backend):
             )
         )
         require_precision(engine, f"{self.name}-{request.precision}", request.kept)
-        table = {"version": engine.version, "layers": [asdict(layer) for layer in engine.layers]}
+        plan = engine.plan.read_bytes()
+        table = {
+            "version": engine.version,
+            "plan_sha256": sha256_bytes(plan),
+            "onnx_sha256": sha256_file(request.onnx),
+            "weights_in_plan": weights_in_plan(plan, request.onnx),
+            "layers": [asdict(layer) for layer in engine.layers],
+        }
         (request.folder / LAYERS).write_text(json.dumps(table, indent=1))
 
     def describe(self, folder: Path) -> dict[str, Any]:
@@ -205,7 +235,8 @@ class _Engines(Backend):
             return [Finding("readable", False, error.message)]
         except (OSError, ValueError, KeyError, TypeError) as error:
             return [Finding("readable", False, f"{LAYERS}: {type(error).__name__}: {error}")]
-        return [Finding(f"every kernel in {precision}", True, f"{len(engine.layers)} layers listed by the build")]
+        checked = Finding(f"every kernel in {precision}", True, f"{len(engine.layers)} layers listed by the build")
+        return [checked, *_plan_findings(folder, engine)]
 
     def open(
         self,

@@ -27,7 +27,7 @@ from kdexport.bundle.manifest import (
 from kdexport.bundle.sbom import write_sbom
 from kdexport.checkpoint import StudentSpec, TrainedStudent
 from kdexport.config import BuildConfig
-from kdexport.core.digests import tool_versions
+from kdexport.core.digests import sha256_file, tool_versions
 from kdexport.data.datasets import ImageSet, class_difference, spread
 from kdexport.errors import CheckpointError, DataError, VerificationError
 from kdexport.graph.audit import operator_counts
@@ -195,6 +195,10 @@ def _target_entry(target: Target, parts: Parts) -> dict[str, Any]:
     if target.form in parts.searched:
         entry["plan"] = parts.searched[target.form]
     if target in parts.engines:
+        entry["compiled"] = {
+            "artifact_sha256": sha256_file(parts.engines[target].folder / target.artifact),
+            "onnx_sha256": sha256_file(parts.casts[target].path),
+        }
         entry.update(target.runtime.describe(parts.engines[target].folder))
     return entry
 

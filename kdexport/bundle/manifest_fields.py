@@ -111,11 +111,17 @@ class _Plan(_Fields):
         return self
 
 
+class _Compiled(_Fields):
+    artifact_sha256: str
+    onnx_sha256: str
+
+
 class _Target(_Fields):
     precision: str
     engine: bool
     status: str
     executed: _Execution | None = None
+    compiled: _Compiled | None = None
     calibration: _Calibration | None = None
     plan: _Plan | None = None
 

@@ -14,15 +14,15 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from kdexport.backends.base import Finding
+from kdexport.backends.base import ONNX_FILE, Finding
 from kdexport.bundle.layout import SBOM
-from kdexport.bundle.manifest import GOLDEN_LOGITS, MANIFEST, MODEL, TASK, UNFUSED, Manifest, onnx_files
+from kdexport.bundle.manifest import GOLDEN_LOGITS, MANIFEST, MODEL, TARGETS, TASK, UNFUSED, Manifest, onnx_files
 from kdexport.bundle.sbom import normalised, read_versions, serial_number
 from kdexport.checkpoint import load_tensors
 from kdexport.core.digests import sha256_file
 from kdexport.data.datasets import spread
 from kdexport.graph.audit import operator_counts
-from kdexport.targets import parse_target
+from kdexport.targets import Target, parse_target
 from kdexport.verify.check import Check, attempt, check_at_most, from_finding
 from kdexport.verify.parity import unit_error
 from kdexport.verify.student_checks import BundleContext
@@ -36,7 +36,9 @@ _SAME_ERROR = 10.0
 
 
 def check_consistency(folder: Path, manifest: Manifest) -> list[Check]:
-    """One check for each statement: origin, software, operators, results of the task, labels of the golden images."""
+    """One check for each statement: origin, software, operators, compiled files, results of the task, labels of the
+    golden images.
+    """
     statements: dict[str, Callable[[Path, Manifest], Finding]] = {
         SBOM: _software,
         UNFUSED: _origin,
@@ -44,6 +46,8 @@ def check_consistency(folder: Path, manifest: Manifest) -> list[Check]:
         TASK: _task,
         GOLDEN_LOGITS: _golden,
     }
+    compiled = [target for target in map(parse_target, manifest.targets) if target.compiles]
+    statements |= {f"{TARGETS}/{target}/{target.artifact}": partial(_compiled, target) for target in compiled}
     results = {name: attempt("files", name, partial(say, folder, manifest)) for name, say in statements.items()}
     return [
         result if isinstance(result, Check) else from_finding(name, result, rung="files")
@@ -76,6 +80,22 @@ def _software(folder: Path, manifest: Manifest) -> Finding:
     if serial != expected:
         wrong.append(f"the serial number is {serial}, that of the build is {expected}")
     return Finding("software", not wrong, "; ".join(wrong) or f"{len(found)} packages, versions as in {MANIFEST}")
+
+
+def _compiled(target: Target, folder: Path, manifest: Manifest) -> Finding:
+    """The compiled file and the ONNX file of a target are those that the build recorded together."""
+    recorded = manifest.targets[str(target)].get("compiled")
+    if recorded is None:
+        return Finding("compiled from its ONNX file", True, "not bound: the bundle is of an earlier version")
+    place = folder / TARGETS / str(target)
+    files = {"artifact_sha256": place / target.artifact, "onnx_sha256": place / ONNX_FILE}
+    wrong = [
+        f"{path.name} has sha256 {found[:12]}, and {key} of {target} in {MANIFEST} is {recorded[key][:12]}"
+        for key, path in files.items()
+        if (found := sha256_file(path)) != recorded[key]
+    ]
+    fact = f"{target.artifact} and {ONNX_FILE} as recorded together by the build"
+    return Finding("compiled from its ONNX file", not wrong, "; ".join(wrong) or fact)
 
 
 def _operators(folder: Path, manifest: Manifest) -> Finding:

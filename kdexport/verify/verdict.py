@@ -253,7 +253,8 @@ def _target_run(name: str, entry: dict[str, Any], execution: Execution | None) -
     if execution is not None:
         return TargetRun(name, "ran here", str(execution))
     if entry["status"] == NOT_EXECUTED:
-        return TargetRun(name, "never ran", NOT_EXECUTED)
+        unbound = parse_target(name).compiles and "compiled" not in entry
+        return TargetRun(name, "never ran", NOT_EXECUTED + ", not bound to its ONNX file" * unbound)
     recorded = entry.get("executed")
     fact = "{runtime} {version}, {device}".format(**recorded) if recorded else "runtime not recorded"
     return TargetRun(name, "ran at build", f"{fact}, according to the manifest")

@@ -23,6 +23,7 @@ FROZEN = {
     "KDX340": ("TrainingError", 1),
     "KDX350": ("ResolutionError", 3),
     "KDX351": ("NotExecutedError", 3),
+    "KDX352": ("UndecidedError", 3),
     "KDX400": ("BackendUnavailableError", 4),
     "KDX401": ("StorageError", 4),
     "KDX402": ("ServerError", 4),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from kdexport.verify import verdict
 from kdexport.verify.consistency import check_consistency, check_recorded_errors
 from kdexport.verify.policy import Policy, looser_than_default, parse_policy
 from kdexport.verify.student_checks import check_integrity, student_checks
-from kdexport.verify.verdict import Verdict, replay
+from kdexport.verify.verdict import Verdict, replay, target_runs
 from tests.conftest import Built, Command
 
 TASK, GOLDEN = "metrics/validation.safetensors", "golden/logits.safetensors"
@@ -54,6 +55,28 @@ def test_a_bundle_as_it_was_built_is_consistent(built: Built) -> None:
     assert facts[TASK] == f"{images} images, figures as in manifest.json"
     assert facts[GOLDEN] == f"9 of 9 images that are also in {TASK} have its label and prediction"
     assert {"unfused.safetensors", "model.onnx"} < facts.keys()
+
+
+def test_a_plan_that_was_replaced_together_with_its_digest_is_found(bundle_copy: Path) -> None:
+    plan = bundle_copy / "targets/trt-rtx-fp16/model.plan"
+    plan.write_bytes(plan.read_bytes()[:-1] + b"!")
+    tampered(bundle_copy)
+    check = "targets/trt-rtx-fp16/model.plan compiled from its ONNX file"
+    assert "model.plan has sha256" in failed(bundle_copy)[check]
+    # An ONNX file that the plan was not built from.
+    shutil.copyfile(bundle_copy / "targets/onnx-fp32/model.onnx", bundle_copy / FP16)
+    tampered(bundle_copy)
+    assert "model.onnx has sha256" in failed(bundle_copy)[check]
+
+
+def test_a_plan_of_an_earlier_version_is_not_bound_and_says_so(bundle_copy: Path) -> None:
+    tampered(bundle_copy, lambda data: data["targets"]["trt-rtx-fp16"].pop("compiled"))
+    manifest = read_manifest(bundle_copy)
+    facts = {check.name: check.detail for check in check_consistency(bundle_copy, manifest)}
+    assert facts["compiled from its ONNX file"] == "not bound: the bundle is of an earlier version"
+    assert "trt-rtx-fp16 never ran (built, not executed, not bound to its ONNX file)" in [
+        str(run) for run in target_runs(manifest, Verdict(()))
+    ]
 
 
 def test_another_checkpoint_than_the_recorded_one_is_found(bundle_copy: Path) -> None:
