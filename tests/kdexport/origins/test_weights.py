@@ -138,6 +138,15 @@ PLACES: dict[str, tuple[object, str]] = {
         {**trained(), "total_ops": torch.ones(1), "conv1.total_params": torch.ones(1)},
         "2 other tensors not used: 'total_ops', 'conv1.total_params'",
     ),
+    "averaged without a prefix": (
+        {**trained(), "n_averaged": torch.tensor(7)},
+        "1 other tensor not used: 'n_averaged'",
+    ),
+    "statistics beside": ({**trained(), "normalize": {"mean": torch.ones(3)}}, "not read: 'normalize'"),
+    "other classes beside": (
+        {**prefixed("model.", trained(2, classes=9)), **prefixed("head5.")},
+        "prefix 'head5.' removed; 17 other tensors not used: 'model.conv1.weight'",
+    ),
     "table of indices": ({**trained(), "index": torch.arange(4)}, "1 other tensor not used: 'index'"),
 }
 
@@ -341,6 +350,29 @@ def test_a_classifier_of_other_classes_is_named_or_left_fresh(prefix: str, tmp_p
     assert notes[-1] == "the file's classifier fc.weight has 1000 outputs, the network 5; the network keeps its own"
     assert torch.equal(state["fc.weight"], own)
     assert torch.equal(state["layers.2.0.bias"], trained(classes=1_000)["layers.2.0.bias"])
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"fc.weight": (7, 8), "fc.bias": (7,)},
+        {"fc.weight": (5, 8)},
+        {"layers.2.0.weight": (7, 6, 1, 1), "layers.2.0.bias": (7,)},
+        {"fc.weight": (7, 6), "fc.bias": (8,)},
+    ],
+)
+def test_a_layer_that_differs_in_more_than_its_classes_is_refused(
+    shapes: dict[str, tuple[int, ...]], tmp_path: Path
+) -> None:
+    tensors = {**trained(), **{name: torch.ones(shape) for name, shape in shapes.items()}}
+    error = refused(saved(tensors, tmp_path / "other.pt"), head="fresh")
+    assert f"of another shape: {next(iter(shapes))!r} is {next(iter(shapes.values()))}, not" in error.message
+
+
+def test_a_layer_that_is_stored_with_and_without_its_wrapper_is_refused(tmp_path: Path) -> None:
+    tensors = {name.replace("layers.", "layers.module."): tensor for name, tensor in trained().items()}
+    error = refused(saved({**tensors, "layers.0.bias": torch.ones(6)}, tmp_path / "both.pt"))
+    assert "tensors unknown: 'layers.module.0.weight'" in error.message
 
 
 def test_a_file_without_a_classifier_is_named_or_left_fresh(tmp_path: Path) -> None:
