@@ -242,6 +242,7 @@ batch_size = 24
 warmup_epochs = 0.5
 [overrides.teacher]
 epochs = 1
+plausibility = "reported"
 [overrides.distiller]
 ramp_epochs = 0.5
 placement = "R2"
