@@ -129,6 +129,7 @@ PLACES: dict[str, tuple[object, str]] = {
         "prefix 'online_model.' removed",
     ),
     "own name": ({"mine": trained(), "other": {"x": torch.ones(2)}, "acc": torch.tensor(1.0)}, "prefix 'mine.'"),
+    "optimizer with copies": ({"mine": trained(), "optimizer": {"copy": trained(2)}}, "prefix 'mine.' removed"),
     "by module": ({"a": {"net": prefixed("b.")}, "epoch": torch.tensor(3)}, "prefix 'a.net.b.' removed"),
     "wrapped layers": (
         {n.replace("layers.", "layers.module.").replace("conv1", "conv1._orig_mod"): t for n, t in trained().items()},
@@ -189,6 +190,11 @@ def test_what_people_store_beside_the_weights_is_harmless(legacy: bool, tmp_path
     content = {
         "model": model,
         "meters": collections.defaultdict(list, {"top1": [1.0, np.float32(2)]}),
+        "tables": [
+            collections.defaultdict(dict, {"a": {}}),
+            collections.defaultdict(int),
+            collections.OrderedDict(a=1),
+        ],
         "last": collections.deque([1, 2], maxlen=3),
         "counts": collections.Counter("aab"),
         "args": argparse.Namespace(root=Path("a/b"), nested=argparse.Namespace(x={1, 2}), sizes=frozenset([3])),
@@ -200,7 +206,7 @@ def test_what_people_store_beside_the_weights_is_harmless(legacy: bool, tmp_path
     path = saved(content, tmp_path / "inert.pt", _use_new_zipfile_serialization=not legacy)
     state, notes = load(path)
     assert equal(state, trained())
-    assert notes[1].startswith("not read: 'meters', 'last', 'counts' and 5 more")
+    assert notes[1].startswith("not read: 'meters', 'tables', 'last' and 6 more")
 
 
 def test_reading_leaves_the_allow_list_of_torch_as_it_was(tmp_path: Path) -> None:
