@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from kdexport.data.datasets import DatasetSpec, ImageSet, open_dataset
+from kdexport.data.preprocessing import Preprocessing, differing_fields
 from kdexport.errors import DataError
 from training.data import (
     Batches,
@@ -284,6 +285,42 @@ def test_an_image_too_narrow_for_any_crop_gives_its_central_square(tmp_path: Pat
     assert wide[..., 1].max() > 245
     assert tall[..., 1].min() == pytest.approx(250 * (242 / 499), abs=2)
     assert tall[..., 1].max() == pytest.approx(250 * (257 / 499), abs=2)
+
+
+def test_the_keys_of_a_recipe_are_those_of_its_student() -> None:
+    default = preprocessing_of(settings(resize=14))
+    assert default == Preprocessing.for_new_student(
+        image_size=SIDE, resize=14, mean=(0.4, 0.51, 0.33), std=(0.21, 0.3, 0.27)
+    )
+    chosen = preprocessing_of(
+        settings(resize=14, interpolation="bicubic", fit="pad", orientation="ignore", background="ignore")
+    )
+    assert differing_fields(default, chosen) == ("interpolation", "fit", "orientation", "background")
+    assert preprocessing_of(settings(background=(255, 0, 9))).background == (255, 0, 9)
+
+
+@pytest.mark.parametrize("image_size", [SIDE, 96])
+def test_training_sees_photos_upright_and_on_the_background(image_size: int, tmp_path: Path) -> None:
+    """A photo and its sideways twin with hidden colours give the same batches, decoded at once or streamed."""
+    colours = np.random.default_rng(6).integers(0, 256, (4, 110, 130, 3), dtype=np.uint8)
+    alpha = np.zeros((110, 130), np.uint8)
+    alpha[20:90, 10:100] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    twins: dict[str, list[Path]] = {"plain": [], "sideways": []}
+    for number, image in enumerate(colours):
+        plain, sideways = (tmp_path / f"{twin}{number}.png" for twin in twins)
+        Image.fromarray(np.where(alpha[..., None] > 0, image, 0).astype(np.uint8)).save(plain)
+        hidden = Image.fromarray(np.dstack([image, alpha]))
+        hidden.transpose(Image.Transpose.ROTATE_90).save(sideways, exif=exif)
+        twins["plain"].append(plain)
+        twins["sideways"].append(sideways)
+    batches = []
+    for files in twins.values():
+        images = ImageSet(classes=("a", "b"), labels=np.array([0, 1, 0, 1]), pixels=None, files=tuple(files))
+        chosen = settings(image_size=image_size)
+        batches.append(collected(training_batches(images, chosen, batch_size=4, seed=2, device=CPU), 0)[0])
+    assert torch.equal(*batches)
 
 
 def test_a_corrupt_streamed_image_stops_the_epoch_with_its_name(tmp_path: Path) -> None:

@@ -22,7 +22,10 @@ def check(rung: str, subject: str, name: str, measured: float, allowed: float, *
 
 def manifest(**changes: Any) -> dict[str, Any]:
     data: dict[str, Any] = {
-        "student": {"student": "mobilenetv2"},
+        "student": {
+            "student": "mobilenetv2",
+            "preprocessing": {"image_size": 32, "resize": 36, "mean": [0.5] * 3, "std": [0.2] * 3, "fit": "crop"},
+        },
         "provenance": {
             "metrics": {"top1": 0.7123, "teacher_top1": 0.745},
             "seed": 7,
