@@ -125,6 +125,8 @@ TABLE = {
     "core/progress.py": "",
     "core/tables.py": "bundle",
     "core/toml.py": CALIBRATE,
+    # Networks and weights of other origins are read before the first step.
+    "origins": "",
     "data/datasets.py": CALIBRATE,
     "data/calibration_images.py": CALIBRATE,
     "data/preprocessing.py": FUSE,
