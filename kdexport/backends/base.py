@@ -162,6 +162,10 @@ class Backend(ABC):
         """The device on which the target is verified."""
         return "cpu"
 
+    def repeats_bits(self, precision: str) -> bool:
+        """Whether one version on one processor gives the same bits each time, for single images on one thread."""
+        return False
+
     def key_material(self, precision: str) -> list[Any]:
         """What a compiled file depends on besides its model and settings: versions, GPU, driver."""
         return [tool_versions(*self.packages)]

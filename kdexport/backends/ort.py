@@ -220,6 +220,9 @@ class OnnxRuntime(Backend):
     def device(self, precision: str) -> Device:
         return "gpu" if precision == "fp16" else "cpu"
 
+    def repeats_bits(self, precision: str) -> bool:
+        return self.device(precision) == "cpu"
+
     def open(
         self, path: Path, precision: str, *, device: Device | None = None, threads: int = 0, kept: Sequence[str] = ()
     ) -> Runner:

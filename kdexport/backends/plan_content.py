@@ -15,7 +15,7 @@ from kdexport.backends.base import Finding
 #: TensorRT-RTX begins a plan with these four bytes; the length of the file is at byte 16.
 _MAGIC, _LENGTH = b"vtrt", slice(16, 24)
 #: Types of constants in a plan, by the name of the type in ONNX.
-_TYPES = {"FLOAT": "float", "FLOAT16": "half", "BFLOAT16": "bfloat16", "INT8": "int8"}
+_TYPES = {"FLOAT": "float", "FLOAT16": "half", "BFLOAT16": "bf16", "INT8": "int8"}
 _CONSTANT = re.compile(rb"const_payload_size=(\d+) [^{}]*(?:\{[^{}]*\}[^{}]*)*? type=(\w+) \}")
 _NODE = re.compile(rb"\[ONNX Layer: ([^\]]*)\]")
 #: Shorter tensors could be found in any file by chance.
@@ -97,7 +97,8 @@ def _missing_weights(plan: bytes, stored: Sequence[tuple[str, str, bytes]], weig
 
 def _missing_types(content: PlanContent, stored: Sequence[tuple[str, int]]) -> list[str]:
     """Types that have many bytes in the ONNX file and few in the plan."""
-    if not content.constants:
+    # Only the table of TensorRT-RTX is known to have all constants.
+    if content.stated_length is None or not content.constants:
         return []
     needed: Counter[str] = Counter()
     for kind, size in stored:

@@ -31,8 +31,9 @@ from kdexport.core.digests import sha256_file, tool_versions
 from kdexport.data.datasets import ImageSet, class_difference, spread
 from kdexport.errors import CheckpointError, DataError, VerificationError
 from kdexport.graph.audit import operator_counts
+from kdexport.graph.plan import LayerPlan
 from kdexport.targets import DEFAULT_TARGET, Target, providers
-from kdexport.verify.golden import write_golden_set
+from kdexport.verify.golden import GoldenSet, own_run, write_golden_set
 from kdexport.verify.latency import Comparison, LatencyResult, compare_latency
 from kdexport.verify.policy import parse_policy
 from kdexport.verify.report import write_reports
@@ -87,7 +88,9 @@ def package(folder: Path, parts: Parts, progress: Progress) -> VerifiedBundle:
     """Fill ``folder`` and verify it; raises ``VerificationError`` if it fails, with the report in ``folder``."""
     _copy_files(folder, parts)
     golden = _write_golden(folder, parts)
-    data = _describe(parts, golden)
+    data = _describe(parts, golden.names)
+    for name, place in golden.places.items():
+        data["targets"][name]["golden"] = place
     manifest = Manifest.from_json({**data, "files": {}})
     count = min(parts.config.verify.images, len(parts.validation))
     chosen = spread(len(parts.validation), count)
@@ -136,7 +139,7 @@ def _copy_files(folder: Path, parts: Parts) -> None:
             target.runtime.finish(place, image_size=spec.image_size, num_classes=spec.num_classes)
 
 
-def _write_golden(folder: Path, parts: Parts) -> list[str]:
+def _write_golden(folder: Path, parts: Parts) -> GoldenSet:
     chosen = spread(len(parts.validation), parts.config.verify.golden)
     low = {
         str(target): open_file(model.path, model.form).logits
@@ -144,7 +147,16 @@ def _write_golden(folder: Path, parts: Parts) -> list[str]:
         if str(target) != DEFAULT_TARGET and providers(target)
     }
     policy = parse_policy(parts.config.policy, "[policy]")
-    return write_golden_set(folder, parts.trained, parts.validation, chosen, low, policy=policy)
+    runs = (
+        own_run(folder / TARGETS / str(target) / target.artifact, target, _kept(target, parts))
+        for target in parts.casts
+    )
+    own = [run for run in runs if run is not None]
+    return write_golden_set(folder, parts.trained, parts.validation, chosen, low, own, policy=policy)
+
+
+def _kept(target: Target, parts: Parts) -> tuple[str, ...]:
+    return LayerPlan.from_json(parts.searched[target.form]).nodes if target.form in parts.searched else ()
 
 
 def _describe(parts: Parts, golden: list[str]) -> dict[str, Any]:

@@ -116,12 +116,20 @@ class _Compiled(_Fields):
     onnx_sha256: str
 
 
+class _GoldenRun(_Fields):
+    runtime: str
+    version: str
+    device: str
+    processor: str
+
+
 class _Target(_Fields):
     precision: str
     engine: bool
     status: str
     executed: _Execution | None = None
     compiled: _Compiled | None = None
+    golden: _GoldenRun | None = None
     calibration: _Calibration | None = None
     plan: _Plan | None = None
 

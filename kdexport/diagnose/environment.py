@@ -121,4 +121,5 @@ def examine_bundle(folder: Path, provider: str = CPU, target: str = DEFAULT_TARG
         Fact("provider", True, f"{nodes} of {nodes} nodes on {provider}"),
         Fact("golden images", True, fact),
         Fact("golden logits", True, f"largest error {golden.error:.2e} (up to {golden.allowed:.2e} allowed)"),
+        Fact("own golden logits", True, str(golden.own or "not recorded: an earlier version built the bundle")),
     ]

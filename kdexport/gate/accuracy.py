@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdexport.backends.base import Device
+from kdexport.backends.base import Device, Runner
 from kdexport.bundle.manifest import GOLDEN_LOGITS
 from kdexport.data.datasets import ImageSet, class_difference, dataset_spec, described, open_dataset
 from kdexport.data.preprocessing import Preprocessing
@@ -24,7 +24,7 @@ from kdexport.stats.paired import drop_trials_needed, estimate_drop
 from kdexport.stats.proportions import ACCURACY_CONFIDENCE, Estimate, estimate_proportion, trials_needed
 from kdexport.stats.sequential import Verdict
 from kdexport.targets import DEFAULT_TARGET, parse_target
-from kdexport.verify.golden_limits import read_reference, stored_limit
+from kdexport.verify.golden_limits import compare_own, own_logits, read_reference, stored_limit
 from kdexport.verify.task_record import TaskRecord, load_record, record_name
 
 _CHUNK = 256
@@ -100,12 +100,13 @@ def require_golden_logits(model: Artifact, bundle: Bundle, threads: int, *, on_g
     """Run the golden images on an arm as it is timed; raises ``VerificationError`` if its logits are another network's.
 
     What a bundle stores about itself proves nothing about the file that is timed. A target whose error limit is stored
-    in the bundle is held to it; any other to a noise below ``COLLAPSED`` of the signal.
+    in the bundle is held to it; any other to a noise below ``COLLAPSED`` of the signal. A target with golden logits of
+    its own is held to these too.
     """
     exact = read_reference(bundle.folder)["logits"]
     golden = labelled_images(bundle, None)
-    run = _opened(model, (int(bundle.manifest.data["export"]["max_batch"]),), threads, on_gpu)
-    logits = np.concatenate([run(chunk) for chunk in golden.chunks(bundle.manifest.spec.preprocessing)])
+    runner = _open(model, threads, on_gpu)
+    logits = np.concatenate([runner.run(chunk, (1,)) for chunk in golden.chunks(bundle.manifest.spec.preprocessing)])
     if logits.shape != exact.shape:
         raise VerificationError(
             f"{model.label} gives logits of shape {logits.shape} for the golden images; the bundle requires "
@@ -121,6 +122,13 @@ def require_golden_logits(model: Artifact, bundle: Bundle, threads: int, *, on_g
         raise VerificationError(
             f"{model.label} is not the network of its bundle: its logits of the golden images are off by {error:.3g}, "
             f"{noise:.2%} of their spread (up to {allowed} allowed).",
+            remedy=f"Nothing was timed. Run kdexport verify {bundle.folder} for details.",
+        )
+    own = None if model.variant == "unfused" else own_logits(bundle.folder, bundle.manifest, model.target)
+    distance = None if own is None else compare_own(own, logits, runner.execution, single=threads == 1)
+    if distance is not None and not distance.holds:
+        raise VerificationError(
+            f"{model.label} is not the network of its bundle: of its logits of the golden images {distance}.",
             remedy=f"Nothing was timed. Run kdexport verify {bundle.folder} for details.",
         )
 
@@ -209,10 +217,13 @@ def predictions(
 
 
 def _opened(model: Artifact, batches: tuple[int, ...], threads: int, on_gpu: bool) -> _Logits:
+    return partial(_open(model, threads, on_gpu).run, batches=batches)
+
+
+def _open(model: Artifact, threads: int, on_gpu: bool) -> Runner:
     target = parse_target(model.target)
     device: Device = "gpu" if on_gpu else "cpu"
-    runner = target.runtime.open(model.model, target.precision, device=device, threads=threads)
-    return partial(runner.run, batches=batches)
+    return target.runtime.open(model.model, target.precision, device=device, threads=threads)
 
 
 def stored_outputs(arms: Sequence[tuple[Artifact, Bundle]], data_sha256: str | None) -> StoredOutputs | None:

@@ -29,6 +29,7 @@ from kdexport.serving.self_check import Golden, compare_golden
 from kdexport.serving.wire import Signature
 from kdexport.targets import DEFAULT_TARGET, require_servable
 from kdexport.verify.check import has_failed
+from kdexport.verify.golden_limits import own_logits
 
 #: kdexport raises these itself while it reads a bundle, so their text is its own.
 _OWN_CAUSES = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
@@ -181,7 +182,8 @@ def load(
         )
     signature = _signature(model, manifest, limits)
     table = normalisation_table(manifest.spec.preprocessing)
-    golden = compare_golden(folder, manifest, model, table, limits, allowed_error)
+    own = own_logits(folder, manifest, target)
+    golden = compare_golden(folder, manifest, model, table, limits, allowed_error, own)
     return LoadedModel(
         name=name,
         version=version,

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kdexport.backends.ort import OrtModel
+from kdexport.backends.ort import OrtModel, execution_of
 from kdexport.bundle.manifest import GOLDEN_LOGITS, Manifest
 from kdexport.data.preprocessing import read_image
 from kdexport.errors import BundleError, RequestError, VerificationError
 from kdexport.serving.images import FORMATS, PixelBudget, decode_upload, normalise
 from kdexport.serving.limits import Limits
-from kdexport.verify.golden_limits import read_reference
+from kdexport.verify.golden_limits import Distance, OwnLogits, compare_own, read_reference
 
 _UPLOAD_SUFFIXES = tuple(f".{name.lower()}" for name in (*FORMATS, "JPG", "JFIF", "JPE"))
 
@@ -24,6 +24,8 @@ class Golden:
     images: int
     error: float
     allowed: float
+    #: The comparison with the target's own logits of the build; None if the bundle has none.
+    own: Distance | None = None
 
 
 def compare_golden(
@@ -33,8 +35,12 @@ def compare_golden(
     table: NDArray[np.float32],
     limits: Limits,
     allowed_error: float,
+    own: OwnLogits | None = None,
 ) -> Golden:
-    """Decode and run every golden image as an upload would be; raises ``VerificationError`` if a result differs."""
+    """Decode and run every golden image as an upload would be; raises ``VerificationError`` if a result differs.
+
+    ``own`` are the target's own logits of the build, None if the bundle has none.
+    """
     expected = read_reference(folder)["logits"]
     shape = (len(manifest.golden), len(manifest.spec.classes))
     if expected.shape != shape:
@@ -42,10 +48,11 @@ def compare_golden(
             f"{GOLDEN_LOGITS} has shape {expected.shape}; the manifest requires {shape}.",
             remedy="Build the bundle again.",
         )
-    worst = 0.0
+    worst, found = 0.0, []
     for name, exact in zip(manifest.golden, expected, strict=True):
         pixels = _golden_pixels(folder / name, manifest, limits)
-        logits = model.logits(normalise(pixels, table))[0].astype(np.float64)
+        found.append(model.logits(normalise(pixels, table))[0])
+        logits = found[-1].astype(np.float64)
         error = float(np.abs(logits - exact).max())
         if not error <= allowed_error:
             raise VerificationError(
@@ -62,7 +69,16 @@ def compare_golden(
                 remedy=f"Run `kdexport verify {folder}` for details.",
             )
         worst = max(worst, error)
-    return Golden(images=len(expected), error=worst, allowed=allowed_error)
+    if own is None:
+        return Golden(images=len(expected), error=worst, allowed=allowed_error)
+    distance = compare_own(own, np.stack(found), execution_of(model, ""))
+    if not distance.holds:
+        raise VerificationError(
+            f"The golden logits of {own.target} are not its own: {distance}.",
+            remedy=f"Run `kdexport verify {folder}` to find out whether the file, onnxruntime or the provider is the "
+            "cause.",
+        )
+    return Golden(images=len(expected), error=worst, allowed=allowed_error, own=distance)
 
 
 def _golden_pixels(path: Path, manifest: Manifest, limits: Limits) -> NDArray[np.uint8]:

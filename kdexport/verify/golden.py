@@ -1,6 +1,7 @@
 """The golden images of a bundle, their reference logits, and the largest errors that a server accepts on them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,36 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kdexport.backends.base import Logits
+from kdexport.backends.base import ONNX_FILE, Execution, Logits, run_in_batches
+from kdexport.backends.ort import load_model
+from kdexport.bundle.layout import OWN_DISTANCE, OWN_LOGITS
 from kdexport.bundle.manifest import GOLDEN_LOGITS, UNIT_ERROR, write_golden
 from kdexport.checkpoint import TrainedStudent, load_student, save_tensors
 from kdexport.data.datasets import ImageSet
+from kdexport.errors import KdexportError
+from kdexport.targets import Target
+from kdexport.verify.golden_limits import allowed_distance, place_of
 from kdexport.verify.parity import float32_unit
 from kdexport.verify.policy import Policy
 from kdexport.verify.reference import run_exact, run_torch
+from kdexport.verify.target_checks import open_file
+
+
+@dataclass(frozen=True, slots=True)
+class OwnRun:
+    """A target that this machine can run: its logits and what computed them, and the plain run of its ONNX file."""
+
+    target: Target
+    logits: Callable[[NDArray[np.float32]], tuple[NDArray[np.float32], Execution]]
+    plain: Logits
+
+
+@dataclass(frozen=True, slots=True)
+class GoldenSet:
+    """The names of the golden images, and where each target computed its own logits of them."""
+
+    names: list[str]
+    places: dict[str, dict[str, str]]
 
 
 def write_golden_set(
@@ -23,10 +47,11 @@ def write_golden_set(
     images: ImageSet,
     chosen: Sequence[int],
     low: Mapping[str, Logits],
+    own: Sequence[OwnRun],
     *,
     policy: Policy,
-) -> list[str]:
-    """Write the ``chosen`` images and their float64 logits (N,K); return the names of the images.
+) -> GoldenSet:
+    """Write the ``chosen`` images and their float64 logits (N,K), and those of each run of ``own`` in its runtime.
 
     The same file holds the largest error of a logit that a server accepts under ``policy``, so that the server needs
     no torch: for float32 the limit of rung B; for each target of ``low`` (a function that runs its file) the limit of
@@ -44,8 +69,40 @@ def write_golden_set(
     }
     tensors = {"logits": torch.from_numpy(exact), "labels": torch.from_numpy(images.labels[list(chosen)])}
     tensors |= {name: torch.tensor(value, dtype=torch.float64) for name, value in allowed.items()}
+    places = {}
+    for run in own:
+        try:
+            logits, execution = run.logits(given)
+            distance = allowed_distance(run.target.precision, logits, run.plain(given))
+        except KdexportError:
+            # The verification runs the target again and reports the error.
+            continue
+        tensors[OWN_LOGITS + str(run.target)] = torch.from_numpy(logits)
+        tensors[OWN_DISTANCE + str(run.target)] = torch.tensor(distance, dtype=torch.float64)
+        places[str(run.target)] = place_of(execution)
     save_tensors(folder / GOLDEN_LOGITS, tensors)
-    return names
+    return GoldenSet(names, places)
+
+
+def own_run(path: Path, target: Target, kept: Sequence[str]) -> OwnRun | None:
+    """How to run the artifact at ``path`` in its own runtime, and its ONNX file beside it as it stands; None if this
+    machine cannot run it.
+    """
+    if target.not_executable() is not None:
+        return None
+    graph = path.with_name(ONNX_FILE)
+
+    def logits(images: NDArray[np.float32]) -> tuple[NDArray[np.float32], Execution]:
+        runner = target.runtime.open(path, target.precision, threads=1, kept=kept)
+        return runner.run(images, (1,)), runner.execution
+
+    def plain(images: NDArray[np.float32]) -> NDArray[np.float32]:
+        # onnxruntime has no bfloat16 convolution on the CPU; such a graph is emulated.
+        emulated = target.form == "bf16"
+        model = open_file(graph, target.form) if emulated else load_model(graph, optimise=False)
+        return run_in_batches(model.logits, images, (1,))
+
+    return OwnRun(target, logits, plain)
 
 
 def low_precision_error(exact: NDArray[np.float64], logits: NDArray[np.floating[Any]], factor: float) -> float:

@@ -32,6 +32,7 @@ from kdexport.targets import Target, parse_target
 from kdexport.verify.check import Check, attempt, check_at_most
 from kdexport.verify.consistency import check_consistency, check_recorded_errors
 from kdexport.verify.int8_collapse import explain_collapse
+from kdexport.verify.own_logits_checks import check_own_logits
 from kdexport.verify.policy import Policy, stored_policy
 from kdexport.verify.rebuilt_graphs import RebuiltGraphs
 from kdexport.verify.student_checks import check_algebra, check_golden, check_integrity, student_checks
@@ -189,6 +190,8 @@ def replay(folder: Path, manifest: Manifest, progress: Callable[[str], None]) ->
         return Verdict(tuple(checks))
     progress("golden images")
     checks += _checked("golden", "images", partial(check_golden, folder, manifest, pixels))
+    for name in manifest.targets:
+        checks += _checked("golden", name, partial(check_own_logits, folder, manifest, name, pixels))
     verdict = verify_folder(folder, manifest, pixels, progress=progress)
     progress("stored results of the task")
     stored = _checked("D", TASK, lambda: stored_task(folder, manifest, stored_policy(manifest.data)))

@@ -13,14 +13,14 @@ from onnx import numpy_helper
 from kdexport.backends.base import CompileRequest, Finding
 from kdexport.backends.plan_content import built_from, read_plan, weights_in_plan, whole
 from kdexport.core.digests import sha256_file
-from kdexport.graph.precision import cast_to_fp16
+from kdexport.graph.precision import cast_to_bf16, cast_to_fp16
 from kdexport.graph.quantize import quantize
 from kdexport.graph.tensor_ranges import calibrate
 from kdexport.targets import parse_target
 from tests.conftest import made_once
 from tests.kdexport.graph.int8_block import CALIBRATION, SIZE, block_graph
 
-PRECISIONS = ("fp32", "fp16", "int8")
+PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,8 @@ def _make(root: Path) -> None:
         model = folder / "model.onnx"
         if precision == "fp16":
             cast_to_fp16(source, model)
+        elif precision == "bf16":
+            cast_to_bf16(source, model)
         elif precision == "int8":
             calibrate(source, [CALIBRATION], root / "r.json", method="minmax", percentile=99.9)
             quantize(source, root / "r.json", model, form="int8-s8")
@@ -83,7 +85,7 @@ def test_a_plan_as_it_was_built_holds_the_nodes_types_and_weights_of_its_onnx_fi
     content = read_plan(plan)
     assert content.stated_length == len(plan)
     assert {"stem", "inner"} <= content.nodes
-    kind = {"fp32": "float", "fp16": "half", "int8": "int8"}[precision]
+    kind = {"fp32": "float", "fp16": "half", "bf16": "bf16", "int8": "int8"}[precision]
     assert max(content.constants, key=lambda name: content.constants[name]) == kind
     weights = weights_in_plan(plan, folder / "model.onnx")
     # The builder stores int8 weights of few channels in another order.
@@ -124,7 +126,9 @@ def test_a_flipped_bit_of_a_weight_is_found_even_if_the_digests_were_written_aga
     assert f"weights are not in the plan as in the ONNX file: {name}" in found["plan has the content of its ONNX file"]
 
 
-@pytest.mark.parametrize(("inside", "outside"), [("int8", "fp16"), ("fp16", "int8"), ("fp32", "fp16")])
+@pytest.mark.parametrize(
+    ("inside", "outside"), [("int8", "fp16"), ("fp16", "int8"), ("fp32", "fp16"), ("fp16", "bf16")]
+)
 def test_the_plan_of_another_precision_is_found_even_if_the_digests_were_written_again(
     copy: Callable[[str], Path], made: Path, inside: str, outside: str
 ) -> None:
@@ -134,7 +138,7 @@ def test_the_plan_of_another_precision_is_found_even_if_the_digests_were_written
     bind_again(folder)
     fact = faults(folder, outside)["plan has the content of its ONNX file"]
     assert ("weights" if outside != "int8" else "nodes of the layer table") + " are not in the plan" in fact
-    assert f"bytes of constants in { {'fp16': 'half', 'int8': 'int8'}[outside] }" in fact
+    assert f"bytes of constants in {'half' if outside == 'fp16' else outside}, the ONNX file" in fact
 
 
 def test_the_plan_of_other_weights_is_found(copy: Callable[[str], Path]) -> None:

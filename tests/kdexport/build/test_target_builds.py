@@ -12,14 +12,17 @@ import pytest
 from onnx import TensorProto, numpy_helper
 
 from kdexport.backends.ort import CPU, CUDA, load_model
-from kdexport.bundle.manifest import MANIFEST, NOT_EXECUTED, hash_files, read_manifest
+from kdexport.bundle.manifest import MANIFEST, NOT_EXECUTED, hash_files, read_golden, read_manifest
 from kdexport.diagnose.environment import examine_bundle
-from kdexport.errors import BackendUnavailableError, BundleError
+from kdexport.errors import BackendUnavailableError, BundleError, VerificationError
+from kdexport.gate.accuracy import require_golden_logits
+from kdexport.gate.arms import artifact, open_bundle
 from kdexport.serving.isolated_load import try_bundle
 from kdexport.serving.limits import Limits
 from kdexport.serving.loading import load
 from kdexport.timing.http_client import serving
 from kdexport.verify.check import Check
+from kdexport.verify.own_logits_checks import check_own_logits
 from kdexport.verify.policy import LowPolicy
 from kdexport.verify.verdict import replay
 from tests.conftest import Built, Command, run_command
@@ -230,6 +233,45 @@ def test_only_the_int8_target_is_served_as_int8(bundle: Path, tmp_path: Path) ->
         (copy / MANIFEST).write_text(json.dumps({**data, "targets": targets}))
         with pytest.raises(BundleError, match=f"onnx-int8 {words}"):
             examine_bundle(copy, CPU, "onnx-int8")
+
+
+def test_zero_points_off_by_one_pass_the_limit_of_int8_and_are_found_by_its_own_golden_logits(
+    bundle: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    path = folder / "targets" / "onnx-int8" / "model.onnx"
+    assert examine_bundle(folder, CPU, "onnx-int8")[-1].fact == "bit for bit those of the build"
+    model = onnx.load(str(path))
+    points = {node.input[2] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    for item in model.graph.initializer:
+        values = numpy_helper.to_array(item)
+        if item.name in points and values.dtype == np.uint8:
+            item.CopyFrom(numpy_helper.from_array(np.where(values == 255, 254, values + 1).astype(np.uint8), item.name))
+    onnx.save(model, str(path))
+    data = json.loads((bundle / MANIFEST).read_text())
+    data["files"] = hash_files(folder)
+    places: tuple[dict[str, str], ...] = ({}, {"processor": "another one"}, {"version": "0.9"})
+    for place in places:
+        data["targets"]["onnx-int8"]["golden"] |= place
+        found = "elsewhere" if place else "none on the processor and version of the build"
+        (folder / MANIFEST).write_text(json.dumps(data))
+        with pytest.raises(VerificationError, match=f"golden logits of onnx-int8 are not its own: .*{found}"):
+            examine_bundle(folder, CPU, "onnx-int8")
+        opened = open_bundle(folder)
+        with pytest.raises(VerificationError, match=f"of its logits of the golden images .*{found}"):
+            require_golden_logits(artifact(opened, "onnx-int8", "fused", tmp_path), opened, 1)
+        assert not own_check(folder).holds
+    del data["targets"]["onnx-int8"]["golden"]
+    (folder / MANIFEST).write_text(json.dumps(data))
+    # The rule of earlier versions, by which the same file passes.
+    assert examine_bundle(folder, CPU, "onnx-int8")[-1].fact == "not recorded: an earlier version built the bundle"
+    assert own_check(folder).detail.startswith("not recorded")
+
+
+def own_check(folder: Path) -> Check:
+    manifest = read_manifest(folder)
+    (check,) = check_own_logits(folder, manifest, "onnx-int8", read_golden(folder, manifest))
+    return check
 
 
 def test_the_clock_serve_gives_each_target_a_server_of_its_own(bundle: Path) -> None:

@@ -1,13 +1,31 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from kdexport.core.processors import can_pin, pin_process, usable_cpus
+from kdexport.core.processors import can_pin, pin_process, processor_model, usable_cpus
 from kdexport.timing.session import pinned_cpus
 
+FIRST, SECOND = (
+    f"processor : {number}\nmodel name : Fast 9000\nflags : {flags}\n\n"
+    for number, flags in enumerate(("sse avx2", "avx2 sse"))
+)
+X86 = FIRST + SECOND
 LINUX = pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system cannot pin a process")
+
+
+def test_a_processor_is_named_by_its_model_and_its_instruction_sets(tmp_path: Path) -> None:
+    (tmp_path / "one").write_text(X86)
+    (tmp_path / "more").write_text(X86.replace("sse avx2", "sse avx2 vnni"))
+    (tmp_path / "arm").write_text("processor\t: 0\nFeatures\t: fp asimd\nCPU part\t: 0xd0c\n")
+    one, more, arm = (processor_model(tmp_path / name) for name in ("one", "more", "arm"))
+    assert "Fast 9000, features " in one
+    assert one.partition(", ")[0] == more.partition(", ")[0]
+    assert one != more
+    assert "0xd0c" in arm
+    assert processor_model(tmp_path / "absent")
 
 
 @LINUX
