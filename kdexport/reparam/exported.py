@@ -91,6 +91,23 @@ def functional_graph(program: ExportedProgram) -> fx.GraphModule:
     return module
 
 
+def one_output(module: fx.GraphModule) -> fx.GraphModule:
+    """``module`` as a plain graph from positional inputs to its one output tensor, with the same weights.
+
+    What torch.export makes takes and returns nested structures, and cannot change its mode.
+    """
+    graph = fx.Graph()
+    result = graph.graph_copy(module.graph, {})
+    while isinstance(result, list | tuple) and len(result) == 1:
+        result = result[0]
+    if not isinstance(result, fx.Node):
+        raise ReparamError(
+            "The network has several outputs.", remedy="Name the one with the logits: output under [student]."
+        )
+    graph.output(result)
+    return fx.GraphModule(module, graph)
+
+
 def _plain_graph(module: fx.GraphModule) -> fx.GraphModule:
     """``module`` without regions, guards and asserts, in place."""
     for node in list(module.graph.nodes):
