@@ -61,6 +61,7 @@ def export(trained: TrainedStudent, fused: Step[FusedFiles], *, opset: int) -> S
     def make(making: Making) -> None:
         from kdexport.graph.audit import audit_graph
         from kdexport.graph.export import export_onnx, model_metadata
+        from kdexport.reparam.expected import structure_of
         from kdexport.reparam.fold_student import fuse_student
 
         folder, spec = making.folder, trained.spec
@@ -73,7 +74,8 @@ def export(trained: TrainedStudent, fused: Step[FusedFiles], *, opset: int) -> S
         export_onnx(module, folder / MODEL, image_size=size, opset=opset, metadata=metadata)
         export_onnx(unfused, folder / UNFUSED_MODEL, image_size=size, opset=opset, metadata={})
         weights = {name: tensor.numpy() for name, tensor in module.state_dict().items()}
-        faults = [f for f in audit_graph(folder / MODEL, weights, form="fp32", opset=opset) if not f.holds]
+        found = audit_graph(folder / MODEL, weights, form="fp32", opset=opset, structure=structure_of(module))
+        faults = [finding for finding in found if not finding.holds]
         if faults:
             raise ExportError(
                 f"The exported graph differs from the folded student: {faults[0].check}: {faults[0].fact}.",

@@ -30,7 +30,7 @@ def fuse(
 ) -> None:
     """Merge parallel branches, sequences and batch norms of any PyTorch module, with a certificate."""
     from kdexport.core.files import require_replaceable, require_writable
-    from kdexport.reparam.sources import load_source, parse_shapes
+    from kdexport.origins.sources import load_source, parse_shapes
 
     sizes = parse_shapes(shapes or [])
     try:

@@ -21,6 +21,7 @@ from kdexport.errors import first_line
 from kdexport.graph.plan import Weights
 from kdexport.graph.precision import BF16_OPSET
 from kdexport.graph.tensor_ranges import Range
+from kdexport.reparam.expected import Structure
 
 T = TypeVar("T")
 
@@ -52,13 +53,15 @@ def audit_graph(
     *,
     form: str,
     opset: int,
+    structure: Structure | None = None,
     ranges: Mapping[str, Range] | None = None,
     kept: Sequence[str] = (),
 ) -> list[Finding]:
     """All findings on one ONNX file of a folded student, written in one of ``targets.FORMS``.
 
-    ``weights`` are the float32 weights of the student by name. For an int8 file, ``ranges`` are the calibrated ranges
-    and ``kept`` names exactly the nodes that must be float32.
+    ``weights`` are the float32 weights of the student by name; ``structure`` is that of the folded network, by default
+    a chain of plain layers with these weights. For an int8 file, ``ranges`` are the calibrated ranges and ``kept``
+    names exactly the nodes that must be float32.
     """
     try:
         model = onnx.load(str(path), load_external_data=False)
@@ -71,23 +74,38 @@ def audit_graph(
     # protobuf, the checker and shape inference each raise their own errors on a damaged file.
     except Exception as error:  # noqa: BLE001
         return [Finding("valid ONNX", False, first_line(error))]
-    counts = operator_counts(model)
-    layers = sum(values.ndim > 1 for values in weights.values())
-    found = counts.get("Conv", 0) + counts.get("Gemm", 0) + counts.get("MatMul", 0)
+    plain = structure or Structure(sum(v.ndim > 1 for v in weights.values()), 0, True, frozenset(weights))
     written = {entry.domain: entry.version for entry in model.opset_import}
     wanted = max(opset, BF16_OPSET) if form == "bf16" else opset
-    normalisation = sum(counts.get(name, 0) for name in _FORBIDDEN)
+    layers = {name: values for name, values in weights.items() if name in plain.weights}
     return [
         Finding("valid ONNX", True, f"{len(model.graph.node)} nodes"),
         Finding("opset", written.get("") == wanted, f"opset {written.get('')}, {wanted} required"),
-        Finding("no batch norm", normalisation == 0, f"{normalisation} normalisation nodes"),
-        Finding(
-            "no branch", found == layers, f"{found} convolutions and linear layers, the plain student has {layers}"
-        ),
+        *_structure(model, plain),
         _interface(model),
-        *_content(model, weights, form, ranges, kept),
+        *_content(model, layers, form, ranges, kept),
         _portable(path),
     ]
+
+
+def _structure(model: onnx.ModelProto, plain: Structure) -> list[Finding]:
+    counts = operator_counts(model)
+    names = _FORBIDDEN if plain.exact else {"BatchNormalization"}
+    norms = sum(counts.get(name, 0) for name in names)
+    graph = _Graph.of(model)
+    found = sum(node.op_type in _LAYERS and (plain.exact or _has_weight(graph, node)) for node in graph.nodes)
+    # Whoever exports a graph may drop a layer whose weights alone decide its result.
+    holds = found == plain.layers if plain.exact else found <= plain.layers
+    fact = f"{found} convolutions and linear layers, the {'plain student' if plain.exact else 'merged network'} has"
+    allowed = f", {plain.norms} could not be merged" if plain.norms else ""
+    return [
+        Finding("no batch norm", norms <= plain.norms, f"{norms} normalisation nodes{allowed}"),
+        Finding("no branch", holds, f"{fact} {plain.layers}"),
+    ]
+
+
+def _has_weight(graph: "_Graph", node: onnx.NodeProto) -> bool:
+    return any(graph.constant(name) is not None for name in node.input if name)
 
 
 def _interface(model: onnx.ModelProto) -> Finding:
@@ -131,13 +149,19 @@ def _weight_problems(
         if name in stored:
             problem = difference(stored[name], expected)
         # The exporter drops a bias of zeros and stores equal tensors once.
-        elif expected.any() and not any(difference(other, expected) == "" for other in stored.values()):
+        elif expected.any() and not _is_stored(expected, stored, difference):
             problem = "absent"
         else:
             problem = ""
         if problem:
             problems.append(f"{name} ({problem})")
     return problems
+
+
+def _is_stored(expected: NDArray[Any], stored: Mapping[str, T], difference: Callable[[T, NDArray[Any]], str]) -> bool:
+    """Whether the file holds a weight under any name; it stores that of a product with its axes swapped."""
+    written = [expected, expected.T] if expected.ndim == 2 else [expected]
+    return any(difference(other, values) == "" for other in stored.values() for values in written)
 
 
 def _weight_finding(problems: list[str], fact: str) -> Finding:

@@ -1,10 +1,11 @@
 """Runs functional graphs in float64, whole and in parts."""
 
+import copy
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from kdexport.errors import ReparamError, first_line
@@ -112,6 +113,17 @@ class Evaluation(fx.Interpreter):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """An operator, with every narrower floating type that it names replaced by float64."""
         return super().call_function(target, _map(args), _map(kwargs))
+
+
+def in_float64(module: nn.Module) -> nn.Module:
+    """A copy of ``module`` on the CPU in float64; a graph's operators that name a narrower type name float64 in it."""
+    wide = copy.deepcopy(module).cpu().double()
+    if isinstance(wide, fx.GraphModule):
+        for node in wide.graph.nodes:
+            if node.op == "call_function":
+                node.args, node.kwargs = _map(node.args), _map(node.kwargs)
+        wide.recompile()
+    return wide
 
 
 def between(entry: fx.Node, results: Sequence[fx.Node]) -> set[fx.Node]:

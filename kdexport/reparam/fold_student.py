@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from kdexport.errors import ReparamError
 from kdexport.reparam.algebra import AnyBatchNorm, fold_batch_norm, merge_branches
@@ -20,6 +20,9 @@ from kdexport.reparam.certificate import (
 )
 from kdexport.reparam.compose import compose, pool_to_linear
 from kdexport.reparam.convolution import from_layer
+from kdexport.reparam.evaluation import in_float64
+from kdexport.reparam.exported import export_module, functional_graph, one_output
+from kdexport.reparam.program import merge_graph
 from kdexport.reparam.structure import (
     ComposeAdapters,
     FoldPair,
@@ -34,20 +37,25 @@ from kdexport.students.student import Student
 
 @dataclass(frozen=True, slots=True)
 class FusedStudent:
-    """The plain network, in the type and on the device of the original, and the proof that it computes the same."""
+    """The plain network, in the type and on the device of the original, and the proof that it computes the same.
+
+    ``exact`` is the same network before its weights were rounded, in float64 on the CPU.
+    """
 
     module: nn.Module
     certificate: Certificate
+    exact: nn.Module
 
 
 def fuse_student(student: nn.Module, *, input_shape: tuple[int, ...] | None = None) -> FusedStudent:
     """Fold every batch norm and merge every branch of an eval-mode ``student``, on a copy, in float64.
 
     The copy has no batch norm and no branch left; weights are rounded once, to the student's type. ``input_shape`` is
-    the (N,C,H,W) that the certificate is computed on; a ``Student`` knows its own. Raises ``ReparamError`` for what
-    cannot be folded exactly and ``CertificateError`` should the result differ.
+    the (N,C,H,W) that the certificate is computed on; a ``Student`` knows its own. A graph, as ``read_program`` makes
+    it, is merged as ``fuse_module`` does it. Raises ``ReparamError`` for what cannot be folded exactly and
+    ``CertificateError`` should the result differ.
     """
-    fused, certificate = certify_fold(student, input_shape=input_shape)
+    fused, exact, certificate = _fold(student, input_shape)
     certificate.require()
     reference = next((p for p in student.parameters() if p.is_floating_point()), torch.zeros(()))
     rounded = fused.to(device=reference.device, dtype=reference.dtype).eval()
@@ -57,7 +65,7 @@ def fuse_student(student: nn.Module, *, input_shape: tuple[int, ...] | None = No
                 f"The folded {name} exceeds the range of {reference.dtype}.",
                 remedy="A channel with almost no variance has a huge gain: fold in a wider type, or train it again.",
             )
-    return FusedStudent(rounded, certificate)
+    return FusedStudent(rounded, certificate, exact)
 
 
 def certify_fold(student: nn.Module, *, input_shape: tuple[int, ...] | None = None) -> tuple[nn.Module, Certificate]:
@@ -65,13 +73,32 @@ def certify_fold(student: nn.Module, *, input_shape: tuple[int, ...] | None = No
 
     Raises ``ReparamError`` for what cannot be folded exactly.
     """
+    _, exact, certificate = _fold(student, input_shape)
+    return exact, certificate
+
+
+def _fold(student: nn.Module, input_shape: tuple[int, ...] | None) -> tuple[nn.Module, nn.Module, Certificate]:
+    """The folded network to be rounded, the same in float64, and the certificate."""
+    if isinstance(student, fx.GraphModule):
+        return _merge_graph(student)
     steps = find_steps(student)
     original = copy.deepcopy(student).cpu().double()
     fused = copy.deepcopy(original)
     for step in steps:
         _apply(fused, step)
     hazards = find_hazards(original, fused, {_folded(step): _trained_layers(original, step) for step in steps})
-    return fused, _certify(original, fused, steps, hazards, input_shape or _input_shape(student))
+    certificate = _certify(original, fused, steps, hazards, input_shape or _input_shape(student))
+    return copy.deepcopy(fused), fused, certificate
+
+
+def _merge_graph(student: fx.GraphModule) -> tuple[nn.Module, nn.Module, Certificate]:
+    shape = student.meta["input_shape"]
+    like = next((p for p in student.parameters() if p.is_floating_point()), torch.zeros(()))
+    own = copy.deepcopy(student).cpu()
+    graph = functional_graph(export_module(own, (torch.zeros(shape, dtype=like.dtype),)))
+    merged = merge_graph(graph, [hostile_input(shape)])
+    plain = one_output(graph)
+    return plain, in_float64(plain), merged.certificate
 
 
 def _apply(module: nn.Module, step: Step) -> None:

@@ -26,7 +26,7 @@ from kdexport.reparam.original import (
     run_program,
     store_computed_weights,
 )
-from kdexport.reparam.rewrite import prune_unused, rewrite, round_merged
+from kdexport.reparam.rewrite import Rounding, prune_unused, rewrite, round_merged
 from kdexport.reparam.structure import refuse_hooks, require_eval
 
 
@@ -66,8 +66,39 @@ def fuse_module(source: nn.Module | ExportedProgram, example_inputs: Sequence[Te
     """
     program, module, runs = _read(source, example_inputs)
     require_same_function(module, runs, "The program" if source is program else type(source).__name__)
-    evaluation = Evaluation(module)
     inputs = _hostile_inputs(module, program if example_inputs is None else None, example_inputs)
+    merged = merge_graph(module, inputs)
+    round_merged(module, list(merged.roundings))
+    written = reexport(module, program, [tuple(x.shape) for x in inputs])
+    return FusedProgram(
+        module=written.module(),
+        program=written,
+        certificate=merged.certificate,
+        left_alone=merged.left_alone,
+        before=merged.before,
+        after=merged.after,
+        weights=tuple(item.name for item in merged.roundings),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MergedGraph:
+    """What ``merge_graph`` did to a graph: the fields of ``FusedProgram``, and the merged weights as ``roundings``."""
+
+    certificate: Certificate
+    left_alone: tuple[LeftAlone, ...]
+    before: Size
+    after: Size
+    roundings: tuple[Rounding, ...]
+
+
+def merge_graph(module: fx.GraphModule, inputs: Sequence[Tensor]) -> MergedGraph:
+    """Merge what can be merged exactly in a functional graph, in place; ``inputs`` are float64 noise, batch first.
+
+    The merged weights are float64 until ``round_merged``. Raises ``CertificateError`` should the result differ, or cost
+    more than the original.
+    """
+    evaluation = Evaluation(module)
     reference = evaluation.evaluate(inputs)
     _require_numbers(reference)
     batch = inputs[0].shape[0] if inputs and inputs[0].dim() else 1
@@ -93,17 +124,24 @@ def fuse_module(source: nn.Module | ExportedProgram, example_inputs: Sequence[Te
     )
     certificate.require()
     _require_no_extra_cost(before, after)
-    round_merged(module, roundings)
-    written = reexport(module, program, [tuple(x.shape) for x in inputs])
-    return FusedProgram(
-        module=written.module(),
-        program=written,
+    return MergedGraph(
         certificate=certificate,
         left_alone=left_alone,
         before=before,
         after=after,
-        weights=tuple(item.name for item in roundings),
+        roundings=tuple(roundings),
     )
+
+
+def original_graph(source: nn.Module, example: Tensor) -> fx.GraphModule:
+    """The functional graph of an eval-mode module of one input, before any merge.
+
+    It is compared with runs of the module at batches 1, 2 and 3. Raises ``ReparamError`` for a module that cannot be
+    exported as the function that it computes.
+    """
+    _, module, runs = _read(source, (example,))
+    require_same_function(module, runs, type(source).__name__)
+    return module
 
 
 def _read(

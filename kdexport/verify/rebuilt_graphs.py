@@ -7,6 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import onnx
+from torch import nn
 
 from kdexport.backends.base import Finding
 from kdexport.bundle.manifest import FUSED, MODEL, RANGES, UNFUSED, Manifest, load_unfused
@@ -27,8 +28,11 @@ _CASTS = MappingProxyType({"fp16": cast_to_fp16, "bf16": cast_to_bf16})
 class RebuiltGraphs:
     """Rebuilds the file of each form on demand, each once."""
 
-    def __init__(self, folder: Path, manifest: Manifest, scratch: Path) -> None:
-        """``scratch`` is an empty folder for the rebuilt files."""
+    def __init__(self, folder: Path, manifest: Manifest, scratch: Path, fused: nn.Module | None = None) -> None:
+        """``scratch`` is an empty folder for the rebuilt files; ``fused`` is the folded student with the stored
+        weights, if the caller has it: folding takes longest.
+        """
+        self._fused = fused
         self._folder, self._manifest, self._scratch = folder, manifest, scratch
         self._float32: Path | None = None
         self._source: Path | None = None
@@ -98,15 +102,20 @@ class RebuiltGraphs:
         """The float32 graph with the stored folded weights, which rung A compares with the fold."""
         if self._float32 is None:
             spec = self._manifest.spec
-            module = fuse_student(load_unfused(self._folder, spec)).module
-            load_strictly(module, load_tensors(self._folder / FUSED), FUSED)
             path = self._scratch / MODEL
             # As at the build, so that the file has the same bytes if the tools are the same.
             metadata = model_metadata(spec, sha256_file(self._folder / UNFUSED))
             metadata |= {"version": str(self._manifest.data.get("kdexport", metadata["version"]))}
-            export_onnx(module, path, image_size=spec.image_size, opset=self._manifest.opset, metadata=metadata)
+            size, opset = spec.image_size, self._manifest.opset
+            export_onnx(self._folded(), path, image_size=size, opset=opset, metadata=metadata)
             self._float32 = path
         return self._float32
+
+    def _folded(self) -> nn.Module:
+        if self._fused is None:
+            self._fused = fuse_student(load_unfused(self._folder, self._manifest.spec)).module
+            load_strictly(self._fused, load_tensors(self._folder / FUSED), FUSED)
+        return self._fused
 
 
 def _impossible(reason: str) -> BundleError:

@@ -1,6 +1,5 @@
 """The one reference that every stage is compared with: the unfused student, in float64 and in float32."""
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -9,10 +8,11 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from kdexport.data.preprocessing import Preprocessing
 from kdexport.graph.plan import PLAIN, LayerPlan
+from kdexport.reparam.evaluation import in_float64
 from kdexport.verify.simulation import Simulation
 
 #: Images of one pass through a torch model.
@@ -113,13 +113,14 @@ def run_exact(unfused: nn.Module, images: NDArray[Any]) -> tuple[NDArray[np.floa
 
     Rounding every feature to float32 once changes a logit by up to 2^-24 of that sum, even if the rest is exact.
     """
-    module = copy.deepcopy(unfused).double()
+    module = in_float64(unfused)
+    if isinstance(module, fx.GraphModule):
+        return _run_exact_graph(module, images)
     added: list[Tensor] = []
 
     def last(layer: nn.Module, given: tuple[Tensor], _result: Tensor) -> None:
         assert isinstance(layer, nn.Linear)
-        bias = 0 if layer.bias is None else layer.bias.abs()
-        added[:] = [given[0].abs() @ layer.weight.abs().T + bias]
+        added[:] = [_added(given[0], layer.weight, layer.bias)]
 
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
@@ -131,6 +132,29 @@ def run_exact(unfused: nn.Module, images: NDArray[Any]) -> tuple[NDArray[np.floa
         # A network without a linear layer at its end has no such sum.
         sums.append(added[0].numpy() if added and added[0].shape == values.shape else np.abs(values))
     return np.concatenate(logits), np.concatenate(sums)
+
+
+def _added(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The sum of absolute terms of each result (N,K) of a linear layer."""
+    return features.abs() @ weight.abs().T + (0 if bias is None else bias.abs())
+
+
+def _run_exact_graph(module: fx.GraphModule, images: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """``run_exact`` of a graph, whose last operator is usually the linear layer of the logits."""
+    output = next(node for node in module.graph.nodes if node.op == "output")
+    logits: Any = output.args[0]
+    if logits.target is not torch.ops.aten.linear.default:
+        values = run_torch(module, images.astype(np.float64))
+        return values, np.abs(values)
+    output.args = ((logits, *logits.args),)
+    module.recompile()
+    found, sums = [], []
+    for chunk in _chunks(images.astype(np.float64)):
+        with torch.no_grad():
+            values, features, weight, *bias = module(torch.from_numpy(chunk))
+        found.append(values.numpy())
+        sums.append(_added(features, weight, bias[0] if bias else None).numpy())
+    return np.concatenate(found), np.concatenate(sums)
 
 
 def run_torch(module: nn.Module, images: NDArray[Any]) -> NDArray[np.float64]:

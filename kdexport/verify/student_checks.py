@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdexport.backends.base import Finding
 from kdexport.bundle.manifest import (
@@ -26,6 +26,8 @@ from kdexport.bundle.manifest import (
 from kdexport.checkpoint import load_strictly, load_tensors
 from kdexport.errors import CheckpointError, KdexportError
 from kdexport.graph.plan import PLAIN, LayerPlan, Weights
+from kdexport.reparam.evaluation import in_float64
+from kdexport.reparam.expected import Structure, structure_of
 from kdexport.reparam.fold_student import certify_fold, fuse_student
 from kdexport.targets import Target, parse_target
 from kdexport.verify.check import Check, broken, check_at_most, from_finding
@@ -49,6 +51,9 @@ class BundleContext:
     reference: Reference
     weights: dict[str, NDArray[np.float32]]
     policy: Policy
+    #: The folded student with the stored weights, and what a graph of it contains.
+    fused: nn.Module
+    structure: Structure
     #: Bits of weights in int8 files for CPUs.
     weight_bits: int = 8
 
@@ -81,7 +86,7 @@ def check_golden(folder: Path, manifest: Manifest, pixels: NDArray[np.uint8]) ->
     """The golden images, decoded and preprocessed, give the stored reference logits in float64."""
     try:
         stored = load_tensors(folder / GOLDEN_LOGITS)["logits"].numpy()
-        unfused = load_unfused(folder, manifest.spec).double()
+        unfused = in_float64(load_unfused(folder, manifest.spec))
     except (KeyError, CheckpointError) as error:
         return [broken("golden", GOLDEN_LOGITS, str(error))]
     images = manifest.spec.preprocessing.normalise(pixels).astype(np.float64)
@@ -98,9 +103,8 @@ def student_checks(
     """Weights and rungs A and B of the student itself; the context of its files is None if the student is damaged."""
     spec = manifest.spec
     try:
-        unfused = load_unfused(folder, spec)
-        exact = fuse_student(unfused.double())
-        fused = fuse_student(load_unfused(folder, spec)).module
+        exact = fuse_student(load_unfused(folder, spec))
+        fused = exact.module
         stored = load_tensors(folder / FUSED)
         weights = check_weights(stored, fused.state_dict())
         load_strictly(fused, stored, FUSED)
@@ -111,14 +115,15 @@ def student_checks(
     policy, probes = stored_policy(manifest.data), make_probes(pixels, spec.preprocessing)
     plain, forms, bits = load_unfused(folder, spec), _forms(manifest), weight_bits(manifest)
     reference = make_reference(plain, fused, probes, forms=forms, weight_bits=bits, plans=plans)
-    merged = run_torch(exact.module, probes.images.astype(np.float64))
+    merged = run_torch(exact.exact, probes.images.astype(np.float64))
     checks = [weights, *rung_a(exact.certificate, merged, reference, probes, policy.A)]
     eager = run_torch(fused, probes.images).astype(np.float32)
     checks += rung_b("fused student, torch", eager, reference, probes, policy.B)
     export = manifest.data["export"]
     batches = (int(export["min_batch"]), int(export["opt_batch"]), 7, int(export["max_batch"]))
     sizes = tuple(dict.fromkeys(min(batch, int(export["max_batch"])) for batch in batches))
-    return checks, BundleContext(folder, manifest, sizes, probes, reference, arrays, policy, bits)
+    structure = structure_of(fused)
+    return checks, BundleContext(folder, manifest, sizes, probes, reference, arrays, policy, fused, structure, bits)
 
 
 def _plans(manifest: Manifest, weights: Weights) -> dict[str, LayerPlan]:
@@ -147,7 +152,7 @@ def check_algebra(folder: Path, manifest: Manifest, pixels: NDArray[np.uint8]) -
     """
     spec = manifest.spec
     try:
-        unfused = load_unfused(folder, spec).double()
+        unfused = in_float64(load_unfused(folder, spec))
         module, certificate = certify_fold(unfused)
         rounded = {name: tensor.float() for name, tensor in module.state_dict().items()}
         weights = check_weights(load_tensors(folder / FUSED), rounded)

@@ -48,6 +48,7 @@ def graph_checks(context: BundleContext, name: str, form: str, rebuilt: RebuiltG
         plan.scaled(context.weights),
         form=form,
         opset=context.manifest.opset,
+        structure=context.structure,
         ranges=ranges,
         kept=plan.nodes,
     )

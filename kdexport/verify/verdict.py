@@ -146,7 +146,7 @@ def verify_folder(
         return Verdict(tuple(checks))
     executed: dict[str, Execution] = {}
     with tempfile.TemporaryDirectory(prefix="kdexport-verify-") as scratch:
-        rebuilt = RebuiltGraphs(folder, manifest, Path(scratch))
+        rebuilt = RebuiltGraphs(folder, manifest, Path(scratch), context.fused)
         for name, form in onnx_files(manifest).items():
             progress(name)
             result = _file_result(name, partial(graph_checks, context, name, form, rebuilt))

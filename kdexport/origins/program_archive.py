@@ -1,6 +1,4 @@
-"""Reads the input of `kdexport fuse`: a .pt2 file, or a factory of a module that can be imported.
-
-A .pt2 archive is read without running code that it contains.
+"""Reads archives of ``torch.export.save`` (.pt2) without running code that they contain.
 
 ``torch.export.load`` unpickles tensors that are marked so, opaque constants and example inputs, loads compiled code,
 and evaluates strings: symbolic sizes, and guards once the program is run. Everything of that kind is looked at first,
@@ -8,24 +6,19 @@ and an archive that needs it is refused.
 """
 
 import ast
-import importlib
-import inspect
 import io
 import json
 import re
-import sys
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from kdexport.core.console import quiet
-from kdexport.errors import CheckpointError, ConfigError, UnknownNameError, first_line
-from kdexport.registry import nearest
+from kdexport.errors import CheckpointError, first_line
 
 _TARGETS = re.compile(r"torch\.ops\.[A-Za-z_]\w*\.\w+(\.\w+)?|_operator\.\w+|math\.\w+|torch\.sym_\w+")
 
@@ -48,9 +41,9 @@ _NODES = (
 )  # fmt: skip
 
 
-def read_program(path: Path) -> ExportedProgram:
+def open_archive(path: Path) -> ExportedProgram:
     """The exported program of a .pt2 file. Raises ``CheckpointError`` for a missing, damaged, foreign or unsafe one."""
-    _require_program_file(path)
+    require_archive(path)
     _require_plain(path)
     try:
         with quiet():
@@ -83,7 +76,8 @@ _OTHER_FILES = {
 }
 
 
-def _require_program_file(path: Path) -> None:
+def require_archive(path: Path) -> None:
+    """Raise ``CheckpointError`` that says what ``path`` is, unless it may be an archive."""
     if not path.is_file():
         raise CheckpointError(
             f"There is no file {path}.", remedy="Pass a .pt2 file of torch.export.save, or package.module:factory."
@@ -184,85 +178,3 @@ def _is_harmless(text: str, known: set[str]) -> bool:
         and all(name in known or re.fullmatch(r"[a-z]\d+", name) for name in names)
         and all(re.fullmatch(r"\w*", item) and "__" not in item for item in texts)
     )
-
-
-def parse_shapes(texts: Sequence[str]) -> list[tuple[int, ...]]:
-    """Input shapes written as 1,3,224,224. Raises ``ConfigError``."""
-    shapes = []
-    for text in texts:
-        parts = [part.strip() for part in text.split(",")]
-        if not all(part.isdecimal() and int(part) > 0 for part in parts):
-            raise ConfigError(
-                f"--input {text!r} is not a valid shape.",
-                remedy="Write sizes from 1 up, batch first: --input 1,3,224,224",
-            )
-        shapes.append(tuple(int(part) for part in parts))
-    return shapes
-
-
-def load_source(
-    source: str, shapes: Sequence[tuple[int, ...]]
-) -> tuple[nn.Module | ExportedProgram, tuple[Tensor, ...] | None]:
-    """The program or module that ``source`` names, and its example inputs where it is a module.
-
-    Importing and calling a factory runs its code, which is the user's own. Raises ``CheckpointError`` for a file and
-    ``ConfigError`` for a factory that cannot be used.
-    """
-    name, colon, attribute = source.rpartition(":")
-    if source.endswith(".pt2") or not colon or "/" in source:
-        _require_program_file(Path(source))
-        if shapes:
-            raise ConfigError(
-                "--input was given with a .pt2 file, which already contains them.", remedy="Omit --input."
-            )
-        return read_program(Path(source)), None
-    if not shapes:
-        raise ConfigError(
-            f"{source} was given without the shape of its input.", remedy="For example: --input 1,3,224,224"
-        )
-    module = _call(source, _find(name, attribute))
-    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    return module, tuple(torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
-
-
-def _find(name: str, attribute: str) -> Any:
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        module = importlib.import_module(name)
-    # Importing runs the user's code, which may raise or exit.
-    except (Exception, SystemExit) as error:
-        raise ConfigError(
-            f"{name!r} cannot be imported from {here}: {type(error).__name__}: {first_line(error)}",
-            remedy="Run the command in the folder that contains the package, or install it; --debug shows the "
-            "traceback.",
-        ) from error
-    if not hasattr(module, attribute):
-        raise UnknownNameError(
-            f"{name} has no {attribute!r}.",
-            remedy=nearest(attribute, [item for item in vars(module) if not item.startswith("_")]),
-        )
-    return getattr(module, attribute)
-
-
-def _call(source: str, factory: Any) -> nn.Module:
-    if not callable(factory) or isinstance(factory, nn.Module):
-        raise ConfigError(
-            f"{source} is a {type(factory).__name__}, not a factory.",
-            remedy="Name a function without arguments that returns a module in evaluation mode.",
-        )
-    try:
-        inspect.signature(factory).bind()
-        module = factory()
-    except (Exception, SystemExit) as error:
-        raise ConfigError(
-            f"{source}() failed: {type(error).__name__}: {first_line(error)}",
-            remedy="It is called without arguments; --debug shows the traceback.",
-        ) from error
-    if not isinstance(module, nn.Module):
-        raise ConfigError(
-            f"{source}() returned a {type(module).__name__}, not a module.", remedy="Return a torch.nn.Module."
-        )
-    return module
