@@ -1,0 +1,87 @@
+"""Makes the network of a reference, with its weights."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import fx, nn
+
+from kdexport.data.preprocessing import Preprocessing
+from kdexport.errors import ConfigError
+from kdexport.origins import libraries
+from kdexport.origins.factories import call_factory
+from kdexport.origins.program_archive import open_archive
+from kdexport.origins.reference import Reference, weights_file
+from kdexport.origins.weights import Head, load_weights, read_weights
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ImportedNetwork:
+    """A network in evaluation mode on the CPU, as its library or factory made it.
+
+    ``preprocessing`` is what its library says about it, None if nothing is known. ``weights_sha256`` is the digest of
+    the file of weights, empty without one. ``notes`` say what was done to make it usable, one clause each.
+    """
+
+    module: nn.Module
+    preprocessing: Preprocessing | None
+    weights_sha256: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def import_network(
+    reference: Reference,
+    *,
+    num_classes: int | None,
+    image_size: int | None = None,
+    weights: str | None = None,
+    head: Head = "strict",
+) -> ImportedNetwork:
+    """Make the network of ``reference`` with ``weights``: a file, the name of a library's weights, or None for fresh.
+
+    ``num_classes`` is ignored where a library's own weights are loaded into their own classifier; ``head="fresh"``
+    replaces that classifier by a fresh one of ``num_classes``. Raises ``ConfigError`` or ``UnknownNameError`` for a
+    network that cannot be made, ``CheckpointError`` for weights that do not fit, and ``BackendUnavailableError`` for a
+    library that is not installed.
+    """
+    file = weights_file(weights)
+    named = None if file is not None else weights
+    if reference.kind == "torchvision":
+        made = libraries.from_torchvision_name(reference.name, num_classes, image_size, named, head)
+    elif reference.kind == "timm":
+        made = libraries.from_timm_name(reference.name, num_classes, image_size, named, head)
+    else:
+        if named is not None:
+            raise ConfigError(
+                f"{reference} has no weights named {named!r}.",
+                remedy="Pass --weights with a file; names of weights belong to torchvision: and timm: networks.",
+            )
+        made = _own_network(reference, num_classes, image_size)
+    found = ImportedNetwork(module=made.module, preprocessing=made.preprocessing, notes=made.notes)
+    if file is None:
+        return _evaluated(found)
+    read = read_weights(file)
+    notes = load_weights(found.module, read, str(file), head=head)
+    return _evaluated(replace(found, weights_sha256=read.sha256, notes=(*found.notes, *read.notes, *notes)))
+
+
+def _own_network(reference: Reference, num_classes: int | None, image_size: int | None) -> libraries.MadeNetwork:
+    if reference.kind == "program":
+        module = open_archive(Path(reference.name)).module(check_guards=False)
+        return libraries.MadeNetwork(module, None, ())
+    return libraries.MadeNetwork(call_factory(reference.name, num_classes=num_classes, image_size=image_size), None, ())
+
+
+def _evaluated(network: ImportedNetwork) -> ImportedNetwork:
+    """In evaluation mode and float32; what had to be changed is noted."""
+    module, notes = network.module, []
+    # An exported program has no mode: its graph is that of the mode in which it was exported.
+    if not isinstance(module, fx.GraphModule) and any(child.training for child in module.modules()):
+        module.eval()
+        if network.preprocessing is None:
+            # Libraries return every network in training mode.
+            notes.append("was in training mode: put into evaluation mode")
+    types = {str(p.dtype).removeprefix("torch.") for p in module.parameters() if p.is_floating_point()} - {"float32"}
+    if types:
+        module.float()
+        notes.append(f"weights in {', '.join(sorted(types))}: cast to float32")
+    return replace(network, module=module.cpu(), notes=(*network.notes, *notes))
