@@ -1,7 +1,11 @@
-"""The result of training: a folder with student.json and model.safetensors; nothing is pickled."""
+"""A trained student on disk: a folder with student.json and model.safetensors; nothing is pickled.
 
+The network of a student of another origin is in it too, as program.json (see ``origins.stored_program``).
+"""
+
+import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +16,13 @@ from kdexport.registry import nearest
 from kdexport.reparam.spec import BranchSpec
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor, fx, nn
 
     from kdexport.students import Student
 
 SCHEMA_VERSION = 1
 _SPEC, _WEIGHTS = "student.json", "model.safetensors"
+PROGRAM = "program.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,6 +34,8 @@ class StudentSpec:
     preprocessing: Preprocessing
     branches: BranchSpec | None
     provenance: dict[str, Any]
+    #: sha256 of program.json; empty for a registered student, whose code is its program.
+    program_sha256: str = ""
 
     @property
     def num_classes(self) -> int:
@@ -42,7 +49,9 @@ class StudentSpec:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that ``from_json`` reads back."""
+        program = {"program_sha256": self.program_sha256} if self.program_sha256 else {}
         return {
+            **program,
             "schema_version": SCHEMA_VERSION,
             "student": self.student,
             "classes": list(self.classes),
@@ -56,7 +65,10 @@ class StudentSpec:
         """Inverse of ``to_json``; raises ``KeyError``, ``TypeError`` or ``ValueError`` for other data."""
         if data["schema_version"] != SCHEMA_VERSION:
             raise ValueError(f"schema_version is {data['schema_version']!r}, this version reads {SCHEMA_VERSION}")
-        known = ("schema_version", "student", "classes", "preprocessing", "branches", "provenance")
+        known = (
+            *("schema_version", "student", "classes", "preprocessing", "branches", "provenance"),
+            "program_sha256",
+        )
         unknown = sorted(data.keys() - set(known))
         if unknown:
             raise ValueError(f"unknown key {unknown[0]!r}; known: {', '.join(known)}")
@@ -69,6 +81,7 @@ class StudentSpec:
             preprocessing=Preprocessing.from_json(data["preprocessing"]),
             branches=None if branches is None else BranchSpec.from_json(branches),
             provenance=dict(data["provenance"]),
+            program_sha256=str(data.get("program_sha256", "")),
         )
 
 
@@ -82,16 +95,16 @@ class TrainedStudent:
     #: sha256 of the source of the plugin that defines the student; empty for a student of this package.
     plugin_sha256: str = ""
 
+    @property
+    def program(self) -> Path:
+        """The file of the network of a student of another origin; registered students have none."""
+        return self.weights.with_name(PROGRAM)
+
 
 def open_checkpoint(directory: Path) -> TrainedStudent:
     """Read student.json and hash the weights; raises ``CheckpointError`` if one is missing or not readable."""
     spec_path, weights = directory / _SPEC, directory / _WEIGHTS
-    for path in (spec_path, weights):
-        if not path.is_file():
-            raise CheckpointError(
-                f"{directory} is not a student checkpoint: it has no {path.name}.",
-                remedy="Pass a folder written by python -m training train (student.json and model.safetensors).",
-            )
+    _require_files(directory, _SPEC, _WEIGHTS)
     try:
         spec = StudentSpec.from_json(json.loads(spec_path.read_text()))
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
@@ -99,7 +112,18 @@ def open_checkpoint(directory: Path) -> TrainedStudent:
             f"{spec_path} does not describe a student: {type(error).__name__}: {error}.",
             remedy="Pass a folder written by this version of python -m training train.",
         ) from error
+    if spec.program_sha256:
+        _require_files(directory, PROGRAM)
     return TrainedStudent(weights=weights, weights_sha256=sha256_file(weights), spec=spec)
+
+
+def _require_files(directory: Path, *names: str) -> None:
+    for name in names:
+        if not (directory / name).is_file():
+            raise CheckpointError(
+                f"{directory} is not a student checkpoint: it has no {name}.",
+                remedy="Pass a folder written by python -m training train (student.json and model.safetensors).",
+            )
 
 
 def save_checkpoint(directory: Path, student: "nn.Module", spec: StudentSpec) -> None:
@@ -143,8 +167,60 @@ def load_tensors(path: Path) -> "dict[str, Tensor]":
         ) from error
 
 
+def save_program_checkpoint(directory: Path, graph: "fx.GraphModule", spec: StudentSpec) -> StudentSpec:
+    """Write a checkpoint folder of the network ``graph``: one functional graph from images (N,3,S,S) to logits (N,K).
+
+    Returns ``spec`` with the digest of the program. Not atomic, like ``save_checkpoint``. Raises ``ReparamError`` for
+    an operator that cannot be stored.
+    """
+    from kdexport.origins.stored_program import store_program
+
+    program, weights = store_program(graph, spec.image_size)
+    text = json.dumps(program, indent=0, sort_keys=True) + "\n"
+    stored = replace(spec, program_sha256=hashlib.sha256(text.encode()).hexdigest())
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / PROGRAM).write_text(text, encoding="utf-8")
+    save_tensors(directory / _WEIGHTS, weights)
+    (directory / _SPEC).write_text(json.dumps(stored.to_json(), indent=2, sort_keys=True) + "\n")
+    return stored
+
+
+def load_network(spec: StudentSpec, weights: Path, program: Path) -> "nn.Module":
+    """The unfused network of ``spec`` with its trained ``weights``, in evaluation mode.
+
+    ``program`` is read for a student of another origin, a ``fx.GraphModule``; otherwise the result is a ``Student``.
+    Raises ``CheckpointError`` for a program that is not the one of ``spec``.
+    """
+    tensors = load_tensors(weights)
+    if not spec.program_sha256:
+        student = build_student(spec)
+        load_strictly(student, tensors, str(weights))
+        return student.eval()
+    from kdexport.origins.stored_program import read_program
+
+    try:
+        text = program.read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"{program} cannot be read: {error.strerror}.", remedy="Copy the whole folder again."
+        ) from error
+    if hashlib.sha256(text).hexdigest() != spec.program_sha256:
+        raise CheckpointError(
+            f"{program} is not the program of {spec.student}: its sha256 differs from the one in the description.",
+            remedy="Copy the whole folder again.",
+        )
+    graph = read_program(text.decode(), tensors, str(program))
+    require_finite(tensors, str(weights))
+    return graph
+
+
+def load_student(trained: TrainedStudent) -> "nn.Module":
+    """The unfused student with its trained weights, in evaluation mode."""
+    return load_network(trained.spec, trained.weights, trained.program)
+
+
 def build_student(spec: StudentSpec) -> "Student":
-    """The student that ``spec`` describes, with its branches and fresh weights, in training mode."""
+    """The registered student that ``spec`` describes, with its branches and fresh weights, in training mode."""
     from kdexport.reparam.blocks import attach_branches
     from kdexport.students import STUDENTS
 
@@ -152,13 +228,6 @@ def build_student(spec: StudentSpec) -> "Student":
     if spec.branches is not None:
         attach_branches(student, spec.branches)
     return student
-
-
-def load_student(trained: TrainedStudent) -> "Student":
-    """The unfused student with its trained weights, in evaluation mode."""
-    student = build_student(trained.spec)
-    load_strictly(student, load_tensors(trained.weights), str(trained.weights))
-    return student.eval()
 
 
 def load_strictly(module: "nn.Module", tensors: "dict[str, Tensor]", source: str) -> None:
@@ -192,10 +261,15 @@ def load_strictly(module: "nn.Module", tensors: "dict[str, Tensor]", source: str
             f"{source} does not fit the model: {'; '.join(facts)}.{hint}",
             remedy="Use the student, number of classes and branches that it was trained with.",
         )
+    require_finite(tensors, source)
+    module.load_state_dict(tensors)
+
+
+def require_finite(tensors: "dict[str, Tensor]", source: str) -> None:
+    """Raise ``CheckpointError`` if a tensor holds NaN or an infinite value."""
     bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if bad:
         raise CheckpointError(
             f"{source} holds NaN or infinite values, first in {bad[0]!r}.",
             remedy="The training run diverged: train again with a smaller learning_rate.",
         )
-    module.load_state_dict(tensors)

@@ -8,7 +8,9 @@ from pydantic import Field
 
 from kdexport.core.toml import Settings, parse, read_toml
 from kdexport.data.calibration_images import CalibrationSettings
+from kdexport.data.preprocessing_settings import PreprocessingSettings
 from kdexport.errors import ConfigError, UnknownNameError
+from kdexport.origins.reference import parse_reference
 from kdexport.registry import nearest
 
 
@@ -65,8 +67,14 @@ class BuildConfig(Settings):
 
     student: str
     targets: list[str] = Field(default_factory=lambda: ["onnx-fp32"])
-    #: The name of a recipe in ``training/recipes``, or the path of a TOML file.
-    recipe: str
+    #: The name of a recipe in ``training/recipes``, or the path of a TOML file. A trained network needs none.
+    recipe: str = ""
+    #: Weights of a student of another origin: a file, a name of its library's weights, or "own".
+    weights: str = ""
+    #: The key or index of the logits, for a network that returns several tensors.
+    output: str = ""
+    #: What differs from the preprocessing that a network of another origin states.
+    preprocessing: PreprocessingSettings = PreprocessingSettings()
     #: Files (relative to this one) and modules that register students, teachers, distillers or backends.
     plugins: list[str] = Field(default_factory=list)
     #: Overrides of recipe keys, as in ``[overrides.train] epochs = 30``.
@@ -80,8 +88,36 @@ class BuildConfig(Settings):
     policy: dict[str, Any] = Field(default_factory=dict)
 
 
-def find_config(student: str, folder: Path = Path("export_configs")) -> Path:
-    """The path of the configuration of ``student``: in ``export_configs`` here, else in kdexport's package."""
+def default_config(student: str) -> BuildConfig:
+    """The configuration of a student of another origin that has none of its own."""
+    return BuildConfig(student=student)
+
+
+def default_out(student: str) -> Path:
+    """The folder of the bundle of ``student`` if none was chosen."""
+    reference = parse_reference(student)
+    return Path("dist") / (student if reference is None else reference.folder_name)
+
+
+def require_reference(student: str, option: str) -> None:
+    """Raise ``ConfigError`` if ``student`` is a registered name, which ``option`` is not for."""
+    if parse_reference(student) is None:
+        raise ConfigError(
+            f"{option} is for students of another origin, and {student} is a registered student.",
+            remedy="Pass --checkpoint with the folder of a trained student, or --student timm:NAME, torchvision:NAME, "
+            "MODULE:FACTORY or FILE.pt2.",
+        )
+
+
+def find_config(student: str, folder: Path = Path("export_configs")) -> Path | None:
+    """The path of the configuration of ``student``: in ``export_configs`` here, else in kdexport's package.
+
+    None for a student of another origin without one.
+    """
+    reference = parse_reference(student)
+    if reference is not None:
+        own = folder / f"{reference.folder_name}.toml"
+        return own if own.is_file() else None
     local = folder / f"{student}.toml"
     if local.is_file():
         return local
@@ -115,6 +151,11 @@ def load_config(path: Path) -> BuildConfig:
     from kdexport.verify.policy import parse_policy
 
     config = parse(BuildConfig, read_toml(path), str(path))
+    if not config.recipe and parse_reference(config.student) is None:
+        raise ConfigError(
+            f"{path}: the key 'recipe' is missing: {config.student} is trained by a recipe.",
+            remedy='Add a line, for example recipe = "digits"; `kdexport list recipes` prints all recipes.',
+        )
     export = config.export
     if not export.min_batch <= export.opt_batch <= export.max_batch:
         raise ConfigError(

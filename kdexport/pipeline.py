@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from kdexport.build import train as trainer
+from kdexport.build.imported import OWN_WEIGHTS, ImportRequest, import_student
 from kdexport.build.precision_search import require_searchable
 from kdexport.build.steps import BuildInputs, bundle, declare, known_steps
 from kdexport.bundle.manifest import FUSED, MANIFEST, UNFUSED, Manifest, changed_files, read_manifest
@@ -15,14 +16,15 @@ from kdexport.core.files import replace_folder, require_replaceable, require_wri
 from kdexport.core.progress import Reporter
 from kdexport.data.datasets import DatasetSpec, dataset_digest, dataset_spec, open_dataset
 from kdexport.diagnose.failed_build import keep_failed
-from kdexport.errors import BundleError, CheckpointError, VerificationError
+from kdexport.errors import BundleError, CheckpointError, ConfigError, VerificationError
+from kdexport.origins.reference import parse_reference
 from kdexport.targets import Target, require_available
 from kdexport.workspace import Making, Step, Workspace
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildRequest:
-    """The options of `kdexport build`. ``checkpoint`` skips training; ``fresh`` removes earlier results first.
+    """The options of `kdexport build`. ``checkpoint`` and ``weights`` skip training; ``fresh`` removes earlier results.
 
     With ``blame`` a bundle whose verification fails is bisected to the node at fault.
     """
@@ -32,6 +34,8 @@ class BuildRequest:
     out: Path
     workspace: Path
     checkpoint: Path | None = None
+    #: Weights of a student of another origin: a file, a name of its library's weights, or "own".
+    weights: str | None = None
     data_root: str | None = None
     teacher_checkpoint: str | None = None
     processes: int = 1
@@ -103,12 +107,15 @@ def _is_bundle(folder: Path) -> bool:
 
 
 def _require_student(name: str) -> None:
-    from kdexport.students import STUDENTS
+    if parse_reference(name) is None:
+        from kdexport.students import STUDENTS
 
-    STUDENTS.check(name)
+        STUDENTS.check(name)
 
 
 def _plan(request: BuildRequest, workspace: Workspace, reporter: Reporter) -> _Plan:
+    if _is_trained_elsewhere(request):
+        return _plan_without_recipe(request, workspace, reporter)
     overrides: dict[str, Any] = {key: dict(table) for key, table in request.config.overrides.items()}
     overrides.setdefault("student", {})["name"] = request.config.student
     if request.data_root is not None:
@@ -137,9 +144,46 @@ def _plan(request: BuildRequest, workspace: Workspace, reporter: Reporter) -> _P
     )
 
 
+def _is_trained_elsewhere(request: BuildRequest) -> bool:
+    """Whether the student is a network of another origin that comes with its weights, so that nothing is trained."""
+    reference = parse_reference(request.config.student)
+    return reference is not None and (request.weights is not None or reference.kind == "program")
+
+
+def _plan_without_recipe(request: BuildRequest, workspace: Workspace, reporter: Reporter) -> _Plan:
+    overrides = request.config.overrides.get("data", {})
+    root = request.data_root or str(overrides.get("root", ""))
+    if not root and "name" not in overrides:
+        raise ConfigError(
+            "There is no data set: images are needed to verify a network.",
+            remedy="Pass --data DIR with train/<class>/* and val/<class>/*.",
+        )
+    dataset = dataset_spec(str(overrides.get("name", f"folder:{root}")), root)
+    with reporter.stage("data"):
+        dataset_sha256 = dataset_digest(dataset, workspace.root / "dataset", reporter.say)
+    return _Plan(recipe={}, plugins={}, overrides={}, revision=0, dataset=dataset, dataset_sha256=dataset_sha256)
+
+
+def _imported(request: BuildRequest, plan: _Plan, workspace: Workspace, reporter: Reporter) -> TrainedStudent:
+    reference = parse_reference(request.config.student)
+    assert reference is not None
+    wanted = ImportRequest(
+        reference=reference,
+        weights=request.weights or OWN_WEIGHTS,
+        classes=open_dataset(plan.dataset, "test").classes,
+        preprocessing=request.config.preprocessing,
+        output=request.config.output,
+        provenance={"dataset_sha256": plan.dataset_sha256},
+    )
+    with reporter.stage("import"):
+        return import_student(wanted, workspace, reporter.say)
+
+
 def _trained(request: BuildRequest, plan: _Plan, workspace: Workspace, reporter: Reporter) -> TrainedStudent:
     if request.checkpoint is not None:
         return open_checkpoint(request.checkpoint)
+    if _is_trained_elsewhere(request):
+        return _imported(request, plan, workspace, reporter)
     teacher = plan.recipe["teacher"]["checkpoint"]
     teacher_sha256 = sha256_file(Path(teacher)) if teacher else _train_teacher(request, plan, workspace, reporter)
     key = trainer.student_key(plan.recipe, plan.dataset_sha256, teacher_sha256, plan.revision, plan.plugins)

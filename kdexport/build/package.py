@@ -25,13 +25,14 @@ from kdexport.bundle.manifest import (
     hash_files,
 )
 from kdexport.bundle.sbom import write_sbom
-from kdexport.checkpoint import StudentSpec, TrainedStudent
+from kdexport.checkpoint import PROGRAM, StudentSpec, TrainedStudent
 from kdexport.config import BuildConfig
 from kdexport.core.digests import sha256_file, tool_versions
 from kdexport.data.datasets import ImageSet, class_difference, spread
 from kdexport.errors import CheckpointError, DataError, VerificationError
 from kdexport.graph.audit import operator_counts
 from kdexport.graph.plan import LayerPlan
+from kdexport.origins.reference import parse_reference
 from kdexport.targets import DEFAULT_TARGET, Target, providers
 from kdexport.verify.golden import GoldenSet, own_run, write_golden_set
 from kdexport.verify.latency import Comparison, LatencyResult, compare_latency
@@ -67,6 +68,8 @@ def require_matching(spec: StudentSpec, student: str, validation: ImageSet) -> N
 
     ``CheckpointError`` for these, ``DataError`` if there is no validation image.
     """
+    reference = parse_reference(student)
+    student = student if reference is None else reference.label
     if spec.student != student:
         raise CheckpointError(
             f"The checkpoint is a {spec.student}, but the build is for a {student}.",
@@ -124,6 +127,8 @@ def _task_indices(parts: Parts) -> list[int]:
 
 def _copy_files(folder: Path, parts: Parts) -> None:
     shutil.copyfile(parts.trained.weights, folder / UNFUSED)
+    if parts.trained.spec.program_sha256:
+        shutil.copyfile(parts.trained.program, folder / PROGRAM)
     shutil.copyfile(parts.fused.weights, folder / FUSED)
     shutil.copyfile(parts.model.path, folder / MODEL)
     for target, model in parts.casts.items():

@@ -24,7 +24,7 @@ from kdexport.bundle.layout import (
     UNIT_ERROR,
 )
 from kdexport.bundle.manifest_fields import require_fields
-from kdexport.checkpoint import StudentSpec, build_student, load_strictly, load_tensors
+from kdexport.checkpoint import PROGRAM, StudentSpec, load_network
 from kdexport.core.digests import sha256_file
 from kdexport.errors import BundleError, VerificationError
 from kdexport.graph.plan import LayerPlan
@@ -265,6 +265,4 @@ def target_of(name: str) -> Target | None:
 
 def load_unfused(folder: Path, spec: StudentSpec) -> "nn.Module":
     """The unfused student of a bundle, in evaluation mode."""
-    student = build_student(spec)
-    load_strictly(student, load_tensors(folder / UNFUSED), UNFUSED)
-    return student.eval()
+    return load_network(spec, folder / UNFUSED, folder / PROGRAM)

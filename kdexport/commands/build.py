@@ -14,12 +14,27 @@ if TYPE_CHECKING:
 
 
 def build(
-    student: Annotated[str | None, typer.Option(help="Name of the student and of its export configuration.")] = None,
+    student: Annotated[
+        str | None, typer.Option(help="Registered name, torchvision:NAME, timm:NAME, MODULE:FACTORY, or a .pt2 file.")
+    ] = None,
     target: Annotated[str | None, typer.Option(help="Targets, separated by commas: onnx-fp32,trt-rtx-fp16.")] = None,
     config: Annotated[
         Path | None, typer.Option(help="Export configuration; default export_configs/STUDENT.toml.")
     ] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Folder of a trained student; skips training.")] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="Weights of a student of another origin: a file, DEFAULT, a name of its library's weights, or own for "
+            "a factory that loads them; skips training."
+        ),
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=8, help="Side of the images in pixels, for a student of another origin.")
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option(help="Key or index of the logits, if the student returns several tensors.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Bundle folder; default dist/STUDENT.")] = None,
     data: Annotated[str | None, typer.Option(help="Path of the data set; overrides the recipe.")] = None,
     teacher_checkpoint: Annotated[
@@ -39,19 +54,22 @@ def build(
     debug: Debug = False,
 ) -> None:
     """Train a student or read a trained one; fold, export, compile, verify and package it."""
+    from kdexport.config import default_out
     from kdexport.core.progress import Reporter
     from kdexport.pipeline import BuildRequest
     from kdexport.pipeline import build as run
     from kdexport.targets import parse_targets
 
     settings = _settings(student, config, precision_search=precision_search)
+    settings = _with_network(settings, weights, image_size, output)
     names = settings.targets if target is None else [name.strip() for name in target.split(",") if name.strip()]
     request = BuildRequest(
         config=settings,
         targets=parse_targets(names),
-        out=out if out is not None else Path("dist") / settings.student,
+        out=out if out is not None else default_out(settings.student),
         workspace=workspace,
         checkpoint=checkpoint,
+        weights=settings.weights or None,
         data_root=data,
         teacher_checkpoint=teacher_checkpoint,
         processes=processes,
@@ -73,7 +91,7 @@ def build(
 
 
 def _settings(student: str | None, config: Path | None, *, precision_search: bool) -> "BuildConfig":
-    from kdexport.config import find_config, load_config
+    from kdexport.config import default_config, find_config, load_config
     from kdexport.plugins import use_plugins
 
     if student is None and config is None:
@@ -81,13 +99,33 @@ def _settings(student: str | None, config: Path | None, *, precision_search: boo
             "Neither --student nor --config was given.", remedy="Pass one of them, for example --student mobilenetv2."
         )
     path = config if config is not None else find_config(str(student))
-    settings = load_config(path)
-    use_plugins(settings.plugins, path.parent)
+    settings = load_config(path) if path is not None else default_config(str(student))
+    use_plugins(settings.plugins, Path() if path is None else path.parent)
     if student is not None and student != settings.student:
         settings = settings.model_copy(update={"student": student})
     if precision_search:
         enabled = settings.precision_search.model_copy(update={"enabled": True})
         settings = settings.model_copy(update={"precision_search": enabled})
+    return settings
+
+
+def _with_network(
+    settings: "BuildConfig", weights: str | None, image_size: int | None, output: str | None
+) -> "BuildConfig":
+    """``settings`` with the options for students of another origin; ``ConfigError`` for any other student."""
+    from kdexport.config import require_reference
+
+    given = {"--weights": weights, "--image-size": image_size, "--output": output}
+    for option, value in given.items():
+        if value is not None:
+            require_reference(settings.student, option)
+    if weights is not None:
+        settings = settings.model_copy(update={"weights": weights})
+    if output is not None:
+        settings = settings.model_copy(update={"output": output})
+    if image_size is not None:
+        sized = settings.preprocessing.model_copy(update={"image_size": image_size})
+        settings = settings.model_copy(update={"preprocessing": sized})
     return settings
 
 

@@ -137,9 +137,11 @@ TABLE = {
     "students/resnet18.py": "",
     "reparam/fold_student.py": FUSE,
     "reparam/algebra.py": FUSE,
-    # What only `kdexport fuse` takes: modules of other libraries, found in their graph.
-    "reparam/program.py": "",
-    "reparam/sources.py": "",
+    # Networks of other origins are merged in their graph, and stored as a program.
+    "reparam/program.py": FUSE,
+    "origins/stored_program.py": FUSE,
+    # What only `kdexport fuse` takes.
+    "origins/sources.py": "",
 }
 
 

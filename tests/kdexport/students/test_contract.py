@@ -52,7 +52,9 @@ def test_both_forms_of_every_student_have_facts() -> None:
 
 @pytest.mark.parametrize("name", STUDENTS.names())
 def test_each_student_comes_with_a_configuration(name: str, tmp_path: Path) -> None:
-    assert load_config(find_config(name, tmp_path)).student == name
+    path = find_config(name, tmp_path)
+    assert path is not None
+    assert load_config(path).student == name
 
 
 @every_form
