@@ -10,7 +10,7 @@ from kdexport.core.toml import Settings, parse, read_toml
 from kdexport.data.calibration_images import CalibrationSettings
 from kdexport.data.preprocessing_settings import PreprocessingSettings
 from kdexport.errors import ConfigError, UnknownNameError
-from kdexport.origins.reference import parse_reference
+from kdexport.origins.references import parse_reference
 from kdexport.registry import nearest
 
 

@@ -17,7 +17,7 @@ from kdexport.core.progress import Reporter
 from kdexport.data.datasets import DatasetSpec, dataset_digest, dataset_spec, open_dataset
 from kdexport.diagnose.failed_build import keep_failed
 from kdexport.errors import BundleError, CheckpointError, ConfigError, VerificationError
-from kdexport.origins.reference import parse_reference
+from kdexport.origins.references import parse_reference
 from kdexport.targets import Target, require_available
 from kdexport.workspace import Making, Step, Workspace
 

@@ -12,7 +12,7 @@ from kdexport.core.digests import digest, sha256_file, tool_versions
 from kdexport.data.preprocessing import Preprocessing
 from kdexport.data.preprocessing_settings import PreprocessingSettings, apply_settings
 from kdexport.errors import CheckpointError, ReparamError, first_line
-from kdexport.origins.reference import Reference
+from kdexport.origins.references import Reference
 from kdexport.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def _one_output(module: "nn.Module", example: "Tensor", request: ImportRequest) 
     """``module`` with the logits (N,K) as its only output; raises ``ReparamError`` where they are not found."""
     import torch
 
-    from kdexport.origins.logits import OneOutput, choose_output
+    from kdexport.origins.outputs import OneOutput, choose_output
 
     with torch.no_grad():
         try:

@@ -32,7 +32,7 @@ from kdexport.data.datasets import ImageSet, class_difference, spread
 from kdexport.errors import CheckpointError, DataError, VerificationError
 from kdexport.graph.audit import operator_counts
 from kdexport.graph.plan import LayerPlan
-from kdexport.origins.reference import parse_reference
+from kdexport.origins.references import parse_reference
 from kdexport.targets import DEFAULT_TARGET, Target, providers
 from kdexport.verify.golden import GoldenSet, own_run, write_golden_set
 from kdexport.verify.latency import Comparison, LatencyResult, compare_latency

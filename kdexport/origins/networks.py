@@ -10,7 +10,7 @@ from kdexport.errors import ConfigError
 from kdexport.origins import libraries
 from kdexport.origins.factories import call_factory
 from kdexport.origins.program_archive import open_archive
-from kdexport.origins.reference import Reference, weights_file
+from kdexport.origins.references import Reference, weights_file
 from kdexport.origins.weights import Head, load_weights, read_weights
 
 

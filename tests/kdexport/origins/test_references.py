@@ -1,7 +1,7 @@
 import pytest
 
 from kdexport.errors import ConfigError
-from kdexport.origins.reference import parse_reference, weights_file
+from kdexport.origins.references import parse_reference, weights_file
 
 
 @pytest.mark.parametrize(
