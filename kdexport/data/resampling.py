@@ -25,7 +25,7 @@ _BITS = 22
 #: Pixels of the source that are resized together, and positions that are computed together.
 _BLOCK = 2**20
 #: A whole image is resized, which is faster, if no image on the way has more pixels than this, or than ...
-_WHOLE = 2**22
+_WHOLE = 2**20
 #: ... this many times the result.
 _WHOLE_PARTS = 4
 
