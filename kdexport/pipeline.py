@@ -185,13 +185,19 @@ def _trained(request: BuildRequest, plan: _Plan, workspace: Workspace, reporter:
     if _is_trained_elsewhere(request):
         return _imported(request, plan, workspace, reporter)
     teacher = plan.recipe["teacher"]["checkpoint"]
-    teacher_sha256 = sha256_file(Path(teacher)) if teacher else _train_teacher(request, plan, workspace, reporter)
+    # Weights of a library are named in the recipe, and nothing is trained.
+    named = not teacher and bool(plan.recipe["teacher"].get("weights"))
+    if named:
+        teacher_sha256 = ""
+    else:
+        teacher_sha256 = sha256_file(Path(teacher)) if teacher else _train_teacher(request, plan, workspace, reporter)
     key = trainer.student_key(plan.recipe, plan.dataset_sha256, teacher_sha256, plan.revision, plan.plugins)
     if request.fresh:
         workspace.forget("train", key)
     if not workspace.has("train", key):
         weights = teacher or str(workspace.path("teacher", _teacher_key(plan)) / "model.safetensors")
-        overrides = {**plan.overrides, "teacher": {**plan.overrides.get("teacher", {}), "checkpoint": weights}}
+        given = {} if named else {"checkpoint": weights}
+        overrides = {**plan.overrides, "teacher": {**plan.overrides.get("teacher", {}), **given}}
         recipe, processes = request.config.recipe, request.processes
         with reporter.stage("train", live=False):
             workspace.resume(

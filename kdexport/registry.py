@@ -86,8 +86,12 @@ class Registry(Generic[T]):
 
     def build(self, name: str, **options: object) -> T:
         """Call the factory of ``name``; raises ``UnknownNameError`` with the nearest names."""
+        return self.factory(name)(**options)
+
+    def factory(self, name: str) -> Callable[..., T]:
+        """The factory of ``name``; raises ``UnknownNameError`` with the nearest names."""
         self.check(name)
-        return self._entries[name].factory(**options)
+        return self._entries[name].factory
 
     def plugin_digest(self, name: str) -> str:
         """sha256 of the source of the plugin that registered ``name``; empty for an entry of this project."""

@@ -1,11 +1,14 @@
 """Recipes: data, teacher, student, method and schedule of a training run, as TOML; read without importing torch."""
 
 import difflib
+import importlib.util
+import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from kdexport.core.digests import digest, sha256_file
 from kdexport.core.toml import Settings, parse, read_toml
 from kdexport.data.datasets import DatasetSpec, dataset_spec
 from kdexport.data.preprocessing import BACKGROUND, Fit, Orientation
@@ -59,14 +62,71 @@ class DataSettings(Settings):
         return dataset_spec(self.name, self.root)
 
 
-#: Keys of ``[teacher]`` that came after the first recipes.
-_LATER = ("plausibility",)
+_WEIGHT_FILES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".tar")
+_TAP = re.compile(r"stem|last|stage[1-9]\d?")
 
 
-class TeacherSettings(Settings):
-    """``[teacher]``: the network and the file of its weights; without a file it is trained first."""
+def _in_order(taps: dict[str, str]) -> dict[str, str]:
+    wrong = [name for name in taps if not _TAP.fullmatch(name)]
+    if wrong:
+        raise ValueError(f"{wrong[0]!r} is not the name of a tap: use stem, stage1, stage2, ..., last")
+    return taps
+
+
+#: Modules whose outputs are read, by the name of the tap, from shallow to deep: ``{ stage1 = "layer1" }``.
+Taps = Annotated[dict[str, str], AfterValidator(_in_order)]
+
+
+def _is_weight_file(weights: str) -> bool:
+    return weights.endswith(_WEIGHT_FILES) or "/" in weights
+
+
+class _NetworkSettings(Settings):
+    """What ``[teacher]`` and ``[student]`` have in common.
+
+    ``name`` is registered, or a reference to a network of another origin: ``torchvision:NAME``, ``timm:NAME`` or
+    ``MODULE:FACTORY``.
+    """
 
     name: str
+    #: Weights of a network of another origin: ``DEFAULT`` or another name of its library, or a file.
+    weights: str = ""
+    taps: Taps = Field(default_factory=dict)
+
+    #: Keys that came after the first recipes.
+    _later: ClassVar[tuple[str, ...]] = ("weights", "taps")
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether the network is of another origin than the registry."""
+        return ":" in self.name or self.name.endswith(".pt2")
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A key that came later and has no effect must not make the folders of earlier runs those of other recipes.
+        return {key: value for key, value in handler(self).items() if key not in self._later or self._has_set(key)}
+
+    def _has_set(self, key: str) -> bool:
+        """Whether ``key`` has another value than its default."""
+        return bool(getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True))
+
+    @model_validator(mode="after")
+    def _keys_have_an_effect(self) -> Self:
+        for key in self._foreign_keys():
+            if not self.is_reference and self._has_set(key):
+                raise ValueError(
+                    f"{key} is for networks of another origin (torchvision:NAME, timm:NAME, MODULE:FACTORY), but "
+                    f"{self.name!r} is a registered name"
+                )
+        return self
+
+    def _foreign_keys(self) -> tuple[str, ...]:
+        return ("weights", "taps")
+
+
+class TeacherSettings(_NetworkSettings):
+    """``[teacher]``: the network and the file of its weights; without a file it is trained first."""
+
     checkpoint: str = ""
     epochs: Annotated[int, Field(ge=1)] = 240
     learning_rate: Positive = 0.05
@@ -75,12 +135,24 @@ class TeacherSettings(Settings):
     std: tuple[Deviation, Deviation, Deviation] | None = None
     #: Whether a teacher at chance level, or with its classes in another order, ends the run or is only reported.
     plausibility: Literal["required", "reported"] = "required"
+    #: Pixels a side of the images that a teacher of another origin gets; without it, what its weights tell.
+    image_size: Annotated[int, Field(ge=8, le=1024)] | None = None
 
-    @model_serializer(mode="wrap")
-    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # A key that came later and has no effect must not make the folders of earlier runs those of other recipes.
-        fields = type(self).model_fields
-        return {key: value for key, value in handler(self).items() if key not in _LATER or value != fields[key].default}
+    _later = ("weights", "taps", "plausibility", "image_size")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _files_are_checkpoints(cls, data: Any) -> Any:
+        # All that is done with checkpoints, such as their digests, is then done with it.
+        weights = data.get("weights") if isinstance(data, dict) else None
+        if not isinstance(weights, str) or not _is_weight_file(weights):
+            return data
+        if data.get("checkpoint"):
+            raise ValueError("weights and checkpoint both name a file; give one of them")
+        return {**{key: value for key, value in data.items() if key != "weights"}, "checkpoint": weights}
+
+    def _foreign_keys(self) -> tuple[str, ...]:
+        return ("weights", "taps", "image_size")
 
     @model_validator(mode="after")
     def _normalisation_is_whole(self) -> "TeacherSettings":
@@ -90,10 +162,27 @@ class TeacherSettings(Settings):
         return self
 
 
-class StudentSettings(Settings):
+class StudentSettings(_NetworkSettings):
     """``[student]``: the network that is trained."""
 
-    name: str
+    #: Whether a network of another origin starts from the ``DEFAULT`` weights of its library.
+    pretrained: bool = False
+
+    _later = ("weights", "taps", "pretrained")
+
+    @property
+    def starts_from_a_file(self) -> bool:
+        """Whether ``weights`` is a file, and not the name of a library's weights."""
+        return _is_weight_file(self.weights)
+
+    def _foreign_keys(self) -> tuple[str, ...]:
+        return ("weights", "taps", "pretrained")
+
+    @model_validator(mode="after")
+    def _starts_from_one(self) -> Self:
+        if self.pretrained and self.weights:
+            raise ValueError("pretrained = true means weights = 'DEFAULT'; give one of them")
+        return self
 
 
 class TrainSettings(Settings):
@@ -142,6 +231,8 @@ class Recipe(Settings):
         tables["data"].update(root="", workers=0)
         tables["teacher"].update(checkpoint="")
         tables["teacher"].pop("plausibility", None)
+        if self.student.starts_from_a_file:
+            tables["student"].update(weights="")
         return tables
 
 
@@ -202,10 +293,39 @@ def _rounded(epochs: float) -> float:
 
 
 def plugin_digests(recipe: Recipe) -> dict[str, str]:
-    """The sha256 of the plugins that define the student, teacher or distiller of ``recipe``, by kind.
+    """The sha256 of the sources outside this project that define the student, teacher or distiller, by kind.
 
-    Raises ``UnknownNameError`` for a name that no plugin registers. Without plugins nothing is imported.
+    These are plugins, the modules of factories, and the file of weights that the student starts from. Raises
+    ``UnknownNameError`` for a name that no plugin registers. Without plugins nothing is imported.
     """
+    networks = {"student": recipe.student.name, "teacher": recipe.teacher.name}
+    factories = {kind: factory_digest(name) for kind, name in networks.items()}
+    start = Path(recipe.student.weights)
+    if recipe.student.starts_from_a_file and start.is_file():
+        factories["student_weights"] = sha256_file(start)
+    return {**_registered_digests(recipe), **{kind: sha256 for kind, sha256 in factories.items() if sha256}}
+
+
+def factory_digest(name: str) -> str:
+    """The sha256 of the source of the factory MODULE:FACTORY: the file, or all Python files, of its top package.
+
+    Empty for another name, and for a module that does not exist: an error when the network is made.
+    """
+    top = name.partition(":")[0].partition(".")[0]
+    if ":" not in name or top in ("torchvision", "timm"):
+        return ""
+    try:
+        found = importlib.util.find_spec(top)
+    except (ImportError, ValueError):
+        found = None
+    folders = [Path(folder) for folder in (found.submodule_search_locations or ())] if found is not None else []
+    files = sorted((path.relative_to(folder).as_posix(), path) for folder in folders for path in folder.rglob("*.py"))
+    if not folders and found is not None and found.origin is not None and Path(found.origin).is_file():
+        files = [("", Path(found.origin))]
+    return digest([(place, sha256_file(path)) for place, path in files]) if files else ""
+
+
+def _registered_digests(recipe: Recipe) -> dict[str, str]:
     if not has_plugins("kdexport.students", "kdexport.teachers", "kdexport.distillers"):
         return {}
     from kdexport.students import STUDENTS
@@ -213,8 +333,8 @@ def plugin_digests(recipe: Recipe) -> dict[str, str]:
     from training.teachers import TEACHERS
 
     found = {
-        "student": STUDENTS.plugin_digest(recipe.student.name),
-        "teacher": TEACHERS.plugin_digest(recipe.teacher.name),
+        "student": "" if recipe.student.is_reference else STUDENTS.plugin_digest(recipe.student.name),
+        "teacher": "" if recipe.teacher.is_reference else TEACHERS.plugin_digest(recipe.teacher.name),
         "distiller": DISTILLERS.plugin_digest(recipe.distiller.name),
     }
     return {kind: source for kind, source in found.items() if source}
@@ -293,6 +413,10 @@ def _extended(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
         base = _without(base, "data", "root")
     if _replaces(base, top, "data") or _replaces(base, top, "teacher"):
         base = _without(base, "teacher", *_STATISTICS)
+    # Names of modules and of weights are of one network.
+    for table in ("teacher", "student"):
+        if _replaces(base, top, table):
+            base = _without(base, table, "taps", "weights", "pretrained", "image_size")
     # Published numbers are of one data set, one pair and one method.
     if any(_replaces(base, top, table) for table in ("data", "teacher", "student")):
         base = {key: value for key, value in base.items() if key != "published"}

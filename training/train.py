@@ -19,19 +19,21 @@ from kdexport.data.datasets import ImageSet, class_difference, dataset_digest, d
 from kdexport.errors import BackendUnavailableError, CheckpointError
 from kdexport.reparam.blocks import BranchSpec, attach_branches, branch_paths
 from kdexport.reparam.branches import ParallelBranches
-from kdexport.students import STUDENTS, Student
+from kdexport.students import Student
 from training.data import Batches, EvaluationBatches, preprocessing_of, training_batches
 from training.devices import LocalBuffers, check_batch_size, gathered
 from training.distillers import DISTILLERS
+from training.foreign.network import ForeignTeacher
+from training.networks import GivenTeacher, build_student, fresh_teacher, given_teacher, trainable_teacher
 from training.recipe import Recipe, TrainSettings, check_schedule
 from training.runs.handover import Origin, hand_over, student_spec
 from training.runs.loop import Metrics, Run, run, top1
 from training.runs.record import claim, claim_input, device_name, note_environment, recorded_inputs
 from training.runs.task import DistillationTask, FrozenTeacher, SupervisedTask
-from training.teachers import TEACHERS, Teacher
-from training.teachers.description import TeacherDescription, described_teacher
-from training.teachers.teacher import load_teacher_weights
-from training.teaching import TeacherInput, judge_teacher, require_plausible, teacher_input
+from training.suitability import require_suitable
+from training.teachers import Teacher
+from training.teachers.description import TeacherDescription
+from training.teaching import judge_teacher, require_plausible
 
 _CALIBRATION_BATCHES = 8
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -58,8 +60,11 @@ def distil(recipe: Recipe, directory: Path, teacher_directory: Path | None = Non
     else:
         shared = recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": 0})})
         checkpoint = prepare_teacher(shared, teacher_directory, dataset)
-    resolved = recipe.model_copy(update={"teacher": recipe.teacher.model_copy(update={"checkpoint": str(checkpoint)})})
-    digest = sha256_file(checkpoint) if checkpoint.is_file() else ""
+    resolved, digest = recipe, ""
+    if checkpoint is not None:
+        settings = recipe.teacher.model_copy(update={"checkpoint": str(checkpoint)})
+        resolved = recipe.model_copy(update={"teacher": settings})
+        digest = sha256_file(checkpoint) if checkpoint.is_file() else ""
     # Weights that were not read yet may be those of another network: they are recorded only when they are loaded.
     if digest and "teacher_sha256" in recorded_inputs(directory):
         claim_input(directory, "teacher_sha256", digest, str(checkpoint))
@@ -85,29 +90,39 @@ def rehearse(recipe: Recipe) -> None:
     """
     check_schedule(recipe)
     DISTILLERS.check(recipe.distiller.name)
-    size = recipe.data.image_size
-    # Initialising a large teacher takes seconds. A distiller may read its values, so every weight is 1 instead.
-    with init_empty_weights(include_buffers=False):
-        teacher = _build_teacher(recipe, 2, _known_input(recipe).preprocessing.image_size)
-    values = {
-        name: torch.ones_like(value, device="cpu") if value.is_meta else value
-        for name, value in teacher.state_dict().items()
-    }
-    teacher.load_state_dict(values, assign=True)
-    student = STUDENTS.build(recipe.student.name, num_classes=2, image_size=size)
+    teacher = _rehearsed_teacher(recipe)
+    student = build_student(recipe.student, num_classes=2, image_size=recipe.data.image_size, pretrained=False)
+    require_suitable(recipe.distiller, student, teacher)
     distiller = DISTILLERS.build(recipe.distiller.name, settings=recipe.distiller, student=student, teacher=teacher)
     spec = type(distiller).branch_spec(recipe.distiller, student, teacher)
     if spec is not None:
         attach_branches(student, spec)
 
 
-def prepare_teacher(recipe: Recipe, directory: Path, dataset_sha256: str) -> Path:
+def _rehearsed_teacher(recipe: Recipe) -> Teacher:
+    if recipe.teacher.is_reference:
+        return fresh_teacher(recipe)
+    # Initialising a large teacher takes seconds. A distiller may read its values, so every weight is 1 instead.
+    with init_empty_weights(include_buffers=False):
+        teacher = fresh_teacher(recipe)
+    values = {
+        name: torch.ones_like(value, device="cpu") if value.is_meta else value
+        for name, value in teacher.state_dict().items()
+    }
+    teacher.load_state_dict(values, assign=True)
+    return teacher
+
+
+def prepare_teacher(recipe: Recipe, directory: Path, dataset_sha256: str) -> Path | None:
     """The file of the teacher's weights: that of the recipe, or else in ``directory``, where the teacher is trained.
 
-    Raises ``ConfigError`` if the teacher in ``directory`` is of another data set.
+    None if the recipe names weights of a library. Raises ``ConfigError`` if the teacher in ``directory`` is of another
+    data set.
     """
     if recipe.teacher.checkpoint:
         return Path(recipe.teacher.checkpoint)
+    if recipe.teacher.weights:
+        return None
     claim_input(directory, "dataset_sha256", dataset_sha256, recipe.data.root or recipe.data.name)
     weights = directory / "model.safetensors"
     if not weights.is_file():
@@ -121,17 +136,27 @@ def train_teacher(recipe: Recipe, directory: Path) -> Metrics:
     The weights are ``directory``/model.safetensors.
     """
     settings = recipe.train.model_copy(
-        update={"epochs": recipe.teacher.epochs, "learning_rate": recipe.teacher.learning_rate}
+        update={
+            "epochs": recipe.teacher.epochs,
+            "learning_rate": recipe.teacher.learning_rate,
+            "compile": _compiling(recipe),
+        }
     )
     accelerator = make_accelerator(settings)
     train, test = open_dataset(recipe.data.spec(), "train"), open_dataset(recipe.data.spec(), "test")
-    own = teacher_input(recipe.teacher, recipe.data)
-    Reporter(quiet=not accelerator.is_main_process).say(f"teacher {recipe.teacher.name}: {own}")
-    # The teacher is trained with the normalisation of its inputs during distillation.
-    statistics = {"mean": own.preprocessing.mean, "std": own.preprocessing.std}
-    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=statistics)})
+    say = Reporter(quiet=not accelerator.is_main_process).say
     torch.manual_seed(settings.seed)
-    teacher = _build_teacher(recipe, len(train.classes), recipe.data.image_size).to(accelerator.device)
+    teacher, own, size = trainable_teacher(recipe, len(train.classes), say)
+    say(f"teacher {recipe.teacher.name}: {own}")
+    # The teacher is trained with the normalisation of its inputs during distillation.
+    changed = {
+        "mean": own.preprocessing.mean,
+        "std": own.preprocessing.std,
+        "image_size": size,
+        "resize": own.preprocessing.resize if size != recipe.data.image_size else recipe.data.resize,
+    }
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=changed)})
+    teacher.to(accelerator.device)
     teacher.to(memory_format=torch.channels_last)
     job = Run(
         directory=directory,
@@ -151,7 +176,9 @@ def train_teacher(recipe: Recipe, directory: Path) -> Metrics:
         write_text(directory / "teacher.json", json.dumps(written, indent=2))
         # The weights are written last: they mark the teacher as complete.
         metadata = about.metadata(recipe.teacher.name)
-        write_file(directory / "model.safetensors", lambda path: save_tensors(path, teacher.state_dict(), metadata))
+        # The names of the network itself, without those of the wrapper around it.
+        network = teacher.network if isinstance(teacher, ForeignTeacher) else teacher
+        write_file(directory / "model.safetensors", lambda path: save_tensors(path, network.state_dict(), metadata))
     accelerator.wait_for_everyone()
     return history[-1]
 
@@ -163,28 +190,25 @@ def train_student(recipe: Recipe, directory: Path, origin: Origin) -> Metrics:
     evaluation = EvaluationBatches(test, recipe.data, device=accelerator.device)
     batches = _batches(train, recipe, accelerator)
     say = Reporter(quiet=not accelerator.is_main_process).say
-    say(f"teacher {recipe.teacher.name}: {_known_input(recipe)}")
     distillation = prepare_distillation(recipe, train, batches, accelerator.device, say=say)
-    judgement = judge_teacher(_logits_only(distillation.frozen), evaluation, test.classes)
-    say(f"teacher {recipe.teacher.name}: {judgement}")
-    if distillation.task.distiller.outputs_read(recipe.distiller):
-        require_plausible(judgement, recipe.teacher, test.classes)
+    teacher_top1 = _judged(recipe, distillation, evaluation, test, say)
     if origin.teacher_sha256:
         with accelerator.main_process_first():
             claim_input(directory, "teacher_sha256", origin.teacher_sha256, recipe.teacher.checkpoint)
-    teacher_top1 = judgement.top1
 
     def keep(name: str, metrics: Metrics) -> None:
         spec = student_spec(recipe, train, distillation.branches, metrics, origin)
         hand_over(directory / name, distillation.student, spec)
 
+    measured = {} if teacher_top1 is None else {"teacher_top1": teacher_top1}
+
     def keep_best(metrics: Metrics) -> None:
-        keep("best", {**metrics, "teacher_top1": teacher_top1, "best_epoch_top1": metrics["top1"]})
+        keep("best", {**metrics, **measured, "best_epoch_top1": metrics["top1"]})
 
     job = Run(
         directory=directory,
         title=f"student {recipe.student.name}",
-        settings=recipe.train,
+        settings=recipe.train.model_copy(update={"compile": _compiling(recipe)}),
         branches=(distillation.layers, distillation.branches.num_branches if distillation.branches else 1),
         task=distillation.task,
         network=distillation.student,
@@ -199,10 +223,30 @@ def train_student(recipe: Recipe, directory: Path, origin: Origin) -> Metrics:
         recover(directory / "best")
     history = run(job, accelerator)
     best = max(epoch["top1"] for epoch in history)
-    metrics = {**history[-1], "teacher_top1": teacher_top1, "best_epoch_top1": best}
+    metrics = {**history[-1], **measured, "best_epoch_top1": best}
     if accelerator.is_main_process:
         keep("student", metrics)
     return metrics
+
+
+def _judged(
+    recipe: Recipe,
+    distillation: "Distillation",
+    evaluation: EvaluationBatches,
+    test: ImageSet,
+    say: Callable[[str], None],
+) -> float | None:
+    """Top-1 of the teacher, which must be plausible if the method reads it; None if its outputs are other classes."""
+    name = f"teacher {recipe.teacher.name}"
+    say(f"{name}: {distillation.given.given}")
+    if distillation.given.problem:
+        say(f"{name}: no top-1, because {distillation.given.problem}; only its features are read")
+        return None
+    judgement = judge_teacher(_logits_only(distillation.frozen), evaluation, test.classes)
+    say(f"{name}: {judgement}")
+    if distillation.task.distiller.outputs_read(recipe.distiller):
+        require_plausible(judgement, recipe.teacher, test.classes)
+    return judgement.top1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -210,6 +254,7 @@ class Distillation:
     """Networks and distiller, ready to train; branches are compared on the batch ``compared`` (N,3,S,S)."""
 
     student: Student
+    given: GivenTeacher
     frozen: FrozenTeacher
     branches: BranchSpec | None
     layers: int
@@ -233,11 +278,14 @@ def prepare_distillation(
 
     ``say`` gets one line if the file of the teacher's weights was not used as it is.
     """
-    teacher = _trained_teacher(recipe, train, say)
-    torch.manual_seed(recipe.train.seed)
-    student = STUDENTS.build(recipe.student.name, num_classes=len(train.classes), image_size=recipe.data.image_size)
     DISTILLERS.check(recipe.distiller.name)
-    frozen = _freeze(teacher, recipe, device)
+    given = given_teacher(recipe, train, say)
+    teacher = given.teacher
+    torch.manual_seed(recipe.train.seed)
+    size = recipe.data.image_size
+    student = build_student(recipe.student, num_classes=len(train.classes), image_size=size, say=say)
+    require_suitable(recipe.distiller, student, teacher)
+    frozen = _freeze(given, recipe, device)
     distiller = DISTILLERS.build(recipe.distiller.name, settings=recipe.distiller, student=student, teacher=teacher)
     branches = type(distiller).branch_spec(recipe.distiller, student, teacher)
     layers = _attach(student, branches)
@@ -247,7 +295,13 @@ def prepare_distillation(
     task = DistillationTask(student, distiller, layers).to(device)
     task.to(memory_format=torch.channels_last)
     return Distillation(
-        student=student, frozen=frozen, branches=branches, layers=len(layers), task=task, compared=calibration[0]
+        student=student,
+        given=given,
+        frozen=frozen,
+        branches=branches,
+        layers=len(layers),
+        task=task,
+        compared=calibration[0],
     )
 
 
@@ -256,12 +310,18 @@ def evaluate_teacher(recipe: Recipe) -> float:
     device = make_accelerator(recipe.train.model_copy(update={"mixed_precision": "no"})).device
     test = _reported_test_split(recipe)
     say = Reporter().say
-    teacher = _trained_teacher(recipe, test, say)
-    say(f"teacher {recipe.teacher.name}: {_known_input(recipe)}")
+    given = given_teacher(recipe, test, say)
+    say(f"teacher {recipe.teacher.name}: {given.given}")
+    if given.problem:
+        raise CheckpointError(
+            f"The teacher {recipe.teacher.name} cannot be evaluated on these classes: {given.problem}, the data set "
+            f"has {len(test.classes)}.",
+            remedy="Fine-tune it first with python -m training teacher.",
+        )
     exact = recipe.model_copy(
         update={"train": recipe.train.model_copy(update={"mixed_precision": "no", "teacher_precision": "no"})}
     )
-    return top1(_logits_only(_freeze(teacher, exact, device)), EvaluationBatches(test, recipe.data, device=device))
+    return top1(_logits_only(_freeze(given, exact, device)), EvaluationBatches(test, recipe.data, device=device))
 
 
 def evaluate_student(recipe: Recipe, checkpoint: Path) -> float:
@@ -304,47 +364,10 @@ def _precision(setting: str) -> Precision:
     return "bf16" if setting == "bf16" else "fp16" if setting == "fp16" else "no"
 
 
-def _build_teacher(recipe: Recipe, num_classes: int, image_size: int) -> Teacher:
-    return TEACHERS.build(recipe.teacher.name, num_classes=num_classes, image_size=image_size)
-
-
 def _reported_test_split(recipe: Recipe) -> ImageSet:
     test = open_dataset(recipe.data.spec(), "test")
     Reporter().say(described({"test": test}))
     return test
-
-
-def _known_input(recipe: Recipe) -> TeacherInput:
-    """The preprocessing of the recipe's teacher, that of its weights if they tell."""
-    path = Path(recipe.teacher.checkpoint)
-    known = described_teacher(path).preprocessing if recipe.teacher.checkpoint else None
-    return teacher_input(recipe.teacher, recipe.data, known, str(path))
-
-
-def _trained_teacher(recipe: Recipe, images: ImageSet, say: Callable[[str], None]) -> Teacher:
-    """The teacher with the weights of its checkpoint.
-
-    Raises ``CheckpointError`` if there is no checkpoint, if it cannot be read, or if its description has other classes:
-    logits are matched with classes by position.
-    """
-    if not recipe.teacher.checkpoint:
-        raise CheckpointError(
-            f"The recipe has no file with weights of the teacher {recipe.teacher.name}.",
-            remedy="Pass --teacher-checkpoint FILE.",
-        )
-    path = Path(recipe.teacher.checkpoint)
-    trained = described_teacher(path).classes
-    if trained is not None and trained != images.classes:
-        raise CheckpointError(
-            f"The teacher {path} was trained for {len(trained)} classes, the data set has {len(images.classes)}: "
-            f"{class_difference(trained, images.classes, 'the teacher', 'the data set')}.",
-            remedy="Pass --teacher-checkpoint with a teacher of this data set, or the data set that it was trained on.",
-        )
-    teacher = _build_teacher(recipe, len(images.classes), _known_input(recipe).preprocessing.image_size)
-    notes = load_teacher_weights(teacher, path)
-    if notes:
-        say(f"read {path}: {'; '.join(notes)}")
-    return teacher
 
 
 def _batches(train: ImageSet, recipe: Recipe, accelerator: Accelerator) -> Batches:
@@ -359,15 +382,21 @@ def _batches(train: ImageSet, recipe: Recipe, accelerator: Accelerator) -> Batch
     )
 
 
-def _freeze(teacher: Teacher, recipe: Recipe, device: torch.device) -> FrozenTeacher:
-    settings = recipe.train
+def _freeze(given: GivenTeacher, recipe: Recipe, device: torch.device) -> FrozenTeacher:
+    settings, teacher = recipe.train, given.teacher
     precision = settings.mixed_precision if settings.teacher_precision == "auto" else settings.teacher_precision
-    frozen = FrozenTeacher(teacher, device, _PRECISIONS.get(_precision(precision)), settings.compile)
-    given, own = preprocessing_of(recipe.data), _known_input(recipe).preprocessing
+    frozen = FrozenTeacher(teacher, device, _PRECISIONS.get(_precision(precision)), _compiling(recipe))
+    student, own = preprocessing_of(recipe.data), given.given.preprocessing
     mean, std = _column(own.mean), _column(own.std)
-    frozen.renormalise(_column(given.std) / std, (_column(given.mean) - mean) / std)
+    frozen.renormalise(_column(student.std) / std, (_column(student.mean) - mean) / std)
     frozen.resize(own.image_size)
     return frozen
+
+
+def _compiling(recipe: Recipe) -> Literal["auto", "no", "yes"]:
+    """Networks of other origins are not compiled by themselves: their code may not be compilable."""
+    foreign = recipe.teacher.is_reference or recipe.student.is_reference
+    return "no" if foreign and recipe.train.compile == "auto" else recipe.train.compile
 
 
 def _column(values: tuple[float, ...]) -> torch.Tensor:

@@ -12,7 +12,15 @@ from kdexport.errors import ConfigError, ReparamError
 from tests.conftest import run_command
 from tests.training.small_runs import environment
 from training.__main__ import app
-from training.recipe import Published, check_schedule, load_recipe, merge_overrides, parse_override
+from training.recipe import (
+    Published,
+    Recipe,
+    check_schedule,
+    load_recipe,
+    merge_overrides,
+    parse_override,
+    plugin_digests,
+)
 
 
 def write(path: Path, text: str) -> str:
@@ -359,3 +367,33 @@ def test_a_key_that_came_later_does_not_make_an_old_run_another_one() -> None:
     reported = load_recipe("digits", {"teacher": {"plausibility": "reported"}})
     assert reported.identity() == load_recipe("digits").identity()
     assert reported.model_dump()["teacher"]["plausibility"] == "reported"
+
+
+def test_the_source_of_a_factory_belongs_to_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    file, package = tmp_path / "mynet_file.py", tmp_path / "mynet_package"
+    write(file, "a = 1\n")
+    write(package / "__init__.py", "")
+    write(package / "deep" / "part.py", "b = 1\n")
+    for name, changed in (("mynet_file:make", file), ("mynet_package.deep.part:make", package / "deep" / "part.py")):
+        recipe = load_recipe("digits", {"student": {"name": name}})
+        before = plugin_digests(recipe)
+        assert set(before) == {"student"}
+        changed.write_text("c = 2\n")
+        assert plugin_digests(recipe) != before
+    assert plugin_digests(load_recipe("digits", {"student": {"name": "timm:resnet18"}})) == {}
+    assert plugin_digests(load_recipe("digits", {"teacher": {"name": "no_such_module:make"}})) == {}
+
+
+def test_the_file_that_a_student_starts_from_counts_by_its_content(tmp_path: Path) -> None:
+    def with_weights(path: Path) -> Recipe:
+        return load_recipe("digits", {"student": {"name": "timm:resnet18", "weights": str(path)}})
+
+    first, moved = tmp_path / "a.pth", tmp_path / "b.pth"
+    first.write_bytes(b"1")
+    moved.write_bytes(b"1")
+    assert with_weights(first).identity() == with_weights(moved).identity()
+    before = plugin_digests(with_weights(first))
+    assert before == plugin_digests(with_weights(moved))
+    moved.write_bytes(b"2")
+    assert plugin_digests(with_weights(moved)) != before

@@ -96,7 +96,7 @@ def test_a_contradiction_ends_a_run_before_anything_is_written(
     weights: Path, tiny_images: Path, tmp_path: Path
 ) -> None:
     wrong = ("teacher.mean=[0.5, 0.5, 0.5]", "teacher.std=[0.25, 0.25, 0.25]")
-    with pytest.raises(ConfigError, match=r"was trained with mean 0\.305 0\.305 0\.305"):
+    with pytest.raises(ConfigError, match=rf"^{re.escape(str(weights))} was trained with mean 0\.305"):
         distil(with_teacher(tiny_images, weights, *wrong), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

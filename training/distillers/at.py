@@ -17,6 +17,7 @@ class AT(Distiller):
 
     settings: ATSettings
     reads = frozenset(("features",))
+    reads_of_student = frozenset(("features",))
 
     def __init__(self, *, settings: ATSettings, student: Student, teacher: Teacher) -> None:
         super().__init__(settings=settings, student=student, teacher=teacher)

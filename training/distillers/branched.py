@@ -73,6 +73,8 @@ class BranchedDistiller(Distiller):
     """Compares the branches of each layer with the teacher's feature; the loss is the mean over the layers."""
 
     settings: BranchedSettings
+    #: Branches are read themselves.
+    reads_of_student = frozenset()
     #: The name of the loss.
     loss_name: str
 
@@ -86,8 +88,9 @@ class BranchedDistiller(Distiller):
     @classmethod
     def outputs_read(cls, settings: DistillerSettings) -> frozenset[Output]:
         assert isinstance(settings, BranchedSettings)
+        feature: Output = "features" if settings.teacher_feature == "post_activation" else "preactivations"
         # The target guide reads the weight of the teacher's classifier, but not what its outputs stand for.
-        return frozenset(("features", "logits")) if settings.kd_weight > 0 else frozenset(("features",))
+        return frozenset((feature, "logits")) if settings.kd_weight > 0 else frozenset((feature,))
 
     @classmethod
     def branch_spec(cls, settings: DistillerSettings, student: Student, teacher: Teacher) -> BranchSpec:

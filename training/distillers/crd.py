@@ -146,6 +146,7 @@ class CRD(Distiller):
 
     settings: CRDSettings
     reads = frozenset(("pooled",))
+    reads_of_student = frozenset(("pooled",))
     memory: ContrastMemory
 
     def __init__(self, *, settings: CRDSettings, student: Student, teacher: Teacher) -> None:

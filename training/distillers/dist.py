@@ -15,6 +15,7 @@ class DIST(Distiller):
 
     settings: DISTSettings
     reads = frozenset(("logits",))
+    reads_of_student = frozenset()
 
     def forward(
         self,

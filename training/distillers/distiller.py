@@ -13,8 +13,9 @@ from training.teachers import Teacher
 
 #: The outputs (N,C,H,W) of the branches of each layer, by the name of the student's tap.
 BranchFeatures = dict[str, list[Tensor]]
-#: What a method reads of a teacher: maps at taps, the vector that its classifier reads, its logits.
-Output = Literal["features", "pooled", "logits"]
+#: What a method reads of a network: maps at taps after and before their activation, the vector that its classifier
+#: reads, and its logits.
+Output = Literal["features", "preactivations", "pooled", "logits"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -39,7 +40,9 @@ class Distiller(nn.Module):
 
     settings: DistillerSettings
     #: What the method reads of the teacher; a method that does not say is taken to read everything.
-    reads: ClassVar[frozenset[Output]] = frozenset(("features", "pooled", "logits"))
+    reads: ClassVar[frozenset[Output]] = frozenset(("features", "preactivations", "pooled", "logits"))
+    #: What the method reads of the student besides its logits.
+    reads_of_student: ClassVar[frozenset[Output]] = frozenset(("features", "preactivations", "pooled"))
 
     def __init__(self, *, settings: DistillerSettings, student: Student, teacher: Teacher) -> None:  # noqa: ARG002
         super().__init__()

@@ -15,6 +15,7 @@ class KD(Distiller):
 
     settings: KDSettings
     reads = frozenset(("logits",))
+    reads_of_student = frozenset()
 
     def forward(
         self,

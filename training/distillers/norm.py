@@ -24,6 +24,7 @@ class NORM(Distiller):
 
     settings: NORMSettings
     reads = frozenset(("features",))
+    reads_of_student = frozenset(("features",))
 
     def __init__(self, *, settings: NORMSettings, student: Student, teacher: Teacher) -> None:
         super().__init__(settings=settings, student=student, teacher=teacher)

@@ -56,7 +56,8 @@ class OFD(Distiller):
     """
 
     settings: OFDSettings
-    reads = frozenset(("features",))
+    reads = frozenset(("preactivations",))
+    reads_of_student = frozenset(("preactivations",))
 
     def __init__(self, *, settings: OFDSettings, student: Student, teacher: Teacher) -> None:
         super().__init__(settings=settings, student=student, teacher=teacher)

@@ -12,6 +12,7 @@ class Plain(Distiller):
     """No loss except the cross-entropy with the labels."""
 
     reads = frozenset()
+    reads_of_student = frozenset()
 
     def forward(
         self,

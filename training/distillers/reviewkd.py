@@ -47,7 +47,8 @@ class ReviewKD(Distiller):
     """
 
     settings: ReviewKDSettings
-    reads = frozenset(("features", "pooled"))
+    reads = frozenset(("preactivations", "pooled"))
+    reads_of_student = frozenset(("features", "pooled"))
 
     def __init__(self, *, settings: ReviewKDSettings, student: Student, teacher: Teacher) -> None:
         super().__init__(settings=settings, student=student, teacher=teacher)

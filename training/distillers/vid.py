@@ -48,6 +48,7 @@ class VID(Distiller):
 
     settings: VIDSettings
     reads = frozenset(("features",))
+    reads_of_student = frozenset(("features",))
 
     def __init__(self, *, settings: VIDSettings, student: Student, teacher: Teacher) -> None:
         super().__init__(settings=settings, student=student, teacher=teacher)

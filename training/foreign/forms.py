@@ -28,14 +28,20 @@ class Form:
         return tokens.reshape(len(output), self.channels, self.side, self.side)
 
     def stride(self, image_size: int) -> int | None:
-        """The stride with side = ceil(image_size / stride), the nearest to their quotient; None if there is none."""
+        """The stride with side = ceil(image_size / stride): a power of two if one fits; None if there is none."""
         nearest = round(image_size / self.side)
-        near = (nearest, nearest + 1, nearest - 1)
-        return next((s for s in near if s >= 1 and math.ceil(image_size / s) == self.side), None)
+        powers = [2**exponent for exponent in range(image_size.bit_length() + 1)]
+        fitting = [s for s in (*powers, nearest, nearest + 1, nearest - 1) if s and -(-image_size // s) == self.side]
+        return min(fitting, key=lambda s: (s not in powers, abs(s - nearest)), default=None)
 
 
-def form_of(output: object, batch: int, path: str, prefix: int | None = None) -> Form:
+def form_of(
+    output: object, batch: int, path: str, prefix: int | None = None, *, writes_maps: bool | None = None
+) -> Form:
     """The form of the output of the module ``path`` for square images; ``prefix`` is the number of class tokens.
+
+    ``writes_maps`` is whether the layer that wrote it writes (N,C,H,W), None if that is not known; it decides where as
+    many channels as rows leave both forms possible.
 
     Raises ``ConfigError`` if it is not one tensor, or if its axes cannot be told apart.
     """
@@ -45,16 +51,18 @@ def form_of(output: object, batch: int, path: str, prefix: int | None = None) ->
     if shape[:1] != (batch,):
         raise _refused(path, f"returns {shape} for {batch} images: its first axis is not the batch")
     if len(shape) == 4:
-        return _map_form(shape, path)
+        return _map_form(shape, path, writes_maps)
     if len(shape) == 3:
         return _token_form(shape, path, prefix)
     raise _refused(path, f"returns {shape}, which is neither a map nor tokens")
 
 
-def _map_form(shape: tuple[int, ...], path: str) -> Form:
+def _map_form(shape: tuple[int, ...], path: str, writes_maps: bool | None) -> Form:
     _, first, second, third = shape
     is_first, is_last = second == third, first == second
-    if is_first and is_last and first > 1:
+    if is_first and is_last and first > 1 and writes_maps is not None:
+        is_first = writes_maps
+    elif is_first and is_last and first > 1:
         raise _refused(path, f"returns {shape}: channels before or after the map cannot be told apart")
     if is_first:
         return Form(kind="maps", channels=first, side=second)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kdexport.students import Host, Student, Tapped
 from training.foreign.plan import Plan, plan_of
-from training.foreign.probe import probe, require_logits, trained_output
+from training.foreign.probe import BATCH, probe, require_logits, trained_output
 from training.teachers import Teacher
 
 
@@ -109,7 +109,7 @@ class ForeignStudent(Student):
         _without_changes_in_place(network)
         title = f"The student {name}"
         self.plan = plan_of(probe(network, image_size, title), taps)
-        require_logits(trained_output(network, image_size), 2, f"{title}, in training mode,")
+        require_logits(trained_output(network, image_size), BATCH, f"{title}, in training mode,")
         self.network = network
         hosts = [tap.host for tap in self.plan.taps if tap.host is not None]
         self.describe(

@@ -28,6 +28,11 @@ from training.foreign.probe import (
 _PASSED = VIEWS | {"AddBackward0", "CatBackward0", "SliceBackward0", "SplitBackward0"}
 
 
+#: Layers that write (N,C,H,W), and layers that write their channels last.
+_MAP_LAYERS = (nn.Conv2d, nn.BatchNorm2d, nn.AvgPool2d, nn.MaxPool2d, nn.GroupNorm)
+_VECTOR_LAYERS = (nn.Linear, nn.LayerNorm)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TapPlan:
     """How one tap is read: the output of the module ``path``, in its form.
@@ -87,7 +92,8 @@ def _ends(found: Probe, paths: list[str]) -> list[Node]:
 def _tap(found: Probe, name: str, path: str, readers: Mapping[Node, int]) -> TapPlan:
     call = found.only_call(path, f"The tap {name} =")
     prefix = getattr(found.network, "num_prefix_tokens", None)
-    form = form_of(call.output, BATCH, path, prefix if isinstance(prefix, int) else None)
+    prefix = prefix if isinstance(prefix, int) else None
+    form = form_of(call.output, BATCH, path, prefix, writes_maps=_writes_maps(found, path))
     if call.output._version != call.version:
         raise ConfigError(
             f"The output of the tap {path!r} is changed in place after the module.",
@@ -111,6 +117,18 @@ def _tap(found: Probe, name: str, path: str, readers: Mapping[Node, int]) -> Tap
         host=host if isinstance(host, Host) else None,
         no_host=host if isinstance(host, str) else "",
     )
+
+
+def _writes_maps(found: Probe, path: str) -> bool | None:
+    """Whether the last layer inside the module ``path`` with a fixed order of axes writes (N,C,H,W)."""
+    modules = dict(found.network.named_modules())
+    for inner in reversed(found.calls):
+        if inner == path or inner.startswith(f"{path}."):
+            if isinstance(modules[inner], _MAP_LAYERS):
+                return True
+            if isinstance(modules[inner], _VECTOR_LAYERS):
+                return False
+    return None
 
 
 def _preactivation(found: Probe, call: Call) -> tuple[tuple[str, int] | None, str, Node | None]:

@@ -1,15 +1,21 @@
 """The checkpoint of a trained student: a folder with student.json and model.safetensors."""
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kdexport.checkpoint import StudentSpec, save_checkpoint
+import torch
+
+from kdexport.checkpoint import StudentSpec, save_checkpoint, save_program_checkpoint
 from kdexport.core.files import write_folder
 from kdexport.data.datasets import ImageSet
 from kdexport.data.preprocessing import Preprocessing
 from kdexport.reparam.blocks import BranchSpec
+from kdexport.reparam.branches import ParallelBranches
+from kdexport.reparam.program import original_graph
 from kdexport.students import Student
 from training.data import preprocessing_of
+from training.foreign.network import ForeignStudent
 from training.recipe import Recipe
 from training.runs.loop import Metrics
 
@@ -23,8 +29,23 @@ class Origin:
 
 
 def hand_over(final: Path, student: Student, spec: StudentSpec) -> None:
-    """Write the checkpoint of ``student`` to ``final``, atomically replacing an older one."""
-    write_folder(final, lambda folder: save_checkpoint(folder, student, spec))
+    """Write the checkpoint of ``student`` to ``final``, atomically replacing an older one.
+
+    A student of another origin is stored with its program, so that a build does not need the code that made it. Its
+    branches are a part of the program, where the build finds and folds them.
+    """
+    if not isinstance(student, ForeignStudent):
+        write_folder(final, lambda folder: save_checkpoint(folder, student, spec))
+        return
+    # A copy, because the student is trained further on its device.
+    network = copy.deepcopy(student.network).cpu().eval()
+    for module in network.modules():
+        if isinstance(module, ParallelBranches):
+            for branch in module.branches:
+                # Those of the training, which reads every branch; an exported program has no hooks.
+                branch._forward_hooks.clear()
+    graph = original_graph(network, torch.zeros(2, 3, spec.image_size, spec.image_size))
+    write_folder(final, lambda folder: save_program_checkpoint(folder, graph, replace(spec, branches=None)))
 
 
 def student_spec(
@@ -35,6 +56,8 @@ def student_spec(
     described = recipe.model_dump(mode="json")
     described["data"].pop("root")
     described["teacher"].pop("checkpoint")
+    if "weights" in described["student"]:
+        described["student"]["weights"] = Path(described["student"]["weights"]).name
     if described["data"]["name"].startswith("folder:"):
         described["data"]["name"] = "folder"
     preprocessing: Preprocessing = preprocessing_of(recipe.data)

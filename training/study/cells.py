@@ -169,7 +169,7 @@ def read(cell: Cell) -> Result:
         epochs=len(lines),
         last=100 * float(measured["top1"]),
         best=100 * max(float(line["top1"]) for line in lines),
-        teacher=100 * float(measured["teacher_top1"]),
+        teacher=100 * float(measured["teacher_top1"]) if "teacher_top1" in measured else None,
         device=str(latest.get("device", "")),
         date=str(latest.get("started", ""))[:10],
         commit=str(latest.get("commit", "")),

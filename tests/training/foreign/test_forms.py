@@ -43,6 +43,17 @@ def test_what_is_ambiguous_is_refused_by_name(output: object, reason: str) -> No
     assert reason in caught.value.message
 
 
-@pytest.mark.parametrize(("side", "size", "stride"), [(8, 64, 8), (7, 50, 8), (1, 32, 32), (4, 30, 8), (35, 299, None)])
+def test_the_layer_that_wrote_a_map_decides_where_both_forms_are_possible() -> None:
+    output = torch.zeros(2, 5, 5, 5)
+    assert form_of(output, 2, "layer", writes_maps=True).kind == "maps"
+    assert form_of(output, 2, "layer", writes_maps=False).kind == "channels last"
+    # It does not overrule a shape that is clear.
+    assert form_of(torch.zeros(2, 5, 4, 4), 2, "layer", writes_maps=False).kind == "maps"
+
+
+@pytest.mark.parametrize(
+    ("side", "size", "stride"),
+    [(8, 64, 8), (7, 50, 8), (4, 30, 8), (2, 48, 32), (3, 30, 10), (35, 299, None)],
+)
 def test_a_stride_is_one_that_gives_the_size_of_the_map(side: int, size: int, stride: int | None) -> None:
     assert Form(kind="maps", channels=3, side=side).stride(size) == stride
