@@ -1,0 +1,1 @@
+"""Changes of a bundle, and which check sees each of them: the parts of benchmarks/mutations.py."""
