@@ -155,21 +155,31 @@ def _always(value: float, _: Any) -> float:
 
 
 def _of_graphs(bundle: Path, files: list[str]) -> Iterator[Mutation]:
+    """Of each graph, in every file that holds it: whoever changes one changes its copies too."""
+    copies: dict[bytes, list[str]] = {}
     for name in files:
+        copies.setdefault((bundle / name).read_bytes(), []).append(name)
+    for names in copies.values():
+        label = names[0] if len(names) == 1 else f"{names[0]} and its copies"
         for what, edit in edits.GRAPH.items():
-            yield Mutation("graphs", f"{name}: {what}", partial(_graph, name, edit))
-        for other in files:
-            if (bundle / other).read_bytes() != (bundle / name).read_bytes():
-                what = f"{name}: replaced by {other}"
-                yield Mutation("graphs", what, partial(_copy, other, name))
+            yield Mutation("graphs", f"{label}: {what}", partial(_graph, names, edit))
+        for others in copies.values():
+            if others != names:
+                yield Mutation("graphs", f"{label}: replaced by {others[0]}", partial(_copy, others[0], names))
+        if len(names) > 1:
+            alone = partial(_graph, names[:1], edits.GRAPH["a ReLU made a LeakyRelu of slope 1e-7"])
+            yield Mutation("graphs", f"{names[0]} without its copies: a ReLU made a LeakyRelu", alone)
 
 
-def _graph(name: str, edit: Callable[[edits.Model, Rng], object], folder: Path, rng: Rng) -> None:
-    edits.edit_graph(folder / name, edit, rng)
+def _graph(names: list[str], edit: Callable[[edits.Model, Rng], object], folder: Path, rng: Rng) -> None:
+    edits.edit_graph(folder / names[0], edit, rng)
+    for name in names[1:]:
+        shutil.copyfile(folder / names[0], folder / name)
 
 
-def _copy(source: str, name: str, folder: Path, _: Rng) -> None:
-    shutil.copyfile(folder / source, folder / name)
+def _copy(source: str, names: list[str], folder: Path, _: Rng) -> None:
+    for name in names:
+        shutil.copyfile(folder / source, folder / name)
 
 
 def _of_tensors(files: list[str]) -> Iterator[Mutation]:
@@ -352,7 +362,7 @@ _UNSEEN = {
     r"files a (hidden )?file added": "the manifest lists it, and nothing reads it",
     r"golden .*: a text added": SAME_PIXELS,
     r"together classes reversed .*": "the names of the classes are data: no weight knows them",
-    r"together divergences .*": "results of images that are not in the bundle",
+    r"(metrics|files) metrics/.*|together divergences .*": "results of images that are not in the bundle",
 }
 
 

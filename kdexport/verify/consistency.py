@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,11 @@ from kdexport.verify.task_record import TaskRecord, described_results, load_reco
 
 #: Means of float32 values differ between processors in the last digits.
 _SAME_MEAN = 1e-4
+
+#: What the results have for each image, and whether it is a floating point number.
+_RESULTS = MappingProxyType(
+    {"indices": False, "labels": False, "predictions": False, "margins": True, "divergences": True, "errors": True}
+)
 
 #: The largest error over a few golden images is smaller than the one over all images of the build.
 _SAME_ERROR = 10.0
@@ -132,7 +138,13 @@ def _wrong_results(folder: Path, manifest: Manifest, record: TaskRecord) -> list
     wrong += [f"{name} has shape {a.shape}, expected ({images},)" for name, a in sizes.items() if a.shape != (images,)]
     if len(np.unique(reference.indices)) != images:
         wrong.append("an image is in the results twice")
-    stored = {name.rpartition(":")[0] for name in load_tensors(folder / TASK) if ":" in name}
+    tensors = load_tensors(folder / TASK)
+    wrong += [
+        f"{name} has the type {tensor.dtype}" if name.rpartition(":")[2] in _RESULTS else f"{name} is unknown"
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() != _RESULTS.get(name.rpartition(":")[2])
+    ]
+    stored = {name.rpartition(":")[0] for name in tensors if ":" in name}
     wrong += [f"{MANIFEST} has no figures of {name}" for name in sorted(stored - set(record.files))]
     measured = {manifest.files.get(name) for name in record.files}
     # Files with the same content are run once.
