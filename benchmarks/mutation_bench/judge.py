@@ -1,7 +1,6 @@
 """Which check sees a change of a bundle: the cheap ones first, then a whole verification."""
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,20 +17,30 @@ from kdexport.bundle.manifest import (
     hash_files,
     irregular_entries,
     layer_plans,
+    load_unfused,
     onnx_files,
     read_manifest,
     target_of,
 )
 from kdexport.bundle.signature import require_signed
-from kdexport.core.digests import sha256_file
-from kdexport.errors import BundleError, KdexportError, SignatureError
+from kdexport.checkpoint import load_tensors
+from kdexport.core.digests import sha256_bytes, sha256_file
+from kdexport.errors import BundleError, CheckpointError, KdexportError, SignatureError
 from kdexport.graph.equality import graph_difference
-from kdexport.graph.plan import PLAIN
+from kdexport.graph.plan import PLAIN, LayerPlan
+from kdexport.reparam.fold_student import fuse_student
 from kdexport.verify import verdict
 from kdexport.verify.check import Check
 from kdexport.verify.consistency import check_consistency
 from kdexport.verify.rebuilt_graphs import RebuiltGraphs
-from kdexport.verify.student_checks import BundleContext, check_integrity, student_checks, weight_bits
+from kdexport.verify.student_checks import (
+    BundleContext,
+    check_golden,
+    check_integrity,
+    check_weights,
+    student_checks,
+    weight_bits,
+)
 from kdexport.verify.verdict import replay
 
 #: Columns of the result, in the order in which the checks are tried.
@@ -71,7 +80,8 @@ class Judge:
         """``bundle`` is signed by the key that belongs to ``public_key``; ``scratch`` is an empty folder."""
         self._key, self._bundle = public_key, bundle
         manifest = read_manifest(bundle)
-        self._exported: dict[str, bytes] = {}
+        self._rebuilt: dict[str, bytes] = {}
+        self._golden: dict[str, list[Check]] = {}
         self._students: dict[str, tuple[list[Check], BundleContext | None]] = {}
         with self._remembering():
             rebuilt = RebuiltGraphs(bundle, manifest, scratch)
@@ -80,6 +90,8 @@ class Judge:
             for name, form in onnx_files(manifest).items():
                 plan = layer_plans(manifest).get(str(target_of(name)), PLAIN)
                 self._expected[name] = onnx.load(str(rebuilt.rebuild(name, form, plan, weight_bits(manifest))))
+        self._unfused = _key([bundle / "unfused.safetensors"], [_described(manifest)])
+        self._folded = fuse_student(load_unfused(bundle, manifest.spec)).module.state_dict()
         # No error and no failure: what a field of the records holds has no influence on any check.
         unread = replace(manifest, data=_WithoutRecords(manifest.data))
         seen, fact = self._of_verification(bundle, unread)
@@ -101,6 +113,9 @@ class Judge:
             return "files" if whole else "consistency", _said(failed[0])
         if self._only_records_differ(folder, manifest):
             return "", ""
+        weights = self._of_weights(folder, manifest)
+        if weights:
+            return "ladder", weights
         graph = self._of_graphs(folder, manifest)
         if graph:
             return "graph as rebuilt", graph
@@ -120,6 +135,16 @@ class Judge:
             return False
         mine, theirs = ({k: v for k, v in m.data.items() if k not in RECORDS} for m in (manifest, built))
         return mine == theirs
+
+    def _of_weights(self, folder: Path, manifest: Manifest) -> str:
+        """What rung A would say of the folded weights, if the unfused student is unchanged."""
+        if _key([folder / "unfused.safetensors"], [_described(manifest)]) != self._unfused:
+            return ""
+        try:
+            check = check_weights(load_tensors(folder / "student.safetensors"), self._folded)
+        except CheckpointError as error:
+            return error.message
+        return "" if check.holds else _said(check)
 
     def _of_graphs(self, folder: Path, manifest: Manifest) -> str:
         """What verification would say of the graphs, if what they are rebuilt from is unchanged."""
@@ -153,33 +178,50 @@ class Judge:
 
     @contextlib.contextmanager
     def _remembering(self) -> Iterator[None]:
-        """Fold, reference and export of the student once for the same inputs: they are most of a verification."""
-        export = RebuiltGraphs._exported
+        """Run once for the same inputs what takes most of a verification: fold, reference, export, golden logits."""
+        make = RebuiltGraphs._expected
 
-        def exported(graphs: RebuiltGraphs) -> Path:
-            folder, manifest, scratch = graphs._folder, graphs._manifest, graphs._scratch
-            described = [manifest.data["student"], manifest.data["provenance"], manifest.opset]
-            key = _key([folder / "unfused.safetensors", folder / "student.safetensors"], described)
-            if key not in self._exported:
-                self._exported[key] = export(graphs).read_bytes()
-            path = scratch / "model.onnx"
-            path.write_bytes(self._exported[key])
-            return path
+        def expected(graphs: RebuiltGraphs, path: Path, form: str, plan: LayerPlan, bits: int) -> Path:
+            folder, manifest = graphs._folder, graphs._manifest
+            read = [*_student_files(folder), folder / "model.onnx", *path.parent.glob("ranges.json")]
+            key = _key(read, [_described(manifest), manifest.opset, form, plan.to_json(), bits])
+            if key not in self._rebuilt:
+                self._rebuilt[key] = make(graphs, path, form, plan, bits).read_bytes()
+            rebuilt = graphs._scratch / f"{sha256_bytes(key.encode())}.onnx"
+            rebuilt.write_bytes(self._rebuilt[key])
+            return rebuilt
 
         def checked(folder: Path, manifest: Manifest, pixels: Any) -> tuple[list[Check], BundleContext | None]:
-            read = [manifest.data.get(name) for name in ("student", "provenance", "export", "targets", "policy")]
-            images = hashlib.sha256(pixels.tobytes()).hexdigest()
-            key = _key([folder / "unfused.safetensors", folder / "student.safetensors"], [*read, images])
+            export = [manifest.data["export"].get(name) for name in ("min_batch", "opt_batch", "max_batch", "tf32")]
+            read = [_described(manifest), export, manifest.data.get("targets"), manifest.data.get("policy")]
+            key = _key(_student_files(folder), [*read, sha256_bytes(pixels.tobytes())])
             if key not in self._students:
                 self._students[key] = student_checks(folder, manifest, pixels)
             checks, context = self._students[key]
             return list(checks), None if context is None else replace(context, folder=folder, manifest=manifest)
 
+        def golden(folder: Path, manifest: Manifest, pixels: Any) -> list[Check]:
+            described = [_described(manifest), sha256_bytes(pixels.tobytes())]
+            key = _key([folder / "unfused.safetensors", folder / "golden/logits.safetensors"], described)
+            if key not in self._golden:
+                self._golden[key] = check_golden(folder, manifest, pixels)
+            return list(self._golden[key])
+
         with (
-            mock.patch.object(RebuiltGraphs, "_exported", exported),
+            mock.patch.object(RebuiltGraphs, "_expected", expected),
             mock.patch.object(verdict, "student_checks", checked),
+            mock.patch.object(verdict, "check_golden", golden),
         ):
             yield
+
+
+def _described(manifest: Manifest) -> dict[str, Any]:
+    """What the student is built from: of its classes only their number."""
+    return {**manifest.data["student"], "classes": manifest.spec.num_classes}
+
+
+def _student_files(folder: Path) -> list[Path]:
+    return [folder / "unfused.safetensors", folder / "student.safetensors"]
 
 
 def _key(files: list[Path], described: list[Any]) -> str:
