@@ -124,6 +124,8 @@ def run(bundle: Path, count: int, seed: int, out: Path) -> list[Outcome]:
         signed, public = signed_copy(bundle, scratch)
         judge = Judge(signed, public, scratch / "rebuilt")
         chosen = sample(catalogue(signed), count, seed)
+        # In another order, so that a run that is stopped has some of each group.
+        np.random.default_rng(seed).shuffle(chosen)
         for place, mutation in enumerate(chosen):
             if (mutation.group, mutation.name) in done:
                 continue
