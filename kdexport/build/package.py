@@ -4,7 +4,7 @@ import json
 import platform
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from kdexport.checkpoint import PROGRAM, StudentSpec, TrainedStudent
 from kdexport.config import BuildConfig
 from kdexport.core.digests import sha256_file, tool_versions
 from kdexport.data.datasets import ImageSet, class_difference, spread
+from kdexport.data.uploads import ImageLimits, accepted_images
 from kdexport.errors import CheckpointError, DataError, VerificationError
 from kdexport.graph.audit import operator_counts
 from kdexport.graph.plan import LayerPlan
@@ -92,6 +93,7 @@ def package(folder: Path, parts: Parts, progress: Progress) -> VerifiedBundle:
     _copy_files(folder, parts)
     golden = _write_golden(folder, parts)
     data = _describe(parts, golden.names)
+    data |= {key: counts for key, counts in golden.refusals.items() if counts}
     for name, place in golden.places.items():
         data["targets"][name]["golden"] = place
     manifest = Manifest.from_json({**data, "files": {}})
@@ -145,7 +147,9 @@ def _copy_files(folder: Path, parts: Parts) -> None:
 
 
 def _write_golden(folder: Path, parts: Parts) -> GoldenSet:
-    chosen = spread(len(parts.validation), parts.config.verify.golden)
+    images = parts.validation
+    wanted = spread(len(images), parts.config.verify.golden)
+    accepted = accepted_images(wanted, len(images), lambda index: images.original(index)[0], ImageLimits())
     low = {
         str(target): open_file(model.path, model.form).logits
         for target, model in parts.casts.items()
@@ -157,7 +161,9 @@ def _write_golden(folder: Path, parts: Parts) -> GoldenSet:
         for target in parts.casts
     )
     own = [run for run in runs if run is not None]
-    return write_golden_set(folder, parts.trained, parts.validation, chosen, low, own, policy=policy)
+    found = write_golden_set(folder, parts.trained, images, accepted.positions, low, own, policy=policy)
+    key = "golden_passed_over" if accepted.accepted else "golden_refused"
+    return replace(found, refusals={key: accepted.passed_over})
 
 
 def _kept(target: Target, parts: Parts) -> tuple[str, ...]:

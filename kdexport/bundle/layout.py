@@ -17,6 +17,8 @@ RANGES = "ranges.json"
 
 #: A tensor of ``GOLDEN_LOGITS``: the unit of the error on the golden images, of which rung B allows a multiple.
 UNIT_ERROR = "unit_error"
+#: A tensor of ``GOLDEN_LOGITS``: the positions (N,) of the golden images in the validation split.
+GOLDEN_INDICES = "indices"
 #: Prefixes of tensors of ``GOLDEN_LOGITS``, followed by a target: its own logits of the golden images, as its runtime
 #: computed them at the build, and the rms distance from them that another processor or version may have.
 OWN_LOGITS, OWN_DISTANCE = "logits.", "allowed_distance."

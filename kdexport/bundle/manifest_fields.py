@@ -216,6 +216,8 @@ class ManifestFields(_Fields):
     export: _Export
     targets: dict[str, _Target]
     golden: Annotated[list[str], Field(min_length=1)]
+    golden_passed_over: dict[str, Count] = {}
+    golden_refused: dict[str, Count] = {}
     certificate: _Certificate
     operators: _Operators
     parity: list[_Check]

@@ -11,7 +11,14 @@ from rich.console import Console
 
 from kdexport.bundle.manifest import Manifest
 from kdexport.core.tables import Table, terminal_table
-from kdexport.verify.report import RUNGS, hazard_rows, plan_tables, rung_rows, verdict_sentence
+from kdexport.verify.report import (
+    RUNGS,
+    golden_sentence,
+    hazard_rows,
+    plan_tables,
+    rung_rows,
+    verdict_sentence,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -156,6 +163,9 @@ def show_facts(facts: "list[Fact]") -> None:
 def _print_build(console: Console, data: dict[str, Any]) -> None:
     for table in (_student_table(data), _rung_table(data), _target_table(data)):
         console.print(terminal_table(table))
+        console.print()
+    if said := golden_sentence(data):
+        console.print(f"Golden images: {said}", soft_wrap=True)
         console.print()
     _print_plans(console, data)
     _print_hazards(console, data)

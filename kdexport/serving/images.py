@@ -10,17 +10,12 @@ from numpy.typing import NDArray
 
 from kdexport.data.exif_and_alpha import ImageFacts, image_facts
 from kdexport.data.preprocessing import Preprocessing, decode
+from kdexport.data.uploads import FORMATS, Refusal, canvas_refusal, cost_of, header_refusal
 from kdexport.errors import DataError, RequestError
 from kdexport.serving.limits import Limits
 
 if TYPE_CHECKING:
     from PIL import Image
-
-#: Fewer than training reads from disk: each decoder is one more that hostile bytes can reach.
-FORMATS = ("JPEG", "PNG", "WEBP")
-_WEBP_HEADER = 30
-#: libwebp holds two canvases beside Pillow's two images, so a WebP pixel counts twice.
-_WEBP_COST = 2
 
 
 class PixelBudget:
@@ -71,18 +66,12 @@ def decode_upload(
 
     ``seen`` gets the orientation and transparency of an image that was decoded.
     """
-    size = _webp_size(data)
-    if size is not None:
-        # libwebp allocates its canvases while the header is read.
-        require_size(*size, limits, _WEBP_COST)
+    _require(canvas_refusal(data, limits.images))
     with budget.spend() as spending:
 
         def inspect(image: "Image.Image") -> None:
-            cost = _WEBP_COST if image.format == "WEBP" else 1
-            require_size(image.width, image.height, limits, cost)
-            if image.format != "MPO" and getattr(image, "is_animated", False):
-                raise RequestError("The image is animated.", remedy="Send a single frame.", reason="image")
-            spending.take(image.width * image.height * cost)
+            _require(header_refusal(image, limits.images))
+            spending.take(image.width * image.height * cost_of(image))
 
         try:
             image = decode(data, "The upload", formats=FORMATS, inspect=inspect)
@@ -92,45 +81,9 @@ def decode_upload(
         return preprocessing.pixels(image)
 
 
-def require_size(width: int, height: int, limits: Limits, cost: int = 1) -> None:
-    """Raise ``RequestError`` for too many pixels, a side that is too short, or sides that differ too much.
-
-    ``cost`` is how often each pixel counts.
-    """
-    allowed = limits.pixels // cost
-    if width * height > allowed:
-        raise RequestError(
-            f"The image has {width}x{height} pixels (up to {allowed:,} allowed{' for WebP' if cost > 1 else ''}).",
-            remedy="Scale it down before sending it.",
-            status=413,
-            reason="image",
-        )
-    short, long = sorted((width, height))
-    if short < limits.min_side:
-        raise RequestError(
-            f"The image is {width}x{height}; its short side must have at least {limits.min_side} pixels.",
-            remedy="Send the image at its original size.",
-            reason="image",
-        )
-    if long > limits.aspect * short:
-        raise RequestError(
-            f"The image is {width}x{height}; its long side may be up to {limits.aspect} times its short side.",
-            remedy="Crop it.",
-            reason="image",
-        )
-
-
-def _webp_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height from the first chunk of a WebP file (RFC 9649), None for other formats."""
-    head = data[:_WEBP_HEADER]
-    if len(head) < _WEBP_HEADER or head[:4] != b"RIFF" or head[8:12] != b"WEBP":
-        return None
-    if head[12:16] == b"VP8X":
-        return 1 + int.from_bytes(head[24:27], "little"), 1 + int.from_bytes(head[27:30], "little")
-    if head[12:16] == b"VP8L":
-        bits = int.from_bytes(head[21:25], "little")
-        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
-    return int.from_bytes(head[26:28], "little") & 0x3FFF, int.from_bytes(head[28:30], "little") & 0x3FFF
+def _require(refusal: Refusal | None) -> None:
+    if refusal is not None:
+        raise RequestError(refusal.message, remedy=refusal.remedy, status=refusal.status, reason="image")
 
 
 def normalisation_table(preprocessing: Preprocessing) -> NDArray[np.float32]:

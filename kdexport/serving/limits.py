@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kdexport.core.processors import usable_cpus
+from kdexport.data.uploads import ImageLimits
 
 MIB = 2**20
 
@@ -21,6 +22,8 @@ _BYTES_PER_CONNECTION = 384 * 1024
 _ACTIVATIONS_PER_INPUT = 32
 #: Memory limits of control groups version 1 above this mean "unlimited": the kernel writes a number near 2^63.
 _UNLIMITED_BYTES = 2**60
+
+_IMAGES = ImageLimits()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,13 +46,18 @@ class Limits:
     keep_alive_seconds: float = 5.0
     queue_seconds: float = 2.0
     total_seconds: float = 10.0
-    pixels: int = 25_000_000
-    min_side: int = 16
-    aspect: int = 20
+    pixels: int = _IMAGES.pixels
+    min_side: int = _IMAGES.min_side
+    aspect: int = _IMAGES.aspect
     parts: int = 8
     retry_after_seconds: int = 1
     drain_seconds: float = 5.0
     grace_seconds: float = 20.0
+
+    @property
+    def images(self) -> ImageLimits:
+        """The limits of an uploaded image."""
+        return ImageLimits(pixels=self.pixels, min_side=self.min_side, aspect=self.aspect)
 
     def places(self, instances: int, together: int = 1) -> int:
         """The most requests in progress: two batches of up to ``together`` per instance, and those that wait."""

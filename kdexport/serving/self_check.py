@@ -9,12 +9,11 @@ from numpy.typing import NDArray
 from kdexport.backends.ort import OrtModel, execution_of
 from kdexport.bundle.manifest import GOLDEN_LOGITS, Manifest
 from kdexport.data.preprocessing import read_image
+from kdexport.data.uploads import FORMATS
 from kdexport.errors import BundleError, RequestError, VerificationError
-from kdexport.serving.images import FORMATS, PixelBudget, decode_upload, normalise
+from kdexport.serving.images import PixelBudget, decode_upload, normalise
 from kdexport.serving.limits import Limits
 from kdexport.verify.golden_limits import Distance, OwnLogits, compare_own, read_reference
-
-_UPLOAD_SUFFIXES = tuple(f".{name.lower()}" for name in (*FORMATS, "JPG", "JFIF", "JPE"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,8 +82,10 @@ def compare_golden(
 
 def _golden_pixels(path: Path, manifest: Manifest, limits: Limits) -> NDArray[np.uint8]:
     preprocessing = manifest.spec.preprocessing
-    trained = preprocessing.pixels(read_image(path))
-    if path.suffix.lower() not in _UPLOAD_SUFFIXES:
+    image = read_image(path)
+    trained = preprocessing.pixels(image)
+    if image.format not in (*FORMATS, "MPO"):
+        # Of a data set in a format that the server does not take.
         return trained
     try:
         served = decode_upload(path.read_bytes(), preprocessing, limits, PixelBudget(limits.pixels))

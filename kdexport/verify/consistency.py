@@ -16,7 +16,7 @@ import onnx
 from numpy.typing import NDArray
 
 from kdexport.backends.base import ONNX_FILE, Finding
-from kdexport.bundle.layout import SBOM
+from kdexport.bundle.layout import GOLDEN_INDICES, SBOM
 from kdexport.bundle.manifest import GOLDEN_LOGITS, MANIFEST, MODEL, TARGETS, TASK, UNFUSED, Manifest, onnx_files
 from kdexport.bundle.sbom import normalised, read_versions, serial_number
 from kdexport.checkpoint import load_tensors
@@ -232,7 +232,11 @@ def _golden(folder: Path, manifest: Manifest) -> Finding:
     if record is None or not total:
         return Finding("labels", True, f"{count} labels")
     rows = {int(index): row for row, index in enumerate(record.reference.indices)}
-    shared = [(place, rows[index]) for place, index in enumerate(spread(total, count)) if index in rows]
+    # Bundles of earlier versions took evenly spread images.
+    indices = tensors[GOLDEN_INDICES].tolist() if GOLDEN_INDICES in tensors else spread(total, count)
+    if len(indices) != count or len(set(indices)) != count:
+        return Finding("labels", False, f"expected {count} different positions of images, found {indices}")
+    shared = [(place, rows[index]) for place, index in enumerate(indices) if index in rows]
     wrong = [place for place, row in shared if not _agrees(record, row, labels[place], logits[place])]
     fact = f"{len(shared) - len(wrong)} of {len(shared)} images that are also in {TASK} have its label and prediction"
     return Finding("labels", not wrong, f"{fact}; {manifest.golden[wrong[0]]} differs" if wrong else fact)

@@ -1,7 +1,7 @@
 """The golden images of a bundle, their reference logits, and the largest errors that a server accepts on them."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kdexport.backends.base import ONNX_FILE, Execution, Logits, run_in_batches
 from kdexport.backends.ort import load_model
-from kdexport.bundle.layout import OWN_DISTANCE, OWN_LOGITS
+from kdexport.bundle.layout import GOLDEN_INDICES, OWN_DISTANCE, OWN_LOGITS
 from kdexport.bundle.manifest import GOLDEN_LOGITS, UNIT_ERROR, write_golden
 from kdexport.checkpoint import TrainedStudent, load_student, save_tensors
 from kdexport.data.datasets import ImageSet
@@ -35,10 +35,14 @@ class OwnRun:
 
 @dataclass(frozen=True, slots=True)
 class GoldenSet:
-    """The names of the golden images, and where each target computed its own logits of them."""
+    """The names of the golden images, and where each target computed its own logits of them.
+
+    ``refusals`` are fields of the manifest: how many images the server would refuse, for each reason.
+    """
 
     names: list[str]
     places: dict[str, dict[str, str]]
+    refusals: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 def write_golden_set(
@@ -67,7 +71,11 @@ def write_golden_set(
         f"allowed_error.{target}": low_precision_error(exact, logits(given), policy.C.max_error)
         for target, logits in low.items()
     }
-    tensors = {"logits": torch.from_numpy(exact), "labels": torch.from_numpy(images.labels[list(chosen)])}
+    tensors = {
+        "logits": torch.from_numpy(exact),
+        "labels": torch.from_numpy(images.labels[list(chosen)]),
+        GOLDEN_INDICES: torch.tensor(list(chosen), dtype=torch.int64),
+    }
     tensors |= {name: torch.tensor(value, dtype=torch.float64) for name, value in allowed.items()}
     places = {}
     for run in own:

@@ -147,6 +147,8 @@ def _ladder(data: dict[str, Any]) -> Iterable[Table]:
         "float64 oracle, in multiples of the unfused fp32 model's own error. C: the same, in multiples of the error of "
         "a simulation. D: the task."
     )
+    if said := golden_sentence(data):
+        note += f" Golden images: {said}"
     yield Table(
         title="Checks", header=("rung", "subject", "measured", "allowed", "", "detail"), rows=tuple(rows), note=note
     )
@@ -284,6 +286,15 @@ def _certificate(data: dict[str, Any]) -> Table:
     whole = ("whole student", "", f"{certificate['whole_relative_error']:.1e}")
     note = f"float64 error relative to the largest output of the block; up to {certificate['limit']:.0e} allowed."
     return Table(title="Merge certificate", header=("block", "kind", "error"), rows=(whole, *rows), note=note)
+
+
+def golden_sentence(data: dict[str, Any]) -> str:
+    """Why images were not taken as golden images, or all are of a kind that the server refuses; empty if neither."""
+    passed, refused = data.get("golden_passed_over", {}), data.get("golden_refused", {})
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in (passed or refused).items())
+    if passed:
+        return f"{sum(passed.values()):,} images passed over, because kdexport serve would refuse them: {kinds}."
+    return f"kdexport serve would refuse every validation image as an upload: {kinds}." if refused else ""
 
 
 def hazard_rows(data: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -130,6 +130,7 @@ TABLE = {
     "data/datasets.py": CALIBRATE,
     "data/calibration_images.py": CALIBRATE,
     "data/preprocessing.py": FUSE,
+    "data/uploads.py": "bundle",
     "data/resampling.py": FUSE,
     "data/exif_and_alpha.py": FUSE,
     "students/mobilenetv2.py": FUSE,
