@@ -88,7 +88,8 @@ def _missing_nodes(content: PlanContent, nodes: frozenset[str]) -> list[str]:
 
 
 def _missing_weights(plan: bytes, stored: Sequence[tuple[str, str, bytes]], weights: Sequence[str]) -> list[str]:
-    found = {name for name, _, data in stored if data in plan}
+    wanted = set(weights)
+    found = {name for name, _, data in stored if name in wanted and data in plan}
     absent = [name for name in weights if name not in found]
     if not absent:
         return []
