@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from kdexport.data.preprocessing import Preprocessing
-from kdexport.errors import ConfigError
+from kdexport.errors import ConfigError, ReparamError
 from kdexport.origins import libraries
 from kdexport.origins.factories import call_factory
 from kdexport.origins.program_archive import open_archive
@@ -66,9 +67,25 @@ def import_network(
 
 def _own_network(reference: Reference, num_classes: int | None, image_size: int | None) -> libraries.MadeNetwork:
     if reference.kind == "program":
-        module = open_archive(Path(reference.name)).module(check_guards=False)
-        return libraries.MadeNetwork(module, None, ())
+        return libraries.MadeNetwork(_program_module(Path(reference.name)), None, ())
     return libraries.MadeNetwork(call_factory(reference.name, num_classes=num_classes, image_size=image_size), None, ())
+
+
+def _program_module(path: Path) -> nn.Module:
+    """The module of an archive; raises ``ReparamError`` for a program with a fixed batch."""
+    program = open_archive(path).module(check_guards=False)
+    # A plain graph of it, without the hooks that check the shapes of inputs. A program has no mode: whether it was
+    # exported in training mode is read from its operators.
+    module = fx.GraphModule(program, program.graph).eval()
+    inputs = [node.meta.get("val") for node in module.graph.nodes if node.op == "placeholder"]
+    batch: Any = inputs[0].shape[0] if len(inputs) == 1 and isinstance(inputs[0], Tensor) and inputs[0].dim() else None
+    if batch is None or isinstance(batch, int):
+        fact = f"{len(inputs)} inputs" if len(inputs) != 1 else f"a fixed batch of {batch}"
+        raise ReparamError(
+            f"{path} takes {fact}; a student takes one tensor of images of any batch size.",
+            remedy='Export it again with dynamic_shapes=({0: torch.export.Dim("batch", min=1)},).',
+        )
+    return module
 
 
 def _evaluated(network: ImportedNetwork) -> ImportedNetwork:
