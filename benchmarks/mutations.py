@@ -16,14 +16,14 @@ import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
-from mutation_bench.catalogue import Mutation, catalogue, sample, unseen_reason
+from mutation_bench.catalogue import Mutation, catalogue, known_reason, sample, unseen_reason
 from mutation_bench.judge import JUDGES, Judge
 
 from kdexport.bundle.manifest import hash_files
@@ -139,18 +139,21 @@ def run(bundle: Path, count: int, seed: int, out: Path) -> list[Outcome]:
 
 
 def read(path: Path) -> list[Outcome]:
-    """The outcomes in a file of ``run``; a line that a killed run left half-written is not one."""
+    """The outcomes in a file of ``run``, with reasons that were found since; a half-written line is not one."""
     found = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
-            found.append(Outcome(**json.loads(line)))
+            outcome = Outcome(**json.loads(line))
         except (ValueError, TypeError):
             continue
+        if outcome.unexplained:
+            outcome = replace(outcome, reason=known_reason(outcome.group, outcome.name))
+        found.append(outcome)
     return found
 
 
-def report(outcomes: list[Outcome]) -> str:
-    """The page of a run: who sees what, and every change that no check sees, by reason."""
+def report(outcomes: list[Outcome], about: str = "") -> str:
+    """The page of a run: ``about`` the bundle, who sees what, and every change that no check sees, by reason."""
     mutations = len({(outcome.group, outcome.name) for outcome in outcomes})
     tried = [outcome for outcome in outcomes if outcome.seen_by != UNDONE]
     lines = [
@@ -160,6 +163,7 @@ def report(outcomes: list[Outcome]) -> str:
         f"written into the manifest: {len(tried)} trials. {len(outcomes) - len(tried)} more are undone by new digests. "
         "`python benchmarks/mutations.py` makes this page.",
         "",
+        *([about, ""] if about else []),
         f"- The signature refuses {sum(o.signature for o in tried)} of {len(tried)}.",
         f"- Without it, {sum(bool(o.seen_by) for o in tried)} are seen by `kdexport verify`, "
         f"{sum(not o.seen_by and bool(o.reason) for o in tried)} are not, for a reason below, and "
@@ -212,10 +216,11 @@ def main() -> None:
     running.add_argument("--out", type=Path, required=True)
     reporting = commands.add_parser("report")
     reporting.add_argument("results", type=Path)
+    reporting.add_argument("--about", default="", help="A sentence on the bundle and the machine.")
     reporting.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     if given.command == "report":
-        given.out.write_text(report(read(given.results)), encoding="utf-8")
+        given.out.write_text(report(read(given.results), given.about), encoding="utf-8")
         return
     outcomes = run(given.bundle, given.count, given.seed, given.out)
     wrong = [outcome for outcome in outcomes if outcome.wrong]
