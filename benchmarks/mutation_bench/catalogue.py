@@ -351,6 +351,7 @@ _UNSEEN = {
     r"manifest task: removed|together the task .*": "as in a bundle that was built without rung D",
     r"manifest student\b.*": "a description of how the student was trained or made, which its weights do not need",
     r"manifest a field added": "keys of later versions are allowed, and nothing reads them",
+    r"files manifest\.json: a byte appended": "the same JSON with a line break at its end",
     r"manifest .*": "",
     r"(files|reports) report\.(md|html): .*": "text for people, which no command reads",
     r"(files|reports) sbom\.json: .*": "what the machine of the build reported; only the versions of the manifest are "
