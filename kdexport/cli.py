@@ -19,6 +19,7 @@ from kdexport.commands.listing import list_
 from kdexport.commands.replay import replay
 from kdexport.commands.serve import serve
 from kdexport.commands.sign import sign
+from kdexport.commands.slim import slim
 from kdexport.commands.triton import triton
 from kdexport.commands.verify import verify
 
@@ -60,5 +61,6 @@ app.command()(gate)
 app.command(name="calibrate-runner")(calibrate_runner)
 app.command()(replay)
 app.command()(sign)
+app.command()(slim)
 app.command()(serve)
 app.command()(triton)

@@ -205,6 +205,11 @@ class _Provenance(_Fields):
     metrics: _Metrics = _Metrics()
 
 
+class _Slim(_Fields):
+    manifest_sha256: str
+    left_out: list[str]
+
+
 class ManifestFields(_Fields):
     """A manifest. ``student`` and ``policy`` are read by ``StudentSpec`` and ``Policy``, which know their fields."""
 
@@ -224,6 +229,7 @@ class ManifestFields(_Fields):
     parity_images: Count
     latency: _Latency | None
     task: _Task | None = None
+    slim: _Slim | None = None
     policy: dict[str, Any] = {}
     versions: dict[str, str]
     files: dict[str, str]

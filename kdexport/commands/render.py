@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kdexport.bundle.signature import Signer
+    from kdexport.bundle.slim_form import SlimBundle
     from kdexport.diagnose.environment import Fact
     from kdexport.pipeline import BuildResult
     from kdexport.verify.policy import Change
@@ -132,6 +133,17 @@ def show_signed(folder: Path, signer: "Signer") -> None:
     console.print(f"Signed {signer.files} files of {folder} by {signer}.", soft_wrap=True)
     trusted = "PUBLIC_KEY.pem" if signer.kind == "key" else "ROOT.pem"
     console.print(f"Check it: {_program()} verify {folder} --signature {trusted}", soft_wrap=True)
+
+
+def show_slim(written: "SlimBundle") -> None:
+    """What ``kdexport slim`` prints: the size before and after, and what was left out."""
+    console = new_console()
+    part = written.bytes / max(written.whole_bytes, 1)
+    console.print(
+        f"Written: {written.out}, {written.bytes:,} bytes, {part:.0%} of the {written.whole_bytes:,} of the bundle.",
+        soft_wrap=True,
+    )
+    console.print(f"Left out: {', '.join(written.left_out)}", soft_wrap=True)
 
 
 def show_signer(signer: "Signer") -> None:

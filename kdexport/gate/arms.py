@@ -163,8 +163,10 @@ def _unfused_twin(bundle: Bundle, scratch: Path) -> Path:
     It is deleted when the comparison ends and must not be published: its checks are those of the fused student.
     """
     from kdexport.bundle.manifest import load_unfused
+    from kdexport.bundle.slim_form import require_whole
     from kdexport.graph.export import export_onnx
 
+    require_whole(bundle.folder, bundle.manifest)
     folder = scratch / f"unfused-{bundle.manifest.build_key[:12]}"
     if folder.is_dir():
         return folder

@@ -25,6 +25,7 @@ from kdexport.bundle.manifest import (
     onnx_files,
     target_of,
 )
+from kdexport.bundle.slim_form import require_whole
 from kdexport.checkpoint import load_tensors, save_tensors
 from kdexport.core.digests import sha256_file, tool_versions
 from kdexport.core.files import write_folder
@@ -71,6 +72,7 @@ def rebuild_files(
         raise OutputError(f"{out} exists and is not an empty folder.", remedy="Pass another --out.")
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
+    require_whole(folder, manifest)
     _require_unfused(folder, manifest)
     with tempfile.TemporaryDirectory(prefix="kdexport-replay-") as scratch:
         rebuilt = RebuiltGraphs(folder, manifest, Path(scratch))

@@ -26,6 +26,7 @@ from kdexport.bundle.manifest import (
     read_golden,
     target_of,
 )
+from kdexport.bundle.slim_form import require_whole
 from kdexport.errors import BundleError, NotExecutedError, UndecidedError, UnknownNameError, VerificationError
 from kdexport.registry import nearest
 from kdexport.targets import Target, parse_target
@@ -183,8 +184,9 @@ def _is_own_run(target: Target) -> bool:
 def replay(folder: Path, manifest: Manifest, progress: Callable[[str], None]) -> Verdict:
     """Verify a finished bundle: file digests, golden images from their bytes, and the ladder on these images.
 
-    A failed check does not stop later ones.
+    A failed check does not stop later ones. Raises ``NotExecutedError`` for a slim bundle.
     """
+    require_whole(folder, manifest)
     checks, pixels = _files(folder, manifest, progress)
     if pixels is None:
         return Verdict(tuple(checks))
@@ -208,7 +210,11 @@ def stored_task(folder: Path, manifest: Manifest, policy: Policy) -> list[Check]
 
 
 def replay_algebra(folder: Path, manifest: Manifest, progress: Callable[[str], None]) -> Verdict:
-    """Verify only the file digests and rung A, with one check for each folded block."""
+    """Verify only the file digests and rung A, with one check for each folded block.
+
+    Raises ``NotExecutedError`` for a slim bundle.
+    """
+    require_whole(folder, manifest)
     checks, pixels = _files(folder, manifest, progress)
     if pixels is None:
         return Verdict(tuple(checks))

@@ -109,9 +109,9 @@ def test_the_options_of_each_command_are_frozen() -> None:
     }
     assert options == {
         "build": [
-            "--blame", "--checkpoint", "--config", "--data", "--debug", "--fresh", "--json", "--out", "--plugin",
-            "--precision-search", "--processes", "--resume", "--student", "--target", "--teacher-checkpoint",
-            "--workspace",
+            "--blame", "--checkpoint", "--config", "--data", "--debug", "--fresh", "--image-size", "--json", "--out",
+            "--output", "--plugin", "--precision-search", "--processes", "--resume", "--student", "--target",
+            "--teacher-checkpoint", "--weights", "--workspace",
         ],
         "explain-failure": ["--debug", "--json", "--out", "--plugin", "bundle"],
         "verify": [
@@ -137,6 +137,7 @@ def test_the_options_of_each_command_are_frozen() -> None:
         ],
         "fuse": ["--debug", "--input", "--json", "--out", "--plugin", "source"],
         "replay": ["--debug", "--json", "--out", "--plugin", "bundle"],
+        "slim": ["--debug", "--json", "--out", "--plugin", "--target", "bundle"],
         "sign": ["--certificate", "--debug", "--json", "--key", "--plugin", "bundle"],
         "serve": [
             "--body-timeout", "--connections", "--debug", "--drain", "--grace", "--header-timeout", "--host",
