@@ -167,13 +167,17 @@ def _plan_without_recipe(request: BuildRequest, workspace: Workspace, reporter: 
 def _imported(request: BuildRequest, plan: _Plan, workspace: Workspace, reporter: Reporter) -> TrainedStudent:
     reference = parse_reference(request.config.student)
     assert reference is not None
+    test = open_dataset(plan.dataset, "test")
     wanted = ImportRequest(
         reference=reference,
         weights=request.weights or OWN_WEIGHTS,
-        classes=open_dataset(plan.dataset, "test").classes,
+        classes=test.classes,
         preprocessing=request.config.preprocessing,
         output=request.config.output,
-        provenance={"dataset_sha256": plan.dataset_sha256},
+        provenance={
+            "dataset_sha256": plan.dataset_sha256,
+            **({"dataset_split": test.drawn} if test.drawn else {}),
+        },
     )
     with reporter.stage("import"):
         return import_student(wanted, workspace, reporter.say)

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pickle
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -45,7 +46,13 @@ _SYSTEM_NAMES = ("thumbs.db", "desktop.ini", "__macosx", "icon\r")
 _SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
 _MOST_NAMED = 20
 _CIFAR_FOLDER = "cifar-100-python"
-_LAYOUT = "DIR/train/<class>/*.png and DIR/test/<class>/*.png (or val/, valid/, validation/)"
+_LAYOUT = (
+    "DIR/train/<class>/*.png and DIR/test/<class>/*.png (or val/, valid/, validation/), or without splits as "
+    "DIR/<class>/*.png"
+)
+#: The part of the images of each class that is the test split of a folder without splits, and the seed of the draw.
+_TEST_SHARE = 0.2
+_SPLIT_SEED = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,6 +88,8 @@ class ImageSet:
     files: tuple[Path, ...]
     #: Files in the folders of the split that are no images, or are in no class folder.
     ignored: tuple[Path, ...] = ()
+    #: How the splits were drawn; empty if they are stored as splits.
+    drawn: str = ""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -217,8 +226,27 @@ def _is_data(name: str) -> bool:
     return not name.startswith(".") and name.lower() not in _SYSTEM_NAMES
 
 
+def _class_folders(folder: Path) -> dict[str, Path]:
+    """The folders of the classes by name, sorted by name.
+
+    Names are in the composed form of Unicode (NFC): some file systems decompose letters with accents, and the order of
+    the classes, which are the labels, must be the same on every machine.
+    """
+    found: dict[str, Path] = {}
+    for entry in sorted(entry for entry in folder.iterdir() if entry.is_dir() and _is_data(entry.name)):
+        name = unicodedata.normalize("NFC", entry.name)
+        if name in found:
+            raise DataError(
+                f"{folder} has two folders of the class {name}, whose names differ only in their Unicode form: "
+                f"{found[name].name!a} and {entry.name!a}.",
+                remedy="Move the images of both into one folder.",
+            )
+        found[name] = entry
+    return dict(sorted(found.items()))
+
+
 def _class_names(split_folder: Path) -> list[str]:
-    return sorted(entry.name for entry in split_folder.iterdir() if entry.is_dir() and _is_data(entry.name))
+    return list(_class_folders(split_folder))
 
 
 def _files_below(folder: Path) -> list[Path]:
@@ -265,38 +293,84 @@ def class_difference(one: Sequence[str], two: Sequence[str], one_name: str, two_
     return "; ".join(parts) or "the same names in a different order"
 
 
+def has_stored_splits(root: Path) -> bool:
+    """Whether an image folder has a folder for one of its splits; without any, its test split is drawn."""
+    return any(_split_folder(root, split) is not None for split in ("train", "test"))
+
+
 def _open_folder(root: Path, split: Split) -> ImageSet:
+    if root.is_dir() and not has_stored_splits(root) and _class_folders(root):
+        return _open_drawn(root, split)
     found = _split_folder(root, split)
     if found is None:
         raise DataError(
             f"{root} has no folder {' or '.join(_SPLIT_FOLDERS[split])}.", remedy=f"Arrange images as {_LAYOUT}."
         )
-    classes = _class_names(found)
-    files: list[Path] = []
-    labels: list[int] = []
-    ignored = [path for path in found.iterdir() if not path.is_dir() and _is_data(path.name)]
-    for label, name in enumerate(classes):
-        images: list[Path] = []
-        for path in _files_below(found / name):
-            (images if path.suffix.lower() in SUFFIXES else ignored).append(path)
-        if not images:
-            raise DataError(
-                f"{found / name} contains no image.",
-                remedy=f"Add images ({' '.join(SUFFIXES)}) or remove the folder.",
-            )
-        files += images
-        labels += [label] * len(images)
-    if not files:
-        raise DataError(f"{found} contains no class folder.", remedy=f"Arrange images as {_LAYOUT}.")
-    _require_no_unread_image(found, ignored)
+    images, ignored = _images_by_class(found)
     _require_same_classes(root)
+    return _image_set(images, ignored)
+
+
+def _images_by_class(folder: Path) -> tuple[dict[str, list[Path]], list[Path]]:
+    """The image files of each class folder in ``folder``, and the files that are no images or in no class folder."""
+    ignored = [path for path in folder.iterdir() if not path.is_dir() and _is_data(path.name)]
+    found: dict[str, list[Path]] = {}
+    for name, place in _class_folders(folder).items():
+        images = found[name] = []
+        for path in _files_below(place):
+            (images if path.suffix.lower() in SUFFIXES else ignored).append(path)
+    _require_no_unread_image(folder, ignored)
+    empty = [name for name, images in found.items() if not images]
+    if empty:
+        raise DataError(
+            f"{folder / empty[0]} contains no image.",
+            remedy=f"Add images ({' '.join(SUFFIXES)}) or remove the folder.",
+        )
+    if not found:
+        raise DataError(f"{folder} contains no class folder.", remedy=f"Arrange images as {_LAYOUT}.")
+    return found, ignored
+
+
+def _image_set(images: Mapping[str, Sequence[Path]], ignored: Sequence[Path], drawn: str = "") -> ImageSet:
+    labels = [label for label, files in enumerate(images.values()) for _ in files]
     return ImageSet(
-        classes=tuple(classes),
+        classes=tuple(images),
         labels=np.asarray(labels, np.int64),
         pixels=None,
-        files=tuple(files),
+        files=tuple(path for files in images.values() for path in files),
         ignored=tuple(sorted(ignored)),
+        drawn=drawn,
     )
+
+
+def _open_drawn(root: Path, split: Split) -> ImageSet:
+    """A split of a folder of classes without splits: the same images on every machine, because names decide alone."""
+    images, ignored = _images_by_class(root)
+    single = [name for name, files in images.items() if len(files) < 2]
+    if single:
+        raise DataError(
+            f"{root} has no folders train and test, and so its test split is drawn from each class, but "
+            f"{len(single)} classes have one image: {', '.join(single[:_MOST_NAMED])}.",
+            remedy="Add images to these classes or remove their folders, or arrange images as DIR/train/<class>/* and "
+            "DIR/test/<class>/*.",
+        )
+    chosen: dict[str, list[Path]] = {}
+    for name, files in images.items():
+        test = _drawn_for_test(root, name, files)
+        chosen[name] = [path for path in files if (path in test) == (split == "test")]
+    drawn = f"test split drawn: {_TEST_SHARE:.0%} of each class, by file name, seed {_SPLIT_SEED}"
+    # Both splits have the same folders, so that their files are reported once.
+    return _image_set(chosen, ignored if split == "train" else (), drawn)
+
+
+def _drawn_for_test(root: Path, name: str, files: Sequence[Path]) -> set[Path]:
+    """At least one of ``files`` and not all of them: those whose names have the smallest digests."""
+
+    def rank(path: Path) -> str:
+        place = unicodedata.normalize("NFC", path.relative_to(root).as_posix())
+        return hashlib.sha256(f"{_SPLIT_SEED}\0{name}\0{place}".encode(errors="surrogateescape")).hexdigest()
+
+    return set(sorted(files, key=rank)[: max(1, round(_TEST_SHARE * len(files)))])
 
 
 def _require_no_unread_image(folder: Path, ignored: Sequence[Path]) -> None:
@@ -314,7 +388,8 @@ def described(splits: Mapping[str, ImageSet]) -> str:
     classes = len(next(iter(splits.values())).classes)
     ignored = Counter(_kind(path) for images in splits.values() for path in images.ignored)
     kinds = f" ({', '.join(f'{kind} {count}' for kind, count in sorted(ignored.items()))})" if ignored else ""
-    return f"{' and '.join(counts)} images, {classes} classes, {ignored.total()} files ignored{kinds}"
+    line = f"{' and '.join(counts)} images, {classes} classes, {ignored.total()} files ignored{kinds}"
+    return "; ".join([line, *dict.fromkeys(images.drawn for images in splits.values() if images.drawn)])
 
 
 def _kind(ignored: Path) -> str:

@@ -69,6 +69,7 @@ def student_spec(
         provenance={
             "recipe": described,
             "dataset_sha256": origin.dataset_sha256,
+            **({"dataset_split": train.drawn} if train.drawn else {}),
             "teacher_sha256": origin.teacher_sha256,
             "seed": recipe.train.seed,
             "metrics": metrics,

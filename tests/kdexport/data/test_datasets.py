@@ -577,3 +577,99 @@ def test_different_data_behind_symbolic_links_has_different_digests(tmp_path: Pa
         digests.append(dataset_digest(DatasetSpec(name=f"folder:{linked}"), tmp_path / "memory"))
         assert digests[-1] == dataset_digest(spec, tmp_path / "memory")
     assert digests[0] != digests[1]
+
+
+def class_folders(root: Path, counts: dict[str, int]) -> DatasetSpec:
+    """Folders of classes without splits, each image of its own noise."""
+    for c, (name, count) in enumerate(counts.items()):
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            Image.fromarray(pixels(1000 + 100 * c + i)).save(root / name / f"photo {i}.png")
+    return DatasetSpec(name=f"folder:{root}")
+
+
+def by_class(images: ImageSet) -> dict[str, set[str]]:
+    return {
+        name: {path.name for path, label in zip(images.files, images.labels, strict=True) if label == index}
+        for index, name in enumerate(images.classes)
+    }
+
+
+def test_a_folder_without_splits_is_split_by_class_without_loss_or_overlap(tmp_path: Path) -> None:
+    counts = {"cat": 20, "ant": 2, "bee": 13}
+    spec = class_folders(tmp_path, counts)
+    train, test = by_class(open_dataset(spec, "train")), by_class(open_dataset(spec, "test"))
+    assert list(train) == list(test) == ["ant", "bee", "cat"]
+    # A fifth of each class, at least one image.
+    assert {name: len(files) for name, files in test.items()} == {"ant": 1, "bee": 3, "cat": 4}
+    for name, count in counts.items():
+        assert not train[name] & test[name]
+        assert train[name] | test[name] == {f"photo {i}.png" for i in range(count)}
+
+
+def test_the_drawn_split_depends_on_names_alone(tmp_path: Path) -> None:
+    spec = class_folders(tmp_path / "one", {"cat": 12, "ant": 12})
+    shutil.copytree(tmp_path / "one", tmp_path / "elsewhere")
+    other = DatasetSpec(name=f"folder:{tmp_path / 'elsewhere'}")
+    for split in ("train", "test"):
+        assert by_class(open_dataset(spec, split)) == by_class(open_dataset(other, split))
+    assert dataset_digest(spec, tmp_path / "memory") == dataset_digest(other, tmp_path / "memory")
+    # An image more moves at most one other image per class from one split to the other.
+    before = by_class(open_dataset(spec, "test"))["cat"]
+    Image.fromarray(pixels(7)).save(tmp_path / "one" / "cat" / "new.png")
+    after = by_class(open_dataset(spec, "test"))["cat"]
+    assert len(before ^ after) <= 2
+
+
+def test_the_drawn_split_is_the_documented_one(tmp_path: Path) -> None:
+    spec = class_folders(tmp_path, {"a": 5, "b": 5})
+    # The images whose names have the smallest sha256.
+    expected = {
+        name: {min((f"photo {i}.png" for i in range(5)), key=lambda f: hashlib.sha256(
+            b"0\0" + name.encode() + b"\0" + name.encode() + b"/" + f.encode()).hexdigest())}
+        for name in "ab"
+    }  # fmt: skip
+    assert by_class(open_dataset(spec, "test")) == expected
+
+
+def test_a_drawn_split_is_told_in_the_line_on_the_images(tmp_path: Path) -> None:
+    spec = class_folders(tmp_path / "data", {"cat": 10, "ant": 10})
+    (tmp_path / "data" / "notes.txt").write_text("x")
+    lines: list[str] = []
+    dataset_digest(spec, tmp_path / "memory", lines.append)
+    dataset_digest(spec, tmp_path / "memory", lines.append)
+    assert (
+        lines
+        == [
+            "16 training and 4 test images, 2 classes, 1 files ignored (.txt 1); "
+            "test split drawn: 20% of each class, by file name, seed 0"
+        ]
+        * 2
+    )
+
+
+def test_a_class_of_one_image_cannot_be_split_and_is_named(tmp_path: Path) -> None:
+    spec = class_folders(tmp_path, {"cat": 10, "ant": 1, "bee": 1})
+    with pytest.raises(DataError, match=r"2 classes have one image: ant, bee\."):
+        open_dataset(spec, "train")
+
+
+def test_class_names_are_composed_and_sorted_as_such(tmp_path: Path) -> None:
+    # The decomposed e with an accent sorts before f, the composed one after z.
+    spec = class_folders(tmp_path, {"e\u0301t": 3, "f": 3, "z": 3})
+    assert open_dataset(spec, "train").classes == ("f", "z", "\u00e9t")
+    split = image_folders(tmp_path / "stored", classes=("e\u0301t", "f"))
+    (tmp_path / "stored" / "test" / "e\u0301t").rename(tmp_path / "stored" / "test" / "\u00e9t")
+    assert open_dataset(split, "train").classes == open_dataset(split, "test").classes == ("f", "\u00e9t")
+
+
+def test_two_folders_whose_names_differ_in_their_unicode_form_only_are_refused(tmp_path: Path) -> None:
+    spec = class_folders(tmp_path, {"e\u0301t": 3, "\u00e9t": 3})
+    with pytest.raises(DataError, match=r"differ only in their Unicode form: 'e\\u0301t' and '\\xe9t'"):
+        open_dataset(spec, "train")
+
+
+def test_a_folder_with_one_stored_split_is_never_drawn(tmp_path: Path) -> None:
+    spec = class_folders(tmp_path, {"train": 5, "ant": 5})
+    with pytest.raises(DataError, match="contains no class folder"):
+        open_dataset(spec, "train")
