@@ -16,11 +16,11 @@ from kdexport.errors import BackendUnavailableError, ConfigError
 if TYPE_CHECKING:
     import ssl
 
-    from kdexport.serving.server import Address, Running
+    from kdexport.serving.listening import Address
+    from kdexport.serving.server import Running
     from kdexport.serving.service import Service
 
 _EXTRA = ("starlette", "uvicorn", "httptools", "prometheus_client", "python_multipart")
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def require_extra() -> None:
@@ -40,6 +40,9 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 means any free one.")] = 8000,
     metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="Port of /metrics; 0 means any free one.")] = 8002,
+    metrics_host: Annotated[
+        str, typer.Option(help="Address of /metrics, which everyone who can connect to it may read.")
+    ] = "127.0.0.1",
     target: Annotated[str, typer.Option(help="Target of the bundles to run: onnx-fp32, onnx-int8 or onnx-fp16.")] = (
         "onnx-fp32"
     ),
@@ -81,8 +84,8 @@ def serve(
     """Serve verified bundles: Open Inference Protocol v2, images on /v1/classify, metrics."""
     require_extra()
     from kdexport.serving.limits import Limits
+    from kdexport.serving.listening import Address
     from kdexport.serving.repository import parse_sources
-    from kdexport.serving.server import Address
     from kdexport.serving.service import Service, Settings, read_token
     from kdexport.targets import require_servable
 
@@ -98,7 +101,7 @@ def serve(
     require_servable(target, settings.provider)
     context = _tls(tls_cert, tls_key)
     service = Service(parse_sources(bundles), settings)
-    address = Address(host=host, port=port, metrics_port=metrics_port)
+    address = Address(host=host, port=port, metrics_host=metrics_host, metrics_port=metrics_port)
     run(service, address, watch_seconds=watch, context=context, as_json=as_json)
 
 
@@ -108,6 +111,7 @@ def run(
     """Load the models, print where they are served, serve until a signal, and drain."""
     import asyncio
 
+    from kdexport.serving.listening import authority
     from kdexport.serving.server import Server
 
     # SIGHUP asks for a reload; before the server handles it, it must not end the process.
@@ -117,15 +121,12 @@ def run(
     server = Server(service, address, watch_seconds=watch_seconds)
     service.load()
     bound = service.require_memory(resident_bytes())
-    if address.host not in _LOOPBACK and service.settings.token is None:
-        sys.stderr.write(
-            f"warning: other machines can reach {address.host}, and no token is required; pass --token-file FILE.\n"
-        )
+    _warn(address, has_token=service.settings.token is not None)
 
     def announce(running: "Running") -> None:
         scheme = "http" if context is None else "https"
-        url = f"{scheme}://{address.host}:{running.port}"
-        metrics_url = f"http://{address.host}:{running.metrics_port}/metrics"
+        url = f"{scheme}://{authority(address.host, running.port)}"
+        metrics_url = f"http://{authority(address.metrics_host, running.metrics_port)}/metrics"
         for model in service.repository.models.values():
             golden = model.golden
             signed = "" if model.signer is None else f", signed by {model.signer}"
@@ -143,6 +144,20 @@ def run(
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         cut = runner.run(server.run(context=context, started=announce))
     sys.stderr.write(f"stopped; {cut} requests got no response\n")
+
+
+def _warn(address: "Address", *, has_token: bool) -> None:
+    """Say what other machines can reach without a token."""
+    from kdexport.serving.listening import is_loopback
+
+    if not is_loopback(address.host) and not has_token:
+        sys.stderr.write(
+            f"warning: other machines can reach {address.host}, and no token is required; pass --token-file FILE.\n"
+        )
+    if not is_loopback(address.metrics_host):
+        sys.stderr.write(
+            f"warning: other machines can read the metrics on {address.metrics_host}; they never require a token.\n"
+        )
 
 
 def _describe(service: "Service", url: str, metrics_url: str, bound: int) -> dict[str, Any]:

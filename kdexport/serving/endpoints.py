@@ -43,9 +43,9 @@ def _model(request: Request) -> LoadedModel:
     return _service(request).repository.find(request.path_params["model"], request.path_params.get("version"))
 
 
-async def live(_: Request) -> Response:
-    """200 while the event loop runs."""
-    return JSONResponse({"live": True})
+async def live(request: Request) -> Response:
+    """200 while the event loop runs; ``id`` identifies the process that answers."""
+    return JSONResponse({"live": True, "id": _service(request).identity})
 
 
 async def ready(request: Request) -> Response:

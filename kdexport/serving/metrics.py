@@ -18,7 +18,8 @@ _MODEL = ("model", "version")
 class Metrics:
     """All metrics of one server, in their own registry."""
 
-    def __init__(self) -> None:
+    def __init__(self, identity: str) -> None:
+        """``identity`` is that of the process, as health probes give it."""
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
@@ -56,6 +57,10 @@ class Metrics:
         self.evicted = Counter(
             "kdexport_evicted_connections", "Idle connections closed in favour of newer ones", registry=self.registry
         )
+
+        Gauge("kdexport_server", "1, with the identity of the process", ("id",), registry=self.registry).labels(
+            identity
+        ).set(1)
 
     def text(self) -> bytes:
         """The metrics in Prometheus' text format; Triton's counters have no suffix ``_total``."""

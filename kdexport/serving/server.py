@@ -16,28 +16,19 @@ from typing import Any
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
-from kdexport.errors import KdexportError, ServerError
+from kdexport.errors import KdexportError
 from kdexport.serving.app import create_app, create_metrics_app
 from kdexport.serving.connection import Connection, ConnectionPool
 from kdexport.serving.limits import Limits
+from kdexport.serving.listening import BACKLOG, Address, bind_all, listen, require_own_answers
 from kdexport.serving.metrics import Metrics
 from kdexport.serving.service import Service
 
 _log = logging.getLogger("kdexport.serving")
-_BACKLOG = 2048
 _DATE_HEADER_SECONDS = 1.0
 _POLL_SECONDS = 0.05
 _TLS_SHUTDOWN_SECONDS = 1.0
 _INTERRUPTED = 130
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Address:
-    """The host and ports to listen on; port 0 means any free port."""
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    metrics_port: int = 8002
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,22 +37,6 @@ class Running:
 
     port: int
     metrics_port: int
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A socket bound to this address; raises ``ServerError`` if it is taken or not of this machine."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        bound = socket.socket(family, socket.SOCK_STREAM)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
-    except OSError as error:
-        raise ServerError(
-            f"Cannot listen on {host}:{port}: {error.strerror or error}.",
-            remedy="Choose another --host, --port or --metrics-port.",
-        ) from error
-    bound.setblocking(False)
-    return bound
 
 
 class Listener:
@@ -98,7 +73,7 @@ class Listener:
             self._connection,
             sock=self._socket.dup(),
             ssl=context,
-            backlog=_BACKLOG,
+            backlog=BACKLOG,
             ssl_handshake_timeout=self.pool.limits.header_seconds if context else None,
             # An idle client does not answer the shutdown message of TLS either.
             ssl_shutdown_timeout=_TLS_SHUTDOWN_SECONDS if context else None,
@@ -148,23 +123,32 @@ class Server:
         self._watch_seconds = watch_seconds
         # uvicorn's lifespan is off: models are loaded before, so that an error gives a message and an exit code.
         app = create_app(service=service)
-        self._main = Listener(app, bind(address.host, address.port), limits, metrics=service.metrics)
-        self._metrics = Listener(create_metrics_app(service), bind(address.host, address.metrics_port), limits)
+        self._address = address
+        self._sockets = bind_all(address)
+        self._main = Listener(app, self._sockets.requests, limits, metrics=service.metrics)
+        self._metrics = Listener(create_metrics_app(service), self._sockets.metrics, limits)
         self._reload_wanted: asyncio.Event
         self._signals = 0
 
     async def run(
         self, *, context: ssl.SSLContext | None = None, started: Callable[[Running], None] = lambda _: None
     ) -> int:
-        """Serve until SIGTERM or SIGINT; returns the number of requests that got no response."""
+        """Serve until SIGTERM or SIGINT; returns the number of requests that got no response.
+
+        ``started`` is called when requests to both addresses have been answered by this process. Raises ``ServerError``
+        if they are not.
+        """
         loop = asyncio.get_running_loop()
         stopping = asyncio.Event()
         self._reload_wanted = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop, stopping)
         loop.add_signal_handler(signal.SIGHUP, self._reload_wanted.set)
+        listen(self._sockets, self._address)
         await self._main.start(context)
         await self._metrics.start(None)
+        identity = self._service.identity
+        await asyncio.to_thread(require_own_answers, self._address, self._sockets, identity, context)
         started(Running(port=self._main.port, metrics_port=self._metrics.port))
         jobs = (self._update_date_headers(), self._reload(), self._watch())
         tasks = [asyncio.create_task(job) for job in jobs]

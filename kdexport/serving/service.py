@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import logging
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -85,7 +86,9 @@ class Service:
     def __init__(self, sources: tuple[Source, ...], settings: Settings) -> None:
         self.settings = settings
         self.limits = settings.limits
-        self.metrics = Metrics()
+        #: Differs between any two processes; health probes and metrics carry it.
+        self.identity = secrets.token_hex(8)
+        self.metrics = Metrics(self.identity)
         self.repository = Repository(
             sources, provider=settings.provider, limits=settings.limits, target=settings.target,
             trusted=settings.trusted,

@@ -264,7 +264,7 @@ def test_a_port_that_is_taken_is_an_error(server: Running, zoo: Path) -> None:
     assert done.exit_code == 4
     assert done.stderr == (
         f"error KDX402: Cannot listen on 127.0.0.1:{server.port}: Address already in use.\n"
-        "Choose another --host, --port or --metrics-port.\n"
+        "Choose another --host or --port.\n"
     )
 
 

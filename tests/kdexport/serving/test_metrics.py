@@ -6,7 +6,7 @@ from kdexport.serving.metrics import Metrics, ModelStatistics
 
 
 def test_metrics_have_tritons_names_without_a_suffix() -> None:
-    metrics = Metrics()
+    metrics = Metrics("0123")
     statistics = ModelStatistics(metrics, "m", 3)
     times = {"total": 5_000_000, "queue": 1_000_000, "input": 500_000, "infer": 3_000_000, "output": 250_000}
     statistics.succeeded(2, 4, times)
