@@ -36,6 +36,7 @@ from kdexport.verify.int8_collapse import explain_collapse
 from kdexport.verify.own_logits_checks import check_own_logits
 from kdexport.verify.policy import Policy, stored_policy
 from kdexport.verify.rebuilt_graphs import RebuiltGraphs
+from kdexport.verify.stored_limits import check_stored_limits
 from kdexport.verify.student_checks import check_algebra, check_golden, check_integrity, student_checks
 from kdexport.verify.target_checks import FileResult, graph_checks, target_checks
 from kdexport.verify.task_record import TaskImages, TaskRecord, load_record, measure_task, task_checks
@@ -192,6 +193,7 @@ def replay(folder: Path, manifest: Manifest, progress: Callable[[str], None]) ->
         return Verdict(tuple(checks))
     progress("golden images")
     checks += _checked("golden", "images", partial(check_golden, folder, manifest, pixels))
+    checks += _checked("golden", "limits", partial(check_stored_limits, folder, manifest, pixels))
     for name in manifest.targets:
         checks += _checked("golden", name, partial(check_own_logits, folder, manifest, name, pixels))
     verdict = verify_folder(folder, manifest, pixels, progress=progress)
