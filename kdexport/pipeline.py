@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from kdexport.build import train as trainer
-from kdexport.build.imported import OWN_WEIGHTS, ImportRequest, import_student
+from kdexport.build.imported import OWN_WEIGHTS, ImportRequest, import_student, judge_student
 from kdexport.build.precision_search import require_searchable
 from kdexport.build.steps import BuildInputs, bundle, declare, known_steps
 from kdexport.bundle.manifest import FUSED, MANIFEST, UNFUSED, Manifest, changed_files, read_manifest
@@ -92,6 +92,8 @@ def build(request: BuildRequest, reporter: Reporter) -> BuildResult:
             workspace.forget(step.stage, step.key)
     elif _is_up_to_date(request.out, made.key):
         return BuildResult(out=request.out, manifest=read_manifest(request.out), up_to_date=True)
+    if _is_trained_elsewhere(request) and not workspace.has(made.stage, made.key):
+        judge_student(trained, open_dataset(plan.dataset, "test"), reporter.say)
     _make_bundle(inputs, made, workspace, reporter)
     replace_folder(workspace.path("bundle", made.key), request.out)
     return BuildResult(out=request.out, manifest=read_manifest(request.out), up_to_date=False)

@@ -8,8 +8,8 @@ from torch import nn
 
 from kdexport.data.preprocessing import Preprocessing
 from kdexport.errors import CheckpointError, ConfigError
+from kdexport.stats.plausibility import Judgement, judge
 from training.data import Labelled, preprocessing_of
-from training.plausibility import Judgement, judge
 from training.recipe import DataSettings, TeacherSettings
 
 #: A quarter of a grey level: papers and recipes round their statistics.

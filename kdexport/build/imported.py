@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdexport.checkpoint import StudentSpec, TrainedStudent, open_checkpoint
 from kdexport.core.digests import digest, sha256_file, tool_versions
+from kdexport.data.datasets import ImageSet, spread
 from kdexport.data.preprocessing import Preprocessing
 from kdexport.data.preprocessing_settings import PreprocessingSettings, apply_settings
 from kdexport.errors import CheckpointError, ReparamError, first_line
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 #: What most published classifiers were trained with; used, and said, where a network says nothing of its own.
 _SIZE, _CROP = 224, 0.875
+#: Images that the top-1 is measured on, and those of one pass.
+_JUDGED, _CHUNK = 1000, 64
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 #: The value of ``weights`` for a factory that returns a trained network.
 OWN_WEIGHTS = "own"
@@ -68,6 +71,35 @@ def import_student(request: ImportRequest, workspace: Workspace, say: Callable[[
         # The temporary folder may be on another disk.
         place = workspace.produce("import", key, lambda made: _copy(folder, made))
     return open_checkpoint(place)
+
+
+def judge_student(trained: TrainedStudent, images: ImageSet, say: Callable[[str], None]) -> None:
+    """Tell ``say`` the top-1 of the network on up to 1,000 images of the validation split, and a warning if it is that
+    of a guess or of other classes.
+
+    Everything later compares files with the network, so none of it notices labels in another order or preprocessing
+    that the network was not trained with.
+    """
+    import numpy as np
+
+    from kdexport.checkpoint import load_student
+    from kdexport.stats.plausibility import judge
+    from kdexport.verify.reference import run_torch
+
+    network, preprocessing = load_student(trained), trained.spec.preprocessing
+    chosen = spread(len(images), min(len(images), _JUDGED))
+    parts = [chosen[start : start + _CHUNK] for start in range(0, len(chosen), _CHUNK)]
+    predictions = [
+        run_torch(network, preprocessing.normalise(images.read(part, preprocessing))).argmax(1) for part in parts
+    ]
+    judgement = judge(np.concatenate(predictions), images.labels[chosen], images.classes)
+    say(f"{trained.spec.student}: {judgement}")
+    if judgement.problem:
+        say(
+            f"Warning: {trained.spec.student} cannot have been trained for these classes with this preprocessing: "
+            f"{judgement.problem}. The bundle will compute what the network computes; check that the folders of the "
+            "data set, sorted by name, are in the order of its outputs, and the table [preprocessing]."
+        )
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from training.plausibility import judge
+from kdexport.stats.plausibility import judge
 
 Indices = NDArray[np.int64]
 

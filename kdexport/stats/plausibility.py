@@ -1,4 +1,4 @@
-"""Whether the predictions of a teacher can be those of a network trained for the classes of this data set."""
+"""Whether predictions can be those of a network that was trained for the classes of this data set."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ _Indices = NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Judgement:
-    """Top-1 of a teacher on the validation split, and the reason against distilling from it, if there is one."""
+    """Top-1 of a network on the validation split, and the reason why it cannot be of these classes, if there is one."""
 
     correct: int
     images: int
@@ -37,7 +37,7 @@ class Judgement:
 def judge(predictions: _Indices, labels: _Indices, classes: Sequence[str]) -> Judgement:
     """Compare predicted classes (n,) with labels (n,), both indices into ``classes``.
 
-    A teacher is at chance level unless the exact binomial (Clopper-Pearson) lower bound of its top-1 is above one in K.
+    A network is at chance level unless the exact binomial (Clopper-Pearson) lower bound of its top-1 is above one in K.
     Its classes are in another order if the order that fits one half of the images best is right for at least twice as
     many images of the other half as the given order, and significantly so (McNemar's exact test).
     """
