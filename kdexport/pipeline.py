@@ -116,8 +116,10 @@ def _require_student(name: str) -> None:
 
 
 def _plan(request: BuildRequest, workspace: Workspace, reporter: Reporter) -> _Plan:
-    if _is_trained_elsewhere(request):
+    given = request.checkpoint is not None and not request.config.recipe
+    if given or _is_trained_elsewhere(request):
         return _plan_without_recipe(request, workspace, reporter)
+    _require_recipe(request)
     overrides: dict[str, Any] = {key: dict(table) for key, table in request.config.overrides.items()}
     overrides.setdefault("student", {})["name"] = request.config.student
     if request.data_root is not None:
@@ -152,6 +154,17 @@ def _is_trained_elsewhere(request: BuildRequest) -> bool:
     return reference is not None and (request.weights is not None or reference.kind == "program")
 
 
+def _require_recipe(request: BuildRequest) -> None:
+    if not request.config.recipe:
+        student = request.config.student
+        raise ConfigError(
+            f"{student} has neither weights nor a recipe to train it with.",
+            remedy="If it is trained, pass --weights with a file of weights, DEFAULT or another name of its library's "
+            "weights, or own for a factory that returns it trained. To train it, write an export configuration with "
+            f'student = "{student}" and recipe = "digits" (`kdexport list recipes` prints all), and pass --config.',
+        )
+
+
 def _plan_without_recipe(request: BuildRequest, workspace: Workspace, reporter: Reporter) -> _Plan:
     overrides = request.config.overrides.get("data", {})
     root = request.data_root or str(overrides.get("root", ""))
@@ -182,7 +195,7 @@ def _imported(request: BuildRequest, plan: _Plan, workspace: Workspace, reporter
         },
     )
     with reporter.stage("import"):
-        return import_student(wanted, workspace, reporter.say)
+        return import_student(wanted, workspace, reporter.say, fresh=request.fresh)
 
 
 def _trained(request: BuildRequest, plan: _Plan, workspace: Workspace, reporter: Reporter) -> TrainedStudent:

@@ -28,4 +28,5 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """Print one line, in a pipe and on a terminal."""
-        self._console.print(text, soft_wrap=True, markup=False)
+        # Without emoji, or the name net:train would become a picture.
+        self._console.print(text, soft_wrap=True, markup=False, emoji=False)

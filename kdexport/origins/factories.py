@@ -1,9 +1,11 @@
 """Calls a factory ``package.module:function`` of the user, which returns a network."""
 
+import contextlib
 import importlib
 import inspect
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -19,7 +21,9 @@ def call_factory(source: str, **offered: object) -> nn.Module:
     cannot be imported, that fails, or that returns something else.
     """
     name, _, attribute = source.rpartition(":")
-    return _call(source, _find(name, attribute), offered)
+    # Standard output belongs to the results of a command, for example with --json.
+    with contextlib.redirect_stdout(sys.stderr):
+        return _call(source, _find(name, attribute), offered)
 
 
 def _find(name: str, attribute: str) -> Any:
@@ -38,9 +42,16 @@ def _find(name: str, attribute: str) -> Any:
     if not hasattr(module, attribute):
         raise UnknownNameError(
             f"{name} has no {attribute!r}.",
-            remedy=nearest(attribute, [item for item in vars(module) if not item.startswith("_")]),
+            remedy=nearest(attribute, _factories(module)),
         )
     return getattr(module, attribute)
+
+
+def _factories(module: ModuleType) -> list[str]:
+    """The public functions and classes that ``module`` defines itself, or all that it has if it defines none."""
+    public = {name: value for name, value in vars(module).items() if not name.startswith("_") and callable(value)}
+    own = [name for name, value in public.items() if getattr(value, "__module__", "") == module.__name__]
+    return own or list(public)
 
 
 def _call(source: str, factory: Any, offered: dict[str, object]) -> nn.Module:

@@ -1,6 +1,8 @@
 """Networks of torchvision and timm by name, with the weights and the preprocessing that the library states."""
 
-from collections.abc import Callable
+import contextlib
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +50,7 @@ def from_torchvision_name(
             return models.get_model(name, weights=None, **classes, **size)
         return models.get_model(name, weights=stated, **size)
 
-    module = _made(f"torchvision:{name}", make)
+    module = _made(f"torchvision:{name}", make, weights)
     notes: tuple[str, ...] = () if weights is None else (f"weights {stated.name} of torchvision",)
     if weights is not None and head == "fresh" and num_classes is not None:
         notes += _fresh_head(module, num_classes)
@@ -80,10 +82,12 @@ def from_timm_name(
         return timm.create_model(full, pretrained=weights is not None, **classes, **size)
 
     def sized() -> Any:
+        if weights is not None:
+            _try_hub(timm.get_pretrained_cfg(full))
         fixed = bool(timm.get_pretrained_cfg_value(full, "fixed_input_size"))
         return make(img_size=image_size) if fixed and image_size is not None else make()
 
-    module = _made(f"timm:{name}", sized)
+    module = _made(f"timm:{name}", sized, weights)
     notes: tuple[str, ...] = () if weights is None else (f"weights {full} of timm",)
     config = timm.data.resolve_data_config(model=module, verbose=False)
     return MadeNetwork(module, _sized(from_timm(config), image_size), notes)
@@ -96,9 +100,45 @@ def _nearest(name: str, known: list[str]) -> str:
     return f"Did you mean {' or '.join(close)}?" if close else "Check the name in the documentation of the library."
 
 
-def _made(reference: str, make: Callable[[], Any]) -> nn.Module:
+def _try_hub(config: Any) -> None:
+    """Raise the error of the connection if weights are neither stored here nor to be had.
+
+    The client itself would try to connect for most of a minute.
+    """
+    if config is None or not config.hf_hub_id or config.file:
+        return
+    import huggingface_hub
+
+    files = [config.hf_hub_filename] if config.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
+    repository, _, revision = config.hf_hub_id.partition("@")
+    at = {"revision": revision or None}
+    if any(isinstance(huggingface_hub.try_to_load_from_cache(repository, file, **at), str) for file in files):
+        return
     try:
-        with quiet():
+        huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repository, files[0], **at), timeout=10)
+    except huggingface_hub.errors.HfHubHTTPError:
+        # The server answered; the library then tries the other names of the file.
+        return
+
+
+@contextlib.contextmanager
+def _tensors_only() -> Iterator[None]:
+    """Let ``torch.load`` read tensors only, also where a library asks for whole pickles, which can run code."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _made(reference: str, make: Callable[[], Any], weights: str | None) -> nn.Module:
+    try:
+        with quiet(), _tensors_only():
             module = make()
     # The library builds the network, and reads or downloads weights; its errors are of any type.
     except Exception as error:
@@ -106,6 +146,12 @@ def _made(reference: str, make: Callable[[], Any]) -> nn.Module:
             raise CheckpointError(
                 f"The weights of {reference} cannot be downloaded: {type(error).__name__}: {first_line(error)}",
                 remedy="Connect this machine, or copy the file of weights to it and pass it with --weights.",
+            ) from error
+        if weights is not None:
+            raise CheckpointError(
+                f"{reference} cannot be made with its weights {weights}: {type(error).__name__}: {first_line(error)}",
+                remedy="If the file in the cache of the library is damaged, remove it and run the command again; "
+                "--debug shows the traceback.",
             ) from error
         raise ConfigError(
             f"{reference} cannot be made: {type(error).__name__}: {first_line(error)}",

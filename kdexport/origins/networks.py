@@ -1,5 +1,6 @@
 """Makes the network of a reference, with its weights."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,8 @@ def import_network(
         if named is not None:
             raise ConfigError(
                 f"{reference} has no weights named {named!r}.",
-                remedy="Pass --weights with a file; names of weights belong to torchvision: and timm: networks.",
+                remedy="Pass the path of a file of weights, or own if the factory returns a trained network; names of "
+                "weights belong to torchvision: and timm: networks.",
             )
         made = _own_network(reference, num_classes, image_size)
     found = ImportedNetwork(module=made.module, preprocessing=made.preprocessing, notes=made.notes)
@@ -78,6 +80,7 @@ def _program_module(path: Path) -> nn.Module:
     # exported in training mode is read from its operators.
     module = fx.GraphModule(program, program.graph).eval()
     inputs = [node.meta.get("val") for node in module.graph.nodes if node.op == "placeholder"]
+    _require_images(path, inputs)
     batch: Any = inputs[0].shape[0] if len(inputs) == 1 and isinstance(inputs[0], Tensor) and inputs[0].dim() else None
     if batch is None or isinstance(batch, int):
         fact = f"{len(inputs)} inputs" if len(inputs) != 1 else f"a fixed batch of {batch}"
@@ -86,6 +89,21 @@ def _program_module(path: Path) -> nn.Module:
             remedy='Export it again with dynamic_shapes=({0: torch.export.Dim("batch", min=1)},).',
         )
     return module
+
+
+def _require_images(path: Path, inputs: Sequence[Any]) -> None:
+    """Raise ``ReparamError`` if the one input of a program is no batch of square RGB images."""
+    if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
+        return
+    shape = tuple(inputs[0].shape)
+    fits = len(shape) == 4 and shape[1] == 3
+    sides = shape[2:] if fits else ()
+    if not fits or (all(isinstance(side, int) for side in sides) and sides[0] != sides[1]):
+        sizes = ", ".join(map(str, ("N", *shape[1:])))
+        raise ReparamError(
+            f"{path} takes values of shape ({sizes}); a student takes square RGB images (N, 3, S, S).",
+            remedy="Export a module whose forward() takes such images and changes them as it needs.",
+        )
 
 
 def _evaluated(network: ImportedNetwork) -> ImportedNetwork:

@@ -40,7 +40,8 @@ _FUNCTION_NAMES = {function: name for name, function in _FUNCTIONS.items()}
 
 _OPERATOR = re.compile(r"aten\.([A-Za-z_]\w*)\.([A-Za-z_]\w*)")
 _NAME = re.compile(r"[A-Za-z_]\w*")
-_PATH = re.compile(r"[A-Za-z_]\w*(\.\w+)*")
+#: Names of weights; the layers of a sequence are numbers.
+_PATH = re.compile(r"\w+(\.\w+)*")
 #: Texts among arguments are modes, such as "reflect" or "tanh", and the equations of einsum.
 _TEXT = re.compile(r"[\w ,.>\-]{0,200}")
 

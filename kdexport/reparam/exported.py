@@ -4,6 +4,7 @@ import contextlib
 import io
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,11 +54,20 @@ def export_module(module: nn.Module, example_inputs: Sequence[Tensor]) -> Export
     except Exception as error:
         first = error.__context__ if isinstance(error.__context__, GuardOnDataDependentSymNode) else error
         sizes = ", ".join(str(tuple(x.shape)) for x in examples)
+        by_value = isinstance(first, GuardOnDataDependentSymNode)
+        reason = "its path depends on values of the input" if by_value else first_line(first)
         raise ReparamError(
-            f"{type(module).__name__} cannot be exported for inputs {sizes} of any batch size: {first_line(first)}",
-            remedy="Check the input shape; forward() must not depend on values or on one batch size. A program with a "
-            "fixed batch can be passed as a .pt2 file.",
+            f"{type(module).__name__} cannot be exported for inputs {sizes} of any batch size: {reason}{_place(str(first))}",
+            remedy="Check the input shape; forward() must not depend on values or on one batch size. `kdexport fuse` "
+            "also takes a .pt2 file of a fixed batch.",
         ) from error
+
+
+def _place(reason: str) -> str:
+    """The line of the network's own code that an error of the exporter names; empty if there is none."""
+    lines = re.findall(r'File "([^"]+)", line (\d+)', reason)
+    own = [(file, line) for file, line in lines if "site-packages" not in file and not file.startswith("<")]
+    return f" ({Path(own[-1][0]).name}, line {own[-1][1]})" if own else ""
 
 
 def functional_graph(program: ExportedProgram) -> fx.GraphModule:
