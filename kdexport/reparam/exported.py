@@ -55,9 +55,9 @@ def export_module(module: nn.Module, example_inputs: Sequence[Tensor]) -> Export
         first = error.__context__ if isinstance(error.__context__, GuardOnDataDependentSymNode) else error
         sizes = ", ".join(str(tuple(x.shape)) for x in examples)
         by_value = isinstance(first, GuardOnDataDependentSymNode)
-        reason = "its path depends on values of the input" if by_value else first_line(first)
+        reason = ("its path depends on values of the input" if by_value else first_line(first)) + _place(str(first))
         raise ReparamError(
-            f"{type(module).__name__} cannot be exported for inputs {sizes} of any batch size: {reason}{_place(str(first))}",
+            f"{type(module).__name__} cannot be exported for inputs {sizes} of any batch size: {reason}",
             remedy="Check the input shape; forward() must not depend on values or on one batch size. `kdexport fuse` "
             "also takes a .pt2 file of a fixed batch.",
         ) from error

@@ -126,7 +126,8 @@ TABLE = {
     "core/tables.py": "bundle",
     "core/toml.py": CALIBRATE,
     # Networks and weights of other origins are read before the first step.
-    "origins": "",
+    "origins/libraries.py": "",
+    "origins/weights.py": "",
     "data/datasets.py": CALIBRATE,
     "data/calibration_images.py": CALIBRATE,
     "data/preprocessing.py": FUSE,
