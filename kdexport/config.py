@@ -93,6 +93,12 @@ def default_config(student: str) -> BuildConfig:
     return BuildConfig(student=student)
 
 
+def is_trained_elsewhere(student: str, weights: str | None) -> bool:
+    """Whether ``student`` is a network of another origin that comes with its weights, so that nothing is trained."""
+    reference = parse_reference(student)
+    return reference is not None and (bool(weights) or reference.kind == "program")
+
+
 def default_out(student: str) -> Path:
     """The folder of the bundle of ``student`` if none was chosen."""
     reference = parse_reference(student)

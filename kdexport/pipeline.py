@@ -10,7 +10,7 @@ from kdexport.build.precision_search import require_searchable
 from kdexport.build.steps import BuildInputs, bundle, declare, known_steps
 from kdexport.bundle.manifest import FUSED, MANIFEST, UNFUSED, Manifest, changed_files, read_manifest
 from kdexport.checkpoint import TrainedStudent, open_checkpoint
-from kdexport.config import BuildConfig
+from kdexport.config import BuildConfig, is_trained_elsewhere
 from kdexport.core.digests import sha256_file
 from kdexport.core.files import replace_folder, require_replaceable, require_writable
 from kdexport.core.progress import Reporter
@@ -92,7 +92,7 @@ def build(request: BuildRequest, reporter: Reporter) -> BuildResult:
             workspace.forget(step.stage, step.key)
     elif _is_up_to_date(request.out, made.key):
         return BuildResult(out=request.out, manifest=read_manifest(request.out), up_to_date=True)
-    if _is_trained_elsewhere(request) and not workspace.has(made.stage, made.key):
+    if is_trained_elsewhere(request.config.student, request.weights) and not workspace.has(made.stage, made.key):
         judge_student(trained, open_dataset(plan.dataset, "test"), reporter.say)
     _make_bundle(inputs, made, workspace, reporter)
     replace_folder(workspace.path("bundle", made.key), request.out)
@@ -117,7 +117,7 @@ def _require_student(name: str) -> None:
 
 def _plan(request: BuildRequest, workspace: Workspace, reporter: Reporter) -> _Plan:
     given = request.checkpoint is not None and not request.config.recipe
-    if given or _is_trained_elsewhere(request):
+    if given or is_trained_elsewhere(request.config.student, request.weights):
         return _plan_without_recipe(request, workspace, reporter)
     _require_recipe(request)
     overrides: dict[str, Any] = {key: dict(table) for key, table in request.config.overrides.items()}
@@ -148,20 +148,15 @@ def _plan(request: BuildRequest, workspace: Workspace, reporter: Reporter) -> _P
     )
 
 
-def _is_trained_elsewhere(request: BuildRequest) -> bool:
-    """Whether the student is a network of another origin that comes with its weights, so that nothing is trained."""
-    reference = parse_reference(request.config.student)
-    return reference is not None and (request.weights is not None or reference.kind == "program")
-
-
 def _require_recipe(request: BuildRequest) -> None:
     if not request.config.recipe:
         student = request.config.student
         raise ConfigError(
             f"{student} has neither weights nor a recipe to train it with.",
             remedy="If it is trained, pass --weights with a file of weights, DEFAULT or another name of its library's "
-            "weights, or own for a factory that returns it trained. To train it, write an export configuration with "
-            f'student = "{student}" and recipe = "digits" (`kdexport list recipes` prints all), and pass --config.',
+            "weights, or own for a factory that returns it trained. To train it on images, pass --data with their "
+            f'folder, or --config with an export configuration with student = "{student}" and recipe = "digits" '
+            "(`kdexport list recipes` prints all).",
         )
 
 
@@ -201,7 +196,7 @@ def _imported(request: BuildRequest, plan: _Plan, workspace: Workspace, reporter
 def _trained(request: BuildRequest, plan: _Plan, workspace: Workspace, reporter: Reporter) -> TrainedStudent:
     if request.checkpoint is not None:
         return open_checkpoint(request.checkpoint)
-    if _is_trained_elsewhere(request):
+    if is_trained_elsewhere(request.config.student, request.weights):
         return _imported(request, plan, workspace, reporter)
     teacher = plan.recipe["teacher"]["checkpoint"]
     # Weights of a library are named in the recipe, and nothing is trained.

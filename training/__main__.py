@@ -157,6 +157,23 @@ def resolve(
 
 
 @app.command()
+def propose(
+    data: Annotated[str, typer.Option("--data", help="Folder of images.")],
+    student: Annotated[str, typer.Option("--student", help="Name or reference of the student.")],
+    image_size: Annotated[int | None, typer.Option("--image-size", min=8, max=1024)] = None,
+    plugin: Plugins = None,
+) -> None:
+    """Print a recipe for a folder of images as JSON: its base, its tables and a line of words."""
+    from training.photos import BASE, measure
+    from training.photos import propose as choose
+    from training.recipe import DataSettings
+
+    proposal = choose(measure(DataSettings(name="folder:", root=data)), student, image_size)
+    described = {"base": BASE, "tables": proposal.tables, "summary": proposal.summary}
+    sys.stdout.write(json.dumps(described) + "\n")
+
+
+@app.command()
 def architectures(
     out: Annotated[
         Path | None, typer.Option("--out", help="Write the page to this file instead of printing it.")

@@ -405,7 +405,8 @@ def _extended(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     """``top`` merged over ``base``, without the keys of ``base`` that are facts about what ``top`` replaces.
 
     Another data set does not inherit the path of the base; another data set or another teacher does not inherit the
-    normalisation of the base's teacher; another data set, pair or method has no published numbers of the base. Raises
+    normalisation of the base's teacher; another data set, pair or method has no published numbers of the base, nor has
+    another folder of images, which nothing identifies. Raises
     ``ConfigError`` if only the student would get the normalisation of ``top``, although the base sets one for the
     teacher.
     """
@@ -418,7 +419,7 @@ def _extended(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
         if _replaces(base, top, table):
             base = _without(base, table, "taps", "weights", "pretrained", "image_size")
     # Published numbers are of one data set, one pair and one method.
-    if any(_replaces(base, top, table) for table in ("data", "teacher", "student")):
+    if _moves_folder(base, top) or any(_replaces(base, top, table) for table in ("data", "teacher", "student")):
         base = {key: value for key, value in base.items() if key != "published"}
     if _replaces(base, top, "distiller"):
         base = _without(base, "published", "top1")
@@ -438,6 +439,12 @@ def _replaces(base: dict[str, Any], top: dict[str, Any], table: str) -> bool:
     """Whether ``top`` has another ``name`` in ``table`` than ``base``."""
     old, new = _table(base, table).get("name"), _table(top, table).get("name")
     return old is not None and new is not None and new != old
+
+
+def _moves_folder(base: dict[str, Any], top: dict[str, Any]) -> bool:
+    """Whether ``top`` names another folder of images than ``base``: nothing tells whether it is the same data set."""
+    old, new = _table(base, "data"), _table(top, "data").get("root")
+    return str(old.get("name", "")).startswith("folder:") and new is not None and new != old.get("root")
 
 
 def _without(tables: dict[str, Any], name: str, *keys: str) -> dict[str, Any]:

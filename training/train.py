@@ -9,6 +9,7 @@ from typing import Literal, cast
 
 import torch
 from accelerate import Accelerator, init_empty_weights
+from accelerate.state import AcceleratorState
 
 from kdexport.checkpoint import load_student as load_trained_student
 from kdexport.checkpoint import open_checkpoint, save_tensors
@@ -16,7 +17,7 @@ from kdexport.core.digests import sha256_file
 from kdexport.core.files import recover, write_file, write_text
 from kdexport.core.progress import Reporter
 from kdexport.data.datasets import ImageSet, class_difference, dataset_digest, described, open_dataset
-from kdexport.errors import BackendUnavailableError, CheckpointError
+from kdexport.errors import BackendUnavailableError, CheckpointError, TrainingError
 from kdexport.reparam.blocks import BranchSpec, attach_branches, branch_paths
 from kdexport.reparam.branches import ParallelBranches
 from kdexport.students import Student
@@ -169,7 +170,12 @@ def train_teacher(recipe: Recipe, directory: Path) -> Metrics:
         evaluation=EvaluationBatches(test, recipe.data, device=accelerator.device),
         teach=lambda _: None,
     )
-    history = run(job, accelerator)
+    try:
+        history = run(job, accelerator)
+    except TrainingError as error:
+        # The keys of the student do not change the teacher.
+        remedy = "Lower teacher.learning_rate, or raise train.warmup_epochs."
+        raise TrainingError(f"teacher {recipe.teacher.name}: {error.message}", remedy=remedy) from error
     if accelerator.is_main_process:
         about = TeacherDescription(classes=train.classes, preprocessing=own.preprocessing)
         written = {**about.to_json(recipe.teacher.name), "metrics": history[-1]}
@@ -347,7 +353,11 @@ def make_accelerator(settings: TrainSettings) -> Accelerator:
     Raises ``ConfigError`` if the processes cannot divide a batch evenly.
     """
     # Without cpu=True, accelerate does not connect the processes of torchrun on a machine without a GPU.
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=_precision(settings.mixed_precision))
+    precision = _precision(settings.mixed_precision)
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
+        # accelerate has one precision for each process; the cells of a table may have several.
+        AcceleratorState._reset_state()
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision)
     accelerator.ddp_handler = LocalBuffers()
     check_batch_size(settings.batch_size, accelerator.num_processes)
     return accelerator

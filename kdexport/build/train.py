@@ -21,6 +21,12 @@ def resolve_recipe(recipe: str, overrides: dict[str, Any]) -> dict[str, Any]:
     return dict(_call(["resolve", "--recipe", recipe, *_as_options(overrides)]))
 
 
+def propose_recipe(data: str, student: str, image_size: int | None) -> dict[str, Any]:
+    """``{"base": str, "tables": {...}, "summary": str}``: a recipe for the folder of images ``data`` over a base."""
+    sized = [] if image_size is None else ["--image-size", str(image_size)]
+    return dict(_call(["propose", "--data", data, "--student", student, *sized]))
+
+
 def train_teacher(recipe: str, overrides: dict[str, Any], out: Path) -> None:
     """Train the recipe's teacher into ``out``/model.safetensors; a run that was interrupted there continues."""
     _call(["teacher", "--recipe", recipe, *_as_options(overrides), "--out", str(out)])

@@ -30,13 +30,19 @@ def build(
         ),
     ] = None,
     image_size: Annotated[
-        int | None, typer.Option(min=8, help="Side of the images in pixels, for a student of another origin.")
+        int | None, typer.Option(min=8, max=1024, help="Side of the images in pixels that the student takes.")
     ] = None,
     output: Annotated[
         str | None, typer.Option(help="Key or index of the logits, if the student returns several tensors.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Bundle folder; default dist/STUDENT.")] = None,
-    data: Annotated[str | None, typer.Option(help="Path of the data set; overrides the recipe.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Folder of the images. Without --config, photos get a recipe of their own.")
+    ] = None,
+    write_config: Annotated[
+        Path | None,
+        typer.Option(help="Write the configuration for the photos of --data to this file for editing; build nothing."),
+    ] = None,
     teacher_checkpoint: Annotated[
         str | None, typer.Option(help="Teacher weights, .safetensors or of torch.save.")
     ] = None,
@@ -54,14 +60,24 @@ def build(
     debug: Debug = False,
 ) -> None:
     """Train a student or read a trained one; fold, export, compile, verify and package it."""
+    from kdexport.build.photos import GivenImages, for_images, write_proposed
     from kdexport.config import default_out
     from kdexport.core.progress import Reporter
     from kdexport.pipeline import BuildRequest
     from kdexport.pipeline import build as run
     from kdexport.targets import parse_targets
 
+    reporter = Reporter()
     settings = _settings(student, config, precision_search=precision_search)
-    settings = _with_network(settings, weights, image_size, output)
+    settings = _with_network(settings, weights, output)
+    images = GivenImages(
+        data=data, image_size=image_size, has_config=config is not None, has_checkpoint=checkpoint is not None
+    )
+    settings, is_proposed = for_images(settings, images, reporter.say)
+    if write_config is not None:
+        write_proposed(write_config, settings, is_proposed=is_proposed)
+        _show_written(write_config, as_json=as_json)
+        return
     names = settings.targets if target is None else [name.strip() for name in target.split(",") if name.strip()]
     request = BuildRequest(
         config=settings,
@@ -76,7 +92,7 @@ def build(
         fresh=fresh,
         blame=blame,
     )
-    result = run(request, Reporter())
+    result = run(request, reporter)
     if as_json:
         summary = _summary(result.manifest.data)
         print_json({"bundle": str(result.out), "up_to_date": result.up_to_date, **summary})
@@ -109,24 +125,25 @@ def _settings(student: str | None, config: Path | None, *, precision_search: boo
     return settings
 
 
-def _with_network(
-    settings: "BuildConfig", weights: str | None, image_size: int | None, output: str | None
-) -> "BuildConfig":
+def _with_network(settings: "BuildConfig", weights: str | None, output: str | None) -> "BuildConfig":
     """``settings`` with the options for students of another origin; ``ConfigError`` for any other student."""
     from kdexport.config import require_reference
 
-    given = {"--weights": weights, "--image-size": image_size, "--output": output}
-    for option, value in given.items():
+    for option, value in {"--weights": weights, "--output": output}.items():
         if value is not None:
             require_reference(settings.student, option)
     if weights is not None:
         settings = settings.model_copy(update={"weights": weights})
     if output is not None:
         settings = settings.model_copy(update={"output": output})
-    if image_size is not None:
-        sized = settings.preprocessing.model_copy(update={"image_size": image_size})
-        settings = settings.model_copy(update={"preprocessing": sized})
     return settings
+
+
+def _show_written(path: Path, *, as_json: bool) -> None:
+    if as_json:
+        print_json({"ok": True, "exit_code": 0, "config": str(path)})
+    else:
+        typer.echo(f"Wrote {path}.\nNext:    kdexport build --config {path}")
 
 
 def _summary(data: dict[str, Any]) -> dict[str, Any]:

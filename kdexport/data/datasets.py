@@ -194,6 +194,29 @@ def _cifar_archive(root: Path) -> Path | None:
     return next((folder for folder in (root, root / _CIFAR_FOLDER) if (folder / "meta").is_file()), None)
 
 
+def is_cifar100(root: Path) -> bool:
+    """Whether ``root`` has CIFAR-100: the archive, or splits of 100 classes whose images have 32x32 pixels.
+
+    One image of each class is looked at.
+    """
+    if _cifar_archive(root) is not None or (root / _CIFAR_FOLDER).is_dir():
+        return True
+    train = _split_folder(root, "train")
+    folders = _class_folders(train) if train is not None else {}
+    return len(folders) == 100 and all(_first_size(folder) == (32, 32) for folder in folders.values())
+
+
+def _first_size(folder: Path) -> tuple[int, int] | None:
+    from PIL import Image
+
+    first = next((path for path in _files_below(folder) if path.suffix.lower() in SUFFIXES), None)
+    try:
+        with Image.open(first or folder) as image:
+            return image.size
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return None
+
+
 def _open_cifar100(spec: DatasetSpec, split: Split) -> ImageSet:
     root = Path(spec.root)
     archive = _cifar_archive(root)
