@@ -8,14 +8,14 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, NotRequired
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 # pydantic reads the types of a TypedDict of Python 3.11 only from here.
 from typing_extensions import TypedDict
@@ -72,8 +72,27 @@ class Signature:
         return _FLOAT32_BYTES * self.elements
 
 
+def _null_means(default: Callable[[], Any]) -> BeforeValidator:
+    """null as ``default()``: clients write an optional member without a value so, for example KServe's SDK."""
+    return BeforeValidator(lambda value: default() if value is None else value)
+
+
+def _allow_null(schema: dict[str, Any]) -> None:
+    """Let every optional member of an object's JSON schema be null."""
+    required = schema.get("required", [])
+    for name, member in schema.get("properties", {}).items():
+        null = {"type": "null"}
+        if name not in required and member.keys() - {"default", "title"} and null not in member.get("anyOf", []):
+            outside = {key: member[key] for key in ("default", "title") if key in member}
+            inside = {key: value for key, value in member.items() if key not in outside}
+            schema["properties"][name] = {"anyOf": [*inside.pop("anyOf", []), *([inside] if inside else []), null]}
+            schema["properties"][name].update(outside)
+
+
 class _Message(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        strict=True, extra="ignore", frozen=True, hide_input_in_errors=True, json_schema_extra=_allow_null
+    )
 
 
 class TensorParameters(_Message):
@@ -89,7 +108,7 @@ class RequestInput(_Message):
     name: _Name
     shape: Annotated[list[_Count], Field(max_length=64)]
     datatype: Annotated[str, Field(max_length=16)]
-    parameters: TensorParameters = TensorParameters()
+    parameters: Annotated[TensorParameters, _null_means(dict)] = TensorParameters()
     data: Any = None
 
 
@@ -97,7 +116,7 @@ class OutputParameters(_Message):
     """Parameters of a requested output."""
 
     binary_data: bool | None = None
-    classification: _Count = 0
+    classification: Annotated[_Count, _null_means(int)] = 0
     shared_memory_region: str | None = None
 
 
@@ -105,15 +124,15 @@ class RequestOutput(_Message):
     """A requested output."""
 
     name: _Name
-    parameters: OutputParameters = OutputParameters()
+    parameters: Annotated[OutputParameters, _null_means(dict)] = OutputParameters()
 
 
 class InferParameters(_Message):
     """Parameters of the request; the protocol allows others, which are ignored."""
 
-    binary_data_output: bool = False
-    timeout: _Count = 0
-    sequence_id: int | str = 0
+    binary_data_output: Annotated[bool, _null_means(bool)] = False
+    timeout: Annotated[_Count, _null_means(int)] = 0
+    sequence_id: Annotated[int | str, _null_means(int)] = 0
 
 
 class InferRequest(_Message):
@@ -121,8 +140,8 @@ class InferRequest(_Message):
 
     id: Annotated[str, Field(max_length=1024)] | None = None
     inputs: Annotated[list[RequestInput], Field(min_length=1, max_length=1024)]
-    outputs: Annotated[list[RequestOutput], Field(max_length=1024)] = []
-    parameters: InferParameters = InferParameters()
+    outputs: Annotated[list[RequestOutput], Field(max_length=1024), _null_means(list)] = []
+    parameters: Annotated[InferParameters, _null_means(dict)] = InferParameters()
 
 
 class OutputTensor(TypedDict):
