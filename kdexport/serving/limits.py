@@ -43,7 +43,9 @@ class Limits:
     header_seconds: float = 5.0
     body_seconds: float = 10.0
     write_seconds: float = 10.0
-    keep_alive_seconds: float = 5.0
+    #: Longer than the 60 s after which common load balancers close an idle connection: the side that sends requests
+    #: must close first, or it sends one into a connection that is being closed.
+    keep_alive_seconds: float = 75.0
     queue_seconds: float = 2.0
     total_seconds: float = 10.0
     pixels: int = _IMAGES.pixels
@@ -58,6 +60,10 @@ class Limits:
     def images(self) -> ImageLimits:
         """The limits of an uploaded image."""
         return ImageLimits(pixels=self.pixels, min_side=self.min_side, aspect=self.aspect)
+
+    def images_per_body(self, image_bytes: int) -> int:
+        """The most images of ``image_bytes`` each that fit into the largest body, with the overhead of its header."""
+        return max(1, int((self.body - self.header) / (1.2 * image_bytes)))
 
     def places(self, instances: int, together: int = 1) -> int:
         """The most requests in progress: two batches of up to ``together`` per instance, and those that wait."""
@@ -80,13 +86,22 @@ class MemoryBound:
         """The sum of all parts."""
         return self.base + self.bodies + self.decoding + self.json + self.tensors + self.connections
 
-    def describe(self) -> str:
-        """One line with every part in MiB."""
-        parts = {
+    @property
+    def parts(self) -> dict[str, int]:
+        """The size of every part, by its name."""
+        return {
             "loaded": self.base, "bodies": self.bodies, "image decoding": self.decoding, "JSON": self.json,
             "tensors": self.tensors, "connections": self.connections,
         }  # fmt: skip
-        listed = ", ".join(f"{name} {size / MIB:.0f}" for name, size in parts.items())
+
+    @property
+    def largest(self) -> str:
+        """The name of the largest part."""
+        return max(self.parts, key=lambda name: self.parts[name])
+
+    def describe(self) -> str:
+        """One line with every part in MiB."""
+        listed = ", ".join(f"{name} {size / MIB:.0f}" for name, size in self.parts.items())
         return f"at most {self.total / MIB:.0f} MiB ({listed})"
 
 

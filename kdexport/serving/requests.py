@@ -15,7 +15,7 @@ from starlette.responses import Response
 from kdexport.errors import RequestError
 from kdexport.serving.limits import Limits
 from kdexport.serving.loading import LoadedModel
-from kdexport.serving.service import Service
+from kdexport.serving.service import Reservation, Service
 
 #: Up to this size, reading a body takes less time than handing it to another thread.
 INLINE_BYTES = 64 * 1024
@@ -26,6 +26,8 @@ _MAX_DIGITS = 18
 #: zlib's window bits by Content-Encoding: with a gzip header, with a zlib header.
 _WINDOW_BITS = {"gzip": 16 + zlib.MAX_WBITS, "x-gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 _CLIENT_CLOSED_REQUEST = 499
+#: Compressed bodies are read, and decompressed, in parts of this many bytes.
+_DECOMPRESSED_PART = 64 * 1024
 
 Body = bytes | bytearray
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -59,6 +61,21 @@ class Stopwatch:
         return time.monotonic_ns() - self.started
 
 
+def nothing(_: int) -> None:
+    """Charge nothing."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpectedBody:
+    """What the header of a request says of its body; ``limit`` bounds it compressed and decompressed."""
+
+    #: The most bytes that may arrive: the Content-Length, or the limit without one.
+    length: int
+    declared: bool
+    encoding: str | None
+    limit: int
+
+
 @dataclass(slots=True, eq=False)
 class ModelRequest:
     """A request for one model, and the times that its parts took."""
@@ -72,11 +89,14 @@ class ModelRequest:
     def __post_init__(self) -> None:
         self.queue_seconds = self.service.limits.queue_seconds
 
-    async def body(self, length: int, encoding: str | None, limit: int) -> Body:
-        """The whole body of up to ``length`` bytes, decompressed to up to ``limit``."""
-        body = await read_body(self.request.receive, length, self.service.limits)
+    async def body(self, expected: "ExpectedBody", reservation: Reservation) -> Body:
+        """The whole body, decompressed; bytes that were not declared are charged to ``reservation`` as they arrive."""
+        arrived = nothing if expected.declared else reservation.charge
+        body = await read_body(self.request.receive, expected.length, self.service.limits, arrived)
         self.watch.begin()
-        return body if encoding is None else await self.service.off_loop(decompress, body, encoding, limit)
+        if expected.encoding is None:
+            return body
+        return await self.service.off_loop(decompress, body, expected.encoding, expected.limit, reservation.charge)
 
     async def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits of ``images`` through the queue; raises ``RequestError`` if a logit is not finite."""
@@ -108,10 +128,15 @@ async def respond(run: ModelRequest, limit: int, work: Work) -> Response:
     try:
         service.instances  # noqa: B018, raises before anything is read if the server has not started
         headers = run.request.headers
-        encoding = require_encoding(headers.get("content-encoding"))
-        length = declared_length(headers.get("content-length"), limit)
-        with service.admission.enter(length if encoding is None else length + limit), pending.track_inprogress():
-            response = await _within_deadline(run, length, encoding, limit, work)
+        expected = ExpectedBody(
+            length=declared_length(headers.get("content-length"), limit),
+            declared="content-length" in headers,
+            encoding=require_encoding(headers.get("content-encoding")),
+            limit=limit,
+        )
+        reserved = expected.length if expected.declared else 0
+        with service.admission.enter(reserved) as reservation, pending.track_inprogress():
+            response = await _within_deadline(run, expected, reservation, work)
     except RequestError as error:
         if error.status == 429 or "queue" not in watch.parts:
             service.metrics.refused.labels(error.reason).inc()
@@ -130,9 +155,9 @@ async def respond(run: ModelRequest, limit: int, work: Work) -> Response:
     return response
 
 
-async def _within_deadline(run: ModelRequest, length: int, encoding: str | None, limit: int, work: Work) -> Response:
+async def _within_deadline(run: ModelRequest, expected: ExpectedBody, reservation: Reservation, work: Work) -> Response:
     seconds = run.service.limits.total_seconds
-    body = await run.body(length, encoding, limit)
+    body = await run.body(expected, reservation)
     try:
         async with asyncio.timeout(seconds):
             return await cancel_on_disconnect(run.request.receive, work(body))
@@ -166,20 +191,28 @@ def too_large(size: int, limit: int) -> RequestError:
     )
 
 
-async def read_body(receive: Receive, length: int, limits: Limits) -> Body:
-    """Up to ``length`` bytes; 413 beyond, 408 if they take too long. Raises ``ClientDisconnectedError``."""
+async def read_body(receive: Receive, length: int, limits: Limits, arrived: Callable[[int], None] = nothing) -> Body:
+    """Up to ``length`` bytes; 413 beyond, 408 if they take too long. Raises ``ClientDisconnectedError``.
+
+    ``arrived`` is called with the size of each part before it is stored, and may refuse it.
+    """
     try:
         async with asyncio.timeout(limits.body_seconds):
             message = await receive()
             if message["type"] == "http.request" and not message.get("more_body"):
-                return _require(message.get("body", b""), length)
+                whole = _require(message.get("body", b""), length)
+                arrived(len(whole))
+                return whole
             body, chunks = bytearray(), 0
             while True:
                 if message["type"] != "http.request":
                     raise ClientDisconnectedError
-                body += message.get("body", b"")
+                part = message.get("body", b"")
+                if len(body) + len(part) > length:
+                    raise too_large(len(body) + len(part), length)
+                arrived(len(part))
+                body += part
                 chunks += 1
-                _require(body, length)
                 if chunks > limits.chunks:
                     raise RequestError(
                         f"The body arrived in more than {limits.chunks:,} chunks.",
@@ -217,23 +250,35 @@ def require_encoding(value: str | None) -> str | None:
     return name
 
 
-def decompress(body: Body, encoding: str, limit: int) -> bytes:
-    """Decompress ``body`` into at most ``limit`` bytes; 413 beyond, 400 for damaged or trailing data."""
+def decompress(body: Body, encoding: str, limit: int, charge: Callable[[int], None] = nothing) -> Body:
+    """Decompress ``body`` into at most ``limit`` bytes; 413 beyond, 400 for damaged or trailing data.
+
+    ``charge`` is called with the size of each part before it is stored, and may refuse it.
+    """
     decompressor = zlib.decompressobj(_WINDOW_BITS[encoding])
+    data, view = bytearray(), memoryview(body)
     try:
-        data = decompressor.decompress(body, limit + 1)
+        for start in range(0, len(view), _DECOMPRESSED_PART):
+            compressed: bytes | memoryview = view[start : start + _DECOMPRESSED_PART]
+            while part := decompressor.decompress(compressed, _DECOMPRESSED_PART):
+                if len(data) + len(part) > limit:
+                    raise RequestError(
+                        f"The body decompresses to more than {limit:,} bytes.",
+                        remedy="Send less in one request.",
+                        status=413,
+                        reason="too_large",
+                    )
+                charge(len(part))
+                data += part
+                compressed = decompressor.unconsumed_tail
+            if decompressor.eof:
+                break
     except zlib.error:
         raise RequestError(
             f"The body is not valid {encoding}.", remedy="Compress it again, or omit Content-Encoding."
         ) from None
-    if len(data) > limit:
-        raise RequestError(
-            f"The body decompresses to more than {limit:,} bytes.",
-            remedy="Send less in one request.",
-            status=413,
-            reason="too_large",
-        )
-    if not decompressor.eof or decompressor.unused_data or decompressor.unconsumed_tail:
+    # Nothing of the body may follow the stream, neither in the part where it ended nor after that part.
+    if not decompressor.eof or decompressor.unused_data or start + _DECOMPRESSED_PART < len(view):
         raise RequestError(
             f"The body is not exactly one complete {encoding} stream.", remedy="Send one stream and nothing after it."
         )

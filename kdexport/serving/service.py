@@ -3,11 +3,13 @@
 import asyncio
 import hmac
 import logging
+import math
 import secrets
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -23,15 +25,32 @@ from kdexport.targets import DEFAULT_TARGET
 
 _log = logging.getLogger("kdexport.serving")
 _MIN_TOKEN_CHARACTERS = 16
+#: Limits below these are not proposed, because common photos and clients would be refused.
+_LOWEST_PIXELS = 2_000_000
+_LOWEST_CONNECTIONS = 64
+_LOWEST_BODY = 2 * MIB
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
-class Admission:
-    """Admits requests up to a number and a sum of body sizes, before a byte of their bodies is read.
+class Reservation:
+    """The bytes that one request in progress holds of an ``Admission``."""
 
-    It is used only on the event loop and therefore needs no lock.
+    def __init__(self, admission: "Admission") -> None:
+        self._admission = admission
+        self.size = 0
+
+    def charge(self, size: int) -> None:
+        """Reserve ``size`` more bytes, before they are stored; raises ``RequestError`` with status 429 at the limit."""
+        self._admission.charge(self, size)
+
+
+class Admission:
+    """Admits requests up to a number, and their bodies up to a sum of bytes.
+
+    A body whose size is declared is charged before a byte of it is read, any other as its bytes arrive. Decompressing
+    threads charge too, hence the lock.
     """
 
     def __init__(self, *, places: int, bodies: int) -> None:
@@ -39,9 +58,10 @@ class Admission:
         self.bodies = bodies
         self.in_progress = 0
         self.reserved = 0
+        self._lock = threading.Lock()
 
     @contextmanager
-    def enter(self, size: int) -> Iterator[None]:
+    def enter(self, size: int = 0) -> Iterator[Reservation]:
         """Reserve a place and ``size`` bytes for the block; raises ``RequestError`` with status 429 at the limit."""
         if self.in_progress >= self.places:
             raise RequestError(
@@ -50,21 +70,29 @@ class Admission:
                 status=429,
                 reason="busy",
             )
-        if self.reserved + size > self.bodies and self.in_progress:
-            raise RequestError(
-                f"The server is at capacity: the bodies of requests in progress have up to {self.reserved:,} bytes, "
-                f"and this one up to {size:,} (limit {self.bodies:,} together).",
-                remedy="Retry later.",
-                status=429,
-                reason="busy",
-            )
         self.in_progress += 1
-        self.reserved += size
+        reservation = Reservation(self)
         try:
-            yield
+            reservation.charge(size)
+            yield reservation
         finally:
             self.in_progress -= 1
-            self.reserved -= size
+            with self._lock:
+                self.reserved -= reservation.size
+
+    def charge(self, reservation: Reservation, size: int) -> None:
+        """See ``Reservation.charge``; a request that is alone is never refused."""
+        with self._lock:
+            if size and self.reserved + size > self.bodies and self.reserved > reservation.size:
+                raise RequestError(
+                    f"The server is at capacity: the bodies of requests in progress have {self.reserved:,} bytes, and "
+                    f"this one {size:,} more (limit {self.bodies:,} together).",
+                    remedy="Retry later.",
+                    status=429,
+                    reason="busy",
+                )
+            self.reserved += size
+            reservation.size += size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,6 +104,8 @@ class Settings:
     instances: int = 0
     limits: Limits = field(default_factory=Limits)
     token: str | None = field(default=None, repr=False)
+    #: The file of the token, which every reload reads again.
+    token_file: Path | None = None
     #: A public key or certificates in PEM: only bundles are served whose signature it verifies.
     trusted: Path | None = None
 
@@ -102,7 +132,8 @@ class Service:
         self._instances: Instances | None = None
         self._pool = ThreadPoolExecutor(self.decoders, thread_name_prefix="decode")
         self._statistics: dict[tuple[str, int, str], ModelStatistics] = {}
-        self._authorization = f"Bearer {settings.token}".encode() if settings.token else None
+        self._authorization: bytes | None = None
+        self._require_token(settings.token)
 
     @property
     def ready(self) -> bool:
@@ -125,24 +156,35 @@ class Service:
         """Load every model and run its golden images, which warms it up. Blocking; raises ``KdexportError``."""
         if self._instances is not None:
             return
-        self.repository.load_all()
+        change = self.repository.load_all()
         self.together = max(model.pace.together for model in self.repository.models.values())
         self.admission.places = self.limits.places(self.count, self.together)
         self._instances = Instances(self.count, capacity=self.admission.places)
-        self.metrics.reloads.labels("loaded").inc(len(self.repository.models))
+        self._count(change)
 
     def reload(self) -> Change:
-        """Load the bundles that changed on disk; a refused bundle leaves its old model in place. Blocking."""
+        """Load the bundles that changed on disk; a refused bundle leaves its old model in place. Blocking.
+
+        The token is read again first; raises ``ServerError`` if it cannot be, and the old one stays valid.
+        """
+        if self.settings.token_file is not None:
+            self._require_token(read_token(self.settings.token_file))
         change = self.repository.reload()
         for name, version in change.loaded:
             _log.warning("%s version %d is now served from its new bundle.", name, version)
         for name, version in change.removed:
             _log.warning("%s version %d is no longer served: its folder was removed.", name, version)
+        self._count(change)
+        return change
+
+    def _count(self, change: Change) -> None:
         for (name, version), error in change.refused.items():
             _log.error("%s version %d: the new bundle is refused: %s %s", name, version, error.message, error.remedy)
         self.metrics.reloads.labels("loaded").inc(len(change.loaded))
         self.metrics.reloads.labels("refused").inc(len(change.refused))
-        return change
+
+    def _require_token(self, token: str | None) -> None:
+        self._authorization = f"Bearer {token}".encode() if token else None
 
     def close(self) -> None:
         """Wait for the running work and end all threads."""
@@ -179,29 +221,58 @@ class Service:
                 reason="unauthorised",
             )
 
-    def bound(self, base: int) -> MemoryBound:
+    def bound(self, base: int, limits: Limits | None = None) -> MemoryBound:
         """The most memory of this process, given that it takes ``base`` bytes after loading."""
+        limits = limits or self.limits
         signatures = [model.signature for model in self.repository.models.values()]
         return memory_bound(
-            self.limits,
+            limits,
             base=base,
             instances=self.count,
             together=self.together,
             decoders=self.decoders,
             image_bytes=max(signature.image_bytes for signature in signatures),
-            max_elements=max(signature.max_batch * signature.elements for signature in signatures),
+            max_elements=max(
+                min(signature.max_batch, limits.images_per_body(signature.image_bytes)) * signature.elements
+                for signature in signatures
+            ),
         )
 
     def require_memory(self, base: int) -> MemoryBound:
         """The memory bound; raises ``ServerError`` if the control group allows less."""
         bound, allowed = self.bound(base), memory_limit()
         if allowed is not None and bound.total > allowed:
+            fitting = self._fitting(base, allowed)
+            more = f"give the container at least {math.ceil(bound.total / MIB)} MiB"
             raise ServerError(
                 f"With these limits the server takes {bound.describe()}, but its control group allows "
-                f"{allowed / MIB:.0f} MiB.",
-                remedy="Lower --max-bodies, --max-pixels or --connections, or give the container more memory.",
+                f"{allowed / MIB:.0f} MiB. The largest part is {bound.largest}.",
+                remedy=f"{more[0].upper()}{more[1:]}." if fitting is None else f"Pass {fitting}, or {more}.",
             )
         return bound
+
+    def _fitting(self, base: int, allowed: int) -> str | None:
+        """Options with which the server fits into ``allowed`` bytes, None if lower limits alone do not suffice."""
+        limits = self.limits
+        while (bound := self.bound(base, limits)).total > allowed:
+            sizes = {
+                "pixels": bound.decoding, "bodies": 2 * bound.bodies, "connections": bound.connections,
+                "body": bound.json,
+            }  # fmt: skip
+            lowest = {
+                "pixels": _LOWEST_PIXELS, "bodies": limits.body, "connections": _LOWEST_CONNECTIONS,
+                "body": _LOWEST_BODY,
+            }  # fmt: skip
+            possible = {key: size for key, size in sizes.items() if getattr(limits, key) // 2 >= lowest[key]}
+            if not possible:
+                return None
+            largest = max(possible, key=lambda key: possible[key])
+            limits = replace(limits, **{largest: getattr(limits, largest) // 2})
+        options = {
+            "pixels": "--max-pixels", "bodies": "--max-bodies", "body": "--max-body", "connections": "--connections",
+        }  # fmt: skip
+        changed = {key: getattr(limits, key) for key in options if getattr(limits, key) != getattr(self.limits, key)}
+        return " ".join(f"{options[key]} {value}" for key, value in changed.items())
 
 
 def read_token(path: Path | None) -> str | None:
@@ -212,7 +283,12 @@ def read_token(path: Path | None) -> str | None:
         token = path.read_bytes().strip().decode("ascii")
     except OSError as error:
         raise ServerError(
-            f"The token file {path} cannot be read: {error.strerror}.", remedy="Check the path and its permissions."
+            f"The token file {path} cannot be read: {error.strerror}.",
+            remedy=(
+                f"Write a token to it: openssl rand -hex 32 > {path}"
+                if isinstance(error, FileNotFoundError)
+                else "Check the path and its permissions."
+            ),
         ) from error
     except UnicodeDecodeError:
         raise ServerError(

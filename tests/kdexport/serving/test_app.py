@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import gzip
 from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,18 @@ from kdexport.serving.app import create_app
 from kdexport.serving.batching import UNKNOWN_PACE
 from kdexport.serving.limits import MIB, Limits
 from kdexport.serving.loading import LoadedModel
-from kdexport.serving.repository import parse_sources
+from kdexport.serving.repository import Change, parse_sources
 from kdexport.serving.service import Service, Settings
 from tests.kdexport.serving.running_server import binary_request, call
+from tests.kdexport.serving.served_bundles import encoded, photo
 
 BODY, HEADERS = binary_request(np.zeros((1, 3, 32, 32), np.float32))
 INFER = "/v2/models/zoo/infer"
+SCOPE = {
+    "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "path": "/v1/classify",
+    "raw_path": b"/v1/classify", "query_string": b"", "root_path": "", "scheme": "http",
+    "server": ("127.0.0.1", 80), "client": ("127.0.0.1", 1),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +49,7 @@ def make(models: dict[tuple[str, int], LoadedModel], monkeypatch: pytest.MonkeyP
         pace: dict[str, Any] = {"pace": UNKNOWN_PACE} if "ort" in change else {}
         ready = {key: dataclasses.replace(model, **change, **pace) for key, model in models.items()}
         service.repository._models = ready
-        monkeypatch.setattr(service.repository, "load_all", lambda: None)
+        monkeypatch.setattr(service.repository, "load_all", Change)
         service.load()
         services.append(service)
         return service
@@ -106,6 +113,42 @@ def test_an_answer_that_is_not_finite_is_500_and_counted(make: Any, value: float
     assert b'kdexport_not_finite_outputs_total{model="zoo",version="1"} 1.0' in service.metrics.text()
 
 
+def test_bodies_of_unknown_size_are_charged_as_they_arrive(make: Any) -> None:
+    service = make(Limits(bodies=2 * MIB, body=MIB, queue=20))
+    upload = encoded(photo(64, 64, 1), "JPEG")
+    admitted = []
+
+    async def one(app: Any, encoding: list[tuple[bytes, bytes]], everyone: asyncio.Event) -> int:
+        parts = [{"type": "http.request", "body": upload[:9], "more_body": True}]
+        if encoding:
+            parts = [{"type": "http.request", "body": gzip.compress(upload), "more_body": True}]
+        last = {"type": "http.request", "body": b"" if encoding else upload[9:], "more_body": False}
+        messages: list[MutableMapping[str, Any]] = []
+
+        async def receive() -> dict[str, Any]:
+            if parts:
+                return parts.pop()
+            admitted.append(True)
+            if len(admitted) >= 12:
+                everyone.set()
+            await asyncio.wait_for(everyone.wait(), 30)
+            return last
+
+        async def send(message: MutableMapping[str, Any]) -> None:
+            messages.append(message)
+
+        await app({**SCOPE, "headers": encoding}, receive, send)
+        return int(messages[0]["status"])
+
+    async def all_at_once() -> list[int]:
+        app, everyone = create_app(service=service), asyncio.Event()
+        kinds: list[list[tuple[bytes, bytes]]] = [[], [(b"content-encoding", b"gzip")]]
+        return await asyncio.gather(*(one(app, kinds[index % 2], everyone) for index in range(12)))
+
+    assert asyncio.run(all_at_once()) == [200] * 12
+    assert service.admission.reserved == 0
+
+
 def test_draining_is_not_ready_and_still_serves(make: Any) -> None:
     service = make()
     service.draining = True
@@ -122,9 +165,19 @@ def test_a_server_whose_limits_do_not_fit_its_container_does_not_start(
     service = make()
     monkeypatch.setattr("kdexport.serving.service.memory_limit", lambda: 256 * MIB)
     with pytest.raises(
-        ServerError, match=r"the server takes at most \d+ MiB \(.*\), but its control group allows 256 MiB\."
-    ):
+        ServerError, match=r"the server takes at most \d+ MiB \(.*\), but its control group allows 256 MiB\. "
+    ) as caught:
         service.require_memory(100 * MIB)
+    assert caught.value.remedy.startswith("Give the container at least ")
+    monkeypatch.setattr("kdexport.serving.service.memory_limit", lambda: 512 * MIB)
+    with pytest.raises(ServerError, match=r"The largest part is image decoding\.") as caught:
+        service.require_memory(100 * MIB)
+    words = caught.value.remedy.split(", or ")[0].removeprefix("Pass ").split()
+    names = {
+        "--max-pixels": "pixels", "--max-bodies": "bodies", "--max-body": "body", "--connections": "connections",
+    }  # fmt: skip
+    proposed = {names[name]: int(value) for name, value in zip(words[::2], words[1::2], strict=True)}
+    assert make(Limits(**proposed)).require_memory(100 * MIB).total <= 512 * MIB
     monkeypatch.setattr("kdexport.serving.service.memory_limit", lambda: 8192 * MIB)
     assert service.require_memory(100 * MIB).total < 8192 * MIB
 

@@ -1,5 +1,6 @@
 """Processors and memory of the control group, the bound on memory, and the limits as the documentation states them."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +78,20 @@ def test_the_documented_limits_are_the_defaults() -> None:
         f"({limits.drain_seconds + limits.grace_seconds:g} s by default)",
     ):  # fmt: skip
         assert words in text, words
+
+
+def test_idle_connections_outlast_those_of_common_load_balancers() -> None:
+    assert Limits().keep_alive_seconds > 60
+
+
+def test_the_container_of_kserve_fits_a_student_for_224_pixels() -> None:
+    text = (Path(__file__).parents[3] / "deploy" / "kserve" / "runtime.yaml").read_text()
+    gibibytes = {int(value) for value in re.findall(r"memory: (\d+)Gi", text)}
+    body = int(re.findall(r"--max-body=(\d+)", text)[0])
+    # In float32 with some room for its header, at most this many images fit into a body.
+    images = body // (4 * 3 * 224 * 224)
+    bound = memory_bound(
+        Limits(body=body), base=300 * MIB, instances=2, decoders=2, image_bytes=4 * 3 * 224 * 224,
+        max_elements=images * 3 * 224 * 224,
+    )  # fmt: skip
+    assert bound.total < min(gibibytes) * 1024 * MIB

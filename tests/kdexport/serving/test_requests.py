@@ -1,6 +1,7 @@
 """The body of a request: read in parts, limited, decompressed, and abandoned when the client disconnects."""
 
 import asyncio
+import os
 import zlib
 from typing import Any
 
@@ -84,3 +85,28 @@ def test_decompression_stops_at_the_limit() -> None:
     assert decompress(packed, "deflate", 1000) == bytes(1000)
     with pytest.raises(RequestError, match=r"The body decompresses to more than 999 bytes\."):
         decompress(packed, "deflate", 999)
+
+
+@pytest.mark.parametrize("size", [0, 1, 65_535, 65_536, 65_537, 200_000, 3_000_000])
+@pytest.mark.parametrize("random", [False, True])
+def test_decompression_in_parts_gives_all_bytes_and_charges_each_once(size: int, random: bool) -> None:
+    data = os.urandom(size) if random else bytes(size)
+    charged: list[int] = []
+    assert decompress(zlib.compress(data), "deflate", size, charged.append) == data
+    assert sum(charged) == size
+    assert max(charged, default=0) <= 65_536
+    for wrong in (zlib.compress(data) + b"x", zlib.compress(data)[:-1], zlib.compress(data) + bytes(70_000)):
+        with pytest.raises(RequestError, match="is not exactly one complete deflate stream"):
+            decompress(wrong, "deflate", size)
+
+
+def test_a_body_is_refused_as_soon_as_its_bytes_cannot_be_charged() -> None:
+    def refuse(size: int) -> None:
+        if size > 2:
+            raise RequestError("full", status=429)
+
+    messages = receiver(part(b"ab"), part(b"abc"), part(b"never read", more=False))
+    with pytest.raises(RequestError, match="full"):
+        run(read_body(messages, 100, Limits(), refuse))
+    with pytest.raises(RequestError, match="full"):
+        decompress(zlib.compress(bytes(1000)), "deflate", 1000, refuse)

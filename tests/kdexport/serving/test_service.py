@@ -11,7 +11,7 @@ from kdexport.serving.service import Admission, Settings, read_token
 def test_places_and_bytes_are_released_even_after_an_error() -> None:
     admission = Admission(places=2, bodies=100)
     too_many_bytes = (
-        r"^The server is at capacity: the bodies of requests in progress have up to 60 bytes, and this one up to 41 "
+        r"^The server is at capacity: the bodies of requests in progress have 60 bytes, and this one 41 more "
         r"\(limit 100 together\)\.\nRetry later\.$"
     )
     too_many_requests = r"^The server is at capacity: 2 requests in progress \(limit 2\)\.\nRetry later\.$"
@@ -26,6 +26,22 @@ def test_places_and_bytes_are_released_even_after_an_error() -> None:
     # A single body larger than the whole budget is still served, alone.
     with admission.enter(1000):
         pass
+
+
+def test_bytes_are_charged_as_they_arrive_and_a_request_that_is_alone_is_not_refused() -> None:
+    admission = Admission(places=9, bodies=100)
+    with admission.enter() as first:
+        first.charge(120)
+        with admission.enter() as second, pytest.raises(RequestError) as caught:
+            second.charge(1)
+        assert caught.value.status == 429
+        assert admission.reserved == 120
+    with admission.enter() as first, admission.enter() as second:
+        first.charge(60)
+        second.charge(40)
+        with pytest.raises(RequestError, match="have 100 bytes, and this one 1 more"):
+            second.charge(1)
+    assert (admission.in_progress, admission.reserved) == (0, 0)
 
 
 def test_a_weak_token_is_refused_and_never_shown(tmp_path: Path) -> None:
