@@ -5,6 +5,7 @@ import json
 import logging
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -61,6 +62,9 @@ def serve(
     timeout: Annotated[float, typer.Option(min=0.001, help="Most seconds from body to response.")] = 10.0,
     header_timeout: Annotated[float, typer.Option(min=0.05, help="Most seconds for a request header to arrive.")] = 5.0,
     body_timeout: Annotated[float, typer.Option(min=0.05, help="Most seconds for a body to arrive.")] = 10.0,
+    keep_alive: Annotated[
+        float, typer.Option(min=0.05, help="Seconds after which an idle connection is closed; longer than the proxy's.")
+    ] = 75.0,
     drain: Annotated[float, typer.Option(min=0, help="Seconds to keep serving after SIGTERM.")] = 5.0,
     grace: Annotated[float, typer.Option(min=0, help="Most seconds to finish open requests after that.")] = 20.0,
     watch: Annotated[
@@ -92,25 +96,43 @@ def serve(
     limits = Limits(
         queue=queue, connections=connections, body=max_body, bodies=max(max_bodies, max_body), pixels=max_pixels,
         min_side=min_side, queue_seconds=queue_timeout, total_seconds=timeout, header_seconds=header_timeout,
-        body_seconds=body_timeout, drain_seconds=drain, grace_seconds=grace,
+        body_seconds=body_timeout, keep_alive_seconds=keep_alive, drain_seconds=drain, grace_seconds=grace,
     )  # fmt: skip
     token = read_token(token_file)
     settings = Settings(
-        provider=_provider(provider), target=target, instances=instances, limits=limits, token=token, trusted=trusted
+        provider=_provider(provider),
+        target=target,
+        instances=instances,
+        limits=limits,
+        token=token,
+        token_file=token_file,
+        trusted=trusted,
     )
     require_servable(target, settings.provider)
     context = _tls(tls_cert, tls_key)
     service = Service(parse_sources(bundles), settings)
     address = Address(host=host, port=port, metrics_host=metrics_host, metrics_port=metrics_port)
-    run(service, address, watch_seconds=watch, context=context, as_json=as_json)
+
+    def renew() -> None:
+        if context is not None and tls_cert is not None and tls_key is not None:
+            _load_certificate(context, tls_cert, tls_key)
+
+    run(service, address, watch_seconds=watch, context=context, renew=renew, as_json=as_json)
 
 
 def run(
-    service: "Service", address: "Address", *, watch_seconds: float, context: "ssl.SSLContext | None", as_json: bool
+    service: "Service",
+    address: "Address",
+    *,
+    watch_seconds: float,
+    context: "ssl.SSLContext | None",
+    renew: Callable[[], None],
+    as_json: bool,
 ) -> None:
     """Load the models, print where they are served, serve until a signal, and drain."""
     import asyncio
 
+    from kdexport.serving.descriptors import require_descriptors
     from kdexport.serving.listening import authority
     from kdexport.serving.server import Server
 
@@ -118,6 +140,7 @@ def run(
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(message)s")
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+    require_descriptors(service.limits.connections)
     server = Server(service, address, watch_seconds=watch_seconds)
     service.load()
     bound = service.require_memory(resident_bytes())
@@ -142,7 +165,7 @@ def run(
             sys.stdout.flush()
 
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        cut = runner.run(server.run(context=context, started=announce))
+        cut = runner.run(server.run(context=context, started=announce, renew=renew))
     sys.stderr.write(f"stopped; {cut} requests got no response\n")
 
 
@@ -217,11 +240,20 @@ def _tls(cert: Path | None, key: Path | None) -> "ssl.SSLContext | None":
         given, missing = ("--tls-cert", "--tls-key") if key is None else ("--tls-key", "--tls-cert")
         raise ConfigError(f"{given} was given without {missing}; TLS needs both.", remedy=f"Add {missing} FILE.")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    _load_certificate(context, cert, key)
+    return context
+
+
+def _load_certificate(context: "ssl.SSLContext", cert: Path, key: Path) -> None:
+    """Use this certificate from the next handshake on; raises ``ConfigError``, and then the old one stays."""
+    import ssl
+
     try:
+        # A key of another certificate is noticed only after the context has taken the certificate.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key)
         context.load_cert_chain(cert, key)
     except (ssl.SSLError, OSError) as error:
         raise ConfigError(
             f"{cert} and {key} are not a certificate and its private key: {error}.",
             remedy="Pass the PEM file of the certificate chain as --tls-cert and that of its key as --tls-key.",
         ) from error
-    return context

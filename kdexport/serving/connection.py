@@ -69,6 +69,12 @@ class ConnectionPool:
         for connection in self.open:
             connection.close_after_response()
 
+    def close_idle(self) -> None:
+        """Close the connections on which no request is read or answered."""
+        for connection in list(self.idle):
+            if connection.is_idle:
+                connection.transport.close()
+
     def _count(self) -> None:
         if self.metrics is not None:
             self.metrics.connections.set(len(self.open))
@@ -116,12 +122,13 @@ class Connection(HttpToolsProtocol):
             self._header_bytes += len(data)
             if self._header_bytes > self._limits.header:
                 self._refuse_header()
-        elif self._deadline is None and self._is_idle:
+        elif self._deadline is None and self.is_idle:
             # Line ends between requests are legal, but may not keep the connection open longer than a header.
             self._start_header_deadline()
 
     @property
-    def _is_idle(self) -> bool:
+    def is_idle(self) -> bool:
+        """Whether the connection has no open body and no request without a response."""
         return not self._body_open and (self.cycle is None or self.cycle.response_complete)
 
     def on_message_begin(self) -> None:

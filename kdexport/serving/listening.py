@@ -1,15 +1,20 @@
 """The addresses of the server: bound and listening sockets, and the proof that requests to them reach this process."""
 
+import ctypes
 import http.client
 import ipaddress
 import socket
 import ssl
+import struct
+import sys
 from dataclasses import dataclass
 
 from kdexport.errors import ConfigError, ServerError
 
 BACKLOG = 2048
 LOOPBACK = "127.0.0.1"
+#: Of Linux; Python's socket module does not name it.
+_SO_ATTACH_FILTER = 26
 _ANSWER_SECONDS = 10.0
 #: Nothing can connect to a wildcard address by that name on every system; its own machine can by the loopback address.
 _WILDCARDS = {"0.0.0.0": LOOPBACK, "::": "::1", "": LOOPBACK}  # noqa: S104
@@ -88,6 +93,28 @@ def listen(sockets: Sockets, address: Address) -> None:
             bound.listen(BACKLOG)
         except OSError as error:
             raise _cannot_listen(host, int(bound.getsockname()[1]), options, error) from error
+
+
+def drop_new_connections(listening: socket.socket) -> bool:
+    """Let the kernel drop the first packet of every new connection; those that exist stay. Returns whether it does.
+
+    The client sends that packet again after a second, and finds the port closed. Only Linux has such filters.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    # The filter sees the TCP header: (code, true, false, k) loads byte 13, the flags, and tests SYN.
+    program = b"".join(
+        struct.pack("=HBBI", *instruction)
+        for instruction in ((0x30, 0, 0, 13), (0x45, 0, 1, 0x02), (0x06, 0, 0, 0), (0x06, 0, 0, 0xFFFFFFFF))
+    )
+    buffer = ctypes.create_string_buffer(program, len(program))
+    try:
+        listening.setsockopt(
+            socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("@HP", len(program) // 8, ctypes.addressof(buffer))
+        )
+    except OSError:
+        return False
+    return True
 
 
 def _cannot_listen(host: str, port: int, options: str, error: OSError) -> ServerError:

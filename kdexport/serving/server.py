@@ -20,7 +20,14 @@ from kdexport.errors import KdexportError
 from kdexport.serving.app import create_app, create_metrics_app
 from kdexport.serving.connection import Connection, ConnectionPool
 from kdexport.serving.limits import Limits
-from kdexport.serving.listening import BACKLOG, Address, bind_all, listen, require_own_answers
+from kdexport.serving.listening import (
+    BACKLOG,
+    Address,
+    bind_all,
+    drop_new_connections,
+    listen,
+    require_own_answers,
+)
 from kdexport.serving.metrics import Metrics
 from kdexport.serving.service import Service
 
@@ -29,6 +36,9 @@ _DATE_HEADER_SECONDS = 1.0
 _POLL_SECONDS = 0.05
 _TLS_SHUTDOWN_SECONDS = 1.0
 _INTERRUPTED = 130
+#: How long idle connections stay open after the port was closed: a request may be on its way on each of them.
+_IDLE_SECONDS_AT_STOP = 5.0
+_HANDSHAKE_SECONDS = 0.25
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,15 +102,29 @@ class Listener:
         assert self._server is not None
         self.pool.close()
         self._server.close()
-        await self._accept_waiting()
+        await self._accept_last()
         self._socket.close()
-        deadline = time.monotonic() + seconds
-        while self.pool.open and time.monotonic() < deadline:
+        began = time.monotonic()
+        while self.pool.open and time.monotonic() < began + seconds:
             await asyncio.sleep(_POLL_SECONDS)
+            if time.monotonic() > began + _IDLE_SECONDS_AT_STOP:
+                self.pool.close_idle()
         busy = self.pool.open - self.pool.idle.keys()
         for connection in list(self.pool.open):
             connection.transport.abort()
         return len(busy)
+
+    async def _accept_last(self) -> None:
+        """Accept every connection that exists in the kernel; those that a client begins now are not established.
+
+        Closing a listening socket resets the connections that wait in it, also one that arrived after the last look.
+        """
+        closed = drop_new_connections(self._socket)
+        await self._accept_waiting()
+        if closed:
+            # Handshakes in progress end within the time that a packet takes to the client and back.
+            await asyncio.sleep(_HANDSHAKE_SECONDS)
+            await self._accept_waiting()
 
     async def _accept_waiting(self) -> None:
         """Accept the connections that wait in the kernel."""
@@ -131,12 +155,16 @@ class Server:
         self._signals = 0
 
     async def run(
-        self, *, context: ssl.SSLContext | None = None, started: Callable[[Running], None] = lambda _: None
+        self,
+        *,
+        context: ssl.SSLContext | None = None,
+        started: Callable[[Running], None] = lambda _: None,
+        renew: Callable[[], None] = lambda: None,
     ) -> int:
         """Serve until SIGTERM or SIGINT; returns the number of requests that got no response.
 
-        ``started`` is called when requests to both addresses have been answered by this process. Raises ``ServerError``
-        if they are not.
+        ``started`` is called when requests to both addresses have been answered by this process, ``renew`` before each
+        reload. Raises ``ServerError`` if the requests are not answered.
         """
         loop = asyncio.get_running_loop()
         stopping = asyncio.Event()
@@ -150,7 +178,7 @@ class Server:
         identity = self._service.identity
         await asyncio.to_thread(require_own_answers, self._address, self._sockets, identity, context)
         started(Running(port=self._main.port, metrics_port=self._metrics.port))
-        jobs = (self._update_date_headers(), self._reload(), self._watch())
+        jobs = (self._update_date_headers(), self._reload(renew), self._watch())
         tasks = [asyncio.create_task(job) for job in jobs]
         await stopping.wait()
         cut = await self._drain()
@@ -190,11 +218,12 @@ class Server:
                 if await asyncio.to_thread(self._service.repository.changed):
                     self._reload_wanted.set()
 
-    async def _reload(self) -> None:
+    async def _reload(self, renew: Callable[[], None]) -> None:
         while True:
             await self._reload_wanted.wait()
             self._reload_wanted.clear()
-            try:
-                await asyncio.to_thread(self._service.reload)
-            except (KdexportError, OSError) as error:
-                _log.error("The reload failed, and the loaded models stay: %s", error)
+            for step in (renew, self._service.reload):
+                try:
+                    await asyncio.to_thread(step)
+                except (KdexportError, OSError) as error:
+                    _log.error("The reload failed, and what was loaded stays: %s", error)

@@ -141,9 +141,10 @@ def test_the_options_of_each_command_are_frozen() -> None:
         "sign": ["--certificate", "--debug", "--json", "--key", "--plugin", "bundle"],
         "serve": [
             "--body-timeout", "--connections", "--debug", "--drain", "--grace", "--header-timeout", "--host",
-            "--instances", "--json", "--max-bodies", "--max-body", "--max-pixels", "--metrics-host", "--metrics-port",
-            "--min-side", "--plugin", "--port", "--provider", "--queue", "--queue-timeout", "--require-signature",
-            "--target", "--timeout", "--tls-cert", "--tls-key", "--token-file", "--watch", "bundles",
+            "--instances", "--json", "--keep-alive", "--max-bodies", "--max-body", "--max-pixels", "--metrics-host",
+            "--metrics-port", "--min-side", "--plugin", "--port", "--provider", "--queue", "--queue-timeout",
+            "--require-signature", "--target", "--timeout", "--tls-cert", "--tls-key", "--token-file", "--watch",
+            "bundles",
         ],
         "triton": [
             "--debug", "--delay-us", "--device", "--instances", "--json", "--keep-versions", "--max-batch",

@@ -19,6 +19,7 @@ from kdexport.serving.listening import (
     authority,
     bind,
     bind_all,
+    drop_new_connections,
     is_loopback,
     listen,
     require_own_answer,
@@ -69,6 +70,23 @@ def test_the_second_of_two_bound_sockets_may_not_listen() -> None:
         with pytest.raises(ServerError) as metrics:
             bind_all(Address(port=0, metrics_port=port))
         assert metrics.value.remedy == "Choose another --metrics-host or --metrics-port."
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux has filters of sockets")
+def test_before_the_port_is_closed_no_connection_is_established_any_more() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.create_connection(listener.getsockname()) as early,
+        socket.socket() as late,
+    ):
+        assert drop_new_connections(listener)
+        late.settimeout(0.3)
+        with pytest.raises(TimeoutError):
+            late.connect(listener.getsockname())
+        early.sendall(b"request")
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.recv(7) == b"request"
 
 
 def test_one_port_for_requests_and_metrics_is_refused() -> None:
