@@ -40,6 +40,7 @@ __all__ = [
     "FUSED",
     "GOLDEN",
     "GOLDEN_LOGITS",
+    "HARD_LINK",
     "MANIFEST",
     "MODEL",
     "NOT_EXECUTED",
@@ -73,6 +74,7 @@ _LISTED_CHANGES = 5
 MODEL = ONNX_FILE
 #: The status of a target.
 EMPTY_FOLDER = "an empty folder"
+HARD_LINK = "a hard link"
 
 VERIFIED, NOT_EXECUTED = "verified", "built, not executed"
 
@@ -195,7 +197,7 @@ def _irregular(facts: os.stat_result) -> str:
         return "a symbolic link"
     if not stat.S_ISREG(facts.st_mode):
         return "a device, pipe or socket"
-    return "a hard link" if facts.st_nlink != 1 else ""
+    return HARD_LINK if facts.st_nlink != 1 else ""
 
 
 def changed_files(folder: Path, expected: dict[str, str]) -> dict[str, str]:

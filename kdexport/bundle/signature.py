@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from kdexport.bundle.layout import MANIFEST, SIGNATURE
 from kdexport.bundle.manifest import (
     EMPTY_FOLDER,
+    HARD_LINK,
     hash_files,
     irregular_entries,
     listed_changes,
@@ -130,7 +131,8 @@ def _require_packages() -> None:
 
 def _require_regular(folder: Path) -> None:
     for name, kind in irregular_entries(folder).items():
-        if kind != EMPTY_FOLDER:
+        # The digest of a hard link's content is signed like that of any file.
+        if kind not in (EMPTY_FOLDER, HARD_LINK):
             raise BundleError(
                 f"{folder / name} is {kind}; a signed bundle may have regular files only.",
                 remedy=f"Copy the bundle with the contents of its links: cp -rL {folder} NEW_FOLDER",

@@ -1,5 +1,6 @@
 """The HTTP endpoints: Open Inference Protocol v2 (health, metadata, statistics, inference) and image classification."""
 
+import json
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,10 @@ async def model_ready(request: Request) -> Response:
 
 
 async def model_metadata(request: Request) -> Response:
-    """Versions, inputs and outputs of a model; -1 is the batch dimension."""
+    """Versions, inputs and outputs of a model; -1 is the batch dimension.
+
+    ``parameters`` has the digest of its bundle and the preprocessing that its input must have had.
+    """
     model = _model(request)
     names = _service(request).repository.models
     signature = model.signature
@@ -78,6 +82,10 @@ async def model_metadata(request: Request) -> Response:
             "platform": _PLATFORM,
             "inputs": [{"name": signature.input_name, "datatype": "FP32", "shape": [-1, 3, size, size]}],
             "outputs": [{"name": signature.output_name, "datatype": "FP32", "shape": [-1, len(signature.classes)]}],
+            "parameters": {
+                "bundle_sha256": model.digest,
+                "preprocessing": model.manifest.spec.preprocessing.to_json(),
+            },
         }
     )
 
@@ -104,7 +112,11 @@ async def model_config(request: Request) -> Response:
         ],
         "output": [{"name": signature.output_name, "data_type": "TYPE_FP32", "dims": [len(signature.classes)]}],
         "instance_group": [{"name": model.name, "kind": kind, "count": service.count}],
-        "parameters": {"labels": {"string_value": "\n".join(signature.classes)}},
+        "parameters": {
+            "labels": {"string_value": "\n".join(signature.classes)},
+            "bundle_sha256": {"string_value": model.digest},
+            "preprocessing": {"string_value": json.dumps(model.manifest.spec.preprocessing.to_json())},
+        },
     }
     if model.pace.together > 1:
         preferred = [model.pace.together]

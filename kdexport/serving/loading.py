@@ -1,7 +1,9 @@
 """Load a bundle for serving: check its files, open its graph on the provider, and compare its golden images."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,6 +11,7 @@ from numpy.typing import NDArray
 from kdexport.backends.ort import CPU, OrtModel, load_model
 from kdexport.bundle.manifest import (
     EMPTY_FOLDER,
+    HARD_LINK,
     MANIFEST,
     MODEL,
     TARGETS,
@@ -32,6 +35,7 @@ from kdexport.verify.check import has_failed
 from kdexport.verify.golden_limits import own_logits
 
 #: kdexport raises these itself while it reads a bundle, so their text is its own.
+_FOREIGN = "unknown"
 _OWN_CAUSES = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
@@ -67,6 +71,16 @@ class LoadedModel:
     #: Who signed the bundle, if the server requires signatures.
     signer: Signer | None = None
 
+    @property
+    def contract(self) -> dict[str, Any]:
+        """What clients rely on: input, output, classes and preprocessing. All versions of a model share it."""
+        tensor = asdict(self.signature)
+        classes, output = tensor.pop("classes"), tensor.pop("output_name")
+        # Clients learn of another limit by an error; it changes the meaning of no request.
+        tensor.pop("max_batch")
+        preprocessing = self.manifest.spec.preprocessing.to_json()
+        return {"input": tensor, "output": output, "classes": classes, "preprocessing": preprocessing}
+
     def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """(n,3,S,S) float32 to (n,K) float32."""
         return self.ort.logits(images)
@@ -101,18 +115,45 @@ def read_files(folder: Path, target: str = DEFAULT_TARGET, trusted: Path | None 
     if signer is not None and signer.manifest_sha256 != digest:
         raise _changed(folder)
     manifest = read_manifest(folder)
-    changes = changed_files(folder, manifest.files)
-    if changes:
-        raise VerificationError(
-            f"{len(changes)} files of {folder} differ from those that were verified: {listed_changes(changes)}.",
-            remedy="Copy the bundle again, or build it again.",
-        )
+    require_unchanged_files(folder, manifest)
     name = served_file(manifest, target)
     _require_verified(folder, manifest, name)
     graph = (folder / name).read_bytes()
     if sha256_bytes(graph) != manifest.files.get(name) or bundle_digest(folder) != digest:
         raise _changed(folder)
     return Files(manifest=manifest, digest=digest, name=name, graph=graph, signer=signer)
+
+
+def require_unchanged_files(folder: Path, manifest: Manifest) -> None:
+    """Raise ``VerificationError`` that names the files that are not those of the manifest, and what to do."""
+    changes = changed_files(folder, manifest.files)
+    if not changes:
+        return
+    foreign = [name for name, change in changes.items() if change == _FOREIGN]
+    if len(foreign) == len(changes):
+        raise VerificationError(
+            f"{folder} has {len(foreign)} files that its manifest does not list: {listed_changes(changes)}.",
+            remedy=f"Move them out of {folder}; all other files are those that were verified.",
+        )
+    raise VerificationError(
+        f"{len(changes)} files of {folder} differ from those that were verified: {listed_changes(changes)}.",
+        remedy="Copy the bundle again, or build it again.",
+    )
+
+
+def require_same_contract(fresh: LoadedModel, served: Iterable[LoadedModel], folder: Path) -> None:
+    """Raise ``BundleError`` if clients of a served version of the same name would get something else from ``fresh``."""
+    for model in served:
+        old, new = model.contract, fresh.contract
+        different = [key for key in old if old[key] != new[key]]
+        if different:
+            counts = len(old["classes"]), len(new["classes"])
+            detail = "" if counts[0] == counts[1] else f" ({counts[0]} classes are served, the bundle has {counts[1]})"
+            raise BundleError(
+                f"{folder} and the served version {model.version} of {model.name} differ in {', '.join(different)}"
+                f"{detail}; clients rely on them.",
+                remedy=f"Serve it under another name: kdexport serve NAME={folder}",
+            )
 
 
 def _changed(folder: Path) -> VerificationError:
@@ -135,9 +176,11 @@ def bundle_digest(folder: Path) -> str:
 def require_plain_files(folder: Path) -> None:
     """Raise ``BundleError`` for a link or device inside: files outside the folder were never verified."""
     for name, kind in irregular_entries(folder).items():
-        if kind != EMPTY_FOLDER:
+        # A hard link is a regular file of this folder, and what is read of it has the digest of the manifest. Another
+        # link to it, as backups make them, must not end the service.
+        if kind not in (EMPTY_FOLDER, HARD_LINK):
             raise BundleError(
-                f"{folder / name} is a link or a device; a bundle may have regular files only.",
+                f"{folder / name} is {kind}; a bundle may have regular files only.",
                 remedy=f"Copy the bundle with the contents of its links: cp -rL {folder} NEW_FOLDER",
             )
 
@@ -209,14 +252,12 @@ def _signature(model: OrtModel, manifest: Manifest, limits: Limits) -> Signature
             f"and one output of {len(classes)} classes.",
             remedy="Build the bundle again.",
         )
-    image_bytes = 12 * size * size
-    fitting = max(1, int((limits.body - limits.header) / (1.2 * image_bytes)))
     return Signature(
         input_name=inputs[0].name,
         output_name=outputs[0].name,
         image_size=size,
         classes=classes,
-        max_batch=min(int(manifest.data["export"]["max_batch"]), fitting),
+        max_batch=min(int(manifest.data["export"]["max_batch"]), limits.images_per_body(12 * size * size)),
     )
 
 

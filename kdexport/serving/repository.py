@@ -12,7 +12,15 @@ from kdexport.errors import BundleError, ConfigError, KdexportError, RequestErro
 from kdexport.serving.batching import measure_pace
 from kdexport.serving.isolated_load import try_bundle
 from kdexport.serving.limits import Limits
-from kdexport.serving.loading import LoadedModel, as_kdexport_error, bundle_digest, load, without_library_text
+from kdexport.serving.loading import (
+    LoadedModel,
+    as_kdexport_error,
+    bundle_digest,
+    load,
+    require_same_contract,
+    require_unchanged_files,
+    without_library_text,
+)
 from kdexport.targets import DEFAULT_TARGET
 
 _log = logging.getLogger("kdexport.serving")
@@ -139,26 +147,37 @@ class Repository:
             )  # fmt: skip
         return self._models[name, int(version)]
 
-    def load_all(self) -> None:
-        """Load all bundles at the start; raises the first error."""
+    def load_all(self) -> Change:
+        """Load all bundles at the start; raises the first error of a model that has no good version."""
         change = self.reload()
-        for error in change.refused.values():
-            raise error
+        for (name, _), error in change.refused.items():
+            if not any(name == loaded for loaded, _ in self._models):
+                raise error
+        return change
 
     def reload(self) -> Change:
         """Load new and changed bundles and replace the table; a refused bundle leaves its old model in place.
 
-        If signatures are required, that of an unchanged bundle is checked too: the trusted key may be another one now.
+        All versions of a model share their input, output, classes and preprocessing, because clients that name no
+        version get the newest; a bundle that differs in them is refused. The files of an unchanged bundle are compared
+        with its manifest again, and if signatures are required, its signature is checked again: the trusted key may be
+        another one now.
         """
         with self._reloading:
             self._last_signature = self._signature()
-            wanted = {(source.name, n): path for source in self.sources for n, path in source.versions().items()}
+            wanted = {
+                (source.name, n): path for source in self.sources for n, path in sorted(source.versions().items())
+            }
             models, refused = dict(self._models), dict[Key, KdexportError]()
             for key, folder in wanted.items():
                 try:
                     if key not in models or bundle_digest(folder) != models[key].digest:
-                        models[key] = self._load(key, folder)
-                    elif self._trusted is not None:
+                        fresh = self._load(key, folder)
+                        require_same_contract(fresh, [m for (name, _), m in models.items() if name == key[0]], folder)
+                        models[key] = fresh
+                        continue
+                    require_unchanged_files(folder, models[key].manifest)
+                    if self._trusted is not None:
                         require_signed(folder, self._trusted)
                 # A folder can be damaged in any way, and none of them may stop the models that run.
                 except Exception as error:  # noqa: BLE001

@@ -1,5 +1,6 @@
 """A server starts only if all checks pass, and it reloads and stops without losing a request."""
 
+import hashlib
 import http.client
 import json
 import os
@@ -118,6 +119,18 @@ def renamed_classes(bundle: Path, mark: str) -> None:
     path.write_text(json.dumps(data))
 
 
+def rewritten(bundle: Path) -> str:
+    """Write the manifest with other white space, so that the bundle is another one; returns its digest."""
+    path = bundle / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=3))
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def served_digest(server: Running, version: str = "") -> str:
+    answer = server.ask("GET", f"/v2/models/zoo{version}").data
+    return str(answer["parameters"]["bundle_sha256"])
+
+
 def swap(new: Path, place: Path) -> None:
     """Replace the folder ``place`` by ``new`` by renaming."""
     old = place.with_name("old")
@@ -132,11 +145,6 @@ def reloading(zoo_copy: Path) -> Iterator[Running]:
         yield server
 
 
-def label(server: Running) -> str:
-    answer = server.ask("POST", "/v1/classify?top=1", encoded(photo(50, 50, 1), "PNG"))
-    return str(answer.data["predictions"][0]["label"])
-
-
 def wait_for(condition: object, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():  # type: ignore[operator]
@@ -148,13 +156,12 @@ def test_sighup_replaces_models_under_load_and_refuses_a_bad_one(
     reloading: Running, zoo: Path, zoo_copy: Path, tmp_path: Path
 ) -> None:
     server = reloading
-    before = label(server)
     with under_load(server) as load:
         fresh = Path(shutil.copytree(zoo, tmp_path / "fresh"))
-        renamed_classes(fresh, "new ")
+        digest = rewritten(fresh)
         swap(fresh, zoo_copy)
         server.process.send_signal(signal.SIGHUP)
-        wait_for(lambda: label(server) == f"new {before}")
+        wait_for(lambda: served_digest(server) == digest)
         bad = Path(shutil.copytree(zoo, tmp_path / "bad"))
         graph = bytearray((bad / "model.onnx").read_bytes())
         graph[len(graph) // 2] ^= 1
@@ -164,7 +171,7 @@ def test_sighup_replaces_models_under_load_and_refuses_a_bad_one(
         wait_for(lambda: server.metric("kdexport_bundle_loads_total", outcome="refused") == 1)
         answered = load.answered
         wait_for(lambda: load.answered > answered + 20)
-    assert label(server) == f"new {before}"
+    assert served_digest(server) == digest
     assert load.broken == []
     assert load.statuses == {200}
     (row,) = server.ask("POST", "/v2/repository/index").data
@@ -172,25 +179,53 @@ def test_sighup_replaces_models_under_load_and_refuses_a_bad_one(
     assert row["reason"].startswith("A newer bundle was refused: 1 files of ")
     assert row["reason"].endswith(" differ from those that were verified: model.onnx changed.")
     assert "zoo version 1: the new bundle is refused:" in server.log.read_text()
+    other = Path(shutil.copytree(zoo, tmp_path / "other"))
+    renamed_classes(other, "renamed ")
+    swap(other, zoo_copy)
+    server.process.send_signal(signal.SIGHUP)
+    wait_for(lambda: server.metric("kdexport_bundle_loads_total", outcome="refused") == 2)
+    (row,) = server.ask("POST", "/v2/repository/index").data
+    assert row["reason"].endswith(" and the served version 1 of zoo differ in classes; clients rely on them.")
+    assert served_digest(server) == digest
+    good = Path(shutil.copytree(zoo, tmp_path / "good"))
+    digest = rewritten(good)
+    swap(good, zoo_copy)
+    server.process.send_signal(signal.SIGHUP)
+    wait_for(
+        lambda: served_digest(server) == digest and not server.ask("POST", "/v2/repository/index").data[0]["reason"]
+    )
+    with (zoo_copy / "report.md").open("a") as stream:
+        stream.write("changed in place")
+    server.process.send_signal(signal.SIGHUP)
+    wait_for(lambda: server.metric("kdexport_bundle_loads_total", outcome="refused") == 3)
+    (row,) = server.ask("POST", "/v2/repository/index").data
+    assert row["reason"].endswith("differ from those that were verified: report.md changed.")
 
 
 def test_a_new_version_is_found_without_a_signal_and_is_the_default(zoo: Path, tmp_path: Path) -> None:
     shutil.copytree(zoo, tmp_path / "models" / "1")
     with running(f"zoo={tmp_path / 'models'}", "--drain", "0", "--watch", "0.2") as server:
-        before = label(server)
+        first = served_digest(server)
         shutil.copytree(zoo, tmp_path / "2")
-        renamed_classes(tmp_path / "2", "second ")
+        second = rewritten(tmp_path / "2")
         (tmp_path / "2").rename(tmp_path / "models" / "2")
-        wait_for(lambda: label(server) == f"second {before}")
+        wait_for(lambda: served_digest(server) == second)
         assert server.ask("GET", "/v2/models/zoo").data["versions"] == ["1", "2"]
-        answer = server.ask("POST", "/v1/classify?top=1&version=1", encoded(photo(50, 50, 1), "PNG"))
-        assert answer.data["predictions"][0]["label"] == before
+        assert served_digest(server, "/versions/1") == first
+        # Clients that name no version would get other classes.
+        shutil.copytree(zoo, tmp_path / "3")
+        renamed_classes(tmp_path / "3", "third ")
+        (tmp_path / "3").rename(tmp_path / "models" / "3")
+        wait_for(lambda: server.metric("kdexport_bundle_loads_total", outcome="refused") >= 1)
+        assert served_digest(server) == second
+        shutil.rmtree(tmp_path / "models" / "3")
         shutil.rmtree(tmp_path / "models" / "1")
         wait_for(lambda: server.ask("GET", "/v2/models/zoo").data["versions"] == ["2"])
+        refused = server.metric("kdexport_bundle_loads_total", outcome="refused")
         shutil.rmtree(tmp_path / "models" / "2")
         server.process.send_signal(signal.SIGHUP)
-        wait_for(lambda: server.metric("kdexport_bundle_loads_total", outcome="refused") >= 1)
-        assert label(server) == f"second {before}"
+        wait_for(lambda: server.metric("kdexport_bundle_loads_total", outcome="refused") > refused)
+        assert served_digest(server) == second
 
 
 def test_a_signature_is_required_at_the_start_and_at_every_reload(zoo: Path, zoo_copy: Path, tmp_path: Path) -> None:
@@ -200,16 +235,16 @@ def test_a_signature_is_required_at_the_start_and_at_every_reload(zoo: Path, zoo
     with running(*arguments) as server:
         assert server.announced["models"][0]["signed_by"] == signer.to_json()
         fresh = Path(shutil.copytree(zoo, tmp_path / "fresh"))
-        renamed_classes(fresh, "forged ")
+        digest = rewritten(fresh)
         sign_bundle(fresh, key=other.private)
-        before = label(server)
+        before = served_digest(server)
         swap(fresh, zoo_copy)
         server.process.send_signal(signal.SIGHUP)
         wait_for(lambda: server.metric("kdexport_bundle_loads_total", outcome="refused") == 1)
-        assert label(server) == before
+        assert served_digest(server) == before
         sign_bundle(zoo_copy, key=keys.private)
         server.process.send_signal(signal.SIGHUP)
-        wait_for(lambda: label(server) == f"forged {before}")
+        wait_for(lambda: served_digest(server) == digest)
     done = subprocess.run(
         command(f"zoo={zoo}", "--require-signature", keys.public), capture_output=True, text=True, check=False
     )
@@ -240,6 +275,15 @@ def test_several_bundles_and_a_token(zoo: Path, zoo_copy: Path, tmp_path: Path) 
         )
         rows = server.ask("POST", "/v2/repository/index", None, bearer).data
         assert [(row["name"], row["version"]) for row in rows] == [("one", "1"), ("two", "1")]
+        token.write_text("fedcba9876543210\n")
+        server.process.send_signal(signal.SIGHUP)
+        renewed = {"Authorization": "Bearer fedcba9876543210"}
+        wait_for(lambda: server.ask("GET", "/v2/models/one", None, renewed).status == 200)
+        assert server.ask("GET", "/v2/models/one", None, bearer).status == 401
+        token.write_text("short")
+        server.process.send_signal(signal.SIGHUP)
+        wait_for(lambda: "has 5 characters" in server.log.read_text())
+        assert server.ask("GET", "/v2/models/one", None, renewed).status == 200
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificate")
@@ -253,6 +297,10 @@ def test_tls_serves_and_an_idle_connection_does_not_delay_the_shutdown(zoo: Path
         connection = http.client.HTTPSConnection("127.0.0.1", server.port, context=context, timeout=30)
         connection.request("POST", "/v2/models/zoo/infer", BODY, HEADERS)
         assert connection.getresponse().read()
+        old = ssl.get_server_certificate(("127.0.0.1", server.port))
+        subprocess.run(request.split(), check=True, capture_output=True)
+        server.process.send_signal(signal.SIGHUP)
+        wait_for(lambda: ssl.get_server_certificate(("127.0.0.1", server.port)) != old)
         began = time.monotonic()
         assert "stopped; 0 requests got no response" in server.stop()
         assert time.monotonic() - began < 15
