@@ -84,9 +84,10 @@ class Admission:
         """See ``Reservation.charge``; a request that is alone is never refused."""
         with self._lock:
             if size and self.reserved + size > self.bodies and self.reserved > reservation.size:
+                others, own = self.reserved - reservation.size, reservation.size + size
                 raise RequestError(
-                    f"The server is at capacity: the bodies of requests in progress have {self.reserved:,} bytes, and "
-                    f"this one {size:,} more (limit {self.bodies:,} together).",
+                    f"The server is at capacity: the bodies of requests in progress have up to {others:,} bytes, and "
+                    f"this one up to {own:,} (limit {self.bodies:,} together).",
                     remedy="Retry later.",
                     status=429,
                     reason="busy",

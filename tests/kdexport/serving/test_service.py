@@ -11,7 +11,7 @@ from kdexport.serving.service import Admission, Settings, read_token
 def test_places_and_bytes_are_released_even_after_an_error() -> None:
     admission = Admission(places=2, bodies=100)
     too_many_bytes = (
-        r"^The server is at capacity: the bodies of requests in progress have 60 bytes, and this one 41 more "
+        r"^The server is at capacity: the bodies of requests in progress have up to 60 bytes, and this one up to 41 "
         r"\(limit 100 together\)\.\nRetry later\.$"
     )
     too_many_requests = r"^The server is at capacity: 2 requests in progress \(limit 2\)\.\nRetry later\.$"
@@ -39,7 +39,7 @@ def test_bytes_are_charged_as_they_arrive_and_a_request_that_is_alone_is_not_ref
     with admission.enter() as first, admission.enter() as second:
         first.charge(60)
         second.charge(40)
-        with pytest.raises(RequestError, match="have 100 bytes, and this one 1 more"):
+        with pytest.raises(RequestError, match="have up to 60 bytes, and this one up to 41 "):
             second.charge(1)
     assert (admission.in_progress, admission.reserved) == (0, 0)
 
