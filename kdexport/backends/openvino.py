@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdexport.backends import BACKENDS
+from kdexport.backends.activation_products import activation_products
 from kdexport.backends.base import Backend, Clock, Device, Execution, Finding, Missing, Runner
 from kdexport.errors import AuditError, BackendUnavailableError, first_line
 
@@ -123,12 +124,16 @@ def _layer(node: Any) -> Layer:
     return Layer(node.get_friendly_name(), facts["layerType"].astype(str), facts["runtimePrecision"].astype(str), nodes)
 
 
-def _names_of_nodes(path: Path, nodes: Sequence[str]) -> set[str]:
-    """The names that OpenVINO may give to ``nodes``: their own names, or those of their results."""
+def _names_of_float_nodes(path: Path, kept: Sequence[str]) -> set[str]:
+    """The names that OpenVINO may give to what is float32 in an int8 file: kept layers and products of activations.
+
+    It names a layer by the node or by its result.
+    """
     import onnx
 
-    graph = onnx.load(str(path), load_external_data=False).graph
-    return {name for node in graph.node if node.name in nodes for name in (node.name, *node.output)}
+    model = onnx.load(str(path), load_external_data=False)
+    nodes = {*kept, *activation_products(model)}
+    return {name for node in model.graph.node if node.name in nodes for name in (node.name, *node.output)}
 
 
 def runtime_types(model: OpenvinoModel, precision: str, kept: Set[str]) -> Finding:
@@ -204,7 +209,7 @@ class OpenVino(Backend):
         if device == "gpu":
             raise BackendUnavailableError("OpenVINO targets run on the CPU.", remedy="Pass --clock host.")
         model = load_openvino(path, precision=precision, threads=threads)
-        names = _names_of_nodes(path, kept) if kept else set()
+        names = _names_of_float_nodes(path, kept) if precision == "int8" else set()
         return OpenvinoRunner(model, precision, frozenset(names))
 
     def not_timed_on(self, precision: str, clock: Clock) -> Missing | None:

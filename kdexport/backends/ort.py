@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdexport.backends import BACKENDS, nvidia
+from kdexport.backends.activation_products import activation_products
 from kdexport.backends.base import Backend, Clock, Device, Execution, Finding, Missing, Runner
 from kdexport.errors import AuditError, BackendUnavailableError, first_line
 
@@ -24,6 +25,10 @@ TENSORRT = "TensorrtExecutionProvider"
 
 #: With TF32, which keeps 10 bits of the mantissa, a float32 graph would not run in float32.
 _OPTIONS = {CUDA: {"use_tf32": "0"}}
+
+#: Operators of optimised graphs that multiply by weights, in integers and in float32.
+_INTEGER = ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat")
+_FLOAT = ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul")
 
 
 def import_onnxruntime() -> Any:
@@ -147,13 +152,25 @@ def optimised_operators(path: Path) -> dict[str, int]:
 
 
 def integer_kernels(path: Path, kept: int) -> Finding:
-    """Whether onnxruntime runs every convolution and linear layer of an int8 file, except the kept, in integers."""
-    counts = optimised_operators(path)
-    real = {kind: counts.get(kind, 0) for kind in ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulInteger")}
-    left = {kind: counts.get(kind, 0) for kind in ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul")}
+    """Whether onnxruntime runs every layer with weights of an int8 file, except the ``kept``, in integers.
+
+    Products of two activations stay float32.
+    """
+    import onnx
+
+    nodes = onnx.load(str(path), load_external_data=False)
+    counts, given = optimised_operators(path), Counter(node.op_type for node in nodes.graph.node)
+    products = len(activation_products(nodes))
+    layers = sum(given[kind] for kind in ("Conv", "Gemm", "MatMul")) - products
+    real = {kind: counts.get(kind, 0) for kind in _INTEGER}
+    left = {kind: counts.get(kind, 0) for kind in _FLOAT}
     moves = {kind: counts.get(kind, 0) for kind in ("QuantizeLinear", "DequantizeLinear", "Transpose")}
     facts = ", ".join(f"{count} {kind}" for kind, count in (real | left | moves).items() if count)
-    return Finding("integer kernels", sum(left.values()) == kept and sum(real.values()) > 0, facts)
+    facts += f"; {products} products of activations in float32" if products else ""
+    # onnxruntime writes a batch norm that nothing absorbed as a convolution.
+    extra = sum(left.values()) - kept - products
+    whole = sum(real.values()) == layers - kept and 0 <= extra <= given["BatchNormalization"]
+    return Finding("integer kernels", whole and layers > kept, facts)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdexport.backends import BACKENDS, nvidia
+from kdexport.backends.activation_products import activation_products
 from kdexport.backends.base import (
     ONNX_FILE,
     TF32,
@@ -125,6 +126,15 @@ def load_engine(folder: Path) -> Engine:
     return Engine(plan=folder / PLAN, layers=layers, version=str(data["version"]))
 
 
+def _products(path: Path, precision: str) -> tuple[str, ...]:
+    """The products of activations in an int8 file, which are float32; every other precision has none."""
+    if precision != "int8" or not path.is_file():
+        return ()
+    import onnx
+
+    return activation_products(onnx.load(str(path), load_external_data=False))
+
+
 def _plan_findings(folder: Path, engine: Engine) -> list[Finding]:
     """Whether the plan is whole, and is the one of the layer table and the ONNX file in ``folder``."""
     plan = engine.plan.read_bytes()
@@ -207,7 +217,8 @@ class _Engines(Backend):
                 timing_cache="" if request.cache is None else str(request.cache / f"{self.timing_key()}.cache"),
             )
         )
-        require_precision(engine, f"{self.name}-{request.precision}", request.kept)
+        products = _products(request.onnx, request.precision)
+        require_precision(engine, f"{self.name}-{request.precision}", request.kept, products)
         plan = engine.plan.read_bytes()
         table = {
             "version": engine.version,
@@ -230,7 +241,7 @@ class _Engines(Backend):
     def audit(self, folder: Path, precision: str, kept: Sequence[str]) -> list[Finding]:
         try:
             engine = load_engine(folder)
-            require_precision(engine, f"{self.name}-{precision}", kept)
+            require_precision(engine, f"{self.name}-{precision}", kept, _products(folder / ONNX_FILE, precision))
         except AuditError as error:
             return [Finding("readable", False, error.message)]
         except (OSError, ValueError, KeyError, TypeError) as error:

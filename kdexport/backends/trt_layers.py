@@ -57,15 +57,16 @@ class Engine:
     version: str
 
 
-def require_precision(engine: Engine, target: str, kept: Sequence[str] = ()) -> None:
+def require_precision(engine: Engine, target: str, kept: Sequence[str] = (), products: Sequence[str] = ()) -> None:
     """Raise ``AuditError`` unless each kernel in the layer table computes in the precision of ``target``.
 
-    In int8 every convolution and linear layer must read int8; the kernels between them may run in float32. Each node
-    of ``kept`` must be computed by a float32 kernel that multiplies.
+    In int8 every convolution and linear layer must read int8; the kernels between them may run in float32, and so may
+    those that compute ``products`` of two activations. Each node of ``kept`` must be computed by a float32 kernel that
+    multiplies.
     """
     allowed = _DATATYPES[target.rpartition("-")[2]]
     kernels = [layer for layer in engine.layers if layer.kind not in _BOOKKEEPING]
-    wrong = [layer for layer in kernels if not (_keeps(layer, kept) or _runs_in(layer, allowed))]
+    wrong = [layer for layer in kernels if not (_keeps(layer, [*kept, *products]) or _runs_in(layer, allowed))]
     if wrong or not any(layer.datatypes for layer in kernels):
         first = (
             f"{wrong[0].name} reads or writes {', '.join(wrong[0].datatypes)}" if wrong else "the build lists no kernel"

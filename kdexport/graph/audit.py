@@ -16,10 +16,11 @@ import onnx
 from numpy.typing import DTypeLike, NDArray
 from onnx import TensorProto, numpy_helper
 
+from kdexport.backends.activation_products import activation_products
 from kdexport.backends.base import INPUT, LOGITS, Finding
 from kdexport.errors import first_line
 from kdexport.graph.plan import Weights
-from kdexport.graph.precision import BF16_OPSET
+from kdexport.graph.precision import BF16_OPSET, factors_of_size
 from kdexport.graph.tensor_ranges import Range
 from kdexport.reparam.expected import Structure
 
@@ -182,7 +183,9 @@ def _difference(stored: NDArray[np.generic], expected: NDArray[np.generic]) -> s
 def _float_precision(model: onnx.ModelProto, form: str) -> Finding:
     wanted = _TYPES[form]
     floats = {*_TYPES.values(), TensorProto.DOUBLE}
-    leftovers = [i.name for i in model.graph.initializer if i.data_type in floats and i.data_type != wanted]
+    exempt = factors_of_size(model)
+    stored = [item for item in model.graph.initializer if item.name not in exempt and item.data_type in floats]
+    leftovers = [item.name for item in stored if item.data_type != wanted]
     casts = sum(node.op_type == "Cast" for node in model.graph.node)
     allowed = 0 if form == "fp32" else 2
     fact = f"{casts} casts, {len(leftovers)} weights in another precision" + (f": {leftovers[0]}" if leftovers else "")
@@ -203,12 +206,20 @@ class _Graph:
     nodes: list[onnx.NodeProto]
     producers: dict[str, onnx.NodeProto]
     stored: dict[str, NDArray[Any]]
+    #: Names of the products of two activations.
+    products: frozenset[str]
 
     @classmethod
     def of(cls, model: onnx.ModelProto) -> "_Graph":
         nodes = list(model.graph.node)
         producers = {name: node for node in nodes for name in node.output}
-        return cls(nodes, producers, {item.name: numpy_helper.to_array(item) for item in model.graph.initializer})
+        stored = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
+        return cls(nodes, producers, stored, frozenset(activation_products(model)))
+
+    @property
+    def layers(self) -> list[onnx.NodeProto]:
+        """The nodes that multiply by weights."""
+        return [node for node in self.nodes if node.op_type in _LAYERS and node.name not in self.products]
 
     def pair(self, name: str) -> onnx.NodeProto | None:
         """The DequantizeLinear node that computes ``name``, if there is one."""
@@ -244,13 +255,11 @@ def _quantized_findings(
 ) -> list[Finding]:
     """Findings on an int8 file: weights and biases, the precision of every layer, and activation scales."""
     graph = _Graph.of(model)
-    constants = {
-        constant.name: constant
-        for node in graph.nodes
-        if node.op_type in _LAYERS
-        for name in node.input[1:]
-        if (constant := graph.constant(name)) is not None
-    }
+    # The bias of a product is an operand of the addition after it, in float32.
+    beside = {name for node in graph.nodes for name in node.input if name in graph.stored}
+    read = {name for node in graph.layers for name in node.input[1:]}
+    found = (graph.constant(name) for name in sorted(beside | read))
+    constants = {constant.name: constant for constant in found if constant is not None}
     wrong = _weight_problems(weights, constants, _level_difference)
     return [
         _weight_finding(wrong, f"{len(weights)} tensors within half a step of their levels"),
@@ -274,14 +283,21 @@ def _level_difference(constant: _Constant, expected: NDArray[np.float32]) -> str
 
 def _layer_precision(graph: _Graph, form: str, kept: Sequence[str]) -> Finding:
     """Every layer reads int8 on both sides, except the kept ones, whose weights are float32."""
-    layers = [node for node in graph.nodes if node.op_type in _LAYERS]
+    layers = graph.layers
     wrong = [f"there is no layer {name} to keep" for name in kept if name not in {node.name for node in layers}]
     for node in layers:
         wrong += _kept_problems(graph, node) if node.name in kept else _quantized_problems(graph, node)
+    wrong += [
+        f"{node.name} multiplies activations in int8"
+        for node in graph.nodes
+        if node.name in graph.products and any(graph.pair(name) is not None for name in node.input)
+    ]
     wrong += [f"{name} is stored in float16 or bfloat16" for name, values in graph.stored.items() if _is_half(values)]
     fact = f"{len(layers) - len(kept)} layers read int8 inputs and int8 weights"
     if kept:
         fact += f", {len(kept)} are kept in float32 by the plan"
+    if graph.products:
+        fact += f", {len(graph.products)} products of activations are computed in float32"
     return Finding(f"precision {form}", not wrong, "; ".join(wrong[:3]) or fact)
 
 
@@ -298,8 +314,10 @@ def _quantized_problems(graph: _Graph, node: onnx.NodeProto) -> list[str]:
         pair = graph.pair(name)
         if pair is None:
             wrong.append(f"{node.name} reads its {side} {name} in float32")
-        elif side == "weight" and graph.stored[pair.input[0]].dtype != np.int8:
-            wrong.append(f"{node.name} has weights in {graph.stored[pair.input[0]].dtype}")
+        elif side == "weight" and (levels := graph.stored.get(pair.input[0])) is None:
+            wrong.append(f"{node.name} has weights that are computed from {pair.input[0]}")
+        elif side == "weight" and levels is not None and levels.dtype != np.int8:
+            wrong.append(f"{node.name} has weights in {levels.dtype}")
     return wrong
 
 

@@ -21,6 +21,7 @@ from kdexport.checkpoint import StudentSpec
 from kdexport.core.console import quiet
 from kdexport.core.digests import digest
 from kdexport.errors import ConfigError, ExportError, first_line
+from kdexport.graph.plan import TRANSPOSED
 
 
 def export_onnx(
@@ -43,7 +44,34 @@ def export_onnx(
             output_names=[LOGITS],
             dynamic_shapes=({0: torch.export.Dim(BATCH, min=1)},),
         )
-    return finish_onnx(program, path, name="student", opset=opset, metadata=metadata)
+    model = finish_onnx(program, path, name="student", opset=opset, metadata=metadata)
+    if _name_transposed(model, module):
+        onnx.save(model, str(path))
+    return model
+
+
+def _name_transposed(model: onnx.ModelProto, module: nn.Module) -> bool:
+    """Name each matrix that the exporter stored with its axes swapped after the weight; return whether there is one.
+
+    A linear layer on tokens becomes a product with the transposed weight, stored under a number.
+    """
+    weights = {name: value.detach().cpu().numpy() for name, value in module.state_dict().items() if value.dim() == 2}
+    known = {*module.state_dict(), *(name for node in model.graph.node for name in node.output)}
+    fresh: dict[str, str] = {}
+    for item in model.graph.initializer:
+        if item.name in known or len(item.dims) != 2 or item.data_type != onnx.TensorProto.FLOAT:
+            continue
+        stored = numpy_helper.to_array(item)
+        found = (name for name, value in weights.items() if np.array_equal(stored, value.T))
+        name = next((name for name in found if f"{name}{TRANSPOSED}" not in fresh.values()), "")
+        if name:
+            fresh[item.name] = f"{name}{TRANSPOSED}"
+            item.name = fresh[item.name]
+    for node in model.graph.node:
+        node.input[:] = [fresh.get(name, name) for name in node.input]
+    for value in model.graph.value_info:
+        value.name = fresh.get(value.name, value.name)
+    return bool(fresh)
 
 
 def finish_onnx(

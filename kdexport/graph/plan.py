@@ -12,13 +12,21 @@ from kdexport.errors import AuditError
 #: float32 weights of a folded student by name.
 Weights = Mapping[str, NDArray[np.float32]]
 
+#: Ends the name of a weight in an ONNX file that is stored with its two axes swapped.
+TRANSPOSED = ".T"
+
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A layer that stays float32: its node and its weight."""
+    """A layer that stays float32: its node and its weight, as the ONNX file names it."""
 
     node: str
     weight: str
+
+    @property
+    def trained(self) -> str:
+        """The name of its weight in the folded student."""
+        return self.weight.removesuffix(TRANSPOSED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +70,8 @@ class LayerPlan:
 
     @property
     def weights(self) -> tuple[str, ...]:
-        """Names of the weights of the kept nodes."""
-        return tuple(layer.weight for layer in self.kept)
+        """Names of the weights of the kept nodes in the folded student."""
+        return tuple(layer.trained for layer in self.kept)
 
     def scaled(self, weights: Weights) -> dict[str, NDArray[np.float32]]:
         """The scaled weights of the student. Raises ``AuditError`` if the plan is for a different network."""
@@ -71,7 +79,7 @@ class LayerPlan:
         try:
             for scaling in self.equalised:
                 scaling.apply(result)
-            missing = [layer.weight for layer in self.kept if layer.weight not in result]
+            missing = [layer.weight for layer in self.kept if layer.trained not in result]
         except (KeyError, ValueError, IndexError) as error:
             missing = [str(error)]
         if missing:

@@ -46,11 +46,18 @@ def cast_to_fp16(source: Path, path: Path, *, keep: Sequence[str] = ()) -> onnx.
         model = convert_float_to_float16(exact, keep_io_types=True, node_block_list=list(keep) or None)
     finally:
         logging.disable(level)
+    _read_uncast_factors(model)
     model = sorted_model(model)
+    exempt = factors_of_size(model)
     for item in model.graph.initializer:
-        if item.data_type == onnx.TensorProto.FLOAT16 and item.name in weights:
+        if item.name in exempt:
+            item.CopyFrom(numpy_helper.from_array(stored[item.name], item.name))
+        elif item.data_type == onnx.TensorProto.FLOAT16 and item.name in weights:
             # The converter replaces small values by its own minimum, so the nearest float16 is stored here.
             item.CopyFrom(numpy_helper.from_array(weights[item.name].astype(np.float16), item.name))
+    # The factors had another type when these were inferred.
+    if exempt:
+        del model.graph.value_info[:]
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, str(path))
     return model
@@ -68,8 +75,9 @@ def cast_to_bf16(source: Path, path: Path) -> onnx.ModelProto:
     model = _raise_opset(exact, BF16_OPSET)
     # The inferred types of intermediate values are float32.
     del model.graph.value_info[:]
+    exempt = factors_of_size(model)
     for item in model.graph.initializer:
-        if item.data_type == TensorProto.FLOAT:
+        if item.data_type == TensorProto.FLOAT and item.name not in exempt:
             item.CopyFrom(_as_bf16(item))
     for node in model.graph.node:
         _retype(node)
@@ -77,6 +85,26 @@ def cast_to_bf16(source: Path, path: Path) -> onnx.ModelProto:
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, str(path))
     return model
+
+
+def factors_of_size(model: onnx.ModelProto) -> frozenset[str]:
+    """Names of the stored factors by which images are resized; ONNX has them in float32 in every precision."""
+    return frozenset(name for node in model.graph.node if node.op_type == "Resize" for name in node.input[1:3] if name)
+
+
+def _read_uncast_factors(model: onnx.ModelProto) -> None:
+    """Let each Resize read its stored factors; the converter casts them to float16 and back."""
+    graph = model.graph
+    casts = {node.output[0]: node for node in graph.node if node.op_type == "Cast"}
+    stored = {item.name for item in graph.initializer}
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            if node.op_type == "Resize" and place > 0 and name in casts and casts[name].input[0] in stored:
+                node.input[place] = casts[name].input[0]
+    read = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    for cast in casts.values():
+        if cast.output[0] not in read:
+            graph.node.remove(cast)
 
 
 def _require_range(weights: dict[str, NDArray[Any]], kind: str, largest: float) -> None:

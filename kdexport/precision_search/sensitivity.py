@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from kdexport.backends.activation_products import activation_products
 from kdexport.backends.base import INPUT, LOGITS
 from kdexport.graph.trace import Arrays, dequantized, extract, results, run, trace
 from kdexport.stats.logits import logit_noise
@@ -21,7 +22,8 @@ def sensitivities(model: onnx.ModelProto, cast: onnx.ModelProto, feeds: Arrays) 
     A tensor between two layers counts for both, because it is quantized unless both are float32. The rest of the graph
     is float32 and propagates the error to the logits, so a channel that later layers amplify has its full effect.
     """
-    layers = [node for node in model.graph.node if node.op_type in KEEPABLE]
+    products = activation_products(model)
+    layers = [node for node in model.graph.node if node.op_type in KEEPABLE and node.name not in products]
     activated = {node.input[0]: node.output[0] for node in model.graph.node if node.op_type in ("Relu", "Clip")}
     tensors = {node.name: (node.input[0], node.output[0], activated.get(node.output[0], "")) for node in layers}
     noise = _noises(model, cast, feeds, {name for names in tensors.values() for name in names} - {INPUT, ""})

@@ -40,6 +40,21 @@ def structure_of(module: nn.Module) -> Structure:
     return Structure(len(layers) + len(products), norms, False, frozenset(read))
 
 
+def multiplied_weights(module: fx.GraphModule) -> frozenset[str]:
+    """Names of the weights that layers and products of a graph multiply by, directly or after a change of shape."""
+    found = set[str]()
+    for node in module.graph.nodes:
+        if node.op == "call_function" and node.target in (LAYERS - NORMS) | _PRODUCTS:
+            found.update(_roots([item for item in node.all_input_nodes if _is_weight(item)]))
+    return frozenset(found)
+
+
+def _roots(nodes: list[Any]) -> set[str]:
+    return {name for node in nodes for name in ([str(node.target)] if node.op == "get_attr" else [])} | {
+        name for node in nodes if node.all_input_nodes for name in _roots(list(node.all_input_nodes))
+    }
+
+
 def _is_weight(node: Any) -> bool:
     """Whether a value depends on weights alone."""
     if node.op == "get_attr":

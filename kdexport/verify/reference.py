@@ -1,5 +1,6 @@
 """The one reference that every stage is compared with: the unfused student, in float64 and in float32."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -14,6 +15,13 @@ from kdexport.data.preprocessing import Preprocessing
 from kdexport.graph.plan import PLAIN, LayerPlan
 from kdexport.reparam.evaluation import in_float64
 from kdexport.verify.simulation import Simulation
+
+_ATEN = torch.ops.aten
+_RESHAPES = {
+    _ATEN.view.default, _ATEN.reshape.default, _ATEN.flatten.using_ints, _ATEN.squeeze.default, _ATEN.squeeze.dim,
+    _ATEN.squeeze.dims, _ATEN.clone.default, _ATEN.contiguous.default, _ATEN._unsafe_view.default,
+}  # fmt: skip
+_MEANS = {_ATEN.mean.dim, _ATEN.adaptive_avg_pool2d.default, _ATEN.avg_pool2d.default}
 
 #: Images of one pass through a torch model.
 _CHUNK = 64
@@ -111,7 +119,11 @@ def _simulate(fused: nn.Module, form: str, probes: Probes, weight_bits: int, pla
 def run_exact(unfused: nn.Module, images: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Logits (N,K) in float64, and the sum of absolute terms of each in the last linear layer: sum of |w x|, plus |b|.
 
-    Rounding every feature to float32 once changes a logit by up to 2^-24 of that sum, even if the rest is exact.
+    Rounding every feature to float32 once changes a logit by up to 2^-24 of that sum, even if the rest is exact. In a
+    graph whose features are means over n pixels, a float32 sum in order has n - 1 roundings, each of at most 2^-24 of
+    a part of the sum: with random signs their rms is up to 2^-24 sqrt(n / 3) of the mean of absolute values (Higham,
+    Accuracy and Stability of Numerical Algorithms, section 4.2; Higham and Mary, 2019). That is sqrt(n / 12) times the
+    2^-23 of rung B, and above 12 pixels the sum is counted that many times.
     """
     module = in_float64(unfused)
     if isinstance(module, fx.GraphModule):
@@ -146,15 +158,24 @@ def _run_exact_graph(module: fx.GraphModule, images: NDArray[Any]) -> tuple[NDAr
     if logits.target is not torch.ops.aten.linear.default:
         values = run_torch(module, images.astype(np.float64))
         return values, np.abs(values)
-    output.args = ((logits, *logits.args),)
+    pooled = _pooled_map(logits.args[0])
+    output.args = ((logits, pooled if pooled is not None else logits, *logits.args),)
     module.recompile()
     found, sums = [], []
     for chunk in _chunks(images.astype(np.float64)):
         with torch.no_grad():
-            values, features, weight, *bias = module(torch.from_numpy(chunk))
+            values, averaged, features, weight, *bias = module(torch.from_numpy(chunk))
+        terms = 1 if pooled is None else averaged.numel() / max(features.numel(), 1)
         found.append(values.numpy())
-        sums.append(_added(features, weight, bias[0] if bias else None).numpy())
+        sums.append(_added(features, weight, bias[0] if bias else None).numpy() * max(1.0, math.sqrt(terms / 12)))
     return np.concatenate(found), np.concatenate(sums)
+
+
+def _pooled_map(node: Any) -> Any:
+    """The map whose mean over its pixels ``node`` is, None if it is something else."""
+    while isinstance(node, fx.Node) and node.target in _RESHAPES:
+        node = node.args[0]
+    return node.args[0] if isinstance(node, fx.Node) and node.target in _MEANS else None
 
 
 def run_torch(module: nn.Module, images: NDArray[Any]) -> NDArray[np.float64]:

@@ -5,20 +5,36 @@ The simulation reads no exported file, so a wrong scale or a lost weight in a fi
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Container, Iterable, Iterator, Set
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdexport.graph.plan import PLAIN, LayerPlan
+from kdexport.reparam.expected import multiplied_weights
 
 _ATEN = torch.ops.aten
 _MULTIPLYING = {_ATEN.convolution.default, _ATEN.addmm.default, _ATEN.mm.default}
 #: Other operators whose inputs are int8 in CPU kernels.
 _COMBINING = {
     _ATEN.add.Tensor, _ATEN.add_.Tensor, _ATEN.mul.Tensor, _ATEN.mul_.Tensor, _ATEN.cat.default, _ATEN.mean.dim,
+}  # fmt: skip
+#: Products of two activations, which have no weight and stay float32.
+_PRODUCTS = {
+    _ATEN.bmm.default, _ATEN.baddbmm.default, _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
+    _ATEN._scaled_dot_product_efficient_attention.default, _ATEN._scaled_dot_product_attention_math.default,
+}  # fmt: skip
+#: Operators that return float32, from inputs with levels if a convolution computes them.
+_FLOAT = {
+    _ATEN.gelu.default, _ATEN.native_layer_norm.default, _ATEN.native_group_norm.default, _ATEN._softmax.default,
+    _ATEN.native_batch_norm.default, _ATEN._native_batch_norm_legit_no_training.default,
+}  # fmt: skip
+#: Functions that read a rounded input; a ReLU is part of the layer before it.
+_BENDING = {
+    _ATEN.hardswish.default, _ATEN.hardsigmoid.default, _ATEN.sigmoid.default, _ATEN.tanh.default, _ATEN.elu.default,
+    _ATEN.leaky_relu.default, _ATEN.mish.default,
 }  # fmt: skip
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 #: Not a form of an ONNX file: a GPU reads the factors of a float32 graph with 10 bits of mantissa.
@@ -34,7 +50,8 @@ class Simulation(nn.Module):
     fp16 and bf16: weights and every intermediate result are rounded; sums are float32.
     int8-u8: the inputs of convolutions, linear layers, sums and concatenations have 256 levels between their extremes
     in the batch, and so do the logits. int8-s8: the inputs of convolutions and linear layers have 127 levels on each
-    side of zero. In both, weights have ``weight_bits`` around zero and one scale for each output channel.
+    side of zero. In both, weights have ``weight_bits`` around zero and one scale for each output channel, and products
+    of two activations, norms and what reads only their results are float32.
     ``plan`` scales layers before that, and keeps some in float32.
     """
 
@@ -42,6 +59,10 @@ class Simulation(nn.Module):
         super().__init__()
         self._module = copy.deepcopy(module).float()
         parameters = dict(self._module.named_parameters())
+        multiplied: Container[str] = parameters
+        if isinstance(self._module, fx.GraphModule):
+            multiplied = multiplied_weights(self._module)
+            _name_products(self._module)
         _scale(parameters, plan)
         self._form = form
         self._mode: _Rounding | _Quantizing | _Tf32
@@ -52,8 +73,10 @@ class Simulation(nn.Module):
             _replace(self._module.parameters(), lambda weight: weight.to(_DTYPES[form]).float())
         else:
             kept = {parameters[name].untyped_storage().data_ptr() for name in plan.weights}
-            self._mode = _Quantizing(symmetric=form == "int8-s8", kept=kept)
-            weights = (p for name, p in parameters.items() if p.dim() > 1 and name not in plan.weights)
+            stored = {value.untyped_storage().data_ptr() for value in self._module.state_dict().values()}
+            self._mode = _Quantizing(symmetric=form == "int8-s8", kept=kept, stored=stored)
+            quantized = (name for name in parameters if name in multiplied and name not in plan.weights)
+            weights = (parameters[name] for name in quantized if parameters[name].dim() > 1)
             _replace(weights, lambda weight: _per_channel(weight, 2 ** (weight_bits - 1) - 1))
 
     @property
@@ -71,6 +94,31 @@ class Simulation(nn.Module):
         with self._mode:
             logits = cast(Tensor, self._module(given))
         return _asymmetric(logits) if self._form == "int8-u8" and not _is_exact(logits) else logits
+
+
+def _name_products(graph_module: fx.GraphModule) -> None:
+    """Let the linear layers and products of a graph tell by their shapes whether their results stay float32.
+
+    The operators that torch dispatches to are the same for a map (N,I) and for tokens (N,T,I).
+    """
+    for node in graph_module.graph.nodes:
+        if node.target is _ATEN.linear.default:
+            node.target = _linear
+        elif node.target is _ATEN.matmul.default:
+            node.target = _matmul
+    graph_module.recompile()
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if x.dim() == 2:
+        return nn.functional.linear(x, weight, bias)
+    result = _exact(x.reshape(-1, x.shape[-1]) @ weight.t())
+    rows = result if bias is None else result + bias
+    return cast(Tensor, _exact(rows.reshape(*x.shape[:-1], -1)))
+
+
+def _matmul(x: Tensor, other: Tensor) -> Tensor:
+    return cast(Tensor, _exact(torch.matmul(x, other)))
 
 
 def _scale(parameters: dict[str, nn.Parameter], plan: LayerPlan) -> None:
@@ -149,25 +197,46 @@ class _Quantizing(TorchDispatchMode):  # type: ignore[no-untyped-call]
     input unrounded there.
     """
 
-    def __init__(self, *, symmetric: bool, kept: Set[int]) -> None:
+    def __init__(self, *, symmetric: bool, kept: Set[int], stored: Set[int] = frozenset()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0.0
         self._symmetric = symmetric
         self._kept = kept
+        self._stored = stored
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func in _MULTIPLYING:
             # Convolutions and products read (input, weight), a linear layer with bias (bias, input, weight).
             place = 1 if func is _ATEN.addmm.default else 0
             if args[place + 1].untyped_storage().data_ptr() in self._kept:
                 read = args[place] if self._symmetric or _is_exact(args[place]) else self._read(args[place])
-                return _exact(func(*args[:place], read, *args[place + 1 :], **(kwargs or {})))
-            args = (*args[:place], self._read(args[place]), *args[place + 1 :])
-        elif (read := list(_maps(args))) and all(map(_is_exact, read)):
-            return _exact(func(*args, **(kwargs or {})))
-        elif func in _COMBINING and not self._symmetric:
-            args = tuple(self._read(value) for value in args)
-        return func(*args, **(kwargs or {}))
+                return _exact(func(*args[:place], read, *args[place + 1 :], **kwargs))
+            return func(*args[:place], self._read(args[place]), *args[place + 1 :], **kwargs)
+        if (read := list(_maps(args))) and all(map(_is_exact, read)):
+            return _exact(func(*args, **kwargs))
+        return func(*args, **kwargs) if self._symmetric else self._between_layers(func, args, kwargs)
+
+    def _between_layers(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the form for CPUs computes between layers with weights."""
+        if func is _ATEN.silu.default:
+            given = self._inexact(args[0])
+            return given * self._read(torch.sigmoid(given))
+        if func in _PRODUCTS or func in _FLOAT or (func in _COMBINING and any(map(self._is_stored, _maps(args)))):
+            return _exact(func(*map(self._inexact, args), **kwargs))
+        if func in _BENDING:
+            return func(*map(self._inexact, args), **kwargs)
+        return func(*map(self._read, args), **kwargs) if func in _COMBINING else func(*args, **kwargs)
+
+    def _is_stored(self, value: Tensor) -> bool:
+        return value.numel() > 1 and value.untyped_storage().data_ptr() in self._stored
+
+    def _inexact(self, value: Any) -> Any:
+        """``value`` as it is read outside of layers: float32 results and constants have no levels."""
+        if isinstance(value, list):
+            return [self._inexact(item) for item in value]
+        exact = not isinstance(value, Tensor) or _is_exact(value) or self._is_stored(value)
+        return value if exact else self._read(value)
 
     def _read(self, value: Any) -> Any:
         if isinstance(value, list) and value and isinstance(value[0], Tensor):
