@@ -10,6 +10,7 @@ from kdexport.errors import CheckpointError, ConfigError
 from kdexport.origins.networks import ImportedNetwork, import_network
 from kdexport.origins.references import Reference, parse_reference
 from kdexport.students import STUDENTS, Student
+from kdexport.students.student import IMAGENET_MIN_SIZE
 from training.data import preprocessing_of
 from training.foreign.network import ForeignStudent, ForeignTeacher
 from training.foreign.probe import BATCH, require_logits, trained_output
@@ -43,7 +44,10 @@ def build_student(
     """
     reference = _reference(settings, "student")
     if reference is None:
-        return STUDENTS.build(settings.name, num_classes=num_classes, image_size=image_size)
+        registered = STUDENTS.build(settings.name, num_classes=num_classes, image_size=image_size)
+        if type(registered).__module__.startswith("kdexport.students."):
+            say(f"student {settings.name}: {_form(image_size)}, because data.image_size is {image_size}")
+        return registered
     weights = settings.weights or ("DEFAULT" if settings.pretrained else None)
     made = import_network(
         reference,
@@ -57,6 +61,11 @@ def build_student(
         raise _other_classes(f"The student {reference}", student.num_classes, num_classes)
     _say_notes(say, f"student {reference}", made)
     return student
+
+
+def _form(image_size: int) -> str:
+    side = f"{IMAGENET_MIN_SIZE} pixels"
+    return f"the form for less than {side}" if image_size < IMAGENET_MIN_SIZE else f"the form for {side} and more"
 
 
 def _other_classes(what: str, found: int, wanted: int) -> ConfigError:

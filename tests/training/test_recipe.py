@@ -397,3 +397,11 @@ def test_the_file_that_a_student_starts_from_counts_by_its_content(tmp_path: Pat
     assert before == plugin_digests(with_weights(moved))
     moved.write_bytes(b"2")
     assert plugin_digests(with_weights(moved)) != before
+
+
+def test_another_folder_of_images_has_no_published_numbers() -> None:
+    name = "imagenet100/swin_t-mobilenetv2/kdiffusion-multi"
+    assert load_recipe(name).published.top1 == 86.2
+    assert load_recipe(name, {"data": {"root": "data/imagenet100"}}).published.top1 == 86.2
+    elsewhere = load_recipe(name, {"data": {"root": "photos"}}).published
+    assert (elsewhere.top1, elsewhere.teacher, elsewhere.source) == (None, None, "")

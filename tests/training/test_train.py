@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from kdexport.core.digests import sha256_file
-from kdexport.errors import CheckpointError, ConfigError
+from kdexport.errors import CheckpointError, ConfigError, TrainingError
 from tests.training.small_runs import arguments, environment, tiny_recipe
 from training.recipe import load_recipe
 from training.shipped_recipes import shipped_names
 from training.teachers import TEACHERS
-from training.train import distil, evaluate_teacher, rehearse
+from training.train import distil, evaluate_teacher, make_accelerator, rehearse, train_teacher
 
 
 def one_recipe_for_each_combination() -> list[str]:
@@ -93,3 +93,17 @@ def test_a_file_that_holds_no_weights_ends_the_command_with_one_error(
     assert "is a pointer of Git LFS, not the weights" in " ".join(done.stderr.split())
     assert "git lfs pull" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_one_process_can_run_recipes_of_several_precisions(tiny_images: Path) -> None:
+    for precision in ("no", "bf16", "no"):
+        settings = tiny_recipe(tiny_images, f"train.mixed_precision={precision}").train
+        assert make_accelerator(settings).mixed_precision == precision
+
+
+def test_a_teacher_that_diverges_names_its_own_learning_rate(tiny_images: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tiny_images, "teacher.learning_rate=1e30", "teacher.epochs=2", "train.schedule=cosine")
+    with pytest.raises(TrainingError, match=r"^teacher resnet8: ") as caught:
+        train_teacher(recipe, tmp_path / "teacher")
+    assert "teacher.learning_rate" in caught.value.remedy
+    assert "train.learning_rate" not in caught.value.remedy

@@ -1,5 +1,7 @@
 """The configuration that a build on photos gets; the recipe is proposed by a child process, as in a build."""
 
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ from PIL import Image
 from kdexport.build.photos import GivenImages, for_images, to_toml, write_proposed
 from kdexport.config import BuildConfig, load_config
 from kdexport.errors import ConfigError
+from tests.conftest import run_command
 
 CIFAR = BuildConfig(student="mobilenetv2", recipe="cifar100", targets=["trt-fp16"])
 
@@ -87,3 +90,17 @@ def test_any_path_survives_the_file(tmp_path: Path) -> None:
         path = tmp_path / f"{index}.toml"
         path.write_text(to_toml(config), encoding="utf-8")
         assert load_config(path) == config
+
+
+def test_the_documented_command_writes_what_the_documented_build_reads(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "training.md").read_text()
+    section = page.split("## Your own photos")[1].split("\n## ")[0]
+    one, write, build = (shlex.split(line) for line in re.findall(r"^    kdexport (.*)$", section, flags=re.MULTILINE))
+    assert write[: len(one)] == one
+    folders(tmp_path / "photos")
+    done = run_command(*write, cwd=tmp_path)
+    assert done.exit_code == 0, done.stderr
+    assert done.stderr.count("\n") == 1
+    config = load_config(tmp_path / build[build.index("--config") + 1])
+    assert config.overrides["data"]["image_size"] == 224
+    assert config.overrides["teacher"]["name"] == "torchvision:resnet18"
