@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from kdexport.backends.pixel_input import FLOAT32, InputKind
 from kdexport.core.toml import Settings, parse, read_toml
 from kdexport.data.calibration_images import CalibrationSettings
 from kdexport.data.preprocessing_settings import PreprocessingSettings
@@ -27,6 +28,8 @@ class ExportSettings(Settings):
     workspace_mb: Annotated[int, Field(ge=0)] = 0
     #: Let float32 engines multiply with 10 bits of mantissa (TF32); rung C then limits the error.
     tf32: bool = False
+    #: What the files of the targets take: normalised float32 (N,3,S,S), or RGB pixels uint8, which they normalise.
+    input: InputKind = FLOAT32
 
 
 class SearchSettings(Settings):

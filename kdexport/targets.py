@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from kdexport.backends import BACKENDS, backend
 from kdexport.backends.base import Backend, Missing
+from kdexport.backends.pixel_input import FLOAT32, InputKind
 from kdexport.errors import BackendUnavailableError, ConfigError, UnknownNameError
 from kdexport.registry import nearest
 
@@ -92,6 +93,19 @@ def require_available(targets: tuple[Target, ...]) -> None:
         if missing is not None:
             raise BackendUnavailableError(
                 f"Target {target} cannot be built: {missing.reason}.", remedy=f"{missing.remedy}."
+            )
+
+
+def require_input(targets: tuple[Target, ...], kind: InputKind) -> None:
+    """Raise ``ConfigError`` for the first target whose backend has no files that take ``kind``."""
+    for target in targets:
+        if kind != FLOAT32 and not target.runtime.takes_pixels:
+            able = sorted(name for name in BACKENDS.names() if backend(name).takes_pixels)
+            raise ConfigError(
+                f"Target {target} cannot take {kind}: pixels as input are supported for the backends "
+                f"{' and '.join(able)} only.",
+                remedy=f'Set input = "{FLOAT32}" under [export], or build {target} by itself with a configuration '
+                "without that line.",
             )
 
 

@@ -27,6 +27,7 @@ SPANNING = {
     "kdexport/serving/test_fuzz.py": "random requests to a running server",
     "kdexport/serving/test_hostile.py": "requests of known attacks to a running server",
     "kdexport/serving/test_lifecycle.py": "start, reload and shutdown of a running server",
+    "kdexport/serving/test_pixel_bundles.py": "bundles whose targets take pixels, from the checks to the server",
     "kdexport/serving/test_scale_out.py": "manifests of Kubernetes, KServe, Ray and Triton",
     "kdexport/serving/test_telemetry.py": "no command sends telemetry",
     "kdexport/serving/test_tritonclient.py": "the client of Triton against a running server",

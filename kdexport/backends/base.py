@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from kdexport.backends.pixel_input import PixelInput
 from kdexport.core.digests import tool_versions
 from kdexport.errors import BackendUnavailableError
 
@@ -84,9 +85,17 @@ class Runner(ABC):
     def execution(self) -> Execution:
         """What runs the target, read from the runtime."""
 
+    @property
+    def takes(self) -> PixelInput | None:
+        """The pixels that the opened file takes; None if it takes normalised images."""
+        return None
+
     @abstractmethod
     def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(n,3,S,S) float32 to logits (n,K), for one batch that the target was built for."""
+        """(n,3,S,S) float32 to logits (n,K), for one batch that the target was built for.
+
+        A runner whose ``takes`` is not None also accepts pixels, uint8 in the layout of its file.
+        """
 
     def run(self, images: NDArray[np.float32], batches: tuple[int, ...]) -> NDArray[np.float32]:
         """(N,3,S,S) float32 to logits (N,K), in batches of the given sizes in turn."""
@@ -129,6 +138,8 @@ class Backend(ABC):
     artifact: ClassVar[str] = ONNX_FILE
     #: Python packages whose versions change what is compiled or computed.
     packages: ClassVar[tuple[str, ...]] = ()
+    #: Whether its targets can take pixels: ``[export] input`` other than float32.
+    takes_pixels: ClassVar[bool] = False
 
     @property
     def compiles(self) -> bool:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from kdexport.backends import BACKENDS
 from kdexport.backends.activation_products import activation_products
 from kdexport.backends.base import Backend, Clock, Device, Execution, Finding, Missing, Runner
+from kdexport.backends.pixel_input import Given, PixelInput, pixel_input
 from kdexport.errors import AuditError, BackendUnavailableError, first_line
 
 _DEVICE = "CPU"
@@ -44,10 +45,13 @@ class OpenvinoModel:
     layers: tuple[Layer, ...]
     #: The devices that OpenVINO reports.
     device: str = _DEVICE
+    #: The pixels that the file takes; None if it takes normalised images.
+    takes: PixelInput | None = None
 
-    def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(N,3,S,S) float32 to logits (N,K)."""
-        answer = self.request.infer({0: np.ascontiguousarray(images)})
+    def logits(self, images: Given) -> NDArray[np.float32]:
+        """(N,3,S,S) float32, or pixels in the layout of a file that takes them, to logits (N,K)."""
+        given = images if self.takes is None else self.takes.given(images)
+        answer = self.request.infer({0: np.ascontiguousarray(given)})
         return np.array(next(iter(answer.values())))
 
     @property
@@ -108,13 +112,27 @@ def load_openvino(path: Path, *, precision: str, threads: int = 0) -> OpenvinoMo
         compiled = core.compile_model(core.read_model(str(path)), _DEVICE, options)
         layers = tuple(_layer(node) for node in compiled.get_runtime_model().get_ops())
         devices = ", ".join(compiled.get_property("EXECUTION_DEVICES"))
-        return OpenvinoModel(compiled.create_infer_request(), layers, devices)
+        takes = _pixels_taken(path) if compiled.input(0).element_type == openvino.Type.u8 else None
+        return OpenvinoModel(compiled.create_infer_request(), layers, devices, takes)
     # OpenVINO raises RuntimeError with a stack of its own files in the text.
     except RuntimeError as error:
         raise AuditError(
             f"OpenVINO cannot open {path.name}: {first_line(error)}",
             remedy="The file is damaged or has an operator that OpenVINO does not support; build the bundle again.",
         ) from error
+
+
+def _pixels_taken(path: Path) -> PixelInput:
+    import onnx
+
+    metadata = {entry.key: entry.value for entry in onnx.load(str(path), load_external_data=False).metadata_props}
+    found = pixel_input(metadata)
+    if found is None:
+        raise AuditError(
+            f"The input of {path.name} is uint8, and its metadata do not say which pixels it takes.",
+            remedy="The file is damaged; build the bundle again.",
+        )
+    return found
 
 
 def _layer(node: Any) -> Layer:
@@ -167,7 +185,11 @@ class OpenvinoRunner(Runner):
         version = str(import_openvino().__version__)
         return Execution(runtime="OpenVINO", version=version, device=self.model.device, types=types)
 
-    def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+    @property
+    def takes(self) -> PixelInput | None:
+        return self.model.takes
+
+    def logits(self, images: Given) -> NDArray[np.float32]:
         return self.model.logits(images)
 
     def findings(self) -> list[Finding]:
@@ -182,6 +204,7 @@ class OpenVino(Backend):
     description = "OpenVINO on a CPU"
     title = "OpenVINO"
     packages = ("openvino",)
+    takes_pixels = True
 
     def unavailable(self, precision: str) -> Missing | None:
         if importlib.util.find_spec("openvino") is None:

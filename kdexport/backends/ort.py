@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from kdexport.backends import BACKENDS, nvidia
 from kdexport.backends.activation_products import activation_products
 from kdexport.backends.base import Backend, Clock, Device, Execution, Finding, Missing, Runner
+from kdexport.backends.pixel_input import Given, PixelInput, pixel_input
 from kdexport.errors import AuditError, BackendUnavailableError, first_line
 
 CPU = "CPUExecutionProvider"
@@ -46,11 +47,14 @@ class OrtModel:
 
     session: Any
     nodes_by_provider: dict[str, int]
+    #: The pixels that the file takes; None if it takes normalised images.
+    takes: PixelInput | None = None
 
-    def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(N,3,S,S) float32 to logits (N,K)."""
+    def logits(self, images: Given) -> NDArray[np.float32]:
+        """(N,3,S,S) float32, or pixels in the layout of a file that takes them, to logits (N,K)."""
         name = self.session.get_inputs()[0].name
-        return np.asarray(self.session.run(None, {name: images})[0])
+        given = images if self.takes is None else self.takes.given(images)
+        return np.asarray(self.session.run(None, {name: given})[0])
 
 
 def load_model(
@@ -99,7 +103,19 @@ def load_model(
     counts: Counter[str] = Counter()
     for graph in session.get_provider_graph_assignment_info():
         counts[graph.ep_name] += len(graph.get_nodes())
-    return OrtModel(session, dict(counts))
+    return OrtModel(session, dict(counts), _pixels_taken(session, path))
+
+
+def _pixels_taken(session: Any, path: Path) -> PixelInput | None:
+    found = pixel_input(session.get_modelmeta().custom_metadata_map)
+    kinds = [item.type for item in session.get_inputs()]
+    if (found is not None) != (kinds == ["tensor(uint8)"]):
+        raise AuditError(
+            f"The input of {path.name} is {', '.join(kinds)}, and its metadata say "
+            f"{'float32' if found is None else found.kind}.",
+            remedy="The file is damaged; build the bundle again.",
+        )
+    return found
 
 
 def _session_options(ort: Any, threads: int, optimise: bool) -> Any:
@@ -185,7 +201,11 @@ class OrtRunner(Runner):
     def execution(self) -> Execution:
         return execution_of(self.model, self.provider)
 
-    def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+    @property
+    def takes(self) -> PixelInput | None:
+        return self.model.takes
+
+    def logits(self, images: Given) -> NDArray[np.float32]:
         return self.model.logits(images)
 
     def findings(self) -> list[Finding]:
@@ -213,6 +233,7 @@ class OnnxRuntime(Backend):
     description = "onnxruntime"
     title = "onnxruntime"
     packages = ("onnxruntime-gpu", "onnxruntime")
+    takes_pixels = True
 
     def unavailable(self, precision: str) -> Missing | None:
         if precision == "bf16":
@@ -265,6 +286,11 @@ class OnnxRuntime(Backend):
         if not placed.holds:
             raise BackendUnavailableError(
                 f"{path} does not run entirely on the GPU: {placed.fact}.",
+                remedy="Pass --clock host, or another --target.",
+            )
+        if model.takes is not None:
+            raise BackendUnavailableError(
+                f"{path} takes pixels, which the clock gpu does not support.",
                 remedy="Pass --clock host, or another --target.",
             )
         (source,), (result,) = model.session.get_inputs(), model.session.get_outputs()

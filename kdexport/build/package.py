@@ -212,6 +212,7 @@ def _target_entry(target: Target, parts: Parts) -> dict[str, Any]:
         # Until the verification has run the target in its own runtime.
         "status": NOT_EXECUTED,
         "form": target.form,
+        "input": parts.config.export.input,
     }
     if is_int8(target.form):
         entry["calibration"] = parts.calibration

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 from kdexport.backends.base import ONNX_FILE as MODEL
 from kdexport.backends.base import CompileRequest
+from kdexport.backends.pixel_input import FLOAT32, InputKind
 from kdexport.build.artifacts import EngineFile, FusedFiles, OnnxModel
 from kdexport.bundle.layout import FUSED, RANGES
 from kdexport.checkpoint import TrainedStudent, load_strictly, load_student, load_tensors, save_tensors
 from kdexport.core.import_graph import modules_registering
 from kdexport.data.calibration_images import Calibration
+from kdexport.data.preprocessing import Preprocessing
 from kdexport.errors import ExportError
 from kdexport.graph.plan import PLAIN, LayerPlan
 from kdexport.targets import Target
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 CERTIFICATE = "certificate.json"
 UNFUSED_MODEL = "unfused.onnx"
+#: What was cast, beside a file with another input.
+_CAST = "cast.json"
 _EXPORT_TOOLS = ("torch", "torchvision", "onnx", "onnx-ir", "onnxscript", "numpy")
 CAST_TOOLS = ("onnx", "onnx-ir", "ml_dtypes", "onnxruntime-gpu", "onnxruntime", "numpy")
 #: Packages whose versions are in the manifest of a bundle, because its verification runs them.
@@ -170,6 +174,36 @@ def _cast_int8(model: Step[OnnxModel], form: str, calibration: Calibration, plan
         make=make,
         read=lambda folder: OnnxModel(path=folder / MODEL, form=form, plan=plan),
         tools=CAST_TOOLS,
+    )
+
+
+def with_input(model: Step[OnnxModel], kind: InputKind, preprocessing: Preprocessing) -> Step[OnnxModel]:
+    """The cast ``model`` with an input of ``kind``; float32 is the model itself, int8 has its ranges in the folder."""
+    if kind == FLOAT32:
+        return model
+
+    def make(making: Making) -> None:
+        import onnx
+
+        from kdexport.graph.pixel_prologue import take_pixels
+
+        given, path = model.result(making.workspace), making.folder / MODEL
+        size, mean, std = preprocessing.image_size, preprocessing.mean, preprocessing.std
+        onnx.save(take_pixels(onnx.load(str(given.path)), kind, image_size=size, mean=mean, std=std), str(path))
+        if is_int8(given.form):
+            shutil.copyfile(given.path.with_name(RANGES), making.folder / RANGES)
+        (making.folder / _CAST).write_text(json.dumps({"form": given.form, "plan": given.plan.to_json()}))
+
+    def read(folder: Path) -> OnnxModel:
+        cast = json.loads((folder / _CAST).read_text())
+        return OnnxModel(path=folder / MODEL, form=cast["form"], plan=LayerPlan.from_json(cast["plan"]))
+
+    return Step(
+        stage="input",
+        made_of=(model, kind, preprocessing.image_size, list(preprocessing.mean), list(preprocessing.std)),
+        make=make,
+        read=read,
+        tools=("onnx", "numpy"),
     )
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdexport.build.artifacts import EngineFile, FusedFiles, OnnxModel
 from kdexport.build.precision_search import Searched, search, search_requests
-from kdexport.build.stages import BUNDLE_TOOLS, backend_modules, cast, compile_engine, export, fuse, is_int8
+from kdexport.build.stages import BUNDLE_TOOLS, backend_modules, cast, compile_engine, export, fuse, is_int8, with_input
 from kdexport.bundle.manifest import Manifest, read_manifest
 from kdexport.checkpoint import TrainedStudent
 from kdexport.config import BuildConfig
@@ -70,8 +70,12 @@ def declare(inputs: BuildInputs, plans: Mapping[str, LayerPlan] = MappingProxyTy
     config, calibration = inputs.config, inputs.calibration
     fused = fuse(inputs.trained)
     exported = export(inputs.trained, fused, opset=config.export.opset)
+    wanted, preprocessing = config.export.input, inputs.trained.spec.preprocessing
     casts = {
-        target: cast(exported, target.form, calibration, plans.get(target.form, PLAIN)) for target in inputs.targets
+        target: with_input(
+            cast(exported, target.form, calibration, plans.get(target.form, PLAIN)), wanted, preprocessing
+        )
+        for target in inputs.targets
     }
     requests = search_requests(inputs.targets, config, calibration)
     size = inputs.trained.spec.image_size

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdexport.backends import BACKENDS
 from kdexport.backends.base import ONNX_FILE, PRECISIONS
+from kdexport.backends.pixel_input import FLOAT32, InputKind
 from kdexport.bundle.layout import (
     FUSED,
     GOLDEN,
@@ -54,6 +55,7 @@ __all__ = [
     "Manifest",
     "changed_files",
     "hash_files",
+    "input_of",
     "irregular_entries",
     "layer_plans",
     "listed_changes",
@@ -256,6 +258,12 @@ def onnx_files(manifest: Manifest) -> dict[str, str]:
     for name in manifest.targets:
         files[f"{TARGETS}/{name}/{MODEL}"] = parse_target(name).form
     return files
+
+
+def input_of(manifest: Manifest, target: str) -> InputKind:
+    """What the file of ``target`` takes; bundles of earlier versions do not say it, and all take float32."""
+    found: InputKind = manifest.targets.get(target, {}).get("input", FLOAT32)
+    return found
 
 
 def target_of(name: str) -> Target | None:

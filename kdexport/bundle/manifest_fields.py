@@ -9,6 +9,8 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from kdexport.backends.pixel_input import FLOAT32, InputKind
+
 MAX_BATCH = 4096
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
@@ -127,6 +129,7 @@ class _Target(_Fields):
     precision: str
     engine: bool
     status: str
+    input: InputKind = FLOAT32
     executed: _Execution | None = None
     compiled: _Compiled | None = None
     golden: _GoldenRun | None = None

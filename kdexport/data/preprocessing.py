@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from kdexport.core.normalisation import normalise_pixels
 from kdexport.data.exif_and_alpha import Colour, ImageFacts, colour_planes, image_facts, orientation
 from kdexport.data.resampling import Interpolation, resized_part
 from kdexport.errors import DataError, KdexportError
@@ -197,9 +198,7 @@ class Preprocessing:
 
     def normalise(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """(N,H,W,3) uint8 to (N,3,H,W) float32."""
-        scaled = pixels.astype(np.float32) / np.float32(255)
-        centred = (scaled - np.asarray(self.mean, np.float32)) / np.asarray(self.std, np.float32)
-        return np.ascontiguousarray(centred.transpose(0, 3, 1, 2))
+        return normalise_pixels(pixels, self.mean, self.std)
 
 
 def _colour_name(colour: Colour) -> str:

@@ -16,23 +16,28 @@ import onnx
 from numpy.typing import NDArray
 
 from kdexport.backends.base import INPUT
+from kdexport.backends.pixel_input import FLOAT32
 from kdexport.bundle.manifest import (
     FUSED,
     MODEL,
     UNFUSED,
     Manifest,
+    input_of,
     layer_plans,
     listed_changes,
     load_unfused,
     onnx_files,
     read_golden,
+    target_of,
 )
 from kdexport.checkpoint import load_tensors
 from kdexport.diagnose.differences import overflow, stored_difference
 from kdexport.diagnose.reproduction import write_reproduction
 from kdexport.errors import AuditError, KdexportError
 from kdexport.graph.equalise import apply_scalings
+from kdexport.graph.equality import graph_difference
 from kdexport.graph.export import export_onnx
+from kdexport.graph.pixel_prologue import take_pixels, without_prologue
 from kdexport.graph.plan import PLAIN
 from kdexport.graph.trace import LIMITS, NodeError, Trace, computing_nodes, first_faulty, results, trace
 from kdexport.reparam.fold_student import fuse_student
@@ -108,7 +113,24 @@ def explain(folder: Path, manifest: Manifest, out: Path, progress: Progress) -> 
         if found is not None:
             stage = "fold" if folded is not None else "export" if name == MODEL else "cast"
             return replace(found, stage=stage if precision == "fp32" else "cast")
+        normalised = _prologue_fault(folder / name, name, manifest)
+        if normalised is not None:
+            return normalised
     return folded or _engine_fault(manifest)
+
+
+def _prologue_fault(path: Path, name: str, manifest: Manifest) -> Blame | None:
+    """The fault of the normalisation in front of a file that takes pixels; the graph behind it is right."""
+    target = target_of(name)
+    kind = FLOAT32 if target is None else input_of(manifest, str(target))
+    if kind == FLOAT32:
+        return None
+    found, spec = onnx.load(str(path)), manifest.spec.preprocessing
+    expected = take_pixels(without_prologue(found), kind, image_size=spec.image_size, mean=spec.mean, std=spec.std)
+    difference = graph_difference(found, expected)
+    if not difference:
+        return None
+    return _without_node("cast", name, 1.0, 0.0, f"has another normalisation than the preprocessing: {difference}")
 
 
 def _scaled(trusted: Trusted, manifest: Manifest, name: str) -> Trusted:
@@ -175,7 +197,7 @@ def _engine_fault(manifest: Manifest) -> Blame | None:
 def file_fault(path: Path, name: str, precision: str, trusted: Trusted, out: Path) -> Blame | None:
     """The first fault of the ONNX file ``name`` at ``path``, reproduced below ``out``; the caller sets its stage."""
     try:
-        suspect = onnx.load(str(path))
+        suspect = without_prologue(onnx.load(str(path)))
         found = trace(suspect, trusted.model, {INPUT: trusted.probes.images})
     except AuditError as error:
         static = None if precision != "bf16" else _stored_fault(suspect, trusted.model, precision, {})

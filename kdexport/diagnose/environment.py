@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kdexport.backends.nvidia import gpu_fingerprint
 from kdexport.backends.ort import CPU
+from kdexport.backends.pixel_input import FLOAT32
 from kdexport.core.digests import tool_versions
 from kdexport.core.processors import usable_cpus
 from kdexport.errors import KdexportError
@@ -114,10 +115,12 @@ def examine_bundle(folder: Path, provider: str = CPU, target: str = DEFAULT_TARG
         raise as_kdexport_error(error, folder) from error
     golden = model.golden
     nodes = sum(model.ort.nodes_by_provider.values())
+    takes = model.signature.takes
+    pixels = "" if takes == FLOAT32 else f", takes {takes}"
     fact = f"{golden.images} images: pixels as in training, labels as the reference"
     return [
         Fact("files", True, f"{len(files.manifest.files)} files unchanged since they were verified"),
-        Fact("graph", True, f"{target}: one file, {len(files.graph):,} bytes, no foreign operators"),
+        Fact("graph", True, f"{target}: one file, {len(files.graph):,} bytes, no foreign operators{pixels}"),
         Fact("provider", True, f"{nodes} of {nodes} nodes on {provider}"),
         Fact("golden images", True, fact),
         Fact("golden logits", True, f"largest error {golden.error:.2e} (up to {golden.allowed:.2e} allowed)"),

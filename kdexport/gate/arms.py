@@ -7,7 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from kdexport.bundle.manifest import MANIFEST, MODEL, TARGETS, Manifest, changed_files, listed_changes, read_manifest
+from kdexport.backends.pixel_input import FLOAT32
+from kdexport.bundle.manifest import (
+    MANIFEST,
+    MODEL,
+    TARGETS,
+    Manifest,
+    changed_files,
+    input_of,
+    listed_changes,
+    read_manifest,
+)
 from kdexport.core.digests import sha256_file
 from kdexport.data.preprocessing import differing_fields
 from kdexport.errors import BundleError, ConfigError, MismatchError, UnknownNameError
@@ -139,6 +149,12 @@ def artifact(bundle: Bundle, target: str, variant: Variant, scratch: Path) -> Ar
             raise ConfigError(
                 f"{target} cannot be compared with the unfused student: a bundle contains no engine of it.",
                 remedy="Pass --against with another target, or --baseline with another bundle.",
+            )
+        takes = input_of(bundle.manifest, target)
+        if takes != FLOAT32:
+            raise ConfigError(
+                f"{target} takes {takes} and cannot be compared with the unfused student, which takes float32.",
+                remedy="Compare it with another target or another bundle: --arms for bench, --baseline for gate.",
             )
         folder = _unfused_twin(bundle, scratch)
         return _artifact(f"{bundle.folder} unfused fp32", folder, folder / MODEL, f"{wanted.backend}-fp32", variant)

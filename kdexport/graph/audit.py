@@ -18,7 +18,9 @@ from onnx import TensorProto, numpy_helper
 
 from kdexport.backends.activation_products import activation_products
 from kdexport.backends.base import INPUT, LOGITS, Finding
+from kdexport.backends.pixel_input import FLOAT32, InputKind, image_shape
 from kdexport.errors import first_line
+from kdexport.graph.pixel_prologue import without_prologue
 from kdexport.graph.plan import Weights
 from kdexport.graph.precision import BF16_OPSET, factors_of_size
 from kdexport.graph.tensor_ranges import Range
@@ -31,6 +33,10 @@ _LAYERS = ("Conv", "Gemm", "MatMul")
 _FORBIDDEN = {"BatchNormalization", "InstanceNormalization"}
 _TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 _DTYPES: dict[str, DTypeLike] = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
+
+_INPUT_TYPES = {
+    FLOAT32: TensorProto.FLOAT, "uint8-nhwc": TensorProto.UINT8, "uint8-nchw": TensorProto.UINT8
+}  # fmt: skip
 
 #: A weight is rounded to the nearest level: at most half a step off, plus the rounding of its float32 scale.
 _HALF_STEP = 0.5 * (1 + 1e-4)
@@ -57,12 +63,14 @@ def audit_graph(
     structure: Structure | None = None,
     ranges: Mapping[str, Range] | None = None,
     kept: Sequence[str] = (),
+    takes: InputKind = FLOAT32,
 ) -> list[Finding]:
     """All findings on one ONNX file of a folded student, written in one of ``targets.FORMS``.
 
     ``weights`` are the float32 weights of the student by name; ``structure`` is that of the folded network, by default
     a chain of plain layers with these weights. For an int8 file, ``ranges`` are the calibrated ranges and ``kept``
-    names exactly the nodes that must be float32.
+    names exactly the nodes that must be float32. ``takes`` is the input that the file must have; of a file that takes
+    pixels, the graph behind the normalisation is audited.
     """
     try:
         model = onnx.load(str(path), load_external_data=False)
@@ -83,8 +91,8 @@ def audit_graph(
         Finding("valid ONNX", True, f"{len(model.graph.node)} nodes"),
         Finding("opset", written.get("") == wanted, f"opset {written.get('')}, {wanted} required"),
         *_structure(model, plain),
-        _interface(model),
-        *_content(model, layers, form, ranges, kept),
+        _interface(model, takes),
+        *_content(without_prologue(model), layers, form, ranges, kept),
         _portable(path),
     ]
 
@@ -109,7 +117,7 @@ def _has_weight(graph: "_Graph", node: onnx.NodeProto) -> bool:
     return any(graph.constant(name) is not None for name in node.input if name)
 
 
-def _interface(model: onnx.ModelProto) -> Finding:
+def _interface(model: onnx.ModelProto, takes: InputKind) -> Finding:
     initializers = {item.name for item in model.graph.initializer}
     inputs = [item for item in model.graph.input if item.name not in initializers]
     outputs = list(model.graph.output)
@@ -119,12 +127,14 @@ def _interface(model: onnx.ModelProto) -> Finding:
     holds = (
         [item.name for item in inputs] == [INPUT]
         and [item.name for item in outputs] == [LOGITS]
-        and all(item.type.tensor_type.elem_type == TensorProto.FLOAT for item in (*inputs, *outputs))
+        and [item.type.tensor_type.elem_type for item in inputs] == [_INPUT_TYPES[takes]]
+        and all(item.type.tensor_type.elem_type == TensorProto.FLOAT for item in outputs)
         and all(shape and isinstance(shape[0], str) for shape in shapes)
+        and (takes == FLOAT32 or shapes[0][1:] == list(image_shape(takes, max(shapes[0][1:]))))
     )
     names = [item.name for item in (*inputs, *outputs)]
     fact = ", ".join(f"{name} {shape}" for name, shape in zip(names, shapes, strict=True))
-    return Finding("dynamic float32 input and logits", holds, fact)
+    return Finding(f"dynamic {takes} input and logits", holds, fact)
 
 
 def _content(

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdexport.backends.ort import CPU, OrtModel
+from kdexport.backends.pixel_input import Given
 from kdexport.errors import RequestError
 from kdexport.serving.wire import Signature
 
@@ -35,8 +36,8 @@ _MAX_TIMED_BATCH = 64
 class Runnable(Protocol):
     """A model that an instance can run."""
 
-    def logits(self, images: NDArray[np.float32]) -> Logits:
-        """(n,3,S,S) float32 to (n,K) float32."""
+    def logits(self, images: Given) -> Logits:
+        """n images, each as the signature of the model says, to (n,K) float32."""
         ...
 
 
@@ -69,7 +70,7 @@ class Timed:
 @dataclass(slots=True, eq=False)
 class _Job:
     model: Runnable
-    images: NDArray[np.float32]
+    images: Given
     future: "asyncio.Future[Timed]"
     queued_ns: int
     together: int
@@ -102,9 +103,7 @@ class Instances:
         """The number of jobs that wait or run."""
         return self._pending
 
-    async def run(
-        self, model: Runnable, images: NDArray[np.float32], queue_seconds: float, pace: Pace = UNKNOWN_PACE
-    ) -> Timed:
+    async def run(self, model: Runnable, images: Given, queue_seconds: float, pace: Pace = UNKNOWN_PACE) -> Timed:
         """Logits of ``images``; raises ``RequestError`` if the queue is full or the wait too long.
 
         A cancelled call leaves the queue at once; a job that already runs is finished and its result dropped. A quick
@@ -132,7 +131,7 @@ class Instances:
             self._pending -= 1
 
     async def _in_thread(
-        self, model: Runnable, images: NDArray[np.float32], queue_seconds: float, queued_ns: int, together: int
+        self, model: Runnable, images: Given, queue_seconds: float, queued_ns: int, together: int
     ) -> Timed:
         loop = asyncio.get_running_loop()
         job = _Job(model, images, loop.create_future(), queued_ns, together)
@@ -198,7 +197,7 @@ def _queue_timeout(seconds: float) -> RequestError:
     )
 
 
-def _run_inline(model: Runnable, images: NDArray[np.float32], queued_ns: int) -> Timed:
+def _run_inline(model: Runnable, images: Given, queued_ns: int) -> Timed:
     started = time.monotonic_ns()
     logits = model.logits(images)
     return Timed(logits, started - queued_ns, time.monotonic_ns() - started, len(images))
@@ -239,16 +238,16 @@ def _resolve(job: _Job, action: Callable[[], None]) -> None:
 def measure_pace(model: OrtModel, provider: str, signature: Signature) -> Pace:
     """Time single images on a CPU, where batches are slower per image, and batches of 1, 2, 4, ... on a GPU."""
     if provider == CPU:
-        return Pace(seconds=_median_seconds(model, 1, signature.image_size), together=1)
+        return Pace(seconds=_median_seconds(model, 1, signature), together=1)
     largest = min(_MAX_TIMED_BATCH, signature.max_batch)
     sizes = [2**power for power in range(largest.bit_length())]
-    times = {batch: _median_seconds(model, batch, signature.image_size) for batch in sizes}
+    times = {batch: _median_seconds(model, batch, signature) for batch in sizes}
     # A model on a GPU never runs on the event loop, which would block until the GPU has finished.
     return Pace(seconds=UNKNOWN_PACE.seconds, together=choose_batch(times))
 
 
-def _median_seconds(model: OrtModel, batch: int, image_size: int) -> float:
-    images = np.zeros((batch, 3, image_size, image_size), np.float32)
+def _median_seconds(model: OrtModel, batch: int, signature: Signature) -> float:
+    images = np.zeros((batch, *signature.shape), signature.dtype)
     model.logits(images)
     samples = []
     for _ in range(_TIMED_RUNS):

@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 from kdexport import __version__
 from kdexport.backends.ort import CPU
+from kdexport.backends.pixel_input import Given
 from kdexport.errors import RequestError
 from kdexport.serving.images import decode_upload
 from kdexport.serving.loading import LoadedModel
@@ -74,13 +75,12 @@ async def model_metadata(request: Request) -> Response:
     model = _model(request)
     names = _service(request).repository.models
     signature = model.signature
-    size = signature.image_size
     return JSONResponse(
         {
             "name": model.name,
             "versions": [str(version) for name, version in sorted(names) if name == model.name],
             "platform": _PLATFORM,
-            "inputs": [{"name": signature.input_name, "datatype": "FP32", "shape": [-1, 3, size, size]}],
+            "inputs": [{"name": signature.input_name, "datatype": signature.datatype, "shape": [-1, *signature.shape]}],
             "outputs": [{"name": signature.output_name, "datatype": "FP32", "shape": [-1, len(signature.classes)]}],
             "parameters": {
                 "bundle_sha256": model.digest,
@@ -94,7 +94,6 @@ async def model_config(request: Request) -> Response:
     """The configuration of a model in the form of Triton's."""
     model, service = _model(request), _service(request)
     signature = model.signature
-    size = signature.image_size
     kind = "KIND_CPU" if model.provider == CPU else "KIND_GPU"
     config: dict[str, Any] = {
         "name": model.name,
@@ -105,9 +104,9 @@ async def model_config(request: Request) -> Response:
         "input": [
             {
                 "name": signature.input_name,
-                "data_type": "TYPE_FP32",
+                "data_type": f"TYPE_{signature.datatype}",
                 "format": "FORMAT_NONE",
-                "dims": [3, size, size],
+                "dims": signature.shape,
             }
         ],
         "output": [{"name": signature.output_name, "data_type": "TYPE_FP32", "dims": [len(signature.classes)]}],
@@ -192,7 +191,7 @@ async def classify(request: Request) -> Response:
     content_type = request.headers.get("content-type", "")
     uploaded = service.statistics(model).uploaded
 
-    def decode(body: Body) -> NDArray[np.float32]:
+    def decode(body: Body) -> Given:
         data = bytes(body)
         if content_type.lower().startswith("multipart/"):
             data = read_form_file(data, content_type, service.limits.parts)

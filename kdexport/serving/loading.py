@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdexport.backends.ort import CPU, OrtModel, load_model
+from kdexport.backends.pixel_input import FLOAT32, Given, InputKind, arrange, image_shape
 from kdexport.bundle.manifest import (
     EMPTY_FOLDER,
     HARD_LINK,
@@ -18,6 +19,7 @@ from kdexport.bundle.manifest import (
     VERIFIED,
     Manifest,
     changed_files,
+    input_of,
     irregular_entries,
     listed_changes,
     read_manifest,
@@ -41,7 +43,7 @@ _OWN_CAUSES = (ValueError, KeyError, TypeError, AttributeError, OverflowError, R
 
 def served_file(manifest: Manifest, target: str) -> str:
     """The path of ``target``'s graph in its bundle; raises ``BundleError`` if it was not built or not verified."""
-    if target == DEFAULT_TARGET:
+    if target == DEFAULT_TARGET and input_of(manifest, target) == FLOAT32:
         return MODEL
     entry = manifest.targets.get(target)
     if entry is None or entry["status"] != VERIFIED:
@@ -81,12 +83,14 @@ class LoadedModel:
         preprocessing = self.manifest.spec.preprocessing.to_json()
         return {"input": tensor, "output": output, "classes": classes, "preprocessing": preprocessing}
 
-    def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(n,3,S,S) float32 to (n,K) float32."""
+    def logits(self, images: Given) -> NDArray[np.float32]:
+        """n images, each as ``signature`` says, to (n,K) float32."""
         return self.ort.logits(images)
 
-    def tensor(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """(S,S,3) uint8 to (1,3,S,S) float32."""
+    def tensor(self, pixels: NDArray[np.uint8]) -> Given:
+        """(S,S,3) uint8 to a batch of one image as ``signature`` says."""
+        if self.signature.takes != FLOAT32:
+            return arrange(pixels[np.newaxis], self.signature.takes)
         return normalise(pixels, self.table)
 
 
@@ -223,7 +227,7 @@ def load(
             f"Some nodes of {name} do not run on {provider}: {elsewhere}.",
             remedy="Install the libraries of that provider, or choose another --provider.",
         )
-    signature = _signature(model, manifest, limits)
+    signature = _signature(model, manifest, limits, input_of(manifest, target))
     table = normalisation_table(manifest.spec.preprocessing)
     own = own_logits(folder, manifest, target)
     golden = compare_golden(folder, manifest, model, table, limits, allowed_error, own)
@@ -242,22 +246,27 @@ def load(
     )
 
 
-def _signature(model: OrtModel, manifest: Manifest, limits: Limits) -> Signature:
+def _signature(model: OrtModel, manifest: Manifest, limits: Limits, takes: InputKind) -> Signature:
     inputs, outputs = model.session.get_inputs(), model.session.get_outputs()
     size, classes = manifest.spec.image_size, manifest.spec.classes
     found = [(len(inputs), len(outputs)), inputs[0].type, list(inputs[0].shape[1:]), list(outputs[0].shape[1:])]
-    if found != [(1, 1), "tensor(float)", [3, size, size], [len(classes)]]:
+    shape = list(image_shape(takes, size))
+    wanted = "tensor(float)" if takes == FLOAT32 else "tensor(uint8)"
+    written = FLOAT32 if model.takes is None else model.takes.kind
+    if found != [(1, 1), wanted, shape, [len(classes)]] or written != takes:
         raise AuditError(
-            f"The inputs and outputs of {MODEL} are {found}; the manifest requires one float input [n,3,{size},{size}] "
+            f"The inputs and outputs of {MODEL} are {found}; the manifest requires one {takes} input {['n', *shape]} "
             f"and one output of {len(classes)} classes.",
             remedy="Build the bundle again.",
         )
+    tensor_bytes = (12 if takes == FLOAT32 else 3) * size * size
     return Signature(
         input_name=inputs[0].name,
         output_name=outputs[0].name,
         image_size=size,
         classes=classes,
-        max_batch=min(int(manifest.data["export"]["max_batch"]), limits.images_per_body(12 * size * size)),
+        max_batch=min(int(manifest.data["export"]["max_batch"]), limits.images_per_body(tensor_bytes)),
+        takes=takes,
     )
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from starlette.requests import Request
 from starlette.responses import Response
 
+from kdexport.backends.pixel_input import Given
 from kdexport.errors import RequestError
 from kdexport.serving.limits import Limits
 from kdexport.serving.loading import LoadedModel
@@ -98,7 +99,7 @@ class ModelRequest:
             return body
         return await self.service.off_loop(decompress, body, expected.encoding, expected.limit, reservation.charge)
 
-    async def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+    async def infer(self, images: Given) -> NDArray[np.float32]:
         """Logits of ``images`` through the queue; raises ``RequestError`` if a logit is not finite."""
         self.watch.end("input")
         timed = await self.service.instances.run(self.model, images, self.queue_seconds, self.model.pace)

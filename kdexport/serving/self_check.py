@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdexport.backends.ort import OrtModel, execution_of
+from kdexport.backends.pixel_input import Given, arrange
 from kdexport.bundle.manifest import GOLDEN_LOGITS, Manifest
 from kdexport.data.preprocessing import read_image
 from kdexport.data.uploads import FORMATS
@@ -50,7 +51,10 @@ def compare_golden(
     worst, found = 0.0, []
     for name, exact in zip(manifest.golden, expected, strict=True):
         pixels = _golden_pixels(folder / name, manifest, limits)
-        found.append(model.logits(normalise(pixels, table))[0])
+        given: Given = normalise(pixels, table)
+        if model.takes is not None:
+            given = arrange(pixels[np.newaxis], model.takes.kind)
+        found.append(model.logits(given)[0])
         logits = found[-1].astype(np.float64)
         error = float(np.abs(logits - exact).max())
         if not error <= allowed_error:

@@ -234,7 +234,7 @@ class Service:
             decoders=self.decoders,
             image_bytes=max(signature.image_bytes for signature in signatures),
             max_elements=max(
-                min(signature.max_batch, limits.images_per_body(signature.image_bytes)) * signature.elements
+                min(signature.max_batch, limits.images_per_body(signature.tensor_bytes)) * signature.elements
                 for signature in signatures
             ),
         )

@@ -20,6 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 # pydantic reads the types of a TypedDict of Python 3.11 only from here.
 from typing_extensions import TypedDict
 
+from kdexport.backends.pixel_input import FLOAT32, Given, InputKind, image_shape
 from kdexport.errors import RequestError
 from kdexport.serving.limits import Limits
 
@@ -53,13 +54,37 @@ _Count = Annotated[int, Field(ge=0, le=_MAX_COUNT)]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Signature:
-    """The one input and output of a classifier: (n,3,S,S) float32 to (n,K) float32, 1 <= n <= ``max_batch``."""
+    """The one input and output of a classifier: n images to (n,K) float32, 1 <= n <= ``max_batch``.
+
+    An image is (3,S,S) float32, or pixels if ``takes`` says so.
+    """
 
     input_name: str
     output_name: str
     image_size: int
     classes: tuple[str, ...]
     max_batch: int
+    takes: InputKind = FLOAT32
+
+    @property
+    def shape(self) -> list[int]:
+        """The shape of one image."""
+        return list(image_shape(self.takes, self.image_size))
+
+    @property
+    def datatype(self) -> Literal["FP32", "UINT8"]:
+        """The type of the input in the protocol."""
+        return "FP32" if self.takes == FLOAT32 else "UINT8"
+
+    @property
+    def dtype(self) -> np.dtype[np.float32 | np.uint8]:
+        """The type of the input on the wire, little-endian."""
+        return np.dtype(np.float32).newbyteorder("<") if self.takes == FLOAT32 else np.dtype(np.uint8)
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of the tensor of one image on the wire."""
+        return self.dtype.itemsize * self.elements
 
     @property
     def elements(self) -> int:
@@ -68,7 +93,7 @@ class Signature:
 
     @property
     def image_bytes(self) -> int:
-        """Bytes of the float32 tensor of one image."""
+        """Bytes of the float32 tensor of one image, which the graph computes with."""
         return _FLOAT32_BYTES * self.elements
 
 
@@ -187,15 +212,15 @@ class Error(TypedDict):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ParsedRequest:
-    """The header of a request and its tensor: (n,3,S,S) float32, aligned and contiguous."""
+    """The header of a request and its tensor: n images as the signature says, aligned and contiguous."""
 
     header: InferRequest
-    images: NDArray[np.float32]
+    images: Given
 
 
 def body_limit(signature: Signature, limits: Limits, *, binary: bool) -> int:
     """The most bytes that a request for this model can need, raw or as JSON text; at most the limit on bodies."""
-    bytes_per_image = signature.image_bytes * 1.2 if binary else signature.elements * 26
+    bytes_per_image = signature.tensor_bytes * 1.2 if binary else signature.elements * 26
     return min(limits.body, int(signature.max_batch * bytes_per_image) + limits.header)
 
 
@@ -227,22 +252,25 @@ def read_request(
     _require_supported(header, signature.output_name, limits)
     tensor = header.inputs[0]
     count = _count_images(tensor, signature)
-    flat = _from_bytes(tensor, view[length:]) if tensor.data is None else _from_json(tensor, view[length:])
+    if tensor.data is None:
+        flat: Given = _from_bytes(tensor, view[length:], signature)
+    else:
+        flat = _from_json(tensor, view[length:], signature)
     return ParsedRequest(header, _as_images(flat, count, signature))
 
 
 def _read_raw_tensor(body: bytes | bytearray, signature: Signature) -> ParsedRequest:
-    count, rest = divmod(len(body), signature.image_bytes)
+    count, rest = divmod(len(body), signature.tensor_bytes)
     if rest or not 1 <= count <= signature.max_batch:
         raise RequestError(
             f"The body has {len(body):,} bytes; a raw tensor has 1 to {signature.max_batch} images of "
-            f"{signature.image_bytes:,} bytes each.",
-            remedy=f"Send float32 values of shape [n, 3, {signature.image_size}, {signature.image_size}].",
+            f"{signature.tensor_bytes:,} bytes each.",
+            remedy=f"Send {'float32' if signature.takes == FLOAT32 else 'uint8'} values of shape "
+            f"[n, {', '.join(map(str, signature.shape))}].",
         )
-    shape = [count, 3, signature.image_size, signature.image_size]
-    tensor = RequestInput(name=signature.input_name, shape=shape, datatype="FP32")
+    tensor = RequestInput(name=signature.input_name, shape=[count, *signature.shape], datatype=signature.datatype)
     header = InferRequest.model_validate({"inputs": [tensor], "parameters": {"binary_data_output": True}})
-    return ParsedRequest(header, _as_images(np.frombuffer(body, "<f4"), count, signature))
+    return ParsedRequest(header, _as_images(np.frombuffer(body, signature.dtype), count, signature))
 
 
 def _parse_header(data: memoryview, limits: Limits, max_elements: int) -> InferRequest:
@@ -325,21 +353,22 @@ def _require_supported(header: InferRequest, output_name: str, limits: Limits) -
 
 def _count_images(tensor: RequestInput, signature: Signature) -> int:
     """The number of images; raises if name, datatype or shape differ from the model's."""
-    size = signature.image_size
     if tensor.name != signature.input_name:
         raise RequestError(f"The model has no input {tensor.name[:80]!r}; its only input is {signature.input_name!r}.")
-    if tensor.datatype != "FP32":
-        raise RequestError(f"Input {tensor.name!r} has datatype {tensor.datatype!r}; the model takes 'FP32'.")
-    if tensor.shape[1:] != [3, size, size] or not 1 <= tensor.shape[0] <= signature.max_batch:
+    if tensor.datatype != signature.datatype:
         raise RequestError(
-            f"Input {tensor.name!r} has shape {tensor.shape}; the model takes [n, 3, {size}, {size}] with n from 1 to "
-            f"{signature.max_batch}."
+            f"Input {tensor.name!r} has datatype {tensor.datatype!r}; the model takes {signature.datatype!r}."
+        )
+    if tensor.shape[1:] != signature.shape or not 1 <= tensor.shape[0] <= signature.max_batch:
+        raise RequestError(
+            f"Input {tensor.name!r} has shape {tensor.shape}; the model takes "
+            f"[n, {', '.join(map(str, signature.shape))}] with n from 1 to {signature.max_batch}."
         )
     return tensor.shape[0]
 
 
-def _from_bytes(tensor: RequestInput, rest: memoryview) -> NDArray[np.float32]:
-    size, expected = tensor.parameters.binary_data_size, _FLOAT32_BYTES * math.prod(tensor.shape)
+def _from_bytes(tensor: RequestInput, rest: memoryview, signature: Signature) -> Given:
+    size, expected = tensor.parameters.binary_data_size, signature.dtype.itemsize * math.prod(tensor.shape)
     if size is None:
         raise RequestError(
             f"Input {tensor.name!r} has neither data nor binary_data_size.",
@@ -348,11 +377,13 @@ def _from_bytes(tensor: RequestInput, rest: memoryview) -> NDArray[np.float32]:
     if size != len(rest):
         raise RequestError(f"binary_data_size is {size}, but {len(rest)} bytes follow the header.")
     if size != expected:
-        raise RequestError(f"binary_data_size is {size}; shape {tensor.shape} of FP32 takes {expected} bytes.")
-    return np.frombuffer(rest, "<f4")
+        raise RequestError(
+            f"binary_data_size is {size}; shape {tensor.shape} of {tensor.datatype} takes {expected} bytes."
+        )
+    return np.frombuffer(rest, signature.dtype)
 
 
-def _from_json(tensor: RequestInput, rest: memoryview) -> NDArray[np.float32]:
+def _from_json(tensor: RequestInput, rest: memoryview, signature: Signature) -> Given:
     if tensor.parameters.binary_data_size is not None or len(rest):
         raise RequestError(
             f"Input {tensor.name!r} has its data both as JSON and as bytes.", remedy="Send it in one of the two forms."
@@ -363,6 +394,8 @@ def _from_json(tensor: RequestInput, rest: memoryview) -> NDArray[np.float32]:
         raise RequestError(
             f"The data of input {tensor.name!r} has {len(values):,} elements; shape {tensor.shape} takes {expected:,}."
         )
+    if signature.takes != FLOAT32:
+        return _pixels_from_json(tensor, values)
     if not set(map(type, values)) <= {int, float}:
         raise RequestError(f"The data of input {tensor.name!r} has an element that is not a number.")
     try:
@@ -372,6 +405,16 @@ def _from_json(tensor: RequestInput, rest: memoryview) -> NDArray[np.float32]:
         raise RequestError(
             f"The data of input {tensor.name!r} has a number that float32 cannot represent (up to 3.4e38 allowed)."
         ) from None
+
+
+def _pixels_from_json(tensor: RequestInput, values: list[Any]) -> NDArray[np.uint8]:
+    if set(map(type, values)) != {int} or not (min(values) >= 0 and max(values) <= 255):
+        raise RequestError(
+            f"The data of input {tensor.name!r} has an element that is not a pixel; each must be an integer from 0 to "
+            "255.",
+            remedy="Send the RGB values of the image as they are; the model normalises them.",
+        )
+    return np.array(values, np.uint8)
 
 
 def _flatten(tensor: RequestInput) -> list[Any]:
@@ -393,8 +436,10 @@ def _flatten(tensor: RequestInput) -> list[Any]:
     return values
 
 
-def _as_images(flat: NDArray[np.float32], count: int, signature: Signature) -> NDArray[np.float32]:
-    images = flat.reshape(count, 3, signature.image_size, signature.image_size)
+def _as_images(flat: Given, count: int, signature: Signature) -> Given:
+    images = flat.reshape(count, *signature.shape)
+    if signature.takes != FLOAT32:
+        return np.require(images, np.uint8, ["C", "A"])
     # The tensor starts wherever the header ended; onnxruntime needs aligned memory in native byte order.
     aligned = np.require(images, np.float32, ["C", "A"])
     if not np.isfinite(aligned).all():

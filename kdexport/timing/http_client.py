@@ -5,6 +5,7 @@ A server runs one target, so two arms with different targets have two servers.
 
 import contextlib
 import http.client
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -26,8 +27,12 @@ class Client:
     connections: dict[str, http.client.HTTPConnection]
 
     def request(self, model: str, images: NDArray[np.float32]) -> Run:
-        """A callable that sends (n,3,S,S) float32 as a raw binary request and reads the whole response."""
-        connection, body, path = self.connections[model], images.tobytes(), f"/v2/models/{model}/infer"
+        """A callable that sends (n,3,S,S) float32 as a raw binary request and reads the whole response.
+
+        To a model that takes pixels it sends as many images of zeros: the time does not depend on the values.
+        """
+        connection, path = self.connections[model], f"/v2/models/{model}/infer"
+        body = _body(connection, model, images)
         headers = {"Inference-Header-Content-Length": "0", "Content-Type": "application/octet-stream"}
 
         def send() -> None:
@@ -42,6 +47,20 @@ class Client:
                 )
 
         return send
+
+
+def _body(connection: http.client.HTTPConnection, model: str, images: NDArray[np.float32]) -> bytes:
+    connection.request("GET", f"/v2/models/{model}")
+    response = connection.getresponse()
+    content = response.read()
+    if response.status != 200:
+        raise VerificationError(
+            f"The server responded with status {response.status} (200 expected) to a request for the metadata of "
+            f"{model}.",
+            remedy="Run `kdexport serve` with the bundle to see its error.",
+        )
+    pixels = json.loads(content)["inputs"][0]["datatype"] == "UINT8"
+    return bytes(images.size) if pixels else images.tobytes()
 
 
 @contextlib.contextmanager

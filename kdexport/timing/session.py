@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdexport.backends.base import Logits
+from kdexport.backends.base import Runner
+from kdexport.backends.pixel_input import Given, arrange
 from kdexport.core.child import ChildDiedError, ChildTimeoutError, call
 from kdexport.core.console import fail, print_json
 from kdexport.core.processors import can_pin, pin_process, usable_cpus
@@ -219,7 +220,7 @@ def _opened(request: Request, order: list[str]) -> Iterator[_Opened]:
         opened = {
             name: open_on_host(Path(arms[name].path), arms[name].target, threads=request.threads) for name in order
         }
-        runs = {name: _bound(logits, images) for name, logits in opened.items()}
+        runs = {name: _bound(runner.logits, _given(runner, images)) for name, runner in opened.items()}
         yield _Opened(runs=runs, anchor=_host_anchor(request))
     elif request.clock == "serve":
         from kdexport.timing.http_client import serving
@@ -235,7 +236,7 @@ def _opened(request: Request, order: list[str]) -> Iterator[_Opened]:
 def _host_anchor(request: Request) -> Run | None:
     if not request.anchor:
         return None
-    return _bound(open_on_host(Path(request.anchor), DEFAULT_TARGET, threads=request.threads), _anchor_image())
+    return _bound(open_on_host(Path(request.anchor), DEFAULT_TARGET, threads=request.threads).logits, _anchor_image())
 
 
 def _anchor_image() -> NDArray[np.float32]:
@@ -259,10 +260,18 @@ def _on_gpu(arms: dict[str, Arm], order: list[str], images: NDArray[np.float32],
     )
 
 
-def open_on_host(path: Path, target: str, *, threads: int) -> Logits:
-    """The file of a target on the CPU, in its own runtime: (n,3,S,S) float32 to logits (n,K)."""
+def open_on_host(path: Path, target: str, *, threads: int) -> Runner:
+    """The file of a target on the CPU, in its own runtime."""
     wanted = parse_target(target)
-    return wanted.runtime.open(path, wanted.precision, device="cpu", threads=threads).logits
+    return wanted.runtime.open(path, wanted.precision, device="cpu", threads=threads)
+
+
+def _given(runner: Runner, images: NDArray[np.float32]) -> Given:
+    """``images`` (n,3,S,S), or as many images of random pixels if the file takes pixels."""
+    if runner.takes is None:
+        return images
+    shape = images.transpose(0, 2, 3, 1).shape
+    return arrange(np.random.default_rng(4).integers(0, 256, shape, dtype=np.uint8), runner.takes.kind)
 
 
 def _bound(function: Callable[[Any], object], images: Any) -> Run:

@@ -131,12 +131,22 @@ def _summary(data: dict[str, Any]) -> Table:
 
 def _targets(data: dict[str, Any]) -> Iterable[Table]:
     rows = [
-        (name, entry["precision"], entry["status"], str(entry.get("kernels", "")), str(entry.get("version", "")))
+        (
+            name,
+            entry["precision"],
+            entry.get("input", "float32"),
+            entry["status"],
+            str(entry.get("kernels", "")),
+            str(entry.get("version", "")),
+        )
         for name, entry in data["targets"].items()
     ]
     note = "'built, not executed': the file was built and its layers were checked, but this machine cannot run it."
     yield Table(
-        title="Targets", header=("target", "precision", "status", "kernels", "builder"), rows=tuple(rows), note=note
+        title="Targets",
+        header=("target", "precision", "input", "status", "kernels", "builder"),
+        rows=tuple(rows),
+        note=note,
     )
 
 

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from kdexport.backends.base import Execution, Finding, Missing, Runner
 from kdexport.backends.ort import CPU, OrtModel, execution_of, integer_kernels, load_model, provider_finding
-from kdexport.bundle.manifest import RANGES, TARGETS, UNFUSED
+from kdexport.backends.pixel_input import FLOAT32, InputKind
+from kdexport.bundle.manifest import RANGES, TARGETS, UNFUSED, input_of, target_of
 from kdexport.core.digests import sha256_file
 from kdexport.errors import AuditError, BackendUnavailableError, KdexportError
 from kdexport.graph.audit import audit_graph
@@ -42,7 +43,8 @@ def graph_checks(context: BundleContext, name: str, form: str, rebuilt: RebuiltG
         ranges = _ranges(path, form)
     except (OSError, ValueError, TypeError) as error:
         return FileResult((broken("audit", name, f"{RANGES}: {type(error).__name__}: {error}"),))
-    plan = context.plan(name)
+    plan, target = context.plan(name), target_of(name)
+    takes = FLOAT32 if target is None else input_of(context.manifest, str(target))
     findings = audit_graph(
         path,
         plan.scaled(context.weights),
@@ -51,12 +53,13 @@ def graph_checks(context: BundleContext, name: str, form: str, rebuilt: RebuiltG
         structure=context.structure,
         ranges=ranges,
         kept=plan.nodes,
+        takes=takes,
     )
     checks = [from_finding(name, finding) for finding in findings]
     if not findings[0].holds:
         return FileResult(tuple(checks))
     checks.append(from_finding(name, rebuilt.finding(name, form, plan, context.weight_bits)))
-    checks.append(from_finding(name, _metadata(context, path)))
+    checks.append(from_finding(name, _metadata(context, path, takes)))
     try:
         model = open_file(path, form)
         if form == "int8-u8":
@@ -157,11 +160,12 @@ def open_file(path: Path, form: str) -> OrtModel:
     return load_model(path, optimise=form != "int8-s8")
 
 
-def _metadata(context: BundleContext, path: Path) -> Finding:
-    """The metadata in the file equals the manifest: classes, preprocessing and origin."""
+def _metadata(context: BundleContext, path: Path, takes: InputKind) -> Finding:
+    """The metadata in the file equals the manifest: classes, preprocessing, origin and what the file takes."""
     written = read_metadata(onnx.load(str(path), load_external_data=False))
     # Through JSON, as the metadata was written: tuples become lists.
     expected = json.loads(json.dumps(model_metadata(context.manifest.spec, sha256_file(context.folder / UNFUSED))))
+    written, expected = {"input": FLOAT32, **written}, {**expected, "input": takes}
     wrong = [key for key in expected if key != "version" and written.get(key) != expected[key]]
     fact = f"differs from the manifest in {', '.join(wrong)}" if wrong else "equal to the manifest"
     return Finding("metadata", not wrong, fact)

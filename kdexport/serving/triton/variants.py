@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from kdexport.backends.base import Missing
-from kdexport.bundle.manifest import TARGETS, VERIFIED, Manifest
+from kdexport.backends.pixel_input import FLOAT32
+from kdexport.bundle.manifest import TARGETS, VERIFIED, Manifest, input_of
 from kdexport.errors import BundleError, ConfigError, UnknownNameError
 from kdexport.registry import nearest
 from kdexport.serving.triton.pbtxt import Device, Schedule
@@ -107,6 +108,12 @@ def _target_entry(manifest: Manifest, name: str) -> dict[str, Any]:
     platform = target.runtime.triton_platform(target.precision)
     if isinstance(platform, Missing):
         raise ConfigError(f"{name} {platform.reason}.", remedy=f"{platform.remedy}.")
+    takes = input_of(manifest, name)
+    if takes != FLOAT32:
+        raise ConfigError(
+            f"{name} takes {takes}, and Triton repositories are written for float32 inputs only.",
+            remedy=f'Build the bundle with input = "{FLOAT32}" under [export], or serve it with kdexport serve.',
+        )
     if entry["status"] != VERIFIED:
         raise BundleError(
             f"The engine of {name} was built but never run, so its logits were not verified.",

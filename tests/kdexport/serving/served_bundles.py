@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from kdexport.backends.pixel_input import FLOAT32, InputKind
 from kdexport.build import stages
 from kdexport.build.package import Parts, package
 from kdexport.checkpoint import StudentSpec, open_checkpoint, save_checkpoint
@@ -68,6 +69,7 @@ def make_bundle(
     classes: tuple[str, ...] = CLASSES,
     seed: int = 5,
     policy: Mapping[str, Any] = MappingProxyType({}),
+    takes: InputKind = FLOAT32,
 ) -> Path:
     """A verified bundle below ``root``, with random batch norms and a resize that differs from the image size."""
     preprocessing = Preprocessing.for_new_student(
@@ -83,17 +85,18 @@ def make_bundle(
     files = make_images(root / "images", 8, image_size * 3, image_size * 2)
     labels = np.arange(8, dtype=np.int64) % len(classes)
     validation = ImageSet(classes=classes, labels=labels, pixels=None, files=files)
-    config = BuildConfig.model_validate({**CONFIG, "policy": dict(policy)})
+    config = BuildConfig.model_validate({**CONFIG, "policy": dict(policy), "export": {"max_batch": 8, "input": takes}})
     workspace = Workspace(root / "workspace")
     trained = open_checkpoint(root / "checkpoint")
     fused = stages.fuse(trained)
-    model = stages.export(trained, fused, opset=config.export.opset).result(workspace)
+    exported = stages.export(trained, fused, opset=config.export.opset)
+    model = exported.result(workspace)
     parts = Parts(
         config=config,
         trained=trained,
         fused=fused.result(workspace),
         model=model,
-        casts={parse_target("onnx-fp32"): model},
+        casts={parse_target("onnx-fp32"): stages.with_input(exported, takes, preprocessing).result(workspace)},
         engines={},
         validation=validation,
         build_key=digest(["test", seed, image_size]),

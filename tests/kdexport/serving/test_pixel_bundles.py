@@ -1,0 +1,192 @@
+"""A bundle whose target takes pixels: verified, audited, served, timed, and refused where it cannot be used."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from kdexport.backends.ort import CPU, load_model
+from kdexport.backends.pixel_input import arrange
+from kdexport.bundle.manifest import hash_files, read_golden, read_manifest
+from kdexport.diagnose.bisect import explain
+from kdexport.errors import AuditError, ConfigError, KdexportError, VerificationError
+from kdexport.gate.arms import artifact, open_bundle
+from kdexport.serving.limits import Limits
+from kdexport.serving.loading import load
+from kdexport.serving.triton.variants import TritonRequest, plan_export
+from kdexport.targets import parse_targets, require_input
+from kdexport.timing.session import Arm, Request, measure_session
+from kdexport.verify.golden_limits import allowed_error
+from tests.conftest import made_once
+from tests.kdexport.serving.running_server import Running, running
+from tests.kdexport.serving.served_bundles import CLASSES, encoded, make_bundle, photo
+
+FILE = "targets/onnx-fp32/model.onnx"
+
+
+@pytest.fixture(scope="session")
+def pixel_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A verified bundle that no test changes."""
+    return made_once(tmp_path_factory, "pixels", lambda root: make_bundle(root, takes="uint8-nhwc")) / "bundle"
+
+
+@pytest.fixture(scope="session")
+def server(pixel_bundle: Path) -> Iterator[Running]:
+    """A server of the bundle."""
+    with running(f"zoo={pixel_bundle}", "--instances", "1", "--drain", "0.2") as started:
+        yield started
+
+
+def golden_pixels(bundle: Path) -> NDArray[np.uint8]:
+    return read_golden(bundle, read_manifest(bundle))
+
+
+def float_logits(bundle: Path) -> NDArray[np.float32]:
+    """The logits of the golden images by the float32 graph, from the values that its documentation defines."""
+    preprocessing = read_manifest(bundle).spec.preprocessing
+    mean, std = (np.asarray(values, np.float32) for values in (preprocessing.mean, preprocessing.std))
+    images = (golden_pixels(bundle).astype(np.float32) / np.float32(255) - mean) / std
+    return load_model(bundle / "model.onnx").logits(np.ascontiguousarray(np.moveaxis(images, 3, 1)))
+
+
+def test_the_manifest_and_every_check_are_of_the_pixels(pixel_bundle: Path) -> None:
+    manifest = read_manifest(pixel_bundle)
+    assert manifest.targets["onnx-fp32"]["input"] == "uint8-nhwc"
+    assert manifest.targets["onnx-fp32"]["status"] == "verified"
+    checks = {(check["subject"], check["name"]): check for check in manifest.data["parity"]}
+    assert all(check["holds"] for check in checks.values())
+    assert (FILE, "dynamic uint8-nhwc input and logits") in checks
+    assert ("model.onnx", "dynamic float32 input and logits") in checks
+    # Both runs are measured, not only the float32 graph.
+    for name in ("model.onnx", FILE):
+        assert (f"{name} on onnxruntime CPU", "max error") in checks
+
+
+def change_constant(name: str, factor: float) -> Callable[[onnx.ModelProto], None]:
+    def change(model: onnx.ModelProto) -> None:
+        item = next(item for item in model.graph.initializer if item.name == name)
+        values = numpy_helper.to_array(item) * np.float32(factor)
+        item.CopyFrom(numpy_helper.from_array(np.asarray(values), name))
+
+    return change
+
+
+@pytest.mark.parametrize(("name", "factor"), [("pixels_mean", 1.05), ("pixels_std", 0.95), ("pixels_largest", 1 / 255)])
+def test_a_wrong_normalisation_is_not_served_and_is_blamed(
+    pixel_bundle: Path, tmp_path: Path, name: str, factor: float
+) -> None:
+    bundle = Path(shutil.copytree(pixel_bundle, tmp_path / "bundle"))
+    model = onnx.load(str(bundle / FILE))
+    change_constant(name, factor)(model)
+    onnx.save(model, str(bundle / FILE))
+    data = json.loads((bundle / "manifest.json").read_text())
+    data["files"] = hash_files(bundle)
+    (bundle / "manifest.json").write_text(json.dumps(data))
+    with pytest.raises(VerificationError, match="differ from those of the reference"):
+        loaded(bundle)
+    if name == "pixels_mean":
+        found = explain(bundle, read_manifest(bundle), tmp_path / "blame", lambda _: None)
+        assert found is not None
+        assert found.file == FILE
+        assert "another normalisation" in found.words
+
+
+def test_a_manifest_that_states_the_other_layout_is_refused(pixel_bundle: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(pixel_bundle, tmp_path / "bundle"))
+    data = json.loads((bundle / "manifest.json").read_text())
+    data["targets"]["onnx-fp32"]["input"] = "uint8-nchw"
+    (bundle / "manifest.json").write_text(json.dumps(data))
+    with pytest.raises(AuditError, match="requires one uint8-nchw input"):
+        loaded(bundle)
+    data["targets"]["onnx-fp32"]["input"] = "pixels"
+    (bundle / "manifest.json").write_text(json.dumps(data))
+    with pytest.raises(KdexportError, match="input"):
+        read_manifest(bundle)
+
+
+def loaded(bundle: Path) -> object:
+    allowed = allowed_error(bundle, read_manifest(bundle))
+    return load(bundle, name="zoo", version=1, provider=CPU, limits=Limits(), allowed_error=allowed)
+
+
+def test_the_server_takes_pixels_and_says_so(pixel_bundle: Path, server: Running) -> None:
+    (described,) = server.ask("GET", "/v2/models/zoo").data["inputs"]
+    assert described == {"name": "input", "datatype": "UINT8", "shape": [-1, 32, 32, 3]}
+    (configured,) = server.ask("GET", "/v2/models/zoo/config").data["input"]
+    assert (configured["data_type"], configured["dims"]) == ("TYPE_UINT8", [32, 32, 3])
+    pixels, expected = golden_pixels(pixel_bundle)[:2], float_logits(pixel_bundle)[:2]
+    tensor = {"name": "input", "datatype": "UINT8", "shape": [2, 32, 32, 3], "data": pixels.reshape(-1).tolist()}
+    answer = server.ask("POST", "/v2/models/zoo/infer", json.dumps({"inputs": [tensor]}).encode())
+    found = np.reshape(answer.data["outputs"][0]["data"], (2, len(CLASSES)))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    raw = server.ask("POST", "/v2/models/zoo/infer", pixels.tobytes(), {"Inference-Header-Content-Length": "0"})
+    length = int(raw.headers["inference-header-content-length"])
+    np.testing.assert_array_equal(np.frombuffer(raw.body[length:], "<f4").reshape(2, -1), np.float32(found))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"datatype": "FP32"}, "takes 'UINT8'"),
+        ({"shape": [1, 3, 32, 32]}, r"takes \[n, 32, 32, 3\]"),
+        ({"data": [256] + [0] * 3071}, "integer from 0 to 255"),
+        ({"data": [-1] + [0] * 3071}, "integer from 0 to 255"),
+        ({"data": [0.5] + [0] * 3071}, "integer from 0 to 255"),
+        ({"data": [True] + [0] * 3071}, "integer from 0 to 255"),
+        ({"data": [0] * 3070}, "3,070 elements"),
+    ],
+)
+def test_what_is_no_pixel_is_refused(server: Running, change: dict[str, Any], said: str) -> None:
+    tensor = {"name": "input", "datatype": "UINT8", "shape": [1, 32, 32, 3], "data": [0] * 3072, **change}
+    answer = server.ask("POST", "/v2/models/zoo/infer", json.dumps({"inputs": [tensor]}).encode())
+    assert answer.status == 400
+    assert re.search(said, answer.error)
+
+
+def test_an_image_is_classified_as_by_the_float32_graph(pixel_bundle: Path, server: Running) -> None:
+    picture = photo(90, 70, 11)
+    answer = server.ask("POST", "/v1/classify?top=7", encoded(picture, "PNG"))
+    preprocessing = read_manifest(pixel_bundle).spec.preprocessing
+    images = preprocessing.normalise(preprocessing.pixels(picture)[np.newaxis])
+    logits = load_model(pixel_bundle / "model.onnx").logits(images)[0].astype(np.float64)
+    powers = np.exp(logits - logits.max())
+    expected = powers / powers.sum()
+    found = {entry["index"]: entry["probability"] for entry in answer.data["predictions"]}
+    np.testing.assert_allclose([found[index] for index in range(7)], expected, atol=1e-3)
+
+
+def test_a_session_feeds_each_arm_what_it_takes(pixel_bundle: Path) -> None:
+    arms = [Arm(path=str(pixel_bundle / name)) for name in ("model.onnx", FILE)]
+    request = Request(
+        reference=arms[0], candidate=arms[1], clock="host", image_size=32, batch=2, threads=1, cpus=(), pairs=4, seed=0
+    )
+    assert measure_session(request).candidate_ms > 0
+
+
+def test_what_cannot_take_pixels_refuses_them_by_name(pixel_bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="onnx-fp32 takes uint8-nhwc, and Triton"):
+        plan_export(read_manifest(pixel_bundle), TritonRequest(repository=tmp_path / "repository"))
+    with pytest.raises(ConfigError, match="onnx-fp32 takes uint8-nhwc and cannot be compared with the unfused"):
+        artifact(open_bundle(pixel_bundle), "onnx-fp32", "unfused", tmp_path)
+    require_input(parse_targets(["onnx-fp32", "openvino-int8"]), "uint8-nchw")
+    require_input(parse_targets(["trt-rtx-fp16"]), "float32")
+    with pytest.raises(ConfigError, match="trt-rtx-fp16 cannot take uint8-nchw"):
+        require_input(parse_targets(["onnx-fp32", "trt-rtx-fp16"]), "uint8-nchw")
+
+
+def test_the_channels_first_layout_is_packaged_and_loaded(tmp_path: Path) -> None:
+    bundle = make_bundle(tmp_path, takes="uint8-nchw")
+    model: Any = loaded(bundle)
+    assert model.signature.shape == [3, 32, 32]
+    pixels = golden_pixels(bundle)
+    found = model.logits(arrange(pixels, "uint8-nchw"))
+    np.testing.assert_allclose(found, float_logits(bundle), rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(model.tensor(pixels[0]), arrange(pixels[:1], "uint8-nchw"))
