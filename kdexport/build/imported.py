@@ -220,6 +220,7 @@ def _store(request: ImportRequest, network: "ImportedNetwork", folder: Path) -> 
     module = _one_output(network.module, example, request)
     graph = original_graph(module, example)
     _refuse_sigmoid(graph, request)
+    _require_independent(module, example, request)
     spec = StudentSpec(
         student=request.reference.label,
         classes=request.classes,
@@ -245,10 +246,7 @@ def _one_output(module: "nn.Module", images: "Tensor", request: ImportRequest) -
 
     path = choose_output(_run(module, images, request), request.output, request.reference.label)
     chosen = OneOutput(module, path) if path else module
-    logits = _run(chosen, images, request)
-    _require_logits(logits, request)
-    alone = [_run(chosen, images[index : index + 1], request) for index in range(len(images))]
-    _require_independent(logits, alone, request)
+    _require_logits(_run(chosen, images, request), request)
     return chosen.eval()
 
 
@@ -306,12 +304,14 @@ def _probabilities(label: str, reason: str) -> ReparamError:
     )
 
 
-def _require_independent(logits: "Tensor", alone: Sequence["Tensor"], request: ImportRequest) -> None:
+def _require_independent(module: "nn.Module", images: "Tensor", request: ImportRequest) -> None:
     """Raise ``ReparamError`` if the logits of an image depend on the other images of its batch."""
     import torch
 
-    difference = float((logits - torch.cat(list(alone))).abs().max()) / max(float(logits.abs().max()), 1e-30)
-    # Another batch rounds in another order, by about 1e-6. A NaN is refused where its weight is named.
+    logits = _run(module, images, request)
+    alone = torch.cat([_run(module, image[None], request) for image in images])
+    difference = float((logits - alone).abs().max()) / max(float(logits.abs().max()), 1e-30)
+    # Another batch rounds in another order, by about 1e-6.
     if difference > _DEPENDENT:
         raise ReparamError(
             f"{request.reference.label} returns other logits for an image alone than for the same image in a batch of "
