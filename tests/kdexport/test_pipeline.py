@@ -345,3 +345,63 @@ def test_a_damaged_result_in_the_workspace_is_made_again(built: Built, kdexport:
                     "onnx-fp32,trt-rtx-fp16")  # fmt: skip
     assert done.exit_code == 0, done.stderr
     assert (out / "model.onnx").read_bytes() == (built.bundle / "model.onnx").read_bytes()
+
+
+NETWORK = """
+import torch
+from torch import nn
+
+
+class Colours(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.conv, self.norm = nn.Conv2d(3, 6, 3, 2, 1, bias=False), nn.BatchNorm2d(6)
+        self.head = nn.Linear(6, 3)
+        self.norm.running_mean.uniform_(-1, 1)
+        self.norm.running_var.uniform_(0.5, 2)
+
+    def forward(self, x):
+        return {"logits": self.head(torch.relu(self.norm(self.conv(x))).mean((2, 3))), "aux": x}
+
+
+def make():
+    print("made")
+    return Colours().eval()
+"""
+
+
+def test_a_network_of_a_factory_becomes_a_bundle_that_needs_neither_its_code_nor_its_library(
+    image_folder: Path, kdexport: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "colours.py").write_text(NETWORK)
+    settings = FOLDER_CONFIG.partition("[verify]")
+    (tmp_path / "colours.toml").write_text(f'student = "colours:make"\n{settings[1]}{settings[2]}')
+    command = (
+        "build", "--config", "colours.toml", "--weights", "own", "--output", "logits", "--image-size", "32",
+        "--data", str(image_folder), "--target", "onnx-fp32", "--out", "bundle", "--workspace", "ws", "--json",
+    )  # fmt: skip
+    done = kdexport(*command, cwd=tmp_path)
+    assert done.exit_code in (0, 3), done.stderr
+    assert done.data["student"] == "colours:make"
+    assert done.data["targets"]["onnx-fp32"]["status"] == "verified"
+    assert "made\n" in done.stderr
+    assert done.stderr.count("says nothing of its preprocessing") == 1
+    before = tree(tmp_path / "bundle")
+    assert "program.json" in " ".join(before)
+    assert kdexport(*command, cwd=tmp_path).data["up_to_date"] is True
+
+    # Neither the module nor timm can be imported any more.
+    elsewhere, blocked = tmp_path / "elsewhere", tmp_path / "blocked"
+    elsewhere.mkdir()
+    blocked.mkdir()
+    for name in ("colours", "timm"):
+        (blocked / f"{name}.py").write_text("raise ImportError('not here')\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(blocked), os.environ.get("PYTHONPATH", "")]))
+    (tmp_path / "colours.py").unlink()
+    verified = kdexport("verify", tmp_path / "bundle", cwd=elsewhere)
+    assert verified.exit_code in (0, 3), verified.stderr
+    examined = kdexport("doctor", tmp_path / "bundle", "--json", cwd=elsewhere)
+    assert examined.exit_code == 0, examined.stderr
+    assert all(fact["ok"] for fact in examined.data["facts"])
+    assert tree(tmp_path / "bundle") == before
