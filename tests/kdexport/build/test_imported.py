@@ -1,6 +1,8 @@
 """What becomes of a network of another origin: stored whole, without its code, or refused by what is wrong with it."""
 
 import json
+import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -251,3 +253,31 @@ def test_the_notes_and_the_digest_of_the_weights_are_stored() -> None:
     assert [f"nets_to_build:good: {note}" for note in origin["notes"]] == said
     assert any("float16" in note for note in origin["notes"])
     assert np.unique(said).size == len(said)
+
+
+def test_the_commands_of_the_documentation_parse_and_its_network_is_imported(folder: Path) -> None:
+    import typer
+
+    from kdexport.cli import app
+
+    text = (Path(__file__).parents[3] / "docs" / "bring-your-own.md").read_text()
+    (source,) = re.findall(r"```python\n# net\.py\n(.*?)```", text, flags=re.DOTALL)
+    (block,) = re.findall(r"```sh\n(kdexport build --student net:make .*?)```", text, flags=re.DOTALL)
+    commands = typer.main.get_command(app)
+    parsed = {}
+    for line in block.splitlines():
+        _, name, *arguments = shlex.split(line)
+        with commands.commands[name].make_context(name, arguments) as context:  # type: ignore[attr-defined]
+            parsed[name] = context.params
+    assert list(parsed) == ["build", "verify", "gate", "serve"]
+    asked = parsed["build"]
+    assert {str(parsed[name].get("bundle", parsed[name].get("bundles"))).strip("[]'") for name in list(parsed)[1:]} == {
+        str(asked["out"])
+    }
+    (folder / "net.py").write_text(source)
+    trained = take(
+        asked["student"], weights=asked["weights"], classes=tuple("abcdefghij"),
+        preprocessing={"image_size": asked["image_size"]},
+    )  # fmt: skip
+    assert trained.spec.image_size == 64
+    sys.modules.pop("net", None)
