@@ -4,7 +4,8 @@ python benchmarks/any_classifier.py DATA WORK --classes 10 --train 300 --test 50
 
 DATA has train/<class>/* and test/<class>/*. No weights are downloaded: each network is trained from random weights for
 a few epochs, with a plain loop that has nothing of kdexport in it. The labels of the served bundle are compared with
-those of the library's own network and transform. The result is one JSON object a network in WORK/results.jsonl.
+those of the library's own network and transform. If the int8 targets lose too much, the float32 targets
+are built, gated and served. The result is one JSON object a network in WORK/results.jsonl.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from torchvision import models
 from torchvision.transforms._presets import ImageClassification
 
 TARGETS = "onnx-fp32,onnx-int8,openvino-fp32,openvino-int8"
+FLOATS = "onnx-fp32,openvino-fp32"
 SIZE, CROP = 64, 0.875
 SETTINGS = """student = "{student}"
 [verify]
@@ -145,18 +147,21 @@ def road(student: str, work: Path, epochs: int) -> dict[str, Any]:
     names = sorted(path.name for path in (data / "train").iterdir())
     torch.manual_seed(0)
     network, transform = NETWORKS[student](len(names))
-    started = time.monotonic()
-    train(network, *loaded(listed(data / "train"), transform), epochs)
-    trained = time.monotonic() - started
-    torch.save({"state_dict": network.state_dict(), "epoch": epochs}, work / f"{name}.pth")
+    weights = work / f"{name}.pth"
+    if weights.exists():
+        network.load_state_dict(torch.load(weights, weights_only=True)["state_dict"])
+    else:
+        train(network, *loaded(listed(data / "train"), transform), epochs)
+        torch.save({"state_dict": network.state_dict(), "epoch": epochs}, weights)
 
     config, bundle = work / f"{name}.toml", work / "dist" / name
     config.write_text(SETTINGS.format(student=student))
-    build = ("build", "--student", student, "--config", str(config), "--weights", str(work / f"{name}.pth"),
-             "--image-size", str(SIZE), "--data", str(data), "--target", TARGETS, "--out", str(bundle),
-             "--workspace", str(work / "workspace"))  # fmt: skip
-    built = run(*build, log=work / f"{name}.build.log")
-    again = run(*build, log=work / f"{name}.again.log")
+    options = ("--student", student, "--config", str(config), "--weights", str(weights), "--image-size", str(SIZE),
+               "--data", str(data), "--out", str(bundle), "--workspace", str(work / "workspace"))  # fmt: skip
+    everything = run("build", *options, "--target", TARGETS, log=work / f"{name}.build.log")
+    # A network of few epochs can lose too much in int8, and is then refused.
+    targets = TARGETS if everything[0] in (0, 3) else FLOATS
+    built = run("build", *options, "--target", targets, log=work / f"{name}.floats.log")
     gate = run("gate", str(bundle), "--threads", "1", log=work / f"{name}.gate.log")
 
     images = listed(data / "test")
@@ -169,10 +174,9 @@ def road(student: str, work: Path, epochs: int) -> dict[str, Any]:
     manifest = json.loads((bundle / "manifest.json").read_text())
     return {
         "student": student,
-        "train_s": round(trained, 1),
         "top1": round(float((own == labels).float().mean()), 4),
-        "build": {"exit_code": built[0], "s": round(built[1], 1)},
-        "build_again": {"exit_code": again[0], "s": round(again[1], 1)},
+        "build_of_all_targets": {"exit_code": everything[0], "s": round(everything[1], 1)},
+        "build_of_the_bundle": {"exit_code": built[0], "s": round(built[1], 1)},
         "gate": {"exit_code": gate[0], "s": round(gate[1], 1)},
         "targets": {target: entry["status"] for target, entry in manifest["targets"].items()},
         "operators": {kind: sum(counts.values()) for kind, counts in manifest["operators"].items()},
