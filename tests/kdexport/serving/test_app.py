@@ -124,6 +124,7 @@ def test_bodies_of_unknown_size_are_charged_as_they_arrive(make: Any) -> None:
             parts = [{"type": "http.request", "body": gzip.compress(upload), "more_body": True}]
         last = {"type": "http.request", "body": b"" if encoding else upload[9:], "more_body": False}
         messages: list[MutableMapping[str, Any]] = []
+        finished: list[bool] = []
 
         async def receive() -> dict[str, Any]:
             if parts:
@@ -131,6 +132,10 @@ def test_bodies_of_unknown_size_are_charged_as_they_arrive(make: Any) -> None:
             admitted.append(True)
             if len(admitted) >= 12:
                 everyone.set()
+            if finished:
+                # The client stays connected and sends nothing more.
+                await asyncio.sleep(60)
+            finished.append(True)
             await asyncio.wait_for(everyone.wait(), 30)
             return last
 
@@ -167,6 +172,10 @@ def test_a_server_whose_limits_do_not_fit_its_container_does_not_start(
     with pytest.raises(
         ServerError, match=r"the server takes at most \d+ MiB \(.*\), but its control group allows 256 MiB\. "
     ) as caught:
+        service.require_memory(100 * MIB)
+    assert caught.value.remedy.startswith("Pass --")
+    monkeypatch.setattr("kdexport.serving.service.memory_limit", lambda: 110 * MIB)
+    with pytest.raises(ServerError) as caught:
         service.require_memory(100 * MIB)
     assert caught.value.remedy.startswith("Give the container at least ")
     monkeypatch.setattr("kdexport.serving.service.memory_limit", lambda: 512 * MIB)

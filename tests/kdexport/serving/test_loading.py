@@ -179,7 +179,7 @@ def test_one_bad_version_does_not_stop_a_start_with_a_good_one(zoo: Path, tmp_pa
     assert repository.refused.keys() == {("zoo", 3)}
     shutil.rmtree(tmp_path / "models" / "2")
     alone = Repository((parse_source(f"zoo={tmp_path / 'models'}"),), provider=CPU, limits=Limits())
-    with pytest.raises(BundleError):
+    with pytest.raises(KdexportError, match=r"manifest\.json is damaged"):
         alone.load_all()
 
 
