@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from kdexport.errors import CheckpointError, ReparamError
 from kdexport.origins.stored_program import read_program, store_program
@@ -32,7 +32,8 @@ class Mixed(nn.Module):
         tokens = x.flatten(2).transpose(1, 2)
         tokens = tokens + torch.arange(tokens.shape[1]).float().sin()[None, :, None]
         tokens = self.twin(self.twin(tokens + self.attention(tokens, tokens, tokens, need_weights=False)[0]))
-        return self.head(nn.functional.gelu(tokens.mean(1), approximate="tanh"))
+        logits: Tensor = self.head(nn.functional.gelu(tokens.mean(1), approximate="tanh"))
+        return logits
 
 
 def stored(network: nn.Module, size: int = 16) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -45,7 +46,7 @@ def mixed() -> tuple[nn.Module, dict[str, Any], dict[str, Tensor]]:
     return (network, *stored(network))
 
 
-def reread(program: dict[str, Any], tensors: dict[str, Tensor]) -> nn.Module:
+def reread(program: dict[str, Any], tensors: dict[str, Tensor]) -> fx.GraphModule:
     return read_program(json.dumps(program), tensors, "program.json")
 
 

@@ -24,11 +24,11 @@ class Gate:
         self.entered = threading.Semaphore(0)
         self.batches: list[int] = []
 
-    def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+    def logits(self, images: NDArray[np.float32 | np.uint8]) -> NDArray[np.float32]:
         self.entered.release()
         assert self.opened.wait(30)
         self.batches.append(len(images))
-        return images.reshape(len(images), -1)[:, :3] * 2
+        return (images.reshape(len(images), -1)[:, :3] * 2).astype(np.float32)
 
 
 def inputs(first: float, count: int = 1) -> NDArray[np.float32]:
@@ -79,9 +79,9 @@ def test_a_quick_model_runs_on_the_event_loop_if_no_other_request_is_pending() -
     threads: list[str] = []
 
     class Quick:
-        def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        def logits(self, images: NDArray[np.float32 | np.uint8]) -> NDArray[np.float32]:
             threads.append(threading.current_thread().name)
-            return images.reshape(len(images), -1)[:, :3] * 2
+            return (images.reshape(len(images), -1)[:, :3] * 2).astype(np.float32)
 
     async def check() -> None:
         instances, pace = Instances(1, capacity=16), Pace(seconds=0.0004, together=1)
@@ -148,7 +148,7 @@ def test_a_cancelled_request_leaves_the_queue_and_is_not_run() -> None:
 
 def test_an_error_of_the_model_fails_only_its_own_requests() -> None:
     class Broken:
-        def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        def logits(self, images: NDArray[np.float32 | np.uint8]) -> NDArray[np.float32]:
             raise ValueError("bad kernel")
 
     async def check() -> None:
@@ -182,7 +182,7 @@ def test_a_model_on_a_cpu_is_timed_alone_and_one_on_a_device_in_batches(monkeypa
     class Timed:
         """Takes 4 ms per run and 0.1 ms per image."""
 
-        def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        def logits(self, images: NDArray[np.float32 | np.uint8]) -> NDArray[np.float32]:
             now[0] += 0.004 + 0.0001 * len(images)
             batches.append(images.shape)
             return np.zeros((len(images), 3), np.float32)
