@@ -100,7 +100,7 @@ def build(
             raise typer.Exit(summary["exit_code"])
     else:
         from kdexport.commands.render import show_build
-        from kdexport.verify.verdict import require_decided
+        from kdexport.verify.check import require_decided
 
         show_build(result)
         require_decided(result.manifest.data["parity"])

@@ -1,14 +1,19 @@
 """One comparison of a measured value with the value allowed."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from kdexport.backends.base import Finding
-from kdexport.errors import KdexportError, MachineError, UnknownNameError
+from kdexport.errors import KdexportError, MachineError, UndecidedError, UnknownNameError
 
 T = TypeVar("T")
+
+_UNDECIDED_REMEDY = (
+    "Build with more validation images, or set a budget that these images can decide: [policy.D.PRECISION] of the "
+    "export configuration, or for a finished bundle kdexport verify BUNDLE --rethreshold POLICY --allow-looser."
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +37,14 @@ class Check:
     def failed(self) -> bool:
         """Whether the check shows that the statement is false."""
         return not self.holds and not self.beyond
+
+    @property
+    def line(self) -> str:
+        """The measured value against the allowed one, for an error message."""
+        return (
+            f"  {self.rung} {self.subject}: {self.name} {self.measured:.3g} (up to {self.allowed:.3g} {self.unit} "
+            f"allowed) {self.detail}".rstrip()
+        )
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object; numbers that are not finite become null, because JSON cannot hold them."""
@@ -100,3 +113,15 @@ def attempt(rung: str, subject: str, run: Callable[[], T]) -> "T | Check":
         raise
     except Exception as error:  # noqa: BLE001
         return broken(rung, subject, f"cannot be checked: {type(error).__name__}: {error}")
+
+
+def require_decided(stored: Sequence[Mapping[str, Any]], remedy: str = "") -> None:
+    """Raise ``UndecidedError`` if one of the checks of a manifest is beyond its limit and undecided."""
+    lines = [Check(**check).line for check in stored if check.get("beyond")]
+    if lines:
+        raise UndecidedError(
+            "\n".join(
+                [f"{len(lines)} of {len(stored)} checks are beyond their limit, undecided with these images:", *lines]
+            ),
+            remedy=remedy or _UNDECIDED_REMEDY,
+        )

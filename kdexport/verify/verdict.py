@@ -27,10 +27,10 @@ from kdexport.bundle.manifest import (
     target_of,
 )
 from kdexport.bundle.slim_form import require_whole
-from kdexport.errors import BundleError, NotExecutedError, UndecidedError, UnknownNameError, VerificationError
+from kdexport.errors import BundleError, NotExecutedError, UnknownNameError, VerificationError
 from kdexport.registry import nearest
 from kdexport.targets import Target, parse_target
-from kdexport.verify.check import Check, attempt, check_at_most
+from kdexport.verify.check import Check, attempt, check_at_most, require_decided
 from kdexport.verify.consistency import check_consistency, check_recorded_errors
 from kdexport.verify.int8_collapse import explain_collapse
 from kdexport.verify.own_logits_checks import check_own_logits
@@ -46,11 +46,6 @@ _SEAL = object()
 _REMEDY = (
     "The bundle is not the student that was trained. Run kdexport explain-failure BUNDLE to find the file and node "
     "that differ, and kdexport explain KDX330 for the meaning of the rungs."
-)
-
-_UNDECIDED_REMEDY = (
-    "Build with more validation images, or set a budget that these images can decide: [policy.D.PRECISION] of the "
-    "export configuration, or for a finished bundle kdexport verify BUNDLE --rethreshold POLICY --allow-looser."
 )
 
 
@@ -78,7 +73,7 @@ class Verdict:
         """Raise ``VerificationError`` with every failed check, measured against allowed, if there is one."""
         if not self.failures:
             return
-        lines = list(map(_line, self.failures))
+        lines = [check.line for check in self.failures]
         raise VerificationError(
             "\n".join([f"{len(lines)} of {len(self.checks)} checks failed:", *lines]),
             remedy=remedy or self.remedy or _REMEDY,
@@ -87,25 +82,6 @@ class Verdict:
     def require_decided(self) -> None:
         """Raise ``UndecidedError`` with every check that is beyond its limit, if there is one."""
         require_decided([check.to_json() for check in self.checks], self.remedy)
-
-
-def require_decided(stored: Sequence[Mapping[str, Any]], remedy: str = "") -> None:
-    """Raise ``UndecidedError`` if one of the checks of a manifest is beyond its limit and undecided."""
-    lines = [_line(Check(**check)) for check in stored if check.get("beyond")]
-    if lines:
-        raise UndecidedError(
-            "\n".join(
-                [f"{len(lines)} of {len(stored)} checks are beyond their limit, undecided with these images:", *lines]
-            ),
-            remedy=remedy or _UNDECIDED_REMEDY,
-        )
-
-
-def _line(check: Check) -> str:
-    return (
-        f"  {check.rung} {check.subject}: {check.name} {check.measured:.3g} (up to {check.allowed:.3g} "
-        f"{check.unit} allowed) {check.detail}".rstrip()
-    )
 
 
 @dataclass(frozen=True, slots=True)
