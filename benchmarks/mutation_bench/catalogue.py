@@ -362,6 +362,7 @@ _UNSEEN = {
     r"files .*\.plan: .*|files .*layers\.json: .*": "an engine is run where its GPU is; this machine has none",
     r"files a (hidden )?file added": "the manifest lists it, and nothing reads it",
     r"golden .*: a text added": SAME_PIXELS,
+    r"golden the last golden image taken out everywhere": "as in a bundle that was built with one golden image fewer",
     r"together a target taken out .*": "as in a bundle that was built for fewer targets: --require-executed TARGET "
     "refuses it",
     r"together classes reversed .*": "the names of the classes are data: no weight knows them",
