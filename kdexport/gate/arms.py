@@ -191,5 +191,10 @@ def _unfused_twin(bundle: Bundle, scratch: Path) -> Path:
     export_onnx(module, folder / MODEL, image_size=bundle.image_size, opset=bundle.manifest.opset, metadata={})
     data = dict(bundle.manifest.data)
     data["files"] = {**bundle.manifest.files, MODEL: sha256_file(folder / MODEL)}
+    # The logits that the targets computed at the build are those of the fused student.
+    data["targets"] = {
+        name: {key: value for key, value in entry.items() if key != "golden"}
+        for name, entry in bundle.manifest.targets.items()
+    }
     (folder / MANIFEST).write_text(json.dumps(data), encoding="utf-8")
     return folder

@@ -1,5 +1,6 @@
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,4 +21,10 @@ def twin(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def two_targets(bundle_copy: Path) -> Path:
     """A bundle with openvino-fp32 beside onnx-fp32."""
     shutil.copytree(bundle_copy / "targets" / "onnx-fp32", bundle_copy / "targets" / "openvino-fp32")
-    return edited(bundle_copy, lambda data: data["targets"].update({"openvino-fp32": data["targets"]["onnx-fp32"]}))
+
+    def add(data: dict[str, Any]) -> None:
+        # Its own golden logits were not computed.
+        entry = {key: value for key, value in data["targets"]["onnx-fp32"].items() if key != "golden"}
+        data["targets"]["openvino-fp32"] = entry
+
+    return edited(bundle_copy, add)
