@@ -1,7 +1,5 @@
 """File descriptors: every connection takes one, and a process without a free one answers nobody."""
 
-import resource
-
 from kdexport.errors import ServerError
 
 #: Descriptors besides connections: libraries, models, the event loop, and files and processes of a reload.
@@ -13,6 +11,9 @@ def require_descriptors(connections: int) -> None:
 
     Raises ``ServerError`` if the hard limit is lower.
     """
+    # Not every system has it, and this module is imported with the server.
+    import resource
+
     needed = 2 * connections + _OTHERS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:

@@ -111,7 +111,7 @@ def test_the_options_of_each_command_are_frozen() -> None:
         "build": [
             "--blame", "--checkpoint", "--config", "--data", "--debug", "--fresh", "--image-size", "--json", "--out",
             "--output", "--plugin", "--precision-search", "--processes", "--resume", "--student", "--target",
-            "--teacher-checkpoint", "--weights", "--workspace",
+            "--teacher-checkpoint", "--weights", "--workspace", "--write-config",
         ],
         "explain-failure": ["--debug", "--json", "--out", "--plugin", "bundle"],
         "verify": [
