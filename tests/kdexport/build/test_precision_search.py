@@ -48,6 +48,10 @@ golden = 4
 sessions = 3
 pairs = 10
 max_slowdown = 0.9
+
+# A loss that 120 images can decide.
+[policy.D.int8]
+top1_drop = 0.1
 """
 
 
