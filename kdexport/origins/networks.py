@@ -92,7 +92,7 @@ def _program_module(path: Path) -> nn.Module:
 
 
 def _require_images(path: Path, inputs: Sequence[Any]) -> None:
-    """Raise ``ReparamError`` if the one input of a program is no batch of square RGB images."""
+    """Raise ``ReparamError`` if the one input of a program is not a batch of square RGB images."""
     if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
         return
     shape = tuple(inputs[0].shape)

@@ -38,7 +38,7 @@ class Reference:
 def parse_reference(text: str) -> Reference | None:
     """The reference that ``text`` is; None for a text that can only be a registered name.
 
-    Raises ``ConfigError`` for a text with a colon that is no reference.
+    Raises ``ConfigError`` for a text with a colon that is not a reference.
     """
     library, colon, name = text.partition(":")
     if library == "torchvision" and name:
@@ -51,7 +51,7 @@ def parse_reference(text: str) -> Reference | None:
         return Reference(kind="factory", name=text)
     if colon or text.endswith(WEIGHT_FILES) or "/" in text:
         raise ConfigError(
-            f"{text!r} is not a student.",
+            f"{text!r} is neither a registered name nor a reference to a network.",
             remedy="Pass a registered name (`kdexport list students`), torchvision:NAME, timm:NAME, MODULE:FACTORY, or "
             "a .pt2 file. Files of weights are passed with --weights.",
         )

@@ -54,7 +54,7 @@ def test_the_weights_decide_then_the_recipe_then_the_student() -> None:
 
 def test_a_recipe_that_contradicts_the_weights_is_refused_with_both_values() -> None:
     data = DataSettings(name="digits")
-    # Rounded in a paper: a quarter of a grey level is no contradiction, and the weights decide.
+    # Rounded in a paper: a quarter of a grey level does not contradict the weights, which decide.
     close = settings(mean=(0.3104, 0.4196, 0.53), std=(0.11, 0.22, 0.3301))
     assert teacher_input(close, data, OWN, "t.pt").preprocessing == OWN
     with pytest.raises(ConfigError) as caught:

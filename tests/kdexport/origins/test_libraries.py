@@ -171,7 +171,7 @@ def test_a_library_that_is_not_installed_is_a_missing_package(monkeypatch: pytes
     [
         (from_torchvision_name, "resnt18", None, "resnet18"),
         (from_torchvision_name, "resnet18", "IMAGENET1K_V7", "IMAGENET1K_V1"),
-        # A network of torchvision that is no classifier.
+        # A network of torchvision that is not a classifier.
         (from_torchvision_name, "fcn_resnet50", None, "resnet50"),
         (from_timm_name, "mobilenetv3_smal_050", None, TIMM),
         (from_timm_name, TIMM, "lamb", "lamb_in1k"),

@@ -26,7 +26,7 @@ def test_a_plain_name_is_a_registered_one(name: str) -> None:
 
 @pytest.mark.parametrize("text", ["timm:", "net.pth", "a/b", "best.safetensors", "x:y:z", "1a:make", "os:path.join"])
 def test_what_is_neither_is_refused_with_the_forms_there_are(text: str) -> None:
-    with pytest.raises(ConfigError, match="is not a student") as caught:
+    with pytest.raises(ConfigError, match="neither a registered name nor a reference") as caught:
         parse_reference(text)
     assert "torchvision:NAME" in caught.value.remedy
 
