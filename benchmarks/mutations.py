@@ -4,12 +4,14 @@ python benchmarks/mutations.py run dist/quickstart --count 400 --out mutations.j
 python benchmarks/mutations.py report mutations.jsonl --out docs/results/mutations.md
 
 Each change is tried twice: as it is, and with the digests of the changed files written into the manifest. A run that
-was stopped is continued by the same command. Every change is drawn from --seed and its own name. The exit code is 1 if
-a change is seen by no check and has no reason in mutation_bench/catalogue.py, or if the signature misses one.
+was stopped is continued by the same command. Every change is drawn from --seed and its own name; those whose
+"GROUP NAME" fits the pattern of --always are tried first and count towards --count. The exit code is 1 if a change is
+seen by no check and has no reason in mutation_bench/catalogue.py, or if the signature misses one.
 """
 
 import argparse
 import json
+import re
 import shutil
 import sys
 import tempfile
@@ -117,8 +119,11 @@ def content(folder: Path) -> dict[str, str]:
     return {**hash_files(folder), **others, "manifest.json": manifest}
 
 
-def run(bundle: Path, count: int, seed: int, out: Path) -> list[Outcome]:
-    """Try ``count`` changes and append each to ``out``; those that it has are not tried again."""
+def run(bundle: Path, count: int, seed: int, out: Path, always: str = "") -> list[Outcome]:
+    """Try ``count`` changes and append each to ``out``; those that it has are not tried again.
+
+    Changes whose "GROUP NAME" fits the pattern ``always`` come first, whatever ``seed`` draws.
+    """
     torch.set_num_threads(1)
     outcomes = read(out) if out.exists() else []
     done = {(outcome.group, outcome.name) for outcome in outcomes if outcome.rehashed}
@@ -127,9 +132,12 @@ def run(bundle: Path, count: int, seed: int, out: Path) -> list[Outcome]:
         (scratch / "rebuilt").mkdir()
         signed, public = signed_copy(bundle, scratch)
         judge = Judge(signed, public, scratch / "rebuilt")
-        chosen = sample(catalogue(signed), count, seed)
+        every = catalogue(signed)
+        first = [m for m in every if always and re.fullmatch(always, f"{m.group} {m.name}")]
+        drawn = sample([m for m in every if m not in first], count - len(first), seed)
         # In another order, so that a run that is stopped has some of each group.
-        np.random.default_rng(seed).shuffle(chosen)
+        np.random.default_rng(seed).shuffle(drawn)
+        chosen = [*first, *drawn]
         for place, mutation in enumerate(chosen):
             if (mutation.group, mutation.name) in done:
                 continue
@@ -217,6 +225,7 @@ def main() -> None:
     running.add_argument("bundle", type=Path)
     running.add_argument("--count", type=int, default=400)
     running.add_argument("--seed", type=int, default=0)
+    running.add_argument("--always", default="", help='Pattern of "GROUP NAME": changes that are not left to chance.')
     running.add_argument("--out", type=Path, required=True)
     reporting = commands.add_parser("report")
     reporting.add_argument("results", type=Path)
@@ -226,7 +235,7 @@ def main() -> None:
     if given.command == "report":
         given.out.write_text(report(read(given.results), given.about), encoding="utf-8")
         return
-    outcomes = run(given.bundle, given.count, given.seed, given.out)
+    outcomes = run(given.bundle, given.count, given.seed, given.out, given.always)
     wrong = [outcome for outcome in outcomes if outcome.wrong]
     for outcome in wrong:
         print(f"unexplained: {outcome.group} {outcome.name}, digests {'new' if outcome.rehashed else 'old'}")
