@@ -80,12 +80,15 @@ class Gated(nn.Module):
         self.point, self.point_norm = nn.Conv2d(16, 16, 1, bias=False), nn.BatchNorm2d(16)
         self.head = nn.Linear(16, CLASSES)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def features(self, images: Tensor) -> Tensor:
+        """(N,16,16,16) of (N,3,32,32)."""
         x = functional.hardswish(self.stem_norm(self.stem(images)))
         y = functional.hardswish(self.deep_norm(self.deep(x)))
         gate = functional.hardsigmoid(self.excite(functional.relu(self.squeeze(y.mean((2, 3), keepdim=True)))))
-        x = x + functional.silu(self.point_norm(self.point(y * gate)))
-        return cast(Tensor, self.head(functional.adaptive_avg_pool2d(x, 1).flatten(1)))
+        return x + functional.silu(self.point_norm(self.point(y * gate)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return cast(Tensor, self.head(functional.adaptive_avg_pool2d(self.features(images), 1).flatten(1)))
 
 
 class Resized(nn.Module):
@@ -136,14 +139,22 @@ def seeded(module: nn.Module, seed: int = 3) -> nn.Module:
     return module.eval()
 
 
-def attention_network() -> nn.Module:
-    """A trained network, as a factory returns it."""
-    return seeded(Transformer())
+class GatedAttention(nn.Module):
+    """Convolutions with batch norms, squeeze and excitation, then attention over 16 pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gated, self.reduce = Gated(), nn.Conv2d(16, 24, 4, 4)
+        self.norm, self.block, self.head = nn.BatchNorm2d(24), Attention(24), nn.Linear(24, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.norm(self.reduce(self.gated.features(images))).flatten(2).transpose(1, 2)
+        return cast(Tensor, self.head(self.block(tokens).mean(1)))
 
 
-def gated_network() -> nn.Module:
+def gated_attention_network() -> nn.Module:
     """A trained network, as a factory returns it."""
-    return seeded(Gated())
+    return seeded(GatedAttention())
 
 
 def graph_of(module: nn.Module) -> fx.GraphModule:
