@@ -34,6 +34,7 @@ SPANNING = {
     "kdexport/students/test_contract.py": "the contract of every registered student",
     "kdexport/students/test_merge.py": "branches on every registered student and their merge",
     "kdexport/test_lean_import.py": "what importing the package imports",
+    "kdexport/verify/test_foreign_bundles.py": "a bundle of a network of another origin, and its changes",
     "kdexport/verify/test_other_networks.py": "the ladder on networks with attention, gates and norms",
     "training/distillers/test_contract.py": "the contract of every registered method",
     "training/distillers/test_feature_distillers.py": "every method on every pair of networks",
