@@ -36,6 +36,8 @@ class StudentSpec:
     provenance: dict[str, Any]
     #: sha256 of program.json; empty for a registered student, whose code is its program.
     program_sha256: str = ""
+    #: The form of a registered student (``students.student.Form``); "auto" is chosen by the size of the images.
+    form: str = "auto"
 
     @property
     def num_classes(self) -> int:
@@ -50,8 +52,10 @@ class StudentSpec:
     def to_json(self) -> dict[str, Any]:
         """A JSON object that ``from_json`` reads back."""
         program = {"program_sha256": self.program_sha256} if self.program_sha256 else {}
+        form = {} if self.form == "auto" else {"form": self.form}
         return {
             **program,
+            **form,
             "schema_version": SCHEMA_VERSION,
             "student": self.student,
             "classes": list(self.classes),
@@ -67,7 +71,7 @@ class StudentSpec:
             raise ValueError(f"schema_version is {data['schema_version']!r}, this version reads {SCHEMA_VERSION}")
         known = (
             *("schema_version", "student", "classes", "preprocessing", "branches", "provenance"),
-            "program_sha256",
+            *("program_sha256", "form"),
         )
         unknown = sorted(data.keys() - set(known))
         if unknown:
@@ -75,6 +79,8 @@ class StudentSpec:
         branches, classes = data["branches"], data["classes"]
         if not isinstance(classes, list) or not classes:
             raise ValueError("classes is not a list of at least one name")
+        if data.get("form", "auto") not in ("auto", "small", "full"):
+            raise ValueError(f"form is {data['form']!r}; it must be one of auto, small, full")
         return cls(
             student=str(data["student"]),
             classes=tuple(str(name) for name in classes),
@@ -82,6 +88,7 @@ class StudentSpec:
             branches=None if branches is None else BranchSpec.from_json(branches),
             provenance=dict(data["provenance"]),
             program_sha256=str(data.get("program_sha256", "")),
+            form=str(data.get("form", "auto")),
         )
 
 
@@ -224,7 +231,9 @@ def build_student(spec: StudentSpec) -> "Student":
     from kdexport.reparam.blocks import attach_branches
     from kdexport.students import STUDENTS
 
-    student = STUDENTS.build(spec.student, num_classes=spec.num_classes, image_size=spec.image_size)
+    # A plugin's student has no forms, and need not take this argument.
+    form = {} if spec.form == "auto" else {"form": spec.form}
+    student = STUDENTS.build(spec.student, num_classes=spec.num_classes, image_size=spec.image_size, **form)
     if spec.branches is not None:
         attach_branches(student, spec.branches)
     return student

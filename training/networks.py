@@ -1,5 +1,6 @@
 """The networks of a recipe: registered ones, and those of other origins with their weights."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -7,10 +8,11 @@ from pathlib import Path
 from kdexport.data.datasets import ImageSet, class_difference
 from kdexport.data.preprocessing import Preprocessing
 from kdexport.errors import CheckpointError, ConfigError
+from kdexport.origins import libraries
 from kdexport.origins.networks import ImportedNetwork, import_network
 from kdexport.origins.references import Reference, parse_reference
 from kdexport.students import STUDENTS, Student
-from kdexport.students.student import IMAGENET_MIN_SIZE
+from kdexport.students.student import IMAGENET_MIN_SIZE, is_full
 from training.data import preprocessing_of
 from training.foreign.network import ForeignStudent, ForeignTeacher
 from training.foreign.probe import BATCH, require_logits, trained_output
@@ -30,9 +32,30 @@ def _reference(settings: StudentSettings | TeacherSettings, role: str) -> Refere
     if reference is not None and reference.kind == "program":
         raise ConfigError(
             f"The {role} {settings.name} is an exported program, whose modules and training mode are gone.",
-            remedy=f'Name what it was exported from: {role}.name = "MODULE:FACTORY".',
+            remedy=f'Name what it was exported from, to train it: {role}.name = "MODULE:FACTORY". To build a trained '
+            f"program as it is: kdexport build --student {settings.name} --data DIR.",
         )
     return reference
+
+
+def require_weights(recipe: Recipe) -> None:
+    """Raise unless the weights that a recipe names exist, before data is read or a teacher is trained.
+
+    ``CheckpointError`` for a file that is missing, ``UnknownNameError`` for a name that the library does not have.
+    """
+    teacher, student = recipe.teacher, recipe.student
+    _require_weights("teacher", _reference(teacher, "teacher"), teacher.checkpoint, teacher.weights)
+    file = student.weights if student.starts_from_a_file else ""
+    named = student.weights or ("DEFAULT" if student.pretrained else "")
+    _require_weights("student", _reference(student, "student"), file, "" if file else named)
+
+
+def _require_weights(role: str, reference: Reference | None, file: str, named: str) -> None:
+    if file and not Path(file).exists():
+        option = "--teacher-checkpoint or teacher.checkpoint" if role == "teacher" else "student.weights"
+        raise CheckpointError(f"There is no file {file} with weights of the {role}.", remedy=f"Check {option}.")
+    if reference is not None and named:
+        libraries.require_weights(reference, named)
 
 
 def build_student(
@@ -44,10 +67,7 @@ def build_student(
     """
     reference = _reference(settings, "student")
     if reference is None:
-        registered = STUDENTS.build(settings.name, num_classes=num_classes, image_size=image_size)
-        if type(registered).__module__.startswith("kdexport.students."):
-            say(f"student {settings.name}: {_form(image_size)}, because data.image_size is {image_size}")
-        return registered
+        return _registered_student(settings, num_classes, image_size, say)
     weights = settings.weights or ("DEFAULT" if settings.pretrained else None)
     made = import_network(
         reference,
@@ -63,9 +83,21 @@ def build_student(
     return student
 
 
-def _form(image_size: int) -> str:
-    side = f"{IMAGENET_MIN_SIZE} pixels"
-    return f"the form for less than {side}" if image_size < IMAGENET_MIN_SIZE else f"the form for {side} and more"
+def _registered_student(settings: StudentSettings, num_classes: int, image_size: int, say: Say) -> Student:
+    has_forms = "form" in inspect.signature(STUDENTS.factory(settings.name)).parameters
+    if settings.form != "auto" and not has_forms:
+        raise ConfigError(f"The student {settings.name} has one form only.", remedy="Remove student.form.")
+    form = {"form": settings.form} if has_forms else {}
+    student = STUDENTS.build(settings.name, num_classes=num_classes, image_size=image_size, **form)
+    if has_forms:
+        chosen = "full" if is_full(settings.form, image_size) else "small"
+        reason = (
+            f"data.image_size is {image_size}, and student.form is not set: small below {IMAGENET_MIN_SIZE} pixels"
+            if settings.form == "auto"
+            else f"student.form is {settings.form}"
+        )
+        say(f"student {settings.name}: the {chosen} form, because {reason}")
+    return student
 
 
 def _other_classes(what: str, found: int, wanted: int) -> ConfigError:

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, model
 
 from kdexport.core.digests import digest, sha256_file
 from kdexport.core.toml import Settings, parse, read_toml
-from kdexport.data.datasets import DatasetSpec, dataset_spec
+from kdexport.data.datasets import DatasetSpec, dataset_spec, is_cifar100
 from kdexport.data.preprocessing import BACKGROUND, Fit, Orientation
 from kdexport.data.preprocessing_settings import ColourSetting
 from kdexport.data.resampling import Interpolation
@@ -30,7 +30,25 @@ Mean = Annotated[float, Field(allow_inf_nan=False), AfterValidator(_on_unit_scal
 Deviation = Annotated[Positive, AfterValidator(_on_unit_scale)]
 
 
-class DataSettings(Settings):
+class _GrowingSettings(Settings):
+    """A table whose later keys are written only where they have another value than their default.
+
+    A key that came later and has no effect must not make the folders of earlier runs those of other recipes.
+    """
+
+    #: Keys that came after the first recipes.
+    _later: ClassVar[tuple[str, ...]] = ()
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if key not in self._later or self._has_set(key)}
+
+    def _has_set(self, key: str) -> bool:
+        """Whether ``key`` has another value than its default."""
+        return bool(getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True))
+
+
+class DataSettings(_GrowingSettings):
     """``[data]``: the data set and its augmentation. ``crop_padding`` is used for small images only."""
 
     name: str
@@ -81,7 +99,7 @@ def _is_weight_file(weights: str) -> bool:
     return weights.endswith(_WEIGHT_FILES) or "/" in weights
 
 
-class _NetworkSettings(Settings):
+class _NetworkSettings(_GrowingSettings):
     """What ``[teacher]`` and ``[student]`` have in common.
 
     ``name`` is registered, or a reference to a network of another origin: ``torchvision:NAME``, ``timm:NAME`` or
@@ -93,22 +111,12 @@ class _NetworkSettings(Settings):
     weights: str = ""
     taps: Taps = Field(default_factory=dict)
 
-    #: Keys that came after the first recipes.
     _later: ClassVar[tuple[str, ...]] = ("weights", "taps")
 
     @property
     def is_reference(self) -> bool:
         """Whether the network is of another origin than the registry."""
         return ":" in self.name or self.name.endswith(".pt2")
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # A key that came later and has no effect must not make the folders of earlier runs those of other recipes.
-        return {key: value for key, value in handler(self).items() if key not in self._later or self._has_set(key)}
-
-    def _has_set(self, key: str) -> bool:
-        """Whether ``key`` has another value than its default."""
-        return bool(getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True))
 
     @model_validator(mode="after")
     def _keys_have_an_effect(self) -> Self:
@@ -167,8 +175,10 @@ class StudentSettings(_NetworkSettings):
 
     #: Whether a network of another origin starts from the ``DEFAULT`` weights of its library.
     pretrained: bool = False
+    #: The definition of a registered student for small images or for ImageNet sizes; ``auto`` follows data.image_size.
+    form: Literal["auto", "small", "full"] = "auto"
 
-    _later = ("weights", "taps", "pretrained")
+    _later = ("weights", "taps", "pretrained", "form")
 
     @property
     def starts_from_a_file(self) -> bool:
@@ -182,10 +192,12 @@ class StudentSettings(_NetworkSettings):
     def _starts_from_one(self) -> Self:
         if self.pretrained and self.weights:
             raise ValueError("pretrained = true means weights = 'DEFAULT'; give one of them")
+        if self.is_reference and self._has_set("form"):
+            raise ValueError(f"form is for registered students, but {self.name!r} is a network of another origin")
         return self
 
 
-class TrainSettings(Settings):
+class TrainSettings(_GrowingSettings):
     """``[train]``: the optimiser and its schedule; the defaults are the CRD protocol for mobile students."""
 
     epochs: Annotated[int, Field(ge=1)] = 240
@@ -204,6 +216,10 @@ class TrainSettings(Settings):
     teacher_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     #: Whether teacher and step are compiled; ``auto`` compiles on CUDA.
     compile: Literal["auto", "no", "yes"] = "auto"
+    #: The share of each batch in the running statistics of batch norms; without it, that of the network.
+    batch_norm_momentum: Annotated[float, Field(gt=0, le=1)] | None = None
+
+    _later = ("batch_norm_momentum",)
 
 
 class Published(Settings):
@@ -239,7 +255,21 @@ class Recipe(Settings):
 def load_recipe(source: str, overrides: dict[str, Any] | None = None) -> Recipe:
     """Read a recipe by name or path: the recipes that it extends, then its own keys, then ``overrides`` (nested)."""
     data = read_tables(source)
-    return parse(Recipe, _tuples(_extended(data, overrides or {})), f"recipe {source}")
+    recipe = parse(Recipe, _tuples(_extended(data, overrides or {})), f"recipe {source}")
+    if _reads_another_set(recipe.data, str(_table(data, "data").get("root", ""))):
+        return recipe.model_copy(update={"published": Published()})
+    return recipe
+
+
+def _reads_another_set(data: DataSettings, usual: str) -> bool:
+    """Whether the folder of the recipe's CIFAR-100, usually ``usual``, holds other images; then nothing is published.
+
+    A folder that was given and is not there counts as another one.
+    """
+    if data.name != "cifar100":
+        return False
+    root = Path(data.root)
+    return (root.exists() or data.root != usual) and not is_cifar100(root)
 
 
 def check_schedule(recipe: Recipe) -> None:
@@ -417,7 +447,7 @@ def _extended(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     # Names of modules and of weights are of one network.
     for table in ("teacher", "student"):
         if _replaces(base, top, table):
-            base = _without(base, table, "taps", "weights", "pretrained", "image_size")
+            base = _without(base, table, "taps", "weights", "pretrained", "image_size", "form")
     # Published numbers are of one data set, one pair and one method.
     if _moves_folder(base, top) or any(_replaces(base, top, table) for table in ("data", "teacher", "student")):
         base = {key: value for key, value in base.items() if key != "published"}

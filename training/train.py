@@ -21,11 +21,19 @@ from kdexport.errors import BackendUnavailableError, CheckpointError, TrainingEr
 from kdexport.reparam.blocks import BranchSpec, attach_branches, branch_paths
 from kdexport.reparam.branches import ParallelBranches
 from kdexport.students import Student
+from training.batch_norms import set_momentum, slow_statistics
 from training.data import Batches, EvaluationBatches, preprocessing_of, training_batches
 from training.devices import LocalBuffers, check_batch_size, gathered
 from training.distillers import DISTILLERS
 from training.foreign.network import ForeignTeacher
-from training.networks import GivenTeacher, build_student, fresh_teacher, given_teacher, trainable_teacher
+from training.networks import (
+    GivenTeacher,
+    build_student,
+    fresh_teacher,
+    given_teacher,
+    require_weights,
+    trainable_teacher,
+)
 from training.recipe import Recipe, TrainSettings, check_schedule
 from training.runs.handover import Origin, hand_over, student_spec
 from training.runs.loop import Metrics, Run, run, top1
@@ -91,6 +99,7 @@ def rehearse(recipe: Recipe) -> None:
     """
     check_schedule(recipe)
     DISTILLERS.check(recipe.distiller.name)
+    require_weights(recipe)
     teacher = _rehearsed_teacher(recipe)
     student = build_student(recipe.student, num_classes=2, image_size=recipe.data.image_size, pretrained=False)
     require_suitable(recipe.distiller, student, teacher)
@@ -157,8 +166,11 @@ def train_teacher(recipe: Recipe, directory: Path) -> Metrics:
         "resize": own.preprocessing.resize if size != recipe.data.image_size else recipe.data.resize,
     }
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=changed)})
+    set_momentum(teacher, settings.batch_norm_momentum)
     teacher.to(accelerator.device)
     teacher.to(memory_format=torch.channels_last)
+    batches = _batches(train, recipe, accelerator)
+    _say_slow_statistics(f"teacher {recipe.teacher.name}", teacher, settings.epochs * batches.steps, say)
     job = Run(
         directory=directory,
         title=f"teacher {recipe.teacher.name}",
@@ -166,7 +178,7 @@ def train_teacher(recipe: Recipe, directory: Path) -> Metrics:
         branches=(0, 1),
         task=SupervisedTask(teacher),
         network=teacher,
-        batches=_batches(train, recipe, accelerator),
+        batches=batches,
         evaluation=EvaluationBatches(test, recipe.data, device=accelerator.device),
         teach=lambda _: None,
     )
@@ -198,6 +210,9 @@ def train_student(recipe: Recipe, directory: Path, origin: Origin) -> Metrics:
     say = Reporter(quiet=not accelerator.is_main_process).say
     distillation = prepare_distillation(recipe, train, batches, accelerator.device, say=say)
     teacher_top1 = _judged(recipe, distillation, evaluation, test, say)
+    _say_slow_statistics(
+        f"student {recipe.student.name}", distillation.student, recipe.train.epochs * batches.steps, say
+    )
     if origin.teacher_sha256:
         with accelerator.main_process_first():
             claim_input(directory, "teacher_sha256", origin.teacher_sha256, recipe.teacher.checkpoint)
@@ -233,6 +248,12 @@ def train_student(recipe: Recipe, directory: Path, origin: Origin) -> Metrics:
     if accelerator.is_main_process:
         keep("student", metrics)
     return metrics
+
+
+def _say_slow_statistics(name: str, network: torch.nn.Module, steps: int, say: Callable[[str], None]) -> None:
+    note = slow_statistics(network, steps)
+    if note:
+        say(f"{name}: {note}")
 
 
 def _judged(
@@ -295,6 +316,7 @@ def prepare_distillation(
     distiller = DISTILLERS.build(recipe.distiller.name, settings=recipe.distiller, student=student, teacher=teacher)
     branches = type(distiller).branch_spec(recipe.distiller, student, teacher)
     layers = _attach(student, branches)
+    set_momentum(student, recipe.train.batch_norm_momentum)
     distiller.prepare(torch.from_numpy(train.labels))
     calibration = [gathered(batch.images) for batch in islice(batches.epoch(0), _CALIBRATION_BATCHES)]
     distiller.calibrate(map(frozen, calibration))

@@ -12,6 +12,7 @@ from kdexport.core.console import quiet
 from kdexport.data.preprocessing import Preprocessing
 from kdexport.errors import BackendUnavailableError, CheckpointError, ConfigError, UnknownNameError, first_line
 from kdexport.origins.library_preprocessing import from_timm, from_torchvision
+from kdexport.origins.references import Reference
 from kdexport.origins.weights import Head
 from kdexport.registry import nearest
 
@@ -31,17 +32,7 @@ def from_torchvision_name(
     """torchvision's classifier ``name``; ``weights`` is a name of its weights, or DEFAULT. See ``import_network``."""
     from torchvision import models
 
-    known = models.list_models(module=models)
-    if name not in known:
-        raise UnknownNameError(f"torchvision has no classifier named {name!r}.", remedy=_nearest(name, known))
-    entries = models.get_model_weights(name)
-    stated = entries.DEFAULT
-    if weights is not None:
-        names = {entry.name: entry for entry in entries} | {"DEFAULT": entries.DEFAULT}
-        if weights not in names:
-            raise UnknownNameError(f"{name} has no weights named {weights!r} in torchvision.",
-                                   remedy=nearest(weights, names))  # fmt: skip
-        stated = names[weights]
+    stated = _torchvision_weights(name, weights)
     size = {} if image_size is None or not name.startswith("vit_") else {"image_size": image_size}
     classes = {} if num_classes is None else {"num_classes": num_classes}
 
@@ -61,20 +52,10 @@ def from_timm_name(
     name: str, num_classes: int | None, image_size: int | None, weights: str | None, head: Head
 ) -> MadeNetwork:
     """timm's classifier ``name``; ``weights`` is a tag of its weights, or DEFAULT. See ``import_network``."""
-    try:
-        with quiet():
-            import timm
-            import timm.data
-    except ImportError as error:
-        raise BackendUnavailableError(
-            f"timm:{name} needs the package timm, which is not installed.", remedy="pip install 'kdexport[timm]'"
-        ) from error
-    full = name if weights in (None, "DEFAULT") else f"{name.partition('.')[0]}.{weights}"
-    if not timm.is_model(name):
-        raise UnknownNameError(f"timm has no network named {name!r}.", remedy=_nearest(name, timm.list_models()))
-    if full != name and full not in timm.list_pretrained(f"{name.partition('.')[0]}.*"):
-        tags = [item.partition(".")[2] for item in timm.list_pretrained(f"{name.partition('.')[0]}.*")]
-        raise UnknownNameError(f"{name} has no weights named {weights!r} in timm.", remedy=nearest(str(weights), tags))
+    full = _timm_weights(name, weights)
+    import timm
+    import timm.data
+
     own_head = weights is not None and head == "strict"
     classes = {} if num_classes is None or own_head else {"num_classes": num_classes}
 
@@ -91,6 +72,53 @@ def from_timm_name(
     notes: tuple[str, ...] = () if weights is None else (f"weights {full} of timm",)
     config = timm.data.resolve_data_config(model=module, verbose=False)
     return MadeNetwork(module, _sized(from_timm(config), image_size), notes)
+
+
+def require_weights(reference: Reference, weights: str) -> None:
+    """Raise ``UnknownNameError`` unless the library has the network of ``reference`` and weights of this name.
+
+    Nothing is downloaded. References to anything but a library are not checked.
+    """
+    if reference.kind == "torchvision":
+        _torchvision_weights(reference.name, weights)
+    elif reference.kind == "timm":
+        _timm_weights(reference.name, weights)
+
+
+def _torchvision_weights(name: str, weights: str | None) -> Any:
+    """torchvision's entry of ``weights``, or of the default ones for None; raises ``UnknownNameError``."""
+    from torchvision import models
+
+    known = models.list_models(module=models)
+    if name not in known:
+        raise UnknownNameError(f"torchvision has no classifier named {name!r}.", remedy=_nearest(name, known))
+    entries = models.get_model_weights(name)
+    names = {entry.name: entry for entry in entries} | {"DEFAULT": entries.DEFAULT}
+    if weights is not None and weights not in names:
+        raise UnknownNameError(
+            f"{name} has no weights named {weights!r} in torchvision.", remedy=nearest(weights, names)
+        )
+    return names[weights or "DEFAULT"]
+
+
+def _timm_weights(name: str, weights: str | None) -> str:
+    """The name of the network of timm with the tag of ``weights``; raises ``UnknownNameError``."""
+    try:
+        with quiet():
+            import timm
+            import timm.data
+    except ImportError as error:
+        raise BackendUnavailableError(
+            f"timm:{name} needs the package timm, which is not installed.", remedy="pip install 'kdexport[timm]'"
+        ) from error
+    full = name if weights in (None, "DEFAULT") else f"{name.partition('.')[0]}.{weights}"
+    if not timm.is_model(name):
+        raise UnknownNameError(f"timm has no network named {name!r}.", remedy=_nearest(name, timm.list_models()))
+    tagged = timm.list_pretrained(f"{name.partition('.')[0]}.*")
+    if full != name and full not in tagged:
+        tags = [item.partition(".")[2] for item in tagged]
+        raise UnknownNameError(f"{name} has no weights named {weights!r} in timm.", remedy=nearest(str(weights), tags))
+    return full
 
 
 def _nearest(name: str, known: list[str]) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,13 @@ from torch.nn import functional
 
 #: Networks for images with a smaller side, in pixels, use the small-image (CIFAR) definition of their architecture.
 IMAGENET_MIN_SIZE = 128
+#: The definition of a network for small images or for ImageNet sizes; ``auto`` is chosen by the size of the images.
+Form = Literal["auto", "small", "full"]
+
+
+def is_full(form: Form, image_size: int) -> bool:
+    """Whether ``form`` is the definition for ImageNet sizes, for images of ``image_size`` pixels a side."""
+    return form == "full" or (form == "auto" and image_size >= IMAGENET_MIN_SIZE)
 
 
 def torchvision_network(name: str, *, num_classes: int) -> Any:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from kdexport.students import STUDENTS
 from kdexport.students.classifier import torchvision_network
-from kdexport.students.student import IMAGENET_MIN_SIZE, Host, Stage, Student, Tap
+from kdexport.students.student import Form, Host, Stage, Student, Tap, is_full
 
 # Expansion, output channels at width 0.5, blocks, first stride: Table 2 of the paper, halved.
 _SMALL_GROUPS = (
@@ -144,7 +144,7 @@ class MobileNetV2(Student):
 
 
 @STUDENTS.register("mobilenetv2")
-def mobilenetv2(*, num_classes: int, image_size: int) -> Student:
+def mobilenetv2(*, num_classes: int, image_size: int, form: Form = "auto") -> Student:
     """The MobileNetV2 for images with a side of ``image_size`` pixels."""
-    form = MobileNetV2 if image_size >= IMAGENET_MIN_SIZE else SmallMobileNetV2
-    return form(num_classes, image_size)
+    network = MobileNetV2 if is_full(form, image_size) else SmallMobileNetV2
+    return network(num_classes, image_size)

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from kdexport.students import STUDENTS
 from kdexport.students.classifier import torchvision_network
-from kdexport.students.student import IMAGENET_MIN_SIZE, Host, Stage, Student, Tap
+from kdexport.students.student import Form, Host, Stage, Student, Tap, is_full
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +99,6 @@ def _large(num_classes: int, image_size: int) -> Student:
 
 
 @STUDENTS.register("mobilenetv3")
-def mobilenetv3(*, num_classes: int, image_size: int) -> Student:
+def mobilenetv3(*, num_classes: int, image_size: int, form: Form = "auto") -> Student:
     """The MobileNetV3 for images with a side of ``image_size`` pixels."""
-    return (_large if image_size >= IMAGENET_MIN_SIZE else _small)(num_classes, image_size)
+    return (_large if is_full(form, image_size) else _small)(num_classes, image_size)

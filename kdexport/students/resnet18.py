@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from kdexport.students import STUDENTS
 from kdexport.students.classifier import torchvision_network
-from kdexport.students.student import IMAGENET_MIN_SIZE, Host, Stage, Student, Tap
+from kdexport.students.student import Form, Host, Stage, Student, Tap, is_full
 
 _WIDTHS = (64, 128, 256, 512)
 
@@ -125,7 +125,7 @@ def _hosts() -> list[Host]:
 
 
 @STUDENTS.register("resnet18")
-def resnet18(*, num_classes: int, image_size: int) -> Student:
+def resnet18(*, num_classes: int, image_size: int, form: Form = "auto") -> Student:
     """The ResNet-18 for images with a side of ``image_size`` pixels."""
-    form = ResNet18 if image_size >= IMAGENET_MIN_SIZE else SmallResNet18
-    return form(num_classes, image_size)
+    network = ResNet18 if is_full(form, image_size) else SmallResNet18
+    return network(num_classes, image_size)

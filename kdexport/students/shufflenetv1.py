@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from kdexport.students import STUDENTS
 from kdexport.students.channel_shuffle import shuffle_channels
-from kdexport.students.student import IMAGENET_MIN_SIZE, Host, Stage, Student, Tap
+from kdexport.students.student import Form, Host, Stage, Student, Tap, is_full
 
 _GROUPS, _STEM = 3, 24
 # Channels and units of each stage: Table 1 of the paper, three groups.
@@ -57,16 +57,16 @@ def _stage(inputs: int, outputs: int, units: int) -> nn.Sequential:
 class ShuffleNetV1(Student):
     """The network of the distillation literature, 949,258 parameters at 100 classes, with a 1x1 stem of stride 1.
 
-    For images of ``IMAGENET_MIN_SIZE`` or larger, the stem is 3x3 with stride 2, followed by max pooling after its tap:
+    In the full form the stem is 3x3 with stride 2, followed by max pooling after its tap:
     949,834 parameters. No public network has this form. The small form has the parameter names of public CIFAR
     checkpoints.
     """
 
     name = "shufflenetv1"
 
-    def __init__(self, num_classes: int, image_size: int) -> None:
+    def __init__(self, num_classes: int, image_size: int, form: Form) -> None:
         super().__init__()
-        self.large = image_size >= IMAGENET_MIN_SIZE
+        self.large = is_full(form, image_size)
         kernel, stride = (3, 2) if self.large else (1, 1)
         self.conv1 = nn.Conv2d(3, _STEM, kernel, stride, kernel // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(_STEM)
@@ -98,6 +98,6 @@ class ShuffleNetV1(Student):
 
 
 @STUDENTS.register("shufflenetv1")
-def shufflenetv1(*, num_classes: int, image_size: int) -> Student:
+def shufflenetv1(*, num_classes: int, image_size: int, form: Form = "auto") -> Student:
     """The ShuffleNetV1 for images with a side of ``image_size`` pixels."""
-    return ShuffleNetV1(num_classes, image_size)
+    return ShuffleNetV1(num_classes, image_size, form)

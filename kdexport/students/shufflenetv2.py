@@ -14,7 +14,7 @@ from torch.nn import functional
 from kdexport.students import STUDENTS
 from kdexport.students.channel_shuffle import shuffle_channels
 from kdexport.students.classifier import torchvision_network
-from kdexport.students.student import IMAGENET_MIN_SIZE, Host, Stage, Student, Tap
+from kdexport.students.student import Form, Host, Stage, Student, Tap, is_full
 
 _STEM, _LAST = 24, 1024
 # Channels and units of each stage: Table 5 of the paper, width 1.
@@ -180,7 +180,7 @@ def _taps(*, stem: int, first: int) -> list[Tap]:
 
 
 @STUDENTS.register("shufflenetv2")
-def shufflenetv2(*, num_classes: int, image_size: int) -> Student:
+def shufflenetv2(*, num_classes: int, image_size: int, form: Form = "auto") -> Student:
     """The ShuffleNetV2 for images with a side of ``image_size`` pixels."""
-    form = ShuffleNetV2 if image_size >= IMAGENET_MIN_SIZE else SmallShuffleNetV2
-    return form(num_classes, image_size)
+    network = ShuffleNetV2 if is_full(form, image_size) else SmallShuffleNetV2
+    return network(num_classes, image_size)

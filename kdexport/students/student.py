@@ -6,9 +6,9 @@ from typing import ClassVar, cast
 
 from torch import Tensor, nn
 
-from kdexport.students.classifier import IMAGENET_MIN_SIZE, Classifier, Stage, Tap
+from kdexport.students.classifier import IMAGENET_MIN_SIZE, Classifier, Form, Stage, Tap, is_full
 
-__all__ = ["IMAGENET_MIN_SIZE", "Host", "Stage", "Student", "Tap"]
+__all__ = ["IMAGENET_MIN_SIZE", "Form", "Host", "Stage", "Student", "Tap", "is_full"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

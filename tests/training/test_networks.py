@@ -1,22 +1,26 @@
 """Teachers and students of other origins: what they compute in a run, what they store, what is refused."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from kdexport.checkpoint import StudentSpec, load_student, open_checkpoint, save_checkpoint
 from kdexport.data.datasets import open_dataset
-from kdexport.errors import CheckpointError, ConfigError
+from kdexport.data.preprocessing import Preprocessing
+from kdexport.errors import CheckpointError, ConfigError, UnknownNameError
+from kdexport.students import Student
 from tests.training.foreign.factories import Tiny
 from tests.training.small_runs import CLASSES, tiny_recipe
 from training.foreign.network import ForeignTeacher
-from training.networks import given_teacher
-from training.recipe import Recipe
+from training.networks import build_student, given_teacher
+from training.recipe import Recipe, StudentSettings
 from training.runs.handover import Origin
 from training.runs.task import FrozenTeacher
 from training.teachers.description import described_teacher
-from training.train import evaluate_teacher, rehearse, train_student, train_teacher
+from training.train import distil, evaluate_teacher, rehearse, train_student, train_teacher
 
 HERE = "tests.training.foreign.factories"
 TAPS = 'taps={stage1="layer1", stage2="layer2"}'
@@ -200,3 +204,59 @@ def test_another_network_does_not_inherit_taps_and_weights(tiny_images: Path) ->
     )
     assert load_recipe(str(first)).teacher.taps == {"stage1": "layer1"}
     assert load_recipe(str(first), {"teacher": {"name": "resnet8"}}).teacher.taps == {}
+
+
+def test_the_form_of_a_student_can_be_chosen_and_is_said_with_its_reason(tmp_path: Path) -> None:
+    def built(form: str, size: int) -> tuple[Student, str]:
+        lines: list[str] = []
+        settings = StudentSettings.model_validate({"name": "mobilenetv2", "form": form})
+        return build_student(settings, num_classes=3, image_size=size, say=lines.append), lines[0]
+
+    small, said = built("auto", 64)
+    assert said.startswith("student mobilenetv2: the small form, because data.image_size is 64")
+    full, said = built("full", 64)
+    assert said == "student mobilenetv2: the full form, because student.form is full"
+    assert [tap.stride for tap in full.taps] == [2, 4, 8, 16, 32, 32]
+    assert [tap.stride for tap in small.taps] != [tap.stride for tap in full.taps]
+    assert [tap.stride for tap in built("small", 128)[0].taps] == [tap.stride for tap in small.taps]
+    # A checkpoint states the form, so that the same network is built from it.
+    mean = (0.5, 0.5, 0.5)
+    spec = StudentSpec(
+        student="mobilenetv2",
+        classes=("a", "b", "c"),
+        preprocessing=Preprocessing.for_new_student(image_size=64, resize=64, mean=mean, std=mean),
+        branches=None,
+        provenance={},
+        form="full",
+    )
+    save_checkpoint(tmp_path / "full", full, spec)
+    trained = open_checkpoint(tmp_path / "full")
+    assert load_student(trained).state_dict().keys() == full.state_dict().keys()
+    assert "form" not in replace(spec, form="auto").to_json()
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_weights_that_a_library_does_not_have_are_refused_before_the_data(role: str, tmp_path: Path) -> None:
+    # The data set does not exist, and is not asked for.
+    recipe = tiny_recipe(
+        tmp_path / "absent", f"{role}.name=torchvision:resnet18", f"{role}.weights=IMAGENET9K_V1", "distiller.name=kd"
+    )
+    with pytest.raises(UnknownNameError, match="resnet18 has no weights named 'IMAGENET9K_V1' in torchvision"):
+        distil(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_files_of_weights_are_refused_before_the_data(tmp_path: Path) -> None:
+    for key, option in (("teacher.checkpoint", "--teacher-checkpoint"), ("student.weights", "student.weights")):
+        changes = [f"{key}={tmp_path / 'none.pt'}", "distiller.name=kd"]
+        if key.startswith("student"):
+            changes.append("student.name=torchvision:resnet18")
+        with pytest.raises(CheckpointError, match="There is no file") as caught:
+            distil(tiny_recipe(tmp_path / "absent", *changes), tmp_path / "run")
+        assert option in caught.value.remedy
+
+
+def test_an_exported_program_is_no_student_to_train_but_can_be_built() -> None:
+    with pytest.raises(ConfigError) as caught:
+        build_student(StudentSettings(name="net.pt2"), num_classes=3, image_size=32)
+    assert "kdexport build --student net.pt2 --data DIR" in caught.value.remedy

@@ -347,7 +347,7 @@ def test_a_schedule_that_cannot_act_ends_the_command_before_anything_is_written(
 
 def test_published_numbers_are_dropped_with_what_they_were_published_for() -> None:
     cell = "cifar100/vgg13-mobilenetv2/kd"
-    assert load_recipe(cell, {"train": {"epochs": 30}, "data": {"root": "x"}}).published.top1 == 67.37
+    assert load_recipe(cell, {"train": {"epochs": 30}}).published.top1 == 67.37
     for change in (
         {"data": {"name": "folder:x"}},
         {"teacher": {"name": "resnet20"}},
@@ -405,3 +405,26 @@ def test_another_folder_of_images_has_no_published_numbers() -> None:
     assert load_recipe(name, {"data": {"root": "data/imagenet100"}}).published.top1 == 86.2
     elsewhere = load_recipe(name, {"data": {"root": "photos"}}).published
     assert (elsewhere.top1, elsewhere.teacher, elsewhere.source) == (None, None, "")
+
+
+def test_other_images_under_the_name_of_cifar_have_no_published_numbers(tmp_path: Path) -> None:
+    def published(root: Path) -> float | None:
+        return load_recipe("cifar100/vgg13-mobilenetv2/kd", {"data": {"root": str(root)}}).published.top1
+
+    archive, photos = tmp_path / "archive", tmp_path / "photos"
+    for folder in (archive / "cifar-100-python", photos / "train" / "cat", photos / "test" / "cat"):
+        folder.mkdir(parents=True)
+    assert published(archive) == 67.37
+    assert published(photos) is None
+    assert published(tmp_path / "absent") is None
+
+
+def test_the_form_of_a_student_is_for_registered_ones_and_not_inherited() -> None:
+    full = load_recipe("digits", {"student": {"form": "full"}})
+    assert full.student.form == "full"
+    assert full.model_dump()["student"] == {"name": "mobilenetv2", "form": "full"}
+    assert load_recipe("digits").model_dump()["student"] == {"name": "mobilenetv2"}
+    with pytest.raises(ConfigError, match="form is for registered students"):
+        load_recipe("digits", {"student": {"name": "torchvision:resnet18", "form": "full"}})
+    with pytest.raises(ConfigError, match=r"student\.form = 'large'"):
+        load_recipe("digits", {"student": {"form": "large"}})

@@ -66,6 +66,7 @@ def student_spec(
         classes=train.classes,
         preprocessing=preprocessing,
         branches=branches,
+        form=recipe.student.form,
         provenance={
             "recipe": described,
             "dataset_sha256": origin.dataset_sha256,
