@@ -5,12 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kdexport.core.child import ChildDiedError, call
+from kdexport.core.child import ChildDiedError, call, call_together
 from kdexport.core.digests import digest
 from kdexport.errors import TrainingError
-
-#: One child process per GPU when there are several.
-_LAUNCHER = "torch.distributed.run"
 
 
 def resolve_recipe(recipe: str, overrides: dict[str, Any]) -> dict[str, Any]:
@@ -27,9 +24,9 @@ def propose_recipe(data: str, student: str, image_size: int | None) -> dict[str,
     return dict(_call(["propose", "--data", data, "--student", student, *sized]))
 
 
-def train_teacher(recipe: str, overrides: dict[str, Any], out: Path) -> None:
+def train_teacher(recipe: str, overrides: dict[str, Any], out: Path, *, processes: int) -> None:
     """Train the recipe's teacher into ``out``/model.safetensors; a run that was interrupted there continues."""
-    _call(["teacher", "--recipe", recipe, *_as_options(overrides), "--out", str(out)])
+    _call(["teacher", "--recipe", recipe, *_as_options(overrides), "--out", str(out)], processes=processes)
 
 
 def train_student(recipe: str, overrides: dict[str, Any], out: Path, *, processes: int) -> None:
@@ -47,8 +44,10 @@ def student_key(
 def teacher_key(recipe: dict[str, Any], dataset_sha256: str, revision: int, plugins: Mapping[str, str]) -> str:
     """Digest of all that the recipe's teacher depends on."""
     tables = {name: table for name, table in _portable(recipe).items() if name in ("data", "teacher", "train")}
-    # The number of epochs and the learning rate of the student do not change the teacher.
+    # The epochs and the learning rate of the student do not change the teacher, nor does how it is used afterwards.
     tables["train"] = {name: v for name, v in tables["train"].items() if name not in ("epochs", "learning_rate")}
+    tables["train"]["teacher_precision"] = "auto"
+    tables["teacher"] = {name: v for name, v in tables["teacher"].items() if name not in ("plausibility", "taps")}
     source = [plugins["teacher"]] if "teacher" in plugins else []
     return digest(["teacher", tables, dataset_sha256, revision, *source])
 
@@ -62,13 +61,11 @@ def _portable(recipe: dict[str, Any]) -> dict[str, Any]:
 
 
 def _call(arguments: list[str], *, processes: int = 1) -> Any:
-    module, options = "training", arguments
-    if processes > 1:
-        module = _LAUNCHER
-        options = ["--standalone", "--nproc_per_node", str(processes), "-m", "training", *arguments]
     try:
         # Training has no time limit, and shows its progress on stderr.
-        return call(module, options, timeout_s=None, shows_stderr=True)
+        if processes > 1:
+            return call_together("training", arguments, processes)
+        return call("training", arguments, timeout_s=None, shows_stderr=True)
     except ChildDiedError as error:
         raise TrainingError(
             f"The training process ended with exit code {error.exit_code}.",

@@ -15,14 +15,16 @@ import os
 import runpy
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
-from kdexport.errors import ForwardedError
+from kdexport.errors import ForwardedError, UnexpectedError
 
 #: Holds the id of a process that was started here: it writes its errors as JSON on stdout, for its parent to print.
 _CHILD = "KDEXPORT_CHILD_PID"
@@ -32,6 +34,9 @@ _LAUNCHED = "TORCHELASTIC_RUN_ID"
 
 #: Exit code of a child whose parent has ended, the same as after Ctrl-C.
 _ORPHANED = 130
+
+#: An unexpected error of one of several children waits this long for an error that says more.
+_PATIENCE_S = 5.0
 
 #: An error quotes this many characters from the end of stderr.
 _QUOTED_CHARACTERS = 500
@@ -77,6 +82,84 @@ def call(
         except subprocess.TimeoutExpired as error:
             raise ChildTimeoutError(error.timeout) from None
     return _answer(done.stdout, done.returncode, done.stderr or "")
+
+
+def call_together(module: str, arguments: Sequence[str], processes: int) -> Any:
+    """Run ``module`` in ``processes`` children that find each other as torch's launcher would let them.
+
+    Returns the answer of the first one. They write to our stderr. If one fails, the others are killed and its error is
+    raised alone, as by ``call``: all of them may meet the same one.
+    """
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    # As torch's launcher does: threads of several processes would only wait for each other's processors.
+    address["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
+    with _held_pipe() as stdin, contextlib.ExitStack() as stack:
+        children: list[tuple[subprocess.Popen[bytes], IO[str]]] = []
+        # A child that is still running when this block ends, in any way, is killed.
+        stack.callback(_stop, children)
+        for rank in range(processes):
+            ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+            answer = stack.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
+            environment = _environment({**address, **{name: str(value) for name, value in ranks.items()}})
+            children.append(
+                (subprocess.Popen(_command(module, arguments), stdin=stdin, stdout=answer, env=environment), answer)
+            )
+        return _answer_together(children)
+
+
+def _stop(children: "Sequence[tuple[subprocess.Popen[bytes], IO[str]]]") -> None:
+    for child, _ in children:
+        child.kill()
+    for child, _ in children:
+        child.wait()
+
+
+def _answer_together(children: "Sequence[tuple[subprocess.Popen[bytes], IO[str]]]") -> Any:
+    """Wait for all children, or for the first error; returns the answer of the first child.
+
+    A child whose partner is gone fails too, in a library: an unexpected error waits for one that says more.
+    """
+    unexpected: ForwardedError | ChildDiedError | None = None
+    deadline = 0.0
+    while any(child.poll() is None for child, _ in children) and not (unexpected and time.monotonic() > deadline):
+        found = [error for child, answer in children if (error := _error_of(child, answer)) is not None]
+        if found and unexpected is None:
+            unexpected, deadline = found[0], time.monotonic() + _PATIENCE_S
+        for error in found:
+            _raise_expected(error)
+        time.sleep(0.1)
+    for child, answer in children:
+        _raise_expected(_error_of(child, answer))
+        unexpected = unexpected or _error_of(child, answer)
+    if unexpected is not None:
+        raise unexpected
+    return _answer(_written(children[0][1]), 0, "")
+
+
+def _raise_expected(error: ForwardedError | ChildDiedError | None) -> None:
+    if isinstance(error, ForwardedError) and error.code != UnexpectedError.code:
+        raise error
+
+
+def _error_of(child: "subprocess.Popen[bytes]", answer: IO[str]) -> ForwardedError | ChildDiedError | None:
+    """The error of a child that has failed; None if it runs, or has ended well."""
+    if not child.poll():
+        return None
+    try:
+        _answer(_written(answer), child.returncode, "")
+    except (ForwardedError, ChildDiedError) as error:
+        return error
+    return None
+
+
+def _written(answer: IO[str]) -> str:
+    answer.seek(0)
+    return answer.read()
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
 
 
 @contextlib.contextmanager

@@ -3,13 +3,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from textwrap import dedent
 
 import pytest
 
-from kdexport.core.child import ChildDiedError, ChildTimeoutError, call, started
+from kdexport.core.child import ChildDiedError, ChildTimeoutError, call, call_together, started
 from kdexport.errors import ForwardedError
 from tests.processes import is_running, wait_until
 
@@ -223,3 +224,51 @@ def test_a_module_of_the_same_name_in_the_users_folder_is_not_run(
     (tmp_path / "training.py").write_text("print('[\"hijacked\"]')")
     monkeypatch.chdir(tmp_path)
     assert "hijacked" not in json.dumps(call("training", ["names", "teachers"], timeout_s=None))
+
+
+TOGETHER = """
+    import json, os, sys, time
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    assert os.environ["LOCAL_RANK"] == str(rank) and os.environ["MASTER_ADDR"] and int(os.environ["MASTER_PORT"])
+"""
+
+
+def test_several_children_know_each_other_and_the_first_one_answers(module: Callable[[str], str]) -> None:
+    name = module(TOGETHER + "    print(json.dumps([rank, size, *sys.argv[1:]]))")
+    assert call_together(name, ["x"], 3) == [0, 3, "x"]
+
+
+def test_of_several_children_that_fail_one_error_is_reported_and_no_child_stays(
+    module: Callable[[str], str], tmp_path: Path
+) -> None:
+    # The first one only notices that its partner is gone; the second one knows why; the third one would never end.
+    name = module(
+        TOGETHER
+        + """
+    def fail(code, message):
+        error = {"code": code, "message": message, "remedy": "Do this."}
+        print(json.dumps({"ok": False, "exit_code": 2, "error": error}))
+        sys.exit(2)
+    if rank == 0:
+        open(sys.argv[1], "w").close()
+        fail("KDX900", "connection closed")
+    if rank == 1:
+        while not os.path.exists(sys.argv[1]):
+            time.sleep(0.1)
+        time.sleep(0.5)
+        fail("KDX201", "image 7 is damaged")
+    time.sleep(300)
+    """
+    )
+    started_at = time.monotonic()
+    with pytest.raises(ForwardedError, match="image 7 is damaged") as caught:
+        call_together(name, [str(tmp_path / "failed")], 3)
+    assert (caught.value.code, caught.value.exit_code) == ("KDX201", 2)
+    assert time.monotonic() - started_at < 60
+
+
+def test_a_child_among_several_that_dies_without_a_word_is_an_error(module: Callable[[str], str]) -> None:
+    name = module(TOGETHER + "    sys.exit(7 * rank)")
+    with pytest.raises(ChildDiedError) as caught:
+        call_together(name, [], 2)
+    assert caught.value.exit_code == 7
