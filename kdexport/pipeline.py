@@ -7,6 +7,7 @@ from typing import Any
 from kdexport.build import train as trainer
 from kdexport.build.imported import OWN_WEIGHTS, ImportRequest, import_student, judge_student
 from kdexport.build.precision_search import require_searchable
+from kdexport.build.stages import is_int8
 from kdexport.build.steps import BuildInputs, bundle, declare, known_steps
 from kdexport.bundle.manifest import FUSED, MANIFEST, UNFUSED, Manifest, changed_files, read_manifest
 from kdexport.checkpoint import TrainedStudent, open_checkpoint
@@ -137,8 +138,9 @@ def _plan(request: BuildRequest, workspace: Workspace, reporter: Reporter) -> _P
             "configuration to train the teacher first.",
         )
     dataset = dataset_spec(recipe["data"]["name"], recipe["data"]["root"])
+    trains = request.checkpoint is None or _reads_training_images(request)
     with reporter.stage("data"):
-        dataset_sha256 = dataset_digest(dataset, workspace.root / "dataset", reporter.say)
+        dataset_sha256 = dataset_digest(dataset, workspace.root / "dataset", reporter.say, trains=trains)
     return _Plan(
         recipe=recipe,
         plugins=resolved["plugins"],
@@ -170,9 +172,15 @@ def _plan_without_recipe(request: BuildRequest, workspace: Workspace, reporter: 
             remedy="Pass --data DIR with train/<class>/* and val/<class>/*.",
         )
     dataset = dataset_spec(str(overrides.get("name", f"folder:{root}")), root)
+    trains = _reads_training_images(request)
     with reporter.stage("data"):
-        dataset_sha256 = dataset_digest(dataset, workspace.root / "dataset", reporter.say)
+        dataset_sha256 = dataset_digest(dataset, workspace.root / "dataset", reporter.say, trains=trains)
     return _Plan(recipe={}, plugins={}, overrides={}, revision=0, dataset=dataset, dataset_sha256=dataset_sha256)
+
+
+def _reads_training_images(request: BuildRequest) -> bool:
+    """Whether a build of a trained student reads training images: int8 is calibrated and searched on them."""
+    return request.config.precision_search.enabled or any(is_int8(target.form) for target in request.targets)
 
 
 def _imported(request: BuildRequest, plan: _Plan, workspace: Workspace, reporter: Reporter) -> TrainedStudent:
@@ -228,7 +236,11 @@ def _train_teacher(request: BuildRequest, plan: _Plan, workspace: Workspace, rep
     if not workspace.has("teacher", key):
         with reporter.stage("teacher", live=False):
             workspace.resume(
-                "teacher", key, lambda folder: trainer.train_teacher(request.config.recipe, plan.overrides, folder)
+                "teacher",
+                key,
+                lambda folder: trainer.train_teacher(
+                    request.config.recipe, plan.overrides, folder, processes=request.processes
+                ),
             )
     return sha256_file(workspace.path("teacher", key) / "model.safetensors")
 

@@ -13,6 +13,9 @@ from typing import Any, NoReturn
 from kdexport.core.child import describes_errors, end_with_launcher
 from kdexport.errors import KdexportError, StorageError, UnexpectedError
 
+#: Exit code after Ctrl-C.
+_INTERRUPTED = 130
+
 
 def guarded(app: Callable[[], Any]) -> NoReturn:
     """Run a command line and turn each error into its message, remedy and exit code."""
@@ -26,9 +29,20 @@ def guarded(app: Callable[[], Any]) -> NoReturn:
     except Exception as error:  # noqa: BLE001, or the user would see a traceback
         fail(UnexpectedError(error))
     except KeyboardInterrupt:
-        sys.stderr.write("Interrupted. Run the same command again to continue from the last finished step.\n")
-        sys.exit(130)
+        _interrupted()
+    except SystemExit as end:
+        # The command line library turns Ctrl-C into this exit code, without a word.
+        if end.code == _INTERRUPTED:
+            _interrupted()
+        raise
     sys.exit(0)
+
+
+def _interrupted() -> NoReturn:
+    # A parent that waits for this process was interrupted too, and says so once.
+    if not describes_errors():
+        sys.stderr.write("Interrupted. Run the same command again to continue from the last finished step or epoch.\n")
+    sys.exit(_INTERRUPTED)
 
 
 def storage_error(error: OSError) -> StorageError:

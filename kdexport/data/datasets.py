@@ -258,6 +258,11 @@ def _class_folders(folder: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for entry in sorted(entry for entry in folder.iterdir() if entry.is_dir() and _is_data(entry.name)):
         name = unicodedata.normalize("NFC", entry.name)
+        if not _is_text(name):
+            raise DataError(
+                f"The class folder {str(entry)!a} has a name that is not text in UTF-8.",
+                remedy="Rename the folder: the names of the classes are stored as text.",
+            )
         if name in found:
             raise DataError(
                 f"{folder} has two folders of the class {name}, whose names differ only in their Unicode form: "
@@ -266,6 +271,14 @@ def _class_folders(folder: Path) -> dict[str, Path]:
             )
         found[name] = entry
     return dict(sorted(found.items()))
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _class_names(split_folder: Path) -> list[str]:
@@ -425,14 +438,17 @@ def spread(total: int, count: int) -> list[int]:
     return [int(index) for index in np.linspace(0, total - 1, min(count, total)).round()]
 
 
-def dataset_digest(spec: DatasetSpec, memory: Path, report: Callable[[str], None] = lambda _: None) -> str:
+def dataset_digest(
+    spec: DatasetSpec, memory: Path, report: Callable[[str], None] = lambda _: None, *, trains: bool = True
+) -> str:
     """sha256 of both splits of a data set. It is cached in ``memory`` by the names, sizes and times of the files.
 
-    ``report`` gets the line of ``described``, and a line on images that are not shown as they are stored if there are
-    any. Raises ``DataError`` with all files that are no readable images.
+    ``trains=False`` is for a network that is only evaluated: a folder without training images then counts by its test
+    split alone. ``report`` gets the line of ``described``, and a line on images that are not shown as they are stored
+    if there are any. Raises ``DataError`` with all files that are no readable images.
     """
     _require_known(spec.name)
-    opened = None if _is_array(spec) else _open_both(spec)
+    opened = None if _is_array(spec) else _opened(spec, trains=trains)
     files = (
         source_files(spec) if opened is None else sorted(path for images in opened.values() for path in images.files)
     )
@@ -453,14 +469,15 @@ def dataset_digest(spec: DatasetSpec, memory: Path, report: Callable[[str], None
     splits = opened or _open_both(spec)
     line = described(splits)
     report(line)
-    if len(splits["training"].classes) < 2:
+    classes = splits["test"].classes
+    if len(classes) < 2:
         raise DataError(
-            f"The data set has one class, {splits['training'].classes[0]}: there is nothing to tell apart.",
+            f"The data set has one class, {classes[0]}: there is nothing to tell apart.",
             remedy=f"Arrange images as {_LAYOUT}, with a folder for each class.",
         )
     shown = _shown_differently(_require_readable(files if opened else []))
     _report_any(shown, report)
-    value = digest([splits["training"].fingerprint(), splits["test"].fingerprint()])
+    value = digest([images.fingerprint() for images in splits.values()])
     memory.mkdir(parents=True, exist_ok=True)
     write_text(cached, json.dumps({"sha256": value, "described": line, "shown": shown}))
     return value
@@ -468,6 +485,13 @@ def dataset_digest(spec: DatasetSpec, memory: Path, report: Callable[[str], None
 
 def _open_both(spec: DatasetSpec) -> dict[str, ImageSet]:
     return {"training": open_dataset(spec, "train"), "test": open_dataset(spec, "test")}
+
+
+def _opened(spec: DatasetSpec, *, trains: bool) -> dict[str, ImageSet]:
+    root = Path(spec.name.removeprefix("folder:")) if spec.name.startswith("folder:") else Path(spec.root)
+    if not trains and has_stored_splits(root) and _split_folder(root, "train") is None:
+        return {"test": open_dataset(spec, "test")}
+    return _open_both(spec)
 
 
 def _report_any(line: str, report: Callable[[str], None]) -> None:

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from kdexport.checkpoint import load_strictly
 from kdexport.core.files import write_bytes
+from kdexport.errors import CheckpointError
 
 _FILE = "resume.safetensors"
 _MOMENTUM = "momentum_buffer"
@@ -40,13 +41,24 @@ def save_state(
 
 
 def load_state(directory: Path, task: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Resumed, dict[str, Any]]:
-    """Restore the state that ``save_state`` wrote; without one, the run starts at epoch 0."""
+    """Restore the state that ``save_state`` wrote; without one, the run starts at epoch 0.
+
+    Raises ``CheckpointError`` for a file that is damaged, or is the state of another model.
+    """
     path = directory / _FILE
     if not path.is_file():
         return Resumed(epoch=0, history=()), {}
-    with safe_open(path, framework="pt") as stream:
-        metadata = stream.metadata()
-        tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118, not a mapping
+    try:
+        with safe_open(path, framework="pt") as stream:
+            metadata = stream.metadata()
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118, not a mapping
+        resumed = Resumed(epoch=int(metadata["epoch"]), history=tuple(json.loads(metadata["history"])))
+        extra = dict(json.loads(metadata["extra"]))
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is truncated or damaged ({type(error).__name__}): the run cannot continue from it.",
+            remedy=f"Copy the run folder from its source again, or remove {path} to train from the first epoch.",
+        ) from error
     weights = {name.removeprefix("task."): value for name, value in tensors.items() if name.startswith("task.")}
     load_strictly(task, weights, str(path))
     for name, parameter in task.named_parameters():
@@ -55,5 +67,4 @@ def load_state(directory: Path, task: nn.Module, optimizer: torch.optim.Optimize
             # The memory layout of the parameter: sums in another order would give different weights.
             like = torch.empty_like(parameter, memory_format=torch.preserve_format)
             optimizer.state[parameter][_MOMENTUM] = like.copy_(buffer)
-    history = tuple(json.loads(metadata["history"]))
-    return Resumed(epoch=int(metadata["epoch"]), history=history), json.loads(metadata["extra"])
+    return resumed, extra

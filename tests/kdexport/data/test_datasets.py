@@ -516,6 +516,33 @@ def test_a_folder_with_one_split_is_opened(tmp_path: Path) -> None:
     assert open_dataset(spec, "test").classes == ("ant", "bee", "cat")
 
 
+def test_a_network_that_is_only_evaluated_needs_no_training_images(tmp_path: Path) -> None:
+    spec, lines = image_folders(tmp_path / "data"), list[str]()
+    whole = dataset_digest(spec, tmp_path / "memory", trains=False)
+    assert whole == dataset_digest(spec, tmp_path / "memory")
+    shutil.rmtree(tmp_path / "data" / "train")
+    with pytest.raises(DataError, match="has no folder train"):
+        dataset_digest(spec, tmp_path / "memory")
+    for _ in range(2):
+        # The second time from the memory.
+        assert dataset_digest(spec, tmp_path / "memory", lines.append, trains=False) != whole
+    assert lines == ["6 test images, 3 classes, 0 files ignored"] * 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_names_that_are_no_text_are_refused_for_classes_and_read_for_images(tmp_path: Path) -> None:
+    spec = image_folders(tmp_path / "data")
+    odd = os.fsdecode(b"gr\xfcn")
+    image = tmp_path / "data" / "train" / "cat" / "0.png"
+    image.rename(image.with_name(f"{odd}.png"))
+    dataset_digest(spec, tmp_path / "memory")
+    for split in ("train", "test"):
+        (tmp_path / "data" / split / "cat").rename(tmp_path / "data" / split / odd)
+    with pytest.raises(DataError, match="has a name that is not text in UTF-8") as caught:
+        dataset_digest(spec, tmp_path / "memory")
+    caught.value.message.encode()
+
+
 @pytest.mark.parametrize(
     ("one", "two", "words"),
     [

@@ -1,10 +1,13 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from kdexport.errors import CheckpointError
 from training.data import Batch
 from training.distillers.distiller import StepContext
 from training.recipe import TrainSettings
@@ -34,6 +37,24 @@ def test_the_scale_of_low_precision_losses_survives_the_disk(tmp_path: Path) -> 
     fresh = scaler()
     fresh.load_state_dict(extra["scaler"])
     assert fresh.state_dict() == state
+
+
+@pytest.mark.parametrize("damage", ["truncated", "text", "no history"])
+def test_a_damaged_state_is_named_with_what_to_do(damage: str, tmp_path: Path) -> None:
+    task = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(task.parameters(), lr=0.1)
+    save_state(tmp_path, task, optimizer, Resumed(epoch=1, history=({"top1": 0.5},)), {})
+    path = tmp_path / "resume.safetensors"
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-9])
+    elif damage == "text":
+        path.write_bytes(b"\xff not a state")
+    else:
+        save_file({"task.weight": torch.zeros(2, 3)}, path, {"epoch": "1"})
+    with pytest.raises(CheckpointError, match="truncated or damaged") as caught:
+        load_state(tmp_path, task, optimizer)
+    assert str(path) in caught.value.message
+    assert "remove" in caught.value.remedy
 
 
 class Points:
