@@ -4,7 +4,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from kdexport.backends.pixel_input import FLOAT32, InputKind
 from kdexport.core.toml import Settings, parse, read_toml
@@ -46,12 +46,23 @@ class SearchSettings(Settings):
     images: Annotated[int, Field(ge=16, le=100_000)] = 512
 
 
+def _golden_count(value: object) -> object:
+    if value == "synthetic":
+        return 0
+    if isinstance(value, str):
+        raise ValueError('must be a number of images, or "synthetic"')
+    return value
+
+
 class VerifySettings(Settings):
-    """``[verify]``: the number of validation images for rungs A to C, for rung D and for the golden set."""
+    """``[verify]``: the number of validation images for rungs A to C, for rung D and for the golden set.
+
+    ``golden``: 0, or "synthetic", puts computed images into the bundle in place of validation images.
+    """
 
     images: Annotated[int, Field(ge=8)] = 512
     task_images: Annotated[int, Field(ge=1)] = 10_000
-    golden: Annotated[int, Field(ge=1, le=1024)] = 64
+    golden: Annotated[int, BeforeValidator(_golden_count), Field(ge=0, le=1024)] = 64
 
 
 class LatencySettings(Settings):

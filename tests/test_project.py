@@ -15,6 +15,7 @@ TESTS = ROOT / "tests"
 #: Test modules about several modules of their folder, and what each one is about.
 SPANNING = {
     "kdexport/backends/test_contract.py": "the contract of every registered backend, and of one outside the package",
+    "kdexport/build/test_golden_images.py": "golden images from the file of a user to every command that reads them",
     "kdexport/build/test_target_builds.py": "every target from the command to faults in its bundle",
     "kdexport/bundle/test_bit_rot.py": "every file of a bundle, damaged, in every command that reads it",
     "kdexport/gate/test_action.py": "the composite action that runs the gate in CI",

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from kdexport.build.artifacts import EngineFile, FusedFiles, OnnxModel
 from kdexport.build.stages import BUNDLE_TOOLS, UNFUSED_MODEL, is_int8
-from kdexport.bundle.layout import SBOM
+from kdexport.bundle.layout import SBOM, SYNTHETIC_IMAGES, VALIDATION_IMAGES
 from kdexport.bundle.manifest import (
     FUSED,
     MANIFEST,
@@ -29,6 +31,7 @@ from kdexport.checkpoint import PROGRAM, StudentSpec, TrainedStudent
 from kdexport.config import BuildConfig
 from kdexport.core.digests import sha256_file, tool_versions
 from kdexport.data.datasets import ImageSet, class_difference, spread
+from kdexport.data.synthetic_images import synthetic_images
 from kdexport.data.uploads import ImageLimits, accepted_images
 from kdexport.errors import CheckpointError, DataError, VerificationError
 from kdexport.graph.audit import operator_counts
@@ -92,8 +95,7 @@ def package(folder: Path, parts: Parts, progress: Progress) -> VerifiedBundle:
     """Fill ``folder`` and verify it; raises ``VerificationError`` if it fails, with the report in ``folder``."""
     _copy_files(folder, parts)
     golden = _write_golden(folder, parts)
-    data = _describe(parts, golden.names)
-    data |= {key: counts for key, counts in golden.refusals.items() if counts}
+    data = _describe(parts, golden.names) | golden.described
     for name, place in golden.places.items():
         data["targets"][name]["golden"] = place
     manifest = Manifest.from_json({**data, "files": {}})
@@ -147,9 +149,7 @@ def _copy_files(folder: Path, parts: Parts) -> None:
 
 
 def _write_golden(folder: Path, parts: Parts) -> GoldenSet:
-    images = parts.validation
-    wanted = spread(len(images), parts.config.verify.golden)
-    accepted = accepted_images(wanted, len(images), lambda index: images.original(index)[0], ImageLimits())
+    chosen = _golden_images(parts)
     low = {
         str(target): open_file(model.path, model.form).logits
         for target, model in parts.casts.items()
@@ -161,9 +161,38 @@ def _write_golden(folder: Path, parts: Parts) -> GoldenSet:
         for target in parts.casts
     )
     own = [run for run in runs if run is not None]
-    found = write_golden_set(folder, parts.trained, images, accepted.positions, low, own, policy=policy)
-    key = "golden_passed_over" if accepted.accepted else "golden_refused"
-    return replace(found, refusals={key: accepted.passed_over})
+    is_synthetic = chosen.described["golden_images"]["kind"] == SYNTHETIC_IMAGES
+    found = write_golden_set(
+        folder, parts.trained, chosen.images, chosen.positions, low, own, policy=policy, is_synthetic=is_synthetic
+    )
+    return replace(found, described=chosen.described)
+
+
+@dataclass(frozen=True, slots=True)
+class _GoldenImages:
+    """The images that become golden images, their positions among them, and the fields of the manifest on them."""
+
+    images: ImageSet
+    positions: list[int]
+    described: dict[str, Any]
+
+
+def _golden_images(parts: Parts) -> _GoldenImages:
+    images, count = parts.validation, parts.config.verify.golden
+    if not count:
+        pixels = synthetic_images(parts.trained.spec.preprocessing)
+        unlabelled = np.full(len(pixels), -1, np.int64)
+        computed = ImageSet(classes=images.classes, labels=unlabelled, pixels=pixels, files=())
+        return _GoldenImages(
+            computed, list(range(len(pixels))), {"golden_images": {"kind": SYNTHETIC_IMAGES, "positions": []}}
+        )
+    accepted = accepted_images(
+        spread(len(images), count), len(images), lambda index: images.original(index)[0], ImageLimits()
+    )
+    described: dict[str, Any] = {"golden_images": {"kind": VALIDATION_IMAGES, "positions": accepted.positions}}
+    if accepted.passed_over:
+        described["golden_passed_over" if accepted.accepted else "golden_refused"] = accepted.passed_over
+    return _GoldenImages(images, accepted.positions, described)
 
 
 def _kept(target: Target, parts: Parts) -> tuple[str, ...]:

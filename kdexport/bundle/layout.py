@@ -19,6 +19,8 @@ RANGES = "ranges.json"
 UNIT_ERROR = "unit_error"
 #: A tensor of ``GOLDEN_LOGITS``: the positions (N,) of the golden images in the validation split.
 GOLDEN_INDICES = "indices"
+#: Kinds of golden images.
+VALIDATION_IMAGES, SYNTHETIC_IMAGES = "validation", "synthetic"
 #: Prefixes of tensors of ``GOLDEN_LOGITS``, followed by a target: its own logits of the golden images, as its runtime
 #: computed them at the build, and the rms distance from them that another processor or version may have.
 OWN_LOGITS, OWN_DISTANCE = "logits.", "allowed_distance."

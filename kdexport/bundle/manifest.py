@@ -19,6 +19,7 @@ from kdexport.bundle.layout import (
     MANIFEST,
     RANGES,
     SIGNATURE,
+    SYNTHETIC_IMAGES,
     TARGETS,
     TASK,
     UNFUSED,
@@ -54,6 +55,7 @@ __all__ = [
     "VERIFIED",
     "Manifest",
     "changed_files",
+    "has_synthetic_images",
     "hash_files",
     "input_of",
     "irregular_entries",
@@ -245,6 +247,11 @@ def read_golden(folder: Path, manifest: Manifest) -> "NDArray[np.uint8]":
 
     preprocessing = manifest.spec.preprocessing
     return np.stack([preprocessing.pixels(read_image(folder / name)) for name in manifest.golden])
+
+
+def has_synthetic_images(data: dict[str, Any]) -> bool:
+    """Whether the golden images of a bundle are computed; its manifest is ``data``."""
+    return bool((data.get("golden_images") or {}).get("kind") == SYNTHETIC_IMAGES)
 
 
 def layer_plans(manifest: Manifest) -> dict[str, LayerPlan]:

@@ -5,7 +5,7 @@ versions. Numbers may be infinite or NaN: the manifest of a failed build says wh
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -208,6 +208,12 @@ class _Provenance(_Fields):
     metrics: _Metrics = _Metrics()
 
 
+class _GoldenImages(_Fields):
+    kind: Literal["validation", "synthetic"]
+    #: In the validation split; none for synthetic images.
+    positions: list[Count]
+
+
 class _Slim(_Fields):
     manifest_sha256: str
     left_out: list[str]
@@ -224,6 +230,7 @@ class ManifestFields(_Fields):
     export: _Export
     targets: dict[str, _Target]
     golden: Annotated[list[str], Field(min_length=1)]
+    golden_images: _GoldenImages | None = None
     golden_passed_over: dict[str, Count] = {}
     golden_refused: dict[str, Count] = {}
     certificate: _Certificate

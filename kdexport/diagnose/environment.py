@@ -8,6 +8,7 @@ from pathlib import Path
 from kdexport.backends.nvidia import gpu_fingerprint
 from kdexport.backends.ort import CPU
 from kdexport.backends.pixel_input import FLOAT32
+from kdexport.bundle.manifest import has_synthetic_images
 from kdexport.core.digests import tool_versions
 from kdexport.core.processors import usable_cpus
 from kdexport.errors import KdexportError
@@ -117,7 +118,8 @@ def examine_bundle(folder: Path, provider: str = CPU, target: str = DEFAULT_TARG
     nodes = sum(model.ort.nodes_by_provider.values())
     takes = model.signature.takes
     pixels = "" if takes == FLOAT32 else f", takes {takes}"
-    fact = f"{golden.images} images: pixels as in training, labels as the reference"
+    kind = "computed images" if has_synthetic_images(files.manifest.data) else "images"
+    fact = f"{golden.images} {kind}: pixels as in training, labels as the reference"
     return [
         Fact("files", True, f"{len(files.manifest.files)} files unchanged since they were verified"),
         Fact("graph", True, f"{target}: one file, {len(files.graph):,} bytes, no foreign operators{pixels}"),

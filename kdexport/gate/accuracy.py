@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdexport.backends.base import Device, Runner
-from kdexport.bundle.manifest import GOLDEN_LOGITS
+from kdexport.bundle.manifest import GOLDEN_LOGITS, has_synthetic_images
 from kdexport.data.datasets import ImageSet, class_difference, dataset_spec, described, open_dataset
 from kdexport.data.preprocessing import Preprocessing
 from kdexport.errors import BundleError, MismatchError, VerificationError
@@ -104,7 +104,7 @@ def require_golden_logits(model: Artifact, bundle: Bundle, threads: int, *, on_g
     its own is held to these too.
     """
     exact = read_reference(bundle.folder)["logits"]
-    golden = labelled_images(bundle, None)
+    golden = _golden_images(bundle, np.zeros(len(bundle.manifest.golden), np.int64))
     runner = _open(model, threads, on_gpu)
     logits = np.concatenate([runner.run(chunk, (1,)) for chunk in golden.chunks(bundle.manifest.spec.preprocessing)])
     if logits.shape != exact.shape:
@@ -168,6 +168,25 @@ def _result(name: str, estimate: Estimate, limit: float, images: int, source: st
     )
 
 
+def _golden_images(bundle: Bundle, labels: NDArray[np.int64]) -> LabelledImages:
+    files = tuple(bundle.folder / name for name in bundle.manifest.golden)
+    golden = ImageSet(classes=bundle.manifest.spec.classes, labels=labels, pixels=None, files=files)
+    return LabelledImages(images=golden, source="golden images")
+
+
+def _without_labels(bundle: Bundle) -> BundleError:
+    if has_synthetic_images(bundle.manifest.data):
+        return BundleError(
+            f"The golden images of {bundle.folder} are synthetic and have no labels, so that accuracy cannot be judged "
+            "on them.",
+            remedy="Pass --data DIR with labelled images.",
+        )
+    return BundleError(
+        f"{bundle.folder} stores no labels for its golden images.",
+        remedy="Build the bundle again, or pass --data DIR with labelled images.",
+    )
+
+
 def labelled_images(bundle: Bundle, data: str | None) -> LabelledImages:
     """The bundle's golden images, or the test split at ``data``: an image folder, a CIFAR-100 folder, or ``digits``."""
     if data is None:
@@ -176,14 +195,8 @@ def labelled_images(bundle: Bundle, data: str | None) -> LabelledImages:
         try:
             labels = load_file(bundle.folder / GOLDEN_LOGITS)["labels"].astype(np.int64)
         except KeyError:
-            raise BundleError(
-                f"{bundle.folder} stores no labels for its golden images.",
-                remedy="Build the bundle again, or pass --data DIR with labelled images.",
-            ) from None
-        spec = bundle.manifest.spec
-        files = tuple(bundle.folder / name for name in bundle.manifest.golden)
-        golden = ImageSet(classes=spec.classes, labels=labels, pixels=None, files=files)
-        return LabelledImages(images=golden, source="golden images")
+            raise _without_labels(bundle) from None
+        return _golden_images(bundle, labels)
     root = Path(data)
     is_cifar = any((folder / "meta").is_file() for folder in (root, root / "cifar-100-python"))
     name = "digits" if data == "digits" else "cifar100" if is_cifar else "folder:"

@@ -17,7 +17,17 @@ from numpy.typing import NDArray
 
 from kdexport.backends.base import ONNX_FILE, Finding
 from kdexport.bundle.layout import GOLDEN_INDICES, SBOM
-from kdexport.bundle.manifest import GOLDEN_LOGITS, MANIFEST, MODEL, TARGETS, TASK, UNFUSED, Manifest, onnx_files
+from kdexport.bundle.manifest import (
+    GOLDEN_LOGITS,
+    MANIFEST,
+    MODEL,
+    TARGETS,
+    TASK,
+    UNFUSED,
+    Manifest,
+    has_synthetic_images,
+    onnx_files,
+)
 from kdexport.bundle.sbom import normalised, read_versions, serial_number
 from kdexport.checkpoint import load_tensors
 from kdexport.core.digests import sha256_file
@@ -223,6 +233,10 @@ def _golden(folder: Path, manifest: Manifest) -> Finding:
     count, classes = len(manifest.golden), manifest.spec.num_classes
     if logits.shape != (count, classes):
         return Finding("labels", False, f"the logits have shape {logits.shape}, expected ({count}, {classes})")
+    described = manifest.data.get("golden_images")
+    if has_synthetic_images(manifest.data):
+        extra = sorted({"labels", GOLDEN_INDICES} & tensors.keys())
+        return Finding("labels", not extra, f"synthetic images have {' and '.join(extra) or 'no labels'}")
     if "labels" not in tensors:
         return Finding("labels", True, "the bundle is of an earlier version that did not store labels")
     labels = tensors["labels"].numpy()
@@ -236,6 +250,9 @@ def _golden(folder: Path, manifest: Manifest) -> Finding:
     indices = tensors[GOLDEN_INDICES].tolist() if GOLDEN_INDICES in tensors else spread(total, count)
     if len(indices) != count or len(set(indices)) != count:
         return Finding("labels", False, f"expected {count} different positions of images, found {indices}")
+    if described and described["positions"] != indices:
+        recorded = described["positions"]
+        return Finding("labels", False, f"positions of images are {indices}, and {recorded} in {MANIFEST}")
     shared = [(place, rows[index]) for place, index in enumerate(indices) if index in rows]
     wrong = [place for place, row in shared if not _agrees(record, row, labels[place], logits[place])]
     fact = f"{len(shared) - len(wrong)} of {len(shared)} images that are also in {TASK} have its label and prediction"

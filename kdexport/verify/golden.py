@@ -15,6 +15,7 @@ from kdexport.bundle.layout import GOLDEN_INDICES, OWN_DISTANCE, OWN_LOGITS
 from kdexport.bundle.manifest import GOLDEN_LOGITS, UNIT_ERROR, write_golden
 from kdexport.checkpoint import TrainedStudent, load_student, save_tensors
 from kdexport.data.datasets import ImageSet
+from kdexport.data.image_metadata import without_metadata
 from kdexport.errors import KdexportError
 from kdexport.targets import Target
 from kdexport.verify.golden_limits import allowed_distance, place_of
@@ -37,12 +38,12 @@ class OwnRun:
 class GoldenSet:
     """The names of the golden images, and where each target computed its own logits of them.
 
-    ``refusals`` are fields of the manifest: how many images the server would refuse, for each reason.
+    ``described`` are fields of the manifest: which images they are, and how many the server would refuse.
     """
 
     names: list[str]
     places: dict[str, dict[str, str]]
-    refusals: dict[str, dict[str, int]] = field(default_factory=dict)
+    described: dict[str, Any] = field(default_factory=dict)
 
 
 def write_golden_set(
@@ -54,15 +55,18 @@ def write_golden_set(
     own: Sequence[OwnRun],
     *,
     policy: Policy,
+    is_synthetic: bool = False,
 ) -> GoldenSet:
     """Write the ``chosen`` images and their float64 logits (N,K), and those of each run of ``own`` in its runtime.
 
+    The images are written without metadata. ``is_synthetic``: they are not of the validation split, and have no labels.
     The same file holds the largest error of a logit that a server accepts under ``policy``, so that the server needs
     no torch: for float32 the limit of rung B; for each target of ``low`` (a function that runs its file) the limit of
     rung C times the error of the file on this machine.
     """
-    names = write_golden(folder, (images.original(index) for index in chosen))
     preprocessing = trained.spec.preprocessing
+    bare = (without_metadata(*images.original(index), preprocessing) for index in chosen)
+    names = write_golden(folder, bare)
     given = preprocessing.normalise(images.read(chosen, preprocessing))
     exact, added = run_exact(load_student(trained), given)
     unit = float32_unit(exact, added, run_torch(load_student(trained), given))
@@ -71,11 +75,10 @@ def write_golden_set(
         f"allowed_error.{target}": low_precision_error(exact, logits(given), policy.C.max_error)
         for target, logits in low.items()
     }
-    tensors = {
-        "logits": torch.from_numpy(exact),
-        "labels": torch.from_numpy(images.labels[list(chosen)]),
-        GOLDEN_INDICES: torch.tensor(list(chosen), dtype=torch.int64),
-    }
+    tensors = {"logits": torch.from_numpy(exact)}
+    if not is_synthetic:
+        tensors["labels"] = torch.from_numpy(images.labels[list(chosen)])
+        tensors[GOLDEN_INDICES] = torch.tensor(list(chosen), dtype=torch.int64)
     tensors |= {name: torch.tensor(value, dtype=torch.float64) for name, value in allowed.items()}
     places = {}
     for run in own:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from kdexport.bundle.manifest import has_synthetic_images
 from kdexport.core.tables import Table, html_page, markdown_page
 from kdexport.data.preprocessing import Preprocessing
 from kdexport.verify.check import has_failed
@@ -307,6 +308,17 @@ def golden_sentence(data: dict[str, Any]) -> str:
     return f"kdexport serve would refuse every validation image as an upload: {kinds}." if refused else ""
 
 
+def images_inside(data: dict[str, Any]) -> str:
+    """Which images the bundle holds, in one sentence."""
+    count, described = len(data["golden"]), data.get("golden_images")
+    if described is None:
+        return f"{count} validation images, as their files were, with their metadata (built by an earlier version)"
+    if has_synthetic_images(data):
+        return f"{count} computed images; no image of a data set is inside"
+    positions = ", ".join(map(str, described["positions"]))
+    return f"{count} images of the validation split without metadata, at the positions {positions}"
+
+
 def hazard_rows(data: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Warnings of the fold: layer, kind, numbers; none for bundles of earlier versions."""
     return [(item["layer"], item["kind"], item["detail"]) for item in data["certificate"].get("hazards", [])]
@@ -322,7 +334,7 @@ def _hazards(data: dict[str, Any]) -> Iterable[Table]:
 def _origin(data: dict[str, Any]) -> Table:
     provenance = data["provenance"]
     preprocessing = Preprocessing.from_json(data["student"]["preprocessing"])
-    rows = [("preprocessing", preprocessing.describe())]
+    rows = [("preprocessing", preprocessing.describe()), ("golden images", images_inside(data))]
     rows += [(key, str(provenance[key])) for key in sorted(provenance) if key.endswith("sha256") or key == "seed"]
     rows += [(f"version of {name}", version) for name, version in data["versions"].items()]
     return Table(title="Origin", header=("what", "value"), rows=(("build key", data["build_key"]), *rows))

@@ -58,6 +58,8 @@ def student_spec(
     described["teacher"].pop("checkpoint")
     if "weights" in described["student"]:
         described["student"]["weights"] = Path(described["student"]["weights"]).name
+    if described["teacher"]["name"].endswith(".pt2"):
+        described["teacher"]["name"] = Path(described["teacher"]["name"]).name
     if described["data"]["name"].startswith("folder:"):
         described["data"]["name"] = "folder"
     preprocessing: Preprocessing = preprocessing_of(recipe.data)

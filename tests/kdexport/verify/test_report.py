@@ -53,6 +53,7 @@ def manifest(**changes: Any) -> dict[str, Any]:
             check("run", "model.onnx", "same input twice", 0.0, 0.0),
         ],
         "parity_images": 64,
+        "golden": ["golden/000.png", "golden/001.png"],
         "targets": {
             "onnx-fp32": {"precision": "fp32", "status": "verified"},
             "trt-rtx-fp16": {"precision": "fp16", "status": "verified", "kernels": 58, "version": "1.7"},
