@@ -117,7 +117,7 @@ def open_checkpoint(directory: Path) -> TrainedStudent:
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(
             f"{spec_path} does not describe a student: {type(error).__name__}: {error}.",
-            remedy="Pass a folder written by this version of python -m training train.",
+            remedy="Pass a folder written by this version of kdexport train.",
         ) from error
     if spec.program_sha256:
         _require_files(directory, PROGRAM)
@@ -129,7 +129,7 @@ def _require_files(directory: Path, *names: str) -> None:
         if not (directory / name).is_file():
             raise CheckpointError(
                 f"{directory} is not a student checkpoint: it has no {name}.",
-                remedy="Pass a folder written by python -m training train (student.json and model.safetensors).",
+                remedy="Pass a folder written by kdexport train (student.json and model.safetensors).",
             )
 
 

@@ -20,6 +20,7 @@ from kdexport.commands.replay import replay
 from kdexport.commands.serve import serve
 from kdexport.commands.sign import sign
 from kdexport.commands.slim import slim
+from kdexport.commands.training import PASSED_ON, evaluate_run, table, teacher, train
 from kdexport.commands.triton import triton
 from kdexport.commands.verify import verify
 
@@ -64,3 +65,5 @@ app.command()(sign)
 app.command()(slim)
 app.command()(serve)
 app.command()(triton)
+for command in (train, teacher, evaluate_run, table):
+    app.command(context_settings=PASSED_ON, add_help_option=False)(command)

@@ -1,7 +1,12 @@
-"""``python -m training``: train a teacher, distil a student, fill a table of results, evaluate, print a recipe."""
+"""``python -m training``: train a teacher, distil a student, fill a table of results, evaluate, print a recipe.
+
+``kdexport train``, ``teacher``, ``evaluate-run`` and ``table`` are the first four of these in an installed package.
+"""
 
 import json
+import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +15,7 @@ import typer
 from kdexport.commands.options import Plugins
 from kdexport.core.console import guarded
 from kdexport.core.files import write_text
+from kdexport.core.training_process import PROGRAM
 from training import REVISION
 from training.recipe import Recipe, load_recipe, merge_overrides, parse_override, plugin_digests
 from training.shipped_recipes import shipped_names
@@ -123,6 +129,7 @@ def table(
     )  # fmt: skip
 
 
+@app.command("evaluate-run", hidden=True)
 @app.command()
 def evaluate(
     recipe: RecipeOption,
@@ -206,4 +213,4 @@ def names(
 
 
 if __name__ == "__main__":
-    guarded(app)
+    guarded(partial(app, prog_name=os.environ.get(PROGRAM)))

@@ -223,7 +223,7 @@ def _foreign_teacher(
         raise CheckpointError(
             f"The teacher {reference} cannot teach {recipe.distiller.name}, which reads its logits: {problem}, the "
             f"data set has {count}.",
-            remedy="Fine-tune it first: python -m training teacher with the same options, then pass its "
+            remedy="Fine-tune it first: kdexport teacher with the same options, then pass its "
             "model.safetensors with --teacher-checkpoint. Or use a method that reads only features: "
             f"{', '.join(readers)}.",
         )

@@ -407,7 +407,7 @@ def read_tables(source: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
     if data is None:
         raise ConfigError(
             f"There is no recipe {source!r}.",
-            remedy=f"{_similar(source)}Run python -m training names recipes for all names, or pass a TOML file.",
+            remedy=f"{_similar(source)}Run kdexport list recipes for all names, or pass a TOML file.",
         )
     bases = data.pop("extends", [])
     tables: dict[str, Any] = {}

@@ -344,7 +344,7 @@ def evaluate_teacher(recipe: Recipe) -> float:
         raise CheckpointError(
             f"The teacher {recipe.teacher.name} cannot be evaluated on these classes: {given.problem}, the data set "
             f"has {len(test.classes)}.",
-            remedy="Fine-tune it first with python -m training teacher.",
+            remedy="Fine-tune it first with kdexport teacher.",
         )
     exact = recipe.model_copy(
         update={"train": recipe.train.model_copy(update={"mixed_precision": "no", "teacher_precision": "no"})}

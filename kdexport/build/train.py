@@ -7,6 +7,7 @@ from typing import Any
 
 from kdexport.core.child import ChildDiedError, call, call_together
 from kdexport.core.digests import digest
+from kdexport.core.training_process import training_environment
 from kdexport.errors import TrainingError
 
 
@@ -63,9 +64,10 @@ def _portable(recipe: dict[str, Any]) -> dict[str, Any]:
 def _call(arguments: list[str], *, processes: int = 1) -> Any:
     try:
         # Training has no time limit, and shows its progress on stderr.
+        environment = training_environment()
         if processes > 1:
-            return call_together("training", arguments, processes)
-        return call("training", arguments, timeout_s=None, shows_stderr=True)
+            return call_together("training", arguments, processes, environment)
+        return call("training", arguments, timeout_s=None, environment=environment, shows_stderr=True)
     except ChildDiedError as error:
         raise TrainingError(
             f"The training process ended with exit code {error.exit_code}.",

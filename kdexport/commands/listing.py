@@ -9,6 +9,7 @@ import typer
 from kdexport.commands.options import Debug, Json, Plugins
 from kdexport.core.child import ChildDiedError, call
 from kdexport.core.console import print_json
+from kdexport.core.training_process import training_environment
 from kdexport.errors import BackendUnavailableError, UnknownNameError
 from kdexport.registry import nearest
 
@@ -35,7 +36,7 @@ def _targets() -> Rows:
 def _from_training(kind: str) -> Callable[[], Rows]:
     def rows() -> Rows:
         try:
-            names = call("training", ["names", kind], timeout_s=None)
+            names = call("training", ["names", kind], timeout_s=None, environment=training_environment())
         except ChildDiedError as error:
             raise BackendUnavailableError(
                 f"The training package cannot be started: {error.stderr}",

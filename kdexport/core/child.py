@@ -84,13 +84,15 @@ def call(
     return _answer(done.stdout, done.returncode, done.stderr or "")
 
 
-def call_together(module: str, arguments: Sequence[str], processes: int) -> Any:
+def call_together(
+    module: str, arguments: Sequence[str], processes: int, environment: Mapping[str, str] | None = None
+) -> Any:
     """Run ``module`` in ``processes`` children that find each other as torch's launcher would let them.
 
-    Returns the answer of the first one. They write to our stderr. If one fails, the others are killed and its error is
+    Returns the answer of the first one; ``environment`` is added to theirs. They write to our stderr. If one fails, the others are killed and its error is
     raised alone, as by ``call``: all of them may meet the same one.
     """
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    address = {**(environment or {}), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     # As torch's launcher does: threads of several processes would only wait for each other's processors.
     address["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
     with _held_pipe() as stdin, contextlib.ExitStack() as stack:
@@ -100,9 +102,9 @@ def call_together(module: str, arguments: Sequence[str], processes: int) -> Any:
         for rank in range(processes):
             ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
             answer = stack.enter_context(tempfile.TemporaryFile("w+", errors="replace"))
-            environment = _environment({**address, **{name: str(value) for name, value in ranks.items()}})
+            own = _environment({**address, **{name: str(value) for name, value in ranks.items()}})
             children.append(
-                (subprocess.Popen(_command(module, arguments), stdin=stdin, stdout=answer, env=environment), answer)
+                (subprocess.Popen(_command(module, arguments), stdin=stdin, stdout=answer, env=own), answer)
             )
         return _answer_together(children)
 

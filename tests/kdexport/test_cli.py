@@ -151,4 +151,5 @@ def test_the_options_of_each_command_are_frozen() -> None:
             "--max-queue", "--name", "--plugin", "--queue-timeout-ms", "--repository", "--target", "--tensorrt-version",
             "--version", "bundle",
         ],
+        "train": [], "teacher": [], "evaluate-run": [], "table": [],
     }  # fmt: skip

@@ -87,7 +87,7 @@ def test_a_teacher_of_other_classes_is_refused_for_logits_and_read_for_features(
             train_student(logits, tmp_path / factory, ORIGIN)
         assert f"The teacher {HERE}:{factory} cannot teach kd, which reads its logits" in caught.value.message
         assert "the data set has 3" in caught.value.message
-        assert "python -m training teacher" in caught.value.remedy
+        assert "kdexport teacher" in caught.value.remedy
         assert caught.value.remedy.endswith("average, crd, kdiffusion, norm, ofd, plain, reviewkd, vid.")
         features = recipe_of(tiny_images, given, "distiller.name=at", "distiller.ramp_epochs=0.5", teacher=factory)
         metrics = train_student(features, tmp_path / f"{factory}-at", ORIGIN)

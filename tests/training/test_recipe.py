@@ -69,7 +69,7 @@ def test_a_recipe_that_extends_itself_is_refused(tmp_path: Path) -> None:
 def test_a_missing_recipe_or_base_is_named_with_the_nearest(tmp_path: Path) -> None:
     assert refused("cifar10") == (
         "There is no recipe 'cifar10'.\n"
-        "Did you mean cifar100? Run python -m training names recipes for all names, or pass a TOML file."
+        "Did you mean cifar100? Run kdexport list recipes for all names, or pass a TOML file."
     )
     absent = tmp_path / "absent.toml"
     assert f"There is no recipe '{absent}'." in refused(write(tmp_path / "top.toml", 'extends = "absent.toml"\n'))

@@ -83,7 +83,7 @@ def _matching(pattern: str) -> list[str]:
     if not found:
         raise ConfigError(
             f"No recipe matches {pattern!r}.",
-            remedy="Run python -m training names recipes for the names of all recipes.",
+            remedy="Run kdexport list recipes for the names of all recipes.",
         )
     return found
 
