@@ -89,8 +89,8 @@ def call_together(
 ) -> Any:
     """Run ``module`` in ``processes`` children that find each other as torch's launcher would let them.
 
-    Returns the answer of the first one; ``environment`` is added to theirs. They write to our stderr. If one fails, the others are killed and its error is
-    raised alone, as by ``call``: all of them may meet the same one.
+    Returns the answer of the first one; ``environment`` is added to theirs. They write to our stderr. If one fails, the
+    others are killed and its error is raised alone, as by ``call``: all of them may meet the same one.
     """
     address = {**(environment or {}), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     # As torch's launcher does: threads of several processes would only wait for each other's processors.
