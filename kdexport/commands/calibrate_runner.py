@@ -47,10 +47,13 @@ def _show(calibration: "Calibration", path: Path, *, as_json: bool) -> None:
         return
     from kdexport.commands.render import new_console
     from kdexport.core.tables import Table, terminal_table
+    from kdexport.gate.calibrate import MAX_WIDENING
 
     false_fails = f"{calibration.false_fails} of {calibration.gates}, at most {calibration.false_fail_high:.0%} (95 %)"
     rows = (
         ("standard deviation between sessions", f"{calibration.session_deviation:.2%}"),
+        ("correlation of consecutive sessions", f"{calibration.lag_correlation:.2f}"),
+        ("intervals of a gate are wider by", f"{calibration.widening:.2f} times"),
         ("smallest slowdown that a gate can enforce", f"{calibration.smallest_slowdown:.1%}"),
         (f"false FAILs at {calibration.max_slowdown:.1%}", false_fails),
         ("the same, resampled from these sessions", f"{calibration.resampled_false_fails:.2%}"),
@@ -60,5 +63,10 @@ def _show(calibration: "Calibration", path: Path, *, as_json: bool) -> None:
     )
     console = new_console()
     console.print(terminal_table(Table(header=("", ""), rows=rows)))
+    if calibration.widening > MAX_WIDENING:
+        console.print(
+            f"Sessions depend on each other: a gate refuses this calibration (up to {MAX_WIDENING:g} times allowed). "
+            "Stop what else runs here and calibrate again.", soft_wrap=True,
+        )  # fmt: skip
     console.print(f"{calibration.model}, {calibration.clock}, {calibration.machine.cpu}", soft_wrap=True)
     console.print(f"Written: {path}", soft_wrap=True)

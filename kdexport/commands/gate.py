@@ -40,6 +40,11 @@ def gate(
     max_slowdown: Annotated[str, typer.Option(help="Allowed slowdown of the median.")] = "2%",
     max_flips: Annotated[str | None, typer.Option(help="Allowed fraction of changed predictions.")] = None,
     max_top1_drop: Annotated[str | None, typer.Option(help="Allowed drop of top-1.")] = None,
+    max_slow_sessions: Annotated[
+        str | None,
+        typer.Option(help="Allowed fraction of slow sessions, each a process; takes more sessions."),
+    ] = None,
+    slow_session: Annotated[str, typer.Option(help="A session is slow if the candidate is slower by more.")] = "10%",
     slo_p99: Annotated[float | None, typer.Option(min=0.0, help="Limit of the p99 in milliseconds.")] = None,
     data: Images = None,
     clock: Clock = "host",
@@ -69,9 +74,11 @@ def gate(
         baseline=baseline,
         limits=Limits(
             slowdown=parse_percentage("--max-slowdown", max_slowdown),
-            flips=None if max_flips is None else parse_percentage("--max-flips", max_flips),
-            top1_drop=None if max_top1_drop is None else parse_percentage("--max-top1-drop", max_top1_drop),
+            flips=_optional("--max-flips", max_flips),
+            top1_drop=_optional("--max-top1-drop", max_top1_drop),
             p99_ms=slo_p99,
+            slow_sessions=_optional("--max-slow-sessions", max_slow_sessions),
+            slow_session=parse_percentage("--slow-session", slow_session),
         ),
         data=data, clocks=parse_clocks(clock), batches=parse_batches(batch), target=target, against=against,
         threads=threads, runner=runner, policy=parse_on_inconclusive(on_inconclusive), seed=seed,
@@ -88,6 +95,10 @@ def gate(
 
         show(result, new_console())
     raise typer.Exit(result.exit_code)
+
+
+def _optional(option: str, text: str | None) -> float | None:
+    return None if text is None else parse_percentage(option, text)
 
 
 def show(result: "GateResult", console: "Console") -> None:

@@ -19,6 +19,7 @@ from kdexport.core.files import require_writable_file, write_text
 from kdexport.errors import ConfigError, ResolutionError
 from kdexport.gate.arms import Artifact, artifact, open_bundle, require_batches
 from kdexport.gate.sequential_test import Measurement, Outcome, Plan, run_sequential_test
+from kdexport.stats import dependence
 from kdexport.stats import sequential as statistics
 from kdexport.stats.proportions import upper_bound
 from kdexport.targets import DEFAULT_TARGET
@@ -27,18 +28,33 @@ from kdexport.timing.clocks import parse_clocks, require_timeable
 from kdexport.timing.machine import Machine, require_cores, this_machine
 from kdexport.timing.session import Request, Session, run_session
 
-SCHEMA = "kdexport.runner/1"
-MIN_SESSIONS = 20
+SCHEMA = "kdexport.runner/2"
+
+#: Ten blocks of six: with fewer, the upper bound on the dependence of sessions would be far above the estimate.
+MIN_SESSIONS = 60
+
+#: A larger widening is refused: sessions that are so much alike would need a gate of hundreds of them.
+MAX_WIDENING = 3.0
 _RESAMPLED_GATES = 20_000
+
+#: Numbers that a gate computes with, and their ranges.
+_RANGES = (
+    ("mde", 0.0, 600.0),
+    ("session_deviation", 0.0, 10.0),
+    ("max_slowdown", 0.0, 10.0),
+    ("lag_correlation", -1.0, 1.0),
+    ("widening", 1.0, dependence.MOST),
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Calibration:
     """The result of ``gates`` A/A gates on one machine, and of the sessions of all of them together.
 
-    ``session_deviation`` and ``mde`` are log ratios; a limit must not be below ``mde``. ``false_fail_high`` is the
-    exact 95 % upper bound of the proportion of false FAILs; ``resampled_false_fails`` is that proportion over gates
-    simulated by resampling the measured sessions.
+    ``session_deviation`` and ``mde`` are log ratios; a limit must not be below ``mde``. ``lag_correlation`` is the
+    correlation of consecutive sessions, and ``widening`` how much wider than for independent sessions the intervals of
+    a gate must be; ``mde`` includes it. ``false_fail_high`` is the exact 95 % upper bound of the proportion of false
+    FAILs; ``resampled_false_fails`` is that proportion over gates simulated by resampling the measured sessions.
     """
 
     machine: Machine
@@ -51,6 +67,8 @@ class Calibration:
     max_slowdown: float
     sessions: int
     session_deviation: float
+    lag_correlation: float
+    widening: float
     mde: float
     gates: int
     false_fails: int
@@ -120,7 +138,7 @@ def calibrate(
     progress: Callable[[str], None] = lambda _: None,
     run: Callable[[Request], Session] = run_session,
 ) -> Calibration:
-    """Run ``gates`` A/A gates of ``measurement``, whose arms are equal, and more until there are 20 sessions."""
+    """Run ``gates`` A/A gates of ``measurement``, whose arms are equal, and more until there are 60 sessions."""
     outcomes: list[Outcome] = []
     seconds: list[float] = []
     ratios: list[float] = []
@@ -145,6 +163,7 @@ def _summary(
     measurement: Measurement, plan: Plan, outcomes: list[Outcome], seconds: list[float], ratios: list[float]
 ) -> Calibration:
     deviation = float(np.std(ratios, ddof=1))
+    widening = dependence.widening(ratios)
     verdicts = [outcome.verdict for outcome in outcomes]
     fails = verdicts.count("FAIL")
     return Calibration(
@@ -158,31 +177,46 @@ def _summary(
         max_slowdown=plan.max_slowdown,
         sessions=len(ratios),
         session_deviation=deviation,
-        mde=statistics.minimum_detectable_effect(deviation),
+        lag_correlation=dependence.lag_correlation(ratios),
+        widening=widening,
+        mde=statistics.minimum_detectable_effect(widening * deviation),
         gates=len(outcomes),
         false_fails=fails,
         false_fail_high=upper_bound(fails, len(outcomes), 0.95),
         inconclusive=verdicts.count("INCONCLUSIVE"),
-        resampled_false_fails=resampled_false_fails(ratios, math.log1p(plan.max_slowdown)),
+        resampled_false_fails=resampled_false_fails(ratios, math.log1p(plan.max_slowdown), widening),
         median_gate_seconds=float(np.median(seconds)),
         load=os.getloadavg()[0],
     )
 
 
-def resampled_false_fails(ratios: list[float], limit: float) -> float:
-    """Proportion of false FAILs among gates resampled from the sessions (K,) of equal arms.
+def resampled_false_fails(ratios: list[float], limit: float, widening: float = 1.0) -> float:
+    """Proportion of false FAILs among gates resampled from the sessions (K,) of equal arms, in the order they ran.
 
-    Each session is drawn with a random sign, because either of two equal arms could be called the candidate.
+    A gate gets as many consecutive sessions as it takes at most, so that sessions that are alike stay together, and one
+    random sign, because either of two equal arms could be called the candidate.
     """
     rng = np.random.default_rng(20240208)
-    shape = (_RESAMPLED_GATES, statistics.LOOKS[-1])
-    draws = rng.choice(np.asarray(ratios), shape) * rng.choice([-1.0, 1.0], shape)
-    verdicts, _ = statistics.sequential(draws, limit)
+    most = statistics.LOOKS[-1]
+    starts = rng.integers(0, len(ratios), (_RESAMPLED_GATES, 1))
+    draws = np.asarray(ratios)[(starts + np.arange(most)) % len(ratios)]
+    verdicts, _ = statistics.sequential(draws * rng.choice([-1.0, 1.0], starts.shape), limit, widening=widening)
     return float(np.mean(verdicts == "FAIL"))
 
 
 def require_resolution(calibration: Calibration, max_slowdown: float) -> None:
-    """Raise ``ResolutionError`` for a limit below the smallest slowdown that the calibrated machine can enforce."""
+    """Raise ``ResolutionError`` for a limit below the smallest slowdown that the calibrated machine can enforce.
+
+    If its consecutive sessions are too much alike, it can enforce none.
+    """
+    if calibration.widening > MAX_WIDENING:
+        raise ResolutionError(
+            f"Consecutive sessions on this runner are alike (correlation {calibration.lag_correlation:.2f}): intervals "
+            f"would have to be {calibration.widening:.1f} times as wide as for independent sessions (up to "
+            f"{MAX_WIDENING:g} allowed), and the error rate of the gate would not hold.",
+            remedy="Stop what else runs on this machine, or let it cool, and run `kdexport calibrate-runner` again, "
+            "with more --gates for a sharper estimate.",
+        )
     if math.log1p(max_slowdown) < calibration.mde:
         raise ResolutionError(
             f"This runner cannot enforce {max_slowdown:.1%}: equal arms differ by {calibration.session_deviation:.2%} "
@@ -228,10 +262,10 @@ def _described(error: Exception) -> str:
 
 def _checked(data: dict[str, Any]) -> Calibration:
     calibration = Calibration(**{**data, "machine": Machine(**data["machine"])})
-    for name in ("mde", "session_deviation", "max_slowdown"):
+    for name, least, most in _RANGES:
         value = getattr(calibration, name)
-        if not isinstance(value, float) or not 0 <= value < 10:
-            raise ValueError(f"{name} must be a number from 0 to 10; got {value!r}")
+        if not isinstance(value, float) or not least <= value <= most:
+            raise ValueError(f"{name} must be a number from {least:g} to {most:g}; got {value!r}")
     return calibration
 
 

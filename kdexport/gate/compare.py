@@ -19,8 +19,9 @@ from kdexport.gate.arms import (
     require_comparable,
 )
 from kdexport.gate.calibrate import read_calibration, require_resolution
-from kdexport.gate.result import Check, GateResult, Policy, accuracy_check, latency_check, tail_check
-from kdexport.gate.sequential_test import Measurement, Plan, run_sequential_test
+from kdexport.gate.result import Check, GateResult, Policy, accuracy_check, latency_check, slow_check, tail_check
+from kdexport.gate.sequential_test import Measurement, Outcome, Plan, run_sequential_test
+from kdexport.gate.slow_sessions import SlowLimits, SlowOutcome, count_slow_sessions, require_decidable
 from kdexport.gate.stored_latencies import StoredLatencies, read_latencies, stored_checks, write_anchor
 from kdexport.timing.clocks import require_timeable
 from kdexport.timing.machine import require_cores, this_machine
@@ -31,12 +32,24 @@ RUNNER = Path("runner.toml")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """The limits of a gate: fractions (0.02 is 2 %), and p99 in milliseconds; None means not checked."""
+    """The limits of a gate: fractions (0.02 is 2 %), and p99 in milliseconds; None means not checked.
+
+    At most ``slow_sessions`` of the sessions may have a candidate that is slower by more than ``slow_session``.
+    """
 
     slowdown: float
     flips: float | None = None
     top1_drop: float | None = None
     p99_ms: float | None = None
+    slow_sessions: float | None = None
+    slow_session: float = 0.10
+
+    @property
+    def slow(self) -> SlowLimits | None:
+        """The limits of the check of slow sessions."""
+        if self.slow_sessions is None:
+            return None
+        return SlowLimits(share=self.slow_sessions, slowdown=self.slow_session)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,10 +94,16 @@ def run_gate(request: GateRequest, progress: Progress, report: Progress = lambda
     """
     started = time.monotonic()
     require_cores(request.threads)
-    calibration = _resolution(request)
+    calibration, widening = _resolution(request)
     limits = request.limits
+    if limits.slow is not None:
+        require_decidable(limits.slow, limits.slowdown)
     plan = Plan(
-        max_slowdown=limits.slowdown, threads=request.threads, seed=request.seed, tails=limits.p99_ms is not None
+        max_slowdown=limits.slowdown,
+        threads=request.threads,
+        seed=request.seed,
+        tails=limits.p99_ms is not None,
+        widening=widening,
     )
     on_gpu = request.clocks == ("gpu",)
     with _open_arms(request, progress) as arms:
@@ -100,11 +119,13 @@ def run_gate(request: GateRequest, progress: Progress, report: Progress = lambda
         else:
             accuracy = []
         outcomes = run_sequential_test(_measurements(request, arms), plan, progress=progress)
+        slow = _slow_sessions(outcomes, plan, limits.slow, progress)
     checks: list[Check] = [accuracy_check(result) for result in accuracy]
     if arms.stored is None:
-        checks += [latency_check(outcome, plan) for outcome in outcomes]
+        checks += [latency_check(outcome, plan, counted=bool(slow)) for outcome in outcomes]
     else:
         checks += stored_checks(arms.stored, outcomes, plan)
+    checks += [slow_check(outcome, found) for outcome, found in zip(outcomes, slow, strict=False)]
     if limits.p99_ms is not None:
         checks += [tail_check(outcome, limits.p99_ms) for outcome in outcomes]
     return GateResult(
@@ -113,11 +134,23 @@ def run_gate(request: GateRequest, progress: Progress, report: Progress = lambda
         reference=arms.reference.label if arms.stored is None else str(request.baseline),
         plan=plan,
         outcomes=outcomes,
+        slow=slow,
         checks=tuple(checks),
         machine=this_machine(),
         seconds=time.monotonic() - started,
         policy=request.policy,
         calibration=calibration,
+    )
+
+
+def _slow_sessions(
+    outcomes: tuple[Outcome, ...], plan: Plan, limits: SlowLimits | None, progress: Progress
+) -> tuple[SlowOutcome, ...]:
+    """One result per outcome; none if the check was not requested."""
+    if limits is None:
+        return ()
+    return tuple(
+        count_slow_sessions(outcome, plan, limits, family=len(outcomes), progress=progress) for outcome in outcomes
     )
 
 
@@ -136,17 +169,20 @@ def _measurements(request: GateRequest, arms: _Arms) -> list[Measurement]:
     ]
 
 
-def _resolution(request: GateRequest) -> str:
-    """A description of the calibration; raises ``ResolutionError`` for a limit that the machine cannot enforce."""
+def _resolution(request: GateRequest) -> tuple[str, float]:
+    """A description of the calibration, and its widening; ``ResolutionError`` for a limit that cannot be enforced."""
     path = request.runner or (RUNNER if RUNNER.is_file() else None)
     if path is None:
-        return "not calibrated"
+        return "not calibrated: sessions are taken to be independent", 1.0
     calibration = read_calibration(path)
     fits = calibration.machine == this_machine() and calibration.threads == request.threads
     if not fits or calibration.clock not in request.clocks:
-        return f"{path} is for a different machine, clock or number of threads and was not used"
+        return f"{path} is for a different machine, clock or number of threads and was not used", 1.0
     require_resolution(calibration, request.limits.slowdown)
-    return f"calibrated on {calibration.measured}: this machine can enforce {calibration.smallest_slowdown:.1%} or more"
+    text = f"calibrated on {calibration.measured}: this machine can enforce {calibration.smallest_slowdown:.1%} or more"
+    if calibration.widening > 1:
+        text += f"; intervals are {calibration.widening:.2f} times as wide, because sessions may depend on each other"
+    return text, calibration.widening
 
 
 @contextlib.contextmanager
@@ -173,10 +209,13 @@ def _open_arms(request: GateRequest, progress: Progress) -> Iterator[_Arms]:
 
 
 def _against_stored(request: GateRequest, bundle: Bundle, candidate: Artifact, path: Path, scratch: Path) -> _Arms:
-    if (request.limits.flips, request.limits.top1_drop, request.against) != (None, None, None):
+    limits = request.limits
+    if any(given is not None for given in (limits.flips, limits.top1_drop, limits.slow_sessions, request.against)):
         raise ConfigError(
-            f"{path} contains only latencies, but accuracy gates and --against need the files of the baseline.",
-            remedy="Pass --baseline with the bundle folder, or omit --max-flips, --max-top1-drop and --against.",
+            f"{path} contains only latencies, but accuracy gates, --max-slow-sessions and --against need the files of "
+            "the baseline.",
+            remedy="Pass --baseline with the bundle folder, or omit --max-flips, --max-top1-drop, --max-slow-sessions "
+            "and --against.",
         )
     return _Arms(
         question="Is the candidate slower than stored numbers?",

@@ -1,5 +1,6 @@
 """The result of a gate: its checks, their overall verdict, the exit code, and the JSON object."""
 
+import itertools
 import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -8,7 +9,14 @@ import numpy as np
 
 from kdexport.gate.accuracy import AccuracyResult
 from kdexport.gate.sequential_test import Outcome, Plan
-from kdexport.stats.proportions import TAIL_CONFIDENCE, estimate_proportion, quantile_bounds, trials_needed
+from kdexport.gate.slow_sessions import SlowOutcome
+from kdexport.stats.proportions import (
+    TAIL_CONFIDENCE,
+    estimate_proportion,
+    quantile_bounds,
+    trials_needed,
+    upper_bound,
+)
 from kdexport.timing.machine import Machine
 
 SCHEMA = "kdexport.gate/1"
@@ -41,6 +49,7 @@ class GateResult:
     checks: tuple[Check, ...]
     machine: Machine
     seconds: float
+    slow: tuple[SlowOutcome, ...] = ()
     policy: Policy = "exit"
     calibration: str = "not calibrated"
 
@@ -69,7 +78,10 @@ class GateResult:
             "candidate": self.candidate,
             "reference": self.reference,
             "checks": [asdict(check) for check in self.checks],
-            "latency": [latency_json(outcome, self.plan) for outcome in self.outcomes],
+            "latency": [
+                {**latency_json(outcome, self.plan), "slow_sessions": slow and slow_json(slow)}
+                for outcome, slow in itertools.zip_longest(self.outcomes, self.slow)
+            ],
             "machine": asdict(self.machine),
             "calibration": self.calibration,
             "on_inconclusive": self.policy,
@@ -77,8 +89,39 @@ class GateResult:
         }
 
 
-def latency_check(outcome: Outcome, plan: Plan) -> Check:
-    """The check of one latency ratio."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Exclusion:
+    """What the sessions of a gate exclude about single processes, whatever the mean is.
+
+    ``slow`` of ``sessions`` had a candidate slower than ``ratio``. At ``confidence``, for this number of sessions, the
+    share of processes with such a candidate is at most ``share``: 54 % if none of 6 sessions had one.
+    """
+
+    ratio: float
+    sessions: int
+    slow: int
+    share: float
+    confidence: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.slow} of {self.sessions} sessions were slower than {self.ratio:.3f}x, which excludes at "
+            f"{self.confidence:.0%} confidence that more than {self.share:.1%} of processes are"
+        )
+
+
+def exclusion(outcome: Outcome, plan: Plan) -> Exclusion | None:
+    """The exclusion of one latency ratio; None if nothing was measured."""
+    if outcome.interval is None:
+        return None
+    sessions = len(outcome.sessions)
+    slow = sum(session.log_ratio > plan.limit for session in outcome.sessions)
+    share = upper_bound(slow, sessions, TAIL_CONFIDENCE)
+    return Exclusion(ratio=1 + plan.max_slowdown, sessions=sessions, slow=slow, share=share, confidence=TAIL_CONFIDENCE)
+
+
+def latency_check(outcome: Outcome, plan: Plan, *, counted: bool = False) -> Check:
+    """The check of one latency ratio; ``counted`` if a check of the slow sessions follows."""
     interval = outcome.interval
     measured = "not measured"
     if interval is not None:
@@ -88,8 +131,43 @@ def latency_check(outcome: Outcome, plan: Plan) -> Check:
         verdict=outcome.verdict,
         measured=measured,
         allowed=f"{1 + plan.max_slowdown:.3f}x",
-        reason=outcome.reason,
+        reason=outcome.reason + _excluded(outcome, plan, counted=counted),
     )
+
+
+def _excluded(outcome: Outcome, plan: Plan, *, counted: bool) -> str:
+    """What the sessions exclude and what they do not, as the end of a reason."""
+    found = exclusion(outcome, plan)
+    if found is None:
+        return ""
+    unseen = "" if counted else "; a rarer slow state is not seen here, --max-slow-sessions checks for one"
+    return f"; {found}{unseen}"
+
+
+def slow_check(outcome: Outcome, slow: SlowOutcome) -> Check:
+    """The check of the share of slow sessions."""
+    sessions = len(slow.log_ratios)
+    return Check(
+        name=f"slow sessions on {outcome.measurement.name}",
+        verdict=slow.verdict,
+        measured=f"{slow.slow} of {sessions}" if sessions else "not measured",
+        allowed=f"{slow.limits.share:.2%} above {1 + slow.limits.slowdown:.3f}x",
+        reason=slow.reason,
+    )
+
+
+def slow_json(slow: SlowOutcome) -> dict[str, Any]:
+    """The check of the share of slow sessions, with the log ratio of every session."""
+    return {
+        "verdict": slow.verdict,
+        "reason": slow.reason,
+        "max_share": slow.limits.share,
+        "slower_than": 1 + slow.limits.slowdown,
+        "sessions": len(slow.log_ratios),
+        "slow": slow.slow,
+        "fast": slow.fast,
+        "log_ratios": [round(ratio, 6) for ratio in slow.log_ratios],
+    }
 
 
 def accuracy_check(result: AccuracyResult) -> Check:
@@ -141,6 +219,7 @@ def tails_ms(outcome: Outcome) -> np.ndarray[Any, np.dtype[np.float64]]:
 def latency_json(outcome: Outcome, plan: Plan) -> dict[str, Any]:
     """One latency ratio with its measurements, including the paired ratios of each session."""
     interval, sessions = outcome.interval, outcome.sessions
+    excluded = exclusion(outcome, plan)
     times = tails_ms(outcome)
     p99 = quantile_bounds(times, _TAIL) if times.size else (None, None, None)
     return {
@@ -155,6 +234,8 @@ def latency_json(outcome: Outcome, plan: Plan) -> dict[str, Any]:
         "high": math.exp(interval.high) if interval is not None else None,
         "session_deviation": interval.deviation if interval is not None else None,
         "mde": None if outcome.mde is None else math.expm1(outcome.mde),
+        "widening": plan.widening,
+        "excludes": None if excluded is None else asdict(excluded),
         "reference_ms": _median([session.reference_ms for session in sessions]),
         "candidate_ms": _median([session.candidate_ms for session in sessions]),
         "p99_ms": {"estimate": p99[0], "low": p99[1], "high": p99[2], "runs": int(times.size)},

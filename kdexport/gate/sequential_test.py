@@ -39,7 +39,10 @@ class Measurement:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """How to measure. ``slowdown`` makes the candidate slower by a known fraction, to validate the gate itself."""
+    """How to measure. ``slowdown`` makes the candidate slower by a known fraction, to validate the gate itself.
+
+    ``widening`` is that of a calibration, for consecutive sessions that are alike; 1 takes sessions to be independent.
+    """
 
     max_slowdown: float
     threads: int = 1
@@ -49,6 +52,7 @@ class Plan:
     tails: bool = False
     sentinel: bool = True
     slowdown: float = 0.0
+    widening: float = 1.0
 
     @property
     def limit(self) -> float:
@@ -97,10 +101,10 @@ def run_sequential_test(
             while verdict == "INCONCLUSIVE" and len(found) < (looks[0] if margin else look):
                 progress(f"{measurement.name}, session {len(found) + 1} of up to {plan.max_sessions}")
                 found.append(run(session_request(measurement, plan, len(found))))
-        if any(_throttled(session) for found in sessions for session in found):
+        if any(throttled(session) for found in sessions for session in found):
             break
         samples = [[session.log_ratio for session in found] for found in sessions]
-        decided = statistics.decide(samples, plan.limit, margins=margins)
+        decided = statistics.decide(samples, plan.limit, margins=margins, widening=plan.widening)
         verdicts = [_confirmed_in_cycles(verdict, found) for verdict, found in zip(decided, sessions, strict=True)]
         undecided = [v == "INCONCLUSIVE" and not margin for v, margin in zip(verdicts, margins, strict=True)]
         if "FAIL" in verdicts or not any(undecided):
@@ -157,7 +161,8 @@ def _margin(sentinels: tuple[float, ...], plan: Plan) -> float:
     return bias if bias > plan.limit else 0.0
 
 
-def _throttled(session: Session) -> bool:
+def throttled(session: Session) -> bool:
+    """Whether too many pairs of a session were dropped for it to count."""
     return session.dropped > MAX_DROPPED * (session.dropped + len(session.pairs_ms))
 
 
@@ -177,9 +182,9 @@ def _outcome(
     measurement: Measurement, verdict: Verdict, sessions: tuple[Session, ...], sentinels: tuple[float, ...], plan: Plan
 ) -> Outcome:
     interval = mde = None
-    if len(sessions) > 1 and not any(_throttled(session) for session in sessions):
-        interval = statistics.t_interval([session.log_ratio for session in sessions])
-        mde = statistics.minimum_detectable_effect(interval.deviation)
+    if len(sessions) > 1 and not any(throttled(session) for session in sessions):
+        interval = statistics.t_interval([session.log_ratio for session in sessions], widening=plan.widening)
+        mde = statistics.minimum_detectable_effect(plan.widening * interval.deviation)
     margin = _margin(sentinels, plan)
     undecided = verdict == "INCONCLUSIVE"
     if undecided and margin > 0:

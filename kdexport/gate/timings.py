@@ -94,4 +94,5 @@ def _open_arms(bundle: Bundle, names: tuple[str, ...], targets: list[str], scrat
 def _row(outcome: Outcome, plan: Plan) -> dict[str, Any]:
     """A row of the result, without the keys that only a gate fills."""
     data = latency_json(outcome, plan)
-    return {key: value for key, value in data.items() if key not in ("verdict", "reason", "max_slowdown", "sentinels")}
+    of_a_gate = ("verdict", "reason", "max_slowdown", "sentinels", "widening", "excludes")
+    return {key: value for key, value in data.items() if key not in of_a_gate}

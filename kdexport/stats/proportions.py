@@ -65,6 +65,13 @@ def mcnemar_p_value(lost: int, gained: int) -> float:
     return float(stats.binomtest(lost, lost + gained, 0.5).pvalue) if lost + gained else 1.0
 
 
+def binomial_p_value(count: int, trials: int) -> float:
+    """One-sided p-value of ``count`` or more events in ``trials`` if an event and its absence are equally likely."""
+    from scipy import stats
+
+    return float(stats.binomtest(count, trials, 0.5, alternative="greater").pvalue) if trials else 1.0
+
+
 def trials_needed(limit: float, confidence: float) -> int:
     """The number of trials that prove a proportion of at most ``limit`` if none of them has an event: 459 for 1 % at
     99 %.

@@ -8,9 +8,10 @@ The test looks after 6, 12 and 20 sessions. At each look, with the one-sided err
 
     FAIL if the lower t bound of theta > log(1 + limit),  PASS if the upper one < log(1 + limit),  else continue.
 
-For normally distributed sessions whose true ratio is exactly the limit, three looks at 0.5 % together err in about
-1.2 % of gates in either direction, and in far fewer if the true ratio is away from the limit;
-tests/kdexport/stats/test_sequential.py simulates it.
+For independent, normally distributed sessions whose true ratio is exactly the limit, three looks at 0.5 % together err
+in about 1.2 % of gates in either direction, and in far fewer if the true ratio is away from the limit. If consecutive
+sessions are alike, the standard error is multiplied by a ``widening`` from a calibration (``dependence.py``), which
+restores that rate. tests/kdexport/stats/test_sequential.py and test_dependence.py simulate both.
 """
 
 from collections.abc import Sequence
@@ -47,23 +48,23 @@ def session_statistic(pairs_s: ArrayLike) -> float:
     return float(np.median(np.log(pairs[:, 1]) - np.log(pairs[:, 0])))
 
 
-def t_interval(log_ratios: ArrayLike, alpha: float = ALPHA_PER_LOOK) -> MeanInterval:
+def t_interval(log_ratios: ArrayLike, alpha: float = ALPHA_PER_LOOK, *, widening: float = 1.0) -> MeanInterval:
     """Two one-sided bounds at ``alpha`` each from the statistics (K,) of K >= 2 sessions."""
     mean, error, deviation, count = _moments(log_ratios)
-    half = _quantile(1 - alpha, count - 1) * float(error)
+    half = _quantile(1 - alpha, count - 1) * widening * float(error)
     return MeanInterval(
         mean=float(mean), low=float(mean) - half, high=float(mean) + half, deviation=float(deviation), sessions=count
     )
 
 
-def p_slower(log_ratios: ArrayLike, limit: float) -> NDArray[np.float64]:
+def p_slower(log_ratios: ArrayLike, limit: float, *, widening: float = 1.0) -> NDArray[np.float64]:
     """One-sided p of theta <= ``limit`` against theta > ``limit``, over the last axis of (...,K)."""
-    return _p_value(log_ratios, limit, sign=1.0)
+    return _p_value(log_ratios, limit, widening, sign=1.0)
 
 
-def p_not_slower(log_ratios: ArrayLike, limit: float) -> NDArray[np.float64]:
+def p_not_slower(log_ratios: ArrayLike, limit: float, *, widening: float = 1.0) -> NDArray[np.float64]:
     """One-sided p of theta >= ``limit`` against theta < ``limit``, over the last axis of (...,K)."""
-    return _p_value(log_ratios, limit, sign=-1.0)
+    return _p_value(log_ratios, limit, widening, sign=-1.0)
 
 
 def holm(p_values: Sequence[float], alpha: float) -> list[bool]:
@@ -80,7 +81,12 @@ def holm(p_values: Sequence[float], alpha: float) -> list[bool]:
 
 
 def decide(
-    samples: Sequence[ArrayLike], limit: float, alpha: float = ALPHA_PER_LOOK, *, margins: Sequence[float] = ()
+    samples: Sequence[ArrayLike],
+    limit: float,
+    alpha: float = ALPHA_PER_LOOK,
+    *,
+    margins: Sequence[float] = (),
+    widening: float = 1.0,
 ) -> list[Verdict]:
     """Verdicts of one look over a family of measurements, each a sample (K,) of sessions; ``limit`` is a log ratio.
 
@@ -91,10 +97,10 @@ def decide(
     """
     each = list(margins) or [0.0] * len(samples)
     pairs = list(zip(samples, each, strict=True))
-    slower = holm([float(p_slower(sample, limit + margin)) for sample, margin in pairs], alpha)
+    slower = holm([float(p_slower(sample, limit + margin, widening=widening)) for sample, margin in pairs], alpha)
     verdicts: list[Verdict] = []
     for (sample, margin), fails in zip(pairs, slower, strict=True):
-        passes = float(p_not_slower(sample, limit - margin)) < alpha
+        passes = float(p_not_slower(sample, limit - margin, widening=widening)) < alpha
         verdicts.append("FAIL" if fails else "PASS" if passes else "INCONCLUSIVE")
     return verdicts
 
@@ -105,7 +111,12 @@ def looks_until(max_sessions: int) -> tuple[int, ...]:
 
 
 def sequential(
-    log_ratios: ArrayLike, limit: float, *, looks: Sequence[int] = LOOKS, alpha: float = ALPHA_PER_LOOK
+    log_ratios: ArrayLike,
+    limit: float,
+    *,
+    looks: Sequence[int] = LOOKS,
+    alpha: float = ALPHA_PER_LOOK,
+    widening: float = 1.0,
 ) -> tuple[NDArray[Any], NDArray[np.int64]]:
     """The whole test for many simulated gates at once: (R,K) log ratios to R verdicts and R counts of sessions used."""
     draws = np.asarray(log_ratios, dtype=np.float64)
@@ -114,7 +125,8 @@ def sequential(
     for look in looks:
         undecided = verdicts == "INCONCLUSIVE"
         part = draws[:, :look]
-        for verdict, p_values in (("FAIL", p_slower(part, limit)), ("PASS", p_not_slower(part, limit))):
+        slower, not_slower = (p(part, limit, widening=widening) for p in (p_slower, p_not_slower))
+        for verdict, p_values in (("FAIL", slower), ("PASS", not_slower)):
             decided = undecided & (p_values < alpha)
             verdicts[decided], used[decided] = verdict, look
     return verdicts, used
@@ -149,12 +161,12 @@ def _moments(log_ratios: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.flo
     return values.mean(axis=-1), deviation / np.sqrt(count), deviation, count
 
 
-def _p_value(log_ratios: ArrayLike, limit: float, *, sign: float) -> NDArray[np.float64]:
+def _p_value(log_ratios: ArrayLike, limit: float, widening: float, *, sign: float) -> NDArray[np.float64]:
     from scipy.special import stdtr
 
     mean, error, _, count = _moments(log_ratios)
     with np.errstate(divide="ignore", invalid="ignore"):
-        statistic = sign * (mean - limit) / error
+        statistic = sign * (mean - limit) / (widening * error)
     # Sessions that all lie exactly on the limit give 0 / 0: no evidence in either direction.
     return np.asarray(stdtr(count - 1, -np.nan_to_num(statistic, nan=0.0, posinf=np.inf, neginf=-np.inf)))
 

@@ -128,8 +128,8 @@ def test_the_options_of_each_command_are_frozen() -> None:
         ],
         "gate": [
             "--against", "--baseline", "--batch", "--clock", "--data", "--debug", "--json", "--junit", "--markdown",
-            "--max-flips", "--max-slowdown", "--max-top1-drop", "--on-inconclusive", "--plot", "--plugin", "--runner",
-            "--seed", "--slo-p99", "--target", "--threads", "bundle",
+            "--max-flips", "--max-slow-sessions", "--max-slowdown", "--max-top1-drop", "--on-inconclusive", "--plot",
+            "--plugin", "--runner", "--seed", "--slo-p99", "--slow-session", "--target", "--threads", "bundle",
         ],
         "calibrate-runner": [
             "--batch", "--clock", "--debug", "--gates", "--json", "--max-slowdown", "--out", "--plugin", "--seed",

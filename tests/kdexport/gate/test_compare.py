@@ -13,6 +13,7 @@ from kdexport.errors import BackendUnavailableError, ConfigError
 from kdexport.gate import compare
 from kdexport.gate.compare import GateRequest, Limits, run_gate
 from kdexport.gate.sequential_test import run_sequential_test
+from kdexport.gate.slow_sessions import count_slow_sessions
 from kdexport.timing.session import Request
 from tests.conftest import Built
 from tests.kdexport.gate.drawn_sessions import machine
@@ -68,3 +69,21 @@ def test_equal_arms_and_engines_without_a_gpu_are_refused(
     )
     with pytest.raises(error, match=words):
         run_gate(request, lambda _: None)
+
+
+def test_slow_sessions_are_judged_if_they_are_requested(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = (built.bundle, "--baseline", built.bundle)
+    run, asked = machine(0.0, 0.002)
+    monkeypatch.setattr(compare, "count_slow_sessions", functools.partial(count_slow_sessions, run=run))
+    done, _ = gated(monkeypatch, *arguments)
+    assert done.exit_code == 0
+    assert "at 99% confidence that more than 53.6% of processes are; a rarer slow state is not seen" in done.output
+    assert not asked
+    done, _ = gated(monkeypatch, *arguments, "--max-slow-sessions", "20%", "--batch", "1,2")
+    assert done.exit_code == 0, done.output
+    assert [request.batch for request in asked] == [1] * 20 + [2] * 20
+    assert "slow sessions on host, batch 2" in done.output
+    assert "a rarer slow state" not in done.output
+    done, _ = gated(monkeypatch, *arguments, "--max-slow-sessions", "0.1%")
+    assert isinstance(done.exception, ConfigError)
+    assert "needs up to" in str(done.exception)

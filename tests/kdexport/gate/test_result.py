@@ -15,8 +15,9 @@ from kdexport.commands.gate import show
 from kdexport.errors import BackendUnavailableError
 from kdexport.gate import summary
 from kdexport.gate.accuracy import judge_accuracy
-from kdexport.gate.result import Check, GateResult, accuracy_check, latency_check, tail_check
+from kdexport.gate.result import Check, GateResult, accuracy_check, latency_check, slow_check, tail_check
 from kdexport.gate.sequential_test import Outcome, Plan, run_sequential_test
+from kdexport.gate.slow_sessions import SlowLimits, count_slow_sessions
 from kdexport.timing.machine import Machine
 from tests.kdexport.gate.drawn_sessions import machine, measurement
 
@@ -78,6 +79,35 @@ def test_json_is_strict_and_holds_what_the_verdict_rests_on() -> None:
         assert session["cpus"] == [1]
         assert session["load"] == [0.5, 1.5]
     assert data["machine"]["cpu"] == "A & B <CPU>"
+
+
+@pytest.mark.parametrize(("effect", "sessions", "slow"), [(0.0, 6, 0), (0.2, 6, 6)])
+def test_every_verdict_states_what_its_sessions_exclude(effect: float, sessions: int, slow: int) -> None:
+    outcome, plan = trial(effect)
+    (row,) = result(effect).to_json()["latency"]
+    excludes = row["excludes"]
+    assert (excludes["sessions"], excludes["slow"], excludes["ratio"]) == (sessions, slow, 1.02)
+    share = 1 - 0.01 ** (1 / sessions) if slow == 0 else 1.0
+    assert excludes["share"] == pytest.approx(share)
+    stated = f"{slow} of {sessions} sessions were slower than 1.020x, which excludes at 99% confidence that more than"
+    reason = latency_check(outcome, plan).reason
+    assert f"{stated} {share:.1%} of processes are; a rarer slow state is not seen here" in reason
+    assert "--max-slow-sessions" in reason
+    assert "--max-slow-sessions" not in latency_check(outcome, plan, counted=True).reason
+    assert stated in summary.sentence(result(effect))
+
+
+def test_a_check_of_slow_sessions_is_a_line_and_a_part_of_the_json() -> None:
+    outcome, plan = trial(0.0)
+    run, _ = machine(0.0, 0.002)
+    slow = count_slow_sessions(outcome, plan, SlowLimits(share=0.3, slowdown=0.1), run=run)
+    check = slow_check(outcome, slow)
+    assert (check.name, check.verdict, check.measured, check.allowed) == (
+        "slow sessions on host, batch 1", "PASS", "0 of 16", "30.00% above 1.100x",
+    )  # fmt: skip
+    (row,) = json.loads(json.dumps(result(0.0, slow=(slow,)).to_json(), allow_nan=False))["latency"]
+    assert len(row["slow_sessions"]["log_ratios"]) == 16
+    assert result(0.0).to_json()["latency"][0]["slow_sessions"] is None
 
 
 def test_a_machine_that_was_too_noisy_says_so_in_json() -> None:
