@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
+from kdexport.backends.file_interface import FileInterface, OutputKind
 from kdexport.backends.pixel_input import FLOAT32, InputKind
 from kdexport.core.toml import Settings, parse, read_toml
 from kdexport.data.calibration_images import CalibrationSettings
@@ -30,6 +31,13 @@ class ExportSettings(Settings):
     tf32: bool = False
     #: What the files of the targets take: normalised float32 (N,3,S,S), or RGB pixels uint8, which they normalise.
     input: InputKind = FLOAT32
+    #: What they give: logits (N,K), or probabilities (N,K) as the first output and logits as the second.
+    output: OutputKind = "logits"
+
+    @property
+    def interface(self) -> FileInterface:
+        """The input and the outputs of the files of the targets."""
+        return FileInterface(self.input, self.output)
 
 
 class SearchSettings(Settings):

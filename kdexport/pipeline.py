@@ -19,7 +19,7 @@ from kdexport.data.datasets import DatasetSpec, dataset_digest, dataset_spec, op
 from kdexport.diagnose.failed_build import keep_failed
 from kdexport.errors import BundleError, CheckpointError, ConfigError, VerificationError
 from kdexport.origins.references import parse_reference
-from kdexport.targets import Target, require_available, require_input
+from kdexport.targets import Target, require_available, require_interface
 from kdexport.workspace import Making, Step, Workspace
 
 
@@ -73,7 +73,7 @@ def build(request: BuildRequest, reporter: Reporter) -> BuildResult:
     workspace = Workspace(request.workspace)
     if request.config.precision_search.enabled:
         require_searchable(request.targets)
-    require_input(request.targets, request.config.export.input)
+    require_interface(request.targets, request.config.export.interface)
     require_available(request.targets)
     require_replaceable(request.out, _is_bundle)
     require_writable(request.out)

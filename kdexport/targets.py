@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from kdexport.backends import BACKENDS, backend
 from kdexport.backends.base import Backend, Missing
-from kdexport.backends.pixel_input import FLOAT32, InputKind
+from kdexport.backends.file_interface import PLAIN_INTERFACE, FileInterface
 from kdexport.errors import BackendUnavailableError, ConfigError, UnknownNameError
 from kdexport.registry import nearest
 
@@ -96,17 +96,20 @@ def require_available(targets: tuple[Target, ...]) -> None:
             )
 
 
-def require_input(targets: tuple[Target, ...], kind: InputKind) -> None:
-    """Raise ``ConfigError`` for the first target whose backend has no files that take ``kind``."""
+def require_interface(targets: tuple[Target, ...], interface: FileInterface) -> None:
+    """Raise ``ConfigError`` for the first target whose backend has no files with ``interface``."""
+    plain = PLAIN_INTERFACE
     for target in targets:
-        if kind != FLOAT32 and not target.runtime.takes_pixels:
-            able = sorted(name for name in BACKENDS.names() if backend(name).takes_pixels)
-            raise ConfigError(
-                f"Target {target} cannot take {kind}: pixels as input are supported for the backends "
-                f"{' and '.join(able)} only.",
-                remedy=f'Set input = "{FLOAT32}" under [export], or build {target} by itself with a configuration '
-                "without that line.",
-            )
+        if interface == plain or target.runtime.any_interface:
+            continue
+        able = " and ".join(sorted(name for name in BACKENDS.names() if backend(name).any_interface))
+        pixels = interface.takes != plain.takes
+        refused = f"take {interface.takes}: pixels as input" if pixels else f"give {interface.gives}: these"
+        default = f'input = "{plain.takes}"' if pixels else f'output = "{plain.gives}"'
+        raise ConfigError(
+            f"Target {target} cannot {refused} are supported for the backends {able} only.",
+            remedy=f"Set {default} under [export], or build {target} by itself with a configuration without that line.",
+        )
 
 
 def servable_targets(provider: str) -> tuple[str, ...]:

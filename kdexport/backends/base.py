@@ -97,6 +97,10 @@ class Runner(ABC):
         A runner whose ``takes`` is not None also accepts pixels, uint8 in the layout of its file.
         """
 
+    def outputs(self, images: NDArray[np.float32], names: Sequence[str]) -> list[NDArray[np.float32]]:
+        """The named outputs for one batch; only backends with ``any_interface`` have others than logits."""
+        raise NotImplementedError
+
     def run(self, images: NDArray[np.float32], batches: tuple[int, ...]) -> NDArray[np.float32]:
         """(N,3,S,S) float32 to logits (N,K), in batches of the given sizes in turn."""
         return run_in_batches(self.logits, images, batches)
@@ -138,8 +142,8 @@ class Backend(ABC):
     artifact: ClassVar[str] = ONNX_FILE
     #: Python packages whose versions change what is compiled or computed.
     packages: ClassVar[tuple[str, ...]] = ()
-    #: Whether its targets can take pixels: ``[export] input`` other than float32.
-    takes_pixels: ClassVar[bool] = False
+    #: Whether its targets can take pixels and give probabilities: ``[export] input`` and ``output``.
+    any_interface: ClassVar[bool] = False
 
     @property
     def compiles(self) -> bool:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from kdexport.backends import BACKENDS
 from kdexport.backends.activation_products import activation_products
-from kdexport.backends.base import Backend, Clock, Device, Execution, Finding, Missing, Runner
+from kdexport.backends.base import LOGITS, Backend, Clock, Device, Execution, Finding, Missing, Runner
 from kdexport.backends.pixel_input import Given, PixelInput, pixel_input
 from kdexport.errors import AuditError, BackendUnavailableError, first_line
 
@@ -50,9 +50,14 @@ class OpenvinoModel:
 
     def logits(self, images: Given) -> NDArray[np.float32]:
         """(N,3,S,S) float32, or pixels in the layout of a file that takes them, to logits (N,K)."""
+        names = [name for port in self.request.model_outputs for name in port.names]
+        return self.outputs(images, [LOGITS if LOGITS in names else names[0]])[0]
+
+    def outputs(self, images: Given, names: Sequence[str]) -> list[NDArray[np.float32]]:
+        """The named outputs for the same ``images`` as ``logits`` takes."""
         given = images if self.takes is None else self.takes.given(images)
         answer = self.request.infer({0: np.ascontiguousarray(given)})
-        return np.array(next(iter(answer.values())))
+        return [np.array(answer[name]) for name in names]
 
     @property
     def computing(self) -> tuple[Layer, ...]:
@@ -192,6 +197,9 @@ class OpenvinoRunner(Runner):
     def logits(self, images: Given) -> NDArray[np.float32]:
         return self.model.logits(images)
 
+    def outputs(self, images: Given, names: Sequence[str]) -> list[NDArray[np.float32]]:
+        return self.model.outputs(images, names)
+
     def findings(self) -> list[Finding]:
         return [runtime_types(self.model, self.precision, self.kept)]
 
@@ -204,7 +212,7 @@ class OpenVino(Backend):
     description = "OpenVINO on a CPU"
     title = "OpenVINO"
     packages = ("openvino",)
-    takes_pixels = True
+    any_interface = True
 
     def unavailable(self, precision: str) -> Missing | None:
         if importlib.util.find_spec("openvino") is None:

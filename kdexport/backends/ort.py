@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from kdexport.backends import BACKENDS, nvidia
 from kdexport.backends.activation_products import activation_products
-from kdexport.backends.base import Backend, Clock, Device, Execution, Finding, Missing, Runner
+from kdexport.backends.base import LOGITS, Backend, Clock, Device, Execution, Finding, Missing, Runner
 from kdexport.backends.pixel_input import Given, PixelInput, pixel_input
 from kdexport.errors import AuditError, BackendUnavailableError, first_line
 
@@ -52,9 +52,18 @@ class OrtModel:
 
     def logits(self, images: Given) -> NDArray[np.float32]:
         """(N,3,S,S) float32, or pixels in the layout of a file that takes them, to logits (N,K)."""
-        name = self.session.get_inputs()[0].name
+        return self.outputs(images, [_logits_of(self.session)])[0]
+
+    def outputs(self, images: Given, names: Sequence[str]) -> list[NDArray[np.float32]]:
+        """The named outputs for the same ``images`` as ``logits`` takes."""
         given = images if self.takes is None else self.takes.given(images)
-        return np.asarray(self.session.run(None, {name: given})[0])
+        return list(map(np.asarray, self.session.run(names, {self.session.get_inputs()[0].name: given})))
+
+
+def _logits_of(session: Any) -> str:
+    """The output that holds the logits: the one of that name, or the first."""
+    names = [item.name for item in session.get_outputs()]
+    return LOGITS if LOGITS in names else str(names[0])
 
 
 def load_model(
@@ -208,6 +217,9 @@ class OrtRunner(Runner):
     def logits(self, images: Given) -> NDArray[np.float32]:
         return self.model.logits(images)
 
+    def outputs(self, images: Given, names: Sequence[str]) -> list[NDArray[np.float32]]:
+        return self.model.outputs(images, names)
+
     def findings(self) -> list[Finding]:
         return [provider_finding(self.model, self.provider)]
 
@@ -233,7 +245,7 @@ class OnnxRuntime(Backend):
     description = "onnxruntime"
     title = "onnxruntime"
     packages = ("onnxruntime-gpu", "onnxruntime")
-    takes_pixels = True
+    any_interface = True
 
     def unavailable(self, precision: str) -> Missing | None:
         if precision == "bf16":
@@ -293,7 +305,8 @@ class OnnxRuntime(Backend):
                 f"{path} takes pixels, which the clock gpu does not support.",
                 remedy="Pass --clock host, or another --target.",
             )
-        (source,), (result,) = model.session.get_inputs(), model.session.get_outputs()
+        (source,), name = model.session.get_inputs(), _logits_of(model.session)
+        result = next(item for item in model.session.get_outputs() if item.name == name)
         output = torch.empty((len(given), int(result.shape[-1])), dtype=torch.float32, device="cuda")
         binding = model.session.io_binding()
         binding.bind_input(source.name, "cuda", 0, np.float32, tuple(given.shape), given.data_ptr())

@@ -242,6 +242,7 @@ def _target_entry(target: Target, parts: Parts) -> dict[str, Any]:
         "status": NOT_EXECUTED,
         "form": target.form,
         "input": parts.config.export.input,
+        "output": parts.config.export.output,
     }
     if is_int8(target.form):
         entry["calibration"] = parts.calibration

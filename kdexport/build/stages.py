@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from kdexport.backends.base import ONNX_FILE as MODEL
 from kdexport.backends.base import CompileRequest
-from kdexport.backends.pixel_input import FLOAT32, InputKind
+from kdexport.backends.file_interface import PLAIN_INTERFACE, FileInterface
 from kdexport.build.artifacts import EngineFile, FusedFiles, OnnxModel
 from kdexport.bundle.layout import FUSED, RANGES
 from kdexport.checkpoint import TrainedStudent, load_strictly, load_student, load_tensors, save_tensors
@@ -177,19 +177,18 @@ def _cast_int8(model: Step[OnnxModel], form: str, calibration: Calibration, plan
     )
 
 
-def with_input(model: Step[OnnxModel], kind: InputKind, preprocessing: Preprocessing) -> Step[OnnxModel]:
-    """The cast ``model`` with an input of ``kind``; float32 is the model itself, int8 has its ranges in the folder."""
-    if kind == FLOAT32:
+def with_interface(model: Step[OnnxModel], interface: FileInterface, preprocessing: Preprocessing) -> Step[OnnxModel]:
+    """The cast ``model`` with ``interface``; the plain one is the model itself, int8 has its ranges in the folder."""
+    if interface == PLAIN_INTERFACE:
         return model
 
     def make(making: Making) -> None:
         import onnx
 
-        from kdexport.graph.pixel_prologue import take_pixels
+        from kdexport.graph import interface as written
 
         given, path = model.result(making.workspace), making.folder / MODEL
-        size, mean, std = preprocessing.image_size, preprocessing.mean, preprocessing.std
-        onnx.save(take_pixels(onnx.load(str(given.path)), kind, image_size=size, mean=mean, std=std), str(path))
+        onnx.save(written.with_interface(onnx.load(str(given.path)), interface, preprocessing), str(path))
         if is_int8(given.form):
             shutil.copyfile(given.path.with_name(RANGES), making.folder / RANGES)
         (making.folder / _CAST).write_text(json.dumps({"form": given.form, "plan": given.plan.to_json()}))
@@ -199,8 +198,15 @@ def with_input(model: Step[OnnxModel], kind: InputKind, preprocessing: Preproces
         return OnnxModel(path=folder / MODEL, form=cast["form"], plan=LayerPlan.from_json(cast["plan"]))
 
     return Step(
-        stage="input",
-        made_of=(model, kind, preprocessing.image_size, list(preprocessing.mean), list(preprocessing.std)),
+        stage="interface",
+        made_of=(
+            model,
+            interface.takes,
+            interface.gives,
+            preprocessing.image_size,
+            list(preprocessing.mean),
+            list(preprocessing.std),
+        ),
         make=make,
         read=read,
         tools=("onnx", "numpy"),

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from kdexport.build.artifacts import EngineFile, FusedFiles, OnnxModel
 from kdexport.build.precision_search import Searched, search, search_requests
-from kdexport.build.stages import BUNDLE_TOOLS, backend_modules, cast, compile_engine, export, fuse, is_int8, with_input
+from kdexport.build.stages import (
+    BUNDLE_TOOLS,
+    backend_modules,
+    cast,
+    compile_engine,
+    export,
+    fuse,
+    is_int8,
+    with_interface,
+)
 from kdexport.bundle.manifest import Manifest, read_manifest
 from kdexport.checkpoint import TrainedStudent
 from kdexport.config import BuildConfig
@@ -70,10 +79,10 @@ def declare(inputs: BuildInputs, plans: Mapping[str, LayerPlan] = MappingProxyTy
     config, calibration = inputs.config, inputs.calibration
     fused = fuse(inputs.trained)
     exported = export(inputs.trained, fused, opset=config.export.opset)
-    wanted, preprocessing = config.export.input, inputs.trained.spec.preprocessing
+    interface, preprocessing = config.export.interface, inputs.trained.spec.preprocessing
     casts = {
-        target: with_input(
-            cast(exported, target.form, calibration, plans.get(target.form, PLAIN)), wanted, preprocessing
+        target: with_interface(
+            cast(exported, target.form, calibration, plans.get(target.form, PLAIN)), interface, preprocessing
         )
         for target in inputs.targets
     }

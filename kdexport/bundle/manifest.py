@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdexport.backends import BACKENDS
 from kdexport.backends.base import ONNX_FILE, PRECISIONS
-from kdexport.backends.pixel_input import FLOAT32, InputKind
+from kdexport.backends.file_interface import PLAIN_INTERFACE, FileInterface
 from kdexport.bundle.layout import (
     FUSED,
     GOLDEN,
@@ -57,7 +57,7 @@ __all__ = [
     "changed_files",
     "has_synthetic_images",
     "hash_files",
-    "input_of",
+    "interface_of",
     "irregular_entries",
     "layer_plans",
     "listed_changes",
@@ -267,10 +267,10 @@ def onnx_files(manifest: Manifest) -> dict[str, str]:
     return files
 
 
-def input_of(manifest: Manifest, target: str) -> InputKind:
-    """What the file of ``target`` takes; bundles of earlier versions do not say it, and all take float32."""
-    found: InputKind = manifest.targets.get(target, {}).get("input", FLOAT32)
-    return found
+def interface_of(manifest: Manifest, target: str) -> FileInterface:
+    """What the file of ``target`` takes and gives; bundles of earlier versions do not say it, and theirs are plain."""
+    entry, plain = manifest.targets.get(target, {}), PLAIN_INTERFACE
+    return FileInterface(entry.get("input", plain.takes), entry.get("output", plain.gives))
 
 
 def target_of(name: str) -> Target | None:

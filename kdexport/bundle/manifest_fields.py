@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from kdexport.backends.file_interface import OutputKind
 from kdexport.backends.pixel_input import FLOAT32, InputKind
 
 MAX_BATCH = 4096
@@ -130,6 +131,7 @@ class _Target(_Fields):
     engine: bool
     status: str
     input: InputKind = FLOAT32
+    output: OutputKind = "logits"
     executed: _Execution | None = None
     compiled: _Compiled | None = None
     golden: _GoldenRun | None = None

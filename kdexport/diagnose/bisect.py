@@ -16,13 +16,13 @@ import onnx
 from numpy.typing import NDArray
 
 from kdexport.backends.base import INPUT
-from kdexport.backends.pixel_input import FLOAT32
+from kdexport.backends.file_interface import PLAIN_INTERFACE
 from kdexport.bundle.manifest import (
     FUSED,
     MODEL,
     UNFUSED,
     Manifest,
-    input_of,
+    interface_of,
     layer_plans,
     listed_changes,
     load_unfused,
@@ -37,7 +37,7 @@ from kdexport.errors import AuditError, KdexportError
 from kdexport.graph.equalise import apply_scalings
 from kdexport.graph.equality import graph_difference
 from kdexport.graph.export import export_onnx
-from kdexport.graph.pixel_prologue import take_pixels, without_prologue
+from kdexport.graph.interface import with_interface, without_interface
 from kdexport.graph.plan import PLAIN
 from kdexport.graph.trace import LIMITS, NodeError, Trace, computing_nodes, first_faulty, results, trace
 from kdexport.reparam.fold_student import fuse_student
@@ -113,24 +113,25 @@ def explain(folder: Path, manifest: Manifest, out: Path, progress: Progress) -> 
         if found is not None:
             stage = "fold" if folded is not None else "export" if name == MODEL else "cast"
             return replace(found, stage=stage if precision == "fp32" else "cast")
-        normalised = _prologue_fault(folder / name, name, manifest)
-        if normalised is not None:
-            return normalised
+        around = _interface_fault(folder / name, name, manifest)
+        if around is not None:
+            return around
     return folded or _engine_fault(manifest)
 
 
-def _prologue_fault(path: Path, name: str, manifest: Manifest) -> Blame | None:
-    """The fault of the normalisation in front of a file that takes pixels; the graph behind it is right."""
+def _interface_fault(path: Path, name: str, manifest: Manifest) -> Blame | None:
+    """The fault of the normalisation or the softmax around a graph that is right."""
     target = target_of(name)
-    kind = FLOAT32 if target is None else input_of(manifest, str(target))
-    if kind == FLOAT32:
+    interface = PLAIN_INTERFACE if target is None else interface_of(manifest, str(target))
+    if interface == PLAIN_INTERFACE:
         return None
-    found, spec = onnx.load(str(path)), manifest.spec.preprocessing
-    expected = take_pixels(without_prologue(found), kind, image_size=spec.image_size, mean=spec.mean, std=spec.std)
+    found = onnx.load(str(path))
+    expected = with_interface(without_interface(found), interface, manifest.spec.preprocessing)
     difference = graph_difference(found, expected)
     if not difference:
         return None
-    return _without_node("cast", name, 1.0, 0.0, f"has another normalisation than the preprocessing: {difference}")
+    words = f"has another normalisation or softmax than {interface} with the preprocessing: {difference}"
+    return _without_node("cast", name, 1.0, 0.0, words)
 
 
 def _scaled(trusted: Trusted, manifest: Manifest, name: str) -> Trusted:
@@ -197,7 +198,7 @@ def _engine_fault(manifest: Manifest) -> Blame | None:
 def file_fault(path: Path, name: str, precision: str, trusted: Trusted, out: Path) -> Blame | None:
     """The first fault of the ONNX file ``name`` at ``path``, reproduced below ``out``; the caller sets its stage."""
     try:
-        suspect = without_prologue(onnx.load(str(path)))
+        suspect = without_interface(onnx.load(str(path)))
         found = trace(suspect, trusted.model, {INPUT: trusted.probes.images})
     except AuditError as error:
         static = None if precision != "bf16" else _stored_fault(suspect, trusted.model, precision, {})

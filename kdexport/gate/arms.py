@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from kdexport.backends.pixel_input import FLOAT32
+from kdexport.backends.file_interface import PLAIN_INTERFACE
 from kdexport.bundle.manifest import (
     MANIFEST,
     MODEL,
     TARGETS,
     Manifest,
     changed_files,
-    input_of,
+    interface_of,
     listed_changes,
     read_manifest,
 )
@@ -150,8 +150,8 @@ def artifact(bundle: Bundle, target: str, variant: Variant, scratch: Path) -> Ar
                 f"{target} cannot be compared with the unfused student: a bundle contains no engine of it.",
                 remedy="Pass --against with another target, or --baseline with another bundle.",
             )
-        takes = input_of(bundle.manifest, target)
-        if takes != FLOAT32:
+        takes = interface_of(bundle.manifest, target).takes
+        if takes != PLAIN_INTERFACE.takes:
             raise ConfigError(
                 f"{target} takes {takes} and cannot be compared with the unfused student, which takes float32.",
                 remedy="Compare it with another target or another bundle: --arms for bench, --baseline for gate.",

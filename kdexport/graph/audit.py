@@ -17,10 +17,11 @@ from numpy.typing import DTypeLike, NDArray
 from onnx import TensorProto, numpy_helper
 
 from kdexport.backends.activation_products import activation_products
-from kdexport.backends.base import INPUT, LOGITS, Finding
-from kdexport.backends.pixel_input import FLOAT32, InputKind, image_shape
+from kdexport.backends.base import INPUT, Finding
+from kdexport.backends.file_interface import PLAIN_INTERFACE, FileInterface
+from kdexport.backends.pixel_input import FLOAT32, image_shape
 from kdexport.errors import first_line
-from kdexport.graph.pixel_prologue import without_prologue
+from kdexport.graph.interface import without_interface
 from kdexport.graph.plan import Weights
 from kdexport.graph.precision import BF16_OPSET, factors_of_size
 from kdexport.graph.tensor_ranges import Range
@@ -63,14 +64,14 @@ def audit_graph(
     structure: Structure | None = None,
     ranges: Mapping[str, Range] | None = None,
     kept: Sequence[str] = (),
-    takes: InputKind = FLOAT32,
+    interface: FileInterface = PLAIN_INTERFACE,
 ) -> list[Finding]:
     """All findings on one ONNX file of a folded student, written in one of ``targets.FORMS``.
 
     ``weights`` are the float32 weights of the student by name; ``structure`` is that of the folded network, by default
     a chain of plain layers with these weights. For an int8 file, ``ranges`` are the calibrated ranges and ``kept``
-    names exactly the nodes that must be float32. ``takes`` is the input that the file must have; of a file that takes
-    pixels, the graph behind the normalisation is audited.
+    names exactly the nodes that must be float32. ``interface`` is what the file must take and give; the graph between
+    the normalisation and the softmax that it adds is audited.
     """
     try:
         model = onnx.load(str(path), load_external_data=False)
@@ -91,8 +92,8 @@ def audit_graph(
         Finding("valid ONNX", True, f"{len(model.graph.node)} nodes"),
         Finding("opset", written.get("") == wanted, f"opset {written.get('')}, {wanted} required"),
         *_structure(model, plain),
-        _interface(model, takes),
-        *_content(without_prologue(model), layers, form, ranges, kept),
+        _interface(model, interface),
+        *_content(without_interface(model), layers, form, ranges, kept),
         _portable(path),
     ]
 
@@ -117,7 +118,8 @@ def _has_weight(graph: "_Graph", node: onnx.NodeProto) -> bool:
     return any(graph.constant(name) is not None for name in node.input if name)
 
 
-def _interface(model: onnx.ModelProto, takes: InputKind) -> Finding:
+def _interface(model: onnx.ModelProto, interface: FileInterface) -> Finding:
+    takes = interface.takes
     initializers = {item.name for item in model.graph.initializer}
     inputs = [item for item in model.graph.input if item.name not in initializers]
     outputs = list(model.graph.output)
@@ -126,7 +128,7 @@ def _interface(model: onnx.ModelProto, takes: InputKind) -> Finding:
     ]
     holds = (
         [item.name for item in inputs] == [INPUT]
-        and [item.name for item in outputs] == [LOGITS]
+        and [item.name for item in outputs] == list(interface.outputs)
         and [item.type.tensor_type.elem_type for item in inputs] == [_INPUT_TYPES[takes]]
         and all(item.type.tensor_type.elem_type == TensorProto.FLOAT for item in outputs)
         and all(shape and isinstance(shape[0], str) for shape in shapes)
@@ -134,7 +136,7 @@ def _interface(model: onnx.ModelProto, takes: InputKind) -> Finding:
     )
     names = [item.name for item in (*inputs, *outputs)]
     fact = ", ".join(f"{name} {shape}" for name, shape in zip(names, shapes, strict=True))
-    return Finding(f"dynamic {takes} input and logits", holds, fact)
+    return Finding(f"dynamic {takes} input and {' and '.join(interface.outputs)}", holds, fact)
 
 
 def _content(

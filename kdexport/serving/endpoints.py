@@ -3,8 +3,6 @@
 import json
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
@@ -27,6 +25,7 @@ from kdexport.serving.wire import (
     read_request,
     write_response,
 )
+from kdexport.stats.logits import probabilities_of
 
 _EXTENSIONS = ["binary_tensor_data", "classification", "model_configuration", "model_repository", "statistics"]
 _PLATFORM = "onnxruntime_onnx"
@@ -81,7 +80,9 @@ async def model_metadata(request: Request) -> Response:
             "versions": [str(version) for name, version in sorted(names) if name == model.name],
             "platform": _PLATFORM,
             "inputs": [{"name": signature.input_name, "datatype": signature.datatype, "shape": [-1, *signature.shape]}],
-            "outputs": [{"name": signature.output_name, "datatype": "FP32", "shape": [-1, len(signature.classes)]}],
+            "outputs": [
+                {"name": name, "datatype": "FP32", "shape": [-1, len(signature.classes)]} for name in signature.outputs
+            ],
             "parameters": {
                 "bundle_sha256": model.digest,
                 "preprocessing": model.manifest.spec.preprocessing.to_json(),
@@ -109,7 +110,9 @@ async def model_config(request: Request) -> Response:
                 "dims": signature.shape,
             }
         ],
-        "output": [{"name": signature.output_name, "data_type": "TYPE_FP32", "dims": [len(signature.classes)]}],
+        "output": [
+            {"name": name, "data_type": "TYPE_FP32", "dims": [len(signature.classes)]} for name in signature.outputs
+        ],
         "instance_group": [{"name": model.name, "kind": kind, "count": service.count}],
         "parameters": {
             "labels": {"string_value": "\n".join(signature.classes)},
@@ -202,7 +205,7 @@ async def classify(request: Request) -> Response:
         if not body:
             raise RequestError("The body is empty.", remedy="Send a JPEG, PNG or WebP image.")
         (logits,) = await run.infer(await service.off_loop(decode, body))
-        probabilities = softmax(logits)
+        probabilities = probabilities_of(logits)
         predictions: list[Prediction] = [
             {"label": model.signature.classes[index], "index": index, "probability": float(probabilities[index])}
             for index in rank(logits, top)
@@ -238,12 +241,6 @@ def _top(value: str | None, model: LoadedModel) -> int:
     if not (value.isascii() and value.isdigit()) or len(value) > _MAX_DIGITS or not 1 <= int(value) <= classes:
         raise RequestError(f"top must be a number from 1 to {classes}, the classes of the model; got {value[:20]!r}.")
     return int(value)
-
-
-def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """(K,) logits to (K,) probabilities, in float64 and without overflow."""
-    exponentials = np.exp(logits.astype(np.float64) - float(logits.max()))
-    return np.asarray(exponentials / exponentials.sum())
 
 
 def read_form_file(body: bytes, content_type: str, max_parts: int) -> bytes:

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kdexport.backends.file_interface import PLAIN_INTERFACE, FileInterface
 from kdexport.backends.ort import CPU, OrtModel, load_model
-from kdexport.backends.pixel_input import FLOAT32, Given, InputKind, arrange, image_shape
+from kdexport.backends.pixel_input import FLOAT32, Given, arrange, image_shape
 from kdexport.bundle.manifest import (
     EMPTY_FOLDER,
     HARD_LINK,
@@ -19,7 +20,7 @@ from kdexport.bundle.manifest import (
     VERIFIED,
     Manifest,
     changed_files,
-    input_of,
+    interface_of,
     irregular_entries,
     listed_changes,
     read_manifest,
@@ -43,7 +44,7 @@ _OWN_CAUSES = (ValueError, KeyError, TypeError, AttributeError, OverflowError, R
 
 def served_file(manifest: Manifest, target: str) -> str:
     """The path of ``target``'s graph in its bundle; raises ``BundleError`` if it was not built or not verified."""
-    if target == DEFAULT_TARGET and input_of(manifest, target) == FLOAT32:
+    if target == DEFAULT_TARGET and interface_of(manifest, target) == PLAIN_INTERFACE:
         return MODEL
     entry = manifest.targets.get(target)
     if entry is None or entry["status"] != VERIFIED:
@@ -75,13 +76,13 @@ class LoadedModel:
 
     @property
     def contract(self) -> dict[str, Any]:
-        """What clients rely on: input, output, classes and preprocessing. All versions of a model share it."""
+        """What clients rely on: input, outputs, classes and preprocessing. All versions of a model share it."""
         tensor = asdict(self.signature)
-        classes, output = tensor.pop("classes"), tensor.pop("output_name")
+        classes, outputs = tensor.pop("classes"), tensor.pop("outputs")
         # Clients learn of another limit by an error; it changes the meaning of no request.
         tensor.pop("max_batch")
         preprocessing = self.manifest.spec.preprocessing.to_json()
-        return {"input": tensor, "output": output, "classes": classes, "preprocessing": preprocessing}
+        return {"input": tensor, "outputs": outputs, "classes": classes, "preprocessing": preprocessing}
 
     def logits(self, images: Given) -> NDArray[np.float32]:
         """n images, each as ``signature`` says, to (n,K) float32."""
@@ -227,7 +228,7 @@ def load(
             f"Some nodes of {name} do not run on {provider}: {elsewhere}.",
             remedy="Install the libraries of that provider, or choose another --provider.",
         )
-    signature = _signature(model, manifest, limits, input_of(manifest, target))
+    signature = _signature(model, manifest, limits, interface_of(manifest, target))
     table = normalisation_table(manifest.spec.preprocessing)
     own = own_logits(folder, manifest, target)
     golden = compare_golden(folder, manifest, model, table, limits, allowed_error, own)
@@ -246,23 +247,25 @@ def load(
     )
 
 
-def _signature(model: OrtModel, manifest: Manifest, limits: Limits, takes: InputKind) -> Signature:
-    inputs, outputs = model.session.get_inputs(), model.session.get_outputs()
+def _signature(model: OrtModel, manifest: Manifest, limits: Limits, interface: FileInterface) -> Signature:
+    inputs, outputs, takes = model.session.get_inputs(), model.session.get_outputs(), interface.takes
     size, classes = manifest.spec.image_size, manifest.spec.classes
-    found = [(len(inputs), len(outputs)), inputs[0].type, list(inputs[0].shape[1:]), list(outputs[0].shape[1:])]
+    results = [(item.name, *item.shape[1:]) for item in outputs]
+    found = [len(inputs), inputs[0].type, list(inputs[0].shape[1:]), results]
     shape = list(image_shape(takes, size))
     wanted = "tensor(float)" if takes == FLOAT32 else "tensor(uint8)"
     written = FLOAT32 if model.takes is None else model.takes.kind
-    if found != [(1, 1), wanted, shape, [len(classes)]] or written != takes:
+    given = [(name, len(classes)) for name in interface.outputs]
+    if found != [1, wanted, shape, given] or written != takes:
         raise AuditError(
             f"The inputs and outputs of {MODEL} are {found}; the manifest requires one {takes} input {['n', *shape]} "
-            f"and one output of {len(classes)} classes.",
+            f"and the outputs {' and '.join(interface.outputs)} of {len(classes)} classes.",
             remedy="Build the bundle again.",
         )
     tensor_bytes = (12 if takes == FLOAT32 else 3) * size * size
     return Signature(
         input_name=inputs[0].name,
-        output_name=outputs[0].name,
+        outputs=interface.outputs,
         image_size=size,
         classes=classes,
         max_batch=min(int(manifest.data["export"]["max_batch"]), limits.images_per_body(tensor_bytes)),

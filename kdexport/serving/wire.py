@@ -20,9 +20,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 # pydantic reads the types of a TypedDict of Python 3.11 only from here.
 from typing_extensions import TypedDict
 
+from kdexport.backends.file_interface import PROBABILITIES
 from kdexport.backends.pixel_input import FLOAT32, Given, InputKind, image_shape
 from kdexport.errors import RequestError
 from kdexport.serving.limits import Limits
+from kdexport.stats.logits import probabilities_of
 
 HEADER_LENGTH = "inference-header-content-length"
 _FLOAT32_BYTES = 4
@@ -54,13 +56,13 @@ _Count = Annotated[int, Field(ge=0, le=_MAX_COUNT)]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Signature:
-    """The one input and output of a classifier: n images to (n,K) float32, 1 <= n <= ``max_batch``.
+    """The one input of a classifier and its outputs: n images to (n,K) float32 each, 1 <= n <= ``max_batch``.
 
     An image is (3,S,S) float32, or pixels if ``takes`` says so.
     """
 
     input_name: str
-    output_name: str
+    outputs: tuple[str, ...]
     image_size: int
     classes: tuple[str, ...]
     max_batch: int
@@ -249,7 +251,7 @@ def read_request(
         )
     view = memoryview(body)
     header = _parse_header(view[:length], limits, signature.max_batch * signature.elements)
-    _require_supported(header, signature.output_name, limits)
+    _require_supported(header, signature.outputs, limits)
     tensor = header.inputs[0]
     count = _count_images(tensor, signature)
     if tensor.data is None:
@@ -327,8 +329,8 @@ def _depth(raw: bytes) -> int:
     return int(np.cumsum(steps, dtype=np.int32).max(initial=0))
 
 
-def _require_supported(header: InferRequest, output_name: str, limits: Limits) -> None:
-    """Raise ``RequestError`` for a request that a stateless classifier with one input and one output cannot serve."""
+def _require_supported(header: InferRequest, outputs: tuple[str, ...], limits: Limits) -> None:
+    """Raise ``RequestError`` for a request that a stateless classifier with one input cannot serve."""
     if len(header.inputs) != 1:
         raise RequestError(f"The request has {len(header.inputs)} inputs; the model takes exactly 1.")
     if len(header.inputs[0].shape) > limits.dims:
@@ -339,8 +341,9 @@ def _require_supported(header: InferRequest, output_name: str, limits: Limits) -
     if len(set(names)) != len(names):
         raise RequestError("The request lists the same output twice.", remedy="List each output once.")
     for name in names:
-        if name != output_name:
-            raise RequestError(f"The model has no output {name[:80]!r}; its only output is {output_name!r}.")
+        if name not in outputs:
+            only = "its only output is" if len(outputs) == 1 else "its outputs are"
+            raise RequestError(f"The model has no output {name[:80]!r}; {only} {' and '.join(map(repr, outputs))}.")
     if header.parameters.sequence_id not in (0, ""):
         raise RequestError(
             "The request has a sequence_id, but the model keeps no state between requests.", remedy="Omit sequence_id."
@@ -451,13 +454,14 @@ def write_response(
     header: InferRequest, logits: NDArray[np.float32], signature: Signature, *, model: str, version: str
 ) -> tuple[bytes, int | None]:
     """(body, header length or None) of the response: JSON, or JSON followed by raw tensors."""
-    requested = header.outputs or [RequestOutput(name=signature.output_name)]
+    requested = header.outputs or [RequestOutput(name=name) for name in signature.outputs]
     outputs, blobs = [], []
     for output in requested:
         binary = output.parameters.binary_data
         if binary is None:
             binary = header.parameters.binary_data_output
-        description, blob = _encode_output(output, logits, signature, binary=binary)
+        values = probabilities_of(logits).astype(np.float32) if output.name == PROBABILITIES else logits
+        description, blob = _encode_output(output, values, signature, binary=binary)
         outputs.append(description)
         blobs.append(blob)
     response: InferResponse = {"model_name": model, "model_version": version, "outputs": outputs}
@@ -468,17 +472,17 @@ def write_response(
 
 
 def _encode_output(
-    output: RequestOutput, logits: NDArray[np.float32], signature: Signature, *, binary: bool
+    output: RequestOutput, values: NDArray[np.float32], signature: Signature, *, binary: bool
 ) -> tuple[OutputTensor, bytes]:
-    top = min(output.parameters.classification, logits.shape[1])
+    top = min(output.parameters.classification, values.shape[1])
     if top == 0:
-        description: OutputTensor = {"name": output.name, "datatype": "FP32", "shape": list(logits.shape)}
+        description: OutputTensor = {"name": output.name, "datatype": "FP32", "shape": list(values.shape)}
         if not binary:
-            return {**description, "data": logits.reshape(-1).tolist()}, b""
-        blob = logits.astype("<f4", copy=False).tobytes()
+            return {**description, "data": values.reshape(-1).tolist()}, b""
+        blob = values.astype("<f4", copy=False).tobytes()
     else:
-        entries = [entry for row in logits for entry in _classification(row, top, signature.classes)]
-        description = {"name": output.name, "datatype": "BYTES", "shape": [len(logits), top]}
+        entries = [entry for row in values for entry in _classification(row, top, signature.classes)]
+        description = {"name": output.name, "datatype": "BYTES", "shape": [len(values), top]}
         if not binary:
             return {**description, "data": entries}, b""
         encoded = [entry.encode() for entry in entries]
@@ -492,5 +496,5 @@ def rank(row: NDArray[np.float32], top: int) -> list[int]:
 
 
 def _classification(row: NDArray[np.float32], top: int, classes: tuple[str, ...]) -> list[str]:
-    """``score:index:label`` for the ``top`` largest of (K,) logits, the form of Triton's classification extension."""
+    """``score:index:label`` for the ``top`` largest of (K,) values, the form of Triton's classification extension."""
     return [f"{row[index]:f}:{index}:{classes[index]}" for index in rank(row, top)]

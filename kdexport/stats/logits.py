@@ -1,4 +1,6 @@
-"""Distances between logits: noise relative to the signal, and KL divergence."""
+"""Probabilities of logits, and distances between logits: noise relative to the signal, and KL divergence."""
+
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +25,13 @@ def kl_divergence(reference: NDArray[np.float64], other: NDArray[np.float64]) ->
         divergence = np.sum(np.exp(log_p) * (log_p - log_q), axis=1)
     result: NDArray[np.float64] = np.maximum(divergence, 0.0)
     return result
+
+
+def probabilities_of(logits: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    """(K,) or (N,K) logits to probabilities of the same shape, in float64 and without overflow."""
+    values = logits.astype(np.float64)
+    exponentials = np.exp(values - values.max(axis=-1, keepdims=True))
+    return np.asarray(exponentials / exponentials.sum(axis=-1, keepdims=True))
 
 
 def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -10,15 +10,15 @@ import onnx
 from torch import nn
 
 from kdexport.backends.base import Finding
-from kdexport.backends.pixel_input import FLOAT32
-from kdexport.bundle.manifest import FUSED, MODEL, RANGES, UNFUSED, Manifest, input_of, load_unfused, target_of
+from kdexport.backends.file_interface import PLAIN_INTERFACE
+from kdexport.bundle.manifest import FUSED, MODEL, RANGES, UNFUSED, Manifest, interface_of, load_unfused, target_of
 from kdexport.checkpoint import load_strictly, load_tensors
 from kdexport.core.digests import sha256_file
 from kdexport.errors import BundleError, KdexportError, first_line
 from kdexport.graph.equalise import apply_scalings
 from kdexport.graph.equality import graph_difference
 from kdexport.graph.export import export_onnx, model_metadata
-from kdexport.graph.pixel_prologue import take_pixels
+from kdexport.graph.interface import with_interface
 from kdexport.graph.plan import LayerPlan
 from kdexport.graph.precision import cast_to_bf16, cast_to_fp16
 from kdexport.graph.quantize import parse_form, quantize
@@ -54,7 +54,7 @@ class RebuiltGraphs:
         """The ONNX file ``name``, made again; raises ``BundleError`` if it cannot be made from what the bundle has."""
         path = self._folder / name
         try:
-            return self._with_input(name, self._expected(path, form, plan, weight_bits if form == "int8-u8" else 8))
+            return self._with_interface(name, self._expected(path, form, plan, weight_bits if form == "int8-u8" else 8))
         except KdexportError as error:
             raise _impossible(error.message) from error
         # The quantizer of onnxruntime raises errors of its own for ranges that are not those of the graph.
@@ -68,15 +68,14 @@ class RebuiltGraphs:
             self._made[key] = self._make(form, plan, weight_bits, ranges)
         return self._made[key]
 
-    def _with_input(self, name: str, path: Path) -> Path:
-        """The graph at ``path`` with the input that the manifest states for the ONNX file ``name``."""
+    def _with_interface(self, name: str, path: Path) -> Path:
+        """The graph at ``path`` with the input and outputs that the manifest states for the ONNX file ``name``."""
         target = target_of(name)
-        kind = FLOAT32 if target is None else input_of(self._manifest, str(target))
-        if kind == FLOAT32:
+        interface = PLAIN_INTERFACE if target is None else interface_of(self._manifest, str(target))
+        if interface == PLAIN_INTERFACE:
             return path
-        wrapped = path.with_name(f"{path.stem}-{kind}.onnx")
-        spec = self._manifest.spec.preprocessing
-        model = take_pixels(onnx.load(str(path)), kind, image_size=spec.image_size, mean=spec.mean, std=spec.std)
+        wrapped = path.with_name(f"{path.stem}-{interface.takes}-{interface.gives}.onnx")
+        model = with_interface(onnx.load(str(path)), interface, self._manifest.spec.preprocessing)
         onnx.save(model, str(wrapped))
         return wrapped
 

@@ -136,6 +136,7 @@ def _targets(data: dict[str, Any]) -> Iterable[Table]:
             name,
             entry["precision"],
             entry.get("input", "float32"),
+            entry.get("output", "logits"),
             entry["status"],
             str(entry.get("kernels", "")),
             str(entry.get("version", "")),
@@ -145,7 +146,7 @@ def _targets(data: dict[str, Any]) -> Iterable[Table]:
     note = "'built, not executed': the file was built and its layers were checked, but this machine cannot run it."
     yield Table(
         title="Targets",
-        header=("target", "precision", "input", "status", "kernels", "builder"),
+        header=("target", "precision", "input", "output", "status", "kernels", "builder"),
         rows=tuple(rows),
         note=note,
     )

@@ -1,6 +1,7 @@
 """Checks of each ONNX file and each target of a bundle: its graph, the runtime that ran it, and its logits."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,9 +10,9 @@ import onnx
 from numpy.typing import NDArray
 
 from kdexport.backends.base import Execution, Finding, Missing, Runner
+from kdexport.backends.file_interface import PLAIN_INTERFACE, PROBABILITIES, FileInterface
 from kdexport.backends.ort import CPU, OrtModel, execution_of, integer_kernels, load_model, provider_finding
-from kdexport.backends.pixel_input import FLOAT32, InputKind
-from kdexport.bundle.manifest import RANGES, TARGETS, UNFUSED, input_of, target_of
+from kdexport.bundle.manifest import RANGES, TARGETS, UNFUSED, interface_of, target_of
 from kdexport.core.digests import sha256_file
 from kdexport.errors import AuditError, BackendUnavailableError, KdexportError
 from kdexport.graph.audit import audit_graph
@@ -21,6 +22,7 @@ from kdexport.graph.tensor_ranges import Range, read_ranges
 from kdexport.targets import Target, parse_target
 from kdexport.verify.check import Check, broken, from_finding
 from kdexport.verify.parity import check_batches, check_repeatable, rung_b, rung_c
+from kdexport.verify.probabilities import check_probabilities
 from kdexport.verify.rebuilt_graphs import RebuiltGraphs
 from kdexport.verify.student_checks import BundleContext
 
@@ -44,7 +46,7 @@ def graph_checks(context: BundleContext, name: str, form: str, rebuilt: RebuiltG
     except (OSError, ValueError, TypeError) as error:
         return FileResult((broken("audit", name, f"{RANGES}: {type(error).__name__}: {error}"),))
     plan, target = context.plan(name), target_of(name)
-    takes = FLOAT32 if target is None else input_of(context.manifest, str(target))
+    interface = PLAIN_INTERFACE if target is None else interface_of(context.manifest, str(target))
     findings = audit_graph(
         path,
         plan.scaled(context.weights),
@@ -53,13 +55,13 @@ def graph_checks(context: BundleContext, name: str, form: str, rebuilt: RebuiltG
         structure=context.structure,
         ranges=ranges,
         kept=plan.nodes,
-        takes=takes,
+        interface=interface,
     )
     checks = [from_finding(name, finding) for finding in findings]
     if not findings[0].holds:
         return FileResult(tuple(checks))
     checks.append(from_finding(name, rebuilt.finding(name, form, plan, context.weight_bits)))
-    checks.append(from_finding(name, _metadata(context, path, takes)))
+    checks.append(from_finding(name, _metadata(context, path, interface)))
     try:
         model = open_file(path, form)
         if form == "int8-u8":
@@ -68,6 +70,8 @@ def graph_checks(context: BundleContext, name: str, form: str, rebuilt: RebuiltG
         return FileResult((*checks, broken("audit", name, error.message)))
     checks.append(from_finding(name, provider_finding(model, CPU)))
     checks += _computed(context, f"{name} on onnxruntime CPU", _Reference(model), form)
+    if interface.gives == PROBABILITIES:
+        checks.append(check_probabilities(name, _Reference(model), context.probes.images, "fp32"))
     return FileResult(tuple(checks), execution_of(model, CPU))
 
 
@@ -90,6 +94,8 @@ def target_checks(context: BundleContext, name: str) -> FileResult:
         label = run_label(target)
         checks += [from_finding(label, finding) for finding in runner.findings()]
         checks += _computed(context, label, runner, context.computes_in(target))
+        if interface_of(context.manifest, name).gives == PROBABILITIES:
+            checks.append(check_probabilities(label, runner, context.probes.images, target.precision))
         return FileResult(tuple(checks), runner.execution)
     except BackendUnavailableError as error:
         return FileResult((*checks, _not_executed(run_label(target), Missing(error.message.rstrip("."), error.remedy))))
@@ -122,6 +128,9 @@ class _Reference(Runner):
 
     def logits(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         return self._model.logits(images)
+
+    def outputs(self, images: NDArray[np.float32], names: Sequence[str]) -> list[NDArray[np.float32]]:
+        return self._model.outputs(images, names)
 
 
 def _computed(context: BundleContext, where: str, runner: Runner, form: str) -> list[Check]:
@@ -160,12 +169,13 @@ def open_file(path: Path, form: str) -> OrtModel:
     return load_model(path, optimise=form != "int8-s8")
 
 
-def _metadata(context: BundleContext, path: Path, takes: InputKind) -> Finding:
-    """The metadata in the file equals the manifest: classes, preprocessing, origin and what the file takes."""
+def _metadata(context: BundleContext, path: Path, interface: FileInterface) -> Finding:
+    """The metadata in the file equals the manifest: classes, preprocessing, origin, input and output."""
     written = read_metadata(onnx.load(str(path), load_external_data=False))
     # Through JSON, as the metadata was written: tuples become lists.
     expected = json.loads(json.dumps(model_metadata(context.manifest.spec, sha256_file(context.folder / UNFUSED))))
-    written, expected = {"input": FLOAT32, **written}, {**expected, "input": takes}
+    written = {"input": PLAIN_INTERFACE.takes, "output": PLAIN_INTERFACE.gives, **written}
+    expected = {**expected, "input": interface.takes, "output": interface.gives}
     wrong = [key for key in expected if key != "version" and written.get(key) != expected[key]]
     fact = f"differs from the manifest in {', '.join(wrong)}" if wrong else "equal to the manifest"
     return Finding("metadata", not wrong, fact)

@@ -31,11 +31,14 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Interface:
-    """The tensors of a classifier without the batch dimension: one (3,S,S) input, one (K,) output, both float32."""
+    """The tensors of a classifier without the batch dimension: one input, (3,S,S) float32 or pixels, and (K,) outputs
+    float32.
+    """
 
     input_name: str
+    input_type: Literal["TYPE_FP32", "TYPE_UINT8"]
     input_dims: tuple[int, ...]
-    output_name: str
+    outputs: tuple[str, ...]
     output_dims: tuple[int, ...]
 
 
@@ -61,15 +64,20 @@ def model_config(
         version_policy={"latest": {"num_versions": schedule.keep_versions}},
         max_batch_size=schedule.max_batch,
         input=[
-            {"name": interface.input_name, "data_type": messages.TYPE_FP32, "dims": interface.input_dims},
+            {
+                "name": interface.input_name,
+                "data_type": getattr(messages, interface.input_type),
+                "dims": interface.input_dims,
+            },
         ],
         output=[
             {
-                "name": interface.output_name,
+                "name": name,
                 "data_type": messages.TYPE_FP32,
                 "dims": interface.output_dims,
                 "label_filename": LABELS,
-            },
+            }
+            for name in interface.outputs
         ],
         dynamic_batching={
             "max_queue_delay_microseconds": schedule.delay_us,
@@ -88,7 +96,11 @@ def model_config(
 
 def _warmup(messages: Any, interface: Interface, file: str, batch: int) -> Any:
     """A warm-up sample; Triton repeats the single image of ``file`` to fill the batch."""
-    source = {"data_type": messages.TYPE_FP32, "dims": interface.input_dims, "input_data_file": file}
+    source = {
+        "data_type": getattr(messages, interface.input_type),
+        "dims": interface.input_dims,
+        "input_data_file": file,
+    }
     return messages.ModelWarmup(
         name=f"golden image, batch {batch}", batch_size=batch, count=2, inputs={interface.input_name: source}
     )

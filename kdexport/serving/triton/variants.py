@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from kdexport.backends.base import Missing
-from kdexport.backends.pixel_input import FLOAT32
-from kdexport.bundle.manifest import TARGETS, VERIFIED, Manifest, input_of
+from kdexport.backends.file_interface import PLAIN_INTERFACE
+from kdexport.bundle.manifest import TARGETS, VERIFIED, Manifest, interface_of
 from kdexport.errors import BundleError, ConfigError, UnknownNameError
 from kdexport.registry import nearest
 from kdexport.serving.triton.pbtxt import Device, Schedule
@@ -86,13 +86,17 @@ def plan_export(manifest: Manifest, request: TritonRequest) -> TritonPlan:
         backend="tensorrt" if engine else "onnxruntime",
         source=f"{TARGETS}/{request.target}/{parse_target(request.target).artifact}",
         schedule=_schedule(manifest, request, device),
-        contract=_contract(manifest, entry),
+        contract=_contract(manifest, request.target),
     )
 
 
-def _contract(manifest: Manifest, entry: dict[str, Any]) -> dict[str, Any]:
+def _contract(manifest: Manifest, target: str) -> dict[str, Any]:
     """The values that all versions of a model must share, in the form that JSON gives back (lists for tuples)."""
+    entry, interface = manifest.targets[target], interface_of(manifest, target)
+    # Repositories of earlier versions have plain files and do not say it.
+    other = {} if interface == PLAIN_INTERFACE else {"interface": str(interface)}
     contract = {
+        **other,
         "backend": "tensorrt" if entry["engine"] else "onnxruntime",
         "tensorrt": entry["version"] if entry["engine"] else None,
         "classes": manifest.spec.classes,
@@ -108,12 +112,6 @@ def _target_entry(manifest: Manifest, name: str) -> dict[str, Any]:
     platform = target.runtime.triton_platform(target.precision)
     if isinstance(platform, Missing):
         raise ConfigError(f"{name} {platform.reason}.", remedy=f"{platform.remedy}.")
-    takes = input_of(manifest, name)
-    if takes != FLOAT32:
-        raise ConfigError(
-            f"{name} takes {takes}, and Triton repositories are written for float32 inputs only.",
-            remedy=f'Build the bundle with input = "{FLOAT32}" under [export], or serve it with kdexport serve.',
-        )
     if entry["status"] != VERIFIED:
         raise BundleError(
             f"The engine of {name} was built but never run, so its logits were not verified.",

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from kdexport.bundle.manifest import MODEL, TARGETS
+from kdexport.backends.pixel_input import FLOAT32, arrange
+from kdexport.bundle.manifest import MODEL, TARGETS, interface_of
 from kdexport.core.digests import sha256_bytes, sha256_file
 from kdexport.data.preprocessing import read_image
 from kdexport.errors import BundleError, OutputError
@@ -109,7 +110,9 @@ def _write_version(folder: Path, bundle: VerifiedBundle, plan: TritonPlan, sha25
 def _write_shared(staged: Path, bundle: VerifiedBundle, plan: TritonPlan) -> None:
     spec = bundle.manifest.spec
     pixels = spec.preprocessing.pixels(read_image(bundle.folder / bundle.manifest.golden[0]))
-    image = spec.preprocessing.normalise(pixels[np.newaxis])[0].astype("<f4").tobytes()
+    takes = interface_of(bundle.manifest, plan.target).takes
+    normalised = spec.preprocessing.normalise(pixels[np.newaxis]).astype("<f4")
+    image = (normalised if takes == FLOAT32 else arrange(pixels[np.newaxis], takes))[0].tobytes()
     # The name depends on the content, so the old file stays until the old configuration is replaced.
     warmup = f"golden-{sha256_bytes(image)[:16]}"
     (staged / WARMUP).mkdir()
@@ -135,10 +138,17 @@ def _parameters(plan: TritonPlan) -> dict[str, str]:
 
 
 def read_interface(path: Path) -> Interface:
-    """Names and dimensions, without the batch, of the input and output of an audited ONNX file."""
+    """Names and dimensions, without the batch, of the input and outputs of an audited ONNX file."""
     import onnx
 
     graph = onnx.load(str(path), load_external_data=False).graph
-    (given,), (result,) = graph.input, graph.output
-    dims = [tuple(dim.dim_value for dim in item.type.tensor_type.shape.dim[1:]) for item in (given, result)]
-    return Interface(input_name=given.name, input_dims=dims[0], output_name=result.name, output_dims=dims[1])
+    (given,), results = graph.input, tuple(item.name for item in graph.output)
+    dims = [tuple(dim.dim_value for dim in item.type.tensor_type.shape.dim[1:]) for item in (given, graph.output[0])]
+    pixels = given.type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    return Interface(
+        input_name=given.name,
+        input_type="TYPE_UINT8" if pixels else "TYPE_FP32",
+        input_dims=dims[0],
+        outputs=results,
+        output_dims=dims[1],
+    )

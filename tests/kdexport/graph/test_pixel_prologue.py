@@ -9,6 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from kdexport.backends.file_interface import FileInterface
 from kdexport.backends.ort import load_model
 from kdexport.backends.pixel_input import InputKind
 from kdexport.errors import AuditError
@@ -128,7 +129,7 @@ def test_the_audit_requires_the_input_that_it_is_told(tmp_path: Path) -> None:
     onnx.save(wrapped(plain, "uint8-nhwc"), str(path))
 
     def wrong(file: Path, takes: InputKind) -> list[str]:
-        findings = audit_graph(file, block_weights(), form="fp32", opset=20, takes=takes)
+        findings = audit_graph(file, block_weights(), form="fp32", opset=20, interface=FileInterface(takes))
         return [finding.check for finding in findings if not finding.holds]
 
     assert wrong(path, "uint8-nhwc") == wrong(plain, "float32") == []

@@ -19,7 +19,7 @@ from typing import Any, cast
 from kdexport.serving.limits import Limits
 from kdexport.serving.wire import Signature
 
-SIGNATURE = Signature(input_name="input", output_name="logits", image_size=32, classes=("a", "b", "c"), max_batch=8)
+SIGNATURE = Signature(input_name="input", outputs=("logits",), image_size=32, classes=("a", "b", "c"), max_batch=8)
 LIMITS = Limits()
 _START_SECONDS = 240.0
 

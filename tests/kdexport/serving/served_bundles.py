@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from kdexport.backends.pixel_input import FLOAT32, InputKind
+from kdexport.backends.file_interface import PLAIN_INTERFACE, FileInterface
 from kdexport.build import stages
 from kdexport.build.package import Parts, package
 from kdexport.checkpoint import StudentSpec, open_checkpoint, save_checkpoint
@@ -69,7 +69,7 @@ def make_bundle(
     classes: tuple[str, ...] = CLASSES,
     seed: int = 5,
     policy: Mapping[str, Any] = MappingProxyType({}),
-    takes: InputKind = FLOAT32,
+    interface: FileInterface = PLAIN_INTERFACE,
 ) -> Path:
     """A verified bundle below ``root``, with random batch norms and a resize that differs from the image size."""
     preprocessing = Preprocessing.for_new_student(
@@ -85,7 +85,8 @@ def make_bundle(
     files = make_images(root / "images", 8, image_size * 3, image_size * 2)
     labels = np.arange(8, dtype=np.int64) % len(classes)
     validation = ImageSet(classes=classes, labels=labels, pixels=None, files=files)
-    config = BuildConfig.model_validate({**CONFIG, "policy": dict(policy), "export": {"max_batch": 8, "input": takes}})
+    export = {"max_batch": 8, "input": interface.takes, "output": interface.gives}
+    config = BuildConfig.model_validate({**CONFIG, "policy": dict(policy), "export": export})
     workspace = Workspace(root / "workspace")
     trained = open_checkpoint(root / "checkpoint")
     fused = stages.fuse(trained)
@@ -96,7 +97,7 @@ def make_bundle(
         trained=trained,
         fused=fused.result(workspace),
         model=model,
-        casts={parse_target("onnx-fp32"): stages.with_input(exported, takes, preprocessing).result(workspace)},
+        casts={parse_target("onnx-fp32"): stages.with_interface(exported, interface, preprocessing).result(workspace)},
         engines={},
         validation=validation,
         build_key=digest(["test", seed, image_size]),

@@ -13,6 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from kdexport.backends.file_interface import FileInterface
 from kdexport.backends.ort import CPU, load_model
 from kdexport.backends.pixel_input import arrange
 from kdexport.bundle.manifest import hash_files, read_golden, read_manifest
@@ -22,10 +23,13 @@ from kdexport.gate.arms import artifact, open_bundle
 from kdexport.serving.limits import Limits
 from kdexport.serving.loading import load
 from kdexport.serving.triton.variants import TritonRequest, plan_export
-from kdexport.targets import parse_targets, require_input
+from kdexport.serving.triton.writer import export_triton
+from kdexport.targets import parse_targets, require_interface
 from kdexport.timing.session import Arm, Request, measure_session
 from kdexport.verify.golden_limits import allowed_error
+from kdexport.verify.verdict import Verdict, replay, seal
 from tests.conftest import made_once
+from tests.kdexport.gate.edited_bundles import edited
 from tests.kdexport.serving.running_server import Running, running
 from tests.kdexport.serving.served_bundles import CLASSES, encoded, make_bundle, photo
 
@@ -35,7 +39,10 @@ FILE = "targets/onnx-fp32/model.onnx"
 @pytest.fixture(scope="session")
 def pixel_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A verified bundle that no test changes."""
-    return made_once(tmp_path_factory, "pixels", lambda root: make_bundle(root, takes="uint8-nhwc")) / "bundle"
+    return (
+        made_once(tmp_path_factory, "pixels", lambda root: make_bundle(root, interface=FileInterface("uint8-nhwc")))
+        / "bundle"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -172,21 +179,112 @@ def test_a_session_feeds_each_arm_what_it_takes(pixel_bundle: Path) -> None:
 
 
 def test_what_cannot_take_pixels_refuses_them_by_name(pixel_bundle: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="onnx-fp32 takes uint8-nhwc, and Triton"):
-        plan_export(read_manifest(pixel_bundle), TritonRequest(repository=tmp_path / "repository"))
     with pytest.raises(ConfigError, match="onnx-fp32 takes uint8-nhwc and cannot be compared with the unfused"):
         artifact(open_bundle(pixel_bundle), "onnx-fp32", "unfused", tmp_path)
-    require_input(parse_targets(["onnx-fp32", "openvino-int8"]), "uint8-nchw")
-    require_input(parse_targets(["trt-rtx-fp16"]), "float32")
+    require_interface(parse_targets(["onnx-fp32", "openvino-int8"]), FileInterface("uint8-nchw", "probabilities"))
+    require_interface(parse_targets(["trt-rtx-fp16"]), FileInterface())
     with pytest.raises(ConfigError, match="trt-rtx-fp16 cannot take uint8-nchw"):
-        require_input(parse_targets(["onnx-fp32", "trt-rtx-fp16"]), "uint8-nchw")
+        require_interface(parse_targets(["onnx-fp32", "trt-rtx-fp16"]), FileInterface("uint8-nchw"))
+    with pytest.raises(ConfigError, match="trt-rtx-fp16 cannot give probabilities"):
+        require_interface(parse_targets(["onnx-fp32", "trt-rtx-fp16"]), FileInterface(gives="probabilities"))
 
 
-def test_the_channels_first_layout_is_packaged_and_loaded(tmp_path: Path) -> None:
-    bundle = make_bundle(tmp_path, takes="uint8-nchw")
-    model: Any = loaded(bundle)
+@pytest.fixture(scope="session")
+def probability_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pixels in, channels first; probabilities and logits out. No test changes it."""
+    interface = FileInterface("uint8-nchw", "probabilities")
+    return made_once(tmp_path_factory, "probabilities", lambda root: make_bundle(root, interface=interface)) / "bundle"
+
+
+def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    values = np.asarray(logits, np.float64)
+    powers = np.exp(values - values.max(1, keepdims=True))
+    return np.asarray(powers / powers.sum(1, keepdims=True))
+
+
+def test_the_channels_first_layout_is_packaged_and_loaded(probability_bundle: Path) -> None:
+    model: Any = loaded(probability_bundle)
     assert model.signature.shape == [3, 32, 32]
-    pixels = golden_pixels(bundle)
+    pixels = golden_pixels(probability_bundle)
     found = model.logits(arrange(pixels, "uint8-nchw"))
-    np.testing.assert_allclose(found, float_logits(bundle), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found, float_logits(probability_bundle), rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(model.tensor(pixels[0]), arrange(pixels[:1], "uint8-nchw"))
+
+
+def test_a_file_gives_probabilities_first_and_every_check_holds(probability_bundle: Path) -> None:
+    manifest = read_manifest(probability_bundle)
+    assert manifest.targets["onnx-fp32"]["output"] == "probabilities"
+    checks = {(check["subject"], check["name"]): check for check in manifest.data["parity"]}
+    assert all(check["holds"] for check in checks.values())
+    assert {(FILE, "dynamic uint8-nchw input and probabilities and logits"), (FILE, "probabilities")} <= checks.keys()
+    assert ("model.onnx", "probabilities") not in checks
+    session = load_model(probability_bundle / FILE).session
+    assert [item.name for item in session.get_outputs()] == ["probabilities", "logits"]
+    given, logits = session.run(None, {"input": arrange(golden_pixels(probability_bundle), "uint8-nchw")})
+    np.testing.assert_allclose(given, softmax(float_logits(probability_bundle)), atol=1e-5)
+    np.testing.assert_allclose(given, softmax(logits), atol=1e-6)
+
+
+def over_images(model: onnx.ModelProto) -> None:
+    next(node for node in model.graph.node if node.op_type == "Softmax").attribute[0].i = 0
+
+
+def of_small_logits(model: onnx.ModelProto) -> None:
+    softmax_node = next(node for node in model.graph.node if node.op_type == "Softmax")
+    model.graph.initializer.append(numpy_helper.from_array(np.asarray(1e-4, np.float32), "factor"))
+    model.graph.node.insert(len(model.graph.node) - 1, onnx.helper.make_node("Mul", ["logits", "factor"], ["small"]))
+    softmax_node.input[0] = "small"
+
+
+def logits_twice(model: onnx.ModelProto) -> None:
+    node = next(node for node in model.graph.node if node.op_type == "Softmax")
+    node.op_type = "Identity"
+    del node.attribute[:]
+
+
+@pytest.mark.parametrize("change", [over_images, of_small_logits, logits_twice])
+def test_other_probabilities_are_seen_by_the_comparison_and_by_their_values(
+    probability_bundle: Path, change: Callable[[onnx.ModelProto], None], tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(probability_bundle, tmp_path / "bundle"))
+    model = onnx.load(bundle / FILE)
+    change(model)
+    onnx.save(model, bundle / FILE)
+    edited(bundle, lambda data: None)
+    failed = {check.name for check in replay(bundle, read_manifest(bundle), lambda _: None).failures}
+    assert {"graph as rebuilt", "probabilities"} <= failed
+    if change is over_images:
+        blame = explain(bundle, read_manifest(bundle), tmp_path / "blame", lambda _: None)
+        assert blame is not None
+        assert "softmax" in blame.words
+
+
+def test_the_server_and_triton_name_both_outputs(probability_bundle: Path, tmp_path: Path) -> None:
+    logits = float_logits(probability_bundle)
+    pixels = arrange(golden_pixels(probability_bundle), "uint8-nchw")
+    with running(f"zoo={probability_bundle}", "--instances", "1", "--drain", "0.2") as server:
+        described = server.ask("GET", "/v2/models/zoo").data
+        tensor = {"name": "input", "datatype": "UINT8", "shape": list(pixels.shape), "data": pixels.ravel().tolist()}
+
+        def infer(**asked: Any) -> Any:
+            return server.ask("POST", "/v2/models/zoo/infer", json.dumps({"inputs": [tensor], **asked}).encode())
+
+        both, one = infer(), infer(outputs=[{"name": "logits"}])
+        refused = infer(outputs=[{"name": "scores"}])
+    assert [output["name"] for output in described["outputs"]] == ["probabilities", "logits"]
+    found = {output["name"]: np.reshape(output["data"], output["shape"]) for output in both.data["outputs"]}
+    assert list(found) == ["probabilities", "logits"]
+    np.testing.assert_allclose(found["logits"], logits, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found["probabilities"], softmax(logits), atol=1e-5)
+    assert [output["name"] for output in one.data["outputs"]] == ["logits"]
+    assert refused.status == 400
+    assert "its outputs are 'probabilities' and 'logits'" in refused.error
+
+    bundle = seal(probability_bundle, read_manifest(probability_bundle), Verdict(()))
+    request = TritonRequest(repository=tmp_path / "repository", name="zoo")
+    export_triton(bundle, plan_export(bundle.manifest, request))
+    config = (tmp_path / "repository" / "zoo" / "config.pbtxt").read_text()
+    assert re.findall(r'^  name: "(\w+)"', config, flags=re.MULTILINE)[:3] == ["input", "probabilities", "logits"]
+    assert "TYPE_UINT8" in config
+    (warmup,) = (tmp_path / "repository" / "zoo" / "warmup").iterdir()
+    assert warmup.read_bytes() == pixels[0].tobytes()

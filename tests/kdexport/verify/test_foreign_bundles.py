@@ -29,6 +29,9 @@ targets = ["onnx-fp32", "onnx-int8"]
 mean = [0.5, 0.4, 0.3]
 std = [0.3, 0.25, 0.35]
 
+[export]
+output = "probabilities"
+
 [verify]
 images = 20
 golden = 6
