@@ -17,7 +17,8 @@ from kdexport.data.datasets import ImageSet
 from kdexport.students import STUDENTS
 from training.data import EvaluationBatches, training_batches
 from training.recipe import Recipe, load_recipe
-from training.runs.loop import Run, sgd, train_epoch
+from training.runs.loop import Run, train_epoch
+from training.runs.optimiser import optimiser
 from training.runs.progress import EpochProgress
 from training.teachers import TEACHERS
 from training.train import make_accelerator, prepare_distillation
@@ -141,7 +142,7 @@ def our_loop(images: ImageSet, recipe: Recipe, clock: Clock) -> Arm:
         evaluation=list(EvaluationBatches(noise(10), recipe.data, device=device)),
         teach=distillation.frozen,
     )
-    task, optimizer = accelerator.prepare(distillation.task, sgd(distillation.task, settings))
+    task, optimizer = accelerator.prepare(distillation.task, optimiser(distillation.task, settings))
     progress = EpochProgress(
         "", steps_per_epoch=batches.steps, epochs=1000, done_epochs=0, batch_size=settings.batch_size, quiet=True
     )

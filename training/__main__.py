@@ -139,14 +139,21 @@ def evaluate(
     set_: SetOption = None,
     data: DataOption = None,
     teacher_checkpoint: TeacherOption = None,
+    report: Annotated[
+        Path | None, typer.Option("--report", help="Write the recall of each class and the confusion matrix as JSON.")
+    ] = None,
     plugin: Plugins = None,
 ) -> None:
-    """Print the top-1 of a student checkpoint, or of the teacher's, on the test split."""
-    from training.train import evaluate_student, evaluate_teacher
+    """Print top-1, top-5 and calibration error of a student checkpoint, or of the teacher, on the test split."""
+    from training.train import predictions_of_student, predictions_of_teacher
 
     resolved = _resolve(recipe, set_, data, teacher_checkpoint)
-    value = evaluate_teacher(resolved) if checkpoint is None else evaluate_student(resolved, checkpoint)
-    sys.stdout.write(json.dumps({"top1": value}) + "\n")
+    found, classes = (
+        predictions_of_teacher(resolved) if checkpoint is None else predictions_of_student(resolved, checkpoint)
+    )
+    if report is not None:
+        write_text(report, json.dumps(found.report(classes), indent=1) + "\n")
+    sys.stdout.write(json.dumps(found.scalars()) + "\n")
 
 
 @app.command()

@@ -1,10 +1,14 @@
 """The running statistics of batch norms, which an evaluated and exported network uses instead of those of a batch."""
 
+import math
+
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 #: Below this many time constants of a running average, its initial values still have more than 0.7 % of the weight.
 _ENOUGH = 5.0
+#: With a larger momentum the statistics are hardly more than those of the last batch.
+_LARGEST = 0.5
 
 
 def set_momentum(network: nn.Module, momentum: float | None) -> None:
@@ -22,8 +26,10 @@ def slow_statistics(network: nn.Module, steps: int) -> str:
     smallest = min((momentum for momentum in momenta if momentum is not None), default=1.0)
     if steps * smallest >= _ENOUGH or smallest >= 1:
         return ""
+    needed = math.ceil(100 * _ENOUGH / steps) / 100
+    setting = f"set train.batch_norm_momentum={needed:g}, or train longer" if needed <= _LARGEST else "train longer"
     return (
         f"its batch norms have the momentum {smallest:g}, so that after the {steps} steps of this run their running "
         f"statistics are still to {(1 - smallest) ** steps:.0%} those before the training, and its top-1 can be far "
-        "below what it has learned: set train.batch_norm_momentum=0.1, or train longer"
+        f"below what it has learned: {setting}"
     )

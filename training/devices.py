@@ -2,10 +2,14 @@
 
 import inspect
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
+import numpy as np
 import torch
 from accelerate import DistributedDataParallelKwargs
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -50,6 +54,35 @@ def gathered(rows: Tensor) -> Tensor:
     collected = rows.new_empty(dist.get_world_size() * len(rows), *rows.shape[1:])
     dist.all_gather_into_tensor(collected, rows.contiguous())
     return collected
+
+
+def gathered_rows(columns: list[NDArray[Any]] | None) -> list[NDArray[Any]]:
+    """Concatenate columns (n,) of all processes, which may have different lengths; None is a process without rows."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        if columns is None:
+            raise ValueError("there are no rows")
+        return columns
+    collected: list[list[NDArray[Any]] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(collected, columns)
+    parts = [part for part in collected if part is not None]
+    return [np.concatenate(column) for column in zip(*parts, strict=True)]
+
+
+@contextmanager
+def buffers_of_first_process(network: nn.Module) -> Iterator[None]:
+    """Within the block all processes have the buffers of the first one: its batch norm statistics are exported."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        yield
+        return
+    own = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    for buffer in network.buffers():
+        dist.broadcast(buffer, 0)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in network.named_buffers():
+                buffer.copy_(own[name])
 
 
 def compiled(module: nn.Module, mode: str, device: torch.device) -> nn.Module:

@@ -48,8 +48,18 @@ class _GrowingSettings(Settings):
         return bool(getattr(self, key) != type(self).model_fields[key].get_default(call_default_factory=True))
 
 
+def _ascending(scale: tuple[float, float]) -> tuple[float, float]:
+    if scale[0] > scale[1]:
+        raise ValueError("the first part must not be larger than the second one")
+    return scale
+
+
+Part = Annotated[float, Field(gt=0, le=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
 class DataSettings(_GrowingSettings):
-    """``[data]``: the data set and its augmentation. ``crop_padding`` is used for small images only."""
+    """``[data]``: the data set and its augmentation. ``crop_padding`` is used for padded crops only."""
 
     name: str
     root: str = ""
@@ -66,6 +76,29 @@ class DataSettings(_GrowingSettings):
     crop_padding: Annotated[int, Field(ge=0)] = 4
     flip: bool = True
     workers: Annotated[int, Field(ge=0)] = 2
+    #: ``padded`` shifts the whole image by up to ``crop_padding`` pixels, ``resized`` is a random part of it, resized.
+    #: ``auto`` is padded for images of up to 64 pixels that fit on the device, otherwise resized.
+    crop: Literal["auto", "padded", "resized"] = "auto"
+    #: The least and the largest part of the area in a resized crop.
+    crop_scale: Annotated[tuple[Part, Part], AfterValidator(_ascending)] = (0.08, 1.0)
+    #: Random operations on each training image: TrivialAugment (Mueller & Hutter, 2021), RandAugment (Cubuk et al.).
+    policy: Literal["none", "trivialaugment", "randaugment"] = "none"
+    #: Number and strength (of 30) of the operations of RandAugment.
+    policy_operations: Annotated[int, Field(ge=1, le=14)] = 2
+    policy_magnitude: Annotated[int, Field(ge=0, le=30)] = 9
+    #: The probability that a random rectangle of a training image is erased (Zhong et al., 2020).
+    erasing: Probability = 0.0
+
+    _later = ("crop", "crop_scale", "policy", "policy_operations", "policy_magnitude", "erasing")
+
+    @model_validator(mode="after")
+    def _augmentation_has_an_effect(self) -> "DataSettings":
+        for key in ("policy_operations", "policy_magnitude"):
+            if self.policy != "randaugment" and self._has_set(key):
+                raise ValueError(f"{key} has no effect without policy = 'randaugment'")
+        if self.crop == "padded" and self._has_set("crop_scale"):
+            raise ValueError("crop_scale has no effect with crop = 'padded'")
+        return self
 
     @model_validator(mode="after")
     def _covers_the_crop(self) -> "DataSettings":
@@ -218,8 +251,49 @@ class TrainSettings(_GrowingSettings):
     compile: Literal["auto", "no", "yes"] = "auto"
     #: The share of each batch in the running statistics of batch norms; without it, that of the network.
     batch_norm_momentum: Annotated[float, Field(gt=0, le=1)] | None = None
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    #: Decay of the running means of gradients and of their squares, for AdamW.
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    #: Largest norm of the gradient of all weights; larger ones are scaled down to it. 0 leaves them.
+    clip_norm: NonNegative = 0.0
+    #: Decay of a running mean of the weights, which is evaluated and handed over in place of the weights; 0 is none.
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    #: The part of each label that is spread over all classes, in the cross-entropy.
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    #: Parameters of the Beta distributions of mixup (Zhang et al., 2018) and CutMix (Yun et al., 2019); 0 is off. With
+    #: both, each batch gets one of them.
+    mixup: NonNegative = 0.0
+    cutmix: NonNegative = 0.0
+    #: ``balanced`` gives all classes the same weight in the cross-entropy, however many images they have.
+    class_weights: Literal["none", "balanced"] = "none"
+    #: ``balanced`` draws images with replacement so that all classes are equally frequent.
+    sampling: Literal["shuffled", "balanced"] = "shuffled"
+    #: The part of the training images of each class that is left out of the training, to choose the best epoch on.
+    validation: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    #: The run ends after so many epochs without a better top-1 on the validation images; 0 is never.
+    patience: Annotated[int, Field(ge=0)] = 0
+    #: Whether the learning rate is found by a range test before the first epoch, instead of ``learning_rate``.
+    find_lr: bool = False
+    #: Services that get the metrics of each epoch besides the files of the run: the names that accelerate knows.
+    trackers: tuple[str, ...] = ()
 
-    _later = ("batch_norm_momentum",)
+    _later = (
+        *("batch_norm_momentum", "optimizer", "betas", "clip_norm", "ema", "label_smoothing", "mixup", "cutmix"),
+        *("class_weights", "sampling", "validation", "patience", "find_lr", "trackers"),
+    )
+
+    @model_validator(mode="after")
+    def _keys_have_an_effect(self) -> Self:
+        effects = {
+            "betas": (self.optimizer == "adamw", "optimizer = 'adamw'"),
+            "momentum": (self.optimizer == "sgd", "optimizer = 'sgd'; AdamW has betas"),
+            "nesterov": (self.optimizer == "sgd", "optimizer = 'sgd'"),
+            "patience": (self.validation > 0, "a validation above 0: the test split does not choose the end of a run"),
+        }
+        for key, (acts, needed) in effects.items():
+            if self._has_set(key) and not acts:
+                raise ValueError(f"{key} has no effect without {needed}")
+        return self
 
 
 class Published(Settings):
@@ -247,6 +321,7 @@ class Recipe(Settings):
         tables["data"].update(root="", workers=0)
         tables["teacher"].update(checkpoint="")
         tables["teacher"].pop("plausibility", None)
+        tables["train"].pop("trackers", None)
         if self.student.starts_from_a_file:
             tables["student"].update(weights="")
         return tables

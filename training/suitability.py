@@ -10,6 +10,7 @@ from training.distillers.distiller import Distiller, Output
 from training.distillers.settings import BranchedSettings, DistillerSettings, settings_model
 from training.foreign.network import ForeignStudent, ForeignTeacher
 from training.foreign.plan import Plan
+from training.recipe import Recipe
 from training.teachers import Teacher
 
 _READS: tuple[Output, ...] = ("features", "preactivations", "pooled")
@@ -24,6 +25,22 @@ def require_suitable(settings: DistillerSettings, student: Student, teacher: Tea
     if problem:
         able = ", ".join(suitable_methods(student, teacher))
         raise ConfigError(f"{settings.name} cannot distil this pair: {problem}.", remedy=f"This pair can take: {able}.")
+
+
+def require_compatible(recipe: Recipe) -> None:
+    """Raise ``ConfigError`` if the method cannot work with how the recipe draws or mixes its images."""
+    method, train = method_of(recipe.distiller), recipe.train
+    mixing = next((key for key in ("mixup", "cutmix") if getattr(train, key) > 0), None)
+    if method.needs_one_class and mixing is not None:
+        raise ConfigError(
+            f"train.{mixing} cannot be used with {recipe.distiller.name}, which needs the one class of each image.",
+            remedy=f"Set train.{mixing}=0, or choose another method.",
+        )
+    if method.needs_distinct_images and train.sampling == "balanced":
+        raise ConfigError(
+            f"train.sampling = 'balanced' cannot be used with {recipe.distiller.name}: it repeats images in a batch.",
+            remedy="Set train.class_weights=balanced instead.",
+        )
 
 
 def suitable_methods(student: Student, teacher: Teacher) -> tuple[str, ...]:

@@ -3,13 +3,13 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import nn
 
 from kdexport.data.preprocessing import Preprocessing
 from kdexport.errors import CheckpointError, ConfigError
 from kdexport.stats.plausibility import Judgement, judge
 from training.data import Labelled, preprocessing_of
+from training.evaluation import predict
 from training.recipe import DataSettings, TeacherSettings
 
 #: A quarter of a grey level: papers and recipes round their statistics.
@@ -64,12 +64,10 @@ def _numbers(values: tuple[float, float, float]) -> str:
     return " ".join(f"{value:.4g}" for value in values)
 
 
-@torch.no_grad()
 def judge_teacher(logits: nn.Module, batches: Iterable[Labelled], classes: Sequence[str]) -> Judgement:
     """Compare the predictions of a teacher in evaluation mode with the labels of ``batches``."""
-    pairs = [(logits(images).argmax(1).cpu(), labels.cpu()) for images, labels in batches]
-    predictions, labels = (torch.cat(part).numpy() for part in zip(*pairs, strict=True))
-    return judge(predictions, labels, classes)
+    found = predict(logits, batches)
+    return judge(found.predicted, found.labels, classes)
 
 
 def require_plausible(judgement: Judgement, settings: TeacherSettings, classes: Sequence[str]) -> None:

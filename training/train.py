@@ -14,17 +14,19 @@ from accelerate.state import AcceleratorState
 from kdexport.checkpoint import load_student as load_trained_student
 from kdexport.checkpoint import open_checkpoint, save_tensors
 from kdexport.core.digests import sha256_file
-from kdexport.core.files import recover, write_file, write_text
+from kdexport.core.files import recover, replace_folder, write_file, write_text
 from kdexport.core.progress import Reporter
 from kdexport.data.datasets import ImageSet, class_difference, dataset_digest, described, open_dataset
 from kdexport.errors import BackendUnavailableError, CheckpointError, TrainingError
 from kdexport.reparam.blocks import BranchSpec, attach_branches, branch_paths
 from kdexport.reparam.branches import ParallelBranches
 from kdexport.students import Student
+from training.augmentation import Mixer
 from training.batch_norms import set_momentum, slow_statistics
-from training.data import Batches, EvaluationBatches, preprocessing_of, training_batches
+from training.data import Batches, EvaluationBatches, preprocessing_of, split_validation, training_batches
 from training.devices import LocalBuffers, check_batch_size, gathered
 from training.distillers import DISTILLERS
+from training.evaluation import Predictions, predict
 from training.foreign.network import ForeignTeacher
 from training.networks import (
     GivenTeacher,
@@ -35,16 +37,20 @@ from training.networks import (
     trainable_teacher,
 )
 from training.recipe import Recipe, TrainSettings, check_schedule
+from training.runs.averaging import WeightAverage
 from training.runs.handover import Origin, hand_over, student_spec
-from training.runs.loop import Metrics, Run, run, top1
-from training.runs.record import claim, claim_input, device_name, note_environment, recorded_inputs
+from training.runs.loop import Metrics, Run, best_epoch, run
+from training.runs.record import claim, claim_input, described_run, device_name, note_environment, recorded_inputs
+from training.runs.supervision import supervision
 from training.runs.task import DistillationTask, FrozenTeacher, SupervisedTask
-from training.suitability import require_suitable
+from training.runs.trackers import require_trackers
+from training.suitability import require_compatible, require_suitable
 from training.teachers import Teacher
 from training.teachers.description import TeacherDescription
 from training.teaching import judge_teacher, require_plausible
 
 _CALIBRATION_BATCHES = 8
+_BEST_TEACHER = "best.safetensors"
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 Precision = Literal["no", "bf16", "fp16"]
 
@@ -99,6 +105,8 @@ def rehearse(recipe: Recipe) -> None:
     """
     check_schedule(recipe)
     DISTILLERS.check(recipe.distiller.name)
+    require_trackers(recipe.train.trackers)
+    require_compatible(recipe)
     require_weights(recipe)
     teacher = _rehearsed_teacher(recipe)
     student = build_student(recipe.student, num_classes=2, image_size=recipe.data.image_size, pretrained=False)
@@ -169,18 +177,36 @@ def train_teacher(recipe: Recipe, directory: Path) -> Metrics:
     set_momentum(teacher, settings.batch_norm_momentum)
     teacher.to(accelerator.device)
     teacher.to(memory_format=torch.channels_last)
-    batches = _batches(train, recipe, accelerator)
+    kept, validation = split_validation(train, settings.validation)
+    batches = _batches(kept, recipe, accelerator)
+    task = SupervisedTask(teacher, supervision(settings, torch.from_numpy(kept.labels))).to(accelerator.device)
+    average = WeightAverage(teacher, settings.ema) if settings.ema > 0 else None
+    trained = teacher if average is None else average.network
+    # The names of the network itself, without those of the wrapper around it.
+    network = trained.network if isinstance(trained, ForeignTeacher) else trained
+    about = TeacherDescription(classes=train.classes, preprocessing=own.preprocessing)
+
+    def keep(name: str) -> None:
+        metadata = about.metadata(recipe.teacher.name)
+        write_file(directory / name, lambda path: save_tensors(path, network.state_dict(), metadata))
+
     _say_slow_statistics(f"teacher {recipe.teacher.name}", teacher, settings.epochs * batches.steps, say)
     job = Run(
         directory=directory,
         title=f"teacher {recipe.teacher.name}",
         settings=settings,
         branches=(0, 1),
-        task=SupervisedTask(teacher),
+        task=task,
         network=teacher,
         batches=batches,
-        evaluation=EvaluationBatches(test, recipe.data, device=accelerator.device),
+        evaluation=_evaluation(test, recipe, accelerator),
         teach=lambda _: None,
+        keep_best=(lambda _: keep(_BEST_TEACHER)) if settings.patience else None,
+        mix=_mixer(settings, train),
+        average=average,
+        validation=None if validation is None else _evaluation(validation, recipe, accelerator),
+        classes=train.classes,
+        described=described_run(recipe, "teacher"),
     )
     try:
         history = run(job, accelerator)
@@ -188,24 +214,25 @@ def train_teacher(recipe: Recipe, directory: Path) -> Metrics:
         # The keys of the student do not change the teacher.
         remedy = "Lower teacher.learning_rate, or raise train.warmup_epochs."
         raise TrainingError(f"teacher {recipe.teacher.name}: {error.message}", remedy=remedy) from error
+    metrics = best_epoch(history) if settings.patience else history[-1]
     if accelerator.is_main_process:
-        about = TeacherDescription(classes=train.classes, preprocessing=own.preprocessing)
-        written = {**about.to_json(recipe.teacher.name), "metrics": history[-1]}
+        written = {**about.to_json(recipe.teacher.name), "metrics": metrics}
         write_text(directory / "teacher.json", json.dumps(written, indent=2))
         # The weights are written last: they mark the teacher as complete.
-        metadata = about.metadata(recipe.teacher.name)
-        # The names of the network itself, without those of the wrapper around it.
-        network = teacher.network if isinstance(teacher, ForeignTeacher) else teacher
-        write_file(directory / "model.safetensors", lambda path: save_tensors(path, network.state_dict(), metadata))
+        if settings.patience:
+            (directory / _BEST_TEACHER).replace(directory / "model.safetensors")
+        else:
+            keep("model.safetensors")
     accelerator.wait_for_everyone()
-    return history[-1]
+    return metrics
 
 
 def train_student(recipe: Recipe, directory: Path, origin: Origin) -> Metrics:
     """Distil the recipe's student into ``directory``/student; returns the metrics of the last epoch."""
     accelerator = make_accelerator(recipe.train)
     train, test = open_dataset(recipe.data.spec(), "train"), open_dataset(recipe.data.spec(), "test")
-    evaluation = EvaluationBatches(test, recipe.data, device=accelerator.device)
+    train, validation = split_validation(train, recipe.train.validation)
+    evaluation = _evaluation(test, recipe, accelerator)
     batches = _batches(train, recipe, accelerator)
     say = Reporter(quiet=not accelerator.is_main_process).say
     distillation = prepare_distillation(recipe, train, batches, accelerator.device, say=say)
@@ -217,9 +244,12 @@ def train_student(recipe: Recipe, directory: Path, origin: Origin) -> Metrics:
         with accelerator.main_process_first():
             claim_input(directory, "teacher_sha256", origin.teacher_sha256, recipe.teacher.checkpoint)
 
+    average = WeightAverage(distillation.student, recipe.train.ema) if recipe.train.ema > 0 else None
+    handed = distillation.student if average is None else cast(Student, average.network)
+
     def keep(name: str, metrics: Metrics) -> None:
         spec = student_spec(recipe, train, distillation.branches, metrics, origin)
-        hand_over(directory / name, distillation.student, spec)
+        hand_over(directory / name, handed, spec)
 
     measured = {} if teacher_top1 is None else {"teacher_top1": teacher_top1}
 
@@ -239,15 +269,40 @@ def train_student(recipe: Recipe, directory: Path, origin: Origin) -> Metrics:
         diversity=distillation.diversity if distillation.branches else None,
         keep_best=keep_best,
         teacher_top1=teacher_top1,
+        mix=_mixer(recipe.train, train),
+        average=average,
+        validation=None if validation is None else _evaluation(validation, recipe, accelerator),
+        classes=train.classes,
+        described=described_run(recipe, "student"),
     )
     if accelerator.is_main_process:
         recover(directory / "best")
     history = run(job, accelerator)
-    best = max(epoch["top1"] for epoch in history)
-    metrics = {**history[-1], **measured, "best_epoch_top1": best}
+    best = best_epoch(history)
+    last = best if recipe.train.patience else history[-1]
+    metrics = {**last, **measured, "best_epoch_top1": best["top1"]}
     if accelerator.is_main_process:
-        keep("student", metrics)
+        if recipe.train.patience:
+            # It was not chosen on the test split, so that its top-1 there is a result.
+            replace_folder(directory / "best", directory / "student")
+        else:
+            keep("student", metrics)
     return metrics
+
+
+def _mixer(settings: TrainSettings, train: ImageSet) -> Mixer | None:
+    return Mixer(settings, len(train.classes)) if settings.mixup > 0 or settings.cutmix > 0 else None
+
+
+def _evaluation(images: ImageSet, recipe: Recipe, accelerator: Accelerator) -> EvaluationBatches:
+    """The batches of ``images`` that this process evaluates."""
+    return EvaluationBatches(
+        images,
+        recipe.data,
+        device=accelerator.device,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+    )
 
 
 def _say_slow_statistics(name: str, network: torch.nn.Module, steps: int, say: Callable[[str], None]) -> None:
@@ -320,7 +375,8 @@ def prepare_distillation(
     distiller.prepare(torch.from_numpy(train.labels))
     calibration = [gathered(batch.images) for batch in islice(batches.epoch(0), _CALIBRATION_BATCHES)]
     distiller.calibrate(map(frozen, calibration))
-    task = DistillationTask(student, distiller, layers).to(device)
+    supervised = supervision(recipe.train, torch.from_numpy(train.labels))
+    task = DistillationTask(student, distiller, layers, supervised).to(device)
     task.to(memory_format=torch.channels_last)
     return Distillation(
         student=student,
@@ -335,6 +391,11 @@ def prepare_distillation(
 
 def evaluate_teacher(recipe: Recipe) -> float:
     """Top-1 of the recipe's teacher checkpoint on the test split, in full precision."""
+    return predictions_of_teacher(recipe)[0].top1
+
+
+def predictions_of_teacher(recipe: Recipe) -> tuple[Predictions, tuple[str, ...]]:
+    """What the recipe's teacher predicts for the test split, in full precision, and the classes."""
     device = make_accelerator(recipe.train.model_copy(update={"mixed_precision": "no"})).device
     test = _reported_test_split(recipe)
     say = Reporter().say
@@ -349,11 +410,17 @@ def evaluate_teacher(recipe: Recipe) -> float:
     exact = recipe.model_copy(
         update={"train": recipe.train.model_copy(update={"mixed_precision": "no", "teacher_precision": "no"})}
     )
-    return top1(_logits_only(_freeze(given, exact, device)), EvaluationBatches(test, recipe.data, device=device))
+    logits = _logits_only(_freeze(given, exact, device))
+    return predict(logits, EvaluationBatches(test, recipe.data, device=device)), test.classes
 
 
 def evaluate_student(recipe: Recipe, checkpoint: Path) -> float:
     """Top-1 of a student checkpoint on the test split of the recipe's data, in full precision."""
+    return predictions_of_student(recipe, checkpoint)[0].top1
+
+
+def predictions_of_student(recipe: Recipe, checkpoint: Path) -> tuple[Predictions, tuple[str, ...]]:
+    """What a student checkpoint predicts for the test split of the recipe's data, and the classes."""
     device = make_accelerator(recipe.train.model_copy(update={"mixed_precision": "no"})).device
     trained = open_checkpoint(checkpoint)
     test = _reported_test_split(recipe)
@@ -366,7 +433,8 @@ def evaluate_student(recipe: Recipe, checkpoint: Path) -> float:
         )
     student = load_trained_student(trained).to(device)
     own = trained.spec.preprocessing
-    return top1(student, EvaluationBatches(test, recipe.data, device=device, preprocessing=own))
+    batches = EvaluationBatches(test, recipe.data, device=device, preprocessing=own)
+    return predict(student, batches), test.classes
 
 
 def make_accelerator(settings: TrainSettings) -> Accelerator:
@@ -411,6 +479,7 @@ def _batches(train: ImageSet, recipe: Recipe, accelerator: Accelerator) -> Batch
         device=accelerator.device,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
+        balanced=recipe.train.sampling == "balanced",
     )
 
 

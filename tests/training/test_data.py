@@ -1,3 +1,4 @@
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ from training.data import (
     ResidentBatches,
     StreamedBatches,
     preprocessing_of,
+    read_ahead,
+    split_validation,
     training_batches,
 )
 from training.recipe import DataSettings
@@ -368,3 +371,121 @@ def test_images_that_come_as_one_array_are_streamed_like_their_files(tmp_path: P
     assert torch.equal(one[1], other[1])
     assert one[0].shape == (6, 3, 70, 70)
     assert one[0].std() > 0.5
+
+
+def labelled_images(counts: tuple[int, ...], side: int = 16) -> ImageSet:
+    labels = np.repeat(np.arange(len(counts)), counts).astype(np.int64)
+    pixels = np.random.default_rng(1).integers(0, 256, (len(labels), side, side, 3), dtype=np.uint8)
+    return ImageSet(classes=tuple(f"class{i}" for i in range(len(counts))), labels=labels, pixels=pixels, files=())
+
+
+def test_balanced_sampling_draws_every_class_equally_often() -> None:
+    images = labelled_images((90, 9, 1))
+    batches = training_batches(images, settings(image_size=16), batch_size=20, seed=2, device=CPU, balanced=True)
+    drawn = np.concatenate([batch.labels.numpy() for index in range(12) for batch in batches.epoch(index)])
+    assert len(drawn) == 12 * 100
+    # 400 of each, with a standard deviation of 16.
+    assert np.all(np.abs(np.bincount(drawn) - 400) < 80)
+
+
+@pytest.mark.parametrize("policy", ["none", "trivialaugment"])
+def test_images_drawn_twice_are_changed_in_two_ways(policy: str) -> None:
+    images = labelled_images((6, 1), side=20)
+    chosen = settings(image_size=16, policy=policy, crop="resized", erasing=0.9)
+    batches = training_batches(images, chosen, batch_size=7, seed=2, device=CPU, balanced=True)
+    (batch,) = batches.epoch(0)
+    rare = batch.images[batch.samples == 6]
+    assert len(rare) > 1
+    assert not torch.equal(rare[0], rare[1])
+
+
+def test_validation_images_are_a_part_of_each_class_whatever_the_seed() -> None:
+    images = labelled_images((20, 7, 2))
+    kept, left = split_validation(images, 0.25)
+    assert left is not None
+    assert np.bincount(kept.labels).tolist() == [15, 5, 1]
+    assert np.bincount(left.labels).tolist() == [5, 2, 1]
+    assert kept.classes == left.classes == images.classes
+    assert kept.pixels is not None
+    assert left.pixels is not None
+    assert images.pixels is not None
+    parts = {pixels.tobytes() for pixels in (*kept.pixels, *left.pixels)}
+    assert parts == {pixels.tobytes() for pixels in images.pixels}
+    again = split_validation(images, 0.25)[1]
+    assert again is not None
+    assert again.fingerprint() == left.fingerprint()
+    assert split_validation(images, 0.0) == (images, None)
+    with pytest.raises(DataError, match="The class class1 has 1 training images"):
+        split_validation(labelled_images((5, 1)), 0.2)
+
+
+def test_a_crop_shifts_into_real_pixels_where_the_image_has_them() -> None:
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(1, 256, (3, 20, 20, 3), dtype=np.uint8)
+    images = ImageSet(classes=("a", "b"), labels=np.array([0, 1, 0]), pixels=pixels, files=())
+    chosen = settings(image_size=16, resize=20, crop_padding=3, flip=False)
+    for kind in (ResidentBatches, StreamedBatches):
+        batches = kind(images, chosen.model_copy(update={"crop": "padded"}), batch_size=3, seed=0, device=CPU)
+        places = set()
+        for index in range(30):
+            (batch,) = batches.epoch(index)
+            values = denormalised(batch.images, chosen)
+            for image, sample in zip(values, batch.samples.tolist(), strict=True):
+                padded = np.pad(pixels[sample], ((1, 1), (1, 1), (0, 0)))
+                found = [
+                    (r, c) for r in range(7) for c in range(7) if np.array_equal(padded[r : r + 16, c : c + 16], image)
+                ]
+                assert len(found) == 1
+                places.add(found[0])
+        assert {r for r, _ in places} == set(range(7))
+        assert {c for _, c in places} == set(range(7))
+
+
+def denormalised(images: torch.Tensor, chosen: DataSettings) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    mean, std = (torch.tensor(values).reshape(1, 3, 1, 1) for values in (chosen.mean, chosen.std))
+    return ((images * std + mean) * 255).round().permute(0, 2, 3, 1).to(torch.uint8).numpy()
+
+
+def test_erasing_sets_rectangles_of_some_images_to_the_mean_colour() -> None:
+    images = labelled_images((30, 30), side=16)
+    plain = settings(image_size=16, crop_padding=0, flip=False)
+    for changes in ({}, {"crop": "padded", "policy": "none"}):
+        chosen = plain.model_copy(update={"erasing": 0.5, **changes})
+        erased, whole = (
+            {int(s): image for b in training_batches(images, c, batch_size=20, seed=3, device=CPU).epoch(1)
+             for s, image in zip(b.samples, b.images, strict=True)}
+            for c in (chosen, plain)
+        )  # fmt: skip
+        changed = {sample for sample, image in erased.items() if not torch.equal(image, whole[sample])}
+        assert 15 < len(changed) < 45
+        for sample in changed:
+            assert (erased[sample] == 0).all(0).any()
+            kept = (erased[sample] != 0).any(0)
+            assert torch.equal(erased[sample][:, kept], whole[sample][:, kept])
+
+
+def test_processes_evaluate_every_image_once() -> None:
+    images = labelled_images((30, 21), side=16)
+    for size in (16, 96):
+        parts = [
+            list(EvaluationBatches(images, settings(image_size=size), device=CPU, batch_size=8, rank=rank, world=3))
+            for rank in range(3)
+        ]
+        sizes = sorted(len(labels) for part in parts for _, labels in part)
+        assert sizes == [3, 8, 8, 8, 8, 8, 8]
+        labels = torch.cat([labels for part in parts for _, labels in part])
+        assert labels.bincount().tolist() == [30, 21]
+
+
+def test_decoding_ahead_stops_at_the_first_damaged_image_with_its_name() -> None:
+    def make(item: int) -> int:
+        if item == 7:
+            raise DataError("image 7 is damaged", remedy="Remove it.")
+        return item * item
+
+    with ThreadPoolExecutor(2) as pool:
+        ahead = read_ahead(pool, [range(3), range(3, 6), range(6, 9)], make)
+        assert next(ahead) == (range(3), [0, 1, 4])
+        assert next(ahead) == (range(3, 6), [9, 16, 25])
+        with pytest.raises(DataError, match="image 7"):
+            next(ahead)

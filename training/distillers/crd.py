@@ -147,6 +147,8 @@ class CRD(Distiller):
     settings: CRDSettings
     reads = frozenset(("pooled",))
     reads_of_student = frozenset(("pooled",))
+    # The memory of an image is of the image alone, and is updated once a step.
+    needs_one_class = needs_distinct_images = True
     memory: ContrastMemory
 
     def __init__(self, *, settings: CRDSettings, student: Student, teacher: Teacher) -> None:

@@ -23,13 +23,15 @@ class StepContext:
     """The time of a step in the training and its random draws; all are tensors, so no step waits for the device.
 
     ``epoch`` () is fractional. ``orders`` (L,m) has a random permutation of the m branches for each of L layers.
-    ``labels`` (N,) are the classes of the batch, and ``samples`` (N,) its indices in the training set.
+    ``labels`` (N,) are the classes of the batch, and ``samples`` (N,) its indices in the training set. ``targets``
+    (N,K) are the parts of the classes in images that are mixed with others; None for whole images.
     """
 
     epoch: Tensor
     orders: Tensor
     labels: Tensor
     samples: Tensor
+    targets: Tensor | None = None
 
 
 class Distiller(nn.Module):
@@ -43,6 +45,10 @@ class Distiller(nn.Module):
     reads: ClassVar[frozenset[Output]] = frozenset(("features", "preactivations", "pooled", "logits"))
     #: What the method reads of the student besides its logits.
     reads_of_student: ClassVar[frozenset[Output]] = frozenset(("features", "preactivations", "pooled"))
+    #: Whether the method reads the one class of an image, which an image that is mixed of two does not have.
+    needs_one_class: ClassVar[bool] = False
+    #: Whether an image may occur only once in a batch of all processes.
+    needs_distinct_images: ClassVar[bool] = False
 
     def __init__(self, *, settings: DistillerSettings, student: Student, teacher: Teacher) -> None:  # noqa: ARG002
         super().__init__()

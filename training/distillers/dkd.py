@@ -15,6 +15,7 @@ class DKD(Distiller):
 
     settings: DKDSettings
     reads = frozenset(("logits",))
+    needs_one_class = True
     reads_of_student = frozenset()
 
     def forward(

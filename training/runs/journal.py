@@ -5,10 +5,12 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from kdexport.core.files import write_file, write_text
 from kdexport.errors import BackendUnavailableError
 from training.runs.plots import Line, plot_diversity, plot_learning_curves
+from training.runs.trackers import Trackers
 
 #: Seconds between two updates of the plots; the last epoch always updates them.
 _REDRAW_S = 60.0
@@ -26,6 +28,7 @@ class Journal:
         draws: bool,
         teacher_top1: float | None,
         say: Callable[[str], None],
+        trackers: Trackers | None = None,
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -34,20 +37,35 @@ class Journal:
         self._scalars = SummaryWriter(str(directory / "tensorboard"), purge_step=done + 1)
         self._directory, self._title, self._teacher_top1, self._say = directory, title, teacher_top1, say
         self._draws, self._drawn_at = draws, time.monotonic()
+        self._trackers = trackers or Trackers((), title, {})
 
     def __enter__(self) -> "Journal":
+        self._trackers.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._scalars.close()
+        self._trackers.__exit__(kind, error, trace)
 
-    def write(self, history: Sequence[Line], diversity: Sequence[Line], *, last: bool) -> None:
-        """Write all epochs so far, the newest one to TensorBoard, and the plots if they are due."""
+    def write(
+        self,
+        history: Sequence[Line],
+        diversity: Sequence[Line],
+        *,
+        last: bool,
+        report: dict[str, Any] | None = None,
+    ) -> None:
+        """Write all epochs so far, the newest one to TensorBoard and the trackers, and the plots if they are due.
+
+        ``report`` is the evaluation of the newest epoch by class.
+        """
         epoch = len(history)
         numbered = [{"epoch": index + 1, **metrics} for index, metrics in enumerate(history)]
         write_text(self._directory / "metrics.jsonl", _jsonl(numbered))
+        if report is not None:
+            write_text(self._directory / "evaluation.json", json.dumps({"epoch": epoch, **report}, indent=1) + "\n")
         newest = dict(history[-1])
         if diversity:
             write_text(self._directory / "diversity.jsonl", _jsonl(diversity))
@@ -55,6 +73,7 @@ class Journal:
         for name, value in newest.items():
             self._scalars.add_scalar(name, value, epoch)
         self._scalars.flush()
+        self._trackers.log(newest, epoch)
         if self._draws and (last or time.monotonic() - self._drawn_at > _REDRAW_S):
             self._draw(numbered, diversity)
 

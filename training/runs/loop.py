@@ -1,26 +1,34 @@
 """The training loop: after each epoch it writes the metrics and the state from which the run can continue."""
 
+import json
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from kdexport.core.files import remove_partials
+from kdexport.core.files import remove_partials, write_text
+from kdexport.core.progress import Reporter
 from kdexport.errors import TrainingError
 from kdexport.students import Tapped
-from training.data import Batches, Labelled, epoch_generator
+from training.data import Batch, Batches, Labelled, epoch_generator
 from training.devices import compiled
 from training.distillers.distiller import StepContext
+from training.evaluation import Predictions, predict
 from training.recipe import TrainSettings
+from training.runs.averaging import WeightAverage
+from training.runs.find_lr import FoundRate, find_rate
 from training.runs.journal import Journal
+from training.runs.optimiser import learning_rate, optimiser
 from training.runs.progress import EpochProgress
 from training.runs.state import Resumed, load_state, save_state
+from training.runs.trackers import Trackers
 from training.runs.watch import REMEDY, LossWatch
 
 Metrics = dict[str, float]
@@ -49,42 +57,26 @@ class Run:
     teacher_top1: float | None = None
     #: Whether plots are drawn.
     draws: bool = True
+    #: Mixes the images of a step: images and parts of classes from images, labels, epoch and step.
+    mix: Callable[[Tensor, Tensor, int, int], tuple[Tensor, Tensor | None]] | None = None
+    #: The running mean of the weights that is evaluated in place of ``network``.
+    average: WeightAverage | None = None
+    #: Training images that are left out of the training, on which the best epoch is chosen.
+    validation: Iterable[Labelled] | None = None
+    #: The names of the classes, for evaluation.json; without them it is not written.
+    classes: tuple[str, ...] = ()
+    #: What trackers get as the configuration of the run.
+    described: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that is evaluated and handed over."""
+        return self.network if self.average is None else self.average.network
 
 
-def learning_rate(settings: TrainSettings, epoch: float) -> float:
-    """The rate at a fractional epoch: a linear warm-up, then steps by a factor of 0.1, or a half cosine to 0."""
-    if epoch < settings.warmup_epochs:
-        return settings.learning_rate * (epoch + 1e-3) / settings.warmup_epochs
-    if settings.schedule == "step":
-        return settings.learning_rate * 0.1 ** sum(epoch >= milestone for milestone in settings.milestones)
-    span = max(settings.epochs - settings.warmup_epochs, 1e-9)
-    return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * (epoch - settings.warmup_epochs) / span))
-
-
-def sgd(task: nn.Module, settings: TrainSettings) -> torch.optim.SGD:
-    """The optimiser of all trainable parameters of ``task``."""
-    return torch.optim.SGD(
-        [p for p in task.parameters() if p.requires_grad],
-        lr=settings.learning_rate,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-        nesterov=settings.nesterov,
-        # One pass over all weights; with a gradient scaler it does not wait for the device to find infinite gradients.
-        fused=True,
-    )
-
-
-@torch.no_grad()
 def top1(network: nn.Module, batches: Iterable[Labelled]) -> float:
     """The fraction of images whose largest logit is their label, in evaluation mode; restores the mode."""
-    was_training = network.training
-    network.eval()
-    correct, total = torch.zeros((), dtype=torch.int64), 0
-    for images, labels in batches:
-        correct = correct.to(labels.device) + (network(images).argmax(1) == labels).sum()
-        total += len(labels)
-    network.train(was_training)
-    return correct.item() / total
+    return predict(network, batches).top1
 
 
 def run(job: Run, accelerator: Accelerator) -> tuple[Metrics, ...]:
@@ -96,11 +88,14 @@ def run(job: Run, accelerator: Accelerator) -> tuple[Metrics, ...]:
     job.directory.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
         remove_partials(job.directory)
-    optimizer = sgd(job.task, settings)
-    resumed, extra = load_state(job.directory, job.task, optimizer)
+    made = optimiser(job.task, settings)
+    average = job.average
+    resumed, extra = load_state(job.directory, job.task, made, None if average is None else average.network)
     if accelerator.scaler is not None and "scaler" in extra:
         accelerator.scaler.load_state_dict(extra["scaler"])
-    task, prepared = accelerator.prepare(job.task, optimizer)
+    settings = _with_found_rate(job, accelerator, extra)
+    job = replace(job, settings=settings)
+    task, prepared = accelerator.prepare(job.task, made)
     task = compiled(task, settings.compile, accelerator.device)
     history, diversity = list(resumed.history), list(extra.get("diversity", []))
     progress = EpochProgress(
@@ -113,22 +108,101 @@ def run(job: Run, accelerator: Accelerator) -> tuple[Metrics, ...]:
     )
     with progress, _journal(job, resumed.epoch, accelerator, progress) as journal:
         for epoch in range(resumed.epoch, settings.epochs):
-            metrics = train_epoch(job, accelerator, task, prepared, epoch, progress, history)
+            if out_of_patience(history, settings.patience):
+                progress.say(f"{job.title}: no better epoch in the last {settings.patience}, the run ends early")
+                break
+            metrics, found = train_epoch(job, accelerator, task, prepared, epoch, progress, history)
             history.append(metrics)
             if journal is None:
                 continue
             if job.diversity is not None:
                 diversity.append({"epoch": epoch + 1, **job.diversity()})
-            if job.keep_best is not None and metrics["top1"] > max((e["top1"] for e in history[:-1]), default=-1.0):
+            if job.keep_best is not None and _chosen_by(metrics) > max(map(_chosen_by, history[:-1]), default=-1.0):
                 job.keep_best(metrics)
             # Everything before the state: a run that is killed in between repeats the epoch and writes the same files.
-            journal.write(history, diversity, last=epoch + 1 == settings.epochs)
-            extra = {"diversity": diversity} if diversity else {}
+            report = found.report(job.classes) if job.classes else None
+            last = epoch + 1 == settings.epochs or out_of_patience(history, settings.patience)
+            journal.write(history, diversity, last=last, report=report)
+            kept = {"learning_rate": settings.learning_rate} if settings.find_lr else {}
+            extra = kept | ({"diversity": diversity} if diversity else {})
             if accelerator.scaler is not None:
                 extra["scaler"] = accelerator.scaler.state_dict()
-            save_state(job.directory, job.task, optimizer, Resumed(epoch=epoch + 1, history=tuple(history)), extra)
+            done = Resumed(epoch=epoch + 1, history=tuple(history))
+            save_state(job.directory, job.task, made, done, extra, None if average is None else average.network)
             progress.epoch_done(epoch + 1, metrics)
     return tuple(history)
+
+
+def _chosen_by(metrics: Metrics) -> float:
+    """The top-1 by which epochs are compared: on the validation images if there are any."""
+    return metrics.get("validation_top1", metrics["top1"])
+
+
+def best_epoch(history: Sequence[Metrics]) -> Metrics:
+    """The metrics of the first epoch with the highest top-1 on the validation images, or else on the test split."""
+    return max(history, key=_chosen_by)
+
+
+def out_of_patience(history: Sequence[Metrics], patience: int) -> bool:
+    """Whether none of the last ``patience`` epochs is better on the validation images than one before; 0 is never."""
+    if patience == 0 or not history:
+        return False
+    values = [_chosen_by(metrics) for metrics in history]
+    return len(values) - 1 - values.index(max(values)) >= patience
+
+
+def _with_found_rate(job: Run, accelerator: Accelerator, extra: dict[str, Any]) -> TrainSettings:
+    """The settings with the learning rate of the range test, which a run that continues has in its state."""
+    settings = job.settings
+    if not settings.find_lr:
+        return settings
+    if "learning_rate" in extra:
+        return settings.model_copy(update={"learning_rate": float(extra["learning_rate"])})
+    found = _range_test(job, accelerator)
+    if accelerator.is_main_process:
+        lines = [{"learning_rate": rate, "loss": loss} for rate, loss in zip(found.rates, found.losses, strict=True)]
+        write_text(job.directory / "find_lr.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        Reporter().say(f"{job.title}: learning rate {found.rate:.3g}, by the range test in find_lr.jsonl")
+    return settings.model_copy(update={"learning_rate": found.rate})
+
+
+def _range_test(job: Run, accelerator: Accelerator) -> FoundRate:
+    """Train with growing rates on the first batches, and put weights and statistics back."""
+    before = {name: value.clone() for name, value in job.task.state_dict().items()}
+    made = optimiser(job.task, job.settings)
+    batches = _endless(job.batches)
+    job.task.train()
+    torch.manual_seed(job.settings.seed)
+    # With the full weight of the method, as after its ramp.
+    end = torch.tensor(float(job.settings.epochs), device=accelerator.device)
+    orders = torch.arange(job.branches[1], device=accelerator.device).expand(job.branches)
+
+    def step(rate: float) -> float:
+        batch = next(batches)
+        for group in made.param_groups:
+            group["lr"] = rate
+        context = StepContext(epoch=end, orders=orders, labels=batch.labels, samples=batch.samples)
+        losses: dict[str, Tensor] = job.task(batch.images, job.teach(batch.images), context).losses
+        loss = torch.stack([value.float() for value in losses.values()]).sum()
+        made.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        for parameter in job.task.parameters():
+            if parameter.grad is not None:
+                parameter.grad = accelerator.reduce(parameter.grad, "mean")
+        made.step()
+        return float(accelerator.reduce(loss.detach(), "mean").item())
+
+    found = find_rate(step)
+    job.task.load_state_dict(before)
+    job.task.zero_grad(set_to_none=True)
+    return found
+
+
+def _endless(batches: Batches) -> Iterator[Batch]:
+    epoch = 0
+    while True:
+        yield from batches.epoch(epoch)
+        epoch += 1
 
 
 def train_epoch(
@@ -139,7 +213,7 @@ def train_epoch(
     epoch: int,
     progress: EpochProgress,
     history: Sequence[Metrics],
-) -> Metrics:
+) -> tuple[Metrics, Predictions]:
     """Run the steps of one epoch (from 0) and evaluate; ``history`` has the metrics of the epochs before it."""
     settings, steps = job.settings, job.batches.steps
     # Dropout draws from the global generator; one seed for each epoch lets a resumed run draw the same numbers.
@@ -148,27 +222,47 @@ def train_epoch(
     orders = drawn.argsort(2).to(accelerator.device)
     positions = (epoch + torch.arange(steps, dtype=torch.float64) / steps).float().to(accelerator.device)
     watch = LossWatch(epoch, max(map(_total, history), default=None), progress.window)
+    right = torch.zeros((), dtype=torch.int64, device=accelerator.device)
     progress.epoch_begins(epoch + 1)
     started = time.monotonic()
     task.train()
     for step, batch in enumerate(job.batches.epoch(epoch)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(settings, epoch + step / steps)
-        context = StepContext(epoch=positions[step], orders=orders[step], labels=batch.labels, samples=batch.samples)
+        # Both networks see the mixed image.
+        images, targets = (batch.images, None) if job.mix is None else job.mix(batch.images, batch.labels, epoch, step)
+        context = StepContext(
+            epoch=positions[step], orders=orders[step], labels=batch.labels, samples=batch.samples, targets=targets
+        )
         with accelerator.autocast():
-            losses = task(batch.images, job.teach(batch.images), context).losses
+            result = task(images, job.teach(images), context)
         optimizer.zero_grad(set_to_none=True)
-        accelerator.backward(watch.add(losses))
+        accelerator.backward(watch.add(result.losses))
+        if settings.clip_norm > 0:
+            accelerator.clip_grad_norm_(job.task.parameters(), settings.clip_norm)
         optimizer.step()
+        if job.average is not None:
+            job.average.update(epoch * steps + step + 1)
+        wanted = batch.labels if targets is None else targets.argmax(1)
+        right += (result.logits.detach().argmax(1) == wanted.to(right.device)).sum()
         progress.step()
     names, sums = watch.means()
     reduced = accelerator.reduce(sums, "mean").tolist()
     seconds = time.monotonic() - started
     means = {f"loss/{name}": value for name, value in zip(names, reduced, strict=True)}
     _check_finite(means, job.task, epoch)
-    accuracy = top1(job.network, job.evaluation)
-    speed = steps * settings.batch_size / seconds
-    return {**means, "lr": learning_rate(settings, epoch), "top1": accuracy, "images_per_s": speed}
+    found = predict(job.evaluated, job.evaluation)
+    images_seen = steps * settings.batch_size
+    metrics = {
+        **means,
+        "lr": learning_rate(settings, epoch),
+        **found.scalars(),
+        "train_top1": int(accelerator.reduce(right, "sum").item()) / images_seen,
+        "images_per_s": images_seen / seconds,
+    }
+    if job.validation is not None:
+        metrics["validation_top1"] = predict(job.evaluated, job.validation).top1
+    return metrics, found
 
 
 def _total(metrics: Metrics) -> float:
@@ -189,5 +283,11 @@ def _journal(job: Run, done: int, accelerator: Accelerator, progress: EpochProgr
     if not accelerator.is_main_process:
         return nullcontext()
     return Journal(
-        job.directory, job.title, done=done, draws=job.draws, teacher_top1=job.teacher_top1, say=progress.say
+        job.directory,
+        job.title,
+        done=done,
+        draws=job.draws,
+        teacher_top1=job.teacher_top1,
+        say=progress.say,
+        trackers=Trackers(job.settings.trackers, job.title.replace(" ", "-"), job.described),
     )

@@ -110,6 +110,12 @@ def _described(recipe: Recipe, job: str) -> dict[str, Any]:
     return described | ({"plugins": plugins} if plugins else {})
 
 
+def described_run(recipe: Recipe, job: str) -> dict[str, Any]:
+    """What identifies a run, as values by dotted keys; lists are JSON."""
+    flat = _flattened(_described(recipe, job))
+    return {key: value if isinstance(value, str | int | float) else json.dumps(value) for key, value in flat.items()}
+
+
 def _flattened(value: Any, path: str = "") -> dict[str, Any]:
     """The values of nested tables by their dotted keys."""
     if not isinstance(value, dict):

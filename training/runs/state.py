@@ -15,7 +15,8 @@ from kdexport.core.files import write_bytes
 from kdexport.errors import CheckpointError
 
 _FILE = "resume.safetensors"
-_MOMENTUM = "momentum_buffer"
+#: Tensors of the state of an optimiser for each parameter, by their names in the file; files of SGD came first.
+_OPTIMISER = {"momentum_buffer": "momentum", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "step": "step"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,20 +28,33 @@ class Resumed:
 
 
 def save_state(
-    directory: Path, task: nn.Module, optimizer: torch.optim.Optimizer, done: Resumed, extra: dict[str, Any]
+    directory: Path,
+    task: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    done: Resumed,
+    extra: dict[str, Any],
+    average: nn.Module | None = None,
 ) -> None:
-    """Write weights, momentum and history as one safetensors file, atomically."""
-    tensors = {f"task.{name}": value.detach().cpu().contiguous() for name, value in task.state_dict().items()}
+    """Write weights, their mean if there is one, the state of the optimiser and the history atomically as one file."""
+    tensors = {f"task.{name}": _plain(value) for name, value in task.state_dict().items()}
+    if average is not None:
+        tensors |= {f"average.{name}": _plain(value) for name, value in average.state_dict().items()}
     for name, parameter in task.named_parameters():
-        buffer = optimizer.state.get(parameter, {}).get(_MOMENTUM)
-        if isinstance(buffer, Tensor):
-            tensors[f"momentum.{name}"] = buffer.detach().cpu().contiguous()
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{_OPTIMISER.get(key, key)}.{name}"] = _plain(value)
     metadata = {"epoch": str(done.epoch), "history": json.dumps(done.history), "extra": json.dumps(extra)}
     # Written by Python, so that a full disk raises OSError as it does for all other files.
     write_bytes(directory / _FILE, save(tensors, metadata=metadata))
 
 
-def load_state(directory: Path, task: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Resumed, dict[str, Any]]:
+def _plain(value: Tensor) -> Tensor:
+    return value.detach().cpu().contiguous()
+
+
+def load_state(
+    directory: Path, task: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None = None
+) -> tuple[Resumed, dict[str, Any]]:
     """Restore the state that ``save_state`` wrote; without one, the run starts at epoch 0.
 
     Raises ``CheckpointError`` for a file that is damaged, or is the state of another model.
@@ -59,12 +73,24 @@ def load_state(directory: Path, task: nn.Module, optimizer: torch.optim.Optimize
             f"{path} is truncated or damaged ({type(error).__name__}): the run cannot continue from it.",
             remedy=f"Copy the run folder from its source again, or remove {path} to train from the first epoch.",
         ) from error
-    weights = {name.removeprefix("task."): value for name, value in tensors.items() if name.startswith("task.")}
-    load_strictly(task, weights, str(path))
+    load_strictly(task, _under("task.", tensors), str(path))
+    if average is not None:
+        load_strictly(average, _under("average.", tensors), str(path))
     for name, parameter in task.named_parameters():
-        buffer = tensors.get(f"momentum.{name}")
-        if buffer is not None:
-            # The memory layout of the parameter: sums in another order would give different weights.
-            like = torch.empty_like(parameter, memory_format=torch.preserve_format)
-            optimizer.state[parameter][_MOMENTUM] = like.copy_(buffer)
+        for key, stored in _OPTIMISER.items():
+            buffer = tensors.get(f"{stored}.{name}")
+            if buffer is not None:
+                optimizer.state[parameter][key] = _like(parameter, buffer)
     return resumed, extra
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _like(parameter: Tensor, buffer: Tensor) -> Tensor:
+    """``buffer`` where the parameter is, in its memory layout: sums in another order would give different weights."""
+    if buffer.shape != parameter.shape:
+        # The number of steps.
+        return buffer.to(parameter.device)
+    return torch.empty_like(parameter, memory_format=torch.preserve_format).copy_(buffer)

@@ -15,6 +15,7 @@ from training.devices import compiled
 from training.distillers.branched import BranchedDistiller
 from training.distillers.distiller import BranchFeatures, Distiller, StepContext
 from training.distillers.diversity import as_floats
+from training.runs.supervision import Supervision
 from training.teachers import Teacher
 from training.teachers.folding import folded
 
@@ -55,16 +56,22 @@ class BranchTaps:
 class DistillationTask(nn.Module):
     """Student and distiller: the weighted cross-entropy of the student, plus the distiller's losses."""
 
-    def __init__(self, student: Classifier, distiller: Distiller, layers: Mapping[str, ParallelBranches]) -> None:
+    def __init__(
+        self,
+        student: Classifier,
+        distiller: Distiller,
+        layers: Mapping[str, ParallelBranches],
+        supervision: Supervision | None = None,
+    ) -> None:
         super().__init__()
-        self.student, self.distiller = student, distiller
+        self.student, self.distiller, self.supervision = student, distiller, supervision or Supervision()
         self._taps = BranchTaps(layers)
 
     def forward(self, images: Tensor, teacher: Tapped, step: StepContext) -> StepResult:
         self._taps.start()
         tapped = self.student.tapped(images)
         branches = self._taps.take()
-        entropy = functional.cross_entropy(tapped.logits.float(), step.labels)
+        entropy = self.supervision(tapped.logits, step)
         losses = {"cross_entropy": self.distiller.settings.cross_entropy * entropy}
         losses.update(self.distiller(tapped, branches, teacher, step))
         return StepResult(losses, tapped.logits)
@@ -89,13 +96,13 @@ class DistillationTask(nn.Module):
 class SupervisedTask(nn.Module):
     """A network that is trained with cross-entropy only."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, supervision: Supervision | None = None) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.supervision = network, supervision or Supervision()
 
     def forward(self, images: Tensor, _teacher: None, step: StepContext) -> StepResult:
         logits = self.network(images)
-        return StepResult({"cross_entropy": functional.cross_entropy(logits.float(), step.labels)}, logits)
+        return StepResult({"cross_entropy": self.supervision(logits, step)}, logits)
 
 
 class _Taps(nn.Module):

@@ -25,7 +25,8 @@ from training.data import Batch, Labelled
 from training.distillers.distiller import StepContext
 from training.recipe import TrainSettings
 from training.runs.handover import Origin
-from training.runs.loop import Run, learning_rate, run, top1
+from training.runs.loop import Run, run, top1
+from training.runs.optimiser import learning_rate
 from training.runs.record import claim_input
 from training.runs.state import load_state
 from training.runs.task import StepResult
@@ -41,6 +42,10 @@ from training.train import (
 
 ORIGIN = Origin(dataset_sha256="d" * 64, teacher_sha256="e" * 64)
 STEPS, FEATURES = 3, 4
+NAMES = {
+    *("loss/cross_entropy", "loss/penalty", "lr", "images_per_s"),
+    *("top1", "top5", "calibration_error", "train_top1"),
+}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -162,7 +167,7 @@ def test_every_epoch_leaves_a_line_and_scalars_of_each_loss(tmp_path: Path) -> N
     written = lines(tmp_path)
     assert [line.pop("epoch") for line in written] == [1, 2, 3, 4]
     assert written == list(history)
-    assert set(written[0]) == {"loss/cross_entropy", "loss/penalty", "lr", "top1", "images_per_s"}
+    assert set(written[0]) == NAMES
     assert [line["lr"] for line in written] == pytest.approx([0.1, 0.1, 0.01, 0.01])
     assert written[-1]["top1"] == top1(task.network, evaluation_set())
     drawn = scalars(tmp_path)
@@ -285,7 +290,7 @@ def test_an_epoch_that_is_run_again_is_drawn_once(tmp_path: Path) -> None:
     run(job(tmp_path, linear(), chosen), make_accelerator(chosen))
     assert [line["epoch"] for line in lines(tmp_path)] == [1, 2, 3]
     drawn = scalars(tmp_path)
-    assert set(drawn) == {"loss/cross_entropy", "loss/penalty", "lr", "top1", "images_per_s"}
+    assert set(drawn) == NAMES
     assert all([step for step, _ in points] == [1, 2, 3] for points in drawn.values())
 
 
@@ -317,7 +322,7 @@ def distilled(tiny_images: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def test_a_distilled_student_records_its_losses_and_its_origin(distilled: Path, tiny_images: Path) -> None:
     written = lines(distilled)
     assert [line["epoch"] for line in written] == [1, 2]
-    tags = {"loss/cross_entropy", "loss/diffusion", "lr", "top1", "images_per_s"}
+    tags = NAMES - {"loss/penalty"} | {"loss/diffusion"}
     measured = [json.loads(line) for line in (distilled / "diversity.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in measured] == [1, 2]
     assert set(scalars(distilled)) == tags | {f"diversity/{name}" for name in measured[0] if name != "epoch"}
@@ -355,6 +360,7 @@ def test_nothing_half_written_is_left_behind(distilled: Path) -> None:
         "curves.png",
         "diversity.jsonl",
         "diversity.png",
+        "evaluation.json",
         "inputs.json",
         "metrics.jsonl",
         "resume.safetensors",
@@ -364,6 +370,7 @@ def test_nothing_half_written_is_left_behind(distilled: Path) -> None:
     ]
     assert sorted(path.name for path in (distilled / "teacher").iterdir()) == [
         "curves.png",
+        "evaluation.json",
         "metrics.jsonl",
         "model.safetensors",
         "resume.safetensors",
@@ -473,19 +480,21 @@ def test_the_command_teacher_does_not_continue_on_other_data(tiny_images: Path, 
 
 
 def test_a_run_folder_of_another_recipe_is_refused_and_left_alone(tiny_images: Path, tmp_path: Path) -> None:
-    runner, absent = CliRunner(), f"teacher.checkpoint={tmp_path / 'absent.pt'}"
-    first = runner.invoke(app, arguments(tiny_images, tmp_path / "run", absent))
+    # Weights of another network, which is noticed when they are loaded.
+    torch.save({"other": torch.zeros(2)}, tmp_path / "other.pt")
+    runner, other = CliRunner(), f"teacher.checkpoint={tmp_path / 'other.pt'}"
+    first = runner.invoke(app, arguments(tiny_images, tmp_path / "run", other))
     assert isinstance(first.exception, CheckpointError)
     record = (tmp_path / "run" / "recipe.json").read_bytes()
-    second = runner.invoke(app, arguments(tiny_images, tmp_path / "run", absent, "train.seed=1"))
+    second = runner.invoke(app, arguments(tiny_images, tmp_path / "run", other, "train.seed=1"))
     assert isinstance(second.exception, ConfigError)
     assert str(second.exception) == (
         f"{tmp_path / 'run'} belongs to another run: train.seed is 0 there and 1 in this run.\n"
         "Pass another --out, or remove the folder."
     )
     assert (tmp_path / "run" / "recipe.json").read_bytes() == record
-    # The same recipe continues until the missing teacher is needed.
-    assert isinstance(runner.invoke(app, arguments(tiny_images, tmp_path / "run", absent)).exception, CheckpointError)
+    # The same recipe continues until the teacher is needed.
+    assert isinstance(runner.invoke(app, arguments(tiny_images, tmp_path / "run", other)).exception, CheckpointError)
 
 
 def wait_for_change(path: Path, before: int, process_is_alive: object) -> None:

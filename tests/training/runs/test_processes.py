@@ -185,6 +185,7 @@ def test_two_processes_distil_a_student_together_and_one_of_them_writes(
         "diversity.jsonl",
         "diversity.png",
         "environment.json",
+        "evaluation.json",
         "inputs.json",
         "metrics.jsonl",
         "recipe.json",
