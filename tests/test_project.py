@@ -41,6 +41,7 @@ SPANNING = {
     "training/distillers/test_feature_distillers.py": "every method on every pair of networks",
     "training/test_foreign_students.py": "students of other origins, from the recipe to what they hand over",
     "training/runs/test_processes.py": "training by several processes",
+    "training/runs/test_practices.py": "runs with every recipe key of common practice",
     "training/teachers/test_architectures.py": "published facts of every registered teacher",
     "training/teachers/test_contract.py": "the contract of every registered teacher",
 }
