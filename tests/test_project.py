@@ -3,8 +3,6 @@
 import ast
 import re
 import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -106,32 +104,6 @@ def test_every_export_configuration_resolves(config: Path) -> None:
     loaded = load_config(config)
     parse_targets(loaded.targets)
     assert resolve_recipe(loaded.recipe, loaded.overrides)["recipe"]["data"]["name"]
-
-
-def test_the_wheel_holds_both_packages_their_recipes_and_configurations(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--disable-pip-version-check",
-        "-w",
-        tmp_path,
-        ROOT,
-    ]
-    subprocess.run(list(map(str, command)), check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
-    assert {
-        "kdexport/cli.py", "kdexport/shipped/training/recipes/digits.toml",
-        "kdexport/shipped/training/recipes/parts/imagenet100.toml", "kdexport/shipped/training/recipes/tables.toml",
-        "kdexport/export_configs/mobilenetv2.toml", "kdexport/export_configs/quickstart.toml",
-    } <= names  # fmt: skip
-    # A package of ours at the top could hide a user's own.
-    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"kdexport"}
-    assert not [name for name in names if "__pycache__" in name]
 
 
 @pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]), ids=lambda p: p.name)

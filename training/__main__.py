@@ -203,6 +203,18 @@ def architectures(
         write_text(out, markdown())
 
 
+def _teachers() -> tuple[str, ...]:
+    from training.teachers import TEACHERS
+
+    return TEACHERS.names()
+
+
+def _distillers() -> tuple[str, ...]:
+    from training.distillers import DISTILLERS
+
+    return DISTILLERS.names()
+
+
 @app.command()
 def names(
     kind: Annotated[str, typer.Argument(help="teachers, distillers or recipes.")], plugin: Plugins = None
@@ -210,10 +222,8 @@ def names(
     """Print registered names as a JSON list."""
     from kdexport.errors import UnknownNameError
     from kdexport.registry import nearest
-    from training.distillers import DISTILLERS
-    from training.teachers import TEACHERS
 
-    known = {"teachers": TEACHERS.names, "distillers": DISTILLERS.names, "recipes": shipped_names}
+    known = {"teachers": _teachers, "distillers": _distillers, "recipes": shipped_names}
     if kind not in known:
         raise UnknownNameError(f"There is no list of {kind!r} to print.", remedy=nearest(kind, known))
     sys.stdout.write(json.dumps(list(known[kind]())) + "\n")

@@ -42,8 +42,9 @@ from kdexport.verify.golden import GoldenSet, own_run, write_golden_set
 from kdexport.verify.latency import Comparison, LatencyResult, compare_latency
 from kdexport.verify.policy import parse_policy
 from kdexport.verify.report import write_reports
+from kdexport.verify.stored_results import TaskRecord
 from kdexport.verify.target_checks import open_file
-from kdexport.verify.task_record import TaskImages, TaskRecord, save_record
+from kdexport.verify.task_record import TaskImages, save_record
 from kdexport.verify.verdict import VerifiedBundle, seal, verify_folder
 
 Progress = Callable[[str], None]

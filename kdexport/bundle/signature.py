@@ -125,7 +125,7 @@ def _require_packages() -> None:
     if missing:
         raise BackendUnavailableError(
             f"Signatures need packages that are not installed: {', '.join(missing)}.",
-            remedy="pip install 'kdexport[sign]'",
+            remedy="Run pip install 'kdexport[sign]'.",
         )
 
 

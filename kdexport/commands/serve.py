@@ -30,7 +30,7 @@ def require_extra() -> None:
     if missing:
         raise BackendUnavailableError(
             f"The server needs packages that are not installed: {', '.join(missing)}.",
-            remedy="pip install 'kdexport[serve]'",
+            remedy="Run pip install 'kdexport[serve]'.",
         )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from kdexport.core.child import describes_errors, end_with_launcher
+from kdexport.core.extras import missing_package
 from kdexport.errors import KdexportError, StorageError, UnexpectedError
 
 #: Exit code after Ctrl-C.
@@ -27,7 +28,7 @@ def guarded(app: Callable[[], Any]) -> NoReturn:
     except OSError as error:
         fail(storage_error(error))
     except Exception as error:  # noqa: BLE001, or the user would see a traceback
-        fail(UnexpectedError(error))
+        fail(missing_package(error) or UnexpectedError(error))
     except KeyboardInterrupt:
         _interrupted()
     except SystemExit as end:

@@ -24,7 +24,7 @@ from kdexport.core.digests import digest, tool_versions
 from kdexport.core.files import write_text
 from kdexport.data.exif_and_alpha import ImageFacts
 from kdexport.data.preprocessing import Preprocessing, check_image, read_image
-from kdexport.errors import BackendUnavailableError, ConfigError, DataError
+from kdexport.errors import ConfigError, DataError
 from kdexport.registry import nearest
 
 if TYPE_CHECKING:
@@ -166,15 +166,9 @@ def _is_array(spec: DatasetSpec) -> bool:
 
 
 def _open_digits(_spec: DatasetSpec, split: Split) -> ImageSet:
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError:
-        raise BackendUnavailableError(
-            "The data set digits needs scikit-learn, which is not installed.",
-            remedy="Run `pip install 'kdexport[demo]'`.",
-        ) from None
     from PIL import Image
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
 
     digits = load_digits()
     grey = np.rint(digits.images * (255 / 16)).astype(np.uint8)

@@ -10,6 +10,7 @@ from kdexport.backends.ort import CPU
 from kdexport.backends.pixel_input import FLOAT32
 from kdexport.bundle.manifest import has_synthetic_images
 from kdexport.core.digests import tool_versions
+from kdexport.core.extras import install
 from kdexport.core.processors import usable_cpus
 from kdexport.errors import KdexportError
 from kdexport.serving.isolated_load import require_one_file
@@ -18,10 +19,11 @@ from kdexport.serving.loading import as_kdexport_error, load, read_files
 from kdexport.targets import DEFAULT_TARGET, parse_target, require_servable, target_names
 from kdexport.verify.golden_limits import allowed_error
 
-_PACKAGES = (
-    "torch", "torchvision", "onnx", "onnxscript", "safetensors", "accelerate", "polygraphy", "openvino",
-    "scikit-learn",
-)  # fmt: skip
+#: Packages of extras, and the module of each.
+_PACKAGES = {
+    "torch": "torch", "torchvision": "torchvision", "onnxscript": "onnxscript", "accelerate": "accelerate",
+    "polygraphy": "polygraphy", "scipy": "scipy", "openvino": "openvino", "scikit-learn": "sklearn",
+}  # fmt: skip
 _MIN_FREE_GIB = 2
 
 
@@ -40,8 +42,8 @@ def examine() -> list[Fact]:
         Fact("python", True, f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         Fact("processors", True, f"{len(usable_cpus())} usable"),
         *[
-            Fact(name, version != "absent", version if version != "absent" else f"not installed: pip install {name}")
-            for name, version in tool_versions(*_PACKAGES).items()
+            Fact(name, version != "absent", version if version != "absent" else f"not installed. {install(module)}")
+            for (name, module), version in zip(_PACKAGES.items(), tool_versions(*_PACKAGES).values(), strict=True)
         ],
         _onnxruntime(),
         _cuda(),
@@ -57,7 +59,7 @@ def _onnxruntime() -> Fact:
         if version != "absent"
     }
     if not both:
-        return Fact("onnxruntime", False, "not installed: pip install onnxruntime-gpu")
+        return Fact("onnxruntime", False, f"not installed. {install('onnxruntime')}")
     if len(both) > 1:
         return Fact(
             "onnxruntime",

@@ -25,7 +25,7 @@ from kdexport.stats.proportions import ACCURACY_CONFIDENCE, Estimate, estimate_p
 from kdexport.stats.sequential import Verdict
 from kdexport.targets import DEFAULT_TARGET, parse_target
 from kdexport.verify.golden_limits import compare_own, own_logits, read_reference, stored_limit
-from kdexport.verify.task_record import TaskRecord, load_record, record_name
+from kdexport.verify.stored_results import TaskRecord, load_record, record_name
 
 _CHUNK = 256
 _Logits = Callable[[NDArray[np.float32]], NDArray[np.float32]]

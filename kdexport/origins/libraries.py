@@ -109,7 +109,7 @@ def _timm_weights(name: str, weights: str | None) -> str:
             import timm.data
     except ImportError as error:
         raise BackendUnavailableError(
-            f"timm:{name} needs the package timm, which is not installed.", remedy="pip install 'kdexport[timm]'"
+            f"timm:{name} needs the package timm, which is not installed.", remedy="Run pip install 'kdexport[timm]'."
         ) from error
     full = name if weights in (None, "DEFAULT") else f"{name.partition('.')[0]}.{weights}"
     if not timm.is_model(name):

@@ -27,6 +27,7 @@ from kdexport.bundle.manifest import (
 )
 from kdexport.bundle.signature import Signer, require_signed
 from kdexport.core.digests import sha256_bytes, sha256_file
+from kdexport.core.extras import missing_package
 from kdexport.errors import AuditError, BundleError, KdexportError, VerificationError, first_line
 from kdexport.serving.batching import UNKNOWN_PACE, Pace
 from kdexport.serving.images import normalisation_table, normalise
@@ -277,6 +278,9 @@ def as_kdexport_error(error: Exception, folder: Path) -> KdexportError:
     """``error`` if it is one of kdexport's, else a ``BundleError`` with the name of its type."""
     if isinstance(error, KdexportError):
         return error
+    missing = missing_package(error)
+    if missing is not None:
+        return missing
     wrapped = BundleError(
         f"{folder} cannot be loaded ({type(error).__name__}).",
         remedy=f"Build the bundle again; `kdexport doctor {folder} --debug` shows where the error was raised.",

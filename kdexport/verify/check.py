@@ -103,7 +103,7 @@ def attempt(rung: str, subject: str, run: Callable[[], T]) -> "T | Check":
     """
     try:
         return run()
-    except (MachineError, MemoryError, UnknownNameError):
+    except (MachineError, MemoryError, UnknownNameError, ModuleNotFoundError):
         raise
     except KdexportError as error:
         return broken(rung, subject, error.message)

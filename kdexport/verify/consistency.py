@@ -36,8 +36,8 @@ from kdexport.graph.audit import operator_counts
 from kdexport.targets import Target, parse_target
 from kdexport.verify.check import Check, attempt, check_at_most, from_finding
 from kdexport.verify.parity import unit_error
+from kdexport.verify.stored_results import TaskRecord, described_results, load_record, record_name
 from kdexport.verify.student_checks import BundleContext
-from kdexport.verify.task_record import TaskRecord, described_results, load_record, record_name
 
 #: Means of float32 values differ between processors in the last digits.
 _SAME_MEAN = 1e-4

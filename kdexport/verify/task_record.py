@@ -4,26 +4,26 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from kdexport.backends.base import Logits, run_in_batches
-from kdexport.bundle.manifest import TARGETS, TASK, Manifest, load_unfused, onnx_files
-from kdexport.checkpoint import load_tensors, save_tensors
+from kdexport.bundle.manifest import TARGETS, TASK, load_unfused, onnx_files
+from kdexport.checkpoint import save_tensors
 from kdexport.core.digests import sha256_file
 from kdexport.data.datasets import ImageSet
-from kdexport.errors import BackendUnavailableError, BundleError, KdexportError
-from kdexport.targets import Target, parse_target
+from kdexport.errors import BackendUnavailableError, KdexportError
+from kdexport.targets import parse_target
 from kdexport.verify.check import Check, check_at_most
 from kdexport.verify.parity import unit_error
-from kdexport.verify.policy import PRECISIONS, Policy
+from kdexport.verify.policy import Policy
 from kdexport.verify.reference import run_torch
+from kdexport.verify.stored_results import TaskRecord, described_results, record_name
 from kdexport.verify.student_checks import BundleContext
 from kdexport.verify.target_checks import open_file
-from kdexport.verify.task import TaskMetrics, TaskReference, rung_d, task_metrics, task_reference
+from kdexport.verify.task import rung_d, task_metrics, task_reference
 
 #: Pixels of one pass over all files: large enough that an engine is loaded only a few times.
 _CHUNK_PIXELS = 2048 * 64 * 64
@@ -36,14 +36,6 @@ class TaskImages:
 
     images: ImageSet
     indices: Sequence[int]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class TaskRecord:
-    """Per-image results of all files of a bundle, enough to decide rung D again without a model."""
-
-    reference: TaskReference
-    files: dict[str, TaskMetrics]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,64 +103,6 @@ def save_record(folder: Path, record: TaskRecord) -> dict[str, object]:
     return described_results(record)
 
 
-def described_results(record: TaskRecord) -> dict[str, Any]:
-    """The summary of per-image results for the manifest."""
-    reference = record.reference
-    return {
-        "images": len(reference.labels),
-        "reference_top1": float(np.mean(reference.predictions == reference.labels)),
-        "own_error": reference.own_error,
-        "files": {
-            name: {
-                "precision": metrics.precision,
-                "unit_error": metrics.unit_error,
-                "top1": float(np.mean(metrics.predictions == reference.labels)),
-                "flips": int(np.sum(metrics.predictions != reference.predictions)),
-                "mean_divergence": float(np.mean(metrics.divergences)),
-            }
-            for name, metrics in record.files.items()
-        },
-    }
-
-
-def load_record(folder: Path, manifest: Manifest) -> TaskRecord | None:
-    """The stored results of a bundle, None if it has none; ``BundleError`` if they are not those of its build."""
-    described = manifest.data.get("task")
-    if described is None:
-        return None
-    path = folder / TASK
-    if not path.is_file() or sha256_file(path) != manifest.files.get(TASK):
-        raise BundleError(f"{TASK} is missing or differs from the manifest.", remedy="Build the bundle again.")
-    try:
-        stored = {name: tensor.numpy() for name, tensor in load_tensors(path).items()}
-        reference = TaskReference(
-            indices=stored["indices"],
-            labels=stored["labels"],
-            predictions=stored["predictions"],
-            margins=stored["margins"],
-            own_error=float(described["own_error"]),
-        )
-        files = {
-            str(name): TaskMetrics(
-                precision=str(entry["precision"]),
-                predictions=stored[f"{name}:predictions"],
-                divergences=stored[f"{name}:divergences"],
-                errors=stored[f"{name}:errors"],
-                unit_error=float(entry["unit_error"]),
-            )
-            for name, entry in described["files"].items()
-        }
-        unknown = {metrics.precision for metrics in files.values()} - set(PRECISIONS)
-        if unknown:
-            raise ValueError(f"precision {min(unknown)!r}")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BundleError(
-            f"{TASK} does not match the manifest: {type(error).__name__}: {error}.",
-            remedy="Build the bundle again.",
-        ) from error
-    return TaskRecord(reference, files)
-
-
 def _chunks(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     step = max(_BATCH, _CHUNK_PIXELS // (size * size))
     for start in range(0, len(indices), step):
@@ -207,12 +141,6 @@ def _runners(context: BundleContext) -> tuple[dict[str, _Runner], list[Check]]:
             continue
         found[record_name(target)] = _runner(context, context.computes_in(target), partial(opened.run, batches=batch))
     return found, faults
-
-
-def record_name(target: Target) -> str:
-    """The name of the results that ``target`` gave in its own runtime, in the record."""
-    where = f"{TARGETS}/{target}/{target.artifact}"
-    return where if target.compiles else f"{where} on {target.runtime.title}"
 
 
 def _did_not_run(name: str, fact: str) -> Check:

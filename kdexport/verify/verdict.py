@@ -37,9 +37,10 @@ from kdexport.verify.own_logits_checks import check_own_logits
 from kdexport.verify.policy import Policy, stored_policy
 from kdexport.verify.rebuilt_graphs import RebuiltGraphs
 from kdexport.verify.stored_limits import check_stored_limits
+from kdexport.verify.stored_results import TaskRecord, load_record
 from kdexport.verify.student_checks import check_algebra, check_golden, check_integrity, student_checks
 from kdexport.verify.target_checks import FileResult, graph_checks, target_checks
-from kdexport.verify.task_record import TaskImages, TaskRecord, load_record, measure_task, task_checks
+from kdexport.verify.task_record import TaskImages, measure_task, task_checks
 
 _SEAL = object()
 

@@ -136,6 +136,6 @@ def import_messages() -> Any:
     except Exception as error:
         raise BackendUnavailableError(
             f"Triton's configuration messages cannot be imported: {first_line(error)}",
-            remedy="pip install 'kdexport[triton]'",
+            remedy="Run pip install 'kdexport[triton]'.",
         ) from error
     return model_config_pb2

@@ -290,7 +290,7 @@ def test_without_the_package_the_error_has_the_command_that_installs_it(
             act()
         assert caught.value.exit_code == 4
         assert caught.value.message == "Signatures need packages that are not installed: no_such_package."
-        assert caught.value.remedy == "pip install 'kdexport[sign]'"
+        assert caught.value.remedy == "Run pip install 'kdexport[sign]'."
 
 
 def test_the_command_verify_checks_the_signature_before_it_reads_the_manifest(

@@ -201,4 +201,4 @@ def test_a_missing_package_is_an_error_with_the_command_that_installs_it(monkeyp
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else find(name))
     with pytest.raises(BackendUnavailableError, match="not installed: uvicorn") as caught:
         require_extra()
-    assert caught.value.remedy == "pip install 'kdexport[serve]'"
+    assert caught.value.remedy == "Run pip install 'kdexport[serve]'."

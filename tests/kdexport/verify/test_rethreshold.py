@@ -19,7 +19,7 @@ from kdexport.errors import BundleError, ConfigError, UndecidedError, Verificati
 from kdexport.verify.check import Check
 from kdexport.verify.policy import Policy, policy_changes, stored_policy
 from kdexport.verify.rethreshold import redecide, rethreshold
-from kdexport.verify.task_record import load_record
+from kdexport.verify.stored_results import load_record
 from kdexport.verify.verdict import stored_task
 from tests.conftest import Built, Command
 

@@ -463,4 +463,4 @@ def test_without_tritons_messages_the_remedy_is_a_command(monkeypatch: pytest.Mo
     monkeypatch.setitem(__import__("sys").modules, "tritonclient.grpc", None)
     with pytest.raises(BackendUnavailableError) as caught:
         pbtxt.import_messages()
-    assert caught.value.remedy == "pip install 'kdexport[triton]'"
+    assert caught.value.remedy == "Run pip install 'kdexport[triton]'."
