@@ -141,7 +141,9 @@ def test_a_calibration_is_written_and_then_applied(
     other.write_text((tmp_path / "runner.toml").read_text().replace("cores = ", "cores = 9"))
     limits = compare.Limits(slowdown=0.02)
     request = compare.GateRequest(bundle=built.bundle, baseline=None, limits=limits, runner=other)
-    assert "is for a different machine, clock or number of threads and was not used" in compare._resolution(request)
+    text, widening = compare._resolution(request)
+    assert "is for a different machine, clock or number of threads and was not used" in text
+    assert widening == 1.0
 
 
 @pytest.mark.parametrize(
