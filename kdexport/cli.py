@@ -30,7 +30,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     help="Distil compact image classifiers, fold their branches away exactly, export them, and prove what runs.",
-    epilog="Exit codes: 0 pass, 1 a check failed, 2 bad configuration or input, 3 inconclusive, 4 environment.",
+    epilog="Exit codes: 0 pass, 1 a check failed, 2 bad configuration or input, 3 inconclusive, 4 environment, "
+    "130 Ctrl-C, 143 SIGTERM.",
 )
 
 

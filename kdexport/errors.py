@@ -26,6 +26,7 @@ KdexportError
 |  |- StorageError             KDX401        no space or no permission
 |  |- ServerError              KDX402        the server cannot run with these limits or on this address
 |  `- RunnerError              KDX403        this machine has fewer processors than a measurement needs
+|- StoppedError             KDX410  exit 130 a signal stopped the command; 143 for SIGTERM
 |- UnexpectedError          KDX900  exit 2   an error that no check covers
 `- ForwardedError                            an error of a child process, with the child's code and exit code
 """
@@ -328,6 +329,25 @@ class RunnerError(MachineError):
         "for each other, and the result would measure the scheduler. Use fewer threads or a machine with more "
         "processors."
     )
+
+
+class StoppedError(KdexportError):
+    """A signal stopped the command; ``exit_code`` is 128 and its number, 130 for Ctrl-C and 143 for SIGTERM."""
+
+    code = "KDX410"
+    exit_code = 130
+    explanation = (
+        "Ctrl-C (SIGINT, exit 130), SIGTERM (exit 143) or a closed terminal (SIGHUP, exit 129) stopped the command. "
+        "Its child processes have ended, its temporary folders are removed, and nothing was replaced. Finished steps "
+        "of a build and epochs of a training are kept: run the same command again to continue."
+    )
+
+    def __init__(self, signal: str, exit_code: int) -> None:
+        super().__init__(
+            f"Interrupted by {'Ctrl-C' if signal == 'SIGINT' else signal}.",
+            remedy="Run the same command again to continue from the last finished step or epoch.",
+        )
+        self.exit_code = exit_code  # type: ignore[misc]
 
 
 class UnexpectedError(KdexportError):

@@ -218,7 +218,7 @@ def _trained(request: BuildRequest, plan: _Plan, workspace: Workspace, reporter:
     if request.fresh:
         workspace.forget("train", key)
     if not workspace.has("train", key):
-        weights = teacher or str(workspace.path("teacher", _teacher_key(plan)) / "model.safetensors")
+        weights = teacher or str(workspace.finished("teacher", _teacher_key(plan), "model.safetensors"))
         given = {} if named else {"checkpoint": weights}
         overrides = {**plan.overrides, "teacher": {**plan.overrides.get("teacher", {}), **given}}
         recipe, processes = request.config.recipe, request.processes
@@ -226,7 +226,7 @@ def _trained(request: BuildRequest, plan: _Plan, workspace: Workspace, reporter:
             workspace.resume(
                 "train", key, lambda folder: trainer.train_student(recipe, overrides, folder, processes=processes)
             )
-    return open_checkpoint(workspace.path("train", key) / "student")
+    return open_checkpoint(workspace.finished("train", key, "student"))
 
 
 def _train_teacher(request: BuildRequest, plan: _Plan, workspace: Workspace, reporter: Reporter) -> str:
@@ -242,7 +242,7 @@ def _train_teacher(request: BuildRequest, plan: _Plan, workspace: Workspace, rep
                     request.config.recipe, plan.overrides, folder, processes=request.processes
                 ),
             )
-    return sha256_file(workspace.path("teacher", key) / "model.safetensors")
+    return sha256_file(workspace.finished("teacher", key, "model.safetensors"))
 
 
 def _teacher_key(plan: _Plan) -> str:

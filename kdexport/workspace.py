@@ -1,14 +1,20 @@
-"""The store of finished stages: each result is a folder named by the sha256 of its inputs, and appears complete."""
+"""The store of finished stages: each result is a folder named by the sha256 of its inputs, and appears complete.
 
+Beside each result lie the sha256 of its files, which are compared before it is used again: a result that was damaged
+later is named, and is never part of a bundle.
+"""
+
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from kdexport.core.digests import digest, tool_versions
-from kdexport.core.files import exclusive, publish, write_text
+from kdexport.core.digests import digest, sha256_file, tool_versions
+from kdexport.core.files import exclusive, publish, write_text, writing
 from kdexport.core.import_graph import source_digest
+from kdexport.errors import StorageError, first_line
 
 T = TypeVar("T")
 
@@ -20,6 +26,8 @@ class Workspace:
     """A folder of finished results, ``root/<stage>/<sha256>``, and of runs that can continue."""
 
     root: Path
+    #: Results whose files were compared by this process.
+    _compared: set[Path] = field(default_factory=set, compare=False, repr=False)
 
     def path(self, stage: str, key: str) -> Path:
         """The folder of the result of ``stage`` for the inputs ``key``, whether it exists or not."""
@@ -29,11 +37,25 @@ class Workspace:
         """Whether this result is finished."""
         return self.path(stage, key).is_dir()
 
+    def finished(self, stage: str, key: str, part: str = ".") -> Path:
+        """A file or folder of a finished result; raises ``StorageError`` if it is not as it was made.
+
+        A result of an earlier version, without digests, is taken as it is.
+        """
+        final = self.path(stage, key)
+        if final / part not in self._compared:
+            listed = self._digests(stage, key)
+            differing = _differing(final, listed, part) if listed.is_file() else ""
+            if differing:
+                raise _damaged(final, differing)
+            self._compared.add(final / part)
+        return final / part
+
     def produce(self, stage: str, key: str, make: Callable[[Path], None]) -> Path:
         """The finished result, made by ``make(folder)`` unless it exists; after a failure nothing is left."""
         final = self.path(stage, key)
         if final.is_dir():
-            return final
+            return self.finished(stage, key)
         self._prepare(stage)
         partial = final.with_name(f"{_PARTIAL}{key}")
         with exclusive(self.root / stage / f".lock-{key}"):
@@ -41,10 +63,11 @@ class Workspace:
             shutil.rmtree(partial, ignore_errors=True)
             if final.is_dir():
                 return final
-            partial.mkdir()
             try:
-                make(partial)
-                publish(partial, final)
+                with writing(final):
+                    partial.mkdir()
+                    make(partial)
+                    self._publish(partial, stage, key)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
         return final
@@ -53,20 +76,33 @@ class Workspace:
         """Like ``produce``, for a long run that can continue after a failure: its folder is kept until it finishes."""
         final = self.path(stage, key)
         if final.is_dir():
-            return final
+            return self.finished(stage, key)
         self._prepare(stage)
         running = final.with_name(f"running-{key}")
         with exclusive(self.root / stage / f".lock-{key}"):
             if not final.is_dir():
-                running.mkdir(exist_ok=True)
-                make(running)
-                publish(running, final)
+                with writing(final):
+                    running.mkdir(exist_ok=True)
+                    make(running)
+                    self._publish(running, stage, key)
         return final
 
     def forget(self, stage: str, key: str) -> None:
         """Remove a result, and an unfinished run for it."""
         shutil.rmtree(self.path(stage, key), ignore_errors=True)
         shutil.rmtree(self.path(stage, f"running-{key}"), ignore_errors=True)
+        self._digests(stage, key).unlink(missing_ok=True)
+
+    def _publish(self, made: Path, stage: str, key: str) -> None:
+        """Write the digests of a result, then let it appear: a result never appears without them."""
+        files = sorted(path for path in made.rglob("*") if path.is_file())
+        digests = {path.relative_to(made).as_posix(): sha256_file(path) for path in files}
+        write_text(self._digests(stage, key), json.dumps(digests, indent=1) + "\n")
+        publish(made, self.path(stage, key))
+        self._compared.add(self.path(stage, key))
+
+    def _digests(self, stage: str, key: str) -> Path:
+        return self.root / stage / f".sha256-{key}.json"
 
     def _prepare(self, stage: str) -> None:
         folder = self.root / stage
@@ -74,6 +110,29 @@ class Workspace:
         ignore = self.root / ".gitignore"
         if not ignore.exists():
             write_text(ignore, "*\n")
+
+
+def _differing(folder: Path, listed: Path, part: str) -> str:
+    """What differs between the files of ``part`` of a result and their digests; empty if nothing does."""
+    try:
+        digests = json.loads(listed.read_text(encoding="utf-8"))
+        names = [name for name in digests if part == "." or name == part or name.startswith(f"{part}/")]
+        for name in names:
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if sha256_file(folder / name) != digests[name]:
+                return f"{name} changed since it was made"
+    except (OSError, ValueError, TypeError) as error:
+        return f"{listed.name} cannot be read ({type(error).__name__})"
+    return ""
+
+
+def _damaged(folder: Path, differing: str) -> StorageError:
+    return StorageError(
+        f"The stored result {folder} is damaged: {differing}.",
+        remedy=f"Run `rm -r '{folder}'` and the same command again, which makes this result again, or the same command "
+        "with --fresh, which makes all of them again.",
+    )
 
 
 def _silent(_detail: str) -> None:
@@ -128,7 +187,11 @@ class Step(Generic[T]):
         def fill(folder: Path) -> None:
             self.make(Making(folder=folder, key=self.key, workspace=workspace, progress=progress))
 
-        return self.read(workspace.produce(self.stage, self.key, fill))
+        folder = workspace.produce(self.stage, self.key, fill)
+        try:
+            return self.read(folder)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise _damaged(folder, f"it cannot be read ({type(error).__name__}: {first_line(error)})") from error
 
     def steps(self) -> Iterator["Step[Any]"]:
         """The steps that this one depends on, then this step; a step that is used twice comes twice."""

@@ -16,6 +16,7 @@ SPANNING = {
     "kdexport/build/test_golden_images.py": "golden images from the file of a user to every command that reads them",
     "kdexport/build/test_target_builds.py": "every target from the command to faults in its bundle",
     "kdexport/bundle/test_bit_rot.py": "every file of a bundle, damaged, in every command that reads it",
+    "kdexport/commands/test_interrupts.py": "commands that a signal stops, and what is left of them",
     "kdexport/gate/test_action.py": "the composite action that runs the gate in CI",
     "kdexport/graph/test_audit_int8.py": "the audit, on the files that the quantizer writes",
     "kdexport/graph/test_students_export.py": "export, cast and audit of every registered student",

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any
 
@@ -18,6 +17,7 @@ from kdexport.backends import BACKENDS, nvidia
 from kdexport.backends.activation_products import activation_products
 from kdexport.backends.base import LOGITS, Backend, Clock, Device, Execution, Finding, Missing, Runner
 from kdexport.backends.pixel_input import Given, PixelInput, pixel_input
+from kdexport.core.files import scratch_folder
 from kdexport.errors import AuditError, BackendUnavailableError, first_line
 
 CPU = "CPUExecutionProvider"
@@ -169,8 +169,8 @@ def optimised_operators(path: Path) -> dict[str, int]:
     _choose_int8_kernels(options)
     # A warning says that the optimised file fits only this processor; it is read and deleted here.
     options.log_severity_level = 4
-    with TemporaryDirectory() as folder:
-        options.optimized_model_filepath = str(Path(folder) / "optimised.onnx")
+    with scratch_folder("optimised") as folder:
+        options.optimized_model_filepath = str(folder / "optimised.onnx")
         ort.InferenceSession(str(path), options, providers=[CPU])
         graph = onnx.load(options.optimized_model_filepath, load_external_data=False).graph
     return dict(sorted(Counter(node.op_type for node in graph.node).items()))

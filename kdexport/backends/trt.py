@@ -7,7 +7,6 @@ import importlib
 import importlib.util
 import json
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -38,6 +37,7 @@ from kdexport.backends.trt_layers import Engine, EngineLayer, require_precision
 from kdexport.core.child import ChildDiedError, ChildTimeoutError, call
 from kdexport.core.console import print_json
 from kdexport.core.digests import digest, sha256_bytes, sha256_file, tool_versions
+from kdexport.core.files import scratch_folder
 from kdexport.errors import AuditError, EngineBuildError
 
 #: The compiled engine, as the builder wrote it, and the table of its layers.
@@ -76,12 +76,11 @@ def run_engine(
 
     The engine runs in a child process.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        exchange = Path(folder)
+    with scratch_folder("engine") as exchange:
         np.save(exchange / "images.npy", images)
         # Polygraphy chooses between TensorRT and TensorRT-RTX when it is imported.
         environment = {"POLYGRAPHY_USE_TENSORRT_RTX": str(int(MODULES[backend] != MODULES["trt"]))}
-        arguments = [str(plan), backend, folder, json.dumps(batches)]
+        arguments = [str(plan), backend, str(exchange), json.dumps(batches)]
         try:
             facts = _call("kdexport.backends.trt", arguments, f"The engine {plan} gave no result", environment)
         except ChildDiedError as error:

@@ -3,7 +3,6 @@
 import contextlib
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdexport.checkpoint import StudentSpec, TrainedStudent, open_checkpoint
 from kdexport.core.digests import digest, sha256_file, tool_versions
+from kdexport.core.files import scratch_folder
 from kdexport.data.datasets import ImageSet, spread
 from kdexport.data.preprocessing import Preprocessing
 from kdexport.data.preprocessing_settings import PreprocessingSettings, apply_settings
@@ -97,8 +97,8 @@ def imported(request: ImportRequest) -> Step[Path]:
 
 
 def _made_anew(request: ImportRequest, workspace: Workspace) -> Path:
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "student"
+    with scratch_folder("import") as scratch:
+        folder = scratch / "student"
         folder.mkdir()
         _import(request, folder)
         key = digest(["import", *(sha256_file(path) for path in sorted(folder.iterdir()))])

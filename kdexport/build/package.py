@@ -25,6 +25,7 @@ from kdexport.bundle.manifest import (
     VERIFIED,
     Manifest,
     hash_files,
+    read_golden,
 )
 from kdexport.bundle.sbom import write_sbom
 from kdexport.checkpoint import PROGRAM, StudentSpec, TrainedStudent
@@ -33,12 +34,13 @@ from kdexport.core.digests import sha256_file, tool_versions
 from kdexport.data.datasets import ImageSet, class_difference, spread
 from kdexport.data.synthetic_images import synthetic_images
 from kdexport.data.uploads import ImageLimits, accepted_images
-from kdexport.errors import CheckpointError, DataError, VerificationError
+from kdexport.errors import CheckpointError, DataError, ExportError, VerificationError
 from kdexport.graph.audit import operator_counts
 from kdexport.graph.plan import LayerPlan
 from kdexport.origins.references import parse_reference
 from kdexport.targets import DEFAULT_TARGET, Target, providers
 from kdexport.verify.golden import GoldenSet, own_run, write_golden_set
+from kdexport.verify.golden_limits import allowed_error, read_reference
 from kdexport.verify.latency import Comparison, LatencyResult, compare_latency
 from kdexport.verify.policy import parse_policy
 from kdexport.verify.report import write_reports
@@ -106,7 +108,10 @@ def package(folder: Path, parts: Parts, progress: Progress) -> VerifiedBundle:
     task = TaskImages(parts.validation, _task_indices(parts))
     verdict = verify_folder(folder, manifest, pixels, task=task, progress=progress)
     data["task"] = None if verdict.record is None else _save_task(folder, verdict.record, parts.validation)
-    latency = _compare_latency(parts, progress) if not verdict.failures else None
+    latency = None
+    if not verdict.failures:
+        require_unfused(parts.model.path.with_name(UNFUSED_MODEL), folder, manifest)
+        latency = _compare_latency(parts, progress)
     for name, execution in verdict.executed.items():
         data["targets"][name] |= {"status": VERIFIED, "executed": execution.to_json()}
     data["parity"] = [check.to_json() for check in verdict.checks]
@@ -256,6 +261,25 @@ def _target_entry(target: Target, parts: Parts) -> dict[str, Any]:
         }
         entry.update(target.runtime.describe(parts.engines[target].folder))
     return entry
+
+
+def require_unfused(path: Path, folder: Path, manifest: Manifest) -> None:
+    """Raise ``ExportError`` unless ``path`` computes the unfused student of the bundle ``folder``.
+
+    The fused student is compared with it in latency and operators. Its logits of the golden images must be within the
+    limit of a float32 file.
+    """
+    images = manifest.spec.preprocessing.normalise(read_golden(folder, manifest))
+    exact, limit = read_reference(folder)["logits"], allowed_error(folder, manifest)
+    logits = open_file(path, "fp32").logits(images)
+    error = float(np.abs(logits - exact).max()) if logits.shape == exact.shape else float("nan")
+    if not error <= limit:
+        raise ExportError(
+            f"{path} is not the unfused student: its logits of the golden images are off by {error:.3g} (up to "
+            f"{limit:.3g} allowed). The comparison of latency would have no meaning.",
+            remedy="Run the same command with --fresh, which exports it again. If it fails again, open an issue in "
+            "kdexport's repository with this message, the student's name and the output of kdexport doctor.",
+        )
 
 
 def _compare_latency(parts: Parts, progress: Progress) -> LatencyResult:

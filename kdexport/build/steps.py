@@ -1,5 +1,6 @@
 """The steps of one build in order, up to the bundle, which are made, reused and removed together."""
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -22,7 +23,7 @@ from kdexport.checkpoint import TrainedStudent
 from kdexport.config import BuildConfig
 from kdexport.data.calibration_images import Calibration
 from kdexport.data.datasets import DatasetSpec, open_dataset
-from kdexport.errors import VerificationError
+from kdexport.errors import StorageError, VerificationError
 from kdexport.graph.plan import PLAIN, LayerPlan
 from kdexport.targets import Target
 from kdexport.workspace import Making, Step, Workspace
@@ -102,9 +103,14 @@ def declare(inputs: BuildInputs, plans: Mapping[str, LayerPlan] = MappingProxyTy
 
 
 def known_steps(inputs: BuildInputs, workspace: Workspace) -> tuple[Step[Any], ...]:
-    """Every step whose key is known now: not the steps after a search that has no result in ``workspace``."""
-    found = {form: step for form, step in declare(inputs).searches.items() if workspace.has(step.stage, step.key)}
-    steps = declare(inputs, {form: step.result(workspace).layers for form, step in found.items()})
+    """Every step whose key is known now: not the steps after a search that has no readable result in ``workspace``."""
+    found: dict[str, LayerPlan] = {}
+    for form, step in declare(inputs).searches.items():
+        # A damaged result is about to be removed.
+        with contextlib.suppress(StorageError):
+            if workspace.has(step.stage, step.key):
+                found[form] = step.result(workspace).layers
+    steps = declare(inputs, found)
     unknown = steps.searches.keys() - found.keys()
     return replace(
         steps,

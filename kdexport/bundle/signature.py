@@ -7,7 +7,6 @@ that a chain must end in, come from whoever checks the signature and never from 
 
 import base64
 import json
-import tempfile
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.util import find_spec
@@ -25,7 +24,7 @@ from kdexport.bundle.manifest import (
     require_unchanged,
 )
 from kdexport.core.digests import sha256_bytes, sha256_file
-from kdexport.core.files import remove_partials, write_file
+from kdexport.core.files import remove_partials, scratch_folder, write_file
 from kdexport.errors import BackendUnavailableError, BundleError, ConfigError, SignatureError, first_line
 
 if TYPE_CHECKING:
@@ -333,9 +332,9 @@ def _check_chain(material: dict[str, Any], trusted: "list[Certificate]", folder:
 def _verify(config: "Verifying", folder: Path, content: bytes, signed: dict[str, str]) -> None:
     from cryptography.exceptions import InvalidSignature
 
-    with tempfile.TemporaryDirectory(prefix="kdexport-signature-") as scratch:
+    with scratch_folder("signature") as scratch:
         # The bytes that were parsed, whatever happens to the file meanwhile.
-        copy = Path(scratch) / SIGNATURE
+        copy = scratch / SIGNATURE
         copy.write_bytes(content)
         try:
             config.verify(folder, copy)

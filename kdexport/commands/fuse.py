@@ -1,7 +1,6 @@
 """`kdexport fuse`: merge what somebody else built, prove it, write it as a program and as ONNX."""
 
 import json
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -56,12 +55,12 @@ def write(fused: "FusedProgram", out: Path, source: str) -> dict[str, Any]:
 
     from kdexport.core.console import quiet
     from kdexport.core.digests import sha256_file
-    from kdexport.core.files import replace_folder
+    from kdexport.core.files import replace_folder, scratch_folder
     from kdexport.graph.export import export_program
 
     name = Path(source).name if source.endswith(".pt2") else source
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder) / "fused"
+    with scratch_folder("fuse") as folder:
+        place = folder / "fused"
         place.mkdir()
         with quiet():
             torch.export.save(fused.program, place / PROGRAM)

@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any, NoReturn
 
+from kdexport.core.stopping import Stopped, stoppable
 from kdexport.errors import ForwardedError, UnexpectedError
 
 #: Holds the id of a process that was started here: it writes its errors as JSON on stdout, for its parent to print.
@@ -73,15 +74,30 @@ def call(
     Raises ``ForwardedError`` with the error that the child reported, ``ChildDiedError`` or ``ChildTimeoutError``.
     """
     with _held_pipe() as stdin:
-        try:
-            done = subprocess.run(
-                _command(module, arguments), stdin=stdin, stdout=subprocess.PIPE,
-                stderr=None if shows_stderr else subprocess.PIPE, text=True, env=_environment(environment),
-                timeout=timeout_s, check=False,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired as error:
-            raise ChildTimeoutError(error.timeout) from None
-    return _answer(done.stdout, done.returncode, done.stderr or "")
+        child = subprocess.Popen(
+            _command(module, arguments), stdin=stdin, stdout=subprocess.PIPE,
+            stderr=None if shows_stderr else subprocess.PIPE, text=True, env=_environment(environment),
+        )  # fmt: skip
+        with child:
+            try:
+                stdout, stderr = child.communicate(timeout=timeout_s)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                assert timeout_s is not None
+                raise ChildTimeoutError(timeout_s) from None
+            except BaseException:
+                _end(child)
+                raise
+    return _answer(stdout, child.returncode, stderr or "")
+
+
+def _end(child: "subprocess.Popen[str]") -> None:
+    """End a child whose answer is not needed any more: first so that it can remove its temporary folders."""
+    child.terminate()
+    try:
+        child.wait(_PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
 
 
 def call_together(
@@ -270,7 +286,11 @@ def _main() -> None:
         _end_with_stdin()
     os.environ[_CHILD] = str(os.getpid())
     sys.argv = [module, *sys.argv[4:]]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    try:
+        with stoppable():
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except Stopped as stop:
+        sys.exit(stop.exit_code)
 
 
 if __name__ == "__main__":

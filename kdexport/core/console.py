@@ -4,31 +4,38 @@ import contextlib
 import io
 import json
 import logging
+import signal
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 from kdexport.core.child import describes_errors, end_with_launcher
 from kdexport.core.extras import missing_package
-from kdexport.errors import KdexportError, StorageError, UnexpectedError
+from kdexport.core.stopping import Stopped, stoppable
+from kdexport.errors import KdexportError, StoppedError, StorageError, UnexpectedError
 
 #: Exit code after Ctrl-C.
-_INTERRUPTED = 130
+_INTERRUPTED = 128 + signal.SIGINT
 
 
 def guarded(app: Callable[[], Any]) -> NoReturn:
     """Run a command line and turn each error into its message, remedy and exit code."""
     try:
-        end_with_launcher()
-        app()
+        with stoppable():
+            end_with_launcher()
+            app()
     except KdexportError as error:
         fail(error)
     except OSError as error:
         fail(storage_error(error))
     except Exception as error:  # noqa: BLE001, or the user would see a traceback
         fail(missing_package(error) or UnexpectedError(error))
+    except Stopped as stop:
+        fail(StoppedError(signal.Signals(stop.number).name, stop.exit_code))
     except KeyboardInterrupt:
         _interrupted()
     except SystemExit as end:
@@ -40,19 +47,16 @@ def guarded(app: Callable[[], Any]) -> NoReturn:
 
 
 def _interrupted() -> NoReturn:
-    # A parent that waits for this process was interrupted too, and says so once.
-    if not describes_errors():
-        sys.stderr.write("Interrupted. Run the same command again to continue from the last finished step or epoch.\n")
-    sys.exit(_INTERRUPTED)
+    fail(StoppedError(signal.Signals.SIGINT.name, _INTERRUPTED))
 
 
 def storage_error(error: OSError) -> StorageError:
     """A full disk, a missing permission or an invalid path as kdexport's own error."""
     place = f"{error.filename}: " if error.filename else ""
-    wrapped = StorageError(
-        f"{place}{error.strerror or error}.",
-        remedy="Free some space, or pass a folder that can be read and written. No partly written file was left.",
-    )
+    remedy = "Free some space, or pass a folder that can be read and written."
+    if error.filename and Path(str(error.filename)).is_relative_to(tempfile.gettempdir()):
+        remedy = "Free some space there, or set TMPDIR to a folder that can be written."
+    wrapped = StorageError(f"{place}{error.strerror or error}.", remedy=f"{remedy} No partly written file was left.")
     wrapped.__cause__ = error
     return wrapped
 

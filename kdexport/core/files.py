@@ -6,15 +6,50 @@ rename (a stage's result, a bundle, a Triton model before ``publish``), or in a 
 """
 
 import contextlib
+import errno
 import os
+import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from kdexport.errors import OutputError, StorageError
 
 _PARTIAL = ".partial-"
+
+#: Errors of the disk that a file is written to, of which the system names no file, or the one that was read.
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
+class PlaceError(OSError):
+    """An ``OSError`` whose ``filename`` is where something was to be written, as the user knows it."""
+
+
+@contextlib.contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Name ``place`` in errors of a full, read-only or failing disk that the block raises."""
+    try:
+        yield
+    except PlaceError:
+        raise
+    except shutil.Error as error:
+        # Copying a folder collects the errors of its files as texts.
+        text = str(error.args[0][0][2]) if error.args and error.args[0] else str(error)
+        found = re.match(r"\[Errno (\d+)\] ([^:]+)", text)
+        raise PlaceError(int(found[1]) if found else errno.EIO, found[2] if found else text, str(place)) from error
+    except OSError as error:
+        if error.errno in _OF_THE_DISK:
+            raise PlaceError(error.errno, error.strerror, str(place)) from error
+        raise
+
+
+@contextlib.contextmanager
+def scratch_folder(purpose: str) -> Iterator[Path]:
+    """A temporary folder that is removed at the end of the block, also if a signal stops the command."""
+    with tempfile.TemporaryDirectory(prefix=f"kdexport-{purpose}-") as folder, writing(Path(folder)):
+        yield Path(folder)
 
 
 def require_writable_file(path: Path | None) -> None:
@@ -43,9 +78,10 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     # Processes that write the same file at once have different partial files.
     partial = path.with_name(f".{path.name}{_PARTIAL}{os.getpid()}")
     try:
-        write(partial)
-        _flush(partial)
-        partial.replace(path)
+        with writing(path):
+            write(partial)
+            _flush(partial)
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -58,10 +94,11 @@ def remove_partials(folder: Path) -> None:
 
 def publish(partial: Path, final: Path) -> None:
     """Rename a finished folder to ``final``; its files are flushed to disk first."""
-    for path in partial.rglob("*"):
-        if path.is_file():
-            _flush(path)
-    partial.rename(final)
+    with writing(final):
+        for path in partial.rglob("*"):
+            if path.is_file():
+                _flush(path)
+        partial.rename(final)
 
 
 def _flush(path: Path) -> None:
@@ -135,10 +172,11 @@ def write_folder(target: Path, make: Callable[[Path], object]) -> None:
     incoming, outgoing = _sibling(target, "new"), _sibling(target, "old")
     shutil.rmtree(incoming, ignore_errors=True)
     try:
-        make(incoming)
-        if target.exists():
-            target.rename(outgoing)
-        publish(incoming, target)
+        with writing(target):
+            make(incoming)
+            if target.exists():
+                target.rename(outgoing)
+            publish(incoming, target)
     finally:
         shutil.rmtree(incoming, ignore_errors=True)
         recover(target)

@@ -5,7 +5,6 @@ checked against the unfused student, exported. Nothing else in the bundle is tru
 """
 
 import json
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from kdexport.bundle.manifest import (
     target_of,
 )
 from kdexport.checkpoint import load_tensors
+from kdexport.core.files import scratch_folder
 from kdexport.diagnose.differences import overflow, stored_difference
 from kdexport.diagnose.reproduction import write_reproduction
 from kdexport.errors import AuditError, KdexportError
@@ -152,8 +152,8 @@ def _trust(folder: Path, manifest: Manifest, pixels: NDArray[np.uint8]) -> "Trus
         fused = fuse_student(load_unfused(folder, spec)).module
     except KdexportError as error:
         return _without_node("fold", UNFUSED, 1.0, 0.0, error.message)
-    with tempfile.TemporaryDirectory() as place:
-        path = Path(place) / MODEL
+    with scratch_folder("explain") as place:
+        path = place / MODEL
         model = export_onnx(fused, path, image_size=spec.image_size, opset=manifest.opset, metadata={})
         probes = make_probes(pixels, spec.preprocessing)
         reference = make_reference(load_unfused(folder, spec), fused, probes, forms=())

@@ -1,11 +1,10 @@
 """What a build keeps if its verification fails: the folder with its report, and the place of the fault."""
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kdexport.core.files import replace_folder, require_replaceable, require_writable
+from kdexport.core.files import replace_folder, require_replaceable, require_writable, scratch_folder
 from kdexport.errors import KdexportError, MachineError, OutputError, VerificationError
 
 if TYPE_CHECKING:
@@ -48,8 +47,8 @@ def blame_bundle(bundle: Path, out: Path, progress: Callable[[str], None]) -> "B
             f"{out} exists and was not written by kdexport explain-failure.", remedy=error.remedy
         ) from None
     require_writable(out)
-    with tempfile.TemporaryDirectory() as place:
-        made = Path(place) / "blame"
+    with scratch_folder("explain") as place:
+        made = place / "blame"
         found = _explained(bundle, manifest, made, progress)
         if found is None:
             return None

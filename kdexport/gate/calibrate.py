@@ -5,7 +5,6 @@ import functools
 import json
 import math
 import os
-import tempfile
 import time
 import tomllib
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from kdexport.core.files import require_writable_file, write_text
+from kdexport.core.files import require_writable_file, scratch_folder, write_text
 from kdexport.errors import ConfigError, ResolutionError
 from kdexport.gate.arms import Artifact, artifact, open_bundle, require_batches
 from kdexport.gate.sequential_test import Measurement, Outcome, Plan, run_sequential_test
@@ -109,20 +108,20 @@ def run_calibration(request: CalibrationRequest, progress: Callable[[str], None]
         )
     require_timeable(DEFAULT_TARGET, clock)
     plan = Plan(max_slowdown=request.max_slowdown, threads=request.threads, seed=request.seed)
-    with tempfile.TemporaryDirectory(prefix="kdexport-gate-") as folder:
+    with scratch_folder("gate") as folder:
         if request.bundle is None:
             if clock == "serve":
                 raise ConfigError(
                     "The clock serve needs a bundle to serve, and none was given.",
                     remedy="Pass a bundle folder, or --clock host.",
                 )
-            model = write_anchor_network(Path(folder) / "network.onnx")
-            arm = Artifact(label="built-in network", model=model, folder=Path(folder), sha256="")
+            model = write_anchor_network(folder / "network.onnx")
+            arm = Artifact(label="built-in network", model=model, folder=folder, sha256="")
             size = SIZE
         else:
             bundle = open_bundle(request.bundle)
             require_batches(bundle, [request.batch])
-            arm = artifact(bundle, DEFAULT_TARGET, "fused", Path(folder))
+            arm = artifact(bundle, DEFAULT_TARGET, "fused", folder)
             size = bundle.image_size
         measurement = Measurement(reference=arm, candidate=arm, clock=clock, batch=request.batch, image_size=size)
         calibration = calibrate(measurement, plan, request.gates, progress=progress)

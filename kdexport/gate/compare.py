@@ -1,12 +1,12 @@
 """``kdexport gate``: open both arms, check that they can be compared, measure them, and judge every check."""
 
 import contextlib
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kdexport.core.files import scratch_folder
 from kdexport.errors import ConfigError
 from kdexport.gate.accuracy import accuracy_gates, require_golden_logits
 from kdexport.gate.arms import (
@@ -191,19 +191,19 @@ def _open_arms(request: GateRequest, progress: Progress) -> Iterator[_Arms]:
     bundle = open_bundle(request.bundle)
     target = choose_target(bundle, request.target)
     _require_timed(bundle, target, request)
-    with tempfile.TemporaryDirectory(prefix="kdexport-gate-") as folder:
-        candidate = artifact(bundle, target, "fused", Path(folder))
+    with scratch_folder("gate") as folder:
+        candidate = artifact(bundle, target, "fused", folder)
         if request.baseline is None and request.against is None:
             progress("exporting the unfused student")
             yield _Arms(
                 question="Is the fused student slower than the unfused one?",
                 candidate=candidate,
-                reference=artifact(bundle, target, "unfused", Path(folder)),
+                reference=artifact(bundle, target, "unfused", folder),
                 candidate_bundle=bundle,
                 reference_bundle=bundle,
             )
         elif request.baseline is not None and request.baseline.is_file():
-            yield _against_stored(request, bundle, candidate, request.baseline, Path(folder))
+            yield _against_stored(request, bundle, candidate, request.baseline, folder)
         else:
             yield _against_bundle(request, bundle, candidate)
 

@@ -1,11 +1,11 @@
 """``kdexport bench``: the latency of each arm on this machine, without a verdict."""
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from kdexport.core.files import scratch_folder
 from kdexport.errors import ConfigError
 from kdexport.gate.arms import Artifact, Bundle, artifact, choose_target, open_bundle, require_batches
 from kdexport.gate.result import latency_json
@@ -49,10 +49,10 @@ def run_bench(request: BenchRequest, progress: Callable[[str], None]) -> dict[st
             require_timeable(target, clock)
     require_batches(bundle, request.batches)
     plan = Plan(max_slowdown=0.02, threads=request.threads, seed=request.seed, tails=True)
-    with tempfile.TemporaryDirectory(prefix="kdexport-bench-") as folder:
+    with scratch_folder("bench") as folder:
         progress("checking the files of the bundle")
-        arms = _open_arms(bundle, request.arms, targets, Path(folder))
-        anchors = {clock: write_anchor(Path(folder), clock) for clock in request.clocks}
+        arms = _open_arms(bundle, request.arms, targets, folder)
+        anchors = {clock: write_anchor(folder, clock) for clock in request.clocks}
         measurements = [
             Measurement(
                 reference=arms[-1],

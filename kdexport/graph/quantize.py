@@ -14,7 +14,6 @@ In both forms products of two activations stay float32.
 
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +23,7 @@ from onnx import helper, numpy_helper
 from kdexport.backends.activation_products import activation_products
 from kdexport.backends.ort import import_onnxruntime
 from kdexport.core.console import quiet
+from kdexport.core.files import scratch_folder
 from kdexport.graph.precision import sorted_model
 from kdexport.graph.tensor_ranges import read_ranges
 
@@ -73,7 +73,7 @@ def quantize(
             "OpTypesToExcludeOutputQuantization": list(_LAYERS),
         }
     original = onnx.load(str(source))
-    with quiet(), TemporaryDirectory() as folder:
+    with quiet(), scratch_folder("int8") as folder:
         quantize_static(
             str(source),
             str(path),
@@ -85,7 +85,7 @@ def quantize(
             weight_type=QuantType.QInt8,
             op_types_to_quantize=list(_LAYERS) if symmetric else None,
             nodes_to_exclude=_float_nodes(original, keep),
-            calibration_cache_path=_write_cache(ranges, Path(folder) / "ranges.json"),
+            calibration_cache_path=_write_cache(ranges, folder / "ranges.json"),
             extra_options=options,
         )
     model = onnx.load(str(path))

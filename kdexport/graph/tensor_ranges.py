@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Literal
 
 import numpy as np
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from kdexport.backends.base import INPUT
 from kdexport.backends.ort import import_onnxruntime
 from kdexport.core.console import quiet
+from kdexport.core.files import scratch_folder
 from kdexport.errors import AuditError
 
 Method = Literal["minmax", "entropy", "percentile"]
@@ -43,8 +43,8 @@ def calibrate(
         zip(METHODS, (CalibrationMethod.MinMax, CalibrationMethod.Entropy, CalibrationMethod.Percentile), strict=True)
     )
     options = {"percentile": percentile, "symmetric": False} if method == "percentile" else {}
-    with quiet(), TemporaryDirectory() as folder:
-        augmented = str(Path(folder) / "augmented.onnx")
+    with quiet(), scratch_folder("ranges") as folder:
+        augmented = str(folder / "augmented.onnx")
         calibrator = create_calibrator(source, None, augmented, kinds[method], extra_options=options)
         seen = 0
         for batch in batches:

@@ -5,7 +5,6 @@ them instead of those in the bundle.
 """
 
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from kdexport.bundle.manifest import (
 from kdexport.bundle.slim_form import require_whole
 from kdexport.checkpoint import load_tensors, save_tensors
 from kdexport.core.digests import sha256_file, tool_versions
-from kdexport.core.files import write_folder
+from kdexport.core.files import scratch_folder, write_folder
 from kdexport.errors import BundleError, CheckpointError, OutputError, VerificationError, first_line
 from kdexport.graph.equality import graph_difference
 from kdexport.graph.plan import PLAIN
@@ -74,10 +73,10 @@ def rebuild_files(
         out.parent.mkdir(parents=True, exist_ok=True)
     require_whole(folder, manifest)
     _require_unfused(folder, manifest)
-    with tempfile.TemporaryDirectory(prefix="kdexport-replay-") as scratch:
-        rebuilt = RebuiltGraphs(folder, manifest, Path(scratch))
+    with scratch_folder("replay") as scratch:
+        rebuilt = RebuiltGraphs(folder, manifest, scratch)
         progress(FUSED)
-        made = {FUSED: Path(scratch) / FUSED}
+        made = {FUSED: scratch / FUSED}
         found = [_compare_weights(folder, made[FUSED], manifest)]
         for name, form in onnx_files(manifest).items():
             progress(name)

@@ -4,7 +4,6 @@ A build verifies on validation images (``verify_folder``); a finished bundle is 
 (``replay``). Only ``seal`` makes a ``VerifiedBundle``, and only if no check failed.
 """
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,6 +26,7 @@ from kdexport.bundle.manifest import (
     target_of,
 )
 from kdexport.bundle.slim_form import require_whole
+from kdexport.core.files import scratch_folder
 from kdexport.errors import BundleError, NotExecutedError, UnknownNameError, VerificationError
 from kdexport.registry import nearest
 from kdexport.targets import Target, parse_target
@@ -124,8 +124,8 @@ def verify_folder(
     if context is None:
         return Verdict(tuple(checks))
     executed: dict[str, Execution] = {}
-    with tempfile.TemporaryDirectory(prefix="kdexport-verify-") as scratch:
-        rebuilt = RebuiltGraphs(folder, manifest, Path(scratch), context.fused)
+    with scratch_folder("verify") as scratch:
+        rebuilt = RebuiltGraphs(folder, manifest, scratch, context.fused)
         for name, form in onnx_files(manifest).items():
             progress(name)
             result = _file_result(name, partial(graph_checks, context, name, form, rebuilt))

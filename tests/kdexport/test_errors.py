@@ -28,6 +28,7 @@ FROZEN = {
     "KDX401": ("StorageError", 4),
     "KDX402": ("ServerError", 4),
     "KDX403": ("RunnerError", 4),
+    "KDX410": ("StoppedError", 130),
     "KDX900": ("UnexpectedError", 2),
 }
 # Bases, and the error of a child process, which brings the code that the child gave it.

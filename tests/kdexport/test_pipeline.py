@@ -99,6 +99,11 @@ def test_a_wrong_graph_in_the_workspace_is_never_published(built: Built, kdexpor
     item.CopyFrom(numpy_helper.from_array(changed, item.name))
     onnx.save(model, exported)
     out = tmp_path / "out"
+    done = kdexport("build", "--config", built.config, "--out", out, "--workspace", workspace)
+    assert done.exit_code == 4
+    assert f"The stored result {exported.parent} is damaged: model.onnx changed since it was made." in done.stderr
+    # With its digests changed too, as if the exporter had written it.
+    exported.parent.with_name(f".sha256-{exported.parent.name}.json").unlink()
     done = kdexport("build", "--config", built.config, "--out", out, "--workspace", workspace, "--blame")
     assert done.exit_code == 1
     assert "layer blocks.2.1.conv.0.weight (1 of " in done.stderr

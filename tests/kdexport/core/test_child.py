@@ -35,8 +35,8 @@ run_session(Request(
 
 #: Every kind of child that the project starts: the package that it imports, and what starts it.
 KINDS = {
-    "training": ("training", "from kdexport.build.train import resolve_recipe; resolve_recipe('digits', {})"),
-    "the names of teachers": ("training", "from kdexport.commands.listing import LISTS; LISTS['teachers']()"),
+    "training": ("pydantic", "from kdexport.build.train import resolve_recipe; resolve_recipe('digits', {})"),
+    "the names of teachers": ("pydantic", "from kdexport.commands.listing import LISTS; LISTS['teachers']()"),
     "a latency session": ("onnxruntime", SESSION.format(clock="host")),
     "the server of a latency session": ("uvicorn", SESSION.format(clock="serve")),
     "the trial of a bundle": (

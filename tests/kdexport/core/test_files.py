@@ -11,11 +11,14 @@ from kdexport.core.files import (
     exclusive,
     recover,
     remove_partials,
+    replace_folder,
     require_writable_file,
+    scratch_folder,
     write_bytes,
     write_file,
     write_folder,
     write_text,
+    writing,
 )
 from kdexport.errors import OutputError, StorageError
 
@@ -115,3 +118,51 @@ def test_a_kill_between_the_two_renames_is_recovered_from(tmp_path: Path) -> Non
     assert not target.exists()
     recover(target)
     assert names(target) == ["old"]
+
+
+def full(_: Path) -> None:
+    # What writing raises: an error without a file name.
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_names_what_was_to_be_written(tmp_path: Path) -> None:
+    for write in (write_file, write_folder):
+        with pytest.raises(OSError, match="No space left") as caught:
+            write(tmp_path / "result", full)
+        assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "result"))
+    # The innermost place counts: the folder of temporary files may be on another disk.
+    with (
+        pytest.raises(OSError, match="No space left") as caught,
+        writing(tmp_path / "out"),
+        scratch_folder("x") as folder,
+    ):
+        full(folder)
+    assert caught.value.filename == str(folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_copying_onto_a_full_disk_names_the_target_and_not_the_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "model.onnx").write_bytes(b"x")
+
+    def copy(given: str, made: str, **_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(given), None, str(made))
+
+    monkeypatch.setattr("shutil.copy2", copy)
+    monkeypatch.setattr("shutil.copytree.__defaults__", (False, None, copy, False, False))
+    with pytest.raises(OSError, match="No space left") as caught:
+        replace_folder(source, tmp_path / "target")
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "target"))
+    assert not (tmp_path / "target").exists()
+
+
+def test_other_errors_keep_the_file_that_they_name(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught, writing(tmp_path):
+        (tmp_path / "nowhere").read_text()
+    assert caught.value.filename == str(tmp_path / "nowhere")
+    with pytest.raises(ConnectionRefusedError) as refused, writing(tmp_path):
+        raise ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused")
+    assert refused.value.filename is None
