@@ -98,7 +98,7 @@ def test_a_wrong_type_is_named_with_its_value_and_its_type(
         ("export", "min_batch", "0"),
         ("export", "max_batch", "4097"),
         ("verify", "images", "7"),
-        ("verify", "golden", "0"),
+        ("verify", "golden", "-1"),
         ("latency", "max_slowdown", "0.0"),
         ("latency", "max_slowdown", "1.0"),
         ("latency", "max_slowdown", "nan"),
