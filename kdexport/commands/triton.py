@@ -25,7 +25,7 @@ class DeviceChoice(StrEnum):
 def triton(
     bundle: Annotated[Path, typer.Argument(help="A folder that `kdexport build` wrote.")],
     repository: Annotated[Path, typer.Option(help="Triton model repository; created if it does not exist.")],
-    name: Annotated[str | None, typer.Option(help="Name of the model; default: the student's.")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the model; default: the folder's, as in serve.")] = None,
     version: Annotated[int | None, typer.Option(min=1, help="Version; default: the next free one.")] = None,
     target: Annotated[str, typer.Option(help="Target of the bundle to write: onnx-fp32, trt-fp16, ...")] = "onnx-fp32",
     device: Annotated[
@@ -58,6 +58,7 @@ def triton(
     """Verify a bundle and write it as a version of a model into a Triton model repository."""
     from kdexport.bundle.manifest import read_manifest
     from kdexport.core.progress import Reporter
+    from kdexport.serving.model_names import default_name
     from kdexport.serving.triton.pbtxt import import_messages
     from kdexport.serving.triton.variants import TritonRequest, plan_export
     from kdexport.serving.triton.writer import export_triton
@@ -67,7 +68,7 @@ def triton(
     import_messages()
     manifest = read_manifest(bundle)
     request = TritonRequest(
-        repository=repository, name=name, version=version, target=target,
+        repository=repository, name=name or default_name(bundle), version=version, target=target,
         device=None if device is None else device.value, instances=instances, max_batch=max_batch, delay_us=delay_us,
         max_queue=max_queue, queue_timeout_ms=queue_timeout_ms, keep_versions=keep_versions,
         tensorrt_version=tensorrt_version,

@@ -21,6 +21,7 @@ from kdexport.serving.loading import (
     require_unchanged_files,
     without_library_text,
 )
+from kdexport.serving.model_names import default_name, require_name
 from kdexport.targets import DEFAULT_TARGET
 
 _log = logging.getLogger("kdexport.serving")
@@ -59,16 +60,8 @@ def parse_source(argument: str) -> Source:
     """Read ``FOLDER`` or ``NAME=FOLDER``; raises ``ConfigError`` for a name that cannot be part of a URL."""
     name, separator, folder = argument.partition("=")
     path = Path(folder if separator and "/" not in name else argument)
-    name = name if separator and "/" not in name else path.resolve().name
-    if (
-        not name
-        or len(name) > 128
-        or not all(letter.isascii() and (letter.isalnum() or letter in "._-") for letter in name)
-    ):
-        raise ConfigError(
-            f"{name!r} is not a valid model name: 1 to 128 letters, digits, dots, dashes and underscores are allowed.",
-            remedy=f"Give the model another name: kdexport serve NAME={path}",
-        )
+    name = name if separator and "/" not in name else default_name(path)
+    require_name(name, f"Give the model another name: kdexport serve NAME={path}")
     return Source(name, path)
 
 

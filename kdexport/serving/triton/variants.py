@@ -11,11 +11,11 @@ from kdexport.backends.file_interface import PLAIN_INTERFACE
 from kdexport.bundle.manifest import TARGETS, VERIFIED, Manifest, interface_of
 from kdexport.errors import BundleError, ConfigError, UnknownNameError
 from kdexport.registry import nearest
+from kdexport.serving.model_names import require_name
 from kdexport.serving.triton.pbtxt import Device, Schedule
 from kdexport.serving.triton.versions import read_versions, require_repository
 from kdexport.targets import parse_target
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 PLAN_RULE = "a plan loads only in exactly the TensorRT version, and on the GPU generation, that built it"
 
 
@@ -24,7 +24,7 @@ class TritonRequest:
     """The options of ``kdexport triton``; None means a default that depends on the device and the bundle."""
 
     repository: Path
-    name: str | None = None
+    name: str
     version: int | None = None
     target: str = "onnx-fp32"
     device: Device | None = None
@@ -63,13 +63,8 @@ def plan_export(manifest: Manifest, request: TritonRequest) -> TritonPlan:
         )
     if engine:
         _require_same_tensorrt(request, str(entry.get("version")))
-    name = request.name or manifest.spec.student
-    if not _NAME.fullmatch(name):
-        raise ConfigError(
-            f"{name!r} is not a valid model name: 1 to 128 letters, digits, dots, dashes and underscores are allowed, "
-            "and the first must be a letter or digit.",
-            remedy=f"For example: --name {manifest.spec.student}",
-        )
+    name = request.name
+    require_name(name, "Give the model another name: --name NAME")
     for label in manifest.spec.classes:
         if label and label.splitlines() != [label]:
             raise ConfigError(

@@ -87,7 +87,8 @@ def retrained(verified: VerifiedBundle, folder: Path) -> VerifiedBundle:
 
 
 def export(bundle: VerifiedBundle, repository: Path, **options: Any) -> writer.TritonResult:
-    return export_triton(bundle, plan_export(bundle.manifest, TritonRequest(repository=repository, **options)))
+    request = TritonRequest(repository=repository, **{"name": "mobilenetv2", **options})
+    return export_triton(bundle, plan_export(bundle.manifest, request))
 
 
 def config_of(model: Path) -> Any:
@@ -408,8 +409,9 @@ def test_an_onnx_version_and_a_plan_do_not_share_a_model(
 def test_an_engine_that_never_ran_is_refused(plan_bundle: VerifiedBundle, tmp_path: Path) -> None:
     entry = {**plan_bundle.manifest.targets["trt-fp16"], "status": "built, not executed"}
     manifest = dataclasses.replace(plan_bundle.manifest, targets={"trt-fp16": entry})
+    request = TritonRequest(repository=tmp_path, name="x", target="trt-fp16", tensorrt_version=BUILT_WITH)
     with pytest.raises(BundleError, match="was built but never run, so its logits were not verified"):
-        plan_export(manifest, TritonRequest(repository=tmp_path, target="trt-fp16", tensorrt_version=BUILT_WITH))
+        plan_export(manifest, request)
 
 
 def _labelled(manifest: Manifest, label: str) -> Manifest:
@@ -441,7 +443,7 @@ def test_a_class_name_that_would_shift_every_later_label_is_refused(
     label: str, verified: VerifiedBundle, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError, match="has a line break; Triton's label file has one name per line"):
-        plan_export(_labelled(verified.manifest, label), TritonRequest(repository=tmp_path / "models"))
+        plan_export(_labelled(verified.manifest, label), TritonRequest(repository=tmp_path / "models", name="x"))
 
 
 def test_a_repository_that_is_a_mount_point_is_refused_with_a_remedy(
