@@ -1,7 +1,7 @@
 """The jobs of ``python -m training``: distil a student, train its teacher, evaluate either."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,7 +20,7 @@ from kdexport.data.datasets import ImageSet, class_difference, dataset_digest, d
 from kdexport.errors import BackendUnavailableError, CheckpointError, TrainingError
 from kdexport.reparam.blocks import BranchSpec, attach_branches, branch_paths
 from kdexport.reparam.branches import ParallelBranches
-from kdexport.students import Student
+from kdexport.students import Student, Tapped
 from training.augmentation import Mixer
 from training.batch_norms import set_momentum, slow_statistics
 from training.data import Batches, EvaluationBatches, preprocessing_of, split_validation, training_batches
@@ -373,8 +373,8 @@ def prepare_distillation(
     layers = _attach(student, branches)
     set_momentum(student, recipe.train.batch_norm_momentum)
     distiller.prepare(torch.from_numpy(train.labels))
-    calibration = [gathered(batch.images) for batch in islice(batches.epoch(0), _CALIBRATION_BATCHES)]
-    distiller.calibrate(map(frozen, calibration))
+    by_share = distiller.calibrates_by_share
+    distiller.calibrate(_calibration(batches, frozen, by_share=by_share))
     supervised = supervision(recipe.train, torch.from_numpy(train.labels))
     task = DistillationTask(student, distiller, layers, supervised).to(device)
     task.to(memory_format=torch.channels_last)
@@ -385,13 +385,19 @@ def prepare_distillation(
         branches=branches,
         layers=len(layers),
         task=task,
-        compared=calibration[0],
+        compared=gathered(next(batches.epoch(0)).images),
     )
 
 
 def evaluate_teacher(recipe: Recipe) -> float:
     """Top-1 of the recipe's teacher checkpoint on the test split, in full precision."""
     return predictions_of_teacher(recipe)[0].top1
+
+
+def _calibration(batches: Batches, frozen: FrozenTeacher, *, by_share: bool) -> Iterator[Tapped]:
+    """The teacher's outputs for the first batches, each computed when it is taken: one is in memory, as in a step."""
+    for batch in islice(batches.epoch(0), _CALIBRATION_BATCHES):
+        yield frozen(batch.images if by_share else gathered(batch.images))
 
 
 def predictions_of_teacher(recipe: Recipe) -> tuple[Predictions, tuple[str, ...]]:

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from kdexport.reparam.blocks import BranchSpec
 from kdexport.students import Student, Tapped
+from training.channel_moments import ChannelMoments
 from training.distillers.distiller import BranchFeatures, Distiller, Output, StepContext
 from training.distillers.diversity import branch_diversity
 from training.distillers.guide import TargetGuide
@@ -19,6 +20,9 @@ from training.distillers.settings import BranchedSettings, DistillerSettings
 from training.losses import kd_loss
 from training.quadratic import Form, on_device
 from training.teachers import Teacher
+
+#: Features of so many images are pooled in double precision together.
+_PART = 16
 
 
 class LayerMatch(nn.Module):
@@ -43,10 +47,14 @@ class LayerMatch(nn.Module):
         self.register_buffer("teacher_mean", torch.zeros(1, channels, 1, 1))
         self.register_buffer("teacher_std", torch.ones(1, channels, 1, 1))
 
-    def calibrate(self, teacher_features: Iterable[Tensor]) -> None:
-        """Set the mean and standard deviation of each channel from features (N,Ct,H,W)."""
-        features = torch.cat([self._pool(feature.double()).cpu() for feature in teacher_features])
-        variance, mean = torch.var_mean(features, dim=(0, 2, 3), keepdim=True)
+    def observe(self, teacher_feature: Tensor, moments: ChannelMoments) -> None:
+        """Take a feature (N,Ct,H,W) into the ``moments`` of this layer, in the size in which it is compared."""
+        for start in range(0, len(teacher_feature), _PART):
+            moments.add(self._pool(teacher_feature[start : start + _PART].double()))
+
+    def calibrate(self, moments: ChannelMoments) -> None:
+        """Set the mean and standard deviation of each channel."""
+        mean, variance = (values.reshape(1, -1, 1, 1) for values in moments.over_all_processes())
         self.teacher_mean.copy_(mean)
         # A channel that is always zero after its ReLU has no information and must not be scaled up.
         self.teacher_std.copy_(variance.sqrt().clamp(min=1e-3))
@@ -75,6 +83,7 @@ class BranchedDistiller(Distiller):
     settings: BranchedSettings
     #: Branches are read themselves.
     reads_of_student = frozenset()
+    calibrates_by_share = True
     #: The name of the loss.
     loss_name: str
 
@@ -105,12 +114,21 @@ class BranchedDistiller(Distiller):
         )
 
     def calibrate(self, teacher_taps: Iterable[Tapped]) -> None:
-        batches = list(teacher_taps)
+        standardised = self.settings.teacher_normalisation == "standardised"
+        moments = {pair.student: ChannelMoments() for pair in self._pairs if standardised}
+        if self._guide is None and not moments:
+            return
+        for taps in teacher_taps:
+            if self._guide is not None:
+                self._guide.observe(taps)
+            for pair in self._pairs if standardised else ():
+                self._layer(pair).observe(self._target(taps, pair), moments[pair.student])
+            # The features of this batch, before those of the next one are computed.
+            del taps
         if self._guide is not None:
-            self._guide.calibrate(batches, self.settings.teacher_feature)
-        if self.settings.teacher_normalisation == "standardised":
-            for pair in self._pairs:
-                self._layer(pair).calibrate(self._target(batch, pair) for batch in batches)
+            self._guide.decide(self.settings.teacher_feature)
+        for pair in self._pairs if standardised else ():
+            self._layer(pair).calibrate(moments[pair.student])
 
     def order(self, step: StepContext, layer: int) -> Tensor | None:  # noqa: ARG002
         """The order of the branches of layer number ``layer``, (m,) or (N,m); None if the method uses no order."""

@@ -47,6 +47,9 @@ class Distiller(nn.Module):
     reads_of_student: ClassVar[frozenset[Output]] = frozenset(("features", "preactivations", "pooled"))
     #: Whether the method reads the one class of an image, which an image that is mixed of two does not have.
     needs_one_class: ClassVar[bool] = False
+    #: Whether ``calibrate`` gets the batches of one process of several, and merges what it measures over all of them.
+    #: Otherwise every process gets the batches of all.
+    calibrates_by_share: ClassVar[bool] = False
     #: Whether an image may occur only once in a batch of all processes.
     needs_distinct_images: ClassVar[bool] = False
 
@@ -74,7 +77,10 @@ class Distiller(nn.Module):
         return
 
     def calibrate(self, teacher_taps: Iterable[Tapped]) -> None:  # noqa: ARG002
-        """Set statistics of the teacher's features from a few batches, before training."""
+        """Set statistics of the teacher's features from a few batches, before training.
+
+        The teacher computes a batch when it is taken, so that one batch at a time is in memory if none is kept.
+        """
         return
 
     def forward(

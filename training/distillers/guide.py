@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from kdexport.errors import ConfigError
 from kdexport.students import Tapped
+from training.devices import gathered
 from training.quadratic import full_precision
 from training.teachers import Teacher
 
@@ -24,6 +25,8 @@ class TargetGuide:
         """Raises ``ConfigError`` unless the classifier reads one value for each channel of the last feature."""
         self._teacher = teacher
         self._rectified: bool | None = None
+        #: The numbers of batches, and of those in which the last stage ended with a ReLU.
+        self._observed = torch.zeros(2, dtype=torch.int64)
         width, channels = self._classifier.in_features, teacher.taps[-1].channels
         if width != channels:
             raise ConfigError(
@@ -37,14 +40,25 @@ class TargetGuide:
         return cast(nn.Linear, self._teacher.get_submodule(self._teacher.classifier_path))
 
     def calibrate(self, teacher_taps: Iterable[Tapped], teacher_feature: str) -> None:
-        """Find out from a few batches whether the last stage ends with a ReLU.
+        """Find out from a few batches whether the last stage ends with a ReLU; raises ``ConfigError`` as ``decide``."""
+        for tapped in teacher_taps:
+            self.observe(tapped)
+        self.decide(teacher_feature)
+
+    def observe(self, tapped: Tapped) -> None:
+        """Take a batch into what ``decide`` decides."""
+        name = self._teacher.taps[-1].name
+        after, before = tapped.features[name], tapped.preactivations[name]
+        self._observed += torch.tensor([1, int(torch.equal(after, functional.relu(before)))])
+
+    def decide(self, teacher_feature: str) -> None:
+        """Decide whether the last stage ends with a ReLU: whether it did in each batch of all processes.
 
         Raises ``ConfigError`` if it does not and ``teacher_feature`` is "pre_activation", which the pooling does not
         read.
         """
-        name = self._teacher.taps[-1].name
-        pairs = [(tapped.features[name], tapped.preactivations[name]) for tapped in teacher_taps]
-        self._rectified = all(torch.equal(after, functional.relu(before)) for after, before in pairs)
+        observed, rectified = gathered(self._observed[None].to(self._classifier.weight.device)).sum(0).tolist()
+        self._rectified = observed == rectified
         if teacher_feature == "pre_activation" and not self._rectified:
             raise ConfigError(
                 "distiller.target_guide cannot use teacher_feature 'pre_activation' with this teacher: its last stage "

@@ -18,6 +18,7 @@ from torch.autograd.graph import Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kdexport.students import Classifier, Student, Tapped
+from training.devices import gathered
 from training.distillers import DISTILLERS
 from training.distillers.distiller import BranchFeatures, Distiller, StepContext
 from training.distillers.pairs import StagePair, stage_pairs
@@ -58,6 +59,7 @@ class OFD(Distiller):
     settings: OFDSettings
     reads = frozenset(("preactivations",))
     reads_of_student = frozenset(("preactivations",))
+    calibrates_by_share = True
 
     def __init__(self, *, settings: OFDSettings, student: Student, teacher: Teacher) -> None:
         super().__init__(settings=settings, student=student, teacher=teacher)
@@ -78,8 +80,10 @@ class OFD(Distiller):
             for pair in self._measured:
                 moments = channel_moments(taps.preactivations[pair.teacher.name])
                 totals[pair] = totals[pair] + moments if pair in totals else moments
+            # The features of this batch, before those of the next one are computed.
+            del taps
         for pair, total in totals.items():
-            self._match(pair).margin.copy_(measured_margin(total))
+            self._match(pair).margin.copy_(measured_margin(gathered(total[None]).sum(0)))
 
     def forward(
         self,
@@ -155,9 +159,11 @@ def channel_moments(batch: Tensor) -> Tensor:
     Rows are the count, the sum and the sum of squares of all values, and the count and the sum of the negative values.
     """
     values = batch.double().transpose(0, 1).flatten(1)
+    counts = torch.full((len(values),), values.shape[1], dtype=torch.float64, device=values.device)
     negative = values.clamp(max=0)
-    terms = (torch.ones_like(values), values, values.square(), (values < 0).double(), negative)
-    return torch.stack([term.sum(1) for term in terms])
+    return torch.stack(
+        [counts, values.sum(1), values.square().sum(1), (values < 0).sum(1, dtype=torch.float64), negative.sum(1)]
+    )
 
 
 def measured_margin(moments: Tensor) -> Tensor:
