@@ -117,7 +117,7 @@ def test_a_batch_that_the_processes_cannot_share_evenly_is_refused(runs: Path) -
     )
 
 
-#: Replaces the training package: writes its process id to a file and waits.
+#: A program of several processes: each writes its process id to a file and waits.
 WAITING = """
 import os, time
 from pathlib import Path
@@ -135,14 +135,10 @@ guarded(app)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a process learns of its parent's death on Linux")
 def test_processes_end_when_the_command_that_started_them_is_killed(tmp_path: Path) -> None:
-    package = tmp_path / "training"
-    package.mkdir()
-    (package / "__init__.py").touch()
-    (package / "__main__.py").write_text(WAITING)
-    code = "import sys; from pathlib import Path; from kdexport.build.train import train_student as train; "
-    code += "train('digits', {}, Path(sys.argv[1]), processes=2)"
+    (tmp_path / "waiting.py").write_text(WAITING)
+    code = "from kdexport.core.child import call_together; call_together('waiting', [], 2)"
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    command = start(["-c", code, str(tmp_path / "out")], PYTHONPATH=path, PYTHONSAFEPATH="1", PLACES=str(tmp_path))
+    command = start(["-c", code], PYTHONPATH=path, PYTHONSAFEPATH="1", PLACES=str(tmp_path))
     ranks = [tmp_path / "rank0", tmp_path / "rank1"]
     wait_until(lambda: all(rank.exists() for rank in ranks) or command.poll() is not None, 120)
     pids = [int(rank.read_text()) for rank in ranks]
