@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import ssl
 
     from kdexport.serving.listening import Address
-    from kdexport.serving.server import Running
+    from kdexport.serving.server import Running, Surroundings
     from kdexport.serving.service import Service
 
 _EXTRA = ("starlette", "uvicorn", "httptools", "prometheus_client", "python_multipart")
@@ -81,16 +81,29 @@ def serve(
     ] = None,
     tls_cert: Annotated[Path | None, typer.Option(help="Certificate chain, PEM.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Private key, PEM.")] = None,
+    access_log: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Append one line of JSON for each request; - means stdout.")
+    ] = None,
+    cors: Annotated[
+        list[str] | None, typer.Option(metavar="ORIGIN", help="Origin whose pages may call the server; repeatable.")
+    ] = None,
+    otel: Annotated[
+        bool, typer.Option("--otel", help="Send a trace of each request, as OTEL_* variables say; extra otel.")
+    ] = False,
     plugin: Plugins = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout when ready.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Print tracebacks of errors.")] = False,
 ) -> None:
     """Serve verified bundles: Open Inference Protocol v2, images on /v1/classify, metrics."""
     require_extra()
+    from kdexport.serving.access_log import require_separate
+    from kdexport.serving.cross_origin import require_origins
     from kdexport.serving.limits import Limits
     from kdexport.serving.listening import Address
     from kdexport.serving.repository import parse_sources
+    from kdexport.serving.server import Surroundings
     from kdexport.serving.service import Service, Settings, read_token
+    from kdexport.serving.tracing import require_tracing
     from kdexport.targets import require_servable
 
     limits = Limits(
@@ -109,6 +122,11 @@ def serve(
         trusted=trusted,
     )
     require_servable(target, settings.provider)
+    require_separate(access_log, as_json=as_json)
+    require_origins(cors or ())
+    if otel:
+        require_tracing()
+    surroundings = Surroundings(access_log=access_log, origins=tuple(cors or ()), tracing=otel)
     context = _tls(tls_cert, tls_key)
     service = Service(parse_sources(bundles), settings)
     address = Address(host=host, port=port, metrics_host=metrics_host, metrics_port=metrics_port)
@@ -117,13 +135,16 @@ def serve(
         if context is not None and tls_cert is not None and tls_key is not None:
             _load_certificate(context, tls_cert, tls_key)
 
-    run(service, address, watch_seconds=watch, context=context, renew=renew, as_json=as_json)
+    run(
+        service, address, surroundings=surroundings, watch_seconds=watch, context=context, renew=renew, as_json=as_json
+    )  # fmt: skip
 
 
 def run(
     service: "Service",
     address: "Address",
     *,
+    surroundings: "Surroundings",
     watch_seconds: float,
     context: "ssl.SSLContext | None",
     renew: Callable[[], None],
@@ -141,7 +162,7 @@ def run(
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(message)s")
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     require_descriptors(service.limits.connections)
-    server = Server(service, address, watch_seconds=watch_seconds)
+    server = Server(service, address, watch_seconds=watch_seconds, surroundings=surroundings)
     service.load()
     bound = service.require_memory(resident_bytes())
     _warn(address, has_token=service.settings.token is not None)

@@ -58,6 +58,9 @@ class Metrics:
             "kdexport_evicted_connections", "Idle connections closed in favour of newer ones", registry=self.registry
         )
 
+        self.dropped_lines = Counter(
+            "kdexport_dropped_log_lines", "Lines of the access log that waited too long", registry=self.registry
+        )
         Gauge("kdexport_server", "1, with the identity of the process", ("id",), registry=self.registry).labels(
             identity
         ).set(1)

@@ -17,8 +17,10 @@ from uvicorn.config import Config
 from uvicorn.server import ServerState
 
 from kdexport.errors import KdexportError
+from kdexport.serving.access_log import AccessLog
 from kdexport.serving.app import create_app, create_metrics_app
 from kdexport.serving.connection import Connection, ConnectionPool
+from kdexport.serving.cross_origin import allow_origins
 from kdexport.serving.limits import Limits
 from kdexport.serving.listening import (
     BACKLOG,
@@ -29,7 +31,9 @@ from kdexport.serving.listening import (
     require_own_answers,
 )
 from kdexport.serving.metrics import Metrics
+from kdexport.serving.request_identity import RequestIdentity
 from kdexport.serving.service import Service
+from kdexport.serving.tracing import traced
 
 _log = logging.getLogger("kdexport.serving")
 _DATE_HEADER_SECONDS = 1.0
@@ -47,6 +51,18 @@ class Running:
 
     port: int
     metrics_port: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Surroundings:
+    """What lies around the application: where requests are logged, which pages may call it, and whether it is traced.
+
+    ``access_log`` is a file or ``-``; None logs nothing.
+    """
+
+    access_log: str | None = None
+    origins: tuple[str, ...] = ()
+    tracing: bool = False
 
 
 class Listener:
@@ -141,15 +157,27 @@ class Listener:
 class Server:
     """A service behind two listeners: the models on one port, the metrics on another."""
 
-    def __init__(self, service: Service, address: Address, *, watch_seconds: float = 0.0) -> None:
+    def __init__(
+        self,
+        service: Service,
+        address: Address,
+        *,
+        watch_seconds: float = 0.0,
+        surroundings: Surroundings = Surroundings(),
+    ) -> None:
         limits = service.limits
         self._service = service
         self._watch_seconds = watch_seconds
         # uvicorn's lifespan is off: models are loaded before, so that an error gives a message and an exit code.
-        app = create_app(service=service)
+        app = allow_origins(create_app(service=service), surroundings.origins)
+        self._end_traces: Callable[[], object] = lambda: None
+        if surroundings.tracing:
+            app, self._end_traces = traced(app)
+        destination, dropped = surroundings.access_log, service.metrics.dropped_lines.inc
+        self._log = None if destination is None else AccessLog(destination, dropped)
         self._address = address
         self._sockets = bind_all(address)
-        self._main = Listener(app, self._sockets.requests, limits, metrics=service.metrics)
+        self._main = Listener(RequestIdentity(app, self._log), self._sockets.requests, limits, metrics=service.metrics)
         self._metrics = Listener(create_metrics_app(service), self._sockets.metrics, limits)
         self._reload_wanted: asyncio.Event
         self._signals = 0
@@ -186,6 +214,9 @@ class Server:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.to_thread(self._service.close)
+        await asyncio.to_thread(self._end_traces)
+        if self._log is not None:
+            self._log.close()
         return cut
 
     def _stop(self, stopping: asyncio.Event) -> None:
