@@ -125,6 +125,12 @@ def open_checkpoint(directory: Path) -> TrainedStudent:
 
 
 def _require_files(directory: Path, *names: str) -> None:
+    if (directory / "teacher.json").is_file():
+        raise CheckpointError(
+            f"{directory} holds a teacher, not a student.",
+            remedy=f"To distil from it, pass --teacher-checkpoint {directory / _WEIGHTS}. A student is in the folder "
+            "student of a run.",
+        )
     for name in names:
         if not (directory / name).is_file():
             raise CheckpointError(

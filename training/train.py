@@ -40,7 +40,15 @@ from training.recipe import Recipe, TrainSettings, check_schedule
 from training.runs.averaging import WeightAverage
 from training.runs.handover import Origin, hand_over, student_spec
 from training.runs.loop import Metrics, Run, best_epoch, run
-from training.runs.record import claim, claim_input, described_run, device_name, note_environment, recorded_inputs
+from training.runs.record import (
+    claim,
+    claim_input,
+    described_run,
+    device_name,
+    extensions,
+    note_environment,
+    recorded_inputs,
+)
 from training.runs.supervision import supervision
 from training.runs.task import DistillationTask, FrozenTeacher, SupervisedTask
 from training.runs.trackers import require_trackers
@@ -67,8 +75,11 @@ def distil(recipe: Recipe, directory: Path, teacher_directory: Path | None = Non
         claim(directory, recipe, "student")
         report = Reporter(quiet=not accelerator.is_main_process).say
         dataset = claim_data(directory, recipe, report)
+        before = extensions(directory)
+        if before:
+            report(f"run extended from {before[-1]} to {recipe.train.epochs} epochs")
     # A finished run is only reported again, so this machine did no work on it.
-    if accelerator.is_main_process and not (directory / "student").is_dir():
+    if accelerator.is_main_process and (before or not (directory / "student").is_dir()):
         note_environment(directory, device_name(), accelerator.num_processes)
     if teacher_directory is None:
         checkpoint = prepare_teacher(recipe, directory / "teacher", dataset)
@@ -83,7 +94,8 @@ def distil(recipe: Recipe, directory: Path, teacher_directory: Path | None = Non
     # Weights that were not read yet may be those of another network: they are recorded only when they are loaded.
     if digest and "teacher_sha256" in recorded_inputs(directory):
         claim_input(directory, "teacher_sha256", digest, str(checkpoint))
-    return train_student(resolved, directory, Origin(dataset_sha256=dataset, teacher_sha256=digest))
+    origin = Origin(dataset_sha256=dataset, teacher_sha256=digest, extended_from=extensions(directory))
+    return train_student(resolved, directory, origin)
 
 
 def claim_data(directory: Path, recipe: Recipe, report: Callable[[str], None]) -> str:

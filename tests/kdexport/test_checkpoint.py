@@ -293,3 +293,11 @@ def test_a_trained_student_cannot_be_changed(checkpoint: Path) -> None:
     trained = open_checkpoint(checkpoint)
     with pytest.raises(AttributeError):
         setattr(trained, "weights_sha256", "0" * 64)  # noqa: B010 - the type checker knows that it is frozen
+
+
+def test_the_folder_of_a_teacher_is_called_a_teacher(tmp_path: Path) -> None:
+    for name in ("teacher.json", "model.safetensors"):
+        (tmp_path / name).touch()
+    with pytest.raises(CheckpointError, match="holds a teacher, not a student") as caught:
+        open_checkpoint(tmp_path)
+    assert f"--teacher-checkpoint {tmp_path / 'model.safetensors'}" in caught.value.remedy

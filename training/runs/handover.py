@@ -26,6 +26,8 @@ class Origin:
 
     dataset_sha256: str
     teacher_sha256: str
+    #: The numbers of epochs for which the run was planned before it was extended.
+    extended_from: tuple[int, ...] = ()
 
 
 def hand_over(final: Path, student: Student, spec: StudentSpec) -> None:
@@ -75,6 +77,7 @@ def student_spec(
             **({"dataset_split": train.drawn} if train.drawn else {}),
             "teacher_sha256": origin.teacher_sha256,
             "seed": recipe.train.seed,
+            **({"extended_from": list(origin.extended_from)} if origin.extended_from else {}),
             "metrics": metrics,
         },
     )

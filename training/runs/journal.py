@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,6 +29,7 @@ class Journal:
         teacher_top1: float | None,
         say: Callable[[str], None],
         trackers: Trackers | None = None,
+        described: Mapping[str, Any] | None = None,
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -37,6 +38,9 @@ class Journal:
         self._scalars = SummaryWriter(str(directory / "tensorboard"), purge_step=done + 1)
         self._directory, self._title, self._teacher_top1, self._say = directory, title, teacher_top1, say
         self._draws, self._drawn_at = draws, time.monotonic()
+        if described and not done:
+            rows = "".join(f"| {key} | {value} |\n" for key, value in described.items())
+            self._scalars.add_text("recipe", f"| key | value |\n|---|---|\n{rows}", 0)
         self._trackers = trackers or Trackers((), title, {})
 
     def __enter__(self) -> "Journal":
@@ -72,6 +76,9 @@ class Journal:
             newest.update({f"diversity/{name}": value for name, value in diversity[-1].items() if name != "epoch"})
         for name, value in newest.items():
             self._scalars.add_scalar(name, value, epoch)
+        if self._teacher_top1 is not None:
+            # A line to compare with.
+            self._scalars.add_scalar("teacher_top1", self._teacher_top1, epoch)
         self._scalars.flush()
         self._trackers.log(newest, epoch)
         if self._draws and (last or time.monotonic() - self._drawn_at > _REDRAW_S):

@@ -290,4 +290,5 @@ def _journal(job: Run, done: int, accelerator: Accelerator, progress: EpochProgr
         teacher_top1=job.teacher_top1,
         say=progress.say,
         trackers=Trackers(job.settings.trackers, job.title.replace(" ", "-"), job.described),
+        described=job.described,
     )

@@ -13,8 +13,11 @@ from kdexport.core.files import write_text
 from kdexport.errors import ConfigError, StorageError
 from training import REVISION
 from training.recipe import Recipe, plugin_digests
+from training.runs.state import STATE
 
-_INPUTS_FILE = "inputs.json"
+_INPUTS_FILE, _RECORD = "inputs.json", "recipe.json"
+#: In the record: the epochs after which the run was extended.
+_EXTENDED = "extended_from"
 #: What a run reads, by the key of its digest.
 _INPUTS = {"dataset_sha256": "data set", "teacher_sha256": "teacher"}
 _PACKAGES = ("torch", "torchvision", "accelerate", "numpy", "pillow", "safetensors")
@@ -23,38 +26,62 @@ _PACKAGES = ("torch", "torchvision", "accelerate", "numpy", "pillow", "safetenso
 def claim(directory: Path, recipe: Recipe, job: str) -> None:
     """Make ``directory`` the folder of this run; another recipe could not continue there without mixing two runs.
 
-    Raises ``ConfigError`` if it belongs to another recipe, job or revision of the code, and ``StorageError`` if it
+    A recipe that differs only by more epochs extends the run, and the record says after how many epochs. Raises
+    ``ConfigError`` if the folder belongs to another recipe, job or revision of the code, and ``StorageError`` if it
     cannot be written.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
         different = difference(directory, recipe, job)
-        if different:
+        before = _epochs_to_extend(directory, recipe, job) if different else None
+        if before is not None:
+            described = {**_described(recipe, job), _EXTENDED: [*extensions(directory), before]}
+            write_text(directory / _RECORD, json.dumps(described, indent=2))
+        elif different:
             raise ConfigError(
                 f"{directory} belongs to another run: {different}.",
                 remedy="Pass another --out, or remove the folder.",
             )
-        if not (directory / "recipe.json").is_file():
-            write_text(directory / "recipe.json", json.dumps(_described(recipe, job), indent=2))
+        if not (directory / _RECORD).is_file():
+            write_text(directory / _RECORD, json.dumps(_described(recipe, job), indent=2))
     except OSError as error:
         raise StorageError(f"Cannot write {directory}: {error.strerror}.", remedy="Pass another --out.") from error
 
 
 def difference(directory: Path, recipe: Recipe, job: str) -> str:
     """The first difference between the run in ``directory`` and this one; empty if there is no run, or the same."""
-    record = directory / "recipe.json"
+    record = directory / _RECORD
     if not record.is_file():
         return ""
     try:
         there = _flattened(json.loads(record.read_text()))
     except ValueError:
         return "its recipe.json is not valid JSON"
+    there.pop(_EXTENDED, None)
     here = _flattened(_described(recipe, job))
     for key in dict.fromkeys((*here, *there)):
         if there.get(key) != here.get(key):
             values = [f"{side[key]!r}" if key in side else "missing" for side in (there, here)]
             return f"{key.removeprefix('recipe.')} is {values[0]} there and {values[1]} in this run"
     return ""
+
+
+def extensions(directory: Path) -> tuple[int, ...]:
+    """The numbers of epochs for which the run in ``directory`` was planned before it was extended."""
+    return tuple(_read_json(directory / _RECORD).get(_EXTENDED, ()))
+
+
+def _epochs_to_extend(directory: Path, recipe: Recipe, job: str) -> int | None:
+    """The epochs of the run in ``directory``, if this one differs only by more of them; otherwise None."""
+    if not (directory / STATE).is_file():
+        return None
+    table = "train" if job == "student" else "teacher"
+    there, here = _read_json(directory / _RECORD), _described(recipe, job)
+    before = there.get("recipe", {}).get(table, {}).get("epochs")
+    if not isinstance(before, int) or before >= here["recipe"][table]["epochs"]:
+        return None
+    shorter = getattr(recipe, table).model_copy(update={"epochs": before})
+    return None if difference(directory, recipe.model_copy(update={table: shorter}), job) else before
 
 
 def claim_input(directory: Path, key: str, sha256: str, place: str) -> None:

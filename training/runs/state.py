@@ -14,7 +14,8 @@ from kdexport.checkpoint import load_strictly
 from kdexport.core.files import write_bytes
 from kdexport.errors import CheckpointError
 
-_FILE = "resume.safetensors"
+#: The file of the state in the folder of a run.
+STATE = "resume.safetensors"
 #: Tensors of the state of an optimiser for each parameter, by their names in the file; files of SGD came first.
 _OPTIMISER = {"momentum_buffer": "momentum", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "step": "step"}
 
@@ -45,7 +46,7 @@ def save_state(
                 tensors[f"{_OPTIMISER.get(key, key)}.{name}"] = _plain(value)
     metadata = {"epoch": str(done.epoch), "history": json.dumps(done.history), "extra": json.dumps(extra)}
     # Written by Python, so that a full disk raises OSError as it does for all other files.
-    write_bytes(directory / _FILE, save(tensors, metadata=metadata))
+    write_bytes(directory / STATE, save(tensors, metadata=metadata))
 
 
 def _plain(value: Tensor) -> Tensor:
@@ -59,7 +60,7 @@ def load_state(
 
     Raises ``CheckpointError`` for a file that is damaged, or is the state of another model.
     """
-    path = directory / _FILE
+    path = directory / STATE
     if not path.is_file():
         return Resumed(epoch=0, history=()), {}
     try:

@@ -325,7 +325,9 @@ def test_a_distilled_student_records_its_losses_and_its_origin(distilled: Path, 
     tags = NAMES - {"loss/penalty"} | {"loss/diffusion"}
     measured = [json.loads(line) for line in (distilled / "diversity.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in measured] == [1, 2]
-    assert set(scalars(distilled)) == tags | {f"diversity/{name}" for name in measured[0] if name != "epoch"}
+    assert set(scalars(distilled)) == tags | {"teacher_top1"} | {
+        f"diversity/{name}" for name in measured[0] if name != "epoch"
+    }
     assert set(written[0]) == tags | {"epoch"}
     trained = open_checkpoint(distilled / "student")
     assert trained.spec.classes == CLASSES

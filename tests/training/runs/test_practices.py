@@ -268,6 +268,11 @@ def test_a_student_stops_early_and_is_that_of_its_best_validation_epoch(tiny_ima
     assert any(not torch.equal(value, state[f"task.student.{name}"]) for name, value in student.items())
     # A finished run is only reported again.
     assert distil(recipe, tmp_path / "run") == metrics
+    # It can be extended; here it has lost its patience.
+    longer = recipe.model_copy(update={"train": recipe.train.model_copy(update={"epochs": 8})})
+    again = distil(longer, tmp_path / "run")
+    assert open_checkpoint(tmp_path / "run" / "best").spec.provenance["metrics"]["top1"] == again["top1"]
+    assert json.loads((tmp_path / "run" / "recipe.json").read_text())["extended_from"] == [6]
     teacher = tmp_path / "teacher"
     train_teacher(recipe, teacher)
     assert (teacher / "model.safetensors").is_file()

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from kdexport.errors import ConfigError
-from training.runs.record import claim_input, recorded_inputs
+from training.recipe import Recipe, load_recipe
+from training.runs.record import claim, claim_input, difference, extensions, recorded_inputs
 
 OLD, NEW = "a1" * 32, "b2" * 32
 
@@ -57,3 +58,26 @@ def test_a_damaged_record_is_refused_and_named(tmp_path: Path) -> None:
     (tmp_path / "inputs.json").write_text("[1")
     with pytest.raises(ConfigError, match=r"inputs\.json is not a JSON object"):
         claim_input(tmp_path, "dataset_sha256", NEW, "/data")
+
+
+def recipe(epochs: int, **changes: object) -> Recipe:
+    return load_recipe("digits", {"train": {"epochs": epochs, **changes}})
+
+
+def test_a_run_is_extended_by_more_epochs_and_by_nothing_else(tmp_path: Path) -> None:
+    claim(tmp_path, recipe(20), "student")
+    with pytest.raises(ConfigError, match=r"train\.epochs is 20 there and 30 in this run"):
+        # It has no state to continue from.
+        claim(tmp_path, recipe(30), "student")
+    (tmp_path / "resume.safetensors").touch()
+    for other in (recipe(19), recipe(30, seed=1), recipe(30, learning_rate=0.01)):
+        with pytest.raises(ConfigError, match="belongs to another run"):
+            claim(tmp_path, other, "student")
+    assert extensions(tmp_path) == ()
+    claim(tmp_path, recipe(30), "student")
+    claim(tmp_path, recipe(30), "student")
+    claim(tmp_path, recipe(45), "student")
+    assert extensions(tmp_path) == (20, 30)
+    assert difference(tmp_path, recipe(45), "student") == ""
+    with pytest.raises(ConfigError, match=r"train\.epochs is 45 there and 20 in this run"):
+        claim(tmp_path, recipe(20), "student")
