@@ -57,8 +57,10 @@ def test_the_onnx_file_gives_the_logits_of_the_fused_student_in_plain_onnxruntim
     assert np.abs(logits - stored).max() < 1e-5 * np.abs(stored).max()
 
 
-@pytest.mark.parametrize("file", ONNX_FILES)
-@pytest.mark.parametrize("name", ["conv1.0.weight", "blocks.4.1.conv.3.weight", "classifier.0.weight"])
+@pytest.mark.parametrize(
+    ("file", "name"),
+    zip(ONNX_FILES, ["conv1.0.weight", "blocks.4.1.conv.3.weight", "classifier.0.weight"], strict=True),
+)
 def test_one_weight_changed_by_one_percent_is_found_and_its_layer_named(
     file: str, name: str, bundle_copy: Path
 ) -> None:
@@ -144,11 +146,14 @@ def test_a_replaced_unfused_student_is_found(bundle_copy: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "file",
-    ["model.onnx", "student.safetensors", "golden/000.png", "golden/logits.safetensors", "report.md",
-     "targets/trt-rtx-fp16/layers.json", "targets/trt-rtx-fp16/model.plan", "unfused.safetensors"],
-)  # fmt: skip
-@pytest.mark.parametrize("damage", ["missing", "truncated"])
+    ("damage", "file"),
+    [
+        *[("missing", name) for name in ("student.safetensors", "golden/logits.safetensors", "report.md")],
+        *[("missing", f"targets/trt-rtx-fp16/{name}") for name in ("layers.json",)],
+        *[("truncated", name) for name in ("model.onnx", "golden/000.png", "unfused.safetensors")],
+        *[("truncated", f"targets/trt-rtx-fp16/{name}") for name in ("model.plan",)],
+    ],
+)
 def test_a_missing_or_truncated_file_is_a_failed_check_and_no_crash(file: str, damage: str, bundle_copy: Path) -> None:
     path = bundle_copy / file
     if damage == "missing":
