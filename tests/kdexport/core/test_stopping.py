@@ -48,6 +48,8 @@ def running(tmp_path: Path, *arguments: str) -> tuple["subprocess.Popen[str]", P
     process = subprocess.Popen(
         [sys.executable, "-c", COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": path, "TMPDIR": str(scratch)}, start_new_session=True,
+        # Tests that are started by nohup ignore it, and so would the command.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )  # fmt: skip
     wait_until(lambda: bool(list(scratch.glob("kdexport-inner-*/ready"))), 30)
     return process, scratch, int(next(scratch.glob("kdexport-inner-*/pid")).read_text())

@@ -233,9 +233,9 @@ def test_the_output_of_a_crashed_process_is_logged_and_not_part_of_the_reason(
     service: Service, monkeypatch: pytest.MonkeyPatch, zoo: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     crash = f"import sys, os; sys.stderr.write({LEAK!r}); sys.stderr.flush(); os.abort()"
-    real = subprocess.run
+    real = subprocess.Popen
     monkeypatch.setattr("kdexport.serving.repository.bundle_digest", lambda _: "another")
-    monkeypatch.setattr(subprocess, "run", lambda command, **options: real([command[0], "-c", crash], **options))
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **options: real([command[0], "-c", crash], **options))
     service.reload()
     answer = ask(service, "POST", "/v2/repository/index")
     require_own_text(answer)
