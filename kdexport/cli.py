@@ -10,12 +10,15 @@ from kdexport.commands.bench import bench
 from kdexport.commands.build import build
 from kdexport.commands.calibrate_runner import calibrate_runner
 from kdexport.commands.doctor import doctor
+from kdexport.commands.evaluate import evaluate
 from kdexport.commands.explain import explain
 from kdexport.commands.explain_failure import explain_failure
 from kdexport.commands.fuse import fuse
 from kdexport.commands.gate import gate
 from kdexport.commands.inspect import inspect
 from kdexport.commands.listing import list_
+from kdexport.commands.predict import predict
+from kdexport.commands.quickstart import quickstart
 from kdexport.commands.replay import replay
 from kdexport.commands.serve import serve
 from kdexport.commands.sign import sign
@@ -50,6 +53,7 @@ def _root(
     """Options of all commands."""
 
 
+app.command()(quickstart)
 app.command()(build)
 app.command()(verify)
 app.command()(inspect)
@@ -58,6 +62,8 @@ app.command()(doctor)
 app.command()(explain)
 app.command()(explain_failure)
 app.command()(fuse)
+app.command()(predict)
+app.command()(evaluate)
 app.command()(bench)
 app.command()(gate)
 app.command(name="calibrate-runner")(calibrate_runner)

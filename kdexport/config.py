@@ -137,6 +137,19 @@ def require_reference(student: str, option: str) -> None:
         )
 
 
+def _shipped_folders() -> tuple[Path, Path]:
+    """The configurations in an installed package, and in a checkout."""
+    package = Path(str(resources.files("kdexport")))
+    return package / "export_configs", package.parent / "export_configs"
+
+
+def shipped_config(path: Path) -> Path:
+    """``path``, or the configuration of kdexport for ``export_configs/NAME.toml`` where there is no such file."""
+    if path.exists() or path.parent != Path("export_configs"):
+        return path
+    return next((place / path.name for place in _shipped_folders() if (place / path.name).is_file()), path)
+
+
 def find_config(student: str, folder: Path = Path("export_configs")) -> Path | None:
     """The path of the configuration of ``student``: in ``export_configs`` here, else in kdexport's package.
 
@@ -149,12 +162,11 @@ def find_config(student: str, folder: Path = Path("export_configs")) -> Path | N
     local = folder / f"{student}.toml"
     if local.is_file():
         return local
-    packaged = Path(str(resources.files("kdexport"))) / "export_configs"
-    checkout = Path(str(resources.files("kdexport"))).parent / "export_configs"
-    for place in (packaged, checkout):
+    for place in _shipped_folders():
         if (place / f"{student}.toml").is_file():
             return place / f"{student}.toml"
-    known = {path.stem for place in (folder, packaged, checkout) if place.is_dir() for path in place.glob("*.toml")}
+    places = (folder, *_shipped_folders())
+    known = {path.stem for place in places if place.is_dir() for path in place.glob("*.toml")}
     _require_registered(student, known)
     raise ConfigError(
         f"The student {student!r} has no export configuration.",

@@ -1,16 +1,12 @@
 """`kdexport build`: from a recipe or a checkpoint to a verified bundle."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from kdexport.commands.options import Debug, Json, Plugins
 from kdexport.core.console import print_json
-from kdexport.errors import ConfigError
-
-if TYPE_CHECKING:
-    from kdexport.config import BuildConfig
 
 
 def build(
@@ -60,38 +56,23 @@ def build(
     debug: Debug = False,
 ) -> None:
     """Train a student or read a trained one; fold, export, compile, verify and package it."""
-    from kdexport.build.photos import GivenImages, for_images, write_proposed
-    from kdexport.config import default_out
+    from kdexport.api import BuildOptions, build_request
+    from kdexport.build.photos import write_proposed
     from kdexport.core.progress import Reporter
-    from kdexport.pipeline import BuildRequest
     from kdexport.pipeline import build as run
-    from kdexport.targets import parse_targets
 
     reporter = Reporter()
-    settings = _settings(student, config, precision_search=precision_search)
-    settings = _with_network(settings, weights, output)
-    images = GivenImages(
-        data=data, image_size=image_size, has_config=config is not None, has_checkpoint=checkpoint is not None
-    )
-    settings, is_proposed = for_images(settings, images, reporter.say)
+    names = None if target is None else tuple(name.strip() for name in target.split(",") if name.strip())
+    options = BuildOptions(
+        student=student, targets=names, config=config, checkpoint=checkpoint, weights=weights, output=output,
+        image_size=image_size, data=data, teacher_checkpoint=teacher_checkpoint, out=out, workspace=workspace,
+        processes=processes, fresh=fresh, blame=blame, precision_search=precision_search,
+    )  # fmt: skip
+    request, is_proposed = build_request(options, reporter.say)
     if write_config is not None:
-        write_proposed(write_config, settings, is_proposed=is_proposed)
+        write_proposed(write_config, request.config, is_proposed=is_proposed)
         _show_written(write_config, as_json=as_json)
         return
-    names = settings.targets if target is None else [name.strip() for name in target.split(",") if name.strip()]
-    request = BuildRequest(
-        config=settings,
-        targets=parse_targets(names),
-        out=out if out is not None else default_out(settings.student),
-        workspace=workspace,
-        checkpoint=checkpoint,
-        weights=settings.weights or None,
-        data_root=data,
-        teacher_checkpoint=teacher_checkpoint,
-        processes=processes,
-        fresh=fresh,
-        blame=blame,
-    )
     result = run(request, reporter)
     if as_json:
         summary = _summary(result.manifest.data)
@@ -104,39 +85,6 @@ def build(
 
         show_build(result)
         require_decided(result.manifest.data["parity"])
-
-
-def _settings(student: str | None, config: Path | None, *, precision_search: bool) -> "BuildConfig":
-    from kdexport.config import default_config, find_config, load_config
-    from kdexport.plugins import use_plugins
-
-    if student is None and config is None:
-        raise ConfigError(
-            "Neither --student nor --config was given.", remedy="Pass one of them, for example --student mobilenetv2."
-        )
-    path = config if config is not None else find_config(str(student))
-    settings = load_config(path) if path is not None else default_config(str(student))
-    use_plugins(settings.plugins, Path() if path is None else path.parent)
-    if student is not None and student != settings.student:
-        settings = settings.model_copy(update={"student": student})
-    if precision_search:
-        enabled = settings.precision_search.model_copy(update={"enabled": True})
-        settings = settings.model_copy(update={"precision_search": enabled})
-    return settings
-
-
-def _with_network(settings: "BuildConfig", weights: str | None, output: str | None) -> "BuildConfig":
-    """``settings`` with the options for students of another origin; ``ConfigError`` for any other student."""
-    from kdexport.config import require_reference
-
-    for option, value in {"--weights": weights, "--output": output}.items():
-        if value is not None:
-            require_reference(settings.student, option)
-    if weights is not None:
-        settings = settings.model_copy(update={"weights": weights})
-    if output is not None:
-        settings = settings.model_copy(update={"output": output})
-    return settings
 
 
 def _show_written(path: Path, *, as_json: bool) -> None:

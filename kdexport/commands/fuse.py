@@ -39,9 +39,9 @@ def fuse(
     require_writable(out)
     module, examples = load_source(source, sizes)
 
-    from kdexport.reparam.program import fuse_module
+    import kdexport
 
-    fused = fuse_module(module, examples)
+    fused = kdexport.fuse(module, examples)
     described = write(fused, out, source)
     if as_json:
         typer.echo(json.dumps({"ok": True, "exit_code": 0, "out": str(out), **described}))

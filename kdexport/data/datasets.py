@@ -361,6 +361,16 @@ def _images_by_class(folder: Path) -> tuple[dict[str, list[Path]], list[Path]]:
     return found, ignored
 
 
+def image_files(folder: Path) -> list[Path]:
+    """Every image file in ``folder`` and the folders in it, sorted; also those in formats that are not read."""
+    return [path for path in _files_below(folder) if path.suffix.lower() in (*SUFFIXES, *_UNREAD_SUFFIXES)]
+
+
+def open_unsplit(root: Path) -> ImageSet:
+    """All images of a folder with a folder for each class, without a split; raises ``DataError``."""
+    return _image_set(*_images_by_class(root))
+
+
 def _image_set(images: Mapping[str, Sequence[Path]], ignored: Sequence[Path], drawn: str = "") -> ImageSet:
     labels = [label for label, files in enumerate(images.values()) for _ in files]
     return ImageSet(

@@ -15,7 +15,15 @@ from numpy.typing import NDArray
 
 from kdexport.backends.base import Device, Runner
 from kdexport.bundle.manifest import GOLDEN_LOGITS, has_synthetic_images
-from kdexport.data.datasets import ImageSet, class_difference, dataset_spec, described, open_dataset
+from kdexport.data.datasets import (
+    ImageSet,
+    class_difference,
+    dataset_spec,
+    described,
+    has_stored_splits,
+    open_dataset,
+    open_unsplit,
+)
 from kdexport.data.preprocessing import Preprocessing
 from kdexport.errors import BundleError, MismatchError, VerificationError
 from kdexport.gate.arms import Artifact, Bundle
@@ -187,8 +195,11 @@ def _without_labels(bundle: Bundle) -> BundleError:
     )
 
 
-def labelled_images(bundle: Bundle, data: str | None) -> LabelledImages:
-    """The bundle's golden images, or the test split at ``data``: an image folder, a CIFAR-100 folder, or ``digits``."""
+def labelled_images(bundle: Bundle, data: str | None, *, whole: bool = False) -> LabelledImages:
+    """The bundle's golden images, or the test split at ``data``: an image folder, a CIFAR-100 folder, or ``digits``.
+
+    ``whole``: all images of a folder of classes without splits, of which a test split is drawn otherwise.
+    """
     if data is None:
         from safetensors.numpy import load_file
 
@@ -200,7 +211,10 @@ def labelled_images(bundle: Bundle, data: str | None) -> LabelledImages:
     root = Path(data)
     is_cifar = any((folder / "meta").is_file() for folder in (root, root / "cifar-100-python"))
     name = "digits" if data == "digits" else "cifar100" if is_cifar else "folder:"
-    images = open_dataset(dataset_spec(name, "" if data == "digits" else data), "test")
+    if whole and name == "folder:" and root.is_dir() and not has_stored_splits(root):
+        images = open_unsplit(root)
+    else:
+        images = open_dataset(dataset_spec(name, "" if data == "digits" else data), "test")
     trained = bundle.manifest.spec.classes
     if images.classes != trained:
         raise MismatchError(

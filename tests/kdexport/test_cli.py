@@ -136,6 +136,11 @@ def test_the_options_of_each_command_are_frozen() -> None:
             "--threads", "bundle",
         ],
         "fuse": ["--debug", "--input", "--json", "--out", "--plugin", "source"],
+        "quickstart": ["--debug", "--json", "--out", "--workspace"],
+        "predict": [
+            "--csv", "--debug", "--json", "--plugin", "--target", "--threads", "--top", "bundle", "files",
+        ],
+        "evaluate": ["--data", "--debug", "--json", "--plugin", "--target", "--threads", "bundle"],
         "replay": ["--debug", "--json", "--out", "--plugin", "bundle"],
         "slim": ["--debug", "--json", "--out", "--plugin", "--target", "bundle"],
         "sign": ["--certificate", "--debug", "--json", "--key", "--plugin", "bundle"],

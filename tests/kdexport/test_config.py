@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from kdexport.config import BuildConfig, find_config, load_config
+from kdexport.config import BuildConfig, find_config, load_config, shipped_config
 from kdexport.core.toml import Settings, parse, read_toml
 from kdexport.errors import ConfigError, KdexportError
 
@@ -191,3 +191,16 @@ def test_the_configurations_that_ship_are_valid(name: str, tmp_path: Path) -> No
     path = find_config(name, tmp_path)
     assert path is not None
     assert load_config(path).student == "mobilenetv2"
+
+
+def test_a_shipped_configuration_is_found_by_the_path_that_a_checkout_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = Path("export_configs/quickstart.toml")
+    assert load_config(shipped_config(given)).recipe == "digits"
+    assert shipped_config(Path("export_configs/nothing.toml")) == Path("export_configs/nothing.toml")
+    assert shipped_config(Path("quickstart.toml")) == Path("quickstart.toml")
+    given.parent.mkdir()
+    given.touch()
+    assert shipped_config(given) == given
