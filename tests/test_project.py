@@ -33,7 +33,6 @@ SPANNING = {
     "kdexport/serving/test_tritonclient.py": "the client of Triton against a running server",
     "kdexport/students/test_contract.py": "the contract of every registered student",
     "kdexport/students/test_merge.py": "branches on every registered student and their merge",
-    "kdexport/test_api.py": "what importing the package offers, and the commands over it",
     "kdexport/test_lean_import.py": "what importing the package imports",
     "kdexport/verify/test_foreign_bundles.py": "a bundle of a network of another origin, and its changes",
     "kdexport/verify/test_other_networks.py": "the ladder on networks with attention, gates and norms",
