@@ -1,6 +1,6 @@
 # The same commands for people and CI: `make quickstart`, `make test`. Packages are installed only into .venv.
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint types unit clean
+.PHONY: help setup quickstart test test-oldest lint types unit clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +11,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
 
 help:  ## Show the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /: /'
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "kdexport needs Python 3.11 to 3.13; none was found. Pass PYTHON=/path/to/python3.12"; exit 4; }
@@ -44,6 +44,14 @@ unit: setup  ## pytest
 # mypy runs at low priority while the tests wait for servers and child processes.
 test: lint  ## Everything that CI checks
 	@$(MAKE) --no-print-directory -j 2 types unit
+
+OLDEST := .venv-oldest
+OLDEST_PYTHON ?= python3.12
+
+test-oldest:  ## pytest with the oldest versions that are allowed; another Python by OLDEST_PYTHON
+	@$(OLDEST_PYTHON) -m venv $(OLDEST)
+	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[dev,gpu,demo,serve,timm]'
+	@OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 clean:  ## Remove what was built, not what was installed
 	@rm -rf dist build .kdexport .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -14,6 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import kdexport
 from tests.conftest import Built, Outcome
 
 ROOT = Path(__file__).parent.parent
@@ -118,6 +119,9 @@ def test_the_wheel_holds_one_package_with_recipes_and_configurations(wheel: Path
     # A package of ours at the top could hide a user's own.
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"kdexport"}
     assert not [name for name in names if "__pycache__" in name]
+    (described,) = {name.partition("/")[0] for name in names if ".dist-info/" in name}
+    assert described == f"kdexport-{kdexport.__version__}.dist-info"
+    assert {"kdexport/py.typed", f"{described}/licenses/LICENSE", f"{described}/licenses/NOTICE"} <= names
 
 
 def test_the_light_environment_lacks_what_only_builds_need(light: Fresh) -> None:

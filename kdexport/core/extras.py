@@ -19,6 +19,7 @@ EXTRAS = {
     "tensorrt_rtx": "trt-rtx",
     "timm": "timm",
     "matplotlib": "plots",
+    "opentelemetry": "otel",
     "sklearn": "demo",
     "model_signing": "sign",
     **dict.fromkeys(("starlette", "uvicorn", "httptools", "prometheus_client", "python_multipart", "uvloop"), "serve"),

@@ -11,6 +11,7 @@ PROJECT = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text
 DISTRIBUTIONS = {
     "tensorrt": "tensorrt-cu13", "tensorrt_rtx": "tensorrt-rtx-cu13", "onnxruntime": "onnxruntime", "grpc": "grpcio",
     "sklearn": "scikit-learn", "cyclonedx": "cyclonedx-python-lib",
+    "opentelemetry": "opentelemetry-sdk",
 }  # fmt: skip
 
 
@@ -26,6 +27,7 @@ def test_every_package_of_an_extra_that_users_choose_is_explained_when_it_is_mis
     explained = {DISTRIBUTIONS.get(module, module.replace("_", "-")) for module in EXTRAS}
     # Tested by the tests, or part of a package that is explained.
     other = {"kdexport", "nvidia-ml-py", "onnxruntime-gpu", "ml-dtypes", "pyopenssl", "protobuf"}
+    other |= {"opentelemetry-exporter-otlp-proto-http", "opentelemetry-instrumentation-asgi"}
     for extra, lines in PROJECT["optional-dependencies"].items():
         if extra != "dev":
             assert {Requirement(line).name for line in lines} <= explained | other, extra
