@@ -4,6 +4,7 @@ Both arms are compared on the same labelled images, with exact bounds. If both b
 these images, those are compared and no model runs.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +26,7 @@ from kdexport.data.datasets import (
     open_unsplit,
 )
 from kdexport.data.preprocessing import Preprocessing
-from kdexport.errors import BundleError, MismatchError, VerificationError
+from kdexport.errors import BundleError, KdexportError, MismatchError, VerificationError, first_line
 from kdexport.gate.arms import Artifact, Bundle
 from kdexport.stats.logits import COLLAPSED, logit_noise
 from kdexport.stats.paired import drop_trials_needed, estimate_drop
@@ -114,7 +115,9 @@ def require_golden_logits(model: Artifact, bundle: Bundle, threads: int, *, on_g
     exact = read_reference(bundle.folder)["logits"]
     golden = _golden_images(bundle, np.zeros(len(bundle.manifest.golden), np.int64))
     runner = _open(model, threads, on_gpu)
-    logits = np.concatenate([runner.run(chunk, (1,)) for chunk in golden.chunks(bundle.manifest.spec.preprocessing)])
+    with _named(model, bundle):
+        chunks = golden.chunks(bundle.manifest.spec.preprocessing)
+        logits = np.concatenate([runner.run(chunk, (1,)) for chunk in chunks])
     if logits.shape != exact.shape:
         raise VerificationError(
             f"{model.label} gives logits of shape {logits.shape} for the golden images; the bundle requires "
@@ -232,7 +235,8 @@ def predictions(
     run = _opened(model, (int(bundle.manifest.data["export"]["max_batch"]),), threads, on_gpu)
     found: list[NDArray[np.int64]] = []
     for inputs in images.chunks(bundle.manifest.spec.preprocessing):
-        logits = run(inputs)
+        with _named(model, bundle):
+            logits = run(inputs)
         if not np.isfinite(logits).all():
             first = sum(map(len, found)) + int(np.flatnonzero(~np.isfinite(logits).all(axis=1))[0])
             raise VerificationError(
@@ -241,6 +245,20 @@ def predictions(
             )
         found.append(logits.argmax(axis=1).astype(np.int64))
     return np.concatenate(found)
+
+
+@contextlib.contextmanager
+def _named(model: Artifact, bundle: Bundle) -> Iterator[None]:
+    """Raise the error of a runtime, which may be of any type, as ``VerificationError`` with the name of the arm."""
+    try:
+        yield
+    except (KdexportError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise VerificationError(
+            f"{model.label} cannot be run: {first_line(error)}",
+            remedy=f"Nothing was timed. Run kdexport verify {bundle.folder} for details.",
+        ) from error
 
 
 def _opened(model: Artifact, batches: tuple[int, ...], threads: int, on_gpu: bool) -> _Logits:

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 from safetensors.numpy import load_file, save_file
 
 from kdexport.bundle.manifest import TASK
-from kdexport.errors import MismatchError
-from kdexport.gate.accuracy import accuracy_gates, labelled_images, stored_outputs
+from kdexport.errors import MismatchError, VerificationError
+from kdexport.gate.accuracy import accuracy_gates, labelled_images, require_golden_logits, stored_outputs
 from kdexport.gate.arms import Artifact, Bundle, artifact, open_bundle
 from tests.conftest import Built
 from tests.kdexport.gate.edited_bundles import edited
@@ -100,3 +102,22 @@ def test_validation_images_must_be_of_the_same_classes(built: Built, tmp_path: P
         shutil.copy(built.bundle / bundle.manifest.golden[0], tmp_path / "set" / "val" / name / "a.png")
     with pytest.raises(MismatchError, match=r"classes of .* \(2\) and of .* \(10\) differ"):
         labelled_images(bundle, str(tmp_path / "set"))
+
+
+def test_a_graph_that_opens_but_cannot_run_is_named(built: Built, tmp_path: Path) -> None:
+    bundle = open_bundle(built.bundle)
+    size = bundle.image_size
+    target = numpy_helper.from_array(np.asarray([7, 7], np.int64), "shape")
+    graph = helper.make_graph(
+        [helper.make_node("Reshape", ["input", "shape"], ["logits"])],
+        "damaged",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["n", 3, size, size])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, None)],
+        [target],
+    )
+    path = tmp_path / "model.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), str(path))
+    damaged = replace(artifact(bundle, "onnx-fp32", "fused", tmp_path), model=path, label="the damaged one")
+    with pytest.raises(VerificationError, match=r"the damaged one cannot be run: .*Reshape") as caught:
+        require_golden_logits(damaged, bundle, 1)
+    assert "Nothing was timed" in caught.value.remedy

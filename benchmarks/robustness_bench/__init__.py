@@ -1,0 +1,1 @@
+"""Faults and damaged files for ``benchmarks/robustness.py``."""
