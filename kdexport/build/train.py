@@ -54,11 +54,12 @@ def teacher_key(recipe: dict[str, Any], dataset_sha256: str, revision: int, plug
 
 
 def _portable(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The recipe without paths: data and weights count by their digests, wherever they are stored."""
+    """The recipe without paths and trackers: data and weights count by their digests, wherever they are stored."""
     data = {name: value for name, value in recipe["data"].items() if name not in ("root", "workers")}
     data["name"] = data["name"].partition(":")[0]
     teacher = {name: value for name, value in recipe["teacher"].items() if name != "checkpoint"}
-    return {**recipe, "data": data, "teacher": teacher}
+    train = {name: value for name, value in recipe["train"].items() if name != "trackers"}
+    return {**recipe, "data": data, "teacher": teacher, "train": train}
 
 
 def _call(arguments: list[str], *, processes: int = 1) -> Any:
