@@ -194,13 +194,14 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=300, help="images a class")
     parser.add_argument("--test", type=int, default=50, help="images a class")
     parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--student", action="append", choices=sorted(NETWORKS), help="repeatable; default: all")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     subset(arguments.data, arguments.work / "data", arguments.classes,
            {"train": arguments.train, "test": arguments.test})  # fmt: skip
     different = 0
     with (arguments.work / "results.jsonl").open("w") as results:
-        for student in NETWORKS:
+        for student in arguments.student or NETWORKS:
             result = road(student, arguments.work, arguments.epochs)
             print(json.dumps(result))
             results.write(json.dumps(result) + "\n")

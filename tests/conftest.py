@@ -15,7 +15,7 @@ from filelock import FileLock
 
 #: Files of few tests that take minutes: first, so that no process is left alone with one of them at the end. The second
 #: one needs no bundle, so that two processes do not both begin by waiting for it.
-_SLOW_FILES = ("test_pipeline.py", "test_lifecycle.py", "test_readme.py")
+_SLOW_FILES = ("test_pipeline.py", "test_lifecycle.py", "test_readme.py", "test_plugins.py", "test_mutations.py")
 
 CONFIG = """
 student = "mobilenetv2"

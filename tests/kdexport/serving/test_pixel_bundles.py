@@ -15,7 +15,6 @@ from onnx import numpy_helper
 
 from kdexport.backends.file_interface import FileInterface
 from kdexport.backends.ort import CPU, load_model
-from kdexport.backends.pixel_input import arrange
 from kdexport.bundle.manifest import hash_files, read_golden, read_manifest
 from kdexport.diagnose.bisect import explain
 from kdexport.errors import AuditError, ConfigError, KdexportError, VerificationError
@@ -38,11 +37,9 @@ FILE = "targets/onnx-fp32/model.onnx"
 
 @pytest.fixture(scope="session")
 def pixel_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A verified bundle that no test changes."""
-    return (
-        made_once(tmp_path_factory, "pixels", lambda root: make_bundle(root, interface=FileInterface("uint8-nhwc")))
-        / "bundle"
-    )
+    """Pixels in, probabilities and logits out: a verified bundle that no test changes."""
+    interface = FileInterface("uint8-nhwc", "probabilities")
+    return made_once(tmp_path_factory, "pixels", lambda root: make_bundle(root, interface=interface)) / "bundle"
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +67,7 @@ def test_the_manifest_and_every_check_are_of_the_pixels(pixel_bundle: Path) -> N
     assert manifest.targets["onnx-fp32"]["status"] == "verified"
     checks = {(check["subject"], check["name"]): check for check in manifest.data["parity"]}
     assert all(check["holds"] for check in checks.values())
-    assert (FILE, "dynamic uint8-nhwc input and logits") in checks
+    assert (FILE, "dynamic uint8-nhwc input and probabilities and logits") in checks
     assert ("model.onnx", "dynamic float32 input and logits") in checks
     # Both runs are measured, not only the float32 graph.
     for name in ("model.onnx", FILE):
@@ -103,7 +100,7 @@ def test_a_wrong_normalisation_is_not_served_and_is_blamed(
         found = explain(bundle, read_manifest(bundle), tmp_path / "blame", lambda _: None)
         assert found is not None
         assert found.file == FILE
-        assert "another normalisation" in found.words
+        assert "another normalisation or softmax" in found.words
 
 
 def test_a_manifest_that_states_the_other_layout_is_refused(pixel_bundle: Path, tmp_path: Path) -> None:
@@ -132,11 +129,12 @@ def test_the_server_takes_pixels_and_says_so(pixel_bundle: Path, server: Running
     pixels, expected = golden_pixels(pixel_bundle)[:2], float_logits(pixel_bundle)[:2]
     tensor = {"name": "input", "datatype": "UINT8", "shape": [2, 32, 32, 3], "data": pixels.reshape(-1).tolist()}
     answer = server.ask("POST", "/v2/models/zoo/infer", json.dumps({"inputs": [tensor]}).encode())
-    found = np.reshape(answer.data["outputs"][0]["data"], (2, len(CLASSES)))
+    (found,) = (np.reshape(o["data"], (2, -1)) for o in answer.data["outputs"] if o["name"] == "logits")
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
     raw = server.ask("POST", "/v2/models/zoo/infer", pixels.tobytes(), {"Inference-Header-Content-Length": "0"})
     length = int(raw.headers["inference-header-content-length"])
-    np.testing.assert_array_equal(np.frombuffer(raw.body[length:], "<f4").reshape(2, -1), np.float32(found))
+    both = np.frombuffer(raw.body[length:], "<f4").reshape(2, 2, len(CLASSES))
+    np.testing.assert_array_equal(both[1], np.float32(found))
 
 
 @pytest.mark.parametrize(
@@ -189,39 +187,23 @@ def test_what_cannot_take_pixels_refuses_them_by_name(pixel_bundle: Path, tmp_pa
         require_interface(parse_targets(["onnx-fp32", "trt-rtx-fp16"]), FileInterface(gives="probabilities"))
 
 
-@pytest.fixture(scope="session")
-def probability_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pixels in, channels first; probabilities and logits out. No test changes it."""
-    interface = FileInterface("uint8-nchw", "probabilities")
-    return made_once(tmp_path_factory, "probabilities", lambda root: make_bundle(root, interface=interface)) / "bundle"
-
-
 def softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     values = np.asarray(logits, np.float64)
     powers = np.exp(values - values.max(1, keepdims=True))
     return np.asarray(powers / powers.sum(1, keepdims=True))
 
 
-def test_the_channels_first_layout_is_packaged_and_loaded(probability_bundle: Path) -> None:
-    model: Any = loaded(probability_bundle)
-    assert model.signature.shape == [3, 32, 32]
-    pixels = golden_pixels(probability_bundle)
-    found = model.logits(arrange(pixels, "uint8-nchw"))
-    np.testing.assert_allclose(found, float_logits(probability_bundle), rtol=1e-4, atol=1e-5)
-    np.testing.assert_array_equal(model.tensor(pixels[0]), arrange(pixels[:1], "uint8-nchw"))
-
-
-def test_a_file_gives_probabilities_first_and_every_check_holds(probability_bundle: Path) -> None:
-    manifest = read_manifest(probability_bundle)
+def test_a_file_gives_probabilities_first_and_every_check_holds(pixel_bundle: Path) -> None:
+    manifest = read_manifest(pixel_bundle)
     assert manifest.targets["onnx-fp32"]["output"] == "probabilities"
     checks = {(check["subject"], check["name"]): check for check in manifest.data["parity"]}
     assert all(check["holds"] for check in checks.values())
-    assert {(FILE, "dynamic uint8-nchw input and probabilities and logits"), (FILE, "probabilities")} <= checks.keys()
+    assert {(FILE, "dynamic uint8-nhwc input and probabilities and logits"), (FILE, "probabilities")} <= checks.keys()
     assert ("model.onnx", "probabilities") not in checks
-    session = load_model(probability_bundle / FILE).session
+    session = load_model(pixel_bundle / FILE).session
     assert [item.name for item in session.get_outputs()] == ["probabilities", "logits"]
-    given, logits = session.run(None, {"input": arrange(golden_pixels(probability_bundle), "uint8-nchw")})
-    np.testing.assert_allclose(given, softmax(float_logits(probability_bundle)), atol=1e-5)
+    given, logits = session.run(None, {"input": golden_pixels(pixel_bundle)})
+    np.testing.assert_allclose(given, softmax(float_logits(pixel_bundle)), atol=1e-5)
     np.testing.assert_allclose(given, softmax(logits), atol=1e-6)
 
 
@@ -244,9 +226,9 @@ def logits_twice(model: onnx.ModelProto) -> None:
 
 @pytest.mark.parametrize("change", [over_images, of_small_logits, logits_twice])
 def test_other_probabilities_are_seen_by_the_comparison_and_by_their_values(
-    probability_bundle: Path, change: Callable[[onnx.ModelProto], None], tmp_path: Path
+    pixel_bundle: Path, change: Callable[[onnx.ModelProto], None], tmp_path: Path
 ) -> None:
-    bundle = Path(shutil.copytree(probability_bundle, tmp_path / "bundle"))
+    bundle = Path(shutil.copytree(pixel_bundle, tmp_path / "bundle"))
     model = onnx.load(bundle / FILE)
     change(model)
     onnx.save(model, bundle / FILE)
@@ -259,18 +241,17 @@ def test_other_probabilities_are_seen_by_the_comparison_and_by_their_values(
         assert "softmax" in blame.words
 
 
-def test_the_server_and_triton_name_both_outputs(probability_bundle: Path, tmp_path: Path) -> None:
-    logits = float_logits(probability_bundle)
-    pixels = arrange(golden_pixels(probability_bundle), "uint8-nchw")
-    with running(f"zoo={probability_bundle}", "--instances", "1", "--drain", "0.2") as server:
-        described = server.ask("GET", "/v2/models/zoo").data
-        tensor = {"name": "input", "datatype": "UINT8", "shape": list(pixels.shape), "data": pixels.ravel().tolist()}
+def test_the_server_and_triton_name_both_outputs(pixel_bundle: Path, server: Running, tmp_path: Path) -> None:
+    logits = float_logits(pixel_bundle)
+    pixels = golden_pixels(pixel_bundle)
+    described = server.ask("GET", "/v2/models/zoo").data
+    tensor = {"name": "input", "datatype": "UINT8", "shape": list(pixels.shape), "data": pixels.ravel().tolist()}
 
-        def infer(**asked: Any) -> Any:
-            return server.ask("POST", "/v2/models/zoo/infer", json.dumps({"inputs": [tensor], **asked}).encode())
+    def infer(**asked: Any) -> Any:
+        return server.ask("POST", "/v2/models/zoo/infer", json.dumps({"inputs": [tensor], **asked}).encode())
 
-        both, one = infer(), infer(outputs=[{"name": "logits"}])
-        refused = infer(outputs=[{"name": "scores"}])
+    both, one = infer(), infer(outputs=[{"name": "logits"}])
+    refused = infer(outputs=[{"name": "scores"}])
     assert [output["name"] for output in described["outputs"]] == ["probabilities", "logits"]
     found = {output["name"]: np.reshape(output["data"], output["shape"]) for output in both.data["outputs"]}
     assert list(found) == ["probabilities", "logits"]
@@ -280,7 +261,7 @@ def test_the_server_and_triton_name_both_outputs(probability_bundle: Path, tmp_p
     assert refused.status == 400
     assert "its outputs are 'probabilities' and 'logits'" in refused.error
 
-    bundle = seal(probability_bundle, read_manifest(probability_bundle), Verdict(()))
+    bundle = seal(pixel_bundle, read_manifest(pixel_bundle), Verdict(()))
     request = TritonRequest(repository=tmp_path / "repository", name="zoo")
     export_triton(bundle, plan_export(bundle.manifest, request))
     config = (tmp_path / "repository" / "zoo" / "config.pbtxt").read_text()

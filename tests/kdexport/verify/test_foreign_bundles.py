@@ -15,11 +15,16 @@ from onnx import numpy_helper
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from kdexport.bundle.manifest import read_manifest
+from kdexport.backends.ort import CPU
+from kdexport.bundle.manifest import read_golden, read_manifest
 from kdexport.errors import KdexportError
+from kdexport.serving.limits import Limits
+from kdexport.serving.loading import load
+from kdexport.verify.golden_limits import allowed_error
 from kdexport.verify.verdict import replay
 from tests.conftest import Command, made_once, run_command
 from tests.kdexport.gate.edited_bundles import edited
+from tests.kdexport.other_networks import gated_attention_network
 
 CONFIG = """
 student = "tests.kdexport.other_networks:gated_attention_network"
@@ -30,6 +35,7 @@ mean = [0.5, 0.4, 0.3]
 std = [0.3, 0.25, 0.35]
 
 [export]
+input = "uint8-nchw"
 output = "probabilities"
 
 [verify]
@@ -89,6 +95,22 @@ def test_the_bundle_is_what_was_trained_and_has_layers_that_are_not_linear(forei
     kinds = {node.op_type for node in onnx.load(foreign / "model.onnx").graph.node}
     assert {"Softmax", "HardSwish", "HardSigmoid", "LayerNormalization", "Gelu"} <= kinds
     assert "BatchNormalization" not in kinds
+
+
+def test_the_server_takes_and_gives_what_was_asked_for(foreign: Path) -> None:
+    manifest = read_manifest(foreign)
+    model = load(
+        foreign, name="net", version=1, provider=CPU, limits=Limits(), allowed_error=allowed_error(foreign, manifest)
+    )
+    assert (model.signature.shape, model.signature.datatype) == ([3, 32, 32], "UINT8")
+    assert model.signature.outputs == ("probabilities", "logits")
+    pixels = read_golden(foreign, manifest)
+    planes = np.ascontiguousarray(np.moveaxis(pixels, 3, 1))
+    np.testing.assert_array_equal(model.tensor(pixels[0]), planes[:1])
+    with torch.no_grad():
+        mean, std = (torch.tensor(v).reshape(3, 1, 1) for v in ([0.5, 0.4, 0.3], [0.3, 0.25, 0.35]))
+        expected = gated_attention_network()((torch.from_numpy(planes) / 255 - mean) / std)
+    np.testing.assert_allclose(model.logits(planes), expected, rtol=1e-4, atol=1e-5)
 
 
 def scale_in_graphs(folder: Path, old: torch.Tensor, new: torch.Tensor) -> int:

@@ -187,6 +187,8 @@ def on_meta(item: Any) -> Any:
         return {key: on_meta(value) for key, value in item.items()}
     if isinstance(item, list):
         return [on_meta(value) for value in item]
+    if item is None:
+        return None
     return replace(item, **{field.name: on_meta(getattr(item, field.name)) for field in fields(item)})
 
 

@@ -1,6 +1,7 @@
 """What holds for every method that compares features or logits: it takes every pair of networks and compiles."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,8 @@ PAIRS = [
 def test_every_method_takes_every_pair(teacher: str, student: str, size: int) -> None:
     ours, theirs = small(student, teacher, size)
     student_out, teacher_out = output_shapes("student", student, size), output_shapes("teacher", teacher, size)
-    moved = StepContext(**{key: getattr(context(count=2), key).to("meta") for key in StepContext.__slots__})
+    given: dict[str, Any] = {key: getattr(context(count=2), key) for key in StepContext.__slots__}
+    moved = StepContext(**{key: None if value is None else value.to("meta") for key, value in given.items()})
     for name in METHODS:
         with torch.device("meta"):
             distiller = DISTILLERS.build(name, settings=settings_of(name), student=ours, teacher=theirs)
