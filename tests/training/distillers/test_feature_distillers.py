@@ -36,12 +36,16 @@ PAIRS = [
 ]
 
 
+def _moved(value: Any) -> Any:
+    return None if value is None else value.to("meta")
+
+
 @pytest.mark.parametrize(("teacher", "student", "size"), PAIRS)
 def test_every_method_takes_every_pair(teacher: str, student: str, size: int) -> None:
     ours, theirs = small(student, teacher, size)
     student_out, teacher_out = output_shapes("student", student, size), output_shapes("teacher", teacher, size)
-    given: dict[str, Any] = {key: getattr(context(count=2), key) for key in StepContext.__slots__}
-    moved = StepContext(**{key: None if value is None else value.to("meta") for key, value in given.items()})
+    given = context(count=2)
+    moved = StepContext(**{key: _moved(getattr(given, key)) for key in StepContext.__slots__})
     for name in METHODS:
         with torch.device("meta"):
             distiller = DISTILLERS.build(name, settings=settings_of(name), student=ours, teacher=theirs)
