@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from kdexport.build import imported
-from kdexport.build.imported import OWN_WEIGHTS, ImportRequest, import_student
+from kdexport.build.imported import OWN_WEIGHTS, ImportRequest, import_student, judge_student
 from kdexport.checkpoint import TrainedStudent, load_student
+from kdexport.data.datasets import ImageSet
 from kdexport.data.preprocessing_settings import PreprocessingSettings
 from kdexport.errors import CheckpointError, ConfigError, KdexportError, ReparamError
 from kdexport.origins import networks
@@ -52,6 +53,13 @@ class Answer:
     features: torch.Tensor
 
 def good(): return body()
+def spread():
+    # Classes of about equal size among single colours.
+    torch.manual_seed(4)
+    colours = torch.randn(5, 3)
+    head = nn.Linear(3, 5)
+    head.weight.data, head.bias.data = 2 * colours, -(colours ** 2).sum(1)
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), head).eval()
 def six(): return body(classes=6)
 def parts(): return After(lambda y, x: {"logits": y, "aux": (x, 2 * y)}).eval()
 def answer(): return After(lambda y, x: Answer(y, x)).eval()
@@ -253,6 +261,36 @@ def test_the_notes_and_the_digest_of_the_weights_are_stored() -> None:
     assert [f"nets_to_build:good: {note}" for note in origin["notes"]] == said
     assert any("float16" in note for note in origin["notes"])
     assert np.unique(said).size == len(said)
+
+
+def judged(reorder: Callable[[Any], Any]) -> list[str]:
+    """What is said of a network on 240 images, whose labels are its own answers after ``reorder``."""
+    trained = take("nets_to_build:spread", preprocessing={"image_size": 16, "mean": (0.5,) * 3, "std": (0.25,) * 3})
+    rng = np.random.default_rng(8)
+    pixels = rng.integers(0, 256, (240, 1, 1, 3)).repeat(16, 1).repeat(16, 2).astype(np.uint8)
+    inputs = (torch.from_numpy(np.moveaxis(pixels, 3, 1).copy()) / 255 - 0.5) / 0.25
+    with torch.no_grad():
+        answers = shelf().spread()(inputs).argmax(1).numpy()
+    assert len(np.unique(answers)) == len(CLASSES)
+    labels = np.asarray(reorder(answers), np.int64)
+    said: list[str] = []
+    judge_student(trained, ImageSet(classes=CLASSES, labels=labels, pixels=pixels, files=()), said.append)
+    return said
+
+
+def test_a_network_of_these_classes_is_told_its_top_1_and_nothing_else() -> None:
+    assert judged(lambda answers: answers) == [
+        "nets_to_build:spread: top-1 100.00% of 240 validation images, chance level 20.00%"
+    ]
+
+
+def test_a_network_with_its_classes_in_another_order_or_at_chance_is_warned_of() -> None:
+    first, warning = judged(lambda answers: (answers + 1) % len(CLASSES))
+    assert "top-1 0.00%" in first
+    assert warning.startswith("Warning: nets_to_build:spread cannot have been trained for these classes")
+    assert "in the order of its outputs" in warning
+    _, warning = judged(lambda answers: np.random.default_rng(1).integers(0, 5, len(answers)))
+    assert "not better than chance" in warning
 
 
 def test_the_commands_of_the_documentation_parse_and_its_network_is_imported(folder: Path) -> None:
