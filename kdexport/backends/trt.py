@@ -38,7 +38,7 @@ from kdexport.core.child import ChildDiedError, ChildTimeoutError, call
 from kdexport.core.console import print_json
 from kdexport.core.digests import digest, sha256_bytes, sha256_file, tool_versions
 from kdexport.core.files import scratch_folder
-from kdexport.errors import AuditError, EngineBuildError
+from kdexport.errors import AuditError, BackendUnavailableError, EngineBuildError
 
 #: The compiled engine, as the builder wrote it, and the table of its layers.
 PLAN = "model.plan"
@@ -224,6 +224,7 @@ class _Engines(Backend):
             "plan_sha256": sha256_bytes(plan),
             "onnx_sha256": sha256_file(request.onnx),
             "weights_in_plan": weights_in_plan(plan, request.onnx),
+            "compute_capabilities": list(request.options.get("compute_capabilities", ())),
             "layers": [asdict(layer) for layer in engine.layers],
         }
         (request.folder / LAYERS).write_text(json.dumps(table, indent=1))
@@ -363,6 +364,35 @@ class TensorRTRTX(_Engines):
             return Missing("TensorRT-RTX is not installed", "Run pip install 'kdexport[trt-rtx]'")
         return None
 
+    def not_executable(self, precision: str) -> Missing | None:
+        missing = super().not_executable(precision)
+        here = nvidia.compute_capabilities()
+        if missing is None and here and not any(map(_runs_rtx, here)):
+            return Missing(
+                "TensorRT-RTX runs on GPUs of compute capability 7.5, 8.0, 8.6, 8.9 and 12.0 or later; this machine "
+                f"has {_listed(here)}",
+                "Verify the bundle on a machine with such a GPU, or build a trt target for this one",
+            )
+        return missing
+
+    def open(
+        self,
+        path: Path,
+        precision: str,
+        *,
+        device: Device | None = None,
+        threads: int = 0,
+        kept: Sequence[str] = (),
+    ) -> Runner:
+        built_for, here = _built_for(path.with_name(LAYERS)), nvidia.compute_capabilities()
+        if built_for and here and not set(here) & set(built_for):
+            raise BackendUnavailableError(
+                f"The engine was built for GPUs of compute capability {_listed(built_for)}, and this machine has "
+                f"{_listed(here)}.",
+                remedy="Verify the bundle on such a machine, or add the GPU to compute_capabilities under [export].",
+            )
+        return super().open(path, precision, device=device, threads=threads, kept=kept)
+
     def key_material(self, precision: str) -> list[Any]:
         return [tool_versions(*self.packages), []]
 
@@ -380,6 +410,25 @@ class TensorRTRTX(_Engines):
             "is a TensorRT-RTX plan, but Triton's TensorRT backend loads only plans of TensorRT",
             "Pass --target onnx-fp32, or build the bundle with a trt-... target on a machine with a GPU",
         )
+
+
+def _runs_rtx(capability: tuple[int, int]) -> bool:
+    """Whether TensorRT-RTX 1.7 has kernels for it: not for Hopper (9.0) and the data centre's Blackwell (10.x)."""
+    return capability in ((7, 5), (8, 0), (8, 6), (8, 9)) or capability >= (12, 0)
+
+
+def _built_for(layers: Path) -> list[tuple[int, int]]:
+    """The compute capabilities that an engine was built for; empty if for all, or by an earlier version."""
+    try:
+        names = json.loads(layers.read_text()).get("compute_capabilities", ())
+        return [(int(name[2:-1]), int(name[-1])) for name in names if name.startswith("SM")]
+    # The audit reports a damaged table.
+    except (OSError, ValueError, AttributeError):
+        return []
+
+
+def _listed(capabilities: Sequence[tuple[int, int]]) -> str:
+    return ", ".join(f"{major}.{minor}" for major, minor in capabilities)
 
 
 _NOT_ON_HOST = Missing(
