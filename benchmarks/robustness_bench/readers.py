@@ -180,10 +180,12 @@ def graph(material: Material, place: Path, rng: Rng) -> Prepared:
     from kdexport.serving.limits import Limits
     from kdexport.serving.loading import as_kdexport_error, load
 
-    name = "model.onnx"
+    kind = int(rng.integers(3))
+    # The gate times the file of the target.
+    own = "targets/onnx-fp32/model.onnx"
+    name = own if kind == 1 and (material.bundle / own).is_file() else "model.onnx"
     content = damage.damaged_onnx((material.bundle / name).read_bytes(), rng)
     folder = _changed_bundle(material, place, name, content)
-    kind = int(rng.integers(3))
     if kind == 0:
 
         def served() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
+from scipy import stats
 
 from kdexport.commands.gate import show
 from kdexport.errors import BackendUnavailableError
@@ -18,6 +19,8 @@ from kdexport.gate.accuracy import judge_accuracy
 from kdexport.gate.result import Check, GateResult, accuracy_check, latency_check, slow_check, tail_check
 from kdexport.gate.sequential_test import Outcome, Plan, run_sequential_test
 from kdexport.gate.slow_sessions import SlowLimits, count_slow_sessions
+from kdexport.stats.proportions import upper_bound
+from kdexport.stats.sequential import LOOKS
 from kdexport.timing.machine import Machine
 from tests.kdexport.gate.drawn_sessions import machine, measurement
 
@@ -95,6 +98,20 @@ def test_every_verdict_states_what_its_sessions_exclude(effect: float, sessions:
     assert "--max-slow-sessions" in reason
     assert "--max-slow-sessions" not in latency_check(outcome, plan, counted=True).reason
     assert stated in summary.sentence(result(effect))
+
+
+def test_the_exclusion_is_wrong_in_as_few_gates_as_the_page_says() -> None:
+    # A gate that may stop at any look is wrong at most as often as one that is wrong at one of them.
+    worst = 0.0
+    for share in np.linspace(0.01, 0.99, 400):
+        counts, before, wrong = np.ones(1), 0, 0.0
+        for look in LOOKS:
+            counts = np.convolve(counts, stats.binom.pmf(np.arange(look - before + 1), look - before, share))
+            bad = np.asarray([upper_bound(events, look, 0.99) < share for events in range(look + 1)])
+            wrong += float(counts[bad].sum())
+            counts, before = np.where(bad, 0.0, counts), look
+        worst = max(worst, wrong)
+    assert 0.015 < worst <= 0.023
 
 
 def test_a_check_of_slow_sessions_is_a_line_and_a_part_of_the_json() -> None:
