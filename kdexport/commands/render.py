@@ -60,9 +60,11 @@ def _plugin_options() -> str:
 
 
 def _program() -> str:
-    """How to type this command: its name if that is on PATH, else its path."""
+    """How to type this command: its name if that is on PATH, else its path or its module."""
     if shutil.which("kdexport"):
         return "kdexport"
+    if Path(sys.argv[0]).name == "__main__.py":
+        return f"{Path(sys.executable).name} -m kdexport"
     near = os.path.relpath(sys.argv[0])
     return sys.argv[0] if near.startswith("..") else near
 
