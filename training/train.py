@@ -473,13 +473,18 @@ def make_accelerator(settings: TrainSettings) -> Accelerator:
 
 def _precision(setting: str) -> Precision:
     if setting == "auto":
-        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+        return "bf16" if _has_bf16() else "no"
     if setting == "fp16" and not torch.cuda.is_available():
         raise BackendUnavailableError(
             "train.mixed_precision or train.teacher_precision is 'fp16', which needs a CUDA device, and there is none.",
             remedy="Set it to 'no' or 'bf16', or run on a machine with a GPU.",
         )
     return "bf16" if setting == "bf16" else "fp16" if setting == "fp16" else "no"
+
+
+def _has_bf16() -> bool:
+    """Whether a GPU multiplies bf16 itself; on those before Ampere torch emulates it, slower than float32."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def _reported_test_split(recipe: Recipe) -> ImageSet:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from kdexport.backends import BACKENDS, nvidia
 from kdexport.backends.activation_products import activation_products
 from kdexport.backends.base import LOGITS, Backend, Clock, Device, Execution, Finding, Missing, Runner
+from kdexport.backends.cuda_libraries import missing_library, preload_libraries
 from kdexport.backends.pixel_input import Given, PixelInput, pixel_input
 from kdexport.core.files import scratch_folder
 from kdexport.errors import AuditError, BackendUnavailableError, first_line
@@ -24,6 +25,11 @@ CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 TENSORRT = "TensorrtExecutionProvider"
 
+#: What to type where onnxruntime lacks a library of a GPU provider.
+INSTALL_LIBRARIES = (
+    "Run pip install 'kdexport[gpu]', or install the CUDA and cuDNN that this onnxruntime was built for, and "
+    "the driver of the GPU."
+)
 #: With TF32, which keeps 10 bits of the mantissa, a float32 graph would not run in float32.
 _OPTIONS = {CUDA: {"use_tf32": "0"}}
 
@@ -93,6 +99,7 @@ def load_model(
     if provider == TENSORRT:
         # The provider has no option for it, and by default TensorRT computes float32 in TF32.
         os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
+    preload_libraries(provider, ort)
     try:
         source = str(path) if content is None else content
         chosen = {**_OPTIONS.get(provider, {}), **provider_options}
@@ -105,9 +112,11 @@ def load_model(
         ) from error
     session.disable_fallback()
     if session.get_providers()[0] != provider:
+        library = missing_library(provider, ort)
+        reason = f": {library} is missing" if library else ""
         raise BackendUnavailableError(
-            f"{provider} was requested, but onnxruntime runs {session.get_providers()[0]}.",
-            remedy="Install the driver and libraries of that provider.",
+            f"{provider} was requested, but onnxruntime runs {session.get_providers()[0]}{reason}.",
+            remedy=INSTALL_LIBRARIES,
         )
     counts: Counter[str] = Counter()
     for graph in session.get_provider_graph_assignment_info():

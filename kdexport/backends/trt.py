@@ -31,6 +31,7 @@ from kdexport.backends.base import (
     Runner,
     run_in_batches,
 )  # fmt: skip
+from kdexport.backends.cuda_libraries import runtime_path
 from kdexport.backends.plan_content import built_from, weights_in_plan, whole
 from kdexport.backends.trt_build import MODULES, EngineRequest
 from kdexport.backends.trt_layers import Engine, EngineLayer, require_precision
@@ -79,7 +80,7 @@ def run_engine(
     with scratch_folder("engine") as exchange:
         np.save(exchange / "images.npy", images)
         # Polygraphy chooses between TensorRT and TensorRT-RTX when it is imported.
-        environment = {"POLYGRAPHY_USE_TENSORRT_RTX": str(int(MODULES[backend] != MODULES["trt"]))}
+        environment = {"POLYGRAPHY_USE_TENSORRT_RTX": str(int(MODULES[backend] != MODULES["trt"])), **runtime_path()}
         arguments = [str(plan), backend, str(exchange), json.dumps(batches)]
         try:
             facts = _call("kdexport.backends.trt", arguments, f"The engine {plan} gave no result", environment)

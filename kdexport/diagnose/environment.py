@@ -47,6 +47,7 @@ def examine() -> list[Fact]:
         ],
         _onnxruntime(),
         _cuda(),
+        *_providers(),
         _disk(),
         *[_target(name) for name in target_names()],
     ]
@@ -82,6 +83,22 @@ def _cuda() -> Fact:
     usable = torch.cuda.is_available()
     names = "; ".join(line.removeprefix("Model:").strip() for line in gpus[1:])
     return Fact("GPU", usable, names if usable else f"{names}, but torch {torch.__version__} cannot use it")
+
+
+def _providers() -> list[Fact]:
+    """Whether onnxruntime can load the libraries of each GPU provider that it has; nothing without a GPU."""
+    from kdexport.backends.cuda_libraries import PROVIDER_FILES, missing_library
+    from kdexport.backends.ort import INSTALL_LIBRARIES, import_onnxruntime
+
+    if not gpu_fingerprint():
+        return []
+    ort = import_onnxruntime()
+    facts = []
+    for provider in sorted(PROVIDER_FILES.keys() & set(ort.get_available_providers())):
+        library = missing_library(provider, ort)
+        said = f"{library} is missing. {INSTALL_LIBRARIES}" if library else "all libraries load"
+        facts.append(Fact(provider, not library, said))
+    return facts
 
 
 def _disk() -> Fact:

@@ -12,6 +12,7 @@ from torch import Tensor
 from kdexport.core.digests import sha256_file
 from kdexport.errors import CheckpointError, ConfigError, TrainingError
 from tests.training.small_runs import arguments, environment, tiny_recipe
+from training import train
 from training.recipe import load_recipe
 from training.shipped_recipes import shipped_names
 from training.teachers import TEACHERS
@@ -99,6 +100,18 @@ def test_one_process_can_run_recipes_of_several_precisions(tiny_images: Path) ->
     for precision in ("no", "bf16", "no"):
         settings = tiny_recipe(tiny_images, f"train.mixed_precision={precision}").train
         assert make_accelerator(settings).mixed_precision == precision
+
+
+@pytest.mark.parametrize(("multiplies", "chosen"), [(True, "bf16"), (False, "no")])
+def test_auto_is_bf16_only_on_a_gpu_that_multiplies_it_itself(
+    multiplies: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Torch counts emulation as support unless it is asked not to.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or multiplies
+    )
+    assert train._precision("auto") == chosen
 
 
 def test_a_teacher_that_diverges_names_its_own_learning_rate(tiny_images: Path, tmp_path: Path) -> None:
