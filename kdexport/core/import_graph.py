@@ -3,7 +3,7 @@
 import ast
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,12 +79,15 @@ class _Source:
 
     @functools.cached_property
     def text(self) -> str:
-        return "\n".join(ast.dump(statement) for statement in self.statements)
+        words: list[str] = []
+        for statement in self.statements:
+            _spell(statement, words)
+        return " ".join(words)
 
     @functools.cached_property
     def imports(self) -> frozenset[str]:
         """Everything imported from the package; each name may be a module."""
-        nodes = [node for statement in self.statements for node in ast.walk(statement)]
+        nodes = list(_all_statements(self.statements))
         names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
         for node in nodes:
             if isinstance(node, ast.ImportFrom):
@@ -131,21 +134,59 @@ def _source(module: str, root: Path) -> _Source | None:
 
 @functools.cache
 def _parsed(module: str, content: bytes) -> _Source:
-    return _Source(module, tuple(_Stripped().visit(ast.parse(content)).body))
+    return _Source(module, tuple(_stripped(ast.parse(content).body)))
 
 
-class _Stripped(ast.NodeTransformer):
-    """Drops what does not change a result: bare strings, such as docstrings, and code for type checkers only."""
+def _stripped(body: list[ast.stmt]) -> list[ast.stmt]:
+    """Without what does not change a result: bare strings, such as docstrings, and code for type checkers only."""
+    kept: list[ast.stmt] = []
+    for statement in body:
+        if isinstance(statement, ast.If) and _is_for_type_checkers(statement.test):
+            kept += _stripped(statement.orelse)
+        elif not (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)):
+            for holder, name in _bodies(statement):
+                setattr(holder, name, _stripped(getattr(holder, name)))
+            kept.append(statement)
+    return kept
 
-    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
-        return None if isinstance(node.value, ast.Constant) else self.generic_visit(node)
 
-    def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
-        test = node.test
-        name = test.id if isinstance(test, ast.Name) else test.attr if isinstance(test, ast.Attribute) else ""
-        if name != "TYPE_CHECKING":
-            return self.generic_visit(node)
-        return [kept for statement in node.orelse for kept in [self.visit(statement)] if kept is not None]
+def _is_for_type_checkers(test: ast.expr) -> bool:
+    name = test.id if isinstance(test, ast.Name) else test.attr if isinstance(test, ast.Attribute) else ""
+    return name == "TYPE_CHECKING"
+
+
+def _bodies(statement: ast.stmt) -> Iterator[tuple[ast.AST, str]]:
+    """Where the lists of statements below a statement are: the node that has one, and its field."""
+    for name in ("body", "orelse", "finalbody"):
+        if getattr(statement, name, None):
+            yield statement, name
+    for holder in (*getattr(statement, "handlers", ()), *getattr(statement, "cases", ())):
+        yield holder, "body"
+
+
+def _all_statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
+    """The statements and all below them. An import is a statement, so that expressions need not be searched."""
+    for statement in body:
+        yield statement
+        for holder, name in _bodies(statement):
+            yield from _all_statements(getattr(holder, name))
+
+
+def _spell(value: object, words: list[str]) -> None:
+    """Append ``value`` as words: nodes by their type, their fields in order, lists with their length, and constants.
+
+    What differs in more than its layout differs here, as in ``ast.dump``, which takes several times as long.
+    """
+    if isinstance(value, ast.AST):
+        words.append(type(value).__name__)
+        for name in value._fields:
+            _spell(getattr(value, name, None), words)
+    elif isinstance(value, list):
+        words.append(f"[{len(value)}]")
+        for item in value:
+            _spell(item, words)
+    else:
+        words.append(repr(value))
 
 
 def _bound(statement: ast.stmt) -> set[str]:
@@ -188,7 +229,8 @@ def _parents(module: str) -> list[str]:
 def _registered(module: str, root: Path) -> frozenset[str]:
     """Names under which the functions of a module are registered by a decorator ``....register("name")``."""
     source = _source(module, root)
-    nodes = () if source is None else (node for statement in source.statements for node in ast.walk(statement))
+    statements = () if source is None else _all_statements(source.statements)
+    nodes = (node for statement in statements for item in _decorators(statement) for node in ast.walk(item))
     return frozenset(
         str(node.args[0].value)
         for node in nodes
@@ -198,3 +240,7 @@ def _registered(module: str, root: Path) -> frozenset[str]:
         and node.args
         and isinstance(node.args[0], ast.Constant)
     )
+
+
+def _decorators(statement: ast.stmt) -> list[ast.expr]:
+    return list(getattr(statement, "decorator_list", ()))
