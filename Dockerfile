@@ -13,12 +13,12 @@ COPY training training
 COPY export_configs export_configs
 
 FROM base AS train
-RUN pip install -c constraints.txt '.[build,gpu,demo]'
+RUN pip install -c constraints.txt '.[build-gpu,demo]'
 ENTRYPOINT ["kdexport"]
 CMD ["train", "--help"]
 
 FROM base AS build
-RUN pip install -c constraints.txt '.[build,gpu,demo,trt-rtx]'
+RUN pip install -c constraints.txt '.[build-gpu,demo,trt-rtx]'
 ENTRYPOINT ["kdexport"]
 CMD ["doctor"]
 
@@ -26,7 +26,7 @@ CMD ["doctor"]
 # Ports: 8000 for requests, 8002 for metrics. Stop with `docker stop -t 30`, so that requests in progress can finish.
 FROM base AS serve
 ARG BUNDLE=dist/mobilenetv2
-RUN pip install -c constraints.txt '.[serve,cpu]'
+RUN pip install -c constraints.txt '.[serve]'
 COPY ${BUNDLE} /models/student
 RUN useradd --create-home kdexport && kdexport doctor /models/student
 USER kdexport

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kdexport.commands.options import Plugins
+from kdexport.core.extras import install
 from kdexport.errors import BackendUnavailableError, ConfigError
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def require_extra() -> None:
     if missing:
         raise BackendUnavailableError(
             f"The server needs packages that are not installed: {', '.join(missing)}.",
-            remedy="Run pip install 'kdexport[serve]'.",
+            remedy=install(missing[0]),
         )
 
 

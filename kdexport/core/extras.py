@@ -4,6 +4,7 @@ Code imports the libraries that it needs, where it needs them. If one is missing
 command line (or to whoever turns foreign errors into kdexport's own), where ``missing_package`` explains it.
 """
 
+from kdexport.core.digests import tool_versions
 from kdexport.errors import BackendUnavailableError
 
 #: The extra of each module that the base installation may lack.
@@ -47,4 +48,12 @@ def install(module: str) -> str:
             "Run pip install 'kdexport[cpu]', or pip install 'kdexport[gpu]' for onnxruntime with CUDA, but not both: "
             "they share one module."
         )
-    return f"Run pip install 'kdexport[{EXTRAS[module]}]'."
+    extra = EXTRAS[module]
+    # The extras for a CPU would install a second onnxruntime over the one that is there.
+    kind = "-gpu" if extra in ("build", "serve") and _has_onnxruntime_gpu() else ""
+    return f"Run pip install 'kdexport[{extra}{kind}]'."
+
+
+def _has_onnxruntime_gpu() -> bool:
+    versions = tool_versions("onnxruntime-gpu", "onnxruntime")
+    return versions["onnxruntime-gpu"] != "absent" and versions["onnxruntime"] == "absent"

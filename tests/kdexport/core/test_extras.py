@@ -15,11 +15,17 @@ DISTRIBUTIONS = {
 }  # fmt: skip
 
 
+def asked(extra: str) -> list[Requirement]:
+    """What an extra installs, also by other extras."""
+    wanted = [Requirement(line) for line in PROJECT["optional-dependencies"][extra]]
+    inner = [found for each in wanted if each.name == "kdexport" for other in each.extras for found in asked(other)]
+    return [*wanted, *inner]
+
+
 @pytest.mark.parametrize("module", sorted(EXTRAS))
 def test_the_extra_of_a_module_installs_it_and_the_base_does_not(module: str) -> None:
     name = DISTRIBUTIONS.get(module, module.replace("_", "-"))
-    asked = {Requirement(line).name for line in PROJECT["optional-dependencies"][EXTRAS[module]]}
-    assert name in asked
+    assert name in {wanted.name for wanted in asked(EXTRAS[module])}
     assert name not in {Requirement(line).name for line in PROJECT["dependencies"]}
 
 
@@ -33,12 +39,30 @@ def test_every_package_of_an_extra_that_users_choose_is_explained_when_it_is_mis
             assert {Requirement(line).name for line in lines} <= explained | other, extra
 
 
-def test_no_extra_installs_both_onnxruntimes() -> None:
+def onnxruntimes(extra: str) -> set[str]:
+    """The onnxruntimes that an extra installs on this machine."""
+    named = [each for each in asked(extra) if each.name.startswith("onnxruntime")]
+    return {each.name for each in named if each.marker is None or each.marker.evaluate()}
+
+
+def test_no_extra_installs_both_onnxruntimes_and_those_of_users_install_one() -> None:
     """They write the same files, so that the second one breaks the first."""
-    for extra, lines in PROJECT["optional-dependencies"].items():
-        wanted = [Requirement(line) for line in lines]
-        chosen = [r for r in wanted if r.name.startswith("onnxruntime") and (r.marker is None or r.marker.evaluate())]
-        assert len(chosen) == (extra in ("cpu", "gpu")), extra
+    for extra in PROJECT["optional-dependencies"]:
+        expected = {"cpu": 1, "gpu": 1, "serve": 1, "serve-gpu": 1, "build": 1, "build-gpu": 1, "dev": 1}.get(extra, 0)
+        assert len(onnxruntimes(extra)) == expected, extra
+    assert onnxruntimes("build") == onnxruntimes("serve") == {"onnxruntime"}
+
+
+@pytest.mark.parametrize(
+    ("gpu", "cpu", "typed"), [("1.31", "absent", "build-gpu"), ("absent", "1.31", "build"), ("1.31", "1.31", "build")]
+)
+def test_an_extra_that_would_install_a_second_onnxruntime_is_not_proposed(
+    gpu: str, cpu: str, typed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {"onnxruntime-gpu": gpu, "onnxruntime": cpu}
+    monkeypatch.setattr("kdexport.core.extras.tool_versions", lambda *names: {name: found[name] for name in names})
+    assert install("torch") == f"Run pip install 'kdexport[{typed}]'."
+    assert install("scipy") == "Run pip install 'kdexport[stats]'."
 
 
 @pytest.mark.parametrize("name", ["torch", "torch.nn.functional", "scipy.special"])
@@ -48,7 +72,8 @@ def test_a_missing_module_becomes_the_command_that_installs_it(name: str) -> Non
     assert found is not None
     assert found.exit_code == 4
     assert found.message == f"This needs the package {top}, which is not installed."
-    assert found.remedy == f"Run pip install 'kdexport[{EXTRAS[top]}]'."
+    assert found.remedy == install(top)
+    assert EXTRAS[top] in found.remedy
 
 
 def test_one_of_two_onnxruntimes_is_offered_and_none_is_chosen() -> None:

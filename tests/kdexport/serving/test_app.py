@@ -195,10 +195,12 @@ def test_a_missing_package_is_an_error_with_the_command_that_installs_it(monkeyp
     import importlib.util
 
     from kdexport.commands.serve import require_extra
+    from kdexport.core.extras import install
     from kdexport.errors import BackendUnavailableError
 
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else find(name))
     with pytest.raises(BackendUnavailableError, match="not installed: uvicorn") as caught:
         require_extra()
-    assert caught.value.remedy == "Run pip install 'kdexport[serve]'."
+    assert caught.value.remedy == install("uvicorn")
+    assert "kdexport[serve" in caught.value.remedy
