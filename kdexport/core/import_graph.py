@@ -1,11 +1,16 @@
 """The code that a result depends on: the import graph of kdexport, read from its files without importing them."""
 
 import ast
+import contextlib
 import functools
 import hashlib
+import json
+import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 PACKAGE = "kdexport"
 #: The folder that holds the package.
@@ -45,13 +50,14 @@ def modules_registering(name: str, package: str, root: Path = ROOT) -> tuple[str
 @functools.cache
 def _digest(code: Sequence[str], root: Path) -> str:
     hasher = hashlib.sha256()
-    for name, text in sorted(_sources(code, root)):
-        hasher.update(f"{name}\n{text}\n".encode())
+    for name, digest in sorted(_sources(code, root)):
+        hasher.update(f"{name}\n{digest}\n".encode())
+    _remember()
     return hasher.hexdigest()
 
 
 def _sources(code: Sequence[str], root: Path) -> set[tuple[str, str]]:
-    """(module, normal form of its code) of ``code`` and of all that it imports."""
+    """(module, digest of the normal form of its code) of ``code`` and of all that it imports."""
     found: set[tuple[str, str]] = set()
     pending, seen = list(code), set(_WITHOUT_RESULT)
     for module in (entry.partition(":")[0] for entry in code):
@@ -65,7 +71,7 @@ def _sources(code: Sequence[str], root: Path) -> set[tuple[str, str]]:
         seen.add(entry)
         if source is not None:
             part = source.part(definition) if definition else source
-            found.add((module, part.text))
+            found.add((module, part.digest))
             pending += [*part.imports, *_parents(module)]
     return found
 
@@ -78,11 +84,11 @@ class _Source:
     statements: tuple[ast.stmt, ...]
 
     @functools.cached_property
-    def text(self) -> str:
+    def digest(self) -> str:
         words: list[str] = []
         for statement in self.statements:
             _spell(statement, words)
-        return " ".join(words)
+        return hashlib.sha256(" ".join(words).encode()).hexdigest()
 
     @functools.cached_property
     def imports(self) -> frozenset[str]:
@@ -125,16 +131,91 @@ class _Source:
         return _Source(self.module, tuple(chosen))
 
 
+@dataclass(frozen=True, eq=False)
+class _File:
+    """A whole module. What is remembered of the same content is taken from there: parsing all files takes a second."""
+
+    module: str
+    content: bytes
+
+    @functools.cached_property
+    def _facts(self) -> dict[str, Any]:
+        # The name of the module is part of an error message only.
+        key = hashlib.sha256(self.content).hexdigest()
+        if key not in _known():
+            source = self._parsed
+            registered = sorted(_registrations(source))
+            _known()[key] = {"digest": source.digest, "imports": sorted(source.imports), "registered": registered}
+            _fresh.append(key)
+        _asked.add(key)
+        return _known()[key]
+
+    @functools.cached_property
+    def _parsed(self) -> _Source:
+        return _Source(self.module, tuple(_stripped(ast.parse(self.content).body)))
+
+    @property
+    def digest(self) -> str:
+        return str(self._facts["digest"])
+
+    @property
+    def imports(self) -> frozenset[str]:
+        return frozenset(self._facts["imports"])
+
+    @property
+    def registered(self) -> frozenset[str]:
+        return frozenset(self._facts["registered"])
+
+    def part(self, definition: str) -> _Source:
+        return self._parsed.part(definition)
+
+
 @functools.cache
-def _source(module: str, root: Path) -> _Source | None:
+def _source(module: str, root: Path) -> _File | None:
     place = root.joinpath(*module.split("."))
     path = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
-    return _parsed(module, path.read_bytes()) if path.is_file() else None
+    return _File(module, path.read_bytes()) if path.is_file() else None
+
+
+#: Contents that this process was the first to parse, and all that it asked for.
+_fresh: list[str] = []
+_asked: set[str] = set()
+#: Above this number, contents that were not asked for are forgotten.
+_REMEMBERED = 1000
 
 
 @functools.cache
-def _parsed(module: str, content: bytes) -> _Source:
-    return _Source(module, tuple(_stripped(ast.parse(content).body)))
+def _remembered_in() -> Path:
+    """The file of what is remembered, beside the compiled modules; each Python and version of this file has its own."""
+    own = hashlib.sha256(Path(__file__).read_bytes() + sys.version.encode()).hexdigest()
+    return Path(__file__).parent / "__pycache__" / f"import_graph-{own[:16]}.json"
+
+
+@functools.cache
+def _known() -> dict[str, dict[str, Any]]:
+    """Digest, imports and registered names by the sha256 of a file's content."""
+    try:
+        found = json.loads(_remembered_in().read_text())
+    except (OSError, ValueError):
+        return {}
+    keys = {"digest", "imports", "registered"}
+    facts = found.values() if isinstance(found, dict) else [None]
+    return found if all(isinstance(each, dict) and each.keys() == keys for each in facts) else {}
+
+
+def _remember() -> None:
+    """Write what is known, for the next process; a folder that cannot be written keeps nothing."""
+    if not _fresh or sys.dont_write_bytecode:
+        return
+    _fresh.clear()
+    path = _remembered_in()
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}")
+        known = _known()
+        kept = known if len(known) <= _REMEMBERED else {key: known[key] for key in _asked}
+        part.write_text(json.dumps(kept))
+        part.replace(path)
 
 
 def _stripped(body: list[ast.stmt]) -> list[ast.stmt]:
@@ -225,11 +306,14 @@ def _parents(module: str) -> list[str]:
     return [".".join(parts[:count]) for count in range(1, len(parts))]
 
 
-@functools.cache
 def _registered(module: str, root: Path) -> frozenset[str]:
-    """Names under which the functions of a module are registered by a decorator ``....register("name")``."""
     source = _source(module, root)
-    statements = () if source is None else _all_statements(source.statements)
+    return frozenset() if source is None else source.registered
+
+
+def _registrations(source: _Source) -> frozenset[str]:
+    """Names under which the functions of a module are registered by a decorator ``....register("name")``."""
+    statements = _all_statements(source.statements)
     nodes = (node for statement in statements for item in _decorators(statement) for node in ast.walk(item))
     return frozenset(
         str(node.args[0].value)

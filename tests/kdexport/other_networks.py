@@ -1,6 +1,7 @@
 """Small networks of other origins with random weights: attention, gates with Hardswish and SiLU, norms, resizing."""
 
 import json
+import sys
 from pathlib import Path
 from typing import cast
 
@@ -153,7 +154,8 @@ class GatedAttention(nn.Module):
 
 
 def gated_attention_network() -> nn.Module:
-    """A trained network, as a factory returns it."""
+    """A trained network, as a factory returns it; what it prints is no result of a command."""
+    sys.stdout.write("made\n")
     return seeded(GatedAttention())
 
 

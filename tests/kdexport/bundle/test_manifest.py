@@ -148,10 +148,10 @@ def test_a_replaced_unfused_student_is_found(bundle_copy: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "file"),
     [
-        *[("missing", name) for name in ("student.safetensors", "golden/logits.safetensors", "report.md")],
-        *[("missing", f"targets/trt-rtx-fp16/{name}") for name in ("layers.json",)],
-        *[("truncated", name) for name in ("model.onnx", "golden/000.png", "unfused.safetensors")],
-        *[("truncated", f"targets/trt-rtx-fp16/{name}") for name in ("model.plan",)],
+        ("missing", "golden/logits.safetensors"),
+        ("missing", "targets/trt-rtx-fp16/layers.json"),
+        ("truncated", "unfused.safetensors"),
+        ("truncated", "targets/trt-rtx-fp16/model.plan"),
     ],
 )
 def test_a_missing_or_truncated_file_is_a_failed_check_and_no_crash(file: str, damage: str, bundle_copy: Path) -> None:

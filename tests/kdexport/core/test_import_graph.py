@@ -1,9 +1,13 @@
 """Which code a digest covers: what is imported, also inside functions, and nothing that changes no result."""
 
+import ast
+import json
+import sys
 from pathlib import Path
 
 import pytest
 
+from kdexport.core import import_graph
 from kdexport.core.import_graph import modules_registering, source_digest, source_modules
 
 FILES = {
@@ -144,3 +148,34 @@ def test_a_registered_name_is_found_in_the_module_that_registers_it(tmp_path: Pa
     root = written(tmp_path, names)
     assert modules_registering("second", "kdexport.many", root) == ("kdexport.many.two",)
     assert modules_registering("third", "kdexport.many", root) == ()
+
+
+def test_what_is_remembered_of_a_content_gives_the_same_digest_and_is_used(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "remembered" / "graph.json"
+
+    def digest() -> str:
+        for function in (import_graph._digest, import_graph._source, import_graph._known):
+            function.cache_clear()
+        return source_digest("kdexport.lower", root=root)
+
+    monkeypatch.setattr(import_graph, "_remembered_in", lambda: place)
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    first, parse = digest(), ast.parse
+    assert json.loads(place.read_text())
+    monkeypatch.setattr(ast, "parse", lambda *_: pytest.fail("parsed again"))
+    assert digest() == first
+    # Damaged, of another form, or in a folder that cannot be written: everything is read again.
+    monkeypatch.setattr(ast, "parse", parse)
+    for damaged in ("{", "[]", '{"x": 1}', '{"x": {"digest": ""}}'):
+        place.write_text(damaged)
+        assert digest() == first
+    place.unlink()
+    place.parent.rmdir()
+    place.parent.write_text("a file where the folder should be")
+    assert digest() == first
+    # Code that changes has another content, whatever its time and size.
+    path = root / "kdexport" / "lower.py"
+    path.write_text(path.read_text() + "changed = 1\n")
+    assert digest() != first

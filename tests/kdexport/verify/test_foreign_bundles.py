@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -66,6 +67,7 @@ def make(root: Path) -> None:
         "--out", root / "bundle", "--workspace", root / "ws", "--json", cwd=Path(__file__).parents[3],
     )  # fmt: skip
     assert done.exit_code in (0, 3), done.stderr
+    assert "made\n" in done.stderr
     assert {name: entry["status"] for name, entry in done.data["targets"].items()} == {
         "onnx-fp32": "verified",
         "onnx-int8": "verified",
@@ -95,6 +97,17 @@ def test_the_bundle_is_what_was_trained_and_has_layers_that_are_not_linear(forei
     kinds = {node.op_type for node in onnx.load(foreign / "model.onnx").graph.node}
     assert {"Softmax", "HardSwish", "HardSigmoid", "LayerNormalization", "Gelu"} <= kinds
     assert "BatchNormalization" not in kinds
+
+
+def test_neither_the_code_of_the_network_nor_its_library_is_needed(
+    foreign: Path, kdexport: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (foreign / "program.json").is_file()
+    for name in ("tests", "timm"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('not here')\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    verified = kdexport("verify", foreign, cwd=tmp_path)
+    assert verified.exit_code in (0, 3), verified.stderr
 
 
 def test_the_server_takes_and_gives_what_was_asked_for(foreign: Path) -> None:
