@@ -185,7 +185,7 @@ def test_a_command_without_its_extra_says_which_and_exits_with_4(light: Fresh, b
 
 
 def test_without_an_onnxruntime_the_message_offers_both(fresh: Callable[..., Fresh], built: Built) -> None:
-    base = fresh("serve")
+    base = fresh("server")
     assert base.run("inspect", built.bundle).exit_code == 0
     for command in ("doctor", "serve"):
         done = base.run(command, built.bundle)
