@@ -109,7 +109,7 @@ def _same_bytes(first: Path, second: Path) -> bool:
 
 
 def content(folder: Path) -> dict[str, str]:
-    """sha256 of every file, the manifest as JSON, and what is no regular file."""
+    """sha256 of every file, the manifest as JSON, and what is not a regular file."""
     path = folder / "manifest.json"
     try:
         manifest = json.dumps(json.loads(path.read_text()), sort_keys=True)

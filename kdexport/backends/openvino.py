@@ -47,11 +47,12 @@ class OpenvinoModel:
     device: str = _DEVICE
     #: The pixels that the file takes; None if it takes normalised images.
     takes: PixelInput | None = None
+    #: The output that holds the logits; looked up once, because timed runs call ``logits``.
+    logits_name: str = LOGITS
 
     def logits(self, images: Given) -> NDArray[np.float32]:
         """(N,3,S,S) float32, or pixels in the layout of a file that takes them, to logits (N,K)."""
-        names = [name for port in self.request.model_outputs for name in port.names]
-        return self.outputs(images, [LOGITS if LOGITS in names else names[0]])[0]
+        return self.outputs(images, [self.logits_name])[0]
 
     def outputs(self, images: Given, names: Sequence[str]) -> list[NDArray[np.float32]]:
         """The named outputs for the same ``images`` as ``logits`` takes."""
@@ -118,7 +119,9 @@ def load_openvino(path: Path, *, precision: str, threads: int = 0) -> OpenvinoMo
         layers = tuple(_layer(node) for node in compiled.get_runtime_model().get_ops())
         devices = ", ".join(compiled.get_property("EXECUTION_DEVICES"))
         takes = _pixels_taken(path) if compiled.input(0).element_type == openvino.Type.u8 else None
-        return OpenvinoModel(compiled.create_infer_request(), layers, devices, takes)
+        names = [name for port in compiled.outputs for name in port.names]
+        request = compiled.create_infer_request()
+        return OpenvinoModel(request, layers, devices, takes, LOGITS if LOGITS in names else names[0])
     # OpenVINO raises RuntimeError with a stack of its own files in the text.
     except RuntimeError as error:
         raise AuditError(

@@ -55,10 +55,12 @@ class OrtModel:
     nodes_by_provider: dict[str, int]
     #: The pixels that the file takes; None if it takes normalised images.
     takes: PixelInput | None = None
+    #: The output that holds the logits; looked up once, because timed runs call ``logits``.
+    logits_name: str = LOGITS
 
     def logits(self, images: Given) -> NDArray[np.float32]:
         """(N,3,S,S) float32, or pixels in the layout of a file that takes them, to logits (N,K)."""
-        return self.outputs(images, [_logits_of(self.session)])[0]
+        return self.outputs(images, [self.logits_name])[0]
 
     def outputs(self, images: Given, names: Sequence[str]) -> list[NDArray[np.float32]]:
         """The named outputs for the same ``images`` as ``logits`` takes."""
@@ -121,7 +123,7 @@ def load_model(
     counts: Counter[str] = Counter()
     for graph in session.get_provider_graph_assignment_info():
         counts[graph.ep_name] += len(graph.get_nodes())
-    return OrtModel(session, dict(counts), _pixels_taken(session, path))
+    return OrtModel(session, dict(counts), _pixels_taken(session, path), _logits_of(session))
 
 
 def _pixels_taken(session: Any, path: Path) -> PixelInput | None:
@@ -314,7 +316,7 @@ class OnnxRuntime(Backend):
                 f"{path} takes pixels, which the clock gpu does not support.",
                 remedy="Pass --clock host, or another --target.",
             )
-        (source,), name = model.session.get_inputs(), _logits_of(model.session)
+        (source,), name = model.session.get_inputs(), model.logits_name
         result = next(item for item in model.session.get_outputs() if item.name == name)
         output = torch.empty((len(given), int(result.shape[-1])), dtype=torch.float32, device="cuda")
         binding = model.session.io_binding()

@@ -367,14 +367,16 @@ class TensorRTRTX(_Engines):
 
     def not_executable(self, precision: str) -> Missing | None:
         missing = super().not_executable(precision)
+        if missing is not None:
+            return missing
         here = nvidia.compute_capabilities()
-        if missing is None and here and not any(map(_runs_rtx, here)):
+        if here and not any(map(_runs_rtx, here)):
             return Missing(
                 "TensorRT-RTX runs on GPUs of compute capability 7.5, 8.0, 8.6, 8.9 and 12.0 or later; this machine "
                 f"has {_listed(here)}",
                 "Verify the bundle on a machine with such a GPU, or build a trt target for this one",
             )
-        return missing
+        return None
 
     def open(
         self,

@@ -36,7 +36,7 @@ _LAUNCHED = "TORCHELASTIC_RUN_ID"
 #: Exit code of a child whose parent has ended, the same as after Ctrl-C.
 _ORPHANED = 130
 
-#: An unexpected error of one of several children waits this long for an error that says more.
+#: After an unexpected error of one of several children, seconds to wait for an explained error of another.
 _PATIENCE_S = 5.0
 
 #: An error quotes this many characters from the end of stderr.
@@ -135,7 +135,8 @@ def _stop(children: "Sequence[tuple[subprocess.Popen[bytes], IO[str]]]") -> None
 def _answer_together(children: "Sequence[tuple[subprocess.Popen[bytes], IO[str]]]") -> Any:
     """Wait for all children, or for the first error; returns the answer of the first child.
 
-    A child whose partner is gone fails too, in a library: an unexpected error waits for one that says more.
+    A child whose partner is gone fails too, in a library. So an unexpected error is raised only if no explained error
+    of another child follows.
     """
     unexpected: ForwardedError | ChildDiedError | None = None
     deadline = 0.0

@@ -31,7 +31,7 @@ class GivenImage:
 def given_images(images: Images) -> Iterator[GivenImage]:
     """Every image of ``images`` in order, those of a folder sorted by path; nothing is opened yet.
 
-    Raises ``DataError`` for a path that does not exist, a folder without images, and what is no image.
+    Raises ``DataError`` for a path that does not exist, a folder without images, and anything that is not an image.
     """
     for index, item in enumerate(_listed(images)):
         if isinstance(item, str | Path):

@@ -8,7 +8,6 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from logging.handlers import WatchedFileHandler
-from pathlib import Path
 
 from kdexport.errors import ConfigError
 
@@ -71,5 +70,5 @@ def require_separate(destination: str | None, *, as_json: bool) -> None:
     if destination == STDOUT and as_json:
         raise ConfigError(
             f"--json prints one object on standard output, and --access-log {STDOUT} prints there too.",
-            remedy=f"Pass a file: --access-log {Path('access.jsonl')}",
+            remedy="Pass a file, for example --access-log access.jsonl.",
         )

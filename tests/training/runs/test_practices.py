@@ -238,7 +238,7 @@ def test_the_end_of_a_run_is_chosen_on_validation_images_and_never_on_the_test_s
     history = [{"top1": t, "validation_top1": v} for t, v in ((0.1, 0.3), (0.9, 0.5), (0.2, 0.5), (0.95, 0.4))]
     assert best_epoch(history) == history[1]
     assert best_epoch([{"top1": 0.2}, {"top1": 0.4}])["top1"] == 0.4
-    # Epoch 2 was the best; a later one with the same value is no better.
+    # Epoch 2 was the best; a later one with the same value does not replace it.
     assert [out_of_patience(history[:n], 2) for n in range(5)] == [False, False, False, False, True]
     assert not out_of_patience(history, 0)
     assert not out_of_patience(history, 3)
