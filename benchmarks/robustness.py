@@ -13,6 +13,7 @@ not.
 
 import argparse
 import json
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -76,6 +77,8 @@ def main() -> None:
     reporting.add_argument("--out", type=Path, required=True)
     reporting.set_defaults(function=write_report)
     arguments = parser.parse_args()
+    # An exception removes the temporary folders.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(arguments.function(arguments))
 
 

@@ -16,10 +16,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from PIL import Image
 
 from kdexport.bundle.manifest import changed_files, hash_files, read_manifest
 from kdexport.bundle.signature import require_signed
@@ -28,9 +30,10 @@ from kdexport.errors import KdexportError
 from robustness_bench.cases import ROOT, Rng, pick
 
 FAULTS = ("kill", "stop", "full disk", "read-only", "two at once", "clock")
-COMMANDS = ("slim", "fuse", "sign", "replay")
-#: Longest time of one command.
-LIMIT_S = 120.0
+#: The quick commands come twice, since a case takes two or three runs of its command.
+COMMANDS = ("slim", "fuse", "sign", "replay", "triton", "slim", "gate", "fuse", "sign", "build")
+#: Longest time of one command; a gate on a busy machine takes more sessions.
+LIMIT_S = 600.0
 _STOPS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}
 
 #: In the place of a module that Python imports at the start of every process.
@@ -130,6 +133,18 @@ class Material:
         if name == "replay":
             words = ["replay", str(self.bundle), "--out", str(out)]
             return Task(name, words, out, scratch, lambda: replayed_problem(out))
+        if name == "triton":
+            words = ["triton", str(self.bundle), "--repository", str(out), "--name", "student"]
+            return Task(name, words, out, scratch, lambda: repository_problem(out, self.bundle))
+        if name == "gate":
+            # Inconclusive is an honest end on a busy machine.
+            words = ["gate", str(self.bundle), "--on-inconclusive", "warn", "--junit", str(out)]
+            return Task(name, words, out, scratch, lambda: junit_problem(out))
+        if name == "build":
+            self._require_photos()
+            words = ["build", "--student", str(self.folder / "network.pt2"), "--data", str(self.folder / "photos")]
+            words += ["--target", "onnx-fp32", "--workspace", str(home / "workspace"), "--out", str(out)]
+            return Task(name, words, out, scratch, lambda: bundle_problem(out))
         shutil.copytree(self.bundle, out, dirs_exist_ok=True)
         words = ["sign", str(out), "--key", str(self.folder / "key.pem")]
         return Task(name, words, out, scratch, lambda: signed_problem(out, self.folder / "key.pub.pem"))
@@ -144,6 +159,30 @@ class Material:
         torch.manual_seed(0)
         network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()).eval()
         torch.export.save(torch.export.export(network, (torch.randn(1, 3, 8, 8),)), path)
+
+    def _require_photos(self) -> None:
+        """Write a data set of two classes and a network for them, so that a build trains nothing, once."""
+        if (self.folder / "network.pt2").is_file():
+            return
+        rng = np.random.default_rng(0)
+        for split, count in (("train", 12), ("test", 8)):
+            for label in ("dark", "light"):
+                folder = self.folder / "photos" / split / label
+                folder.mkdir(parents=True)
+                for number in range(count):
+                    low = 0 if label == "dark" else 128
+                    pixels = rng.integers(low, low + 128, (32, 32, 3), dtype=np.uint8)
+                    Image.fromarray(pixels).save(folder / f"{number}.png")
+        import torch
+
+        torch.manual_seed(0)
+        layers = [torch.nn.Conv2d(3, 8, 3, stride=2), torch.nn.BatchNorm2d(8), torch.nn.ReLU()]
+        head = [torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 2)]
+        network = torch.nn.Sequential(*layers, *head).eval()
+        batch = torch.export.Dim("batch")
+        example = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        program = torch.export.export(network, (example,), dynamic_shapes=({0: batch},))
+        torch.export.save(program, self.folder / "network.pt2")
 
 
 def bundle_problem(folder: Path) -> str:
@@ -168,6 +207,27 @@ def replayed_problem(folder: Path) -> str:
     """What is wrong with the files that ``replay`` wrote."""
     names = {path.name for path in folder.rglob("*") if path.is_file()}
     return "" if {"student.safetensors", "model.onnx"} <= names else f"it has only {sorted(names)}"
+
+
+def repository_problem(repository: Path, bundle: Path) -> str:
+    """What is wrong with a Triton repository of one model: each version has the graph of the bundle."""
+    if not (model := repository / "student").is_dir():
+        return ""
+    graph = sha256_file(bundle / "targets" / "onnx-fp32" / "model.onnx")
+    versions = [path for path in model.iterdir() if path.name.isdecimal()]
+    wrong = [path.name for path in versions if sha256_file(path / "model.onnx") != graph]
+    if wrong:
+        return f"other graphs in the versions {wrong}"
+    names = sorted(path.name for path in model.iterdir())
+    return "" if versions and "config.pbtxt" in names else f"it has only {names}"
+
+
+def junit_problem(path: Path) -> str:
+    """What is wrong with a file of JUnit XML."""
+    try:
+        return "" if ElementTree.parse(path).getroot().tag in ("testsuites", "testsuite") else "another XML"
+    except (OSError, ElementTree.ParseError) as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def signed_problem(folder: Path, key: Path) -> str:
@@ -257,7 +317,8 @@ def _state(task: Task, ended: Ended, fault: str, *, old: bool) -> str:
         if word in ended.stderr:
             return f"{word}: {ended.stderr[-300:]}"
     if fault != "kill":
-        left = [path.name for path in task.scratch.iterdir()]
+        # A cache of torch's own, which later processes use again.
+        left = [path.name for path in task.scratch.iterdir() if not path.name.startswith("torchinductor_")]
         if left:
             return f"temporary files are left: {left}"
     if task.name == "sign":

@@ -33,10 +33,11 @@ def report(fuzz: Sequence[Case], faults: Sequence[Case], about: str) -> str:
         "",
         "## Faults",
         "",
-        "`slim`, `fuse`, `sign` and `replay` are killed (SIGKILL) or stopped (Ctrl-C, SIGTERM, SIGHUP) at a random "
-        "time, write to a disk or to a folder of temporary files that is full or read-only, run twice at once with one "
-        "output, or run while the clock and the times of all files jump by up to ten years. Afterwards the output is "
-        "absent, the old one or the new one, and whole; no temporary file is left, except by SIGKILL; the place of a "
+        "`build` (of a network in a file), `fuse`, `slim`, `sign`, `replay`, `triton` and `gate` are killed (SIGKILL) "
+        "or stopped (Ctrl-C, SIGTERM, SIGHUP) at a random time, write to a disk or to a folder of temporary files that "
+        "is full or read-only, run twice at once with one output, or run while the clock and the times of all files "
+        "jump by up to ten years. Afterwards the output is absent, the old one or the new one, and whole; no temporary "
+        "file is left, except by SIGKILL; the place of a "
         "full disk is named; and the same command without the fault succeeds and leaves nothing else behind.",
         "",
         *_table(ran, ("ended well", "ended with an error", "wrong")),
