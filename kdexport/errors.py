@@ -345,7 +345,7 @@ class StoppedError(KdexportError):
     def __init__(self, signal: str, exit_code: int) -> None:
         super().__init__(
             f"Interrupted by {'Ctrl-C' if signal == 'SIGINT' else signal}.",
-            remedy="Run the same command again to continue from the last finished step or epoch.",
+            remedy="Run the same command again; finished steps of a build and epochs of a training are kept.",
         )
         self.exit_code = exit_code  # type: ignore[misc]
 

@@ -20,7 +20,7 @@ def test_an_interrupted_command_says_that_it_can_be_continued(
     with pytest.raises(SystemExit) as left:
         guarded(app)
     assert left.value.code == 130
-    said = "Run the same command again to continue from the last finished step or epoch.\n"
+    said = "Run the same command again; finished steps of a build and epochs of a training are kept.\n"
     assert capsys.readouterr().err == f"error KDX410: Interrupted by Ctrl-C.\n{said}"
 
 

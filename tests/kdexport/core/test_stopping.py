@@ -66,7 +66,7 @@ def test_a_stopped_command_says_so_and_leaves_no_folder_and_no_child(
     process.send_signal(number)
     stdout, stderr = process.communicate(timeout=20)
     assert process.returncode == exit_code
-    remedy = "Run the same command again to continue from the last finished step or epoch."
+    remedy = "Run the same command again; finished steps of a build and epochs of a training are kept."
     assert stderr == f"error KDX410: Interrupted by {name}.\n{remedy}\n"
     assert json.loads(stdout) == {
         "ok": False,
