@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -38,7 +39,8 @@ def triton(
         ),
     ] = 1,
     max_batch: Annotated[
-        int | None, typer.Option(min=1, help="Largest batch; default: 1 on a CPU, the bundle's largest on a GPU.")
+        int | None,
+        typer.Option(min=1, help="Largest batch; default: the fastest on this CPU, or the bundle's largest on a GPU."),
     ] = None,
     delay_us: Annotated[int, typer.Option(min=0, help="Most microseconds that a request waits to be batched.")] = 0,
     max_queue: Annotated[
@@ -58,6 +60,7 @@ def triton(
     """Verify a bundle and write it as a version of a model into a Triton model repository."""
     from kdexport.bundle.manifest import read_manifest
     from kdexport.core.progress import Reporter
+    from kdexport.serving.batch_size import cpu_batch
     from kdexport.serving.model_names import default_name
     from kdexport.serving.triton.pbtxt import import_messages
     from kdexport.serving.triton.variants import TritonRequest, plan_export
@@ -78,6 +81,8 @@ def triton(
         # Digests take a moment and the ladder a minute: a changed file is reported at once.
         Verdict(tuple(check_integrity(bundle, manifest))).require()
         verdict = replay(bundle, manifest, progress)
+    if plan.schedule.device == "cpu" and max_batch is None:
+        plan = plan_export(manifest, replace(request, max_batch=cpu_batch(bundle, target)))
     result = export_triton(seal(bundle, manifest, verdict), plan)
     sys.stdout.write(_as_json(plan, result) if as_json else _as_text(plan, result))
 

@@ -29,7 +29,10 @@ Logits = NDArray[np.float32]
 _INLINE_SECONDS = 0.001
 #: A larger batch is chosen only if it is at least this much faster per image; a smaller gain only adds waiting.
 _MIN_SPEEDUP = 1.1
+#: Each size is timed this often, and quick ones until this many seconds have passed. The quickest run counts, because
+#: other processes can only make a run slower.
 _TIMED_RUNS = 5
+_TIMED_SECONDS = 0.02
 _MAX_TIMED_BATCH = 64
 
 
@@ -43,14 +46,25 @@ class Runnable(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pace:
-    """How fast a model runs on this machine: ``seconds`` for one image, and the best batch size ``together``."""
+    """How fast a model runs on this machine: ``seconds`` for one image, and the best batch size ``together``.
+
+    ``batch_seconds`` is the time of a run of ``together`` images.
+    """
 
     seconds: float
     together: int
+    batch_seconds: float = math.inf
 
     def quick(self, images: int) -> bool:
         """Whether running ``images`` on the event loop is faster than handing them to a thread and back."""
         return self.seconds * images <= _INLINE_SECONDS
+
+    @property
+    def inline_images(self) -> int:
+        """The most images that are merged into a run on the event loop, which answers nothing meanwhile; 0 if slow."""
+        if self.batch_seconds <= _INLINE_SECONDS:
+            return self.together
+        return min(self.together, int(_INLINE_SECONDS / self.seconds))
 
 
 #: For a model that was not timed: each request runs alone, in a thread.
@@ -236,25 +250,27 @@ def _resolve(job: _Job, action: Callable[[], None]) -> None:
 
 
 def measure_pace(model: OrtModel, provider: str, signature: Signature) -> Pace:
-    """Time single images on a CPU, where batches are slower per image, and batches of 1, 2, 4, ... on a GPU."""
-    if provider == CPU:
-        return Pace(seconds=_median_seconds(model, 1, signature), together=1)
+    """Time runs of 1, 2, 4, ... images, until doubling the batch gains too little."""
     largest = min(_MAX_TIMED_BATCH, signature.max_batch)
-    sizes = [2**power for power in range(largest.bit_length())]
-    times = {batch: _median_seconds(model, batch, signature) for batch in sizes}
-    # A model on a GPU never runs on the event loop, which would block until the GPU has finished.
-    return Pace(seconds=UNKNOWN_PACE.seconds, together=choose_batch(times))
+    times = {1: _quickest_seconds(model, 1, signature)}
+    while (size := 2 * max(times)) <= largest and choose_batch(times) == max(times):
+        times[size] = _quickest_seconds(model, size, signature)
+    together = choose_batch(times)
+    if provider != CPU:
+        # A model on a GPU never runs on the event loop, which would block until the GPU has finished.
+        return Pace(seconds=UNKNOWN_PACE.seconds, together=together)
+    return Pace(seconds=times[1], together=together, batch_seconds=times[together])
 
 
-def _median_seconds(model: OrtModel, batch: int, signature: Signature) -> float:
+def _quickest_seconds(model: OrtModel, batch: int, signature: Signature) -> float:
     images = np.zeros((batch, *signature.shape), signature.dtype)
     model.logits(images)
-    samples = []
-    for _ in range(_TIMED_RUNS):
+    samples: list[float] = []
+    while len(samples) < _TIMED_RUNS or sum(samples) < _TIMED_SECONDS:
         started = time.perf_counter()
         model.logits(images)
         samples.append(time.perf_counter() - started)
-    return float(np.median(samples))
+    return min(samples)
 
 
 def choose_batch(times: dict[int, float]) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from kdexport.bundle.layout import MANIFEST, SIGNATURE
 from kdexport.bundle.signature import require_signed
 from kdexport.errors import BundleError, ConfigError, KdexportError, RequestError
-from kdexport.serving.batching import measure_pace
+from kdexport.serving.batch_size import measured_pace
 from kdexport.serving.isolated_load import try_bundle
 from kdexport.serving.limits import Limits
 from kdexport.serving.loading import (
@@ -212,4 +212,4 @@ class Repository:
             folder, name=name, version=version, provider=self._provider, limits=self._limits, allowed_error=allowed,
             target=self._target, trusted=self._trusted,
         )  # fmt: skip
-        return replace(model, pace=measure_pace(model.ort, model.provider, model.signature))
+        return replace(model, pace=measured_pace(model, folder, self._limits))

@@ -41,6 +41,48 @@ def compare_golden(
 
     ``own`` are the target's own logits of the build, None if the bundle has none.
     """
+    inputs, expected = _golden_inputs(folder, manifest, model, table, limits), _expected(folder, manifest)
+    found = [model.logits(given)[0] for given in inputs]
+    errors = [
+        _require_near(folder, manifest, name, logits, exact, allowed_error)
+        for name, logits, exact in zip(manifest.golden, found, expected, strict=True)
+    ]
+    worst = max(errors, default=0.0)
+    distance = None if own is None else _require_own(folder, own, np.stack(found), model, single=True)
+    return Golden(images=len(expected), error=worst, allowed=allowed_error, own=distance)
+
+
+def check_batches(
+    folder: Path,
+    manifest: Manifest,
+    model: OrtModel,
+    table: NDArray[np.float32],
+    limits: Limits,
+    allowed_error: float,
+    own: OwnLogits | None,
+    largest: int,
+) -> None:
+    """Run the golden images in batches of 2 to ``largest``, and compare each row that differs from its single run.
+
+    Such a row is held to the limits of ``compare_golden``; raises ``VerificationError``.
+    """
+    inputs, expected = _golden_inputs(folder, manifest, model, table, limits), _expected(folder, manifest)
+    images, single = np.concatenate(inputs), np.concatenate([model.logits(given) for given in inputs])
+    for size in range(2, largest + 1):
+        order = np.arange(size) % len(images)
+        found = model.logits(images[order])
+        changed = [row for row in range(size) if not np.array_equal(found[row], single[order[row]])]
+        for row in changed:
+            at = order[row]
+            _require_near(folder, manifest, manifest.golden[at], found[row], expected[at], allowed_error)
+        if changed and own is not None:
+            rows = single.copy()
+            rows[order] = found
+            _require_own(folder, own, rows, model, single=False)
+
+
+def _expected(folder: Path, manifest: Manifest) -> NDArray[np.float64]:
+    """The reference logits (N,K) of the golden images; raises ``BundleError`` for another shape."""
     expected = read_reference(folder)["logits"]
     shape = (len(manifest.golden), len(manifest.spec.classes))
     if expected.shape != shape:
@@ -48,40 +90,59 @@ def compare_golden(
             f"{GOLDEN_LOGITS} has shape {expected.shape}; the manifest requires {shape}.",
             remedy="Build the bundle again.",
         )
-    worst, found = 0.0, []
-    for name, exact in zip(manifest.golden, expected, strict=True):
-        pixels = _golden_pixels(folder / name, manifest, limits)
-        given: Given = normalise(pixels, table)
-        if model.takes is not None:
-            given = arrange(pixels[np.newaxis], model.takes.kind)
-        found.append(model.logits(given)[0])
-        logits = found[-1].astype(np.float64)
-        error = float(np.abs(logits - exact).max())
-        if not error <= allowed_error:
-            raise VerificationError(
-                f"The logits of {name} differ from those of the reference by {error:.3g} (up to {allowed_error:.3g} "
-                "allowed).",
-                remedy=f"Run `kdexport verify {folder}` to find out whether the file, onnxruntime or the provider is "
-                "the cause.",
-            )
-        # The order of two classes is only fixed if their logits differ by more than twice the allowed error.
-        if exact[int(logits.argmax())] < exact.max() - 2 * allowed_error:
-            raise VerificationError(
-                f"{name} is classified as {manifest.spec.classes[int(logits.argmax())]!r}; the reference gives "
-                f"{manifest.spec.classes[int(exact.argmax())]!r}.",
-                remedy=f"Run `kdexport verify {folder}` for details.",
-            )
-        worst = max(worst, error)
-    if own is None:
-        return Golden(images=len(expected), error=worst, allowed=allowed_error)
-    distance = compare_own(own, np.stack(found), execution_of(model, ""))
+    return expected
+
+
+def _golden_inputs(
+    folder: Path, manifest: Manifest, model: OrtModel, table: NDArray[np.float32], limits: Limits
+) -> list[Given]:
+    """Each golden image as a batch of one, made as an upload is."""
+
+    def given(pixels: NDArray[np.uint8]) -> Given:
+        return normalise(pixels, table) if model.takes is None else arrange(pixels[np.newaxis], model.takes.kind)
+
+    return [given(_golden_pixels(folder / name, manifest, limits)) for name in manifest.golden]
+
+
+def _require_near(
+    folder: Path,
+    manifest: Manifest,
+    name: str,
+    logits: NDArray[np.float32],
+    exact: NDArray[np.float64],
+    allowed_error: float,
+) -> float:
+    """The largest error of logits (K,) of a golden image; raises ``VerificationError`` above the limit."""
+    error = float(np.abs(logits.astype(np.float64) - exact).max())
+    if not error <= allowed_error:
+        raise VerificationError(
+            f"The logits of {name} differ from those of the reference by {error:.3g} (up to {allowed_error:.3g} "
+            "allowed).",
+            remedy=f"Run `kdexport verify {folder}` to find out whether the file, onnxruntime or the provider is "
+            "the cause.",
+        )
+    # The order of two classes is only fixed if their logits differ by more than twice the allowed error.
+    if exact[int(logits.argmax())] < exact.max() - 2 * allowed_error:
+        raise VerificationError(
+            f"{name} is classified as {manifest.spec.classes[int(logits.argmax())]!r}; the reference gives "
+            f"{manifest.spec.classes[int(exact.argmax())]!r}.",
+            remedy=f"Run `kdexport verify {folder}` for details.",
+        )
+    return error
+
+
+def _require_own(
+    folder: Path, own: OwnLogits, found: NDArray[np.float32], model: OrtModel, *, single: bool
+) -> Distance:
+    """The distance of logits (N,K) from the target's own of the build; raises ``VerificationError`` if too large."""
+    distance = compare_own(own, found, execution_of(model, ""), single=single)
     if not distance.holds:
         raise VerificationError(
             f"The golden logits of {own.target} are not its own: {distance}.",
             remedy=f"Run `kdexport verify {folder}` to find out whether the file, onnxruntime or the provider is the "
             "cause.",
         )
-    return Golden(images=len(expected), error=worst, allowed=allowed_error, own=distance)
+    return distance
 
 
 def _golden_pixels(path: Path, manifest: Manifest, limits: Limits) -> NDArray[np.uint8]:

@@ -159,7 +159,8 @@ class Service:
             return
         change = self.repository.load_all()
         self.together = max(model.pace.together for model in self.repository.models.values())
-        self.admission.places = self.limits.places(self.count, self.together)
+        # On a CPU a second batch cannot be prepared while the first runs: more requests would only wait longer.
+        self.admission.places = self.limits.places(self.count, 1 if self.settings.provider == CPU else self.together)
         self._instances = Instances(self.count, capacity=self.admission.places)
         self._count(change)
 

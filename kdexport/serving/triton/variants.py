@@ -133,7 +133,7 @@ def _require_same_tensorrt(request: TritonRequest, built: str) -> None:
 
 def _schedule(manifest: Manifest, request: TritonRequest, device: Device) -> Schedule:
     largest = int(manifest.data["export"]["max_batch"])
-    # On a CPU a batch costs more per image than one image at a time; on a GPU it costs less.
+    # On a CPU a batch gains for small students only: the command measures it after it has verified the bundle.
     max_batch = request.max_batch if request.max_batch is not None else (1 if device == "cpu" else largest)
     if not 1 <= max_batch <= largest:
         raise ConfigError(

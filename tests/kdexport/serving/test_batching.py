@@ -176,26 +176,63 @@ def test_the_chosen_batch_is_the_last_with_a_gain(milliseconds: dict[int, float]
     assert choose_batch({size: spent / 1000 for size, spent in milliseconds.items()}) == expected
 
 
-def test_a_model_on_a_cpu_is_timed_alone_and_one_on_a_device_in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, batches = [0.0], []
+class Paced:
+    """Takes ``base_ms`` for a run and ``image_ms`` for each of its images, by a clock of its own."""
 
-    class Timed:
-        """Takes 4 ms per run and 0.1 ms per image."""
+    def __init__(self, base_ms: float, image_ms: float) -> None:
+        self.base_ms, self.image_ms = base_ms, image_ms
+        self.now = 0.0
+        self.sizes: set[int] = set()
 
-        def logits(self, images: NDArray[np.float32 | np.uint8]) -> NDArray[np.float32]:
-            now[0] += 0.004 + 0.0001 * len(images)
-            batches.append(images.shape)
-            return np.zeros((len(images), 3), np.float32)
+    def logits(self, images: NDArray[np.float32 | np.uint8]) -> NDArray[np.float32]:
+        self.now += (self.base_ms + self.image_ms * len(images)) / 1000
+        self.sizes.add(len(images))
+        return np.zeros((len(images), 3), np.float32)
 
-    monkeypatch.setattr("kdexport.serving.batching.time.perf_counter", lambda: now[0])
-    model: Any = Timed()
-    pace = measure_pace(model, CPU, replace(SIGNATURE, image_size=8, max_batch=16))
-    assert pace.seconds == pytest.approx(0.0041)
-    assert pace.together == 1
-    assert set(batches) == {(1, 3, 8, 8)}
-    assert not pace.quick(1)
-    pace = measure_pace(model, CUDA, replace(SIGNATURE, image_size=8, max_batch=24))
-    # From 8 to 16 images the time per image falls by more than 10%: from 0.6 to 0.35 ms.
+
+def paced(model: Paced, provider: str, monkeypatch: pytest.MonkeyPatch, max_batch: int = 24) -> Pace:
+    monkeypatch.setattr("kdexport.serving.batching.time.perf_counter", lambda: model.now)
+    typed: Any = model
+    return measure_pace(typed, provider, replace(SIGNATURE, image_size=8, max_batch=max_batch))
+
+
+@pytest.mark.parametrize("provider", [CPU, CUDA])
+def test_the_best_batch_is_measured_on_every_device(provider: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Paced(4, 0.1)
+    pace = paced(model, provider, monkeypatch)
+    # From 8 to 16 images the time per image falls by more than 10%: from 0.6 to 0.35 ms. 32 are not allowed.
     assert pace.together == 16
+    assert model.sizes == {1, 2, 4, 8, 16}
     assert not pace.quick(1)
-    assert {shape[0] for shape in batches} == {1, 2, 4, 8, 16}
+    assert pace.inline_images == 0
+
+
+def test_no_larger_batch_is_timed_when_one_gains_too_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Twice the images take 1.96 times as long.
+    model = Paced(0.3, 7)
+    pace = paced(model, CPU, monkeypatch)
+    assert (pace.together, model.sizes) == (1, {1, 2})
+    assert pace.seconds == pytest.approx(0.0073)
+
+
+@pytest.mark.parametrize(
+    ("base_ms", "image_ms", "together", "inline"),
+    [
+        # 0.08 + 8 x 0.05 = 0.48 ms.
+        (0.08, 0.05, 8, 8),
+        # A batch of 4 takes 1.4 ms; single runs of 0.5 ms are merged by two.
+        (0.2, 0.3, 4, 2),
+        (2.0, 0.1, 16, 0),
+    ],
+)
+def test_as_many_images_run_on_the_event_loop_as_take_less_than_a_millisecond(
+    base_ms: float, image_ms: float, together: int, inline: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pace = paced(Paced(base_ms, image_ms), CPU, monkeypatch, max_batch=together)
+    assert (pace.together, pace.inline_images) == (together, inline)
+    assert pace.batch_seconds == pytest.approx((base_ms + together * image_ms) / 1000)
+
+
+def test_a_model_on_a_device_never_runs_on_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    pace = paced(Paced(0.01, 0.001), CUDA, monkeypatch)
+    assert (pace.quick(1), pace.inline_images) == (False, 0)
