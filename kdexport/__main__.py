@@ -6,8 +6,9 @@ from kdexport.core.console import guarded
 def main() -> None:
     """Run the command line; errors become sentences and exit codes."""
     from kdexport.cli import app
+    from kdexport.commands.command_line import run
 
-    guarded(app)
+    guarded(lambda: run(app))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """The command line. Nothing heavy is imported before a command needs it."""
 
 import sys
-from typing import Annotated
+from collections.abc import Callable
+from inspect import cleandoc
+from typing import Annotated, Any
 
 import typer
 
@@ -26,6 +28,7 @@ from kdexport.commands.slim import slim
 from kdexport.commands.training import PASSED_ON, evaluate_run, table, teacher, train
 from kdexport.commands.triton import triton
 from kdexport.commands.verify import verify
+from kdexport.core.console import name_command
 
 app = typer.Typer(
     add_completion=False,
@@ -46,31 +49,39 @@ def _print_version(value: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[
+    context: typer.Context,
+    version: Annotated[  # noqa: ARG001, its callback prints it
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Options of all commands."""
+    name_command(context.invoked_subcommand)
 
 
-app.command()(quickstart)
-app.command()(build)
-app.command()(verify)
-app.command()(inspect)
-app.command(name="list")(list_)
-app.command()(doctor)
-app.command()(explain)
-app.command()(explain_failure)
-app.command()(fuse)
-app.command()(predict)
-app.command()(evaluate)
-app.command()(bench)
-app.command()(gate)
-app.command(name="calibrate-runner")(calibrate_runner)
-app.command()(replay)
-app.command()(sign)
-app.command()(slim)
-app.command()(serve)
-app.command()(triton)
+def _add(command: Callable[..., None], name: str | None = None, **settings: Any) -> None:
+    # A short help of its own is shown whole; one made from the help is cut to one line.
+    first, _, _ = cleandoc(command.__doc__ or "").partition("\n\n")
+    app.command(name=name, short_help=" ".join(first.split()), **settings)(command)
+
+
+_add(quickstart)
+_add(build)
+_add(verify)
+_add(inspect)
+_add(list_, "list")
+_add(doctor)
+_add(explain)
+_add(explain_failure)
+_add(fuse)
+_add(predict)
+_add(evaluate)
+_add(bench)
+_add(gate)
+_add(calibrate_runner)
+_add(replay)
+_add(sign)
+_add(slim)
+_add(serve)
+_add(triton)
 for command in (train, teacher, evaluate_run, table):
-    app.command(context_settings=PASSED_ON, add_help_option=False)(command)
+    _add(command, context_settings=PASSED_ON, add_help_option=False)

@@ -2,7 +2,8 @@
 
 KdexportError
 |- ConfigError              KDX100  exit 2   a configuration, recipe or option is wrong
-|  `- UnknownNameError      KDX101  exit 2   a name is not registered
+|  |- UnknownNameError      KDX101  exit 2   a name is not registered
+|  `- UsageError            KDX102  exit 2   the command line is wrong
 |- CheckpointError          KDX200  exit 2   a checkpoint is missing, truncated or of another model
 |- DataError                KDX201  exit 2   a data set or an image cannot be used
 |- OutputError              KDX202  exit 2   the output folder holds files that kdexport did not write
@@ -71,6 +72,17 @@ class UnknownNameError(ConfigError):
     explanation = (
         "The name is not registered. Run kdexport list KIND to see the registered names; KIND is students, teachers, "
         "distillers, targets or recipes. Target names are <backend>-<precision>, for example onnx-fp32 or trt-fp16."
+    )
+
+
+class UsageError(ConfigError):
+    """The command line is wrong: an unknown command or option, a missing argument, or a value of a wrong type."""
+
+    code = "KDX102"
+    explanation = (
+        "The command line could not be read, so nothing was started: the command or an option is unknown, an argument "
+        "is missing, or a value has a wrong type or is out of range. kdexport --help lists the commands, and kdexport "
+        "COMMAND --help the arguments and options of one."
     )
 
 

@@ -1,6 +1,5 @@
 """A small bundle built once by the command itself, and the command as a function."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -12,6 +11,8 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
+
+from tests.answers import checked_answer
 
 #: Files of few tests that take minutes: first, so that no process is left alone with one of them at the end. The second
 #: one needs no bundle, so that two processes do not both begin by waiting for it.
@@ -61,9 +62,19 @@ class Outcome:
     stderr: str
 
     @property
+    def answer(self) -> dict[str, Any]:
+        """The one JSON object on stdout, which has the form of all answers."""
+        return checked_answer(self.stdout, self.exit_code)
+
+    @property
     def data(self) -> dict[str, Any]:
-        """The one JSON object on stdout."""
-        return dict(json.loads(self.stdout))
+        """The result in the answer of ``--json``."""
+        return dict(self.answer["result"])
+
+    @property
+    def error(self) -> dict[str, str]:
+        """The error in the answer of ``--json``."""
+        return dict(self.answer["error"])
 
 
 Command = Callable[..., Outcome]
@@ -89,17 +100,16 @@ def here(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
 
     Both streams are captured below Python, so that what native libraries print is seen too.
     """
-    from kdexport.cli import app
-    from kdexport.core import console
+    from kdexport.__main__ import main
 
-    def run(*arguments: str | Path, cwd: Path | None = None) -> Outcome:
-        monkeypatch.setenv("COLUMNS", "160")
+    def run(*arguments: str | Path, cwd: Path | None = None, columns: int = 160) -> Outcome:
+        monkeypatch.setenv("COLUMNS", str(columns))
         monkeypatch.setenv("NO_COLOR", "1")
         monkeypatch.setattr(sys, "argv", ["kdexport", *map(str, arguments)])
         if cwd is not None:
             monkeypatch.chdir(cwd)
         with pytest.raises(SystemExit) as left:
-            console.guarded(app)
+            main()
         said = capfd.readouterr()
         return Outcome(int(left.value.code or 0), said.out, said.err)
 

@@ -148,7 +148,7 @@ server = subprocess.Popen(
     stdout=subprocess.PIPE, text=True,
 )
 try:
-    address = json.loads(server.stdout.readline())["url"]
+    address = json.loads(server.stdout.readline())["result"]["url"]
     body = open(sys.argv[2], "rb").read()
     request = urllib.request.Request(address + "/v1/classify?top=3", body)
     print(urllib.request.urlopen(request).read().decode())
@@ -162,7 +162,7 @@ def test_a_bundle_is_served_without_torch(light: Fresh, built: Built) -> None:
     (light.folder / "ask.py").write_text(SERVE)
     done = light.run(built.bundle, built.bundle / "golden" / "000.png", module="ask")
     assert done.exit_code == 0, done.stderr
-    predictions = done.data["predictions"]
+    predictions = json.loads(done.stdout)["predictions"]
     assert len(predictions) == 3
     assert sum(item["probability"] for item in predictions) <= 1
 
@@ -179,6 +179,8 @@ def test_a_command_without_its_extra_says_which_and_exits_with_4(light: Fresh, b
     ):
         done = light.run(*arguments, "--json") if arguments[0] != "train" else light.run(*arguments)
         assert done.exit_code == 4, (arguments, done.stderr)
+        if arguments[0] != "train":
+            assert done.error["code"] == "KDX400"
         # Where onnxruntime is the one for GPUs, as for the tests, it ends with -gpu.
         assert f"pip install 'kdexport[{extra}" in done.stderr, (arguments, done.stderr)
         assert "KDX400" in done.stderr
@@ -197,6 +199,6 @@ def test_without_an_onnxruntime_the_message_offers_both(fresh: Callable[..., Fre
 def test_recipes_are_ours_in_a_folder_with_a_package_of_that_name(light: Fresh) -> None:
     done = light.run("list", "recipes", "--json")
     assert done.exit_code == 0, done.stderr
-    assert {"name": "digits"} in json.loads(done.stdout)["recipes"]
+    assert {"name": "digits"} in done.data["recipes"]
     # It is the user's own for everyone else.
     assert "the package of the user" in light.run(module="training").stderr

@@ -12,15 +12,23 @@ from typing import Annotated, Any
 
 import typer
 
-from kdexport.commands.options import Plugins
-from kdexport.core.console import guarded
+from kdexport.commands.command_line import run
+from kdexport.commands.options import Debug, Json, Plugins
+from kdexport.core.console import guarded, name_command, print_answer, print_json
 from kdexport.core.files import write_text
 from kdexport.core.training_process import PROGRAM
 from training import REVISION
 from training.recipe import Recipe, load_recipe, merge_overrides, parse_override, plugin_digests
 from training.shipped_recipes import shipped_names
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.callback()
+def _root(context: typer.Context) -> None:
+    """Train a teacher, distil a student, fill a table of results, evaluate, print a recipe."""
+    name_command(context.invoked_subcommand)
+
 
 RecipeOption = Annotated[str, typer.Option("--recipe", help="A recipe by name, or a TOML file.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override a key: train.epochs=30.")]
@@ -46,6 +54,11 @@ def _resolve(recipe: str, overrides: list[str] | None, data: str | None, teacher
     return load_recipe(recipe, _tables(overrides, data, teacher))
 
 
+def _print(value: dict[str, Any], *, as_json: bool) -> None:
+    """The result on stdout: the answer of ``--json``, or as it is, for the process that started this one."""
+    (print_answer if as_json else print_json)(value)
+
+
 def _numbers(text: str) -> list[int]:
     from kdexport.errors import ConfigError
 
@@ -68,6 +81,8 @@ def teacher(
     set_: SetOption = None,
     data: DataOption = None,
     plugin: Plugins = None,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Train the recipe's teacher."""
     from kdexport.core.progress import Reporter
@@ -84,7 +99,7 @@ def teacher(
         note_environment(out, device_name(), accelerator.num_processes)
     metrics = train_teacher(resolved, out)
     if accelerator.is_main_process:
-        sys.stdout.write(json.dumps(metrics) + "\n")
+        _print(metrics, as_json=as_json)
 
 
 @app.command()
@@ -95,6 +110,8 @@ def train(
     data: DataOption = None,
     teacher_checkpoint: TeacherOption = None,
     plugin: Plugins = None,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Distil the recipe's student; without teacher weights, first train the teacher in the same run."""
     from training.train import distil, make_accelerator
@@ -102,7 +119,7 @@ def train(
     resolved = _resolve(recipe, set_, data, teacher_checkpoint)
     metrics = distil(resolved, out)
     if make_accelerator(resolved.train).is_main_process:
-        sys.stdout.write(json.dumps(metrics) + "\n")
+        _print(metrics, as_json=as_json)
 
 
 @app.command()
@@ -119,6 +136,8 @@ def table(
     plugin: Plugins = None,
     title: Annotated[str, typer.Option("--title")] = "Distillation results",
     report: Annotated[bool, typer.Option("--report", help="Write the table from existing runs; run nothing.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Run or continue every cell of a results table, and write the table."""
     from training.study.table import tabulate
@@ -127,6 +146,8 @@ def table(
         recipes, out, runs=runs, seeds=_numbers(seeds), overrides=_tables(set_, data, teacher_checkpoint), title=title,
         run=not report,
     )  # fmt: skip
+    if as_json:
+        print_answer({"out": str(out), "csv": str(out.with_suffix(".csv"))})
 
 
 @app.command("evaluate-run", hidden=True)
@@ -143,6 +164,8 @@ def evaluate(
         Path | None, typer.Option("--report", help="Write the recall of each class and the confusion matrix as JSON.")
     ] = None,
     plugin: Plugins = None,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Print top-1, top-5 and calibration error of a student checkpoint, or of the teacher, on the test split."""
     from training.train import predictions_of_student, predictions_of_teacher
@@ -153,7 +176,7 @@ def evaluate(
     )
     if report is not None:
         write_text(report, json.dumps(found.report(classes), indent=1) + "\n")
-    sys.stdout.write(json.dumps(found.scalars()) + "\n")
+    _print(found.scalars(), as_json=as_json)
 
 
 @app.command()
@@ -163,11 +186,13 @@ def resolve(
     data: DataOption = None,
     teacher_checkpoint: TeacherOption = None,
     plugin: Plugins = None,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Print the complete recipe as JSON, with the revision of the code that would run it and the digests of plugins."""
     resolved = _resolve(recipe, set_, data, teacher_checkpoint)
     described = {"revision": REVISION, "recipe": resolved.model_dump(mode="json"), "plugins": plugin_digests(resolved)}
-    sys.stdout.write(json.dumps(described) + "\n")
+    _print(described, as_json=as_json)
 
 
 @app.command()
@@ -176,6 +201,8 @@ def propose(
     student: Annotated[str, typer.Option("--student", help="Name or reference of the student.")],
     image_size: Annotated[int | None, typer.Option("--image-size", min=8, max=1024)] = None,
     plugin: Plugins = None,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Print a recipe for a folder of images as JSON: its base, its tables and a line of words."""
     from training.photos import BASE, measure
@@ -184,7 +211,7 @@ def propose(
 
     proposal = choose(measure(DataSettings(name="folder:", root=data)), student, image_size)
     described = {"base": BASE, "tables": proposal.tables, "summary": proposal.summary}
-    sys.stdout.write(json.dumps(described) + "\n")
+    _print(described, as_json=as_json)
 
 
 @app.command()
@@ -193,14 +220,18 @@ def architectures(
         Path | None, typer.Option("--out", help="Write the page to this file instead of printing it.")
     ] = None,
     plugin: Plugins = None,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Print the table of every student and teacher, measured from the networks, as Markdown."""
     from training.study.architectures import markdown
 
-    if out is None:
-        sys.stdout.write(markdown())
-    else:
+    if out is not None:
         write_text(out, markdown())
+    if as_json:
+        print_answer({"page": markdown()} if out is None else {"out": str(out)})
+    elif out is None:
+        sys.stdout.write(markdown())
 
 
 def _teachers() -> tuple[str, ...]:
@@ -217,7 +248,10 @@ def _distillers() -> tuple[str, ...]:
 
 @app.command()
 def names(
-    kind: Annotated[str, typer.Argument(help="teachers, distillers or recipes.")], plugin: Plugins = None
+    kind: Annotated[str, typer.Argument(help="teachers, distillers or recipes.")],
+    plugin: Plugins = None,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Print registered names as a JSON list."""
     from kdexport.errors import UnknownNameError
@@ -226,8 +260,11 @@ def names(
     known = {"teachers": _teachers, "distillers": _distillers, "recipes": shipped_names}
     if kind not in known:
         raise UnknownNameError(f"There is no list of {kind!r} to print.", remedy=nearest(kind, known))
-    sys.stdout.write(json.dumps(list(known[kind]())) + "\n")
+    if as_json:
+        print_answer({kind: list(known[kind]())})
+    else:
+        sys.stdout.write(json.dumps(list(known[kind]())) + "\n")
 
 
 if __name__ == "__main__":
-    guarded(partial(app, prog_name=os.environ.get(PROGRAM)))
+    guarded(partial(run, app, os.environ.get(PROGRAM)))

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from kdexport.commands.options import Batch, Clock, Debug, Json, Plugins, Seed, Threads, parse_batches
-from kdexport.core.console import print_json
+from kdexport.core.console import new_console, print_answer
 
 
 def bench(
@@ -34,14 +34,13 @@ def bench(
     with Reporter().stage("bench") as progress:
         data = run_bench(request, progress)
     if as_json:
-        print_json(data)
+        print_answer(data)
     else:
         _show(data)
 
 
 def _show(data: dict[str, Any]) -> None:
     """Print the result as a table."""
-    from kdexport.commands.render import new_console
     from kdexport.core.tables import Table, terminal_table
 
     console = new_console()

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from kdexport.commands.options import Debug, Json, Plugins
-from kdexport.core.console import print_json
+from kdexport.core.console import print_answer
 
 
 def build(
@@ -76,20 +76,19 @@ def build(
     result = run(request, reporter)
     if as_json:
         summary = _summary(result.manifest.data)
-        print_json({"bundle": str(result.out), "up_to_date": result.up_to_date, **summary})
-        if not summary["ok"]:
-            raise typer.Exit(summary["exit_code"])
-    else:
-        from kdexport.commands.render import show_build
-        from kdexport.verify.check import require_decided
+        exit_code = 3 if summary["undecided_checks"] else 0
+        print_answer({"bundle": str(result.out), "up_to_date": result.up_to_date, **summary}, exit_code=exit_code)
+        raise typer.Exit(exit_code)
+    from kdexport.commands.render import show_build
+    from kdexport.verify.check import require_decided
 
-        show_build(result)
-        require_decided(result.manifest.data["parity"])
+    show_build(result)
+    require_decided(result.manifest.data["parity"])
 
 
 def _show_written(path: Path, *, as_json: bool) -> None:
     if as_json:
-        print_json({"ok": True, "exit_code": 0, "config": str(path)})
+        print_answer({"config": str(path)})
     else:
         typer.echo(f"Wrote {path}.\nNext:    kdexport build --config {path}")
 
@@ -97,15 +96,12 @@ def _show_written(path: Path, *, as_json: bool) -> None:
 def _summary(data: dict[str, Any]) -> dict[str, Any]:
     from kdexport.verify.report import beyond_checks, failed_checks
 
-    beyond = beyond_checks(data)
     return {
-        "ok": not beyond,
-        "exit_code": 3 if beyond else 0,
         "student": data["student"]["student"],
         "metrics": data["provenance"].get("metrics", {}),
         "targets": data["targets"],
         "operators": data["operators"],
         "latency": data["latency"],
         "failed_checks": failed_checks(data),
-        "undecided_checks": beyond,
+        "undecided_checks": beyond_checks(data),
     }

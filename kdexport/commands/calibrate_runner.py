@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kdexport.commands.options import Debug, Json, Plugins, Seed, Threads, parse_percentage
-from kdexport.core.console import print_json
+from kdexport.core.console import new_console, print_answer
 
 if TYPE_CHECKING:
     from kdexport.gate.calibrate import Calibration
@@ -42,10 +42,9 @@ def calibrate_runner(
 def _show(calibration: "Calibration", path: Path, *, as_json: bool) -> None:
     """Print the calibration."""
     if as_json:
-        data = {"ok": True, "exit_code": 0, "runner": str(path), "smallest_slowdown": calibration.smallest_slowdown}
-        print_json({**data, **asdict(calibration)})
+        measured = {"smallest_slowdown": calibration.smallest_slowdown, **asdict(calibration)}
+        print_answer({"runner": str(path), **measured})
         return
-    from kdexport.commands.render import new_console
     from kdexport.core.tables import Table, terminal_table
     from kdexport.gate.calibrate import MAX_WIDENING
 

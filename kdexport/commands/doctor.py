@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from kdexport.commands.options import Debug, Json, Plugins
-from kdexport.core.console import print_json
+from kdexport.core.console import print_answer
 
 
 def doctor(
@@ -21,7 +21,7 @@ def doctor(
 
     facts = examine() if bundle is None else examine_bundle(bundle, target=target)
     if as_json:
-        print_json({"ok": True, "facts": [{"what": f.what, "ok": f.ok, "fact": f.fact} for f in facts]})
+        print_answer({"facts": [{"what": f.what, "ok": f.ok, "fact": f.fact} for f in facts]})
         return
     from kdexport.commands.render import show_facts
 

@@ -7,7 +7,7 @@ import typer
 
 from kdexport.commands.options import Debug, Json, Plugins
 from kdexport.commands.predict import RuntimeThreads, ServedTarget, require_none_refused
-from kdexport.core.console import print_json
+from kdexport.core.console import new_console, print_answer
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,10 +38,8 @@ def evaluate(
         found = loaded.evaluate(data, progress=progress)
     if as_json:
         exit_code = 2 if found.refused else 0
-        print_json({"ok": not found.refused, "exit_code": exit_code, **found.to_json()})
+        print_answer(found.to_json(), exit_code=exit_code)
         raise typer.Exit(exit_code)
-    from kdexport.commands.render import new_console
-
     _show(found, new_console())
     require_none_refused(found.refused, found.scores.images)
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from kdexport.commands.options import Debug, Json
-from kdexport.core.console import print_json
+from kdexport.core.console import print_answer
 from kdexport.errors import UnknownNameError, error_codes
 from kdexport.registry import nearest
 
@@ -22,6 +22,6 @@ def explain(
         raise UnknownNameError(f"There is no error code {code!r}.", remedy=nearest(code.upper(), codes))
     cls = codes[code.upper()]
     if as_json:
-        print_json({"code": cls.code, "exit_code": cls.exit_code, "explanation": cls.explanation})
+        print_answer({"code": cls.code, "exit_code": cls.exit_code, "explanation": cls.explanation})
     else:
         sys.stdout.write(f"{cls.code} (exit {cls.exit_code}): {cls.__doc__}\n{cls.explanation}\n")

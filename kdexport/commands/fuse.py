@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kdexport.commands.options import Plugins
+from kdexport.commands.options import Debug, Json, Plugins
+from kdexport.core.console import new_console, print_answer, verdict_style
 from kdexport.errors import OutputError
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ def fuse(
         list[str] | None, typer.Option("--input", help="Shape of an input, for a factory: 1,3,224,224. Repeatable.")
     ] = None,
     plugin: Plugins = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Print tracebacks of errors.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Merge parallel branches, sequences and batch norms of any PyTorch module, with a certificate."""
     from kdexport.core.files import require_replaceable, require_writable
@@ -44,7 +45,7 @@ def fuse(
     fused = kdexport.fuse(module, examples)
     described = write(fused, out, source)
     if as_json:
-        typer.echo(json.dumps({"ok": True, "exit_code": 0, "out": str(out), **described}))
+        print_answer({"out": str(out), **described})
     else:
         show(fused, out)
 
@@ -93,7 +94,6 @@ def describe(fused: "FusedProgram", source: str) -> dict[str, Any]:
 
 def show(fused: "FusedProgram", out: Path) -> None:
     """Tables of what was merged and what it saves, on stdout."""
-    from kdexport.commands.render import new_console
     from kdexport.core.tables import Table, terminal_table
 
     console = new_console()
@@ -118,7 +118,8 @@ def show(fused: "FusedProgram", out: Path) -> None:
     for hazard in fused.certificate.hazards:
         console.print(f"Warning: {hazard}", soft_wrap=True)
     error, limit = fused.certificate.whole_relative_error, fused.certificate.limit
-    console.print(f"Verdict: the whole differs by {error:.1e} of its largest output in float64 (up to {limit:.0e}).")
+    verdict = f"Verdict: the whole differs by {error:.1e} of its largest output in float64 (up to {limit:.0e})."
+    console.print(verdict, style=verdict_style(0))
     console.print(f"Written: {out}  ({PROGRAM}, {MODEL}, {CERTIFICATE})", soft_wrap=True)
 
 

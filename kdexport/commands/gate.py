@@ -17,7 +17,7 @@ from kdexport.commands.options import (
     parse_on_inconclusive,
     parse_percentage,
 )  # fmt: skip
-from kdexport.core.console import print_json
+from kdexport.core.console import new_console, print_answer, verdict_style
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -89,10 +89,8 @@ def gate(
         result = run_gate(request, progress, reporter.say)
     write_files(result, files)
     if as_json:
-        print_json(result.to_json())
+        print_answer(result.to_json(), exit_code=result.exit_code)
     else:
-        from kdexport.commands.render import new_console
-
         show(result, new_console())
     raise typer.Exit(result.exit_code)
 
@@ -110,4 +108,9 @@ def show(result: "GateResult", console: "Console") -> None:
     console.print(terminal_table(check_table(result)))
     for line in facts(result):
         console.print(line, soft_wrap=True)
-    console.print(f"Verdict: {sentence(result)}", soft_wrap=True)
+    console.print(f"Verdict: {sentence(result)}", style=_style(result), soft_wrap=True)
+
+
+def _style(result: "GateResult") -> str:
+    # A WARN exits with 0.
+    return verdict_style(0 if result.verdict == "PASS" else 1 if result.verdict == "FAIL" else 3)

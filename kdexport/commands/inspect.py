@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from kdexport.commands.options import Debug, Json, Plugins
-from kdexport.core.console import print_json
+from kdexport.core.console import print_answer
 
 
 def inspect(
@@ -25,7 +25,7 @@ def inspect(
     if as_json:
         # Before the manifest is printed, because stdout has one JSON object.
         require_unchanged(bundle, manifest)
-        print_json(manifest.data)
+        print_answer(manifest.data)
         return
     from kdexport.commands.render import show_manifest
 

@@ -8,7 +8,7 @@ import typer
 
 from kdexport.commands.options import Debug, Json, Plugins
 from kdexport.core.child import ChildDiedError, call
-from kdexport.core.console import print_json
+from kdexport.core.console import print_answer
 from kdexport.core.training_process import training_environment
 from kdexport.errors import BackendUnavailableError, UnknownNameError
 from kdexport.registry import nearest
@@ -67,7 +67,7 @@ def list_(
         raise UnknownNameError(f"{kind!r} cannot be listed.", remedy=nearest(kind, LISTS))
     rows = LISTS[kind]()
     if as_json:
-        print_json({kind: [{"name": name, **({"note": note} if note else {})} for name, note in rows]})
+        print_answer({kind: [{"name": name, **({"note": note} if note else {})} for name, note in rows]})
     else:
         width = max(len(name) for name, _ in rows)
         sys.stdout.writelines(f"{name:<{width}}  {note}".rstrip() + "\n" for name, note in rows)

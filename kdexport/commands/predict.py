@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from kdexport.commands.options import Debug, Json, Plugins
-from kdexport.core.console import print_json
+from kdexport.core.console import new_console, print_answer
 from kdexport.errors import DataError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def predict(
         named = [{"source": item.source, "reason": item.error.message} for item in refused]
         exit_code: Literal[0, 2] = 2 if refused else 0
         answers = [item.to_json() for item in found]
-        print_json({"ok": not refused, "exit_code": exit_code, "predictions": answers, "refused": named})
+        print_answer({"predictions": answers, "refused": named}, exit_code=exit_code)
         raise typer.Exit(exit_code)
     if as_csv:
         sys.stdout.write(_csv(found))
@@ -80,7 +80,6 @@ def _csv(found: "Sequence[Prediction]") -> str:
 
 
 def _show(found: "Sequence[Prediction]") -> None:
-    from kdexport.commands.render import new_console
     from kdexport.core.tables import Table, terminal_table
 
     rows = [

@@ -7,12 +7,13 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from kdexport.bundle.manifest import Manifest
+from kdexport.core.console import new_console, verdict_style
 from kdexport.core.tables import Table, terminal_table
 from kdexport.verify.report import (
     RUNGS,
+    beyond_checks,
+    failed_checks,
     golden_sentence,
     hazard_rows,
     plan_tables,
@@ -22,6 +23,8 @@ from kdexport.verify.report import (
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from rich.console import Console
 
     from kdexport.bundle.signature import Signer
     from kdexport.bundle.slim_form import SlimBundle
@@ -35,22 +38,20 @@ if TYPE_CHECKING:
 _SHOWN_HAZARDS = 3
 
 
-def new_console() -> Console:
-    """A console on stdout; in a pipe cells do not wrap."""
-    # A program that reads a pipe expects one row on one line.
-    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 160)
-
-
 def show_build(result: "BuildResult") -> None:
     """What ``kdexport build`` prints: the bundle's tables, its verdict and what to type next."""
     console, data = new_console(), result.manifest.data
     if result.up_to_date:
         console.print("Nothing to do: the bundle is up to date.")
     _print_build(console, data)
-    console.print(f"Verdict: {verdict_sentence(data)}.")
+    console.print(f"Verdict: {verdict_sentence(data)}.", style=_style(data), soft_wrap=True)
     console.print(f"Bundle:  {result.out}  (report.html, report.md)", soft_wrap=True)
     console.print(f"Next:    {_program()} verify {result.out}{_plugin_options()}", soft_wrap=True)
     console.print(f"         {_program()} inspect {result.out}", soft_wrap=True)
+
+
+def _style(data: dict[str, Any]) -> str:
+    return verdict_style(1 if failed_checks(data) else 3 if beyond_checks(data) else 0)
 
 
 def _plugin_options() -> str:
@@ -82,6 +83,7 @@ def show_manifest(folder: Path, manifest: Manifest) -> None:
     _print_build(console, data)
     console.print(
         f"Verdict at build time: {verdict_sentence(data)}. Run kdexport verify {folder} to check it again.",
+        style=_style(data),
         soft_wrap=True,
     )
 
@@ -115,7 +117,7 @@ def show_verdict(
         limits = f"; limits looser than the default: {keys}" if looser else ""
         sentence = f"{verdict_sentence(data, not_run)}{limits}"
         end = "." if verdict.beyond else f": {folder} is the trained student."
-        console.print(f"Verdict: {sentence}{end}", soft_wrap=True)
+        console.print(f"Verdict: {sentence}{end}", style=_style(data), soft_wrap=True)
 
 
 def show_rebuilt(folder: Path, files: "Sequence[RebuiltFile]") -> None:
@@ -174,7 +176,7 @@ def show_facts(facts: "list[Fact]") -> None:
     new_console().print(terminal_table(Table(header=("", "", ""), rows=rows)))
 
 
-def _print_build(console: Console, data: dict[str, Any]) -> None:
+def _print_build(console: "Console", data: dict[str, Any]) -> None:
     for table in (_student_table(data), _rung_table(data), _target_table(data)):
         console.print(terminal_table(table))
         console.print()
@@ -185,7 +187,7 @@ def _print_build(console: Console, data: dict[str, Any]) -> None:
     _print_hazards(console, data)
 
 
-def _print_plans(console: Console, data: dict[str, Any]) -> None:
+def _print_plans(console: "Console", data: dict[str, Any]) -> None:
     for table in plan_tables(data):
         console.print(table.title)
         console.print(terminal_table(table))
@@ -193,7 +195,7 @@ def _print_plans(console: Console, data: dict[str, Any]) -> None:
         console.print()
 
 
-def _print_hazards(console: Console, data: dict[str, Any]) -> None:
+def _print_hazards(console: "Console", data: dict[str, Any]) -> None:
     rows = hazard_rows(data)
     if not rows:
         return

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from kdexport.commands.options import Debug, Json, Plugins
-from kdexport.core.console import print_json
+from kdexport.core.console import print_answer
 
 
 def replay(
@@ -29,7 +29,7 @@ def replay(
         files = rebuild_files(bundle, manifest, out, progress)
     failed = any(file.outcome == DIFFERENT for file in files)
     if as_json:
-        print_json({"ok": not failed, "exit_code": int(failed), "files": [file.to_json() for file in files]})
+        print_answer({"files": [file.to_json() for file in files]}, exit_code=int(failed))
     else:
         from kdexport.commands.render import show_rebuilt
 

@@ -1,7 +1,6 @@
 """``kdexport serve``: serve verified bundles over HTTP."""
 
 import importlib.util
-import json
 import logging
 import signal
 import sys
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kdexport.commands.options import Plugins
+from kdexport.commands.options import Debug, Plugins
+from kdexport.core.console import print_answer
 from kdexport.core.extras import install
 from kdexport.errors import BackendUnavailableError, ConfigError
 
@@ -93,7 +93,7 @@ def serve(
     ] = False,
     plugin: Plugins = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout when ready.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Print tracebacks of errors.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Serve verified bundles: Open Inference Protocol v2, images on /v1/classify, metrics."""
     require_extra()
@@ -183,8 +183,7 @@ def run(
             )
         sys.stderr.write(f"memory: {bound.describe()}\nserving {url}, metrics {metrics_url}\n")
         if as_json:
-            sys.stdout.write(json.dumps(_describe(service, url, metrics_url, bound.total)) + "\n")
-            sys.stdout.flush()
+            print_answer(_describe(service, url, metrics_url, bound.total))
 
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         cut = runner.run(server.run(context=context, started=announce, renew=renew))
@@ -208,8 +207,6 @@ def _warn(address: "Address", *, has_token: bool) -> None:
 def _describe(service: "Service", url: str, metrics_url: str, bound: int) -> dict[str, Any]:
     models = service.repository.models.values()
     return {
-        "ok": True,
-        "exit_code": 0,
         "url": url,
         "metrics_url": metrics_url,
         "instances": service.count,

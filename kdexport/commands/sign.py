@@ -7,7 +7,7 @@ import typer
 
 from kdexport.bundle.layout import SIGNATURE
 from kdexport.commands.options import Debug, Json, Plugins
-from kdexport.core.console import print_json
+from kdexport.core.console import print_answer
 
 
 def sign(
@@ -26,7 +26,7 @@ def sign(
 
     signer = sign_bundle(bundle, key=key, certificate=certificate)
     if as_json:
-        print_json({"ok": True, "exit_code": 0, "signature": str(bundle / SIGNATURE), "signed_by": signer.to_json()})
+        print_answer({"signature": str(bundle / SIGNATURE), "signed_by": signer.to_json()})
         return
     from kdexport.commands.render import show_signed
 

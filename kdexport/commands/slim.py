@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from kdexport.commands.options import Debug, Json, Plugins
-from kdexport.core.console import print_json
+from kdexport.core.console import print_answer
 
 
 def slim(
@@ -25,7 +25,7 @@ def slim(
     names = [] if target is None else [name.strip() for name in target.split(",") if name.strip()]
     written = write_slim(bundle, out, names)
     if as_json:
-        print_json({"ok": True, "exit_code": 0, **written.to_json()})
+        print_answer(written.to_json())
     else:
         from kdexport.commands.render import show_slim
 

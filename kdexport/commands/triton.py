@@ -1,15 +1,15 @@
 """``kdexport triton``: write a verified bundle into a Triton model repository."""
 
-import json
 import sys
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kdexport.commands.options import Plugins
+from kdexport.commands.options import Debug, Json, Plugins
+from kdexport.core.console import print_answer
 
 if TYPE_CHECKING:
     from kdexport.serving.triton.variants import TritonPlan
@@ -54,8 +54,8 @@ def triton(
         str | None, typer.Option(help="TensorRT version of the Triton server that will load the plan, e.g. 10.13.2.6.")
     ] = None,
     plugin: Plugins = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Print tracebacks of errors.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Verify a bundle and write it as a version of a model into a Triton model repository."""
     from kdexport.bundle.manifest import read_manifest
@@ -84,16 +84,19 @@ def triton(
     if plan.schedule.device == "cpu" and max_batch is None:
         plan = plan_export(manifest, replace(request, max_batch=cpu_batch(bundle, target)))
     result = export_triton(seal(bundle, manifest, verdict), plan)
-    sys.stdout.write(_as_json(plan, result) if as_json else _as_text(plan, result))
+    if as_json:
+        print_answer(_described(plan, result))
+    else:
+        sys.stdout.write(_as_text(plan, result))
 
 
-def _as_json(plan: "TritonPlan", result: "TritonResult") -> str:
-    return json.dumps({
-        "ok": True, "exit_code": 0, "model": str(result.model), "name": plan.name, "version": result.version,
+def _described(plan: "TritonPlan", result: "TritonResult") -> dict[str, Any]:
+    return {
+        "model": str(result.model), "name": plan.name, "version": result.version,
         "up_to_date": result.up_to_date, "target": plan.target, "backend": plan.backend,
         "device": plan.schedule.device, "instances": plan.schedule.instances, "max_batch": plan.schedule.max_batch,
         "tensorrt_version": plan.contract["tensorrt"],
-    }) + "\n"  # fmt: skip
+    }  # fmt: skip
 
 
 def _as_text(plan: "TritonPlan", result: "TritonResult") -> str:

@@ -1,12 +1,12 @@
 """`kdexport verify`: check a bundle again, by running it or from its stored numbers."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kdexport.commands.options import Plugins
+from kdexport.commands.options import Debug, Json, Plugins
+from kdexport.core.console import print_answer
 from kdexport.errors import ConfigError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ def verify(
         ),
     ] = None,
     plugin: Plugins = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Print tracebacks of errors.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Check a bundle again: its files, algebra, graphs, and logits on the golden images."""
     signer = None if signature is None else _require_signed(bundle, signature, as_json=as_json)
@@ -81,15 +81,14 @@ def verify(
     if as_json:
         if not verdict.failures:
             require_executed(runs or [], required)
-        _print(
+        print_answer(
             {
-                "ok": not verdict.failures and not verdict.beyond,
-                "exit_code": _exit_code(verdict),
                 "checks": [check.to_json() for check in verdict.checks],
                 "policy_looser": [{"key": c.key, "default": c.old, "bundle": c.new} for c in looser],
                 **({} if runs is None else {"targets": {run.target: _run_json(run, verdict) for run in runs}}),
                 **signed_by,
-            }
+            },
+            exit_code=_exit_code(verdict),
         )
         raise typer.Exit(_exit_code(verdict))
     from kdexport.commands.render import show_verdict
@@ -132,7 +131,7 @@ def _rethreshold(bundle: Path, policy: Path, signed_by: dict[str, Any], *, allow
     if as_json:
         changes = [asdict(change) for change in result.changes]
         checks = [check.to_json() for check in result.verdict.checks]
-        _print({"ok": not code, "exit_code": code, "changes": changes, "checks": checks, **signed_by})
+        print_answer({"changes": changes, "checks": checks, **signed_by}, exit_code=code)
         raise typer.Exit(code)
     from kdexport.commands.render import show_changes, show_verdict
 
@@ -142,7 +141,3 @@ def _rethreshold(bundle: Path, policy: Path, signed_by: dict[str, Any], *, allow
         "The bundle exceeds the limits of this policy. Raise them in the policy file, or build the bundle again."
     )
     result.verdict.require_decided()
-
-
-def _print(value: dict[str, Any]) -> None:
-    typer.echo(json.dumps(value))

@@ -1,22 +1,46 @@
-"""Output of the commands: results on stdout, progress and errors on stderr, tracebacks only with ``--debug``."""
+"""Output of the commands: results on stdout, progress and errors on stderr, tracebacks only with ``--debug``.
+
+With ``--json`` a command prints one JSON object on stdout, its answer: the result or the error, in the envelope that
+``answer.schema.json`` describes (docs/json.md).
+"""
 
 import contextlib
 import io
 import json
 import logging
+import math
 import signal
 import sys
 import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from kdexport import __version__
 from kdexport.core.child import describes_errors, end_with_launcher
 from kdexport.core.extras import missing_package
 from kdexport.core.stopping import Stopped, stoppable
 from kdexport.errors import KdexportError, StoppedError, StorageError, UnexpectedError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+#: The schema of the object that ``--json`` prints. It is raised if a key changes its meaning or is removed.
+ANSWER_SCHEMA = "kdexport.answer/1"
+
+
+@dataclass(slots=True)
+class _Answer:
+    """The one object of this process: of which command, once its name was read, and whether it is written."""
+
+    command: str | None = None
+    written: bool = False
+
+
+_answer = _Answer()
 
 #: Exit code after Ctrl-C.
 _INTERRUPTED = 128 + signal.SIGINT
@@ -24,6 +48,7 @@ _INTERRUPTED = 128 + signal.SIGINT
 
 def guarded(app: Callable[[], Any]) -> NoReturn:
     """Run a command line and turn each error into its message, remedy and exit code."""
+    _answer.command, _answer.written = None, False
     try:
         with stoppable():
             end_with_launcher()
@@ -46,6 +71,11 @@ def guarded(app: Callable[[], Any]) -> NoReturn:
     sys.exit(0)
 
 
+def name_command(name: str | None) -> None:
+    """Say which command answers: its name is read before its options are."""
+    _answer.command = name
+
+
 def _interrupted() -> NoReturn:
     fail(StoppedError(signal.Signals.SIGINT.name, _INTERRUPTED))
 
@@ -62,22 +92,80 @@ def storage_error(error: OSError) -> StorageError:
 
 
 def fail(error: KdexportError) -> NoReturn:
-    """Print an error and exit with its code; ``--json`` adds a JSON object on stdout, ``--debug`` the traceback."""
+    """Print an error and exit with its code; ``--json`` adds the answer on stdout, ``--debug`` the traceback."""
     if "--debug" in sys.argv:
         traceback.print_exception(error, file=sys.stderr)
     as_child = describes_errors()
-    if "--json" in sys.argv or as_child:
+    if (_wants_json() or as_child) and not _answer.written:
         described = {"code": error.code, "message": error.message, "remedy": error.remedy}
-        sys.stdout.write(json.dumps({"ok": False, "exit_code": error.exit_code, "error": described}) + "\n")
+        _print_answer(error.exit_code, "error", described)
     if as_child:
         sys.exit(error.exit_code)
-    sys.stderr.write(f"error {error.code}: {error.message}\n{error.remedy}\n")
+    title = f"error {error.code}:"
+    if sys.stderr.isatty():
+        new_console(stderr=True).print(title, style="bold red", end=" ")
+    else:
+        sys.stderr.write(f"{title} ")
+    sys.stderr.write(f"{error.message}\n{error.remedy}\n")
     sys.exit(error.exit_code)
 
 
+def _wants_json() -> bool:
+    """Whether ``--json`` was given, also where the command line could not be read; after ``--`` it is a file."""
+    arguments = sys.argv[1:]
+    return "--json" in (arguments[: arguments.index("--")] if "--" in arguments else arguments)
+
+
+def print_answer(result: dict[str, Any], *, exit_code: int = 0) -> None:
+    """Write the answer of a command that came to its end: its result, and whether it passed."""
+    _print_answer(exit_code, "result", result)
+
+
+def _print_answer(exit_code: int, kind: str, value: dict[str, Any]) -> None:
+    _answer.written = True
+    envelope = {
+        "schema": ANSWER_SCHEMA,
+        "kdexport": __version__,
+        "command": _answer.command,
+        "ok": exit_code == 0,
+        "exit_code": exit_code,
+        kind: value,
+    }
+    print_json(envelope)
+    # A server goes on running.
+    sys.stdout.flush()
+
+
 def print_json(value: dict[str, Any]) -> None:
-    """Write a JSON object as one line on stdout."""
-    sys.stdout.write(json.dumps(value) + "\n")
+    """Write a JSON object as one line on stdout; numbers that are not finite become null, JSON cannot hold them."""
+    sys.stdout.write(json.dumps(_finite(value), allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def verdict_style(exit_code: int) -> str:
+    """The colour of a verdict on a terminal: 0 green, 3 (undecided) yellow, anything else red."""
+    return {0: "green", 3: "yellow"}.get(exit_code, "bold red")
+
+
+def new_console(*, stderr: bool = False, quiet: bool = False) -> "Console":
+    """A console that prints text as it is; in a pipe cells do not wrap.
+
+    Without markup and emoji: ``kdexport[plots]`` would lose its extra, and ``net:train:`` become a picture.
+    """
+    from rich.console import Console
+
+    # A program that reads a pipe expects one row on one line.
+    width = None if stderr or sys.stdout.isatty() else 160
+    return Console(stderr=stderr, quiet=quiet, highlight=False, markup=False, emoji=False, width=width)
 
 
 @contextlib.contextmanager

@@ -4,21 +4,23 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from kdexport.core.console import new_console
 
 
 class Reporter:
     """Shows which stage runs and how long it took; nothing if ``quiet``."""
 
     def __init__(self, *, quiet: bool = False) -> None:
-        self._console = Console(stderr=True, highlight=False, quiet=quiet)
+        self._console = new_console(stderr=True, quiet=quiet)
 
     @contextmanager
     def stage(self, name: str, *, live: bool = True) -> Iterator[Callable[[str], None]]:
         """Time one stage; the yielded function shows its current step. ``live=False`` leaves the screen to a child."""
         started = time.monotonic()
-        columns = (SpinnerColumn(), TextColumn("{task.description:<10} {task.fields[detail]}"), TimeElapsedColumn())
+        text = TextColumn("{task.description:<10} {task.fields[detail]}", markup=False)
+        columns = (SpinnerColumn(), text, TimeElapsedColumn())
         hidden = not (live and self._console.is_terminal)
         bar = Progress(*columns, console=self._console, transient=True, disable=hidden)
         task = bar.add_task(name, total=None, detail="")
@@ -28,5 +30,4 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """Print one line, in a pipe and on a terminal."""
-        # Without emoji, or the name net:train would become a picture.
-        self._console.print(text, soft_wrap=True, markup=False, emoji=False)
+        self._console.print(text, soft_wrap=True)

@@ -22,15 +22,25 @@ class Table:
         assert all(len(row) == len(self.header) for row in self.rows)
 
 
+#: Cells that are verdicts, with their colours on a terminal.
+_VERDICTS = {
+    "holds": "green", "verified": "green", "PASS": "green", "ok": "green",
+    "FAILS": "bold red", "FAIL": "bold red", "different": "bold red",
+    "WARN": "yellow", "INCONCLUSIVE": "yellow", "--": "yellow",
+}  # fmt: skip
+
+
 def terminal_table(table: Table) -> "RichTable":
     """Header and rows for ``rich``, in the style of all commands; a header of empty cells is not shown."""
     from rich.table import Table as RichTable
+    from rich.text import Text
 
     shown = RichTable(box=None, pad_edge=False, header_style="bold", show_header=any(table.header))
     for column in table.header:
-        shown.add_column(column, overflow="fold")
+        shown.add_column(Text(column), overflow="fold")
     for row in table.rows:
-        shown.add_row(*row)
+        # Text, not strings: a console that reads markup would remove [brackets] from them.
+        shown.add_row(*(Text(cell, style=_VERDICTS.get(cell.partition(",")[0], "")) for cell in row))
     return shown
 
 

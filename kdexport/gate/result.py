@@ -71,8 +71,6 @@ class GateResult:
         """One JSON object; numbers that are not finite become null."""
         return {
             "schema": SCHEMA,
-            "ok": self.exit_code == 0,
-            "exit_code": self.exit_code,
             "verdict": self.verdict,
             "question": self.question,
             "candidate": self.candidate,

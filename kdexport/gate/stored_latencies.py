@@ -51,7 +51,9 @@ def read_latencies(path: Path, bundle: Bundle, target: str, machine: Machine) ->
     Raises ``ConfigError`` if it is not such a file, ``MismatchError`` if it is for something else.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        answer = json.loads(path.read_text(encoding="utf-8"))
+        # Results stored before answers had an envelope.
+        data = answer.get("result", answer)
         if data["schema"] != BENCH_SCHEMA:
             raise ValueError(f"the schema must be {BENCH_SCHEMA}, got {data['schema']!r}")
         student, classes, measured_on = data["student"], list(data["classes"]), dict(data["machine"])
@@ -60,7 +62,7 @@ def read_latencies(path: Path, bundle: Bundle, target: str, machine: Machine) ->
             (str(row["clock"]), int(row["batch"]), int(row["threads"])): _anchored(row["sessions"])
             for row in data["latency"]
         }
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(
             f"{path} is neither a bundle nor a result of `kdexport bench --json`: {type(error).__name__}: {error}.",
             remedy="Pass --baseline with the bundle folder; stored latencies can only warn.",

@@ -68,8 +68,6 @@ def run_bench(request: BenchRequest, progress: Callable[[str], None]) -> dict[st
         outcomes = [measure_all(measurement, plan, request.sessions, progress) for measurement in measurements]
     return {
         "schema": BENCH_SCHEMA,
-        "ok": True,
-        "exit_code": 0,
         "bundle": str(request.bundle),
         "student": bundle.manifest.spec.student,
         "classes": list(bundle.manifest.spec.classes),

@@ -99,4 +99,4 @@ def _ready(arguments: list[str]) -> Iterator[str]:
                 else f"The server exited during startup with code {error.exit_code}: {error.stderr}",
                 remedy="Run `kdexport serve` with each bundle to see its error.",
             ) from None
-        yield announced["url"]
+        yield announced["result"]["url"]

@@ -38,14 +38,14 @@ def test_json_prints_one_object_and_nothing_else(built: Built, kdexport: Command
     ):
         done = run(*arguments, "--json")
         assert done.exit_code == 0, (arguments, done.stderr)
-        assert isinstance(done.data, dict), arguments
+        assert done.answer["command"] == arguments[0]
 
 
 def test_an_error_in_json_has_its_code_and_remedy(kdexport: Command, tmp_path: Path) -> None:
     done = kdexport("inspect", tmp_path / "nothing", "--json")
     assert done.exit_code == 2
-    assert done.data["error"]["code"] == "KDX203"
-    assert "kdexport build" in done.data["error"]["remedy"]
+    assert done.error["code"] == "KDX203"
+    assert "kdexport build" in done.error["remedy"]
 
 
 @pytest.mark.parametrize(
@@ -92,8 +92,8 @@ def test_a_gpu_target_without_tensorrt_exits_with_4_and_says_what_to_install(
         pytest.skip("TensorRT is installed here")
     done = here("build", "--config", built.config, "--target", "trt-fp16", "--out", tmp_path / "out", "--json")
     assert done.exit_code == 4
-    assert done.data["error"]["code"] == "KDX400"
-    assert "NVIDIA's package index" in done.data["error"]["remedy"]
+    assert done.error["code"] == "KDX400"
+    assert "NVIDIA's package index" in done.error["remedy"]
     assert not (tmp_path / "out").exists()
 
 

@@ -7,6 +7,7 @@ from kdexport.errors import KdexportError, error_codes
 FROZEN = {
     "KDX100": ("ConfigError", 2),
     "KDX101": ("UnknownNameError", 2),
+    "KDX102": ("UsageError", 2),
     "KDX200": ("CheckpointError", 2),
     "KDX201": ("DataError", 2),
     "KDX202": ("OutputError", 2),

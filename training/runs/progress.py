@@ -4,8 +4,9 @@ import sys
 import time
 from types import TracebackType
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+
+from kdexport.core.console import new_console
 
 
 class EpochProgress:
@@ -22,11 +23,11 @@ class EpochProgress:
         quiet: bool = False,
     ) -> None:
         self._title, self._steps, self._epochs, self._batch_size = title, steps_per_epoch, epochs, batch_size
-        self._console = Console(stderr=True, highlight=False, quiet=quiet)
+        self._console = new_console(stderr=True, quiet=quiet)
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=16),
-            TextColumn("{task.percentage:3.0f}% {task.fields[status]}"),
+            TextColumn("{task.percentage:3.0f}% {task.fields[status]}", markup=False),
         )
         self._live = Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
         self._bar = self._live.add_task(title, total=steps_per_epoch * epochs, status="")

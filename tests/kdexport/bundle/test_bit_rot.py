@@ -83,7 +83,7 @@ def test_inspect_prints_one_json_object_for_a_damaged_bundle(bundle_copy: Path, 
     (bundle_copy / "report.md").write_text("")
     done = here("inspect", bundle_copy, "--json")
     assert done.exit_code == 1
-    assert done.data["error"]["message"] == f"1 files of {bundle_copy} differ from the manifest: report.md changed."
+    assert done.error["message"] == f"1 files of {bundle_copy} differ from the manifest: report.md changed."
 
 
 @pytest.mark.parametrize("bisection", [unexpected, lambda *_: None])

@@ -37,7 +37,7 @@ def test_a_slim_bundle_has_what_runs_and_nothing_that_only_verification_reads(bu
 
 
 def test_doctor_accepts_it_and_verify_says_what_it_lacks(built: Built, here: Command, tmp_path: Path) -> None:
-    assert here("slim", built.bundle, "--out", tmp_path / "slim", "--target", "onnx-fp32", "--json").data["ok"]
+    assert here("slim", built.bundle, "--out", tmp_path / "slim", "--target", "onnx-fp32", "--json").answer["ok"]
     assert not (tmp_path / "slim" / "targets").exists()
     doctor = here("doctor", tmp_path / "slim")
     assert doctor.exit_code == 0, doctor.stdout + doctor.stderr

@@ -68,8 +68,8 @@ def test_a_gate_passes_and_writes_every_report(built: Built, invoke: Command, tm
         "--plot", tmp_path / "p.png", "--json",
     )  # fmt: skip
     assert done.exit_code == 0, done.stderr
-    data = json.loads(done.stdout)
-    assert (data["verdict"], data["exit_code"]) == ("PASS", 0)
+    data = done.data
+    assert data["verdict"] == "PASS"
     assert [check["name"] for check in data["checks"]] == [
         "flips, stored outputs", "top-1 drop, stored outputs", "host, batch 1", "p99 on host, batch 1",
     ]  # fmt: skip
@@ -107,7 +107,8 @@ def test_numbers_of_bench_as_a_baseline_only_warn(
     # Ten sessions of a student that was a hundred times faster beside the same anchor.
     row["sessions"] = [{"anchored": math.log(0.02 + 1e-5 * index)} for index in range(10)]
     numbers = tmp_path / "numbers.json"
-    numbers.write_text(json.dumps(data))
+    # As `bench --json > numbers.json` writes it.
+    numbers.write_text(json.dumps({**done.answer, "result": data}))
     monkeypatch.setattr(
         compare, "run_sequential_test", functools.partial(run_sequential_test, run=machine(0.0, 0.002)[0])
     )
@@ -133,7 +134,7 @@ def test_a_calibration_is_written_and_then_applied(
     assert 0.04 < seen.smallest_slowdown < 0.15
     refused = invoke("gate", built.bundle, "--baseline", built.bundle, "--json")
     assert refused.exit_code == 3
-    error = json.loads(refused.stdout)["error"]
+    error = refused.error
     assert error["code"] == "KDX350"
     assert f"at least {seen.smallest_slowdown:.1%} is needed" in error["message"]
     assert f"--max-slowdown {seen.smallest_slowdown:.1%}" in error["remedy"]
@@ -181,7 +182,7 @@ def test_a_changed_baseline_is_refused(built: Built, bundle_copy: Path, invoke: 
         stream.write(b"\0")
     done = invoke("gate", built.bundle, "--baseline", bundle_copy, "--json")
     assert done.exit_code == 2
-    error = json.loads(done.stdout)["error"]
+    error = done.error
     assert error["code"] == "KDX203"
     assert f"{FILES[1]} changed" in error["message"]
 
@@ -202,7 +203,5 @@ def test_a_candidate_of_other_weights_is_not_timed_whatever_its_bundle_remembers
     edited(bundle_copy, lambda _: None)
     done = invoke("gate", bundle_copy, "--baseline", built.bundle, "--max-flips", "50%", "--json")
     assert done.exit_code == 1
-    assert (
-        "is not the network of its bundle: its logits of the golden images are off by" in done.data["error"]["message"]
-    )
-    assert "Nothing was timed." in done.data["error"]["remedy"]
+    assert "is not the network of its bundle: its logits of the golden images are off by" in done.error["message"]
+    assert "Nothing was timed." in done.error["remedy"]

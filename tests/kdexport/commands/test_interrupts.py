@@ -1,6 +1,5 @@
 """Real commands that SIGTERM or Ctrl-C stops in the middle."""
 
-import json
 import os
 import signal
 import subprocess
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.answers import checked_answer
 from tests.conftest import Built
 from tests.processes import wait_until
 
@@ -33,6 +33,6 @@ def test_a_stopped_command_leaves_no_temporary_folder_and_answers_in_json(
     os.killpg(process.pid, number)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == exit_code, stderr
-    assert json.loads(stdout)["error"]["code"] == "KDX410"
+    assert checked_answer(stdout, exit_code)["error"]["code"] == "KDX410"
     assert "Traceback" not in stderr
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(("kdexport-", "tmp"))] == []

@@ -1,6 +1,5 @@
 """Commands that a signal stops: what they print, their exit code, and what is left of them."""
 
-import json
 import os
 import signal
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from kdexport.core.stopping import Stopped, stoppable
+from tests.answers import checked_answer
 from tests.processes import is_running, wait_until
 
 #: A command with a temporary folder and a child process that has one too.
@@ -68,11 +68,8 @@ def test_a_stopped_command_says_so_and_leaves_no_folder_and_no_child(
     assert process.returncode == exit_code
     remedy = "Run the same command again; finished steps of a build and epochs of a training are kept."
     assert stderr == f"error KDX410: Interrupted by {name}.\n{remedy}\n"
-    assert json.loads(stdout) == {
-        "ok": False,
-        "exit_code": exit_code,
-        "error": {"code": "KDX410", "message": f"Interrupted by {name}.", "remedy": remedy},
-    }
+    error = {"code": "KDX410", "message": f"Interrupted by {name}.", "remedy": remedy}
+    assert checked_answer(stdout, exit_code)["error"] == error
     assert list(scratch.iterdir()) == []
     assert not is_running(child)
 

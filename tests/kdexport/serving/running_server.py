@@ -18,6 +18,7 @@ from typing import Any, cast
 
 from kdexport.serving.limits import Limits
 from kdexport.serving.wire import Signature
+from tests.answers import checked_answer
 
 SIGNATURE = Signature(input_name="input", outputs=("logits",), image_size=32, classes=("a", "b", "c"), max_batch=8)
 LIMITS = Limits()
@@ -119,7 +120,7 @@ def running(*arguments: str | Path, cwd: Path | None = None) -> Iterator[Running
             readable, _, _ = select.select([process.stdout], [], [], _START_SECONDS)
             line = process.stdout.readline() if readable else ""
             assert line, Path(log.name).read_text()
-            data = cast(dict[str, Any], json.loads(line))
+            data = cast(dict[str, Any], checked_answer(line, 0)["result"])
             ports = [int(data[key].removesuffix("/metrics").rpartition(":")[2]) for key in ("url", "metrics_url")]
             yield Running(process, ports[0], ports[1], data, Path(log.name))
         finally:

@@ -1,7 +1,6 @@
 """A bundle of a network that is not ours, with attention and gates: verified, and each change of it is seen."""
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -205,4 +204,4 @@ def test_verify_of_another_program_ends_with_exit_code_1(copy: Path, here: Comma
     other_program(copy)
     done = here("verify", copy, "--json")
     assert done.exit_code == 1
-    assert json.loads(done.stdout)["ok"] is False
+    assert done.answer["ok"] is False
