@@ -38,16 +38,20 @@ from kdexport.errors import CheckpointError, DataError, ExportError, Verificatio
 from kdexport.graph.audit import operator_counts
 from kdexport.graph.plan import LayerPlan
 from kdexport.origins.references import parse_reference
+from kdexport.report.contents import new_evidence, shown_images
+from kdexport.report.page import write_reports
+from kdexport.report.thumbnails import thumbnails
 from kdexport.targets import DEFAULT_TARGET, Target, providers
+from kdexport.verify.answers import save_answers
 from kdexport.verify.golden import GoldenSet, own_run, write_golden_set
 from kdexport.verify.golden_limits import allowed_error, read_reference
 from kdexport.verify.latency import Comparison, LatencyResult, compare_latency
 from kdexport.verify.policy import parse_policy
-from kdexport.verify.report import write_reports
 from kdexport.verify.stored_results import TaskRecord
 from kdexport.verify.target_checks import open_file
+from kdexport.verify.target_times import TimingRequest, time_targets
 from kdexport.verify.task_record import TaskImages, save_record
-from kdexport.verify.verdict import VerifiedBundle, seal, verify_folder
+from kdexport.verify.verdict import Verdict, VerifiedBundle, seal, verify_folder
 
 Progress = Callable[[str], None]
 
@@ -108,16 +112,25 @@ def package(folder: Path, parts: Parts, progress: Progress) -> VerifiedBundle:
     task = TaskImages(parts.validation, _task_indices(parts))
     verdict = verify_folder(folder, manifest, pixels, task=task, progress=progress)
     data["task"] = None if verdict.record is None else _save_task(folder, verdict.record, parts.validation)
+    if verdict.record is not None:
+        data["answers"] = save_answers(folder, verdict.record.answers)
     latency = None
     if not verdict.failures:
         require_unfused(parts.model.path.with_name(UNFUSED_MODEL), folder, manifest)
         latency = _compare_latency(parts, progress)
+        data["target_times"] = _time_targets(folder, parts, latency, verdict, progress)
     for name, execution in verdict.executed.items():
         data["targets"][name] |= {"status": VERIFIED, "executed": execution.to_json()}
     data["parity"] = [check.to_json() for check in verdict.checks]
     data["parity_images"] = count
     data["latency"] = None if latency is None else latency.to_json()
-    write_reports(folder, data)
+    progress("report")
+    evidence = new_evidence(folder, manifest, verdict.record)
+    if verdict.record is not None and golden.described["golden_images"]["kind"] == VALIDATION_IMAGES:
+        data["report_images"] = [shown.position for shown in shown_images(verdict.record)]
+        pixels = parts.validation.read(data["report_images"], parts.trained.spec.preprocessing)
+        evidence = replace(evidence, thumbnails=thumbnails(data["report_images"], pixels))
+    write_reports(folder, data, evidence)
     write_sbom(folder / SBOM, student=parts.trained.spec.student, build_key=parts.build_key)
     data["files"] = hash_files(folder)
     (folder / MANIFEST).write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -298,6 +311,21 @@ def _compare_latency(parts: Parts, progress: Progress) -> LatencyResult:
         max_sessions=settings.sessions,
         progress=lambda count: progress(f"latency, session {count}"),
     )
+
+
+def _time_targets(
+    folder: Path, parts: Parts, compared: LatencyResult, verdict: Verdict, progress: Progress
+) -> dict[str, Any]:
+    request = TimingRequest(
+        folder=folder,
+        targets=tuple(map(str, parts.casts)),
+        executed=verdict.executed.keys(),
+        compared=compared,
+        image_size=parts.trained.spec.image_size,
+        pairs=parts.config.latency.pairs,
+        budget=parts.config.latency.sessions,
+    )
+    return time_targets(request, progress)
 
 
 def _require_not_slower(latency: LatencyResult | None) -> None:

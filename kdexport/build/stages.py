@@ -29,10 +29,10 @@ UNFUSED_MODEL = "unfused.onnx"
 _CAST = "cast.json"
 _EXPORT_TOOLS = ("torch", "torchvision", "onnx", "onnx-ir", "onnxscript", "numpy")
 CAST_TOOLS = ("onnx", "onnx-ir", "ml_dtypes", "onnxruntime-gpu", "onnxruntime", "numpy")
-#: Packages whose versions are in the manifest of a bundle, because its verification runs them.
+#: Packages whose versions are in the manifest of a bundle, because its verification runs them or its report is theirs.
 BUNDLE_TOOLS = (
     "torch", "torchvision", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime", "numpy", "tensorrt_rtx_cu13",
-    "tensorrt", "openvino", "polygraphy",
+    "tensorrt", "openvino", "polygraphy", "matplotlib", "jinja2",
 )  # fmt: skip
 
 

@@ -12,6 +12,8 @@ GOLDEN = "golden"
 GOLDEN_LOGITS = "golden/logits.safetensors"
 #: Per-image results of rung D.
 TASK = "metrics/validation.safetensors"
+#: The likeliest classes of each image, by file. Bundles of earlier versions have none.
+ANSWERS = "metrics/answers.safetensors"
 #: The calibrated range of each tensor, in the folder of an int8 model.
 RANGES = "ranges.json"
 

@@ -185,6 +185,40 @@ class _Task(_Fields):
     data_images: Count = 0
 
 
+class _Answers(_Fields):
+    version: Count
+    images: Count
+    top: Count
+    files: list[str]
+
+
+class _Machine(_Fields):
+    cpu: str
+    cores: Count
+    system: str
+    onnxruntime: str
+    gpu: str = ""
+
+
+class _TargetTime(_Fields):
+    clock: str
+    ms: float
+    sessions: Count
+    #: Against onnx-fp32, where both run on one clock.
+    ratio: float | None
+
+
+class _TargetTimes(_Fields):
+    #: When, in UTC: 2026-11-29T20:15:00Z.
+    measured: str
+    batch: Count
+    threads: Count
+    machine: _Machine
+    targets: dict[str, _TargetTime]
+    #: Why the others were not timed.
+    not_timed: dict[str, str]
+
+
 class _Latency(_Fields):
     clock: str
     batch: Count
@@ -241,6 +275,11 @@ class ManifestFields(_Fields):
     parity_images: Count
     latency: _Latency | None
     task: _Task | None = None
+    #: The likeliest classes of each image, in a file of their own.
+    answers: _Answers | None = None
+    target_times: _TargetTimes | None = None
+    #: Positions in the validation split of the images that report.html shows.
+    report_images: list[Count] = []
     slim: _Slim | None = None
     policy: dict[str, Any] = {}
     versions: dict[str, str]

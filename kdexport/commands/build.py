@@ -94,7 +94,7 @@ def _show_written(path: Path, *, as_json: bool) -> None:
 
 
 def _summary(data: dict[str, Any]) -> dict[str, Any]:
-    from kdexport.verify.report import beyond_checks, failed_checks
+    from kdexport.report.check_tables import beyond_checks, failed_checks
 
     return {
         "student": data["student"]["student"],

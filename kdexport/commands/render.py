@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kdexport.bundle.manifest import Manifest
 from kdexport.core.console import new_console, verdict_style
 from kdexport.core.tables import Table, terminal_table
-from kdexport.verify.report import (
+from kdexport.report.check_tables import (
     RUNGS,
     beyond_checks,
     failed_checks,

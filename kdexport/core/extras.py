@@ -19,7 +19,7 @@ EXTRAS = {
     "tensorrt": "trt",
     "tensorrt_rtx": "trt-rtx",
     "timm": "timm",
-    "matplotlib": "plots",
+    **dict.fromkeys(("matplotlib", "jinja2"), "plots"),
     "opentelemetry": "otel",
     "sklearn": "demo",
     "model_signing": "sign",

@@ -16,8 +16,8 @@ from kdexport.errors import BackendUnavailableError, DataError, VerificationErro
 from kdexport.gate.accuracy import labelled_images
 from kdexport.gate.arms import Artifact, artifact, choose_target, open_bundle
 from kdexport.inference.given_images import GivenImage, Images, given_images
-from kdexport.inference.scores import Scores, score
 from kdexport.stats.logits import probabilities_of
+from kdexport.stats.scores import Scores, score
 from kdexport.targets import parse_target
 
 if TYPE_CHECKING:

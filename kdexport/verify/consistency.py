@@ -16,7 +16,7 @@ import onnx
 from numpy.typing import NDArray
 
 from kdexport.backends.base import ONNX_FILE, Finding
-from kdexport.bundle.layout import GOLDEN_INDICES, SBOM
+from kdexport.bundle.layout import ANSWERS, GOLDEN_INDICES, SBOM
 from kdexport.bundle.manifest import (
     GOLDEN_LOGITS,
     MANIFEST,
@@ -34,6 +34,7 @@ from kdexport.core.digests import sha256_file
 from kdexport.data.datasets import spread
 from kdexport.graph.audit import operator_counts
 from kdexport.targets import Target, parse_target
+from kdexport.verify.answers import REFERENCE, load_answers
 from kdexport.verify.check import Check, attempt, check_at_most, from_finding
 from kdexport.verify.parity import unit_error
 from kdexport.verify.stored_results import TaskRecord, described_results, load_record, record_name
@@ -52,14 +53,15 @@ _SAME_ERROR = 10.0
 
 
 def check_consistency(folder: Path, manifest: Manifest) -> list[Check]:
-    """One check for each statement: origin, software, operators, compiled files, results of the task, labels of the
-    golden images.
+    """One check for each statement: origin, software, operators, compiled files, results and answers of the task,
+    labels of the golden images.
     """
     statements: dict[str, Callable[[Path, Manifest], Finding]] = {
         SBOM: _software,
         UNFUSED: _origin,
         MODEL: _operators,
         TASK: _task,
+        ANSWERS: _answers,
         GOLDEN_LOGITS: _golden,
     }
     compiled = [target for target in map(parse_target, manifest.targets) if target.compiles]
@@ -160,6 +162,34 @@ def _wrong_results(folder: Path, manifest: Manifest, record: TaskRecord) -> list
     # Files with the same content are run once.
     missing = [name for name in onnx_files(manifest) if manifest.files.get(name) not in measured]
     return [*wrong, *(f"there are no results of {name}" for name in missing)]
+
+
+def _answers(folder: Path, manifest: Manifest) -> Finding:
+    """The likeliest class of each image is the prediction of the stored results, which decide rung D."""
+    record, answers = load_record(folder, manifest), load_answers(folder, manifest)
+    if answers is None:
+        exists = (folder / ANSWERS).exists()
+        return Finding(
+            "answers", not exists, f"the file exists, and {MANIFEST} has none" if exists else "none recorded"
+        )
+    if record is None:
+        return Finding("answers", False, f"{MANIFEST} has answers and no task")
+    expected = {REFERENCE: record.reference.predictions}
+    expected |= {name: metrics.predictions for name, metrics in record.files.items()}
+    wrong = [f"there are no answers of {name}" for name in sorted(expected.keys() - answers.keys())]
+    for name in sorted(answers.keys() & expected.keys()):
+        found, labels = answers[name], record.reference.labels
+        if not np.array_equal(found.classes[:, 0], expected[name]):
+            wrong.append(f"the likeliest classes of {name} are not its predictions")
+        elif not np.array_equal(found.ranks == 0, _alone_and_right(found.classes[:, 0] == labels, found.logits)):
+            wrong.append(f"the ranks of {name} are not those of its predictions")
+    count = len(record.reference.labels)
+    return Finding("answers", not wrong, "; ".join(wrong[:3]) or f"{count:,} images, predictions as in {TASK}")
+
+
+def _alone_and_right(right: NDArray[np.bool_], logits: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Images whose true class is the likeliest, and no other class is as likely."""
+    return right & ((logits[:, 0] > logits[:, 1]) if logits.shape[1] > 1 else True)
 
 
 def check_recorded_errors(context: BundleContext) -> list[Check]:

@@ -1,6 +1,6 @@
 """The per-image results of all files of a bundle, as the build stored them; read without torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from kdexport.bundle.manifest import TARGETS, TASK, Manifest
 from kdexport.core.digests import sha256_file
 from kdexport.errors import BundleError
 from kdexport.targets import Target
+from kdexport.verify.answers import FileAnswers
 from kdexport.verify.policy import PRECISIONS
 from kdexport.verify.task import TaskMetrics, TaskReference
 
@@ -20,6 +21,8 @@ class TaskRecord:
 
     reference: TaskReference
     files: dict[str, TaskMetrics]
+    #: By file and ``answers.REFERENCE``, where the files ran in this process; ``load_answers`` reads stored ones.
+    answers: dict[str, FileAnswers] = field(default_factory=dict)
 
 
 def described_results(record: TaskRecord) -> dict[str, Any]:

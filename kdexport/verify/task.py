@@ -84,13 +84,20 @@ def task_metrics(
     )
 
 
+def allowed_difference(metrics: TaskMetrics, reference: TaskReference, limits: Policy) -> float:
+    """The largest difference of a logit between a file and the reference that the rungs allow; twice this margin can
+    flip.
+    """
+    factor = limits.B.max_error if metrics.precision == "fp32" else limits.C.max_error
+    # Both sides differ from the oracle: the file by as much as its rung allows, the reference by its own error.
+    return factor * metrics.unit_error + reference.own_error
+
+
 def rung_d(subject: str, metrics: TaskMetrics, reference: TaskReference, limits: Policy) -> list[Check]:
     """The checks of one file on the task."""
     policy = limits.D
     budget = policy.budget(metrics.precision)
-    factor = limits.B.max_error if metrics.precision == "fp32" else limits.C.max_error
-    # Both sides differ from the oracle: the file by as much as its rung allows, the reference by its own error.
-    allowed = factor * metrics.unit_error + reference.own_error
+    allowed = allowed_difference(metrics, reference, limits)
     flipped = metrics.predictions != reference.predictions
     flips, total = int(flipped.sum()), len(flipped)
     # In float64, because the stored margin is rounded: only ties reach a limit of exactly 2 e.

@@ -16,6 +16,7 @@ from kdexport.core.digests import sha256_file
 from kdexport.data.datasets import ImageSet
 from kdexport.errors import BackendUnavailableError, KdexportError
 from kdexport.targets import parse_target
+from kdexport.verify.answers import REFERENCE, file_answers
 from kdexport.verify.check import Check, check_at_most
 from kdexport.verify.parity import unit_error
 from kdexport.verify.policy import Policy
@@ -66,14 +67,15 @@ def measure_task(
     exact = np.concatenate(reference)
     own = unit_error("fp32", context.reference)
     places = np.asarray(indices, np.int64)
+    labels = images.labels[places]
+    logits = {name: np.concatenate(parts) for name, parts in found.items()}
     record = TaskRecord(
-        task_reference(exact, images.labels[places], places, own),
+        task_reference(exact, labels, places, own),
         {
-            name: task_metrics(
-                np.concatenate(found[name]), exact, precision=runner.precision, unit_error=runner.unit_error
-            )
+            name: task_metrics(logits[name], exact, precision=runner.precision, unit_error=runner.unit_error)
             for name, runner in runners.items()
         },
+        {name: file_answers(given, labels) for name, given in {REFERENCE: exact, **logits}.items()},
     )
     return record, faults
 

@@ -17,11 +17,11 @@ from kdexport.diagnose.environment import examine_bundle
 from kdexport.errors import BundleError, ConfigError
 from kdexport.gate.accuracy import labelled_images, require_golden_logits
 from kdexport.gate.arms import artifact, open_bundle
+from kdexport.report.check_tables import images_inside
 from kdexport.verify.consistency import check_consistency
 from kdexport.verify.golden import write_golden_set
 from kdexport.verify.own_logits_checks import check_own_logits
 from kdexport.verify.policy import Policy
-from kdexport.verify.report import images_inside
 from kdexport.verify.stored_limits import check_stored_limits
 from kdexport.verify.student_checks import check_golden
 from tests.conftest import Built, Command

@@ -3,7 +3,7 @@ import html
 import pytest
 from rich.console import Console
 
-from kdexport.core.tables import Table, html_page, markdown_page, markdown_table, terminal_table
+from kdexport.core.tables import Table, markdown_page, markdown_table, terminal_table
 
 HOSTILE = "a|b <i>\n\n c & &lt; [red]d[/red]"
 TABLE = Table(title="T", header=("name", ""), rows=((HOSTILE, "1"), ("", "FAILS")), note="How to read it.")
@@ -37,14 +37,6 @@ def test_a_page_has_each_heading_and_note_beside_its_table() -> None:
     assert markdown_page("Title", (TABLE, bare)) == "\n".join(
         ["# Title", "", "## T", "", *markdown_table(TABLE), "", "How to read it.", "", "## U", "", "| x |", "|---|", ""]
     )
-
-
-def test_html_escapes_text_and_marks_what_fails() -> None:
-    page = html_page("name: 1 check failed", (TABLE,), failed=True)
-    assert HOSTILE not in page
-    assert html.escape(HOSTILE) in page
-    assert '<td class="bad">FAILS</td>' in page
-    assert '<div class="verdict bad">1 check failed</div>' in page
 
 
 def test_a_row_of_another_length_than_the_header_is_refused() -> None:

@@ -23,6 +23,7 @@ from kdexport.verify.verdict import Verdict, replay, target_runs
 from tests.conftest import Built, Command
 
 TASK, GOLDEN = "metrics/validation.safetensors", "golden/logits.safetensors"
+ANSWERS = "metrics/answers.safetensors"
 FP16 = "targets/trt-rtx-fp16/model.onnx"
 
 
@@ -53,6 +54,7 @@ def test_a_bundle_as_it_was_built_is_consistent(built: Built) -> None:
     facts = {check.subject: check.detail for check in check_consistency(built.bundle, manifest) if check.holds}
     images = manifest.data["task"]["images"]
     assert facts[TASK] == f"{images} images, figures as in manifest.json"
+    assert facts[ANSWERS] == f"{images} images, predictions as in {TASK}"
     assert facts[GOLDEN] == f"9 of 9 images that are also in {TASK} have its label and prediction"
     assert {"unfused.safetensors", "model.onnx"} < facts.keys()
 
@@ -164,14 +166,54 @@ def test_stored_results_that_were_changed_are_found(
 def test_a_removed_task_is_found_where_its_results_exist(bundle_copy: Path) -> None:
     def edit(data: dict[str, Any]) -> None:
         data["task"] = None
+        del data["answers"]
         for check in data["parity"]:
             check["undecided"] = False
 
     tampered(bundle_copy, edit)
-    assert failed(bundle_copy) == {f"{TASK} task": "the file exists, and manifest.json has no task"}
+    assert failed(bundle_copy) == {
+        f"{TASK} task": "the file exists, and manifest.json has no task",
+        f"{ANSWERS} answers": "the file exists, and manifest.json has none",
+    }
+    (bundle_copy / ANSWERS).unlink()
     (bundle_copy / TASK).unlink()
     (bundle_copy / TASK).parent.rmdir()
     tampered(bundle_copy)
+    assert failed(bundle_copy) == {}
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda t: t[f"{FP16}:classes"].copy_(t[f"{FP16}:classes"].flip(1)), f"of {FP16} are not its predictions"),
+        (lambda t: t["unfused:classes"].copy_(t["unfused:classes"].flip(1)), "of unfused are not its predictions"),
+        (lambda t: t["unfused:ranks"].copy_(9 - t["unfused:ranks"]), "the ranks of unfused are not those"),
+        (lambda t: t[f"{FP16}:ranks"].fill_(10), f"{FP16}:ranks has a value outside of 0 to 9"),
+        (lambda t: t[f"{FP16}:classes"].fill_(-1), f"{FP16}:classes has a value outside of 0 to 9"),
+        (lambda t: t.update({"unfused:logits": t["unfused:logits"][:3]}), "unfused:logits is (3, 5) float32"),
+        (lambda t: t.update({"unfused:logits": t["unfused:logits"].double()}), "float64, expected"),
+        (lambda t: t.pop(f"{FP16}:log_sum_exp"), f"{FP16}:log_sum_exp"),
+    ],
+)
+def test_stored_answers_that_were_changed_are_found(
+    edit: Callable[[dict[str, Tensor]], object], words: str, bundle_copy: Path
+) -> None:
+    tensors_changed(bundle_copy / ANSWERS, edit)
+    tampered(bundle_copy)
+    found = failed(bundle_copy)
+    (told,) = found.values()
+    assert words in told
+
+
+def test_answers_of_a_later_form_are_not_read(bundle_copy: Path) -> None:
+    tampered(bundle_copy, lambda data: data["answers"].update(version=2))
+    (told,) = failed(bundle_copy).values()
+    assert "has the version 2; this version of kdexport reads 1" in told
+
+
+def test_a_bundle_of_an_earlier_version_has_no_answers(bundle_copy: Path) -> None:
+    (bundle_copy / ANSWERS).unlink()
+    tampered(bundle_copy, lambda data: data.pop("answers"))
     assert failed(bundle_copy) == {}
 
 

@@ -1,11 +1,10 @@
-"""The pages of a bundle's manifest for people: report.md for a job summary, and report.html as one file."""
+"""The checks and the origin of a bundle as tables of text, and its verdict as a sentence."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from kdexport.bundle.manifest import has_synthetic_images
-from kdexport.core.tables import Table, html_page, markdown_page
+from kdexport.core.tables import Table
 from kdexport.data.preprocessing import Preprocessing
 from kdexport.verify.check import has_failed
 
@@ -13,15 +12,6 @@ from kdexport.verify.check import has_failed
 RUNGS = ("A", "B", "C", "D")
 
 _PLAN_HEADER = ("plan", "top-1", "flips", "noise", "mean KL, nats", "size", "latency")
-
-
-def write_reports(folder: Path, data: dict[str, Any]) -> None:
-    """Write report.md and report.html of a manifest into the bundle."""
-    title = f"{data['student']['student']}: {verdict_sentence(data)}"
-    tables = report_tables(data)
-    bad = bool(failed_checks(data) or beyond_checks(data)) or (data.get("latency") or {}).get("verdict") == "slower"
-    (folder / "report.md").write_text(markdown_page(title, tables), encoding="utf-8")
-    (folder / "report.html").write_text(html_page(title, tables, failed=bad), encoding="utf-8")
 
 
 def failed_checks(data: dict[str, Any]) -> list[dict[str, Any]]:
@@ -317,7 +307,9 @@ def images_inside(data: dict[str, Any]) -> str:
     if has_synthetic_images(data):
         return f"{count} computed images; no image of a data set is inside"
     positions = ", ".join(map(str, described["positions"]))
-    return f"{count} images of the validation split without metadata, at the positions {positions}"
+    shown = ", ".join(map(str, data.get("report_images", ())))
+    in_report = f"; report.html shows those at the positions {shown}, scaled down" if shown else ""
+    return f"{count} images of the validation split without metadata, at the positions {positions}{in_report}"
 
 
 def hazard_rows(data: dict[str, Any]) -> list[tuple[str, str, str]]:

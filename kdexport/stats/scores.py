@@ -74,18 +74,42 @@ class Scores:
         return [(names[true], names[said], int(wrong[true, said])) for true, said in pairs if wrong[true, said]]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class Answered:
+    """What the scores of N images take of their logits: the predicted class (N,), the probability of that class (N,),
+    and the rank of the true class (N,), from 0; ties count against it, as its place is not decided.
+    """
+
+    predicted: NDArray[np.integer[Any]]
+    confidence: NDArray[np.floating[Any]]
+    rank: NDArray[np.integer[Any]]
+
+
+def true_ranks(logits: NDArray[np.floating[Any]], labels: NDArray[np.integer[Any]]) -> NDArray[np.int64]:
+    """The rank (N,) of the class ``labels`` (N,) among logits (N,K), from 0, ties counted against it."""
+    own = np.take_along_axis(logits, labels[:, None].astype(np.int64), axis=1)
+    # The smaller ones are counted, so that a logit that is not a number is never behind the true class.
+    return np.asarray(logits.shape[1] - 1 - (logits < own).sum(axis=1), np.int64)
+
+
 def score(logits: NDArray[np.floating[Any]], labels: NDArray[np.int64], classes: tuple[str, ...]) -> Scores:
     """Judge logits (N,K) of images with ``labels`` (N,), N at least 1."""
+    found = Answered(
+        predicted=logits.argmax(axis=1).astype(np.int64),
+        confidence=probabilities_of(logits).max(axis=1),
+        rank=true_ranks(logits, labels),
+    )
+    return score_answers(found, labels, classes)
+
+
+def score_answers(found: Answered, labels: NDArray[np.integer[Any]], classes: tuple[str, ...]) -> Scores:
+    """Judge the answers to images with ``labels`` (N,), N at least 1."""
     count, k = len(labels), min(TOP_K, len(classes))
-    predicted = logits.argmax(axis=1).astype(np.int64)
-    right = predicted == labels
-    # The rank of the true class: ties count against it, as its place is not decided.
-    own = np.take_along_axis(logits, labels[:, None], axis=1)
-    rank = (logits > own).sum(axis=1) + ((logits == own).sum(axis=1) - 1)
-    in_top = right | (rank < k)
-    confidence = probabilities_of(logits).max(axis=1)
+    right = found.predicted == labels
+    in_top = right | (found.rank < k)
+    confidence = found.confidence.astype(np.float64)
     confusion = np.zeros((len(classes), len(classes)), np.int64)
-    np.add.at(confusion, (labels, predicted), 1)
+    np.add.at(confusion, (labels, found.predicted), 1)
     return Scores(
         images=count,
         top1=estimate_proportion(int(right.sum()), count, CONFIDENCE),
@@ -114,17 +138,20 @@ def _bin_of(confidence: NDArray[np.float64]) -> NDArray[np.int64]:
     return np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
 
 
+def calibration_error(confidence: NDArray[np.float64], right: NDArray[np.bool_]) -> float:
+    """The expected calibration error of answers with ``confidence`` (N,) of which some are ``right`` (N,)."""
+    sums = np.bincount(_bin_of(confidence), weights=confidence - right, minlength=BINS)
+    return float(np.abs(sums).sum() / len(right))
+
+
 def _calibration_error(confidence: NDArray[np.float64], right: NDArray[np.bool_]) -> Estimate:
-    places, gaps, count = _bin_of(confidence), confidence - right, len(right)
-
-    def error(chosen: "NDArray[np.int64] | slice") -> float:
-        sums = np.bincount(places[chosen], weights=gaps[chosen], minlength=BINS)
-        return float(np.abs(sums).sum() / count)
-
-    rng = np.random.default_rng(_SEED)
-    resampled = [error(rng.integers(0, count, count)) for _ in range(_RESAMPLES)]
+    rng, count = np.random.default_rng(_SEED), len(right)
+    resampled = []
+    for _ in range(_RESAMPLES):
+        chosen = rng.integers(0, count, count)
+        resampled.append(calibration_error(confidence[chosen], right[chosen]))
     low, high = np.quantile(resampled, (1 - CONFIDENCE, CONFIDENCE))
-    return Estimate(value=error(slice(None)), low=float(low), high=float(high))
+    return Estimate(value=calibration_error(confidence, right), low=float(low), high=float(high))
 
 
 def _bins(confidence: NDArray[np.float64], right: NDArray[np.bool_]) -> tuple[CalibrationBin, ...]:

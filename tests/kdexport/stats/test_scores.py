@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from kdexport.inference.scores import BINS, score
+from kdexport.stats.scores import BINS, score
 
 CLASSES = tuple("abcdefg")
 
@@ -66,7 +66,7 @@ def test_the_calibration_error_is_that_of_a_loop_over_the_bins() -> None:
 
 
 def test_the_interval_of_top1_covers_the_truth_as_often_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kdexport.inference.scores._RESAMPLES", 1)
+    monkeypatch.setattr("kdexport.stats.scores._RESAMPLES", 1)
     rng = np.random.default_rng(11)
     covered = 0
     for _ in range(200):
