@@ -11,6 +11,7 @@ from kdexport import __version__
 from kdexport.commands.bench import bench
 from kdexport.commands.build import build
 from kdexport.commands.calibrate_runner import calibrate_runner
+from kdexport.commands.diff import diff
 from kdexport.commands.doctor import doctor
 from kdexport.commands.evaluate import evaluate
 from kdexport.commands.explain import explain
@@ -75,6 +76,7 @@ _add(explain_failure)
 _add(fuse)
 _add(predict)
 _add(evaluate)
+_add(diff)
 _add(bench)
 _add(gate)
 _add(calibrate_runner)

@@ -14,7 +14,7 @@ from kdexport.core.digests import sha256_file
 from kdexport.errors import ConfigError, UnknownNameError
 from kdexport.stats.proportions import Estimate, estimate_proportion
 from kdexport.stats.scores import CONFIDENCE, Scores, calibration_error, score_answers
-from kdexport.targets import Target, parse_target
+from kdexport.targets import DEFAULT_TARGET, Target, parse_target
 from kdexport.verify.answers import FileAnswers, load_answers
 from kdexport.verify.policy import stored_policy
 from kdexport.verify.stored_results import TaskRecord, load_record, record_name
@@ -113,6 +113,13 @@ def _target_facts(name: str, entry: Mapping[str, Any], data: Mapping[str, Any], 
     target = _known(name)
     results, by_reference = _results(name, target, evidence)
     times = data.get("target_times") or {"targets": {}, "not_timed": {}}
+    compared = data.get("latency")
+    if name == DEFAULT_TARGET and compared and not times["targets"]:
+        # Bundles of earlier versions have the comparison with the unfused student alone.
+        times = {
+            "targets": {name: {"ms": compared["candidate_ms"], "sessions": compared["sessions"], "ratio": 1.0}},
+            "not_timed": {},
+        }
     executed = entry.get("executed")
     measured = (data.get("task") or {}).get("files", {}).get(results)
     images = (data.get("task") or {}).get("images", 0)

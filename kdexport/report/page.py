@@ -11,6 +11,7 @@ import numpy as np
 from kdexport.core.tables import Table, markdown_page
 from kdexport.data.preprocessing import Preprocessing
 from kdexport.report import figures
+from kdexport.report.bundle_diff import BundleDiff, diff_tables
 from kdexport.report.check_tables import (
     beyond_checks,
     failed_checks,
@@ -110,6 +111,39 @@ def report_html(data: dict[str, Any], evidence: Evidence) -> str:
     )
 
 
+def diff_html(diff: BundleDiff) -> str:
+    """Two bundles beside each other as one file that loads nothing."""
+    a, b = diff.a, diff.b
+    points = [
+        TargetPoint(
+            name=f"{pair.name} {side}",
+            megabytes=None if facts.bytes is None else facts.bytes / 1e6,
+            latency_ms=None if facts.latency is None else _finite(facts.latency["ms"]),
+            top1=facts.top1,
+        )
+        for pair in diff.targets
+        for side, facts in (("A", pair.a), ("B", pair.b))
+        if facts is not None
+    ]
+    said = "Size, latency and top-1 of each target in A and in B; the numbers are in the table of targets."
+    return render(
+        "diff",
+        title=f"{a.student}: {a.folder} and {b.folder}",
+        name=f"{a.student}: A and B" if a.student == b.student else f"{a.student} and {b.student}",
+        word="Same" if diff.same else "Differ",
+        bad=not (a.passes and b.passes),
+        sentence=_diff_sentence(diff),
+        tables=diff_tables(diff),
+        picture=Plot(title="A and B", svg=_drawn(figures.target_panels, points, None), said=said, caption=said),
+    )
+
+
+def _diff_sentence(diff: BundleDiff) -> str:
+    failed = [name for name, side in (("A", diff.a), ("B", diff.b)) if not side.passes]
+    passed = f"{' and '.join(failed)} did not pass at the build" if failed else "both passed at their build"
+    return f"{len(diff.files)} files differ; {passed}." if diff.files else f"Every file is the same; {passed}."
+
+
 def render(template: str, **values: Any) -> str:
     """A page by jinja2. Every value is escaped; only the plots of ``figures`` are markup."""
     return str(_environment().get_template(template).render(**values))
@@ -121,7 +155,7 @@ def _environment() -> "Environment":
 
     from kdexport.report import templates
 
-    pages = {"macros": templates.MACROS, "report": templates.REPORT}
+    pages = {"macros": templates.MACROS, "report": templates.REPORT, "diff": templates.DIFF}
     environment = Environment(
         loader=DictLoader(pages), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

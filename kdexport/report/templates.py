@@ -26,7 +26,7 @@ thead th{color:var(--muted);font-weight:600;font-size:.875rem}
 tbody th{font-weight:600}
 td.number,th.number{text-align:right}
 td.bad{color:var(--bad);font-weight:700}
-.cards td span{white-space:nowrap}
+.short{white-space:nowrap}
 td small{display:block;color:var(--muted);font-size:.8125rem}
 .plots{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(21rem,100%),1fr));gap:1rem;margin-top:1rem}
 .plots>figure,.card{background:var(--raised);border-radius:.5rem;padding:.9rem;margin:0;min-width:0}
@@ -54,7 +54,7 @@ details h3{margin-top:1.6rem}
 .cards th,.cards td,.cards td.number{border:0;padding:.12rem 0;text-align:left}
 .cards td{display:grid;grid-template-columns:8.5rem 1fr}
 .cards td::before{content:attr(data-label);color:var(--muted);grid-row:span 2}
-.cards .cards td span{white-space:nowrap}
+.cards .short{white-space:nowrap}
 td small{grid-column:2}
 dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:.5rem}
 }
@@ -84,7 +84,9 @@ MACROS = """
 {%- else %}<td{% if cards %} role="cell" data-label="{{ shown.header[loop.index0] }}"{% endif %}
 {%- if cell is failing %} class="bad"{% endif %}>
 {%- if not cards %}{{ cell }}{% else %}{% for part in cell.split("\\n") %}
-{%- if loop.first %}<span>{{ part }}</span>{% else %}<small>{{ part }}</small>{% endif %}{% endfor %}{% endif %}</td>
+{%- if not loop.first %}<small>{{ part }}</small>
+{%- else %}<span{% if part|length < 20 %} class="short"{% endif %}>{{ part }}</span>
+{%- endif %}{% endfor %}{% endif %}</td>
 {%- endif %}{% endfor %}</tr>
 {% endfor -%}
 </tbody></table></div>
@@ -141,6 +143,18 @@ REPORT = (
 <details><summary>{{ tables|length }} tables: {{ tables|map(attribute="title")|join(", ") }}</summary>
 {%- for shown in tables %}<h3>{{ shown.title }}</h3>{{ table(shown) }}{% endfor %}
 </details></section>
+"""
+    + _FOOT
+)
+
+DIFF = (
+    '{%- from "macros" import table, plot -%}'
+    + _HEAD
+    + """<header><h1>{{ name }}</h1>
+<p class="verdict{% if bad %} bad{% endif %}"><strong>{{ word }}</strong><span>{{ sentence }}</span></p></header>
+{%- for shown in tables %}<section><h2>{{ shown.title }}</h2>{{ table(shown, cards=true) }}</section>
+{% endfor %}
+<section><h2>Targets beside each other</h2><div class="plots">{{ plot(picture) }}</div></section>
 """
     + _FOOT
 )

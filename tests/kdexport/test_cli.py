@@ -119,6 +119,7 @@ def test_the_options_of_each_command_are_frozen() -> None:
             "--signature", "bundle",
         ],
         "inspect": ["--debug", "--json", "--plugin", "bundle"],
+        "diff": ["--debug", "--html", "--json", "--plugin", "a", "b"],
         "list": ["--debug", "--json", "--plugin", "kind"],
         "doctor": ["--debug", "--json", "--plugin", "--target", "bundle"],
         "explain": ["--debug", "--json", "code"],
