@@ -55,8 +55,9 @@ class OrtModel:
     nodes_by_provider: dict[str, int]
     #: The pixels that the file takes; None if it takes normalised images.
     takes: PixelInput | None = None
-    #: The output that holds the logits; looked up once, because timed runs call ``logits``.
+    #: The output that holds the logits, and the input; looked up once, because timed runs call ``logits``.
     logits_name: str = LOGITS
+    input_name: str = ""
 
     def logits(self, images: Given) -> NDArray[np.float32]:
         """(N,3,S,S) float32, or pixels in the layout of a file that takes them, to logits (N,K)."""
@@ -65,7 +66,8 @@ class OrtModel:
     def outputs(self, images: Given, names: Sequence[str]) -> list[NDArray[np.float32]]:
         """The named outputs for the same ``images`` as ``logits`` takes."""
         given = images if self.takes is None else self.takes.given(images)
-        return list(map(np.asarray, self.session.run(names, {self.session.get_inputs()[0].name: given})))
+        name = self.input_name or self.session.get_inputs()[0].name
+        return list(map(np.asarray, self.session.run(names, {name: given})))
 
 
 def _logits_of(session: Any) -> str:
@@ -123,7 +125,8 @@ def load_model(
     counts: Counter[str] = Counter()
     for graph in session.get_provider_graph_assignment_info():
         counts[graph.ep_name] += len(graph.get_nodes())
-    return OrtModel(session, dict(counts), _pixels_taken(session, path), _logits_of(session))
+    name = str(session.get_inputs()[0].name)
+    return OrtModel(session, dict(counts), _pixels_taken(session, path), _logits_of(session), name)
 
 
 def _pixels_taken(session: Any, path: Path) -> PixelInput | None:

@@ -104,7 +104,7 @@ class TokenCheck:
         if scope["type"] == "http" and scope["path"] not in _PATHS_WITHOUT_TOKEN:
             request = Request(scope)
             try:
-                self._service.authorise(request.headers)
+                self._service.authorise(request.headers.get("authorization", ""))
             except RequestError as error:
                 await _answer_request_error(request, error)(scope, receive, send)
                 return

@@ -27,6 +27,9 @@ Logits = NDArray[np.float32]
 
 #: The longest run on the event loop: two hand-overs between threads take about half of it.
 _INLINE_SECONDS = 0.001
+#: After a run on the event loop that took longer than this, models run in threads for a while.
+_LONG_INLINE_SECONDS = 0.01
+_LONG_INLINE_PAUSE_SECONDS = 0.1
 #: A larger batch is chosen only if it is at least this much faster per image; a smaller gain only adds waiting.
 _MIN_SPEEDUP = 1.1
 #: Each size is timed this often, and quick ones until this many seconds have passed. The quickest run counts, because
@@ -108,6 +111,7 @@ class Instances:
         self._capacity = capacity
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._pending = 0
+        self._inline_again = 0.0
         self._threads = [threading.Thread(target=self._work, name=f"instance-{n}", daemon=True) for n in range(count)]
         for thread in self._threads:
             thread.start()
@@ -133,16 +137,33 @@ class Instances:
         queued_ns = time.monotonic_ns()
         self._pending += 1
         try:
-            if pace.quick(len(images)):
+            if self.inline_allowed and pace.quick(len(images)):
                 # Let requests that arrived at the same time reach the queue.
                 await asyncio.sleep(0)
                 if time.monotonic_ns() - queued_ns > queue_seconds * 1e9:
                     raise _queue_timeout(queue_seconds)
                 if self._pending == 1:
-                    return _run_inline(model, images, queued_ns)
+                    return self.run_inline(model, images, queued_ns)
             return await self._in_thread(model, images, queue_seconds, queued_ns, pace.together)
         finally:
             self._pending -= 1
+
+    @property
+    def inline_allowed(self) -> bool:
+        """Whether models may run on the event loop now: not for a while after a run that took much too long."""
+        return time.monotonic() >= self._inline_again
+
+    def run_inline(self, model: Runnable, images: Given, queued_ns: int) -> Timed:
+        """Run a quick model in the thread of the caller, that of the event loop."""
+        started = time.monotonic_ns()
+        try:
+            logits = model.logits(images)
+        finally:
+            ended = time.monotonic_ns()
+            if ended - started > _LONG_INLINE_SECONDS * 1e9:
+                # Values near zero, for example, make some processors a hundred times slower.
+                self._inline_again = ended / 1e9 + _LONG_INLINE_PAUSE_SECONDS
+        return Timed(logits, started - queued_ns, ended - started, len(images))
 
     async def _in_thread(
         self, model: Runnable, images: Given, queue_seconds: float, queued_ns: int, together: int
@@ -209,12 +230,6 @@ def _queue_timeout(seconds: float) -> RequestError:
         status=503,
         reason="queue_timeout",
     )
-
-
-def _run_inline(model: Runnable, images: Given, queued_ns: int) -> Timed:
-    started = time.monotonic_ns()
-    logits = model.logits(images)
-    return Timed(logits, started - queued_ns, time.monotonic_ns() - started, len(images))
 
 
 def _run(batch: list[_Job]) -> None:

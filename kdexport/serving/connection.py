@@ -17,23 +17,33 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from kdexport.serving.limits import Limits
+from kdexport.serving.merged_runs import MergedRuns
 from kdexport.serving.metrics import Metrics
 
 #: The application's deadline for a body ends this much earlier, because its response gives the reason.
 _BODY_SLACK_SECONDS = 2.0
 #: Requests of one connection that may wait for an earlier response; common clients send one at a time.
 _MAX_PIPELINED = 8
+#: How long the first part of a plain request waits for the rest of it before the parser reads it.
+_REST_SECONDS = 0.005
+#: When a connection that is busy at the end of its time to live is looked at again.
+_BUSY_SECONDS = 1.0
+_OK = b"HTTP/1.1 200 OK\r\n"
 
 
 class ConnectionPool:
     """The open connections of a listener, and the idle ones among them in the order in which they became idle."""
 
-    def __init__(self, limits: Limits, metrics: Metrics | None = None) -> None:
+    def __init__(self, limits: Limits, metrics: Metrics | None = None, runs: MergedRuns | None = None) -> None:
+        """``runs`` answers plain requests; without it the application answers all of them."""
         self.limits = limits
         self.metrics = metrics
+        self.runs = runs
         self.open: set[Connection] = set()
         self.idle: dict[Connection, None] = {}
         self.closing = False
+        #: The line of each response with the time.
+        self.date_line = b""
 
     def add(self, connection: "Connection") -> bool:
         """Add a connection, and at the limit close the longest idle one for it; False if none is idle."""
@@ -96,6 +106,13 @@ class Connection(HttpToolsProtocol):
         self._body_open = False
         self._admitted = False
         self._pipelining = False
+        # Whether the next byte is the first of a request.
+        self._between_requests = True
+        self._is_plain_pending = False
+        self._first_part = b""
+        self._rest_timer: asyncio.TimerHandle | None = None
+        self._unread: list[bytes] = []
+        self._quiet_since = 0.0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -109,12 +126,103 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_deadline()
         self._stop_write_deadline()
+        self._take_first_part()
         self._pool.remove(self)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
+        if self._is_plain_pending:
+            # The response to the request before these bytes comes first.
+            self._unread.append(data)
+            self.flow.pause_reading()
+        elif not self._take_plain(data):
+            self._parse(self._take_first_part() + data)
+
+    def _take_plain(self, data: bytes) -> bool:
+        """Whether ``data``, after the first part of the request, is a plain request or a part of one, and was taken."""
+        runs = self._pool.runs
+        if runs is None or not self._between_requests or not self._is_served or self._pool.closing:
+            return False
+        data = self._first_part + data
+        head = None if self.flow.write_paused else runs.heads.read(data)
+        if head is None or len(data) > head.size + head.length:
+            return False
+        if len(data) < head.size + head.length:
+            self._first_part = data
+            if self._rest_timer is None:
+                self._rest_timer = self.loop.call_later(_REST_SECONDS, self._parse_first_part)
+            return True
+        if not runs.accept(self, head, data):
+            return False
+        self._take_first_part()
+        self._is_plain_pending = True
+        self._stop_deadline()
+        self._pool.mark_busy(self)
+        return True
+
+    def _take_first_part(self) -> bytes:
+        if self._rest_timer is not None:
+            self._rest_timer.cancel()
+            self._rest_timer = None
+        first, self._first_part = self._first_part, b""
+        return first
+
+    def _parse_first_part(self) -> None:
+        if not self.transport.is_closing():
+            self._parse(self._take_first_part())
+
+    @property
+    def host(self) -> str | None:
+        """The address of the client."""
+        return self.client[0] if self.client else None
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the connection is closed, or being closed."""
+        return self.transport.is_closing()
+
+    def answer(self, lines: bytes, body: bytes) -> None:
+        """Answer the plain request with status 200; ``lines`` are those of its header that the application would send.
+
+        They stand where the cycle of the parser puts them.
+        """
+        closing = self._pool.closing
+        end = b"connection: close\r\n\r\n" if closing else b"\r\n"
+        self.transport.write(b"".join((_OK, self._pool.date_line, lines, end, body)))
+        self._is_plain_pending = False
+        if closing:
+            self.transport.close()
+            self._start_write_deadline()
+            return
+        self._pool.mark_idle(self)
+        self._quiet_since = self.loop.time()
+        if self.timeout_keep_alive_task is None:
+            self._wait_for_next(self.timeout_keep_alive)
+        self._read_on(b"")
+
+    def give_back(self, data: bytes) -> None:
+        """Let the application answer the plain request, whose bytes are ``data``."""
+        self._is_plain_pending = False
+        self._read_on(data)
+
+    def _read_on(self, data: bytes) -> None:
+        """Parse ``data``, and read what arrived while a plain request was pending."""
+        unread, self._unread = b"".join(self._unread), []
+        if unread:
+            self.flow.resume_reading()
+        if self.transport.is_closing():
+            return
+        if data:
+            self._parse(data + unread)
+        elif unread:
+            self.data_received(unread)
+
+    def _wait_for_next(self, seconds: float) -> None:
+        self.timeout_keep_alive_task = self.loop.call_later(seconds, self.timeout_keep_alive_handler)
+
+    def _parse(self, data: bytes) -> None:
         super().data_received(data)
         if self.parser is None or self.transport.is_closing():
             return
@@ -129,7 +237,12 @@ class Connection(HttpToolsProtocol):
     @property
     def is_idle(self) -> bool:
         """Whether the connection has no open body and no request without a response."""
-        return not self._body_open and (self.cycle is None or self.cycle.response_complete)
+        return self._is_served and not self._is_plain_pending and not self._first_part
+
+    @property
+    def _is_served(self) -> bool:
+        """Whether all that the parser has read is a number of whole requests, each with its response."""
+        return not self._body_open and (self.cycle is None or self.cycle.response_complete) and not self.pipeline
 
     def on_message_begin(self) -> None:
         if len(self.pipeline) >= _MAX_PIPELINED:
@@ -140,6 +253,7 @@ class Connection(HttpToolsProtocol):
             self._pipelining = True
             self._pool.mark_idle(self)
         super().on_message_begin()
+        self._between_requests = False
         self._in_header, self._header_bytes = True, 0
         if self._deadline is None:
             self._start_header_deadline()
@@ -170,6 +284,8 @@ class Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._body_open = False
+        # After a request for another protocol nothing is plain.
+        self._between_requests = not self.parser.should_upgrade()
         self._stop_deadline()
         super().on_message_complete()
 
@@ -195,7 +311,11 @@ class Connection(HttpToolsProtocol):
         super().resume_writing()
 
     def timeout_keep_alive_handler(self) -> None:
-        if self.transport.get_write_buffer_size():
+        # One timer serves many plain requests, each of which starts the time again.
+        left = self._quiet_since + self.timeout_keep_alive - self.loop.time()
+        if left > 0 or not self.is_idle:
+            self._wait_for_next(left if left > 0 else _BUSY_SECONDS)
+        elif self.transport.get_write_buffer_size():
             self.transport.abort()
         else:
             super().timeout_keep_alive_handler()

@@ -1,8 +1,11 @@
 """The HTTP endpoints: Open Inference Protocol v2 (health, metadata, statistics, inference) and image classification."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import Request
@@ -14,10 +17,12 @@ from kdexport.backends.pixel_input import Given
 from kdexport.errors import RequestError
 from kdexport.serving.images import decode_upload
 from kdexport.serving.loading import LoadedModel
+from kdexport.serving.repository import Repository
 from kdexport.serving.requests import INLINE_BYTES, Body, ModelRequest, respond
 from kdexport.serving.service import Service
 from kdexport.serving.wire import (
     HEADER_LENGTH,
+    InferRequest,
     Prediction,
     Predictions,
     body_limit,
@@ -153,7 +158,7 @@ async def infer(request: Request) -> Response:
     """Inference by the Open Inference Protocol v2, JSON or binary."""
     service, model = _service(request), _model(request)
     run = ModelRequest(service, request, model)
-    header_length = _header_length(request.headers.get(HEADER_LENGTH))
+    header_length = read_header_length(request.headers.get(HEADER_LENGTH))
     limit = body_limit(model.signature, service.limits, binary=header_length is not None)
 
     async def work(body: Body) -> Response:
@@ -163,18 +168,21 @@ async def infer(request: Request) -> Response:
         if parsed.header.parameters.timeout:
             run.queue_seconds = min(run.queue_seconds, parsed.header.parameters.timeout / 1e6)
         logits = await run.infer(parsed.images)
-        content, length = write_response(
-            parsed.header, logits, model.signature, model=model.name, version=str(model.version)
-        )
-        if length is None:
-            return Response(content, media_type="application/json")
-        headers = {HEADER_LENGTH: str(length)}
-        return Response(content, media_type="application/octet-stream", headers=headers)
+        return infer_response(parsed.header, logits, model)
 
     return await respond(run, limit, work)
 
 
-def _header_length(value: str | None) -> int | None:
+def infer_response(header: InferRequest, logits: NDArray[np.float32], model: LoadedModel) -> Response:
+    """The response to a request with this header, for the logits (n,K) of its images."""
+    content, length = write_response(header, logits, model.signature, model=model.name, version=str(model.version))
+    if length is None:
+        return Response(content, media_type="application/json")
+    return Response(content, media_type="application/octet-stream", headers={HEADER_LENGTH: str(length)})
+
+
+def read_header_length(value: str | None) -> int | None:
+    """The value of Inference-Header-Content-Length, None without one; raises ``RequestError``."""
     if value is None:
         return None
     if not (value.isascii() and value.isdigit()) or len(value) > _MAX_DIGITS:
@@ -188,8 +196,9 @@ def _header_length(value: str | None) -> int | None:
 async def classify(request: Request) -> Response:
     """The most probable labels of a JPEG, PNG or WebP image: the body, or the only file of a multipart form."""
     service = _service(request)
-    model = _queried_model(service, request)
-    top = _top(request.query_params.get("top"), model)
+    query = request.query_params
+    model = queried_model(service.repository, query)
+    top = read_top(query.get("top"), model)
     run = ModelRequest(service, request, model)
     content_type = request.headers.get("content-type", "")
     uploaded = service.statistics(model).uploaded
@@ -205,36 +214,42 @@ async def classify(request: Request) -> Response:
         if not body:
             raise RequestError("The body is empty.", remedy="Send a JPEG, PNG or WebP image.")
         (logits,) = await run.infer(await service.off_loop(decode, body))
-        probabilities = probabilities_of(logits)
-        predictions: list[Prediction] = [
-            {"label": model.signature.classes[index], "index": index, "probability": float(probabilities[index])}
-            for index in rank(logits, top)
-        ]
-        answer: Predictions = {
-            "model_name": model.name,
-            "model_version": str(model.version),
-            "predictions": predictions,
-        }
-        return JSONResponse(answer)
+        return classify_response(logits, top, model)
 
     return await respond(run, service.limits.body, work)
 
 
-def _queried_model(service: Service, request: Request) -> LoadedModel:
-    """The model that the query names, or the only one."""
-    name = request.query_params.get("model")
+def classify_response(logits: NDArray[np.float32], top: int, model: LoadedModel) -> Response:
+    """The ``top`` most probable labels of an image with logits (K,)."""
+    probabilities = probabilities_of(logits)
+    predictions: list[Prediction] = [
+        {"label": model.signature.classes[index], "index": index, "probability": float(probabilities[index])}
+        for index in rank(logits, top)
+    ]
+    answer: Predictions = {
+        "model_name": model.name,
+        "model_version": str(model.version),
+        "predictions": predictions,
+    }
+    return JSONResponse(answer)
+
+
+def queried_model(repository: Repository, query: Mapping[str, str]) -> LoadedModel:
+    """The model that the query names, or the only one; raises ``RequestError``."""
+    name = query.get("model")
     if name is None:
-        names = sorted({key for key, _ in service.repository.models})
+        names = sorted({key for key, _ in repository.models})
         if len(names) != 1:
             raise RequestError(
                 f"The request names no model, and the server has {len(names)}.",
                 remedy=f"Add ?model=NAME with one of {', '.join(names)}.",
             )
         name = names[0]
-    return service.repository.find(name, request.query_params.get("version"))
+    return repository.find(name, query.get("version"))
 
 
-def _top(value: str | None, model: LoadedModel) -> int:
+def read_top(value: str | None, model: LoadedModel) -> int:
+    """The number of labels that a query asks for; raises ``RequestError``."""
     classes = len(model.signature.classes)
     if value is None:
         return min(_DEFAULT_TOP, classes)

@@ -1,8 +1,9 @@
 """The identity of each request: taken from the client or made, echoed in the response, and in the access log."""
 
+import os
 import re
 import time
-import uuid
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,6 +18,7 @@ _ACCEPTED = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 #: W3C Trace Context, level 1: version, trace, parent and flags.
 _TRACEPARENT = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
 _USER_AGENT_CHARACTERS = 200
+_RANDOM_BYTES = 16
 
 
 class RequestIdentity:
@@ -32,7 +34,7 @@ class RequestIdentity:
             await self._app(scope, receive, send)
             return
         given = dict(scope["headers"])
-        identity = _identity(given.get(b"x-request-id", b""))
+        identity = identity_of(given)
         began, status, size = time.perf_counter(), 500, 0
 
         async def answer(message: Message) -> None:
@@ -49,26 +51,41 @@ class RequestIdentity:
         finally:
             if self._log is not None:
                 seconds = time.perf_counter() - began
-                self._log.write(_entry(scope, given, identity, status=status, size=size, seconds=seconds))
+                client = scope.get("client")
+                self._log.write(
+                    log_entry(
+                        given, identity, client=client[0] if client else None, method=scope["method"],
+                        path=scope["path"], status=status, size=size, seconds=seconds,
+                    )
+                )  # fmt: skip
 
 
-def _identity(given: bytes) -> str:
-    return given.decode("ascii") if _ACCEPTED.fullmatch(given) else uuid.uuid4().hex
+def identity_of(given: Mapping[bytes, bytes]) -> str:
+    """The identity of a request with these headers, whose names are lower-case: the client's, or a new one."""
+    own = given.get(b"x-request-id", b"")
+    return own.decode("ascii") if _ACCEPTED.fullmatch(own) else os.urandom(_RANDOM_BYTES).hex()
 
 
-def _entry(
-    scope: Scope, given: dict[bytes, bytes], identity: str, *, status: int, size: int, seconds: float
+def log_entry(
+    given: Mapping[bytes, bytes],
+    identity: str,
+    *,
+    client: str | None,
+    method: str,
+    path: str,
+    status: int,
+    size: int,
+    seconds: float,
 ) -> dict[str, Any]:
     """The line of a request. Neither its query nor its body is in it, nor the token."""
     trace = _TRACEPARENT.fullmatch(given.get(b"traceparent", b""))
-    client = scope.get("client")
     return {
         "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
         "request_id": identity,
         "trace_id": trace[1].decode() if trace else None,
-        "client": client[0] if client else None,
-        "method": scope["method"],
-        "path": scope["path"],
+        "client": client,
+        "method": method,
+        "path": path,
         "status": status,
         "response_bytes": size,
         "ms": round(seconds * 1000, 3),

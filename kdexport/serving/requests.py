@@ -26,7 +26,8 @@ _WATCH_AFTER_SECONDS = 0.005
 _MAX_DIGITS = 18
 #: zlib's window bits by Content-Encoding: with a gzip header, with a zlib header.
 _WINDOW_BITS = {"gzip": 16 + zlib.MAX_WBITS, "x-gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
-_CLIENT_CLOSED_REQUEST = 499
+#: The status of a request whose client closed its connection; nobody receives it.
+CLIENT_CLOSED_REQUEST = 499
 #: Compressed bodies are read, and decompressed, in parts of this many bytes.
 _DECOMPRESSED_PART = 64 * 1024
 
@@ -125,7 +126,6 @@ async def respond(run: ModelRequest, limit: int, work: Work) -> Response:
     """
     service, watch = run.service, run.watch
     statistics = service.statistics(run.model)
-    pending = service.metrics.pending.labels(run.model.name, str(run.model.version))
     try:
         service.instances  # noqa: B018, raises before anything is read if the server has not started
         headers = run.request.headers
@@ -136,7 +136,7 @@ async def respond(run: ModelRequest, limit: int, work: Work) -> Response:
             limit=limit,
         )
         reserved = expected.length if expected.declared else 0
-        with service.admission.enter(reserved) as reservation, pending.track_inprogress():
+        with service.admission.enter(reserved) as reservation, statistics.in_progress():
             response = await _within_deadline(run, expected, reservation, work)
     except RequestError as error:
         if error.status == 429 or "queue" not in watch.parts:
@@ -146,7 +146,7 @@ async def respond(run: ModelRequest, limit: int, work: Work) -> Response:
     except ClientDisconnectedError:
         statistics.failed("canceled", watch.total)
         # No client receives this; without a response the ASGI server would log an error.
-        return Response(status_code=_CLIENT_CLOSED_REQUEST)
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
     except Exception:
         statistics.failed("internal", watch.total)
         raise

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -30,6 +31,7 @@ from kdexport.serving.listening import (
     listen,
     require_own_answers,
 )
+from kdexport.serving.merged_runs import MergedRuns
 from kdexport.serving.metrics import Metrics
 from kdexport.serving.request_identity import RequestIdentity
 from kdexport.serving.service import Service
@@ -68,8 +70,16 @@ class Surroundings:
 class Listener:
     """A socket, the application behind it, and its open connections."""
 
-    def __init__(self, app: Any, sock: socket.socket, limits: Limits, *, metrics: Metrics | None = None) -> None:
-        self.pool = ConnectionPool(limits, metrics)
+    def __init__(
+        self,
+        app: Any,
+        sock: socket.socket,
+        limits: Limits,
+        *,
+        metrics: Metrics | None = None,
+        runs: MergedRuns | None = None,
+    ) -> None:
+        self.pool = ConnectionPool(limits, metrics, runs)
         self._socket = sock
         self._config = Config(
             app,
@@ -111,7 +121,9 @@ class Listener:
 
     def update_date_header(self) -> None:
         """Set the Date header of responses to the current time."""
-        self._state.default_headers = [(b"date", formatdate(time.time(), usegmt=True).encode())]
+        date = formatdate(time.time(), usegmt=True).encode()
+        self._state.default_headers = [(b"date", date)]
+        self.pool.date_line = b"date: %s\r\n" % date
 
     async def stop(self, seconds: float) -> int:
         """Stop accepting and answer all connected clients; returns the number of requests cut off after ``seconds``."""
@@ -177,7 +189,10 @@ class Server:
         self._log = None if destination is None else AccessLog(destination, dropped)
         self._address = address
         self._sockets = bind_all(address)
-        self._main = Listener(RequestIdentity(app, self._log), self._sockets.requests, limits, metrics=service.metrics)
+        # Only the application makes spans.
+        runs = None if surroundings.tracing else MergedRuns(service, self._log)
+        app = RequestIdentity(app, self._log)
+        self._main = Listener(app, self._sockets.requests, limits, metrics=service.metrics, runs=runs)
         self._metrics = Listener(create_metrics_app(service), self._sockets.metrics, limits)
         self._reload_wanted: asyncio.Event
         self._signals = 0
@@ -200,6 +215,9 @@ class Server:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop, stopping)
         loop.add_signal_handler(signal.SIGHUP, self._reload_wanted.set)
+        # What is loaded lives as long as the server: no search for garbage in the middle of a request looks at it.
+        gc.collect()
+        gc.freeze()
         listen(self._sockets, self._address)
         await self._main.start(context)
         await self._metrics.start(None)

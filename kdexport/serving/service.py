@@ -6,7 +6,7 @@ import logging
 import math
 import secrets
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -60,9 +60,8 @@ class Admission:
         self.reserved = 0
         self._lock = threading.Lock()
 
-    @contextmanager
-    def enter(self, size: int = 0) -> Iterator[Reservation]:
-        """Reserve a place and ``size`` bytes for the block; raises ``RequestError`` with status 429 at the limit."""
+    def open(self, size: int = 0) -> Reservation:
+        """Reserve a place and ``size`` bytes until ``close``; raises ``RequestError`` with status 429 at the limit."""
         if self.in_progress >= self.places:
             raise RequestError(
                 f"The server is at capacity: {self.in_progress} requests in progress (limit {self.places}).",
@@ -70,15 +69,25 @@ class Admission:
                 status=429,
                 reason="busy",
             )
-        self.in_progress += 1
         reservation = Reservation(self)
+        reservation.charge(size)
+        self.in_progress += 1
+        return reservation
+
+    def close(self, reservation: Reservation) -> None:
+        """Release what ``open`` reserved and what was charged since."""
+        self.in_progress -= 1
+        with self._lock:
+            self.reserved -= reservation.size
+
+    @contextmanager
+    def enter(self, size: int = 0) -> Iterator[Reservation]:
+        """``open`` for a block."""
+        reservation = self.open(size)
         try:
-            reservation.charge(size)
             yield reservation
         finally:
-            self.in_progress -= 1
-            with self._lock:
-                self.reserved -= reservation.size
+            self.close(reservation)
 
     def charge(self, reservation: Reservation, size: int) -> None:
         """See ``Reservation.charge``; a request that is alone is never refused."""
@@ -210,11 +219,11 @@ class Service:
             self._statistics[key] = ModelStatistics(self.metrics, model.name, model.version)
         return self._statistics[key]
 
-    def authorise(self, headers: Mapping[str, str]) -> None:
-        """Raise ``RequestError`` with status 401 if the server has a token and the request does not."""
+    def authorise(self, authorization: str) -> None:
+        """Raise ``RequestError`` with status 401 if the server has a token and this header does not."""
         if self._authorization is None:
             return
-        given = headers.get("authorization", "").encode("utf-8", "surrogateescape")
+        given = authorization.encode("utf-8", "surrogateescape")
         if not hmac.compare_digest(given, self._authorization):
             raise RequestError(
                 "The request has no valid bearer token.",

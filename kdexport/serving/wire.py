@@ -20,6 +20,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 # pydantic reads the types of a TypedDict of Python 3.11 only from here.
 from typing_extensions import TypedDict
 
+from kdexport.backends.base import LOGITS
 from kdexport.backends.file_interface import PROBABILITIES
 from kdexport.backends.pixel_input import FLOAT32, Given, InputKind, image_shape
 from kdexport.errors import RequestError
@@ -28,6 +29,8 @@ from kdexport.stats.logits import probabilities_of
 
 HEADER_LENGTH = "inference-header-content-length"
 _FLOAT32_BYTES = 4
+_FLOAT32: np.dtype[np.float32] = np.dtype(np.float32).newbyteorder("<")
+_UINT8 = np.dtype(np.uint8)
 _MAX_NAME = 256
 #: Largest dimension or byte count that a header may give; Python's integers hold their products.
 _MAX_COUNT = 2**40
@@ -81,7 +84,7 @@ class Signature:
     @property
     def dtype(self) -> np.dtype[np.float32 | np.uint8]:
         """The type of the input on the wire, little-endian."""
-        return np.dtype(np.float32).newbyteorder("<") if self.takes == FLOAT32 else np.dtype(np.uint8)
+        return _FLOAT32 if self.takes == FLOAT32 else _UINT8
 
     @property
     def tensor_bytes(self) -> int:
@@ -250,15 +253,23 @@ def read_request(
             reason="too_large",
         )
     view = memoryview(body)
-    header = _parse_header(view[:length], limits, signature.max_batch * signature.elements)
+    header = read_header(bytes(view[:length]), signature, limits)
+    return ParsedRequest(header, read_images(header, view[length:], signature))
+
+
+def read_header(raw: bytes, signature: Signature, limits: Limits) -> InferRequest:
+    """Parse and check all of a request but its tensor; raises ``RequestError``."""
+    header = _parse_header(raw, limits, signature.max_batch * signature.elements)
     _require_supported(header, signature.outputs, limits)
+    _require_shape(header.inputs[0], signature)
+    return header
+
+
+def read_images(header: InferRequest, rest: memoryview, signature: Signature) -> Given:
+    """The tensor of a request with a checked header, from its JSON or ``rest``; raises ``RequestError``."""
     tensor = header.inputs[0]
-    count = _count_images(tensor, signature)
-    if tensor.data is None:
-        flat: Given = _from_bytes(tensor, view[length:], signature)
-    else:
-        flat = _from_json(tensor, view[length:], signature)
-    return ParsedRequest(header, _as_images(flat, count, signature))
+    read = _from_bytes if tensor.data is None else _from_json
+    return _as_images(read(tensor, rest, signature), tensor.shape[0], signature)
 
 
 def _read_raw_tensor(body: bytes | bytearray, signature: Signature) -> ParsedRequest:
@@ -275,12 +286,11 @@ def _read_raw_tensor(body: bytes | bytearray, signature: Signature) -> ParsedReq
     return ParsedRequest(header, _as_images(np.frombuffer(body, signature.dtype), count, signature))
 
 
-def _parse_header(data: memoryview, limits: Limits, max_elements: int) -> InferRequest:
+def _parse_header(raw: bytes, limits: Limits, max_elements: int) -> InferRequest:
     """The JSON of a request as ``InferRequest``; raises ``RequestError`` with the first fault.
 
     Tokens and depth are counted before any object is made of them, so that memory follows from the limits.
     """
-    raw = bytes(data)
     _require_bounded_json(raw, limits, max_elements)
     try:
         return InferRequest.model_validate_json(raw)
@@ -354,8 +364,8 @@ def _require_supported(header: InferRequest, outputs: tuple[str, ...], limits: L
         raise RequestError("This server does not support shared memory.", remedy="Send the tensor in the body.")
 
 
-def _count_images(tensor: RequestInput, signature: Signature) -> int:
-    """The number of images; raises if name, datatype or shape differ from the model's."""
+def _require_shape(tensor: RequestInput, signature: Signature) -> None:
+    """Raise if name, datatype or shape of the input differ from the model's, or if it has too many images."""
     if tensor.name != signature.input_name:
         raise RequestError(f"The model has no input {tensor.name[:80]!r}; its only input is {signature.input_name!r}.")
     if tensor.datatype != signature.datatype:
@@ -367,7 +377,6 @@ def _count_images(tensor: RequestInput, signature: Signature) -> int:
             f"Input {tensor.name!r} has shape {tensor.shape}; the model takes "
             f"[n, {', '.join(map(str, signature.shape))}] with n from 1 to {signature.max_batch}."
         )
-    return tensor.shape[0]
 
 
 def _from_bytes(tensor: RequestInput, rest: memoryview, signature: Signature) -> Given:
@@ -469,6 +478,17 @@ def write_response(
         response = {"id": header.id, **response}
     text = json.dumps(response, separators=(",", ":")).encode()
     return (b"".join([text, *blobs]), len(text)) if any(blobs) else (text, None)
+
+
+def only_binary_logits(header: InferRequest, signature: Signature) -> bool:
+    """Whether the response has the logits as bytes and nothing else, so that no other part of it depends on them."""
+    parameters = [output.parameters for output in header.outputs]
+    names = [output.name for output in header.outputs] or list(signature.outputs)
+    asked = header.parameters.binary_data_output
+    return names == [LOGITS] and all(
+        given.classification == 0 and (asked if given.binary_data is None else given.binary_data)
+        for given in parameters or [OutputParameters()]
+    )
 
 
 def _encode_output(
