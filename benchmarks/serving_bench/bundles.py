@@ -34,6 +34,8 @@ class Model:
 MODELS = {
     "mobilenetv2-224": Model("mobilenetv2-224", "mobilenetv2", 224, 256, 1000),
     "cifar-student": Model("cifar-student", "mobilenetv2", 32, 32, 100),
+    # The student of `kdexport quickstart`: scikit-learn's digits.
+    "digits-student": Model("digits-student", "mobilenetv2", 32, 32, 10),
 }
 
 

@@ -28,7 +28,7 @@ def fuzz(arm: Arm, model: str, size: int, records: Records, *, count: int, logs:
         seed=seed,
         fates=dict(sorted(outcomes.items())),
         alive=alive,
-        server_errors=sum(n for outcome, n in outcomes.items() if outcome.startswith("5")),
+        server_errors=sum(n for outcome, n in outcomes.items() if outcome.isdigit() and outcome.startswith("5")),
         peak_mb=memory.peak_mb,
         unanswered=dict(unanswered.most_common(8)),
         examples=[text.decode("latin-1") for text in worst[:5]],

@@ -156,6 +156,7 @@ def run(
 
     from kdexport.serving.descriptors import require_descriptors
     from kdexport.serving.listening import authority
+    from kdexport.serving.plain_jpeg import decoder_name
     from kdexport.serving.server import Server
 
     # SIGHUP asks for a reload; before the server handles it, it must not end the process.
@@ -181,6 +182,7 @@ def run(
                 f"largest difference to the reference on {golden.images} golden images: {golden.error:.1e} "
                 f"(up to {golden.allowed:.1e} allowed)\n"
             )
+        sys.stderr.write(f"JPEG decoder: {decoder_name()}\n")
         sys.stderr.write(f"memory: {bound.describe()}\nserving {url}, metrics {metrics_url}\n")
         if as_json:
             print_answer(_describe(service, url, metrics_url, bound.total))

@@ -22,6 +22,7 @@ EXTRAS = {
     **dict.fromkeys(("matplotlib", "jinja2"), "plots"),
     "opentelemetry": "otel",
     "sklearn": "demo",
+    "simplejpeg": "jpeg",
     "model_signing": "sign",
     **dict.fromkeys(("starlette", "uvicorn", "httptools", "prometheus_client", "python_multipart", "uvloop"), "serve"),
     **dict.fromkeys(("tritonclient", "grpc"), "triton"),

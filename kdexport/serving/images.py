@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from kdexport.data.exif_and_alpha import ImageFacts, image_facts
 from kdexport.data.preprocessing import Preprocessing, decode
-from kdexport.data.uploads import FORMATS, Refusal, canvas_refusal, cost_of, header_refusal
+from kdexport.data.uploads import FORMATS, Refusal, canvas_refusal, cost_of, header_refusal, size_refusal
 from kdexport.errors import DataError, RequestError
 from kdexport.serving.limits import Limits
+from kdexport.serving.plain_jpeg import decode_plain, plain_jpeg
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -54,6 +55,11 @@ class Spending:
         self._budget.move(-pixels)
         self.pixels += pixels
 
+    def give_back(self) -> None:
+        """Give back all pixels."""
+        self._budget.move(self.pixels)
+        self.pixels = 0
+
 
 def decode_upload(
     data: bytes,
@@ -68,17 +74,33 @@ def decode_upload(
     """
     _require(canvas_refusal(data, limits.images))
     with budget.spend() as spending:
-
-        def inspect(image: "Image.Image") -> None:
-            _require(header_refusal(image, limits.images))
-            spending.take(image.width * image.height * cost_of(image))
-
-        try:
-            image = decode(data, "The upload", formats=FORMATS, inspect=inspect)
-        except DataError as error:
-            raise RequestError(error.message, remedy=f"Send one of {', '.join(FORMATS)}.", reason="image") from None
+        image = _decode_plain(data, limits, spending) or _decode(data, limits, spending)
         seen(image_facts(image))
         return preprocessing.pixels(image)
+
+
+def _decode_plain(data: bytes, limits: Limits, spending: Spending) -> "Image.Image | None":
+    """The picture of a plain JPEG of an allowed size; None if Pillow must decode it."""
+    plain = plain_jpeg(data)
+    if plain is None or size_refusal(plain.width, plain.height, limits.images) is not None:
+        return None
+    spending.take(plain.width * plain.height)
+    image = decode_plain(data, plain)
+    if image is None:
+        # Who waits for pixels may hold none, or two could wait for each other.
+        spending.give_back()
+    return image
+
+
+def _decode(data: bytes, limits: Limits, spending: Spending) -> "Image.Image":
+    def inspect(image: "Image.Image") -> None:
+        _require(header_refusal(image, limits.images))
+        spending.take(image.width * image.height * cost_of(image))
+
+    try:
+        return decode(data, "The upload", formats=FORMATS, inspect=inspect)
+    except DataError as error:
+        raise RequestError(error.message, remedy=f"Send one of {', '.join(FORMATS)}.", reason="image") from None
 
 
 def _require(refusal: Refusal | None) -> None:

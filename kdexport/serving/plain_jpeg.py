@@ -1,6 +1,22 @@
-"""Recognise plain JPEGs from the markers before their picture: what a small upload is, without a decoder."""
+"""Plain JPEGs: recognised from the markers before their picture, and decoded by simplejpeg if it is installed.
 
-from typing import NamedTuple
+simplejpeg calls the library that Pillow calls (libjpeg-turbo), in a fifth of the time for a small image. It is used
+only if the two agree bit for bit on this machine, and only for images in which it finds no fault; Pillow decodes all
+others.
+"""
+
+import functools
+import importlib
+import io
+import logging
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_log = logging.getLogger("kdexport.serving")
 
 #: Images of up to this many pixels take less time to decode than handing them to a thread and back.
 INLINE_PIXELS = 128 * 128
@@ -59,3 +75,61 @@ def _frame(segment: bytes) -> PlainJpeg | None:
     if len(segment) != 6 + 3 * channels or channels not in (1, 3) or numbers != list(range(1, channels + 1)):
         return None
     return PlainJpeg(width, height, channels) if width and height else None
+
+
+def decode_plain(data: bytes, plain: PlainJpeg) -> "Image.Image | None":
+    """The picture of a plain JPEG, L or RGB; None if Pillow must decode it, because simplejpeg is absent or refuses."""
+    decoder = _decoder()
+    return None if decoder is None else _decoded(decoder, data, plain)
+
+
+def decoder_name() -> str:
+    """What decodes plain JPEGs here."""
+    decoder = _decoder()
+    return "Pillow" if decoder is None else f"simplejpeg {decoder.__version__}"
+
+
+def _decoded(decoder: Any, data: bytes, plain: PlainJpeg) -> "Image.Image | None":
+    from PIL import Image
+
+    colours = "RGB" if plain.channels == 3 else "GRAY"
+    try:
+        pixels = decoder.decode_jpeg(data, colours, fastdct=False, fastupsample=False, strict=True)
+    # Pillow decodes those damaged images that it accepts, and finds the words for the others.
+    except Exception:  # noqa: BLE001
+        return None
+    if pixels.shape != (plain.height, plain.width, plain.channels):
+        return None
+    return Image.fromarray(pixels if plain.channels == 3 else pixels[:, :, 0])
+
+
+@functools.cache
+def _decoder() -> Any | None:
+    """The module simplejpeg, if it is installed and decodes samples as Pillow does."""
+    try:
+        decoder = importlib.import_module("simplejpeg")
+    except ImportError:
+        return None
+    if _agrees(decoder):
+        return decoder
+    _log.warning("simplejpeg decodes other pixels than Pillow, which therefore decodes all images.")
+    return None
+
+
+def _agrees(decoder: Any) -> bool:
+    """Whether ``decoder`` gives Pillow's pixels for samples in colour and grey, and each way to store colours."""
+    from PIL import Image
+
+    noise = np.random.default_rng(0).integers(0, 256, (19, 35, 3), np.uint8)
+    smooth = np.add.outer(np.arange(19), np.arange(35))[:, :, np.newaxis] * np.array([1, 3, 4])
+    for values in (noise, (smooth % 256).astype(np.uint8)):
+        for mode in ("RGB", "L"):
+            for subsampling in (0, 1, 2):
+                stream = io.BytesIO()
+                image = Image.fromarray(values).convert(mode)
+                image.save(stream, "JPEG", quality=80, subsampling=subsampling, progressive=subsampling == 1)
+                plain = plain_jpeg(stream.getvalue())
+                found = None if plain is None else _decoded(decoder, stream.getvalue(), plain)
+                if found is None or found.tobytes() != Image.open(stream).tobytes():
+                    return False
+    return True
