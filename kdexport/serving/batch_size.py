@@ -31,7 +31,7 @@ def measured_pace(model: LoadedModel, folder: Path, limits: Limits) -> Pace:
         )  # fmt: skip
     except VerificationError as error:
         _log.warning("%s: requests are not merged, because batches compute differently. %s", model.name, error.message)
-        return replace(pace, together=1, batch_seconds=pace.seconds)
+        return replace(pace, together=1, inline_images=min(pace.inline_images, 1))
     return pace
 
 

@@ -25,8 +25,10 @@ from kdexport.serving.wire import Signature
 
 Logits = NDArray[np.float32]
 
-#: The longest run on the event loop: two hand-overs between threads take about half of it.
+#: The longest run of one request on the event loop: two hand-overs between threads take about half of it.
 _INLINE_SECONDS = 0.001
+#: The longest run of several requests there: until it ends, the event loop answers nobody.
+_MERGED_SECONDS = 0.002
 #: After a run on the event loop that took longer than this, models run in threads for a while.
 _LONG_INLINE_SECONDS = 0.01
 _LONG_INLINE_PAUSE_SECONDS = 0.1
@@ -51,23 +53,16 @@ class Runnable(Protocol):
 class Pace:
     """How fast a model runs on this machine: ``seconds`` for one image, and the best batch size ``together``.
 
-    ``batch_seconds`` is the time of a run of ``together`` images.
+    ``inline_images`` is the most images that are merged into a run on the event loop; 0 for a slow model.
     """
 
     seconds: float
     together: int
-    batch_seconds: float = math.inf
+    inline_images: int = 0
 
     def quick(self, images: int) -> bool:
         """Whether running ``images`` on the event loop is faster than handing them to a thread and back."""
         return self.seconds * images <= _INLINE_SECONDS
-
-    @property
-    def inline_images(self) -> int:
-        """The most images that are merged into a run on the event loop, which answers nothing meanwhile; 0 if slow."""
-        if self.batch_seconds <= _INLINE_SECONDS:
-            return self.together
-        return min(self.together, int(_INLINE_SECONDS / self.seconds))
 
 
 #: For a model that was not timed: each request runs alone, in a thread.
@@ -274,7 +269,10 @@ def measure_pace(model: OrtModel, provider: str, signature: Signature) -> Pace:
     if provider != CPU:
         # A model on a GPU never runs on the event loop, which would block until the GPU has finished.
         return Pace(seconds=UNKNOWN_PACE.seconds, together=together)
-    return Pace(seconds=times[1], together=together, batch_seconds=times[together])
+    inline = [size for size in times if size <= together and times[size] <= _MERGED_SECONDS]
+    return Pace(
+        seconds=times[1], together=together, inline_images=max(inline) if times[1] <= _INLINE_SECONDS else 0
+    )  # fmt: skip
 
 
 def _quickest_seconds(model: OrtModel, batch: int, signature: Signature) -> float:

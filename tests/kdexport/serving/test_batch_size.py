@@ -43,7 +43,7 @@ def model(zoo: Path) -> LoadedModel:
 
 @pytest.fixture(autouse=True)
 def batches_of_five(monkeypatch: pytest.MonkeyPatch) -> None:
-    pace = Pace(seconds=0.0001, together=5, batch_seconds=0.0004)
+    pace = Pace(seconds=0.0001, together=5, inline_images=5)
     monkeypatch.setattr(batch_size, "measure_pace", lambda *_: pace)
 
 
@@ -59,7 +59,7 @@ def test_one_row_of_one_batch_beyond_the_limit_ends_merging(
     broken: Any = Shifted(model.ort, size, shift)
     with caplog.at_level(logging.WARNING):
         pace = measured_pace(replace(model, ort=broken), zoo, LIMITS)
-    assert pace == Pace(seconds=0.0001, together=1, batch_seconds=0.0001)
+    assert pace == Pace(seconds=0.0001, together=1, inline_images=1)
     assert "zoo: requests are not merged, because batches compute differently. The logits of " in caplog.text
 
 

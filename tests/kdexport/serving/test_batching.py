@@ -218,19 +218,20 @@ def test_no_larger_batch_is_timed_when_one_gains_too_little(monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("base_ms", "image_ms", "together", "inline"),
     [
-        # 0.08 + 8 x 0.05 = 0.48 ms.
+        # 8 images take 0.48 ms.
         (0.08, 0.05, 8, 8),
-        # A batch of 4 takes 1.4 ms; single runs of 0.5 ms are merged by two.
-        (0.2, 0.3, 4, 2),
-        (2.0, 0.1, 16, 0),
+        # 4 images take 1.8 ms, 8 images 3.2 ms.
+        (0.4, 0.35, 8, 4),
+        # One image takes 1.1 ms, which is too long, however little more images add.
+        (1.05, 0.05, 16, 0),
     ],
 )
-def test_as_many_images_run_on_the_event_loop_as_take_less_than_a_millisecond(
+def test_runs_on_the_event_loop_end_within_two_milliseconds(
     base_ms: float, image_ms: float, together: int, inline: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pace = paced(Paced(base_ms, image_ms), CPU, monkeypatch, max_batch=together)
     assert (pace.together, pace.inline_images) == (together, inline)
-    assert pace.batch_seconds == pytest.approx((base_ms + together * image_ms) / 1000)
+    assert pace.quick(1) == (inline > 0)
 
 
 def test_a_model_on_a_device_never_runs_on_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:

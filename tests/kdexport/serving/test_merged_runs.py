@@ -31,7 +31,7 @@ from tests.kdexport.serving.running_server import binary_request
 from tests.kdexport.serving.served_bundles import encoded, photo
 
 INFER, CLASSIFY = "/v2/models/zoo/infer", "/v1/classify"
-QUICK = Pace(seconds=0.0001, together=4, batch_seconds=0.0004)
+QUICK = Pace(seconds=0.0001, together=4, inline_images=4)
 #: The application answers a request with this field, because no plain head has it.
 LEFT_TO_THE_APPLICATION = {"X-Unknown": "1"}
 TOKEN = "0123456789abcdef"
@@ -371,7 +371,7 @@ def test_without_batches_each_request_runs_alone(serve: Any, model: LoadedModel)
         assert [status(answer) for answer in answers] == [200] * 5
         assert started.runs.runs == [1] * 5
 
-    serve(check, used=dataclasses.replace(model, pace=Pace(seconds=0.0001, together=1, batch_seconds=0.0001)))
+    serve(check, used=dataclasses.replace(model, pace=Pace(seconds=0.0001, together=1, inline_images=1)))
 
 
 def test_slow_models_and_large_requests_are_left_to_threads(serve: Any, model: LoadedModel) -> None:
@@ -379,13 +379,13 @@ def test_slow_models_and_large_requests_are_left_to_threads(serve: Any, model: L
         assert status(await started.ask(plain())) == 200
         assert started.runs.accepted == [False]
 
-    serve(check, used=dataclasses.replace(model, pace=Pace(seconds=0.002, together=4, batch_seconds=0.008)))
+    serve(check, used=dataclasses.replace(model, pace=Pace(seconds=0.002, together=4)))
 
     async def five(started: Started) -> None:
         assert status(await started.ask(plain(1, 5))) == 200
         assert started.runs.accepted == [False]
 
-    serve(five, used=dataclasses.replace(model, pace=Pace(seconds=0.0004, together=2, batch_seconds=0.0007)))
+    serve(five, used=dataclasses.replace(model, pace=Pace(seconds=0.0004, together=2, inline_images=2)))
 
 
 def test_a_result_that_is_not_finite_fails_its_own_request_only(serve: Any, model: LoadedModel) -> None:
@@ -496,7 +496,7 @@ def test_a_request_that_waited_too_long_is_left_to_the_application(serve: Any, m
         return logits
 
     slow: Any = Computed(model.ort, change)
-    pace = Pace(seconds=0.0001, together=1, batch_seconds=0.0001)
+    pace = Pace(seconds=0.0001, together=1, inline_images=1)
     serve(check, limits=Limits(queue_seconds=0.002), used=dataclasses.replace(model, ort=slow, pace=pace))
 
 
