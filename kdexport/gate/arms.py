@@ -150,14 +150,7 @@ def artifact(bundle: Bundle, target: str, variant: Variant, scratch: Path) -> Ar
                 f"{target} cannot be compared with the unfused student: a bundle contains no engine of it.",
                 remedy="Pass --against with another target, or --baseline with another bundle.",
             )
-        takes = interface_of(bundle.manifest, target).takes
-        if takes != PLAIN_INTERFACE.takes:
-            raise ConfigError(
-                f"{target} takes {takes} and cannot be compared with the unfused student, which takes float32.",
-                remedy="Compare it with another target or another bundle: --arms for bench, --baseline for gate.",
-            )
-        folder = _unfused_twin(bundle, scratch)
-        return _artifact(f"{bundle.folder} unfused fp32", folder, folder / MODEL, f"{wanted.backend}-fp32", variant)
+        return _unfused_arm(bundle, target, scratch)
     placed = bundle.folder / TARGETS / target / wanted.artifact
     # The float32 target of onnxruntime is the exported model itself.
     model = bundle.folder / MODEL if target == DEFAULT_TARGET and not placed.is_file() else placed
@@ -171,6 +164,34 @@ def artifact(bundle: Bundle, target: str, variant: Variant, scratch: Path) -> Ar
 
 def _artifact(label: str, folder: Path, model: Path, target: str, variant: Variant) -> Artifact:
     return Artifact(label=label, model=model, folder=folder, sha256=sha256_file(model), target=target, variant=variant)
+
+
+def _unfused_arm(bundle: Bundle, target: str, scratch: Path) -> Artifact:
+    """The unfused student in float32 in the runtime of ``target``, with the same input and outputs."""
+    folder = _unfused_twin(bundle, scratch)
+    name, interface = f"{parse_target(target).backend}-fp32", interface_of(bundle.manifest, target)
+    model = folder / MODEL
+    if interface != PLAIN_INTERFACE:
+        model = folder / TARGETS / name / MODEL
+        _give_interface(folder, bundle, target, model)
+    return _artifact(f"{bundle.folder} unfused fp32", folder, model, name, "unfused")
+
+
+def _give_interface(folder: Path, bundle: Bundle, target: str, model: Path) -> None:
+    """Write the unfused student of the twin ``folder`` with the interface of ``target``, as the target of ``model``."""
+    import onnx
+
+    from kdexport.graph.interface import with_interface
+
+    interface = interface_of(bundle.manifest, target)
+    model.parent.mkdir(parents=True, exist_ok=True)
+    plain = onnx.load(str(folder / MODEL))
+    onnx.save(with_interface(plain, interface, bundle.manifest.spec.preprocessing), str(model))
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    manifest["files"][model.relative_to(folder).as_posix()] = sha256_file(model)
+    manifest["targets"].setdefault(model.parent.name, manifest["targets"][target])
+    manifest["targets"][model.parent.name] |= {"input": interface.takes, "output": interface.gives}
+    (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
 
 
 def _unfused_twin(bundle: Bundle, scratch: Path) -> Path:
@@ -188,7 +209,9 @@ def _unfused_twin(bundle: Bundle, scratch: Path) -> Path:
         return folder
     shutil.copytree(bundle.folder, folder)
     module = load_unfused(bundle.folder, bundle.manifest.spec)
-    export_onnx(module, folder / MODEL, image_size=bundle.image_size, opset=bundle.manifest.opset, metadata={})
+    # A graph that takes pixels says how it normalises them.
+    metadata = {"preprocessing": bundle.manifest.spec.preprocessing.to_json()}
+    export_onnx(module, folder / MODEL, image_size=bundle.image_size, opset=bundle.manifest.opset, metadata=metadata)
     data = dict(bundle.manifest.data)
     data["files"] = {**bundle.manifest.files, MODEL: sha256_file(folder / MODEL)}
     # The logits that the targets computed at the build are those of the fused student.

@@ -18,13 +18,14 @@ from kdexport.backends.ort import CPU, load_model
 from kdexport.bundle.manifest import hash_files, read_golden, read_manifest
 from kdexport.diagnose.bisect import explain
 from kdexport.errors import AuditError, ConfigError, KdexportError, VerificationError
+from kdexport.gate.accuracy import accuracy_gates
 from kdexport.gate.arms import artifact, open_bundle
 from kdexport.serving.limits import Limits
 from kdexport.serving.loading import load
 from kdexport.serving.triton.variants import TritonRequest, plan_export
 from kdexport.serving.triton.writer import export_triton
 from kdexport.targets import parse_targets, require_interface
-from kdexport.timing.session import Arm, Request, measure_session
+from kdexport.timing.session import Arm, Request, measure_session, run_session
 from kdexport.verify.golden_limits import allowed_error
 from kdexport.verify.verdict import Verdict, replay, seal
 from tests.conftest import made_once
@@ -176,9 +177,30 @@ def test_a_session_feeds_each_arm_what_it_takes(pixel_bundle: Path) -> None:
     assert measure_session(request).candidate_ms > 0
 
 
-def test_what_cannot_take_pixels_refuses_them_by_name(pixel_bundle: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="onnx-fp32 takes uint8-nhwc and cannot be compared with the unfused"):
-        artifact(open_bundle(pixel_bundle), "onnx-fp32", "unfused", tmp_path)
+def test_the_unfused_student_takes_the_same_pixels_and_is_timed_and_served(pixel_bundle: Path, tmp_path: Path) -> None:
+    bundle = open_bundle(pixel_bundle)
+    fused, unfused = (artifact(bundle, "onnx-fp32", variant, tmp_path) for variant in ("fused", "unfused"))
+    files = [onnx.load(str(arm.model)) for arm in (fused, unfused)]
+    kinds = [[node.op_type for node in file.graph.node] for file in files]
+    # The normalisation in front of both, and a softmax behind both.
+    assert kinds[0][:5] == kinds[1][:5] == ["Transpose", "Cast", "Div", "Sub", "Div"]
+    assert kinds[0][-1] == kinds[1][-1] == "Softmax"
+    pixels = golden_pixels(pixel_bundle)
+    given = [load_model(arm.model).logits(pixels) for arm in (fused, unfused)]
+    assert len({arm.sha256 for arm in (fused, unfused)}) == 2
+    np.testing.assert_allclose(given[0], given[1], rtol=1e-4)
+    np.testing.assert_allclose(given[1], float_logits(pixel_bundle), rtol=1e-4)
+    for clock in ("host", "serve"):
+        request = Request(
+            reference=Arm(path=unfused.path(clock)), candidate=Arm(path=fused.path(clock)), clock=clock,
+            image_size=32, batch=2, threads=1, cpus=(), pairs=4, seed=0,
+        )  # fmt: skip
+        assert run_session(request).reference_ms > 0
+    flips, _ = accuracy_gates([(unfused, bundle), (fused, bundle)], (0.5, 0.5), None, 1)
+    assert flips.estimate.value == 0.0
+
+
+def test_what_cannot_take_pixels_refuses_them_by_name() -> None:
     require_interface(parse_targets(["onnx-fp32", "openvino-int8"]), FileInterface("uint8-nchw", "probabilities"))
     require_interface(parse_targets(["trt-rtx-fp16"]), FileInterface())
     with pytest.raises(ConfigError, match="trt-rtx-fp16 cannot take uint8-nchw"):
