@@ -3,9 +3,12 @@
 import ast
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -68,8 +71,6 @@ def test_the_dockerfile_copies_only_what_exists_and_all_that_the_wheel_needs() -
 
 
 def test_the_dockerfile_installs_extras_and_runs_commands_that_exist() -> None:
-    import tomllib
-
     import typer.main
 
     from kdexport.cli import app
@@ -169,3 +170,23 @@ def test_no_file_names_a_machine() -> None:
         path = ROOT / name
         if path.suffix in (".py", ".md", ".toml", ".txt", "") and path.is_file():
             assert not marks.search(path.read_text(errors="ignore")), name
+
+
+def test_the_oldest_versions_that_are_tested_are_those_that_are_allowed() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    tools = {"filelock", "hypothesis", "import-linter", "mypy", "packaging", "pyyaml", "ruff", "kdexport"}
+    # Full TensorRT cannot be installed beside the tests: its libraries are not on PyPI.
+    listed = [
+        *project["dependencies"],
+        *(line for lines in project["optional-dependencies"].values() for line in lines),
+    ]
+    requirements = [Requirement(line) for line in listed]
+    lines = [Requirement(line) for line in (ROOT / "constraints-oldest.txt").read_text().splitlines() if line[0] != "#"]
+    tested = {line.name: Version(next(iter(line.specifier)).version) for line in lines}
+    for requirement in requirements:
+        name = requirement.name
+        if name in tools or name.startswith("pytest") or name == "tensorrt-cu13":
+            continue
+        (bound,) = [Version(each.version) for each in requirement.specifier if each.operator == ">="]
+        # 1.26.4 is a version of 1.26, the bound.
+        assert tested[name].release[: len(bound.release)] == bound.release, requirement
