@@ -174,7 +174,7 @@ def test_no_file_names_a_machine() -> None:
 
 def test_the_oldest_versions_that_are_tested_are_those_that_are_allowed() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    tools = {"filelock", "hypothesis", "import-linter", "mypy", "packaging", "pyyaml", "ruff", "kdexport"}
+    tools = {"filelock", "hypothesis", "import-linter", "jsonschema", "mypy", "packaging", "pyyaml", "ruff", "kdexport"}
     # Full TensorRT cannot be installed beside the tests: its libraries are not on PyPI.
     listed = [
         *project["dependencies"],
