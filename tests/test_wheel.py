@@ -127,7 +127,17 @@ def test_the_wheel_holds_one_package_with_recipes_and_configurations(wheel: Path
 def test_the_light_environment_lacks_what_only_builds_need(light: Fresh) -> None:
     (site,) = (light.folder / "env").glob("lib/python*/site-packages")
     assert {"numpy", "onnxruntime", "uvicorn"} <= {path.name for path in site.iterdir()}
-    heavy = ("torch", "torchvision", "scipy", "onnxscript", "accelerate", "tensorboard", "polygraphy", "openvino")
+    heavy = (
+        "torch",
+        "torchvision",
+        "scipy",
+        "onnxscript",
+        "accelerate",
+        "tensorboard",
+        "polygraphy",
+        "openvino",
+        "ncnn",
+    )
     assert not [name for name in heavy if (site / name).exists()]
 
 

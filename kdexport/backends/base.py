@@ -144,6 +144,8 @@ class Backend(ABC):
     packages: ClassVar[tuple[str, ...]] = ()
     #: Whether its targets can take pixels and give probabilities: ``[export] input`` and ``output``.
     any_interface: ClassVar[bool] = False
+    #: Whether the runtime takes one image a run; a batch is then run image by image, and times of batches are refused.
+    one_at_a_time: ClassVar[bool] = False
 
     @property
     def compiles(self) -> bool:
@@ -209,6 +211,18 @@ class Backend(ABC):
         With ``threads`` 0 the runtime chooses their number. Raises ``BackendUnavailableError`` if this machine would
         run it differently, ``AuditError`` if the file cannot be opened.
         """
+
+    def stand_in(self, precision: str) -> str | None:
+        """Another precision in which this machine runs the target's file where it cannot run it in its own.
+
+        Such a run proves the content of the file (weights, layers, order of the classes); it never makes a target
+        "verified". None by default.
+        """
+        return None
+
+    def open_stand_in(self, path: Path, precision: str, *, kept: Sequence[str] = ()) -> Runner:
+        """Open the artifact at ``path`` in the precision of ``stand_in``; raises as ``open`` does."""
+        raise NotImplementedError(f"{self.name} runs {precision} in no other precision")
 
     def not_timed_on(self, precision: str, clock: Clock) -> Missing | None:
         """Why ``clock`` cannot time the target on this machine; ``providers`` decides for the clock ``serve``."""

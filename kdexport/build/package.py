@@ -263,6 +263,8 @@ def _target_entry(target: Target, parts: Parts) -> dict[str, Any]:
         "input": parts.config.export.input,
         "output": parts.config.export.output,
     }
+    if target.runtime.one_at_a_time:
+        entry["images_per_run"] = 1
     if is_int8(target.form):
         entry["calibration"] = parts.calibration
     if target.form in parts.searched:

@@ -16,6 +16,7 @@ EXTRAS = {
     "scipy": "stats",
     "onnxruntime": "cpu",
     "openvino": "openvino",
+    **dict.fromkeys(("ncnn", "pnnx"), "ncnn"),
     "tensorrt": "trt",
     "tensorrt_rtx": "trt-rtx",
     "timm": "timm",

@@ -22,7 +22,8 @@ from kdexport.verify.golden_limits import allowed_error
 #: Packages of extras, and the module of each.
 _PACKAGES = {
     "torch": "torch", "torchvision": "torchvision", "onnxscript": "onnxscript", "accelerate": "accelerate",
-    "polygraphy": "polygraphy", "scipy": "scipy", "openvino": "openvino", "scikit-learn": "sklearn",
+    "polygraphy": "polygraphy", "scipy": "scipy", "openvino": "openvino", "ncnn": "ncnn", "pnnx": "pnnx",
+    "scikit-learn": "sklearn",
 }  # fmt: skip
 _MIN_FREE_GIB = 2
 

@@ -139,6 +139,18 @@ def require_batches(bundle: Bundle, batches: Sequence[int]) -> None:
             )
 
 
+def require_images_per_run(targets: Sequence[str], batches: Sequence[int]) -> None:
+    """Raise ``ConfigError`` for a batch of a target whose runtime takes one image at a time."""
+    for target in map(parse_target, targets):
+        batch = max(batches)
+        if target.runtime.one_at_a_time and batch > 1:
+            raise ConfigError(
+                f"{target.runtime.title} runs one image at a time: a batch of {batch} on {target} would be {batch} "
+                "runs.",
+                remedy="Pass --batch 1, or another target.",
+            )
+
+
 def artifact(bundle: Bundle, target: str, variant: Variant, scratch: Path) -> Artifact:
     """The file of one arm. The unfused student is exported into ``scratch`` in the same way as by `kdexport build`,
     and runs in float32 in the runtime of ``target``.

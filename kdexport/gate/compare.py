@@ -17,6 +17,7 @@ from kdexport.gate.arms import (
     open_bundle,
     require_batches,
     require_comparable,
+    require_images_per_run,
 )
 from kdexport.gate.calibrate import read_calibration, require_resolution
 from kdexport.gate.result import Check, GateResult, Policy, accuracy_check, latency_check, slow_check, tail_check
@@ -253,3 +254,4 @@ def _require_timed(bundle: Bundle, target: str, request: GateRequest) -> None:
     for clock in request.clocks:
         require_timeable(target, clock)
     require_batches(bundle, request.batches)
+    require_images_per_run([target], request.batches)

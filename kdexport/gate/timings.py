@@ -7,7 +7,15 @@ from typing import Any
 
 from kdexport.core.files import scratch_folder
 from kdexport.errors import ConfigError
-from kdexport.gate.arms import Artifact, Bundle, artifact, choose_target, open_bundle, require_batches
+from kdexport.gate.arms import (
+    Artifact,
+    Bundle,
+    artifact,
+    choose_target,
+    open_bundle,
+    require_batches,
+    require_images_per_run,
+)
 from kdexport.gate.result import latency_json
 from kdexport.gate.sequential_test import Measurement, Outcome, Plan, measure_all
 from kdexport.gate.stored_latencies import BENCH_SCHEMA, write_anchor
@@ -48,6 +56,7 @@ def run_bench(request: BenchRequest, progress: Callable[[str], None]) -> dict[st
         for target in targets:
             require_timeable(target, clock)
     require_batches(bundle, request.batches)
+    require_images_per_run(targets, request.batches)
     plan = Plan(max_slowdown=0.02, threads=request.threads, seed=request.seed, tails=True)
     with scratch_folder("bench") as folder:
         progress("checking the files of the bundle")

@@ -88,12 +88,13 @@ def target_checks(context: BundleContext, name: str) -> FileResult:
         return FileResult(tuple(checks))
     missing = target.not_executable()
     if missing is not None:
-        return FileResult((*checks, _not_executed(run_label(target), missing)))
+        return FileResult((*checks, _not_executed(run_label(target), missing), *_stand_in(context, target, kept)))
     try:
         runner = target.runtime.open(folder / target.artifact, target.precision, kept=kept)
         label = run_label(target)
         checks += [from_finding(label, finding) for finding in runner.findings()]
-        checks += _computed(context, label, runner, context.computes_in(target))
+        one = target.runtime.one_at_a_time
+        checks += _computed(context, label, runner, context.computes_in(target), one_at_a_time=one)
         if interface_of(context.manifest, name).gives == PROBABILITIES:
             checks.append(check_probabilities(label, runner, context.probes.images, target.precision))
         return FileResult(tuple(checks), runner.execution)
@@ -116,6 +117,24 @@ def _not_executed(where: str, missing: Missing) -> Check:
     return from_finding(where, Finding("execution", True, f"not executed on this machine: {missing.reason}"))
 
 
+def _stand_in(context: BundleContext, target: Target, kept: Sequence[str]) -> list[Check]:
+    """The rung of a file that this machine runs in another precision only: what it contains, not how it runs."""
+    other = target.runtime.stand_in(target.precision)
+    if other is None:
+        return []
+    where = f"{run_label(target)} in {other}"
+    path = context.folder / TARGETS / str(target) / target.artifact
+    try:
+        runner = target.runtime.open_stand_in(path, target.precision, kept=kept)
+        candidate = runner.run(context.probes.images, context.batches)
+    except BackendUnavailableError:
+        # The runtime is not installed, which the check of the execution says.
+        return []
+    except KdexportError as error:
+        return [broken("run", where, error.message)]
+    return _rung(context, where, candidate, context.computes_in(target))
+
+
 class _Reference(Runner):
     """The reference run of an ONNX file."""
 
@@ -133,11 +152,13 @@ class _Reference(Runner):
         return self._model.outputs(images, names)
 
 
-def _computed(context: BundleContext, where: str, runner: Runner, form: str) -> list[Check]:
+def _computed(
+    context: BundleContext, where: str, runner: Runner, form: str, *, one_at_a_time: bool = False
+) -> list[Check]:
     """Dynamic batches, the rung of ``form``, and repeatability of an opened target."""
     if runner.starts_a_process:
         return _rung(context, where, runner.run(context.probes.images, context.batches), form)
-    dynamic = check_batches(where, runner.logits, context.probes)
+    dynamic = check_batches(where, runner.logits, context.probes, one_at_a_time=one_at_a_time)
     if not dynamic.holds:
         return [dynamic]
     candidate = runner.run(context.probes.images, context.batches)

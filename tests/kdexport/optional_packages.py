@@ -9,3 +9,10 @@ def require_openvino() -> None:
     """Skip where OpenVINO is absent; finding it must not import it, which would report the import over the network."""
     if importlib.util.find_spec("openvino") is None:
         pytest.skip("OpenVINO is not installed", allow_module_level=True)
+
+
+def require_ncnn() -> None:
+    """Skip where ncnn or its converter is absent."""
+    for name in ("ncnn", "pnnx"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed", allow_module_level=True)

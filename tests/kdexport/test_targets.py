@@ -1,6 +1,6 @@
 import pytest
 
-from kdexport.backends import BACKENDS
+from kdexport.backends import BACKENDS, backend
 from kdexport.backends.base import FORMS, PRECISIONS
 from kdexport.errors import BackendUnavailableError, ConfigError, UnknownNameError
 from kdexport.targets import Target, parse_target, parse_targets, require_available, target_names
@@ -30,6 +30,7 @@ def test_a_target_is_a_backend_and_a_precision(name: str, backend: str, precisio
     ("name", "form"),
     [
         ("onnx-fp32", "fp32"), ("openvino-fp16", "fp16"), ("trt-rtx-bf16", "bf16"),
+        ("ncnn-fp16", "fp16"), ("ncnn-int8", "int8-s8"),
         ("onnx-int8", "int8-u8"), ("openvino-int8", "int8-u8"), ("trt-int8", "int8-s8"), ("trt-rtx-int8", "int8-s8"),
     ],
 )  # fmt: skip
@@ -38,8 +39,11 @@ def test_a_target_is_made_of_the_graph_that_its_runtime_executes(name: str, form
     assert form in FORMS
 
 
-def test_every_backend_has_every_precision_by_name() -> None:
-    assert len(target_names()) == len(BACKENDS.names()) * len(PRECISIONS) == 16
+def test_every_backend_has_its_precisions_by_name() -> None:
+    assert len(target_names()) == sum(len(backend(name).precisions) for name in BACKENDS.names()) == 19
+    for name in ("onnx", "openvino", "trt", "trt-rtx"):
+        assert backend(name).precisions == PRECISIONS
+    assert backend("ncnn").precisions == ("fp32", "fp16", "int8")
 
 
 def test_onnxruntime_refuses_what_it_would_compute_in_another_precision(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +107,7 @@ def test_onnx_is_available_everywhere() -> None:
     require_available((Target("onnx", "fp32"),))
 
 
-@pytest.mark.parametrize("backend", ["trt", "trt-rtx", "openvino"])
+@pytest.mark.parametrize("backend", ["trt", "trt-rtx", "openvino", "ncnn"])
 def test_a_missing_package_is_told_with_the_way_to_get_it(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # What the import system would say on a machine without the packages.
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
@@ -111,5 +115,7 @@ def test_a_missing_package_is_told_with_the_way_to_get_it(backend: str, monkeypa
         BackendUnavailableError, match=f"Target {backend}-fp16 cannot be built: .* is not installed"
     ) as caught:
         require_available((Target("onnx", "fp32"), Target(backend, "fp16")))
-    assert {"trt": "tensorrt", "trt-rtx": "[trt-rtx]", "openvino": "[openvino]"}[backend] in caught.value.remedy
+    assert {"trt": "tensorrt", "trt-rtx": "[trt-rtx]", "openvino": "[openvino]", "ncnn": "[ncnn]"}[
+        backend
+    ] in caught.value.remedy
     assert caught.value.exit_code == 4

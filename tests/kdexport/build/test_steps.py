@@ -121,6 +121,7 @@ TABLE = {
     "backends/trt_build.py": "compile bundle",
     "backends/plan_content.py": "compile bundle",
     "backends/openvino.py": "bundle",
+    "backends/ncnn.py": "bundle",
     "core/child.py": "compile bundle",
     "core/console.py": "",
     "core/digests.py": FUSE,
