@@ -18,6 +18,7 @@ from kdexport.commands.explain import explain
 from kdexport.commands.explain_failure import explain_failure
 from kdexport.commands.fuse import fuse
 from kdexport.commands.gate import gate
+from kdexport.commands.history import history
 from kdexport.commands.inspect import inspect
 from kdexport.commands.listing import list_
 from kdexport.commands.predict import predict
@@ -78,6 +79,7 @@ _add(predict)
 _add(evaluate)
 _add(diff)
 _add(bench)
+_add(history)
 _add(gate)
 _add(calibrate_runner)
 _add(replay)

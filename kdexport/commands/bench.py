@@ -1,5 +1,6 @@
 """`kdexport bench`: the latency of a bundle, fused and unfused or by target."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,12 +19,15 @@ def bench(
     threads: Threads = 1,
     sessions: Annotated[int, typer.Option(min=2, max=100, help="Number of sessions, each in a fresh process.")] = 6,
     seed: Seed = 0,
+    bencher: Annotated[Path | None, typer.Option(help="Write JSON in the Bencher Metric Format.")] = None,
     plugin: Plugins = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Time a bundle: latency of each arm, their ratio with its interval, and p99 if there are enough runs."""
+    from kdexport.core.files import require_writable_file, write_text
     from kdexport.core.progress import Reporter
+    from kdexport.gate.bench_history import bencher_metrics
     from kdexport.gate.timings import BenchRequest, run_bench
     from kdexport.timing.clocks import parse_clocks
 
@@ -31,8 +35,11 @@ def bench(
         bundle=bundle, arms=tuple(word.strip() for word in arms.split(",")), clocks=parse_clocks(clock),
         batches=parse_batches(batch), target=target, threads=threads, sessions=sessions, seed=seed,
     )  # fmt: skip
+    require_writable_file(bencher)
     with Reporter().stage("bench") as progress:
         data = run_bench(request, progress)
+    if bencher is not None:
+        write_text(bencher, f"{json.dumps(bencher_metrics(data), indent=1)}\n")
     if as_json:
         print_answer(data)
     else:

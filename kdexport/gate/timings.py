@@ -20,7 +20,7 @@ from kdexport.gate.result import latency_json
 from kdexport.gate.sequential_test import Measurement, Outcome, Plan, measure_all
 from kdexport.gate.stored_latencies import BENCH_SCHEMA, write_anchor
 from kdexport.timing.clocks import require_timeable
-from kdexport.timing.machine import require_cores, this_machine
+from kdexport.timing.machine import require_cores, this_machine, utc_now
 
 _VARIANTS = ("fused", "unfused")
 
@@ -85,6 +85,7 @@ def run_bench(request: BenchRequest, progress: Callable[[str], None]) -> dict[st
         "arms": list(request.arms),
         "latency": [_row(outcome, plan) for outcome in outcomes],
         "machine": asdict(this_machine()),
+        "measured": utc_now(),
     }
 
 

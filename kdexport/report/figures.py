@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
+from itertools import cycle
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 from xml.etree import ElementTree
 
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 P = ParamSpec("P")
+
+#: (when, lowest, median, highest) of a measurement; times as text that sorts, latencies in ms.
+TimedPoint = tuple[str, float, float, float]
 
 #: Stand-ins that matplotlib draws with, each replaced by the variable of the page: ``var(--ink)``.
 INK, MUTED, GRID = "#100001", "#100002", "#100003"
@@ -285,6 +289,28 @@ def margin_histogram(
     rows.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     rows.xaxis.set_minor_formatter(lambda _value, _: "")
     rows.set_xlabel("margin (log scale)")
+
+
+def history_lines(number: int, arms: Mapping[str, Sequence[TimedPoint]]) -> str:
+    """The latency of each arm over its measurements, which are evenly spaced; plot ``number`` of its page."""
+    return _figure(f"history{number}")(_draw_history)(arms)
+
+
+def _draw_history(figure: "Figure", arms: Mapping[str, Sequence[TimedPoint]]) -> None:
+    figure.set_size_inches(_WIDTH, 3.4)
+    axes = figure.add_subplot()
+    times = sorted({point[0] for points in arms.values() for point in points})
+    places = {time: place for place, time in enumerate(times)}
+    for (name, points), colour, mark in zip(arms.items(), cycle((FIRST, SECOND, INK, BAD)), cycle("osD^v")):
+        across = [places[point[0]] for point in points]
+        axes.vlines(across, [point[1] for point in points], [point[3] for point in points], color=colour, lw=1.2)
+        axes.plot(across, [point[2] for point in points], f"-{mark}", color=colour, ms=5, lw=1.4, label=label(name, 28))
+    step = -(-len(times) // 6) or 1
+    axes.set_xticks(range(0, len(times), step), [time[:10] for time in times[::step]], rotation=30, ha="right")
+    axes.set_title("Latency, ms")
+    axes.grid(axis="y", lw=0.6)
+    if arms:
+        axes.legend(loc="best")
 
 
 @_figure("merge")

@@ -138,6 +138,29 @@ def diff_html(diff: BundleDiff) -> str:
     )
 
 
+def history_page(
+    plots: Sequence[tuple[str, str, Mapping[str, Sequence[figures.TimedPoint]]]], tables: Sequence[Table]
+) -> str:
+    """Latencies over time; ``plots`` are (setting, machine, points by arm)."""
+    name = "Latency over time"
+    return render(
+        "history",
+        title=name,
+        name=name,
+        sentence="Medians of the sessions of each measurement, with the lowest and highest of them.",
+        plots=[
+            Plot(
+                title=setting,
+                svg=_drawn(figures.history_lines, number, arms),
+                said=f"Latency over time of {', '.join(arms)}; the numbers are in the tables below.",
+                caption=machine,
+            )
+            for number, (setting, machine, arms) in enumerate(plots)
+        ],
+        tables=tables,
+    )
+
+
 def _diff_sentence(diff: BundleDiff) -> str:
     failed = [name for name, side in (("A", diff.a), ("B", diff.b)) if not side.passes]
     passed = f"{' and '.join(failed)} did not pass at the build" if failed else "both passed at their build"
@@ -155,7 +178,12 @@ def _environment() -> "Environment":
 
     from kdexport.report import templates
 
-    pages = {"macros": templates.MACROS, "report": templates.REPORT, "diff": templates.DIFF}
+    pages = {
+        "macros": templates.MACROS,
+        "report": templates.REPORT,
+        "diff": templates.DIFF,
+        "history": templates.HISTORY,
+    }
     environment = Environment(
         loader=DictLoader(pages), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

@@ -158,3 +158,13 @@ DIFF = (
 """
     + _FOOT
 )
+
+HISTORY = (
+    '{%- from "macros" import table, plot -%}'
+    + _HEAD
+    + """<header><h1>{{ name }}</h1><p class="muted">{{ sentence }}</p></header>
+<div class="plots">{% for shown in plots %}{{ plot(shown) }}{% endfor %}</div>
+{%- for shown in tables %}<section><h2>{{ shown.title }}</h2>{{ table(shown, cards=true) }}</section>{% endfor %}
+"""
+    + _FOOT
+)

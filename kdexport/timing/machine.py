@@ -2,6 +2,7 @@
 
 import platform
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from kdexport.backends.nvidia import gpu_fingerprint
@@ -19,6 +20,11 @@ class Machine:
     system: str
     onnxruntime: str
     gpu: str = ""
+
+
+def utc_now() -> str:
+    """The time of a measurement, in UTC to the second: 2026-11-29T20:15:00Z."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def this_machine() -> Machine:

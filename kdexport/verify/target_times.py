@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from kdexport.bundle.layout import TARGETS
 from kdexport.errors import BackendUnavailableError, KdexportError
 from kdexport.targets import DEFAULT_TARGET, Target, parse_target
 from kdexport.timing.clocks import require_timeable
-from kdexport.timing.machine import this_machine
+from kdexport.timing.machine import this_machine, utc_now
 from kdexport.timing.session import Arm, Request, pinned_cpus, run_session
 from kdexport.verify.latency import LatencyResult
 
@@ -73,7 +72,7 @@ def time_targets(request: TimingRequest, progress: Callable[[str], None]) -> dic
         except KdexportError as error:
             reasons[str(target)] = error.message.partition("\n")[0]
     return {
-        "measured": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "measured": utc_now(),
         "batch": request.compared.batch,
         "threads": request.compared.threads,
         "machine": asdict(this_machine()),

@@ -123,9 +123,10 @@ def test_the_options_of_each_command_are_frozen() -> None:
         "list": ["--debug", "--json", "--plugin", "kind"],
         "doctor": ["--debug", "--json", "--plugin", "--target", "bundle"],
         "explain": ["--debug", "--json", "code"],
+        "history": ["--debug", "--html", "--json", "files"],
         "bench": [
-            "--arms", "--batch", "--clock", "--debug", "--json", "--plugin", "--seed", "--sessions", "--target",
-            "--threads", "bundle",
+            "--arms", "--batch", "--bencher", "--clock", "--debug", "--json", "--plugin", "--seed", "--sessions",
+            "--target", "--threads", "bundle",
         ],
         "gate": [
             "--against", "--baseline", "--batch", "--clock", "--data", "--debug", "--json", "--junit", "--markdown",
