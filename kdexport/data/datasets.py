@@ -526,9 +526,9 @@ def _require_readable(files: Sequence[Path]) -> list[ImageFacts]:
         found = list(pool.map(checked, files))
     problems = [each for each in found if isinstance(each, str)]
     if problems:
-        more = f"\n  and {len(problems) - _MOST_NAMED} more" if len(problems) > _MOST_NAMED else ""
+        # All of them: with a list that is cut off, each run would find the next ones.
         raise DataError(
-            f"{len(problems)} of {len(files)} images cannot be used:\n  " + "\n  ".join(problems[:_MOST_NAMED]) + more,
+            "\n  ".join([f"{len(problems)} of {len(files)} images cannot be used:", *problems]),
             remedy="Repair or remove these files.",
         )
     return [each for each in found if not isinstance(each, str)]

@@ -276,7 +276,7 @@ def test_all_damaged_images_are_named_at_once_before_the_digest(tmp_path: Path) 
     assert lines[0] == "23 of 37 images cannot be used:"
     assert lines[1].startswith(f"  {cut} is not a readable image: it is damaged or truncated")
     assert lines[2].startswith(f"  {bad[0]} is not a readable image: its content is not JPEG, PNG,")
-    assert (len(lines), lines[-1]) == (22, "  and 3 more")
+    assert [line.split(" is not")[0].strip() for line in lines[1:]] == [str(cut), *map(str, bad)]
     assert not (tmp_path / "memory").exists()
     for path in (*bad, cut):
         path.unlink()
