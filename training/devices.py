@@ -1,6 +1,7 @@
 """How training uses its devices: several processes that train one network, and compiled steps."""
 
 import inspect
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -83,6 +84,48 @@ def buffers_of_first_process(network: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for name, buffer in network.named_buffers():
                 buffer.copy_(own[name])
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Within the block a GPU multiplies float32 in float32; by default its convolutions are computed in TF32."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.allow_tf32, matmul.allow_tf32
+    cudnn.allow_tf32 = matmul.allow_tf32 = False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+def choose_kernels(device: torch.device, *, deterministic: bool) -> None:
+    """On CUDA let cuDNN time its kernels and take the fastest, or take only kernels that give the same bits each time.
+
+    On a CPU the kernels of torch give the same bits with the same number of threads, and nothing is set.
+    """
+    if device.type != "cuda":
+        return
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.deterministic = deterministic
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        # cuBLAS reads it when a process multiplies for the first time.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+@contextmanager
+def nondeterminism_named() -> Iterator[None]:
+    """Within the block an operation that has no deterministic kernel ends with a ``ConfigError`` that names it."""
+    try:
+        yield
+    except RuntimeError as error:
+        operation, found, _ = str(error).partition(" does not have a deterministic implementation")
+        if not found:
+            raise
+        raise ConfigError(
+            f"train.deterministic = true, but {operation} has no deterministic kernel on CUDA.",
+            remedy="Set train.deterministic to false, or choose a method or a student without this operation.",
+        ) from error
 
 
 def compiled(module: nn.Module, mode: str, device: torch.device) -> nn.Module:

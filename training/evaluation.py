@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from training.data import Labelled
-from training.devices import buffers_of_first_process, gathered_rows
+from training.devices import buffers_of_first_process, full_float32, gathered_rows
 
 #: Bins of equal width of the confidence, in the calibration error (Guo et al., 2017).
 _BINS = 15
@@ -75,7 +75,7 @@ class Predictions:
 
 @torch.no_grad()
 def predict(network: nn.Module, batches: Iterable[Labelled]) -> Predictions:
-    """Run ``network`` on ``batches`` in evaluation mode, and restore its mode.
+    """Run ``network`` on ``batches`` in evaluation mode, in full float32, and restore its mode.
 
     Several processes have the batches of a part each, and all get the predictions for all of them, by the running
     statistics of the first process.
@@ -83,7 +83,7 @@ def predict(network: nn.Module, batches: Iterable[Labelled]) -> Predictions:
     was_training = network.training
     network.eval()
     columns: list[tuple[torch.Tensor, ...]] = []
-    with buffers_of_first_process(network):
+    with buffers_of_first_process(network), full_float32():
         for images, labels in batches:
             logits = network(images).float()
             best = logits.softmax(1).max(1)

@@ -274,12 +274,14 @@ class TrainSettings(_GrowingSettings):
     patience: Annotated[int, Field(ge=0)] = 0
     #: Whether the learning rate is found by a range test before the first epoch, instead of ``learning_rate``.
     find_lr: bool = False
+    #: Whether CUDA uses only kernels that give the same bits each time, which are slower; a CPU always does.
+    deterministic: bool = False
     #: Services that get the metrics of each epoch besides the files of the run: the names that accelerate knows.
     trackers: tuple[str, ...] = ()
 
     _later = (
         *("batch_norm_momentum", "optimizer", "betas", "clip_norm", "ema", "label_smoothing", "mixup", "cutmix"),
-        *("class_weights", "sampling", "validation", "patience", "find_lr", "trackers"),
+        *("class_weights", "sampling", "validation", "patience", "find_lr", "deterministic", "trackers"),
     )
 
     @model_validator(mode="after")
@@ -305,7 +307,11 @@ class Published(Settings):
 
 
 class Recipe(Settings):
-    """A complete training run: the same recipe and data give the same weights on the same kind of machine."""
+    """A complete training run.
+
+    The same recipe and data give the same weights on CPUs of one kind, and on GPUs of one kind with
+    ``train.deterministic``.
+    """
 
     data: DataSettings
     teacher: TeacherSettings

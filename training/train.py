@@ -24,7 +24,7 @@ from kdexport.students import Student, Tapped
 from training.augmentation import Mixer
 from training.batch_norms import set_momentum, slow_statistics
 from training.data import Batches, EvaluationBatches, preprocessing_of, split_validation, training_batches
-from training.devices import LocalBuffers, check_batch_size, gathered
+from training.devices import LocalBuffers, check_batch_size, choose_kernels, gathered, nondeterminism_named
 from training.distillers import DISTILLERS
 from training.evaluation import Predictions, predict
 from training.foreign.network import ForeignTeacher
@@ -221,7 +221,8 @@ def train_teacher(recipe: Recipe, directory: Path) -> Metrics:
         described=described_run(recipe, "teacher"),
     )
     try:
-        history = run(job, accelerator)
+        with nondeterminism_named():
+            history = run(job, accelerator)
     except TrainingError as error:
         # The keys of the student do not change the teacher.
         remedy = "Lower teacher.learning_rate, or raise train.warmup_epochs."
@@ -289,7 +290,8 @@ def train_student(recipe: Recipe, directory: Path, origin: Origin) -> Metrics:
     )
     if accelerator.is_main_process:
         recover(directory / "best")
-    history = run(job, accelerator)
+    with nondeterminism_named():
+        history = run(job, accelerator)
     best = best_epoch(history)
     last = best if recipe.train.patience else history[-1]
     metrics = {**last, **measured, "best_epoch_top1": best["top1"]}
@@ -467,6 +469,7 @@ def make_accelerator(settings: TrainSettings) -> Accelerator:
         AcceleratorState._reset_state()
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision)
     accelerator.ddp_handler = LocalBuffers()
+    choose_kernels(accelerator.device, deterministic=settings.deterministic)
     check_batch_size(settings.batch_size, accelerator.num_processes)
     return accelerator
 

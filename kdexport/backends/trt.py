@@ -313,7 +313,7 @@ class TensorRT(_Engines):
     name = "trt"
     description = "TensorRT, needs a GPU"
     title = "TensorRT"
-    packages = ("tensorrt", "tensorrt-cu13")
+    packages = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
 
     def unavailable(self, precision: str) -> Missing | None:
         if importlib.util.find_spec("tensorrt") is None:
