@@ -84,6 +84,8 @@ def _robustness(topic: str, arguments: argparse.Namespace, records: Records, log
     options = {
         "fuzz": ("--header-timeout", "1", "--body-timeout", "1"),
         "sigterm": ("--drain", "1"),
+        # As many as 1024 file descriptors allow.
+        "slow": ("--connections", "448"),
     }.get(topic, ())
     arm = kdexport_arm(model, bundle, arguments.source, instances=2, options=options)
     if topic == "overload":

@@ -13,7 +13,7 @@ from kdexport.data.preprocessing import Preprocessing, decode
 from kdexport.data.uploads import FORMATS, Refusal, canvas_refusal, cost_of, header_refusal, size_refusal
 from kdexport.errors import DataError, RequestError
 from kdexport.serving.limits import Limits
-from kdexport.serving.plain_jpeg import decode_plain, plain_jpeg
+from kdexport.serving.plain_jpeg import PlainJpeg, decode_plain, plain_jpeg
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -73,34 +73,59 @@ def decode_upload(
     ``seen`` gets the orientation and transparency of an image that was decoded.
     """
     _require(canvas_refusal(data, limits.images))
-    with budget.spend() as spending:
-        image = _decode_plain(data, limits, spending) or _decode(data, limits, spending)
-        seen(image_facts(image))
-        return preprocessing.pixels(image)
-
-
-def _decode_plain(data: bytes, limits: Limits, spending: Spending) -> "Image.Image | None":
-    """The picture of a plain JPEG of an allowed size; None if Pillow must decode it."""
     plain = plain_jpeg(data)
-    if plain is None or size_refusal(plain.width, plain.height, limits.images) is not None:
-        return None
-    spending.take(plain.width * plain.height)
-    image = decode_plain(data, plain)
-    if image is None:
-        # Who waits for pixels may hold none, or two could wait for each other.
-        spending.give_back()
-    return image
+    with budget.spend() as spending:
+        if plain is not None and size_refusal(plain.width, plain.height, limits.images) is None:
+            spending.take(plain.width * plain.height)
+            picture = decode_plain(data, plain)
+            if picture is not None:
+                return _plain_pixels(picture, preprocessing, seen)
+            # Who waits for pixels may hold none, or two could wait for each other.
+            spending.give_back()
+        return _decoded_pixels(data, preprocessing, limits, spending.take, seen)
 
 
-def _decode(data: bytes, limits: Limits, spending: Spending) -> "Image.Image":
+def decode_small(
+    data: bytes, plain: PlainJpeg, preprocessing: Preprocessing, limits: Limits, seen: Callable[[ImageFacts], None]
+) -> NDArray[np.uint8]:
+    """``decode_upload`` of a plain JPEG of so few pixels that they need no budget."""
+    _require(size_refusal(plain.width, plain.height, limits.images))
+    picture = decode_plain(data, plain)
+    if picture is not None:
+        return _plain_pixels(picture, preprocessing, seen)
+    return _decoded_pixels(data, preprocessing, limits, lambda _: None, seen)
+
+
+def _plain_pixels(
+    picture: NDArray[np.uint8], preprocessing: Preprocessing, seen: Callable[[ImageFacts], None]
+) -> NDArray[np.uint8]:
+    from PIL import Image
+
+    seen(ImageFacts(orientation=1, transparency=False))
+    if picture.shape == (preprocessing.image_size, preprocessing.image_size, 3) and (
+        preprocessing.resize == preprocessing.image_size
+    ):
+        return picture
+    return preprocessing.pixels(Image.fromarray(picture))
+
+
+def _decoded_pixels(
+    data: bytes,
+    preprocessing: Preprocessing,
+    limits: Limits,
+    take: Callable[[int], None],
+    seen: Callable[[ImageFacts], None],
+) -> NDArray[np.uint8]:
     def inspect(image: "Image.Image") -> None:
         _require(header_refusal(image, limits.images))
-        spending.take(image.width * image.height * cost_of(image))
+        take(image.width * image.height * cost_of(image))
 
     try:
-        return decode(data, "The upload", formats=FORMATS, inspect=inspect)
+        image = decode(data, "The upload", formats=FORMATS, inspect=inspect)
     except DataError as error:
         raise RequestError(error.message, remedy=f"Send one of {', '.join(FORMATS)}.", reason="image") from None
+    seen(image_facts(image))
+    return preprocessing.pixels(image)
 
 
 def _require(refusal: Refusal | None) -> None:

@@ -20,8 +20,9 @@ from kdexport.data.exif_and_alpha import ImageFacts
 from kdexport.errors import RequestError
 from kdexport.serving.access_log import AccessLog
 from kdexport.serving.endpoints import classify_response, infer_response, queried_model, read_top
-from kdexport.serving.images import PixelBudget, decode_upload
+from kdexport.serving.images import decode_small
 from kdexport.serving.loading import LoadedModel
+from kdexport.serving.metrics import ModelStatistics
 from kdexport.serving.plain_jpeg import INLINE_PIXELS, plain_jpeg
 from kdexport.serving.plain_requests import PlainHead, PlainHeads
 from kdexport.serving.request_identity import REQUEST_ID, identity_of, log_entry
@@ -40,6 +41,7 @@ from kdexport.serving.wire import (
 _MAX_JSON = 1024
 _MAX_KNOWN = 256
 _OK = 200
+_IDENTITY = b"%%s%s: %%s\r\n" % REQUEST_ID.encode()
 
 #: The lines of a response's header, and its body.
 Answer = tuple[bytes, bytes]
@@ -86,6 +88,7 @@ class _Waiting:
     data: bytes
     model: LoadedModel
     read: _Read
+    statistics: ModelStatistics
     reservation: Reservation
     began_ns: int
     queued_ns: int
@@ -113,8 +116,6 @@ class MergedRuns:
         self._waiting: list[_Waiting] = []
         self._scheduled = False
         self._headers: dict[tuple[LoadedModel, bytes], _KnownHeader] = {}
-        # Of its own, because the event loop cannot wait for the pixels of the decoding threads.
-        self._budget = PixelBudget(INLINE_PIXELS)
 
     def accept(self, client: Client, head: PlainHead, data: bytes) -> bool:
         """Check and admit the request whose bytes are ``data``; False if the application must answer it."""
@@ -133,9 +134,10 @@ class MergedRuns:
         except (RequestError, _UnusualError):
             service.admission.close(reservation)
             return False
-        service.statistics(model).begin()
+        statistics = service.statistics(model)
+        statistics.begin()
         queued = time.monotonic_ns()
-        self._waiting.append(_Waiting(client, head, data, model, read, reservation, began, queued))
+        self._waiting.append(_Waiting(client, head, data, model, read, statistics, reservation, began, queued))
         self._schedule()
         return True
 
@@ -176,7 +178,7 @@ class MergedRuns:
         if size is None or size.width * size.height > INLINE_PIXELS or len(upload) > limits.body:
             raise _UnusualError
         facts: list[ImageFacts] = []
-        pixels = decode_upload(upload, model.manifest.spec.preprocessing, limits, self._budget, facts.append)
+        pixels = decode_small(upload, size, model.manifest.spec.preprocessing, limits, facts.append)
         return _Read(model.tensor(pixels), functools.partial(_write_labels, top, model), facts)
 
     def _schedule(self) -> None:
@@ -213,7 +215,7 @@ class MergedRuns:
         if waiting.client.is_gone:
             self._release(waiting)
             spent = time.monotonic_ns() - waiting.began_ns
-            self._service.statistics(waiting.model).failed("canceled", spent)
+            waiting.statistics.failed("canceled", spent)
             self._write_log(waiting, identity_of(waiting.head.fields), CLIENT_CLOSED_REQUEST, 0)
             return False
         if time.monotonic_ns() - waiting.queued_ns > self._service.limits.queue_seconds * 1e9:
@@ -243,7 +245,7 @@ class MergedRuns:
                 self._give_back(waiting)
             first = last
         if answered:
-            self._service.statistics(model).succeeded_together(answered, timed.together, times)
+            batch[0].statistics.succeeded_together(answered, timed.together, times)
 
     def _answer(
         self, waiting: _Waiting, logits: NDArray[np.float32], started_ns: int, compute_ns: int
@@ -253,8 +255,8 @@ class MergedRuns:
         identity = identity_of(waiting.head.fields)
         self._release(waiting)
         for facts in waiting.read.facts:
-            self._service.statistics(waiting.model).uploaded(facts)
-        waiting.client.answer(b"%s%s: %s\r\n" % (lines, REQUEST_ID.encode(), identity.encode()), body)
+            waiting.statistics.uploaded(facts)
+        waiting.client.answer(_IDENTITY % (lines, identity.encode()), body)
         self._write_log(waiting, identity, _OK, len(body))
         ended = time.monotonic_ns()
         return {
@@ -271,7 +273,7 @@ class MergedRuns:
 
     def _release(self, waiting: _Waiting) -> None:
         self._service.admission.close(waiting.reservation)
-        self._service.statistics(waiting.model).end()
+        waiting.statistics.end()
 
     def _write_log(self, waiting: _Waiting, identity: str, status: int, size: int) -> None:
         if self._log is None:

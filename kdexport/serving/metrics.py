@@ -115,6 +115,7 @@ class ModelStatistics:
             name: getattr(metrics, name).labels(*self._labels)
             for name in ("success", "images", "runs", "duration", "latency", *_PARTS)
         }
+        self._uploads: dict[ImageFacts, Counter] = {}
         self._counted: list[tuple[Sequence[int], int, Sequence[Mapping[str, int]]]] = []
         metrics.in_progress[self._labels] += 0
         previous = metrics.sources.get(self._labels)
@@ -182,8 +183,12 @@ class ModelStatistics:
 
     def uploaded(self, facts: ImageFacts) -> None:
         """Count a decoded image by what its file says of how it is shown."""
-        transparency = "yes" if facts.transparency else "no"
-        self._metrics.uploads.labels(*self._labels, str(facts.orientation), transparency).inc()
+        child = self._uploads.get(facts)
+        if child is None:
+            transparency = "yes" if facts.transparency else "no"
+            child = self._metrics.uploads.labels(*self._labels, str(facts.orientation), transparency)
+            self._uploads[facts] = child
+        child.inc()
 
     def failed(self, reason: str, total_ns: int) -> None:
         """Count a request answered with another status."""

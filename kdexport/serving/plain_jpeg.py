@@ -9,12 +9,10 @@ import functools
 import importlib
 import io
 import logging
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-
-if TYPE_CHECKING:
-    from PIL import Image
+from numpy.typing import NDArray
 
 _log = logging.getLogger("kdexport.serving")
 
@@ -46,22 +44,20 @@ def plain_jpeg(data: bytes) -> PlainJpeg | None:
         return None
     position, found = 2, None
     for _ in range(_MAX_SEGMENTS):
-        head = data[position : position + 4]
-        if len(head) < 4 or head[0] != 0xFF:
+        if len(data) < position + 4 or data[position] != 0xFF:
             return None
-        marker, size = head[1], int.from_bytes(head[2:], "big")
-        segment = data[position + 4 : position + 2 + size]
-        if size < 2 or len(segment) != size - 2:
+        marker, size = data[position + 1], data[position + 2] << 8 | data[position + 3]
+        start, position = position + 4, position + 2 + size
+        if size < 2 or len(data) < position:
             return None
         if marker == _SCAN:
             return found
         if marker in _FRAMES and found is None:
-            found = _frame(segment)
+            found = _frame(data[start:position])
             if found is None:
                 return None
-        elif marker not in _TABLES and not (marker == _APP0 and position == 2):
+        elif marker not in _TABLES and not (marker == _APP0 and start == 6):
             return None
-        position += 2 + size
     return None
 
 
@@ -77,8 +73,8 @@ def _frame(segment: bytes) -> PlainJpeg | None:
     return PlainJpeg(width, height, channels) if width and height else None
 
 
-def decode_plain(data: bytes, plain: PlainJpeg) -> "Image.Image | None":
-    """The picture of a plain JPEG, L or RGB; None if Pillow must decode it, because simplejpeg is absent or refuses."""
+def decode_plain(data: bytes, plain: PlainJpeg) -> NDArray[np.uint8] | None:
+    """The picture of a plain JPEG, (H,W) or (H,W,3); None if Pillow must decode it: simplejpeg is absent or refuses."""
     decoder = _decoder()
     return None if decoder is None else _decoded(decoder, data, plain)
 
@@ -89,18 +85,16 @@ def decoder_name() -> str:
     return "Pillow" if decoder is None else f"simplejpeg {decoder.__version__}"
 
 
-def _decoded(decoder: Any, data: bytes, plain: PlainJpeg) -> "Image.Image | None":
-    from PIL import Image
-
+def _decoded(decoder: Any, data: bytes, plain: PlainJpeg) -> NDArray[np.uint8] | None:
     colours = "RGB" if plain.channels == 3 else "GRAY"
     try:
-        pixels = decoder.decode_jpeg(data, colours, fastdct=False, fastupsample=False, strict=True)
+        pixels: NDArray[np.uint8] = decoder.decode_jpeg(data, colours, fastdct=False, fastupsample=False, strict=True)
     # Pillow decodes those damaged images that it accepts, and finds the words for the others.
     except Exception:  # noqa: BLE001
         return None
     if pixels.shape != (plain.height, plain.width, plain.channels):
         return None
-    return Image.fromarray(pixels if plain.channels == 3 else pixels[:, :, 0])
+    return pixels if plain.channels == 3 else pixels[:, :, 0]
 
 
 @functools.cache

@@ -63,7 +63,7 @@ class RequestIdentity:
 def identity_of(given: Mapping[bytes, bytes]) -> str:
     """The identity of a request with these headers, whose names are lower-case: the client's, or a new one."""
     own = given.get(b"x-request-id", b"")
-    return own.decode("ascii") if _ACCEPTED.fullmatch(own) else os.urandom(_RANDOM_BYTES).hex()
+    return own.decode("ascii") if own and _ACCEPTED.fullmatch(own) else os.urandom(_RANDOM_BYTES).hex()
 
 
 def log_entry(

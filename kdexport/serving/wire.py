@@ -449,14 +449,11 @@ def _flatten(tensor: RequestInput) -> list[Any]:
 
 
 def _as_images(flat: Given, count: int, signature: Signature) -> Given:
-    images = flat.reshape(count, *signature.shape)
-    if signature.takes != FLOAT32:
-        return np.require(images, np.uint8, ["C", "A"])
     # The tensor starts wherever the header ended; onnxruntime needs aligned memory in native byte order.
-    aligned = np.require(images, np.float32, ["C", "A"])
-    if not np.isfinite(aligned).all():
+    native = flat if flat.flags.aligned and flat.dtype.isnative else flat.astype(flat.dtype.newbyteorder("="))
+    if signature.takes == FLOAT32 and not np.isfinite(native).all():
         raise RequestError(f"Input {signature.input_name!r} has NaN or infinity; all values must be finite.")
-    return aligned
+    return native.reshape(count, *signature.shape)
 
 
 def write_response(
