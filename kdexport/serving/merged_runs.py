@@ -115,7 +115,8 @@ class MergedRuns:
         self._log = log
         self._waiting: list[_Waiting] = []
         self._scheduled = False
-        self._headers: dict[tuple[LoadedModel, bytes], _KnownHeader] = {}
+        # By the digest of the bundle, not by the model, which would stay in memory after a reload.
+        self._headers: dict[tuple[str, int, str, bytes], _KnownHeader] = {}
 
     def accept(self, client: Client, head: PlainHead, data: bytes) -> bool:
         """Check and admit the request whose bytes are ``data``; False if the application must answer it."""
@@ -164,18 +165,21 @@ class MergedRuns:
         return _Read(images, functools.partial(_write_tensor, known, model), [])
 
     def _known_header(self, model: LoadedModel, raw: bytes) -> _KnownHeader:
-        known = self._headers.get((model, raw))
+        key = (model.name, model.version, model.digest, raw)
+        known = self._headers.get(key)
         if known is None:
             known = _known_header(read_header(raw, model.signature, self._service.limits), model)
             if len(self._headers) >= _MAX_KNOWN:
                 self._headers.clear()
-            self._headers[model, raw] = known
+            self._headers[key] = known
         return known
 
     def _read_image(self, model: LoadedModel, head: PlainHead, data: bytes) -> _Read:
         top, upload, limits = read_top(head.query.get("top"), model), data[head.size :], self._service.limits
         size = plain_jpeg(upload)
-        if size is None or size.width * size.height > INLINE_PIXELS or len(upload) > limits.body:
+        if size is None or not size.one_scan or len(upload) > limits.body:
+            raise _UnusualError
+        if size.width * size.height > INLINE_PIXELS:
             raise _UnusualError
         facts: list[ImageFacts] = []
         pixels = decode_small(upload, size, model.manifest.spec.preprocessing, limits, facts.append)

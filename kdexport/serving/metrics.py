@@ -3,7 +3,7 @@
 import re
 import time
 from collections import Counter as Counter_
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -50,8 +50,8 @@ class Metrics:
         )
         #: The value of ``pending`` by model and version.
         self.in_progress: Counter_[tuple[str, str]] = Counter_()
-        #: Called before the metrics are read; they add what they have counted since.
-        self.sources: dict[tuple[str, str], Callable[[], None]] = {}
+        #: The statistics that add what they have counted before the metrics are read.
+        self.sources: dict[tuple[str, str], ModelStatistics] = {}
         self.latency = Histogram(
             "kdexport_request_duration_seconds", "Seconds from header to response, if the status is 200", _MODEL,
             registry=self.registry, buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
@@ -78,8 +78,8 @@ class Metrics:
 
     def text(self) -> bytes:
         """The metrics in Prometheus' text format; Triton's counters have no suffix ``_total``."""
-        for add in self.sources.values():
-            add()
+        for statistics in self.sources.values():
+            statistics.add_counted()
         for labels, count in self.in_progress.items():
             self.pending.labels(*labels).set(count)
         return _SUFFIX.sub(rb"\1", generate_latest(self.registry))
@@ -120,8 +120,8 @@ class ModelStatistics:
         metrics.in_progress[self._labels] += 0
         previous = metrics.sources.get(self._labels)
         if previous is not None:
-            previous()
-        metrics.sources[self._labels] = self._add_counted
+            previous.add_counted()
+        metrics.sources[self._labels] = self
         self.inferences = 0
         self.executions = 0.0
         self.last_ms = 0
@@ -137,10 +137,12 @@ class ModelStatistics:
         self.last_ms = int(time.time() * 1000)
         # Adding many at once, and not before they are read, takes a tenth of the time.
         self._counted.append((images, together, times_ns))
-        if len(self._counted) >= _COUNTED_AT_ONCE:
-            self._add_counted()
+        # Those of a replaced bundle count its last requests, and nobody asks them again.
+        if len(self._counted) >= _COUNTED_AT_ONCE or self._metrics.sources[self._labels] is not self:
+            self.add_counted()
 
-    def _add_counted(self) -> None:
+    def add_counted(self) -> None:
+        """Add the requests that were counted since the last time."""
         counted, self._counted = self._counted, []
         times_ns = [times for _, _, each in counted for times in each]
         if not times_ns:
@@ -197,7 +199,7 @@ class ModelStatistics:
 
     def to_json(self) -> dict[str, Any]:
         """The statistics in the form of Triton's."""
-        self._add_counted()
+        self.add_counted()
         name, version = self._labels
         parts = {key: value.to_json() for key, value in self.parts.items()}
         zero = Durations().to_json()

@@ -23,16 +23,21 @@ _APP0, _SCAN = 0xE0, 0xDA
 #: Huffman and quantisation tables, restart interval, comment.
 _TABLES = frozenset({0xC4, 0xDB, 0xDD, 0xFE})
 #: Baseline, extended and progressive frames with Huffman codes.
-_FRAMES = frozenset({0xC0, 0xC1, 0xC2})
+_PROGRESSIVE = 0xC2
+_FRAMES = frozenset({0xC0, 0xC1, _PROGRESSIVE})
 _MAX_SEGMENTS = 64
 
 
 class PlainJpeg(NamedTuple):
-    """Width, height and channels, 1 or 3."""
+    """Width, height and channels, 1 or 3; ``one_scan`` if each pixel is decoded once.
+
+    A progressive image of a few bytes can have thousands of scans.
+    """
 
     width: int
     height: int
     channels: int
+    one_scan: bool
 
 
 def plain_jpeg(data: bytes) -> PlainJpeg | None:
@@ -51,9 +56,10 @@ def plain_jpeg(data: bytes) -> PlainJpeg | None:
         if size < 2 or len(data) < position:
             return None
         if marker == _SCAN:
-            return found
+            whole = found is not None and size > 2 and data[start] == found.channels
+            return found if found is None or whole else found._replace(one_scan=False)
         if marker in _FRAMES and found is None:
-            found = _frame(data[start:position])
+            found = _frame(data[start:position], one_scan=marker != _PROGRESSIVE)
             if found is None:
                 return None
         elif marker not in _TABLES and not (marker == _APP0 and start == 6):
@@ -61,7 +67,7 @@ def plain_jpeg(data: bytes) -> PlainJpeg | None:
     return None
 
 
-def _frame(segment: bytes) -> PlainJpeg | None:
+def _frame(segment: bytes, *, one_scan: bool) -> PlainJpeg | None:
     """The size in a frame header: precision, height, width, and three bytes for each channel, numbered from 1."""
     if len(segment) < 6 or segment[0] != 8:
         return None
@@ -70,7 +76,7 @@ def _frame(segment: bytes) -> PlainJpeg | None:
     numbers = list(segment[6::3])
     if len(segment) != 6 + 3 * channels or channels not in (1, 3) or numbers != list(range(1, channels + 1)):
         return None
-    return PlainJpeg(width, height, channels) if width and height else None
+    return PlainJpeg(width, height, channels, one_scan) if width and height else None
 
 
 def decode_plain(data: bytes, plain: PlainJpeg) -> NDArray[np.uint8] | None:

@@ -641,6 +641,21 @@ def test_a_reload_takes_effect_with_the_next_request(serve: Any, model: LoadedMo
         values = [json.loads(each.partition(b"\r\n\r\n")[2])["outputs"][0]["data"] for each in (first, second)]
         assert np.allclose(np.subtract(values[1], values[0]), 1, atol=1e-4)
         assert started.runs.accepted == [True, True]
+        # What is remembered of heads does not keep the model that was replaced in memory.
+        assert not any(isinstance(part, LoadedModel) for key in started.runs._headers for part in key)
+
+    serve(check)
+
+
+def test_an_image_of_several_scans_is_decoded_in_a_thread(serve: Any) -> None:
+    async def check(started: Started) -> None:
+        for options in ({"progressive": True}, {}):
+            short, general = await started.both(CLASSIFY, encoded(photo(40, 40, 1), "JPEG", **options))
+            assert short == general
+            assert status(short) == 200
+        large = encoded(photo(129, 128, 1), "JPEG")
+        assert status(await started.ask(raw(CLASSIFY, large))) == 200
+        assert started.runs.accepted == [False, True, False]
 
     serve(check)
 

@@ -23,3 +23,40 @@ def test_metrics_have_tritons_names_without_a_suffix() -> None:
     assert 'nv_inference_request_failure{model="m",reason="queue",version="3"} 1.0' in text
     assert "process_resident_memory_bytes" in text
     assert not re.search(r"nv_\w+_total", text)
+
+
+def value(metrics: Metrics, name: str) -> float:
+    (line,) = [line for line in metrics.text().decode().splitlines() if line.startswith(f'{name}{{model="m",')]
+    return float(line.rpartition(" ")[2])
+
+
+def test_many_runs_are_added_at_once_and_none_is_lost_when_a_bundle_is_replaced() -> None:
+    metrics = Metrics("0123")
+    old = ModelStatistics(metrics, "m", 3)
+    times = {"total": 5000, "queue": 1000, "input": 500, "infer": 3000, "output": 250}
+    for _ in range(250):
+        old.succeeded_together([1, 2], 3, [times, times])
+    assert value(metrics, "nv_inference_request_success") == 500
+    assert value(metrics, "nv_inference_exec_count") == 250
+    old.succeeded(1, 1, times)
+    new = ModelStatistics(metrics, "m", 3)
+    # The last request of the old bundle ends when the new one is served.
+    old.succeeded(1, 1, times)
+    new.succeeded(1, 1, times)
+    assert value(metrics, "nv_inference_request_success") == 503
+    assert value(metrics, "nv_inference_count") == 753
+    counts = [statistics.to_json()["inference_stats"]["success"]["count"] for statistics in (old, new)]
+    assert counts == [502, 1]
+    assert new.to_json()["batch_stats"][0]["compute_infer"] == {"count": 1, "ns": 3000}
+
+
+def test_requests_in_progress_are_those_of_the_old_and_the_new_bundle() -> None:
+    metrics = Metrics("0123")
+    old = ModelStatistics(metrics, "m", 3)
+    with old.in_progress():
+        new = ModelStatistics(metrics, "m", 3)
+        new.begin()
+        assert value(metrics, "nv_inference_pending_request_count") == 2
+    assert value(metrics, "nv_inference_pending_request_count") == 1
+    new.end()
+    assert value(metrics, "nv_inference_pending_request_count") == 0

@@ -50,7 +50,17 @@ def samples() -> list[bytes]:
 def test_jpegs_of_common_programs_are_plain() -> None:
     for data in samples():
         image = Image.open(io.BytesIO(data))
-        assert plain_jpeg(data) == PlainJpeg(image.width, image.height, len(image.getbands()))
+        one_scan = not image.info.get("progressive", False)
+        assert plain_jpeg(data) == PlainJpeg(image.width, image.height, len(image.getbands()), one_scan)
+
+
+def test_a_baseline_image_whose_first_scan_has_one_channel_has_several_scans() -> None:
+    data = encoded(photo(24, 24, 1), "JPEG")
+    at = data.index(b"\xff\xda")
+    assert data[at + 4] == 3
+    plain = plain_jpeg(data[: at + 4] + b"\x01" + data[at + 5 :])
+    assert plain is not None
+    assert not plain.one_scan
 
 
 def exif(orientation: int) -> bytes:
@@ -151,7 +161,7 @@ def test_without_simplejpeg_pillow_decodes(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr("kdexport.serving.plain_jpeg.importlib.import_module", missing)
     data = encoded(photo(24, 24, 1), "JPEG")
-    assert (decoder_name(), decode_plain(data, PlainJpeg(24, 24, 3))) == ("Pillow", None)
+    assert (decoder_name(), decode_plain(data, PlainJpeg(24, 24, 3, True))) == ("Pillow", None)
     pixels = decode_upload(data, PREPROCESSING, Limits(), PixelBudget(10_000))
     assert np.array_equal(pixels, np.asarray(Image.open(io.BytesIO(data))))
 
