@@ -22,6 +22,8 @@ from kdexport.commands.history import history
 from kdexport.commands.inspect import inspect
 from kdexport.commands.listing import list_
 from kdexport.commands.predict import predict
+from kdexport.commands.pull import pull
+from kdexport.commands.push import push
 from kdexport.commands.quickstart import quickstart
 from kdexport.commands.replay import replay
 from kdexport.commands.serve import serve
@@ -85,6 +87,8 @@ _add(calibrate_runner)
 _add(replay)
 _add(sign)
 _add(slim)
+_add(push)
+_add(pull)
 _add(serve)
 _add(triton)
 for command in (train, teacher, evaluate_run, table):

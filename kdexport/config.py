@@ -84,6 +84,16 @@ class LatencySettings(Settings):
     threads: Annotated[int, Field(ge=1)] = 1
 
 
+class CardSettings(Settings):
+    """``[card]``: what the model card in the bundle says and only its owner knows; nothing of it is guessed."""
+
+    #: Identifier of the licence, as on the Hugging Face Hub: "apache-2.0", "mit", "other".
+    license: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")] | None = None
+    #: Data sets on the Hub.
+    datasets: list[str] = Field(default_factory=list)
+    tags: list[str] = Field(default_factory=list)
+
+
 class BuildConfig(Settings):
     """One export configuration: the student and its recipe, and how it is exported and verified."""
 
@@ -106,6 +116,7 @@ class BuildConfig(Settings):
     precision_search: SearchSettings = SearchSettings()
     verify: VerifySettings = VerifySettings()
     latency: LatencySettings = LatencySettings()
+    card: CardSettings = CardSettings()
     #: Limits of the ladder that differ from the defaults, as in ``[policy.D.int8] flips = 0.05``.
     policy: dict[str, Any] = Field(default_factory=dict)
 

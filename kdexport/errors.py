@@ -26,7 +26,8 @@ KdexportError
 |  |- BackendUnavailableError  KDX400        a package, driver or GPU is missing
 |  |- StorageError             KDX401        no space or no permission
 |  |- ServerError              KDX402        the server cannot run with these limits or on this address
-|  `- RunnerError              KDX403        this machine has fewer processors than a measurement needs
+|  |- RunnerError              KDX403        this machine has fewer processors than a measurement needs
+|  `- TransferError            KDX404        a hub or registry cannot be reached, or refuses
 |- StoppedError             KDX410  exit 130 a signal stopped the command; 143 for SIGTERM
 |- UnexpectedError          KDX900  exit 2   an error that no check covers
 `- ForwardedError                            an error of a child process, with the child's code and exit code
@@ -340,6 +341,17 @@ class RunnerError(MachineError):
         "A measurement is pinned to as many processors as it has threads. With fewer processors the threads would wait "
         "for each other, and the result would measure the scheduler. Use fewer threads or a machine with more "
         "processors."
+    )
+
+
+class TransferError(MachineError):
+    """The Hugging Face Hub or a registry cannot be reached, does not have the name, or refuses."""
+
+    code = "KDX404"
+    explanation = (
+        "kdexport push or pull could not use the place: there is no connection, the repository or tag does not exist, "
+        "or you have no access. Log in with hf auth login (the Hub) or docker login HOST (a registry); kdexport reads "
+        "those logins and never prints a token. Nothing was left at --out."
     )
 
 

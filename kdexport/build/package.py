@@ -39,6 +39,7 @@ from kdexport.graph.audit import operator_counts
 from kdexport.graph.plan import LayerPlan
 from kdexport.origins.references import parse_reference
 from kdexport.report.contents import new_evidence, shown_images
+from kdexport.report.model_card import CardFacts, write_model_card
 from kdexport.report.page import write_reports
 from kdexport.report.thumbnails import thumbnails
 from kdexport.targets import DEFAULT_TARGET, Target, providers
@@ -131,6 +132,7 @@ def package(folder: Path, parts: Parts, progress: Progress) -> VerifiedBundle:
         pixels = parts.validation.read(data["report_images"], parts.trained.spec.preprocessing)
         evidence = replace(evidence, thumbnails=thumbnails(data["report_images"], pixels))
     write_reports(folder, data, evidence)
+    write_model_card(folder, data, _card_facts(parts.config))
     write_sbom(folder / SBOM, student=parts.trained.spec.student, build_key=parts.build_key)
     data["files"] = hash_files(folder)
     (folder / MANIFEST).write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -142,6 +144,11 @@ def package(folder: Path, parts: Parts, progress: Progress) -> VerifiedBundle:
 def _save_task(folder: Path, record: TaskRecord, images: ImageSet) -> dict[str, object]:
     """Write the record; its summary also identifies the split, so that bundles can be compared image by image."""
     return save_record(folder, record) | {"data_sha256": images.fingerprint(), "data_images": len(images)}
+
+
+def _card_facts(config: BuildConfig) -> CardFacts:
+    card = config.card
+    return CardFacts(license=card.license, datasets=tuple(card.datasets), tags=tuple(card.tags))
 
 
 def _task_indices(parts: Parts) -> list[int]:

@@ -131,7 +131,7 @@ def bundle(inputs: BuildInputs, on_failure: Callable[[VerificationError, Making]
         except VerificationError as error:
             raise on_failure(error, making) from error
 
-    settings = [table.model_dump(mode="json") for table in (config.export, config.verify, config.latency)]
+    settings = [table.model_dump(mode="json") for table in (config.export, config.verify, config.latency, config.card)]
     # The manifest records which targets ran on this machine, and how int8 targets were calibrated.
     ran = [(str(target), target.plugin_sha256, target.not_executable() is None) for target in inputs.targets]
     calibrated = inputs.calibration.to_json() if any(is_int8(target.form) for target in inputs.targets) else None

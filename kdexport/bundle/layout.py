@@ -5,6 +5,8 @@ MANIFEST = "manifest.json"
 SIGNATURE = "model.sig"
 #: The software that built the bundle. Bundles of earlier versions have none.
 SBOM = "sbom.json"
+#: The model card. Bundles of earlier versions have none.
+CARD = "README.md"
 UNFUSED = "unfused.safetensors"
 FUSED = "student.safetensors"
 TARGETS = "targets"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kdexport.backends.base import ONNX_FILE
-from kdexport.bundle.layout import GOLDEN, MANIFEST, TARGETS, TASK
+from kdexport.bundle.layout import CARD, GOLDEN, MANIFEST, TARGETS, TASK
 from kdexport.bundle.manifest import (
     EMPTY_FOLDER,
     Manifest,
@@ -47,7 +47,7 @@ def write_slim(folder: Path, out: Path, targets: Sequence[str] = ()) -> SlimBund
     manifest = read_manifest(folder)
     if is_slim(manifest):
         raise BundleError(f"{folder} is a slim bundle already.", remedy="Copy it with cp -r.")
-    _require_sound(folder, manifest)
+    require_sound(folder, manifest)
     kept_targets = _chosen(manifest, targets)
     require_replaceable(out, _is_slim_folder)
     require_writable(out)
@@ -90,21 +90,27 @@ def require_whole(folder: Path, manifest: Manifest) -> None:
         )
 
 
-def _require_sound(folder: Path, manifest: Manifest) -> None:
+def require_sound(folder: Path, manifest: Manifest) -> None:
+    """Raise ``BundleError`` for links or checks that did not hold, ``VerificationError`` for files that changed."""
     require_unchanged(folder, manifest)
+    require_regular(folder)
+    checks = manifest.data["parity"]
+    failed = sum(not check["holds"] for check in checks)
+    if failed or not checks:
+        raise BundleError(
+            f"{folder} is not verified: {failed} of {len(checks)} checks failed (0 of one or more allowed).",
+            remedy="Build the bundle again; only verified bundles are made slim or sent.",
+        )
+
+
+def require_regular(folder: Path) -> None:
+    """Raise ``BundleError`` if the bundle has a link, a device or anything else that is not a file of its own."""
     irregular = {name: kind for name, kind in irregular_entries(folder).items() if kind != EMPTY_FOLDER}
     if irregular:
         name, kind = next(iter(irregular.items()))
         raise BundleError(
             f"{folder / name} is {kind}; a bundle may have regular files only.",
             remedy=f"Copy the bundle with the contents of its links: cp -rL {folder} NEW_FOLDER",
-        )
-    checks = manifest.data["parity"]
-    failed = sum(not check["holds"] for check in checks)
-    if failed or not checks:
-        raise BundleError(
-            f"{folder} is not verified: {failed} of {len(checks)} checks failed (0 of one or more allowed).",
-            remedy="Build the bundle again; only verified bundles are made slim.",
         )
 
 
@@ -122,7 +128,7 @@ def _is_kept(name: str, manifest: Manifest, targets: Sequence[str]) -> bool:
         # The default target is the model itself, which is stored once.
         twin = target == DEFAULT_TARGET and manifest.files[name] == manifest.files.get(ONNX_FILE)
         return target in targets and not twin
-    return folder == GOLDEN or name in (TASK, ONNX_FILE)
+    return folder == GOLDEN or name in (TASK, ONNX_FILE, CARD)
 
 
 def _is_slim_folder(folder: Path) -> bool:

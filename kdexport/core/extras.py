@@ -21,6 +21,8 @@ EXTRAS = {
     "tensorrt_rtx": "trt-rtx",
     "timm": "timm",
     **dict.fromkeys(("matplotlib", "jinja2"), "plots"),
+    "huggingface_hub": "hub",
+    "oras": "hub",
     "opentelemetry": "otel",
     "sklearn": "demo",
     "simplejpeg": "jpeg",

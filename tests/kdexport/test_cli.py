@@ -144,6 +144,8 @@ def test_the_options_of_each_command_are_frozen() -> None:
         ],
         "evaluate": ["--data", "--debug", "--json", "--plugin", "--target", "--threads", "bundle"],
         "replay": ["--debug", "--json", "--out", "--plugin", "bundle"],
+        "push": ["--debug", "--dry-run", "--json", "--plugin", "--private", "bundle", "place"],
+        "pull": ["--debug", "--json", "--out", "--plugin", "--signature", "place"],
         "slim": ["--debug", "--json", "--out", "--plugin", "--target", "bundle"],
         "sign": ["--certificate", "--debug", "--json", "--key", "--plugin", "bundle"],
         "serve": [

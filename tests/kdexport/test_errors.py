@@ -29,6 +29,7 @@ FROZEN = {
     "KDX401": ("StorageError", 4),
     "KDX402": ("ServerError", 4),
     "KDX403": ("RunnerError", 4),
+    "KDX404": ("TransferError", 4),
     "KDX410": ("StoppedError", 130),
     "KDX900": ("UnexpectedError", 2),
 }

@@ -96,6 +96,7 @@ TABLE = {
     "diagnose": "",
     "gate": "",
     "serving": "",
+    "sharing": "",
     "timing": "bundle",
     "verify": "bundle",
     "build/package.py": "bundle",
