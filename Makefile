@@ -1,6 +1,6 @@
 # The same commands for people and CI: `make quickstart`, `make test`. Packages are installed only into .venv.
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-oldest lint types unit clean
+.PHONY: help setup quickstart test test-oldest lint types unit docs clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -52,6 +52,11 @@ test-oldest:  ## pytest with the oldest versions that are allowed; another Pytho
 	@$(OLDEST_PYTHON) -m venv $(OLDEST)
 	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[dev,demo,trt-rtx,openvino,timm,sign,otel]'
 	@OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+docs: setup  ## The documentation site in build/site; a warning is an error
+	@$(BIN)/python -m mkdocs --version > /dev/null 2>&1 || \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 clean:  ## Remove what was built, not what was installed
 	@rm -rf dist build .kdexport .mypy_cache .ruff_cache .pytest_cache .hypothesis

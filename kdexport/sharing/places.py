@@ -7,7 +7,7 @@ from typing import Literal
 from kdexport.errors import ConfigError
 
 #: A part of a name on the Hugging Face Hub.
-_HUB_PART = r"[A-Za-z0-9](?:[A-Za-z0-9]|[._-](?![.-]))*"
+_HUB_PART = r"[A-Za-z0-9](?:[A-Za-z0-9]|[._-](?=[A-Za-z0-9_]))*"
 _HUB = re.compile(rf"hf://(?P<name>{_HUB_PART}/{_HUB_PART})(?:@(?P<version>[A-Za-z0-9][\w./-]*))?")
 _HUB_LENGTH = 96
 #: Names and tags of the OCI distribution specification.
@@ -40,7 +40,7 @@ def parse_place(text: str, *, pushes: bool) -> Place:
     shown = without_secrets(text)
     if match := _HUB.fullmatch(text):
         name, version = match["name"], match["version"] or ""
-        if len(name) > _HUB_LENGTH or name.endswith((".git", ".ipynb", "_", "-")) or "/-" in name:
+        if len(name) > _HUB_LENGTH or name.endswith((".git", ".ipynb")):
             raise ConfigError(
                 f"{name!r} is not a name of the Hugging Face Hub: at most {_HUB_LENGTH} letters, digits, - _ . with a "
                 "letter or digit at both ends of each part, and not .git or .ipynb at the end.",
