@@ -59,6 +59,8 @@ def write_slim(folder: Path, out: Path, targets: Sequence[str] = ()) -> SlimBund
         "targets": {name: manifest.targets[name] for name in kept_targets},
         "slim": {"manifest_sha256": sha256_file(folder / MANIFEST), "left_out": list(left_out)},
     }
+    # A file that is left out.
+    data.pop("answers", None)
     staged = out.with_name(f".{out.name}.slim")
     shutil.rmtree(staged, ignore_errors=True)
     try:

@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save
 
 from kdexport.bundle.manifest import hash_files
+from kdexport.bundle.slim_form import write_slim
 from kdexport.errors import BundleError, VerificationError
 from kdexport.report.bundle_diff import diff_bundles, diff_tables
 from kdexport.report.page import diff_html
@@ -116,6 +117,14 @@ def test_a_bundle_of_an_earlier_version_has_the_latency_of_its_comparison(built:
     data = json.loads((built.bundle / "manifest.json").read_text())
     rewritten(bundle_copy, lambda data: data.pop("target_times"))
     assert cells(bundle_copy, built.bundle)["Targets"]["onnx-fp32"][1] == f"{data['latency']['candidate_ms']:.3f} ms"
+
+
+def test_a_slim_bundle_is_compared_by_what_it_has(built: Built, tmp_path: Path) -> None:
+    write_slim(built.bundle, tmp_path / "slim")
+    found = diff_bundles(built.bundle, tmp_path / "slim")
+    assert found.same_images
+    assert {pair.paired.flips for pair in found.targets if pair.paired} == {0}
+    assert set(found.files.values()) == {"only in A"}
 
 
 def test_a_damaged_bundle_exits_with_1_and_another_folder_with_2(

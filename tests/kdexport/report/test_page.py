@@ -11,6 +11,7 @@ import pytest
 from kdexport.report.check_tables import report_tables
 from kdexport.report.contents import Evidence
 from kdexport.report.page import report_html, targets_table, write_reports
+from kdexport.report.templates import STYLE
 from tests.kdexport.report.manifests import HOSTILE, check, manifest, with_check, with_latency
 from tests.kdexport.report.recorded_answers import Recorded, record_of
 
@@ -213,3 +214,28 @@ def test_a_statement_without_a_number_is_shown_without_one(tmp_path: Path) -> No
     assert [row for row in rows if "weights of the file" in row] == [
         "| audit | model.onnx | weights of the file |  | FAILS | layer conv1 |"
     ]
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of #rgb or #rrggbb, as the Web Content Accessibility Guidelines define it."""
+    digits = colour[1:] if len(colour) == 7 else "".join(2 * digit for digit in colour[1:])
+    shares = [int(digits[place : place + 2], 16) / 255 for place in (0, 2, 4)]
+    linear = [share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares]
+    return sum(weight * share for weight, share in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+@pytest.mark.parametrize("theme", [0, 1, 2], ids=["light", "dark", "print"])
+def test_text_and_plots_have_enough_contrast_on_every_ground(theme: int) -> None:
+    colours = [dict(re.findall(r"--([\w-]+):(#\w+)", rule)) for rule in re.findall(r":root\{(.*?)\}", STYLE, re.DOTALL)]
+    found = colours[theme]
+
+    def contrast(text: str, ground: str) -> float:
+        lighter, darker = sorted((luminance(found[text]), luminance(found[ground])), reverse=True)
+        return (lighter + 0.05) / (darker + 0.05)
+
+    for ground in ("paper", "raised"):
+        for text in ("ink", "muted", "bad", "second", "first"):
+            assert contrast(text, ground) >= 4.5, (text, ground)
+    assert contrast("good", "good-paper") >= 4.5
+    assert contrast("bad", "bad-paper") >= 4.5
+    assert contrast("ink", "good-paper") >= 7
