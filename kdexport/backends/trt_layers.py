@@ -12,7 +12,9 @@ from kdexport.errors import AuditError
 #: The types that kernels may read and write; kernels that multiply must have the first.
 _DATATYPES = {"fp32": ("Float",), "fp16": ("Half",), "bf16": ("BFloat16",), "int8": ("Int8", "Float")}
 _MULTIPLYING = re.compile(r"correlation|conv|gemm|matmul|matrix_?multiply|runtime_fusion", re.IGNORECASE)
-_BOOKKEEPING = {"shape_call", "signal", "wait", "NoOp", "Constant", "Signal", "Wait"}
+_BOOKKEEPING = {"shape_call", "signal", "wait", "NoOp", "Constant", "Signal", "Wait", "TrainStation"}
+#: Kinds of kernels that copy a tensor, into another layout or type.
+_COPIES = {"Reformat", "NoOp", "Cast"}
 _UNREADABLE = "unreadable"
 _REMEDY = (
     "The engine was not packaged. Build another precision or with another version of TensorRT, or open an issue in "
@@ -95,51 +97,98 @@ def _multiplies(layer: EngineLayer) -> bool:
     return bool(layer.datatypes) and _MULTIPLYING.search(layer.kind) is not None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Row:
+    """A row of a table: the tensors that a kernel reads and writes, each with its type, and the ONNX nodes of it."""
+
+    name: str
+    kind: str
+    reads: tuple[tuple[str, str], ...]
+    writes: tuple[tuple[str, str], ...]
+    #: Types of weights; the inspector lists them without names.
+    weights: tuple[str, ...] = ()
+    nodes: tuple[str, ...] = ()
+
+    @property
+    def readable(self) -> bool:
+        """A kernel without tensors means that the table has another format, from which nothing can be read."""
+        return bool(self.reads or self.writes or self.kind in _BOOKKEEPING)
+
+
 def parse_layer_table(messages: list[str], interface: set[str]) -> list[EngineLayer]:
-    """Layers of a detailed build log. Tensors of ``interface`` are always float32 and are left out."""
+    """Layers of a detailed build log. Tensors of ``interface`` are always float32; they and copies are left out."""
     table = next((text for text in messages if text.startswith("Layers:")), "")
     rows = []
-    layers = []
-    outside = set(interface)
-    for row in table.splitlines()[1:]:
-        head = re.match(r"\s*Name: (.*?), LayerType: (\w+)", row)
-        if head is None:
-            if "LayerType" in row:
-                layers.append(EngineLayer(name=row.strip()[:80], kind=_UNREADABLE, datatypes=(_UNREADABLE,)))
-            continue
-        tensors = re.findall(r"\{ Name: ([^{}]+?), Dimensions: \[([^\]]*)\][^{}]*?Datatype: (\w+)", row)
-        # A kernel that only passes the logits on, such as one that cuts off padding, reads a copy of them.
-        sources = _sources(row)
-        rows.append((head[1], head[2], tensors, sources))
-        if sources and all(re.fullmatch(r"graph_output_cast\d+", source) for source in sources):
-            outside |= {tensor for tensor, _, _ in tensors}
-    for name, kind, tensors, sources in rows:
-        # Constants of one element are scaling factors of the kernel, which are float32 in any precision.
-        types = {datatype for tensor, dims, datatype in tensors if tensor not in outside and dims not in ("1", "")}
-        if not tensors and kind not in _BOOKKEEPING:
-            # A kernel without tensors means that the log has another format, from which nothing can be read.
-            types = {_UNREADABLE}
-        layers.append(EngineLayer(name=name, kind=kind, datatypes=tuple(sorted(types)), nodes=sources))
-    return layers
+    for line in table.splitlines()[1:]:
+        head = re.match(r"\s*Name: (.*?), LayerType: (\w+)", line)
+        if head is not None:
+            read, _, written = line.partition(", Outputs: [")
+            rows.append(
+                _Row(name=head[1], kind=head[2], reads=_logged(read), writes=_logged(written), nodes=_sources(line))
+            )
+        elif "LayerType" in line:
+            rows.append(_Row(name=line.strip()[:80], kind=_UNREADABLE, reads=(), writes=()))
+    return _layers(rows, interface)
+
+
+def _logged(text: str) -> tuple[tuple[str, str], ...]:
+    """The tensors in a part of a row; those of one element are factors, float32 in any precision, and have no type."""
+    found = re.findall(r"\{ Name: ([^{}]+?), Dimensions: \[([^\]]*)\][^{}]*?Datatype: (\w+)", text)
+    return tuple((tensor, "" if dimensions in ("1", "") else datatype) for tensor, dimensions, datatype in found)
+
+
+def parse_inspector(text: str, interface: set[str]) -> list[EngineLayer]:
+    """Layers of an engine inspector's JSON, of TensorRT 10 or 11; tensors of ``interface`` and copies are left out."""
+    return _layers([_inspected(row) for row in json.loads(text)["Layers"]], interface)
+
+
+def _inspected(row: Any) -> _Row:
+    if not isinstance(row, dict):
+        # An engine without detailed profiling verbosity reports only names.
+        return _Row(name=str(row), kind=_UNREADABLE, reads=(), writes=())
+    reads, writes = (
+        tuple((str(tensor.get("Name")), _datatype(tensor)) for tensor in row.get(key, []))
+        for key in ("Inputs", "Outputs")
+    )
+    weights = row.get("Weights")
+    types = (_datatype({"DataType": weights["Type"]}),) if isinstance(weights, dict) and "Type" in weights else ()
+    nodes = _sources(str(row.get("Metadata", "")))
+    return _Row(name=row["Name"], kind=row["LayerType"], reads=reads, writes=writes, weights=types, nodes=nodes)
 
 
 def _sources(metadata: str) -> tuple[str, ...]:
     return tuple(sorted(set(re.findall(r"\[ONNX Layer: ([^\]]*)\]", metadata))))
 
 
-def parse_inspector(text: str, interface: set[str]) -> list[EngineLayer]:
-    """Layers of an engine inspector's JSON, of TensorRT 10 or 11. Tensors of ``interface`` are left out."""
+def _layers(rows: Sequence[_Row], interface: set[str]) -> list[EngineLayer]:
+    outside = _with_copies(rows, interface)
     layers = []
-    for row in json.loads(text)["Layers"]:
-        tensors = [*row.get("Inputs", []), *row.get("Outputs", [])] if isinstance(row, dict) else []
-        types = {_datatype(tensor) for tensor in tensors if tensor.get("Name") not in interface}
-        name, kind = (row["Name"], row["LayerType"]) if isinstance(row, dict) else (str(row), _UNREADABLE)
-        if not tensors and kind not in _BOOKKEEPING:
-            # An engine without detailed profiling verbosity reports only names.
-            types = {_UNREADABLE}
-        sources = _sources(str(row.get("Metadata", ""))) if isinstance(row, dict) else ()
-        layers.append(EngineLayer(name=name, kind=kind, datatypes=tuple(sorted(types)), nodes=sources))
+    for row in rows:
+        types = {datatype for tensor, datatype in (*row.reads, *row.writes) if tensor not in outside}
+        types = {*types, *row.weights} - {""} if row.readable else {_UNREADABLE}
+        layers.append(EngineLayer(name=row.name, kind=row.kind, datatypes=tuple(sorted(types)), nodes=row.nodes))
     return layers
+
+
+def _with_copies(rows: Sequence[_Row], interface: set[str]) -> set[str]:
+    """``interface`` and its float32 copies: of the input in another layout, and of the logits before they are cut.
+
+    A kernel that computes keeps its tensors: only those that copy, or that replace a cast of an output, are followed.
+    """
+    outside = set(interface)
+    while True:
+        found = set(outside)
+        for row in rows:
+            if row.nodes and all(re.fullmatch(r"graph_output_cast\d+", node) for node in row.nodes):
+                # Such as a kernel that cuts off the padding of the logits.
+                found |= {tensor for tensor, _ in (*row.reads, *row.writes)}
+            elif row.kind in _COPIES:
+                for source, target in ((row.reads, row.writes), (row.writes, row.reads)):
+                    if source and {tensor for tensor, _ in source} <= found:
+                        found |= {tensor for tensor, datatype in target if datatype == "Float"}
+        if found == outside:
+            return outside
+        outside = found
 
 
 def _datatype(tensor: dict[str, Any]) -> str:

@@ -57,11 +57,11 @@ def test_evaluation_is_without_tf32_and_leaves_the_settings_of_the_training() ->
 
 def test_an_operation_without_a_deterministic_kernel_is_named() -> None:
     said = "adaptive_max_pool2d_backward_cuda does not have a deterministic implementation, but you set ..."
-    with pytest.raises(
-        ConfigError, match="but adaptive_max_pool2d_backward_cuda has no deterministic kernel"
-    ) as caught:
-        with nondeterminism_named():
-            raise RuntimeError(said)
+    with (
+        pytest.raises(ConfigError, match="but adaptive_max_pool2d_backward_cuda has no deterministic kernel") as caught,
+        nondeterminism_named(),
+    ):
+        raise RuntimeError(said)
     assert "train.deterministic" in caught.value.remedy
     with pytest.raises(RuntimeError, match="out of memory"), nondeterminism_named():
         raise RuntimeError("out of memory")

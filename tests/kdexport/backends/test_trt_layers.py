@@ -153,6 +153,70 @@ def test_an_engine_that_lists_only_layer_names_fails_the_precision_check() -> No
         require_precision(Engine(plan=Path("a"), layers=(layer,), version="11"), "trt-fp16")
 
 
+LINEAR, CHANNELS_8 = "Row major linear FP32", "Channel major FP16 format where channel % 8 == 0"
+
+
+def layer(name: str, kind: str, read: str, written: str, **more: object) -> dict[str, object]:
+    """A row as TensorRT 10 writes it; ``read`` and ``written`` are "tensor: format", separated by semicolons."""
+
+    def tensors(text: str) -> list[dict[str, object]]:
+        pairs = [part.split(": ", 1) for part in text.split("; ") if part]
+        return [
+            {"Name": name, "Location": "Device", "Dimensions": [1, 8], "Format/Datatype": form} for name, form in pairs
+        ]
+
+    return {"Name": name, "LayerType": kind, "Inputs": tensors(read), "Outputs": tensors(written), **more}
+
+
+def kernels(*rows: dict[str, object]) -> Engine:
+    found = parse_inspector(json.dumps({"Layers": rows, "Bindings": ["input", "logits"]}), {"input", "logits"})
+    return Engine(plan=Path("model.plan"), layers=tuple(found), version="10")
+
+
+HALF_WEIGHTS = {"Weights": {"Type": "Half", "Count": 9408}, "Bias": {"Type": "Half", "Count": 64}}
+#: The border of a real engine: the image is laid out anew in float32, cast, and the logits are laid out and cut.
+BORDER = (
+    layer("[trainStation1]", "TrainStation", "", ""),
+    layer("Reformatting CopyNode for Input Tensor 0 to cast", "Reformat", f"input: {LINEAR}", f"laid out: {LINEAR}"),
+    layer("cast", "Reformat", f"laid out: {LINEAR}", f"half: {CHANNELS_8}", Origin="CAST"),
+    layer("conv", "CaskConvolution", f"half: {CHANNELS_8}", f"y: {CHANNELS_8}", **HALF_WEIGHTS),
+    layer("Reformatting CopyNode", "NoOp", f"y: {CHANNELS_8}", f"z: {CHANNELS_8}"),
+    layer("fc", "CaskGemmConvolution", f"z: {CHANNELS_8}", f"padded: {LINEAR}", **HALF_WEIGHTS),
+    layer("back", "Reformat", f"padded: {LINEAR}", f"long: {LINEAR}"),
+    layer("cut", "kgen", f"long: {LINEAR}", f"logits: {LINEAR}", Metadata="[ONNX Layer: graph_output_cast0]"),
+)
+
+
+def test_float32_copies_at_the_border_of_an_engine_are_not_its_precision() -> None:
+    engine = kernels(*BORDER)
+    require_precision(engine, "trt-fp16")
+    types = {row.name: row.datatypes for row in engine.layers}
+    assert types["cast"] == types["conv"] == types["fc"] == ("Half",)
+    assert types["back"] == types["cut"] == types["[trainStation1]"] == ()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (layer("conv", "CaskConvolution", f"laid out: {LINEAR}", f"y: {LINEAR}"), "conv reads or writes Float"),
+        (
+            layer("conv", "CaskConvolution", f"half: {CHANNELS_8}", f"y: {CHANNELS_8}", Weights={"Type": "Float"}),
+            "conv reads or writes Float, Half",
+        ),
+        (layer("relu", "PointWiseV2", f"y: {CHANNELS_8}", f"u: {LINEAR}"), "relu reads or writes Float, Half"),
+        (layer("fc", "gemm", f"wide: {LINEAR}", f"padded: {LINEAR}"), "fc reads or writes Float"),
+        # A copy of what a kernel computed in float32 is no copy of the input.
+        (layer("more", "Reformat", f"w: {LINEAR}; laid out: {LINEAR}", f"u: {LINEAR}"), "more reads or writes Float"),
+        (layer("odd", "SomethingNew", "", ""), "odd reads or writes unreadable"),
+    ],
+)
+def test_a_float32_kernel_within_the_border_is_named(wrong: dict[str, object], said: str) -> None:
+    rows = [wrong if row["Name"] == wrong["Name"] else row for row in BORDER]
+    rows += [] if wrong in rows else [wrong]
+    with pytest.raises(AuditError, match=rf"^1 of [67] kernels of trt-fp16 do not run in Half: {said}\."):
+        require_precision(kernels(*rows), "trt-fp16")
+
+
 @pytest.mark.parametrize("kind", ["CaskConvolution", "correlation", "gemm", "CaskGemmConvolution"])
 def test_int8_requires_that_every_multiplying_kernel_reads_int8(kind: str) -> None:
     def engine(*types: str) -> Engine:
