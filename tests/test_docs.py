@@ -74,11 +74,11 @@ def test_the_pages_have_commands() -> None:
     assert sum(len(block.commands) for block in ALL) > 60
 
 
-def test_every_block_is_run_or_says_why_not() -> None:
-    # The README's are run by test_readme.py.
-    silent = [str(block) for block in ALL if not block.reason and block.page.name != "README.md"]
-    assert sorted(set(silent) - {str(block) for block in RUN}) == []
-    named = re.findall(r"tests/[\w/.]+", " ".join(block.reason for block in ALL))
+def test_blocks_that_are_not_run_say_why_and_name_tests_that_exist() -> None:
+    """All others are run below, and the README's by test_readme.py."""
+    reasons = [block.reason for block in ALL if block.reason]
+    assert min(map(len, reasons)) > 15
+    named = re.findall(r"tests/[\w/.]+", " ".join(reasons))
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
@@ -94,7 +94,7 @@ def test_every_command_exists_with_these_options(block: Block) -> None:
     }
     for line, _ in block.commands:
         for part in re.split(r" (?:&&|\||;) |; ", line):
-            words = shlex.split(re.sub(r"\s>\s*\S+", "", part))
+            words = shlex.split(re.sub(r"\s>\s*(?:\S*\$\([^)]*\))?\S+", "", part))
             while words and "=" in words[0]:
                 words.pop(0)
             if not words or words[0] != "kdexport":
