@@ -50,7 +50,7 @@ OLDEST_PYTHON ?= python3.12
 
 test-oldest:  ## pytest with the oldest versions that are allowed; another Python by OLDEST_PYTHON
 	@$(OLDEST_PYTHON) -m venv $(OLDEST)
-	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[dev,demo,trt-rtx,openvino,timm,sign,otel]'
+	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[dev,demo,trt-rtx,openvino,ncnn,timm,sign,otel]'
 	@OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 docs: setup  ## The documentation site in build/site; a warning is an error
