@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kdexport.backends import BACKENDS, nvidia
 from kdexport.backends.activation_products import activation_products
-from kdexport.backends.base import LOGITS, Backend, Clock, Device, Execution, Finding, Missing, Runner
+from kdexport.backends.base import INPUT, LOGITS, Backend, Clock, Device, Execution, Finding, Missing, Runner
 from kdexport.backends.cuda_libraries import missing_library, preload_libraries
 from kdexport.backends.pixel_input import Given, PixelInput, pixel_input
 from kdexport.core.files import scratch_folder
@@ -74,6 +74,16 @@ def _logits_of(session: Any) -> str:
     """The output that holds the logits: the one of that name, or the first."""
     names = [item.name for item in session.get_outputs()]
     return LOGITS if LOGITS in names else str(names[0])
+
+
+def tensorrt_profile(shape: Sequence[int], batches: tuple[int, int]) -> dict[str, str]:
+    """Options of the TensorRT provider: one engine for all ``batches``, least to most, of images of ``shape``.
+
+    Without them the provider builds an engine at the first request with each larger batch, while that request waits.
+    """
+    least, most = ("x".join(map(str, (batch, *shape))) for batch in batches)
+    names = {"min": least, "opt": least, "max": most}
+    return {f"trt_profile_{name}_shapes": f"{INPUT}:{size}" for name, size in names.items()}
 
 
 def load_model(

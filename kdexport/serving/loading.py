@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdexport.backends.file_interface import PLAIN_INTERFACE, FileInterface
-from kdexport.backends.ort import CPU, OrtModel, load_model
+from kdexport.backends.ort import CPU, TENSORRT, OrtModel, load_model, tensorrt_profile
 from kdexport.backends.pixel_input import FLOAT32, Given, arrange, image_shape
 from kdexport.bundle.manifest import (
     EMPTY_FOLDER,
@@ -222,7 +222,10 @@ def load(
     files = read_files(folder, target, trusted)
     manifest = files.manifest
     threads = 1 if provider == CPU else 0
-    model = load_model(folder / files.name, provider=provider, threads=threads, content=files.graph)
+    options = _engine_shapes(manifest, target) if provider == TENSORRT else {}
+    model = load_model(
+        folder / files.name, provider=provider, threads=threads, content=files.graph, provider_options=options
+    )
     elsewhere = {key: count for key, count in model.nodes_by_provider.items() if key != provider}
     if elsewhere:
         raise AuditError(
@@ -246,6 +249,12 @@ def load(
         golden=golden,
         signer=files.signer,
     )
+
+
+def _engine_shapes(manifest: Manifest, target: str) -> dict[str, str]:
+    export = manifest.data["export"]
+    shape = image_shape(interface_of(manifest, target).takes, manifest.spec.image_size)
+    return tensorrt_profile(shape, (int(export["min_batch"]), int(export["max_batch"])))
 
 
 def _signature(model: OrtModel, manifest: Manifest, limits: Limits, interface: FileInterface) -> Signature:

@@ -15,7 +15,7 @@ from onnx import helper, numpy_helper
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from kdexport.backends.ort import CPU
+from kdexport.backends.ort import CPU, TENSORRT
 from kdexport.bundle.manifest import hash_files, load_unfused, read_golden
 from kdexport.bundle.signature import Signer, require_signed, sign_bundle
 from kdexport.diagnose.environment import examine_bundle
@@ -294,6 +294,25 @@ def test_a_provider_that_is_not_here_is_an_error_and_never_another_one(zoo: Path
     with pytest.raises((BackendUnavailableError, KdexportError)) as caught:
         try_bundle(zoo, "CUDAExecutionProvider", Limits())
     assert caught.value.exit_code == 4
+
+
+def test_tensorrt_gets_one_engine_for_all_batches_of_the_bundle(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def opened(_path: Path, **settings: Any) -> None:
+        given.update(settings)
+        raise AuditError("seen", remedy="")
+
+    monkeypatch.setattr(loading, "load_model", opened)
+    for provider in (TENSORRT, CPU):
+        with pytest.raises(AuditError, match="seen"):
+            load(zoo, name="a", version=1, provider=provider, limits=Limits(), allowed_error=1.0)
+        assert given.pop("provider") == provider
+        expected = {
+            "trt_profile_min_shapes": "input:1x3x32x32", "trt_profile_opt_shapes": "input:1x3x32x32",
+            "trt_profile_max_shapes": "input:8x3x32x32",
+        }  # fmt: skip
+        assert given.pop("provider_options") == (expected if provider == TENSORRT else {})
 
 
 def test_golden_images_beyond_the_limits_stop_the_start(zoo: Path) -> None:
