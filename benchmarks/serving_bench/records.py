@@ -2,9 +2,18 @@
 
 import json
 import os
+import platform
 import time
 from pathlib import Path
 from typing import Any
+
+
+def machine() -> str:
+    """The processor of this machine and the number of its cores."""
+    described = Path("/proc/cpuinfo").read_text()
+    names = [line.partition(":")[2].strip() for line in described.splitlines() if line.startswith("model name")]
+    cores = described.count("processor\t")
+    return f"{names[0] if names else platform.processor()}, {cores} cores"
 
 
 class Records:
@@ -15,7 +24,10 @@ class Records:
 
     def add(self, topic: str, **values: Any) -> None:
         """Append a result to the file and print it."""
-        row = {"topic": topic, "time": round(time.time()), "load": round(os.getloadavg()[0], 2), **values}
+        row = {
+            "topic": topic, "machine": machine(), "time": round(time.time()), "load": round(os.getloadavg()[0], 2),
+            **values,
+        }  # fmt: skip
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")

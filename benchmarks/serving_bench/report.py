@@ -1,10 +1,9 @@
 """The Markdown report of the serving benchmark, made from its raw results only."""
 
-import platform
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -12,6 +11,42 @@ Row = dict[str, Any]
 
 #: Names of outcomes in raw results that are printed under another name.
 _OUTCOMES = {"waited as long as asked": "503 by its own timeout"}
+
+#: Rows of raw results that do not name their machine are of this one.
+_FORMER_MACHINE = "AMD EPYC, 2 cores"
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """A bound on a measured value of one cell: at least ``bound``, or for a latency at most."""
+
+    model: str
+    kind: str
+    clients: int
+    key: str
+    bound: float
+
+    @property
+    def text(self) -> str:
+        """What is compared, and with what."""
+        words = {"ratio": "requests/s over bare, at least", "p99_ratio": "p99 over bare, at most"}
+        return f"{words[self.key]} {self.bound:g}"
+
+    def met(self, value: float) -> bool:
+        """Whether a measured value is within the bound."""
+        return value >= self.bound if self.key == "ratio" else value <= self.bound
+
+
+_GOALS = (
+    Goal("cifar-student", "FP32 binary", 8, "ratio", 1.0),
+    Goal("cifar-student", "FP32 binary", 1, "ratio", 0.75),
+    Goal("digits-student", "FP32 binary", 8, "ratio", 1.0),
+    Goal("cifar-student", "JPEG", 8, "ratio", 0.8),
+    Goal("mobilenetv2-224", "FP32 binary", 8, "ratio", 0.9),
+    Goal("mobilenetv2-224", "JPEG", 8, "ratio", 0.8),
+    Goal("cifar-student", "FP32 binary", 1, "p99_ratio", 1.5),
+    Goal("mobilenetv2-224", "FP32 binary", 1, "p99_ratio", 1.5),
+)
 
 _PREFACE = """\
 # Serving: speed and robustness
@@ -30,22 +65,58 @@ def report(rows: Sequence[Row]) -> str:
     by_topic: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         by_topic[row["topic"]].append(row)
-    sections = [_PREFACE, _machine(rows)]
+    sections = [_PREFACE]
     makers: dict[str, Callable[[list[Row]], str]] = {
         "throughput": _throughput, "overload": _overload, "soak": _soak, "sigterm": _sigterm, "fuzz": _fuzz,
         "images": _images, "slow": _slow,
     }  # fmt: skip
-    sections += [make(by_topic[topic]) for topic, make in makers.items() if by_topic[topic]]
+    machines = dict.fromkeys(_machine_of(row) for row in sorted(rows, key=lambda row: -float(row["time"])))
+    for name in machines:
+        mine = {topic: [row for row in found if _machine_of(row) == name] for topic, found in by_topic.items()}
+        days = sorted({_day(row) for found in mine.values() for row in found})
+        sections.append(f"# {name}; measured {', '.join(days)}\n")
+        if name == next(iter(machines)) and mine.get("throughput"):
+            sections.append(_goals(mine["throughput"]))
+        sections += [make(mine[topic]) for topic, make in makers.items() if mine.get(topic)]
     return "\n".join(sections)
 
 
-def _machine(rows: Sequence[Row]) -> str:
-    described = Path("/proc/cpuinfo").read_text()
-    names = [line.partition(":")[2].strip() for line in described.splitlines() if line.startswith("model name")]
-    cpu = names[0] if names else platform.processor()
-    days = sorted({datetime.fromtimestamp(row["time"], UTC).date().isoformat() for row in rows})
-    cores = described.count("processor\t")
-    return f"{cpu}, {cores} cores; measured {', '.join(days)}.\n"
+def _machine_of(row: Row) -> str:
+    return str(row.get("machine", _FORMER_MACHINE))
+
+
+def _day(row: Row) -> str:
+    return datetime.fromtimestamp(row["time"], UTC).date().isoformat()
+
+
+def _goals(rows: list[Row]) -> str:
+    """Every goal with the median of the kept runs, and whether it is met by it."""
+    lines = []
+    for goal in _GOALS:
+        found = [
+            row
+            for row in rows
+            if (row["model"], row["kind"], row["clients"], row["arm"])
+            == (goal.model, goal.kind, goal.clients, "kdexport")
+        ]
+        kept = _kept(found)
+        value = median(float(row[goal.key]) for row in kept) if kept else None
+        verdict = "not measured" if value is None else "met" if goal.met(value) else "missed"
+        quiet = f"{sum(row['quiet'] for row in found)} of {len(found)}"
+        spread = "" if value is None else _spread(kept, goal.key)
+        best = (
+            ""
+            if value is None
+            else f"{(max if goal.key == 'ratio' else min)(float(row[goal.key]) for row in kept):.2f}"
+        )
+        lines.append([goal.model, goal.kind, str(goal.clients), goal.text, spread, best, verdict, quiet])
+    head = ["student", "payload", "clients", "goal", "median (min to max)", "best run", "by the median", "quiet runs"]
+    return f"## Goals\n\n{_table(head, lines)}"
+
+
+def _kept(found: list[Row]) -> list[Row]:
+    """The quiet runs, or all if there are none."""
+    return [row for row in found if row["quiet"]] or found
 
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -77,7 +148,7 @@ def _throughput(rows: list[Row]) -> str:
 
 def _cell(kind: str, clients: int, arm: str, found: list[Row]) -> list[str]:
     quiet = [row for row in found if row["quiet"]]
-    kept = quiet or found
+    kept = _kept(found)
     sent = "" if found[0]["sent_as"] == kind else f" (as {found[0]['sent_as']})"
     latency = [median(row["result"][key] for row in kept) for key in ("p50_ms", "p99_ms")]
     alone = clients == 1

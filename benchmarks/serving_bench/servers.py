@@ -1,6 +1,7 @@
 """The servers that are measured, each with the same ONNX file and one onnxruntime session of one thread."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,7 +41,9 @@ def kdexport_arm(model: Model, bundle: Path, source: Path, *, instances: int, op
         sys.executable, "-m", "kdexport", "serve", f"{model.name}={bundle}", "--port", "{port}", "--metrics-port", "0",
         "--instances", str(instances), *options,
     )  # fmt: skip
-    environment = {**ENVIRONMENT, "PYTHONPATH": str(source)}
+    # Packages that the caller added, such as simplejpeg, stay visible.
+    added = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(source), *filter(None, added)])}
     command = Command("kdexport", arguments, "/v2/health/ready", environment, source)
     kinds = {kind: _bound(make, model) for kind, make in KDEXPORT.items()}
     return Arm("kdexport" if instances == 1 else f"kdexport, {instances} instances", command, kinds)

@@ -214,24 +214,19 @@ async def classify(request: Request) -> Response:
         if not body:
             raise RequestError("The body is empty.", remedy="Send a JPEG, PNG or WebP image.")
         (logits,) = await run.infer(await service.off_loop(decode, body))
-        return classify_response(logits, top, model)
+        return JSONResponse(predictions_of(logits, top, model))
 
     return await respond(run, service.limits.body, work)
 
 
-def classify_response(logits: NDArray[np.float32], top: int, model: LoadedModel) -> Response:
+def predictions_of(logits: NDArray[np.float32], top: int, model: LoadedModel) -> Predictions:
     """The ``top`` most probable labels of an image with logits (K,)."""
     probabilities = probabilities_of(logits)
     predictions: list[Prediction] = [
         {"label": model.signature.classes[index], "index": index, "probability": float(probabilities[index])}
         for index in rank(logits, top)
     ]
-    answer: Predictions = {
-        "model_name": model.name,
-        "model_version": str(model.version),
-        "predictions": predictions,
-    }
-    return JSONResponse(answer)
+    return {"model_name": model.name, "model_version": str(model.version), "predictions": predictions}
 
 
 def queried_model(repository: Repository, query: Mapping[str, str]) -> LoadedModel:

@@ -6,6 +6,7 @@ about a request or its result is left to the application, which then starts from
 
 import asyncio
 import functools
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from kdexport.backends.pixel_input import Given
 from kdexport.data.exif_and_alpha import ImageFacts
 from kdexport.errors import RequestError
 from kdexport.serving.access_log import AccessLog
-from kdexport.serving.endpoints import classify_response, infer_response, queried_model, read_top
+from kdexport.serving.endpoints import infer_response, predictions_of, queried_model, read_top
 from kdexport.serving.images import decode_small
 from kdexport.serving.loading import LoadedModel
 from kdexport.serving.metrics import ModelStatistics
@@ -40,6 +41,7 @@ from kdexport.serving.wire import (
 #: The longest JSON header that is remembered, and how many are.
 _MAX_JSON = 1024
 _MAX_KNOWN = 256
+_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 _OK = 200
 _IDENTITY = b"%%s%s: %%s\r\n" % REQUEST_ID.encode()
 
@@ -312,7 +314,9 @@ def _write_tensor(known: _KnownHeader, model: LoadedModel, logits: NDArray[np.fl
 
 
 def _write_labels(top: int, model: LoadedModel, logits: NDArray[np.float32]) -> Answer:
-    return _answer_of(classify_response(logits[0], top, model))
+    # As JSONResponse writes it, in half of the time.
+    body = _JSON.encode(predictions_of(logits[0], top, model)).encode()
+    return b"content-length: %d\r\ncontent-type: application/json\r\n" % len(body), body
 
 
 def _answer_of(response: Response) -> Answer:
