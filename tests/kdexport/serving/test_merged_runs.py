@@ -492,12 +492,12 @@ def test_a_request_that_waited_too_long_is_left_to_the_application(serve: Any, m
         assert sum(started.runs.runs) < 2
 
     def change(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        time.sleep(0.004)
+        time.sleep(0.5)
         return logits
 
     slow: Any = Computed(model.ort, change)
     pace = Pace(seconds=0.0001, together=1, inline_images=1)
-    serve(check, limits=Limits(queue_seconds=0.002), used=dataclasses.replace(model, ort=slow, pace=pace))
+    serve(check, limits=Limits(queue_seconds=0.3), used=dataclasses.replace(model, ort=slow, pace=pace))
 
 
 def test_a_request_with_its_own_timeout_is_left_to_the_application(serve: Any) -> None:
@@ -670,12 +670,12 @@ def test_each_plain_request_starts_the_time_of_an_idle_connection_again(serve: A
             for _ in range(4):
                 writer.write(plain(1))
                 await response(reader)
-                await asyncio.sleep(0.2)
+                await asyncio.sleep(0.4)
             began = time.monotonic()
             assert await asyncio.wait_for(reader.read(), 10) == b""
-            assert time.monotonic() - began < 1
+            assert time.monotonic() - began < 5
 
-    serve(check, limits=Limits(keep_alive_seconds=0.3))
+    serve(check, limits=Limits(keep_alive_seconds=1.0))
 
 
 def test_a_plain_request_in_time_ends_the_deadline_of_a_header(serve: Any) -> None:
@@ -683,13 +683,13 @@ def test_a_plain_request_in_time_ends_the_deadline_of_a_header(serve: Any) -> No
         async with stream(started) as (reader, writer):
             writer.write(plain(1))
             await response(reader)
-            await asyncio.sleep(0.4)
+            await asyncio.sleep(0.9)
             writer.write(b"\r\n" + plain(2))
             assert status(await response(reader)) == 200
             writer.write(plain(3)[:30])
             assert status(await response(reader)) == 408
 
-    serve(check, limits=Limits(header_seconds=0.2))
+    serve(check, limits=Limits(header_seconds=0.6))
 
 
 def test_only_a_bounded_number_of_json_headers_is_remembered(serve: Any) -> None:
