@@ -22,6 +22,7 @@ TENSOR_FILES = (
     "student.safetensors",
     "golden/logits.safetensors",
     "metrics/validation.safetensors",
+    "metrics/answers.safetensors",
 )
 #: Fields are changed down to this many keys.
 DEPTH = 3
@@ -303,12 +304,12 @@ def _swapped_weights(folder: Path, rng: Rng) -> None:
 def _no_task(folder: Path, _: Rng) -> None:
     def edit(data: Any) -> None:
         data["task"] = None
+        data.pop("answers", None)
         for check in data["parity"]:
             check["undecided"] = False
 
     edits.edit_json(folder / MANIFEST, edit)
-    (folder / "metrics" / "validation.safetensors").unlink()
-    (folder / "metrics").rmdir()
+    shutil.rmtree(folder / "metrics")
 
 
 def _no_divergence(folder: Path, rng: Rng) -> None:
@@ -338,8 +339,9 @@ SAME_PIXELS = "the same pixels in another file"
 #: By a pattern of "GROUP NAME"; the first one that fits.
 _UNSEEN = {
     r"policy .*": "limits are the builder's choice: verify lists each one that is looser than the default",
-    r"manifest (parity|parity_images|latency|certificate)\b.*": "a record of what the build measured: verify measures "
-    "again and does not read it",
+    r"manifest report_images\b.*": "positions of the images that report.html shows, which no command reads",
+    r"manifest (parity|parity_images|latency|target_times|certificate)\b.*": "a record of what the build measured: "
+    "verify measures again and does not read it",
     r"manifest operators\.unfused\b.*": "a record of a graph that the bundle does not have",
     r"manifest provenance\.checkpoint_sha256: removed": "as in a bundle of an earlier version",
     r"manifest provenance\b.*": "a statement about the training, which nothing in a bundle can confirm",
