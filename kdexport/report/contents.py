@@ -14,7 +14,7 @@ from kdexport.core.digests import sha256_file
 from kdexport.errors import ConfigError, UnknownNameError
 from kdexport.stats.proportions import Estimate, estimate_proportion
 from kdexport.stats.scores import CONFIDENCE, Scores, calibration_error, score_answers
-from kdexport.targets import DEFAULT_TARGET, Target, parse_target
+from kdexport.targets import DEFAULT_TARGET, Target, parse_target, providers
 from kdexport.verify.answers import FileAnswers, load_answers
 from kdexport.verify.policy import stored_policy
 from kdexport.verify.stored_results import TaskRecord, load_record, record_name
@@ -235,6 +235,16 @@ def shown_images(record: TaskRecord, count: int = SHOWN_IMAGES) -> list[ShownIma
         )
         for row in rows
     ]
+
+
+def served_elsewhere(data: Mapping[str, Any]) -> dict[str, str]:
+    """How to run each target of a manifest that ``kdexport serve`` does not run."""
+    known = {name: _known(name) for name in data["targets"]}
+    return {
+        name: target.runtime.served_elsewhere()
+        for name, target in known.items()
+        if target is not None and not providers(target)
+    }
 
 
 def unfused_bytes(evidence: Evidence) -> int | None:

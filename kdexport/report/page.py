@@ -28,6 +28,7 @@ from kdexport.report.contents import (
     main_file,
     reference_top1,
     scores_of,
+    served_elsewhere,
     shown_images,
     target_facts,
     unfused_bytes,
@@ -578,6 +579,7 @@ def _use(data: dict[str, Any]) -> list[tuple[str, str]]:
          f"by {_triple(preprocessing.std)}; targets that take another input say so in manifest.json"),
         ("image", preprocessing.describe()),
         ("output", f"logits (batch, {len(data['student'].get('classes', ()))}) float32"),
+        *served_elsewhere(data).items(),
         ("images inside", images_inside(data)),
         ("versions", ", ".join(f"{name} {version}" for name, version in sorted(data["versions"].items()))),
     ]  # fmt: skip

@@ -119,6 +119,13 @@ def test_a_flip_is_shown_with_its_classes_its_margin_and_its_image(recorded: Rec
     assert {f"true class: {name}" for name in ("ant", "bee", "cat")} >= set(page.text_in("strong")) - {"PASS"}
 
 
+def test_a_target_that_kdexport_does_not_serve_has_another_way(recorded: Recorded, tmp_path: Path) -> None:
+    page, _, _ = pages(tmp_path, recorded.data, recorded.evidence)
+    ways = dict(zip(page.text_in("dt"), page.text_in("dd"), strict=True))
+    assert "Triton" in ways["trt-rtx-fp16"]
+    assert "onnx-fp32" not in ways
+
+
 def test_a_page_without_images_of_the_data_set_says_so(recorded: Recorded, tmp_path: Path) -> None:
     page, _, _ = pages(tmp_path, recorded.data, replace(recorded.evidence, thumbnails={}))
     assert "img" not in page.tags
