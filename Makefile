@@ -19,7 +19,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 		{ echo "$(PYTHON) is not Python 3.11 to 3.13"; exit 4; }
 	@$(PYTHON) -m venv $(VENV) || { echo "Creating $(VENV) failed; on Debian: apt-get install python3-venv"; exit 4; }
 	@echo "Installing into $(VENV): torch, onnxruntime, TensorRT-RTX, a few minutes once ..."
-	@$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev,demo,trt-rtx,openvino,ncnn,timm,sign,otel]'
+	@$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev,demo,trt-rtx,openvino,ncnn,executorch,timm,sign,otel]'
 	@# pip compiles on one processor. Templates that are not modules cannot be compiled; tests inside libraries are never
 	@# imported.
 	@$(BIN)/python -m compileall -q -j 0 -x '$(UNUSED)' $(VENV)/lib > /dev/null 2>&1 || true

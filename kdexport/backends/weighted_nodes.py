@@ -107,7 +107,6 @@ def weighted_nodes(model: "onnx.ModelProto") -> tuple[WeightedNode, ...]:
 
     Raises ``AuditError`` for a layer whose values this module cannot read.
     """
-    from onnx import numpy_helper
 
     graph = model.graph
     stored = {item.name: item for item in graph.initializer}
@@ -129,13 +128,12 @@ def weighted_nodes(model: "onnx.ModelProto") -> tuple[WeightedNode, ...]:
         attributes = {item.name: item for item in node.attribute}
         # A matrix is stored as (I,O) unless Gemm says otherwise.
         swapped = node.op_type == "MatMul" or (node.op_type == "Gemm" and not _number(attributes, "transB", 0))
-        bias = stored.get(_through_casts(node.input[2], producers)) if len(node.input) > 2 and node.input[2] else None
         found.append(
             WeightedNode(
                 name=node.name,
                 weight_name=name.removesuffix("_quantized"),
                 weight=values.T if swapped else values,
-                bias=None if bias is None else numpy_helper.to_array(bias).astype(np.float32),
+                bias=_bias(node, stored, producers),
                 is_convolution=node.op_type == "Conv",
                 geometry=_geometry(values.shape, attributes) if node.op_type == "Conv" else (),
                 sources=before,
@@ -164,6 +162,22 @@ def _weight(
     values = _dequantized(levels, scales, axis)
     outputs = levels.shape[axis] if scales.size == 1 else scales.size
     return source.input[0], values, levels, np.broadcast_to(scales, (outputs,)).astype(np.float32)
+
+
+def _bias(
+    node: "onnx.NodeProto", stored: Mapping[str, "onnx.TensorProto"], producers: Mapping[str, "onnx.NodeProto"]
+) -> NDArray[np.float32] | None:
+    """The bias of a node in float32, also if it is stored in levels of int32; None without one."""
+    from onnx import numpy_helper
+
+    if len(node.input) < 3 or not node.input[2]:
+        return None
+    name = _through_casts(node.input[2], producers)
+    source = producers.get(name)
+    if source is not None and source.op_type == "DequantizeLinear":
+        levels, scales = (numpy_helper.to_array(stored[given]) for given in source.input[:2])
+        return levels.astype(np.float32) * scales.astype(np.float32)
+    return numpy_helper.to_array(stored[name]).astype(np.float32) if name in stored else None
 
 
 def _levels(

@@ -17,6 +17,7 @@ EXTRAS = {
     "onnxruntime": "cpu",
     "openvino": "openvino",
     **dict.fromkeys(("ncnn", "pnnx"), "ncnn"),
+    **dict.fromkeys(("executorch", "torchao"), "executorch"),
     "tensorrt": "trt",
     "tensorrt_rtx": "trt-rtx",
     "timm": "timm",

@@ -16,3 +16,10 @@ def require_ncnn() -> None:
     for name in ("ncnn", "pnnx"):
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is not installed", allow_module_level=True)
+
+
+def require_executorch() -> None:
+    """Skip where ExecuTorch or what registers its int8 operators is absent."""
+    for name in ("executorch", "torchao"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed", allow_module_level=True)

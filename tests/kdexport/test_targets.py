@@ -40,10 +40,11 @@ def test_a_target_is_made_of_the_graph_that_its_runtime_executes(name: str, form
 
 
 def test_every_backend_has_its_precisions_by_name() -> None:
-    assert len(target_names()) == sum(len(backend(name).precisions) for name in BACKENDS.names()) == 19
+    assert len(target_names()) == sum(len(backend(name).precisions) for name in BACKENDS.names()) == 21
     for name in ("onnx", "openvino", "trt", "trt-rtx"):
         assert backend(name).precisions == PRECISIONS
     assert backend("ncnn").precisions == ("fp32", "fp16", "int8")
+    assert backend("executorch").precisions == ("fp32", "int8")
 
 
 def test_onnxruntime_refuses_what_it_would_compute_in_another_precision(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,7 +108,7 @@ def test_onnx_is_available_everywhere() -> None:
     require_available((Target("onnx", "fp32"),))
 
 
-@pytest.mark.parametrize("backend", ["trt", "trt-rtx", "openvino", "ncnn"])
+@pytest.mark.parametrize("backend", ["trt", "trt-rtx", "openvino", "ncnn", "executorch"])
 def test_a_missing_package_is_told_with_the_way_to_get_it(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # What the import system would say on a machine without the packages.
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
@@ -115,7 +116,5 @@ def test_a_missing_package_is_told_with_the_way_to_get_it(backend: str, monkeypa
         BackendUnavailableError, match=f"Target {backend}-fp16 cannot be built: .* is not installed"
     ) as caught:
         require_available((Target("onnx", "fp32"), Target(backend, "fp16")))
-    assert {"trt": "tensorrt", "trt-rtx": "[trt-rtx]", "openvino": "[openvino]", "ncnn": "[ncnn]"}[
-        backend
-    ] in caught.value.remedy
+    assert {"trt": "tensorrt"}.get(backend, f"[{backend}]") in caught.value.remedy
     assert caught.value.exit_code == 4

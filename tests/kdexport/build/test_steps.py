@@ -123,6 +123,7 @@ TABLE = {
     "backends/plan_content.py": "compile bundle",
     "backends/openvino.py": "bundle",
     "backends/ncnn.py": "bundle",
+    "backends/executorch.py": "bundle",
     "core/child.py": "compile bundle",
     "core/console.py": "",
     "core/digests.py": FUSE,
