@@ -81,12 +81,12 @@ def _read(path: Path) -> list[tuple[tuple[str, str, str], HistoryPoint]]:
             raise ValueError(f"the schema must be {BENCH_SCHEMA}, got {data['schema']!r}")
         if not _TIME.fullmatch(str(data.get("measured"))):
             raise ValueError("it does not say when it was measured")
-        machine = ", ".join(str(data["machine"][key]) for key in ("cpu", "cores", "system", "onnxruntime", "gpu"))
+        machine = _described(data["machine"])
         found = []
         for arm, setting, row, key in _arms(data):
             low, value, high = _range(row, key)
             point = HistoryPoint(measured=data["measured"], source=str(path), ms=value, low_ms=low, high_ms=high)
-            found.append(((f"{data['student']}, {setting}", machine.rstrip(", "), arm), point))
+            found.append(((f"{data['student']}, {setting}", machine, arm), point))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(
             f"{path} is not a result of `kdexport bench --json` with a date: {type(error).__name__}: {error}.",
@@ -95,10 +95,18 @@ def _read(path: Path) -> list[tuple[tuple[str, str, str], HistoryPoint]]:
     return found
 
 
+def _described(machine: Mapping[str, Any]) -> str:
+    facts = (
+        f"{machine['cpu']}, {machine['cores']} processors, {machine['system']}, onnxruntime {machine['onnxruntime']}"
+    )
+    return f"{facts}, {machine['gpu']}" if machine["gpu"] else facts
+
+
 def _arms(data: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any], str]]:
     """(arm, clock and batch, row, key of its latencies) of every measurement of a result."""
     for row in data["latency"]:
-        setting = f"{row['clock']}, batch {int(row['batch'])}, {int(row['threads'])} threads"
+        threads = int(row["threads"])
+        setting = f"{row['clock']}, batch {int(row['batch'])}, {threads} thread{'s' * (threads != 1)}"
         for arm, key in zip(data["arms"], ("candidate_ms", "reference_ms"), strict=False):
             variant = arm in ("fused", "unfused")
             yield f"{arm} {data['target']}" if variant else str(arm), setting, row, key

@@ -307,10 +307,10 @@ def _draw_history(figure: "Figure", arms: Mapping[str, Sequence[TimedPoint]]) ->
         axes.plot(across, [point[2] for point in points], f"-{mark}", color=colour, ms=5, lw=1.4, label=label(name, 28))
     step = -(-len(times) // 6) or 1
     axes.set_xticks(range(0, len(times), step), [time[:10] for time in times[::step]], rotation=30, ha="right")
-    axes.set_title("Latency, ms")
+    axes.set_ylabel("latency, ms")
     axes.grid(axis="y", lw=0.6)
     if arms:
-        axes.legend(loc="best")
+        figure.legend(loc="outside upper left")
 
 
 @_figure("merge")

@@ -39,8 +39,8 @@ def stored(folder: Path, name: str, data: dict[str, Any], *, bare: bool = False)
 def test_bencher_gets_nanoseconds_and_images_per_second_of_each_arm() -> None:
     found = bencher_metrics(result(1, 0.5))
     assert list(found) == [
-        "mobilenetv2/fused onnx-fp32, host, batch 4, 1 threads",
-        "mobilenetv2/unfused onnx-fp32, host, batch 4, 1 threads",
+        "mobilenetv2/fused onnx-fp32, host, batch 4, 1 thread",
+        "mobilenetv2/unfused onnx-fp32, host, batch 4, 1 thread",
     ]
     fused, unfused = found.values()
     assert fused["latency"] == pytest.approx({"value": 500_000, "lower_value": 450_000, "upper_value": 650_000})
@@ -64,7 +64,7 @@ def test_results_are_series_in_the_order_of_their_dates(tmp_path: Path) -> None:
         stored(tmp_path, "d.json", result(4, 3.0, arms=["onnx-int8", "onnx-fp32"])),
     ]
     fused, _, other, *_ = sorted(read_history(files), key=lambda series: (len(series.points) == 1, series.arm))
-    assert (fused.arm, fused.setting) == ("fused onnx-fp32", "mobilenetv2, host, batch 4, 1 threads")
+    assert (fused.arm, fused.setting) == ("fused onnx-fp32", "mobilenetv2, host, batch 4, 1 thread")
     assert [(point.measured[:10], point.ms) for point in fused.points] == [("2026-11-02", 0.5), ("2026-11-09", 0.55)]
     assert {series.arm for series in read_history(files)} == {
         "fused onnx-fp32", "unfused onnx-fp32", "onnx-int8", "onnx-fp32",
