@@ -182,7 +182,7 @@ def run(
                 f"largest difference to the reference on {golden.images} golden images: {golden.error:.1e} "
                 f"(up to {golden.allowed:.1e} allowed)\n"
             )
-        sys.stderr.write(f"JPEG decoder: {decoder_name()}\n")
+        sys.stderr.write(f"decoder of small JPEGs: {decoder_name()}\n")
         sys.stderr.write(f"memory: {bound.describe()}\nserving {url}, metrics {metrics_url}\n")
         if as_json:
             print_answer(_describe(service, url, metrics_url, bound.total))

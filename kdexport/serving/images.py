@@ -55,11 +55,6 @@ class Spending:
         self._budget.move(-pixels)
         self.pixels += pixels
 
-    def give_back(self) -> None:
-        """Give back all pixels."""
-        self._budget.move(self.pixels)
-        self.pixels = 0
-
 
 def decode_upload(
     data: bytes,
@@ -74,21 +69,16 @@ def decode_upload(
     """
     _require(canvas_refusal(data, limits.images))
     plain = plain_jpeg(data)
+    if plain is not None and plain.is_small:
+        return decode_small(data, plain, preprocessing, limits, seen)
     with budget.spend() as spending:
-        if plain is not None and size_refusal(plain.width, plain.height, limits.images) is None:
-            spending.take(plain.width * plain.height)
-            picture = decode_plain(data, plain)
-            if picture is not None:
-                return _plain_pixels(picture, preprocessing, seen)
-            # Who waits for pixels may hold none, or two could wait for each other.
-            spending.give_back()
         return _decoded_pixels(data, preprocessing, limits, spending.take, seen)
 
 
 def decode_small(
     data: bytes, plain: PlainJpeg, preprocessing: Preprocessing, limits: Limits, seen: Callable[[ImageFacts], None]
 ) -> NDArray[np.uint8]:
-    """``decode_upload`` of a plain JPEG of so few pixels that they need no budget."""
+    """``decode_upload`` of a plain JPEG of so few pixels that they need no budget, and Pillow most of its time."""
     _require(size_refusal(plain.width, plain.height, limits.images))
     picture = decode_plain(data, plain)
     if picture is not None:

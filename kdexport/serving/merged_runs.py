@@ -24,7 +24,7 @@ from kdexport.serving.endpoints import infer_response, predictions_of, queried_m
 from kdexport.serving.images import decode_small
 from kdexport.serving.loading import LoadedModel
 from kdexport.serving.metrics import ModelStatistics
-from kdexport.serving.plain_jpeg import INLINE_PIXELS, plain_jpeg
+from kdexport.serving.plain_jpeg import plain_jpeg
 from kdexport.serving.plain_requests import PlainHead, PlainHeads
 from kdexport.serving.request_identity import REQUEST_ID, identity_of, log_entry
 from kdexport.serving.requests import CLIENT_CLOSED_REQUEST
@@ -179,9 +179,7 @@ class MergedRuns:
     def _read_image(self, model: LoadedModel, head: PlainHead, data: bytes) -> _Read:
         top, upload, limits = read_top(head.query.get("top"), model), data[head.size :], self._service.limits
         size = plain_jpeg(upload)
-        if size is None or not size.one_scan or len(upload) > limits.body:
-            raise _UnusualError
-        if size.width * size.height > INLINE_PIXELS:
+        if size is None or not (size.one_scan and size.is_small) or len(upload) > limits.body:
             raise _UnusualError
         facts: list[ImageFacts] = []
         pixels = decode_small(upload, size, model.manifest.spec.preprocessing, limits, facts.append)

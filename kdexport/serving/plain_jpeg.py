@@ -1,8 +1,8 @@
 """Plain JPEGs: recognised from the markers before their picture, and decoded by simplejpeg if it is installed.
 
-simplejpeg calls the library that Pillow calls (libjpeg-turbo), in a fifth of the time for a small image. It is used
-only if the two agree bit for bit on this machine, and only for images in which it finds no fault; Pillow decodes all
-others.
+simplejpeg calls the library that Pillow calls (libjpeg-turbo), in a fifth of the time for a small image; a large one
+takes as long with both. It is used only for small ones, if the two agree bit for bit on this machine, and if it finds
+no fault in them; Pillow decodes all others.
 """
 
 import functools
@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 
 _log = logging.getLogger("kdexport.serving")
 
-#: Images of up to this many pixels take less time to decode than handing them to a thread and back.
-INLINE_PIXELS = 128 * 128
+_SMALL_PIXELS = 128 * 128
 _START, _JFIF = b"\xff\xd8\xff\xe0", b"JFIF\0"
 _APP0, _SCAN = 0xE0, 0xDA
 #: Huffman and quantisation tables, restart interval, comment.
@@ -38,6 +37,11 @@ class PlainJpeg(NamedTuple):
     height: int
     channels: int
     one_scan: bool
+
+    @property
+    def is_small(self) -> bool:
+        """Whether it takes less time to decode than to hand to a thread and back."""
+        return self.width * self.height <= _SMALL_PIXELS
 
 
 def plain_jpeg(data: bytes) -> PlainJpeg | None:
@@ -86,7 +90,7 @@ def decode_plain(data: bytes, plain: PlainJpeg) -> NDArray[np.uint8] | None:
 
 
 def decoder_name() -> str:
-    """What decodes plain JPEGs here."""
+    """What decodes small plain JPEGs here."""
     decoder = _decoder()
     return "Pillow" if decoder is None else f"simplejpeg {decoder.__version__}"
 

@@ -134,6 +134,14 @@ def test_simplejpeg_has_the_pixels_of_pillow_or_none() -> None:
     assert left > 500
 
 
+def test_a_large_image_is_decoded_by_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+    monkeypatch.setattr("kdexport.serving.images.decode_plain", lambda data, plain: used.append(plain))
+    for width, height in ((128, 128), (129, 128)):
+        decode_upload(encoded(photo(width, height, 1), "JPEG"), PREPROCESSING, Limits(), PixelBudget(20_000))
+    assert used == [PlainJpeg(128, 128, 3, True)]
+
+
 def fake(change: int = 0, error: type[Exception] | None = None) -> Any:
     """In place of simplejpeg: Pillow's pixels plus ``change``, or an error."""
 
@@ -174,7 +182,6 @@ def test_what_simplejpeg_refuses_is_decoded_or_explained_by_pillow(
     assert decoder_name() == "simplejpeg 9"
     budget = PixelBudget(60 * 80)
     good = encoded(photo(60, 80, 1), "JPEG", quality=95)
-    # The pixels that the first try held are free for the second.
     assert decode_upload(good, PREPROCESSING, Limits(), budget).shape == (24, 24, 3)
     with pytest.raises(RequestError, match=r"^The upload is not a readable image: it is damaged or truncated"):
         decode_upload(good[:-2000], PREPROCESSING, Limits(), budget)
