@@ -33,11 +33,11 @@ _MERGED_SECONDS = 0.002
 _LONG_INLINE_SECONDS = 0.01
 _LONG_INLINE_PAUSE_SECONDS = 0.1
 #: A larger batch is chosen only if it is at least this much faster per image; a smaller gain only adds waiting.
-_MIN_SPEEDUP = 1.1
+_MIN_SPEEDUP = 1.05
 #: Each size is timed this often, and quick ones until this many seconds have passed. The quickest run counts, because
 #: other processes can only make a run slower.
 _TIMED_RUNS = 5
-_TIMED_SECONDS = 0.02
+_TIMED_SECONDS = 0.04
 _MAX_TIMED_BATCH = 64
 
 
@@ -287,7 +287,7 @@ def _quickest_seconds(model: OrtModel, batch: int, signature: Signature) -> floa
 
 
 def choose_batch(times: dict[int, float]) -> int:
-    """The smallest batch whose double is less than 10% faster per image; ``times`` maps batch size to seconds."""
+    """The smallest batch whose double is less than 5% faster per image; ``times`` maps batch size to seconds."""
     best, *larger = sorted(times)
     for batch in larger:
         if times[best] / best < _MIN_SPEEDUP * times[batch] / batch:
