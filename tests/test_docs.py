@@ -1,6 +1,7 @@
 """The pages: every command is read by the command line, blocks without a reason not to are run, figures are current."""
 
 import ast
+import json
 import re
 import shlex
 import shutil
@@ -14,6 +15,7 @@ import typer.main
 from PIL import Image
 
 from kdexport.bundle.manifest import read_manifest
+from tests.answers import checked_answer
 from tests.conftest import Built, Command
 
 ROOT = Path(__file__).parent.parent
@@ -233,3 +235,14 @@ def test_a_stale_figure_is_found() -> None:
     assert is_on("1.54", results)
     assert not is_on("1.21", results)
     assert quoted("1.21 times, the goal was 1.5 (`0.5`), [a](b-1.5.md), 0.9 wanted, 3 cores") == ["1.21"]
+
+
+def test_the_page_on_json_shows_answers_of_that_form_and_the_result_of_every_command() -> None:
+    from kdexport.cli import app
+
+    page = (DOCS / "json.md").read_text()
+    for source, code in zip(re.findall(r"```json\n(.*?)```", page, flags=re.DOTALL), (0, 2), strict=True):
+        checked_answer(json.dumps(json.loads(source)), code)
+    rows = re.findall(r"^\| (`[^|]*) \|", page.partition("## The results")[2], flags=re.MULTILINE)
+    documented = [name for row in rows for name in re.findall(r"`([a-z-]+)`", row)]
+    assert sorted(documented) == sorted(typer.main.get_command(app).commands)  # type: ignore[attr-defined]

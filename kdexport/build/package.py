@@ -132,7 +132,7 @@ def package(folder: Path, parts: Parts, progress: Progress) -> VerifiedBundle:
         pixels = parts.validation.read(data["report_images"], parts.trained.spec.preprocessing)
         evidence = replace(evidence, thumbnails=thumbnails(data["report_images"], pixels))
     write_reports(folder, data, evidence)
-    write_model_card(folder, data, _card_facts(parts.config))
+    write_model_card(folder, data, evidence, _card_facts(parts.config))
     write_sbom(folder / SBOM, student=parts.trained.spec.student, build_key=parts.build_key)
     data["files"] = hash_files(folder)
     (folder / MANIFEST).write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")

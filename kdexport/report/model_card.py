@@ -1,17 +1,18 @@
 """README.md of a bundle: a model card as the Hugging Face Hub reads it, with what runs the model and what limits it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kdexport.bundle.layout import CARD, MANIFEST, TARGETS
+from kdexport.bundle.layout import CARD, MANIFEST
 from kdexport.bundle.manifest import MODEL, VERIFIED, has_synthetic_images
 from kdexport.core.tables import Table, markdown_table, markdown_text
 from kdexport.data.preprocessing import Preprocessing
 from kdexport.report.check_tables import verdict_sentence
+from kdexport.report.contents import Evidence, target_facts
+from kdexport.report.page import targets_table
 from kdexport.stats.proportions import ACCURACY_CONFIDENCE, estimate_proportion
-from kdexport.targets import DEFAULT_TARGET, parse_target
 
 #: Classes that the card names; the manifest has all.
 _NAMED_CLASSES = 20
@@ -26,25 +27,29 @@ class CardFacts:
     tags: tuple[str, ...] = ()
 
 
-def write_model_card(folder: Path, data: dict[str, Any], facts: CardFacts) -> None:
+def write_model_card(folder: Path, data: dict[str, Any], evidence: Evidence, facts: CardFacts) -> None:
     """Write the card of a manifest into the bundle."""
-    (folder / CARD).write_text(model_card(folder, data, facts), encoding="utf-8")
+    (folder / CARD).write_text(model_card(data, evidence, facts), encoding="utf-8")
 
 
-def model_card(folder: Path, data: dict[str, Any], facts: CardFacts) -> str:
-    """The card of the bundle ``folder``, whose manifest is ``data``: YAML between lines of dashes, then Markdown."""
+def model_card(data: dict[str, Any], evidence: Evidence, facts: CardFacts) -> str:
+    """The card of a bundle with the manifest ``data``: YAML between lines of dashes, then Markdown."""
     student = data["student"]
     preprocessing = Preprocessing.from_json(student["preprocessing"])
     parts = [
-        f"---\n{_front_matter(data, facts)}\n---",
+        f"---\n{_front_matter(data, evidence, facts)}\n---",
         f"# {markdown_text(student['student'])}",
         f"An image classifier with {len(student['classes'])} classes, written and checked by kdexport "
         f"{data.get('kdexport', '')}. The checks at build time: {markdown_text(verdict_sentence(data))}. All of them "
         "are in report.html and report.md.",
-        "\n".join(markdown_table(_targets(folder, data))),
+        "\n".join(markdown_table(_targets(data, evidence))),
+        "In brackets: intervals at 95 %, and what ran. The accuracy of a target that was not executed is that of its "
+        "ONNX file in onnxruntime on a CPU.",
         "## Use with kdexport",
         "```sh\npip install 'kdexport[serve]'\nkdexport doctor .            # would this machine give these labels?\n"
         "kdexport predict . photo.jpg\nkdexport serve .\n```",
+        "`kdexport pull hf://OWNER/NAME --out DIR` fetches it from the Hugging Face Hub and checks every file. A clone "
+        "by git has more files than the manifest lists, and is refused.",
         "## Use with onnxruntime",
         f"`{MODEL}` takes float32 `input` (batch, 3, {preprocessing.image_size}, {preprocessing.image_size}) and gives "
         f"`logits` (batch, {len(student['classes'])}). The preprocessing belongs to the model: "
@@ -116,7 +121,7 @@ def _steps(how: Preprocessing) -> list[str]:
 _START = "({size} - side) // 2 if side < {size} else -round((side - {size}) / 2)"
 
 
-def _front_matter(data: dict[str, Any], facts: CardFacts) -> str:
+def _front_matter(data: dict[str, Any], evidence: Evidence, facts: CardFacts) -> str:
     from huggingface_hub import ModelCardData
 
     own = ["kdexport", "onnx", "knowledge-distillation"] if _teacher(data) else ["kdexport", "onnx"]
@@ -128,13 +133,13 @@ def _front_matter(data: dict[str, Any], facts: CardFacts) -> str:
         datasets=list(facts.datasets) or None,
         metrics=["accuracy"],
         model_name=data["student"]["student"],
-        eval_results=_results(data) or None,
+        eval_results=_results(data, evidence) or None,
     )
     return str(described.to_yaml(line_break="\n"))
 
 
-def _results(data: dict[str, Any]) -> list[Any]:
-    """Top-1 of each file that ran on the validation images, as the entries of a model-index."""
+def _results(data: dict[str, Any], evidence: Evidence) -> list[Any]:
+    """Top-1 of each target whose own file ran on the validation images, as the entries of a model-index."""
     from huggingface_hub import EvalResult
 
     return [
@@ -143,21 +148,13 @@ def _results(data: dict[str, Any]) -> list[Any]:
             dataset_type=_dataset(data),
             dataset_name=f"{_dataset(data)}, {data['task']['images']} images of the test split",
             metric_type="accuracy",
-            metric_name=f"top-1, {target}",
-            metric_value=round(top1, 6),
+            metric_name=f"top-1, {target.name}",
+            metric_value=round(target.top1.value, 6),
         )
-        for target, top1 in _top1(data).items()
+        for target in target_facts(data, evidence)
+        # Otherwise it is the accuracy of another file.
+        if target.top1 is not None and not target.by_reference
     ]
-
-
-def _top1(data: dict[str, Any]) -> dict[str, float]:
-    """Top-1 by target, of the targets whose own file ran on the validation images."""
-    files = (data.get("task") or {"files": {}})["files"]
-    names = {target: f"{TARGETS}/{target}/{parse_target(target).artifact}" for target in data["targets"]}
-    if DEFAULT_TARGET in names and names[DEFAULT_TARGET] not in files:
-        # Its file is the model itself, which is measured once.
-        names[DEFAULT_TARGET] = MODEL
-    return {target: files[name]["top1"] for target, name in names.items() if name in files}
 
 
 def _dataset(data: dict[str, Any]) -> str:
@@ -171,18 +168,15 @@ def _teacher(data: dict[str, Any]) -> bool:
     return "teacher_top1" in data["provenance"].get("metrics", {})
 
 
-def _targets(folder: Path, data: dict[str, Any]) -> Table:
-    top1 = _top1(data)
-    rows = []
-    for name, entry in data["targets"].items():
-        file = folder / TARGETS / name / parse_target(name).artifact
-        status = entry["status"]
-        rows.append((name, f"{file.stat().st_size / 1e6:.2f} MB", _percent(top1.get(name)), status))
-    return Table(header=("target", "file", "top-1", "status"), rows=tuple(rows))
+def _targets(data: dict[str, Any], evidence: Evidence) -> Table:
+    """The table of the report; a cell of two lines has the second one in brackets, because Markdown has one line."""
+    table = targets_table(data, evidence)
 
+    def cell(text: str) -> str:
+        first, *rest = text.splitlines() or [""]
+        return f"{first} ({', '.join(rest)})" if rest else first
 
-def _percent(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.2%}"
+    return replace(table, rows=tuple(tuple(map(cell, row)) for row in table.rows))
 
 
 def _limits(data: dict[str, Any]) -> list[str]:

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 
 from kdexport.bundle.manifest import read_manifest, require_unchanged
 from kdexport.data.preprocessing import Preprocessing, read_image
+from kdexport.report.contents import stored_evidence
 from kdexport.report.model_card import CardFacts, model_card, snippet
 from tests.conftest import Built
 
@@ -24,7 +25,8 @@ huggingface_hub = pytest.importorskip("huggingface_hub")
 
 
 def card(built: Built, facts: CardFacts = CardFacts(), **changes: Any) -> str:  # noqa: B008
-    return model_card(built.bundle, {**read_manifest(built.bundle).data, **changes}, facts)
+    manifest = read_manifest(built.bundle)
+    return model_card({**manifest.data, **changes}, stored_evidence(built.bundle, manifest), facts)
 
 
 def test_a_bundle_has_a_card_that_its_digests_cover(built: Built, bundle_copy: Path) -> None:
@@ -72,7 +74,8 @@ def test_the_card_says_what_is_not_known(built: Built) -> None:
     text = card(built)
     assert "Built, but not run at build time: trt-rtx-fp16." in text
     assert "| trt-rtx-fp16 |" in text
-    assert re.search(r"\| trt-rtx-fp16 \| [\d.]+ MB \| not measured \| built, not executed \|", text)
+    assert re.search(r"\n\| onnx-fp32 \| [\d.]+ MB \| [\d.]+ ms .*\| verified \(onnxruntime", text)
+    assert re.search(r"\n\| trt-rtx-fp16 \| [\d.]+ MB \| not timed \(.*\) \| built, not executed \|", text)
     assert "Top-1 of the unfused student" not in card(built, task=None, parity=[])
     assert "model-index" not in card(built, task=None, parity=[])
 
