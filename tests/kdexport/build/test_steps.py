@@ -122,8 +122,9 @@ TABLE = {
     "backends/trt_build.py": "compile bundle",
     "backends/plan_content.py": "compile bundle",
     "backends/openvino.py": "bundle",
-    "backends/ncnn.py": "bundle",
-    "backends/executorch.py": "bundle",
+    # No target here is of these.
+    "backends/ncnn.py": "",
+    "backends/executorch.py": "",
     "core/child.py": "compile bundle",
     "core/console.py": "",
     "core/digests.py": FUSE,
