@@ -218,6 +218,8 @@ _OPERATORS: dict[str, Callable[[Inputs, Any, Attributes], Any]] = {
     "HardSigmoid": _hard_sigmoid,
     "Clip": _clip,
     "Identity": _of_one(lambda x: x),
+    # In front of a float32 layer of an int8 graph there is a Max of one input, which is the identity.
+    "Max": lambda given, _, __: given[0] if len(given) == 1 else torch.maximum(given[0], given[1]),  # type: ignore[arg-type]
     "AveragePool": _pool(_AVERAGE),
     "MaxPool": _pool(functional.max_pool2d),
     "GlobalAveragePool": _of_one(lambda x: x.mean((2, 3), keepdim=True)),
