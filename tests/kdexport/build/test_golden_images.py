@@ -59,7 +59,11 @@ def test_a_bundle_says_which_images_it_holds(built: Built) -> None:
     positions = data["golden_images"]["positions"]
     assert (data["golden_images"]["kind"], len(positions)) == ("validation", 9)
     said = f"9 images of the validation split without metadata, at the positions {', '.join(map(str, positions))}"
+    shown = data["report_images"]
+    assert 1 <= len(shown) <= 8
+    said += f"; report.html shows those at the positions {', '.join(map(str, shown))}, scaled down"
     assert images_inside(data) == said
+    assert (built.bundle / "report.html").read_text().count("data:image/png;base64,") >= len(shown)
     assert said in (built.bundle / "report.md").read_text()
     del data["golden_images"]
     assert images_inside(data).startswith("9 validation images, as their files were, with their metadata")
@@ -90,6 +94,8 @@ def test_a_bundle_with_computed_images_is_built_checked_served_and_gated(
     expected = [preprocessing.pixels(Image.fromarray(image)) for image in synthetic_images(preprocessing)]
     assert np.array_equal(pixels, np.stack(expected))
     assert "32 computed images; no image of a data set is inside" in (bundle / "report.md").read_text()
+    assert "report_images" not in manifest.data
+    assert "<img" not in (bundle / "report.html").read_text()
     checks = [*check_golden(bundle, manifest, pixels), *check_stored_limits(bundle, manifest, pixels)]
     checks += [*check_consistency(bundle, manifest), *check_own_logits(bundle, manifest, "onnx-fp32", pixels)]
     assert [check for check in checks if not check.holds] == []
