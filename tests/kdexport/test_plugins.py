@@ -320,7 +320,7 @@ def resolved(path: str, *settings: str) -> dict[str, object]:
     options = [part for text in ("student.name=mynet", *settings) for part in ("--set", text)]
     done = run_command("resolve", "--recipe", "digits", "--plugin", path, *options, module="training")
     assert done.exit_code == 0, done.stderr
-    return done.data
+    return dict(json.loads(done.stdout))
 
 
 def test_what_a_plugin_made_is_not_reused_for_another_source(tmp_path: Path) -> None:
