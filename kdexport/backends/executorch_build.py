@@ -24,7 +24,7 @@ def build(onnx_file: Path, program: Path, image_size: int) -> dict[str, Any]:
     from executorch.exir import to_edge_transform_and_lower
     from torchao.quantization import pt2e  # noqa: F401  registers the operators of levels
 
-    from kdexport.backends.torch_graph import TorchGraph
+    from kdexport.backends.torch_programs.torch_graph import TorchGraph
 
     module = TorchGraph(onnx.load(str(onnx_file))).eval()
     exported = torch.export.export(module, (torch.zeros(1, 3, image_size, image_size),))

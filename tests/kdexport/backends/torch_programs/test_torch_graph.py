@@ -7,7 +7,7 @@ import torch
 from onnx import helper
 
 from kdexport.backends.ort import load_model
-from kdexport.backends.torch_graph import TorchGraph
+from kdexport.backends.torch_programs.torch_graph import TorchGraph
 from kdexport.errors import EngineBuildError
 from kdexport.graph.quantize import quantize
 from kdexport.graph.tensor_ranges import calibrate
