@@ -56,7 +56,9 @@ Students have random weights, because speed does not depend on training. A ratio
 over the images per second of bare onnxruntime (batch 1, one thread unless stated otherwise), measured just before and
 just after the run; tables show the median of the rounds with the minimum and maximum. CPU is the server's CPU time per
 request over that of bare onnxruntime per image. Runs in which other processes used more than the allowed share of a
-core are left out if there is a quiet run; the last column counts the quiet runs.
+core are left out if there is a quiet run; the last column counts the quiet runs. Without one, "over bare" is too low:
+bare onnxruntime needs one core, the server and its clients need two. CPU over bare is hardly affected, and the ratio of
+8 clients cannot exceed its inverse. Each machine was measured with the code of its day.
 """
 
 
