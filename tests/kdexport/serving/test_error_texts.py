@@ -204,6 +204,8 @@ def test_an_exception_of_the_image_decoder_does_not_enter_the_response(
         raise OSError(LEAK)
 
     monkeypatch.setattr(place, fail)
+    # Where simplejpeg is installed, it would decode the image without a call of Pillow.
+    monkeypatch.setattr("kdexport.serving.plain_jpeg._decoder", lambda: None)
     answer = ask(service, "POST", "/v1/classify", IMAGE)
     assert answer.status == 400
     assert answer.error == (
