@@ -1,5 +1,6 @@
 """What tests ask about processes that they start."""
 
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,3 +20,9 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+def not_ignored() -> None:
+    """For ``preexec_fn``: tests that run in the background of a shell ignore these signals, and so would a command."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)

@@ -10,7 +10,7 @@ import pytest
 
 from tests.answers import checked_answer
 from tests.conftest import Built
-from tests.processes import wait_until
+from tests.processes import not_ignored, wait_until
 
 
 @pytest.mark.parametrize(
@@ -27,7 +27,7 @@ def test_a_stopped_command_leaves_no_temporary_folder_and_answers_in_json(
     process = subprocess.Popen(
         [str(built.bundle) if word == "BUNDLE" else word for word in command],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(tmp_path)},
-        start_new_session=True,
+        start_new_session=True, preexec_fn=not_ignored,
     )  # fmt: skip
     wait_until(lambda: bool(list(tmp_path.glob("kdexport-*"))), 120)
     os.killpg(process.pid, number)

@@ -12,7 +12,7 @@ import pytest
 
 from kdexport.core.stopping import Stopped, stoppable
 from tests.answers import checked_answer
-from tests.processes import is_running, wait_until
+from tests.processes import is_running, not_ignored, wait_until
 
 #: A command with a temporary folder and a child process that has one too.
 COMMAND = """
@@ -48,8 +48,7 @@ def running(tmp_path: Path, *arguments: str) -> tuple["subprocess.Popen[str]", P
     process = subprocess.Popen(
         [sys.executable, "-c", COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": path, "TMPDIR": str(scratch)}, start_new_session=True,
-        # Tests that are started by nohup ignore it, and so would the command.
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+        preexec_fn=not_ignored,
     )  # fmt: skip
     wait_until(lambda: bool(list(scratch.glob("kdexport-inner-*/ready"))), 30)
     return process, scratch, int(next(scratch.glob("kdexport-inner-*/pid")).read_text())
