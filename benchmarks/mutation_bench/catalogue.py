@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
 
 from kdexport.data.preprocessing import read_image
 from mutation_bench import edits
@@ -335,6 +337,7 @@ def _no_target(name: str, folder: Path, _: Rng) -> None:
 # --- What no check without a signature can see ---
 
 SAME_PIXELS = "the same pixels in another file"
+NAMES_OF_NODES = "a text in the file, which nothing computes with; replay reports other bytes"
 
 #: By a pattern of "GROUP NAME"; the first one that fits.
 _UNSEEN = {
@@ -343,7 +346,7 @@ _UNSEEN = {
     r"manifest (parity|parity_images|latency|target_times|certificate)\b.*": "a record of what the build measured: "
     "verify measures again and does not read it",
     r"manifest operators\.unfused\b.*": "a record of a graph that the bundle does not have",
-    r"manifest provenance\.checkpoint_sha256: removed": "as in a bundle of an earlier version",
+    r"manifest (provenance\.checkpoint_sha256|golden_images): removed": "as in a bundle of an earlier version",
     r"manifest provenance\b.*": "a statement about the training, which nothing in a bundle can confirm",
     r"manifest export\b.*": "a setting of the build, which verify uses as it is stored",
     r"manifest targets\b.*": "a record of how the build made and ran the target: verify runs it again, or says that it "
@@ -359,8 +362,7 @@ _UNSEEN = {
     r"(files|reports) sbom\.json: .*": "what the machine of the build reported; only the versions of the manifest are "
     "compared",
     r"together sbom\.json .*": "as in a bundle of an earlier version",
-    r"graphs .*: (a node renamed|documentation changed|another producer|metadata added)": "a text in the file, which "
-    "nothing computes with; replay reports other bytes",
+    r"graphs .*: (a node renamed|documentation changed|another producer|metadata added)": NAMES_OF_NODES,
     r"files .*\.plan: .*|files .*layers\.json: .*": "an engine is run where its GPU is; this machine has none",
     r"files a (hidden )?file added": "the manifest lists it, and nothing reads it",
     r"golden .*: a text added": SAME_PIXELS,
@@ -386,7 +388,23 @@ def unseen_reason(mutation: Mutation, before: Path, after: Path) -> str:
     name = mutation.name.partition(":")[0]
     if re.fullmatch(r"golden/\d+\.\w+", name) and _same_pixels(before / name, after / name):
         return SAME_PIXELS
+    if name.endswith(".onnx") and _same_but_names_of_nodes(before / name, after / name):
+        return NAMES_OF_NODES
     return known_reason(mutation.group, mutation.name)
+
+
+def _same_but_names_of_nodes(before: Path, after: Path) -> bool:
+    """Whether two files are the same graph; a name may be no text any more, and is compared with nothing."""
+    graphs: list[bytes] = []
+    for path in (before, after):
+        try:
+            model = onnx.load(str(path))
+        except (DecodeError, OSError):
+            return False
+        for node in model.graph.node:
+            node.ClearField("name")
+        graphs.append(model.SerializeToString(deterministic=True))
+    return graphs[0] == graphs[1]
 
 
 def known_reason(group: str, name: str) -> str:

@@ -1,6 +1,7 @@
 """A seeded sample of the changes of a bundle, each seen or explained, and the page that counts them."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -83,3 +84,35 @@ def test_the_page_counts_what_the_records_say(tmp_path: Path) -> None:
         assert {name: value for name, value in values.items() if value} == expected
     assert "**Text for people** (1)\n\n`files: b`." in page
     assert "**NO REASON KNOWN** (1)\n\n`graphs: c`." in page
+
+
+REASONS = """
+import sys
+from pathlib import Path
+from mutation_bench.catalogue import Mutation, unseen_reason
+from onnx import TensorProto, helper, numpy_helper, save
+import numpy as np
+
+def file(folder, name, value):
+    weight = numpy_helper.from_array(np.full(3, value, np.float32), "w")
+    node = helper.make_node("Add", ["x", "w"], ["y"], name=name)
+    ends = [helper.make_tensor_value_info(each, TensorProto.FLOAT, [3]) for each in "xy"]
+    graph = helper.make_graph([node], "g", ends[:1], ends[1:], [weight])
+    (Path(sys.argv[1]) / folder).mkdir()
+    save(helper.make_model(graph), str(Path(sys.argv[1]) / folder / "model.onnx"))
+
+change = Mutation("files", "model.onnx: one bit flipped", lambda *_: None)
+for folder, name, value in (("a", "add", 1), ("name", "adt", 1), ("weight", "add", 2)):
+    file(folder, name, value)
+root = Path(sys.argv[1])
+(root / "cut").mkdir()
+(root / "cut" / "model.onnx").write_bytes((root / "a" / "model.onnx").read_bytes()[:-9])
+print([bool(unseen_reason(change, root / "a", root / other)) for other in ("name", "weight", "cut")])
+"""
+
+
+def test_only_a_changed_name_in_a_file_is_explained(tmp_path: Path) -> None:
+    path = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SCRIPT.parent), str(SCRIPT.parents[1])])}
+    command = [sys.executable, "-c", REASONS, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=path)
+    assert done.stdout == "[True, False, False]\n", done.stderr
