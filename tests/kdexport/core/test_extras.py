@@ -32,7 +32,7 @@ def test_the_extra_of_a_module_installs_it_and_the_base_does_not(module: str) ->
 def test_every_package_of_an_extra_that_users_choose_is_explained_when_it_is_missing() -> None:
     explained = {DISTRIBUTIONS.get(module, module.replace("_", "-")) for module in EXTRAS}
     # Tested by the tests, or part of a package that is explained.
-    other = {"kdexport", "nvidia-ml-py", "onnxruntime-gpu", "ml-dtypes", "pyopenssl", "protobuf"}
+    other = {"kdexport", "nvidia-ml-py", "onnxruntime-gpu", "ml-dtypes", "packaging", "pyopenssl", "protobuf"}
     other |= {"opentelemetry-exporter-otlp-proto-http", "opentelemetry-instrumentation-asgi"}
     for extra, lines in PROJECT["optional-dependencies"].items():
         if extra not in ("dev", "docs"):
