@@ -132,6 +132,11 @@ def load_model(
             f"{provider} was requested, but onnxruntime runs {session.get_providers()[0]}{reason}.",
             remedy=INSTALL_LIBRARIES,
         )
+    if not session.get_inputs() or not session.get_outputs():
+        raise AuditError(
+            f"{path.name} has {len(session.get_inputs())} inputs and {len(session.get_outputs())} outputs.",
+            remedy="The file is damaged or no classifier; build the bundle again.",
+        )
     counts: Counter[str] = Counter()
     for graph in session.get_provider_graph_assignment_info():
         counts[graph.ep_name] += len(graph.get_nodes())

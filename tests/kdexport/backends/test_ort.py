@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto, helper
 
 from kdexport.backends.ort import CPU, _session_options, has_vnni, import_onnxruntime, load_model
 from kdexport.errors import AuditError, BackendUnavailableError
@@ -127,3 +128,18 @@ def test_only_a_processor_without_vnni_is_given_slower_int8_kernels(
             options.get_session_config_entry("session.x64quantprecision")
     else:
         assert options.get_session_config_entry("session.x64quantprecision") == "1"
+
+
+@pytest.mark.parametrize("inputs", [0, 1])
+def test_a_file_without_inputs_is_refused(tmp_path: Path, inputs: int) -> None:
+    given = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
+    made = helper.make_node("Constant", [], ["y"], value_float=1.0)
+    result = helper.make_tensor_value_info("y", TensorProto.FLOAT, [])
+    graph = helper.make_graph([made], "g", [given] * inputs, [result])
+    opset = [helper.make_opsetid("", 17)]
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=8), str(tmp_path / "a.onnx"))
+    if inputs:
+        assert load_model(tmp_path / "a.onnx").input_name == "x"
+        return
+    with pytest.raises(AuditError, match=r"a\.onnx has 0 inputs and 1 outputs\."):
+        load_model(tmp_path / "a.onnx")
