@@ -349,9 +349,9 @@ class TransferError(MachineError):
 
     code = "KDX404"
     explanation = (
-        "kdexport push or pull could not use the place: there is no connection, the repository or tag does not exist, "
-        "or you have no access. Log in with hf auth login (the Hub) or docker login HOST (a registry); kdexport reads "
-        "those logins and never prints a token. Nothing was left at --out."
+        "kdexport push or pull could not reach or use the repository: there is no connection, the repository or tag "
+        "does not exist, or you have no access. Log in with hf auth login (the Hub) or docker login HOST (a "
+        "registry); kdexport reads those logins and never prints a token. Nothing was left at --out."
     )
 
 

@@ -17,7 +17,7 @@ from kdexport.bundle.manifest import (
     require_unchanged,
 )
 from kdexport.core.digests import sha256_file
-from kdexport.core.files import replace_folder, require_replaceable, require_writable
+from kdexport.core.files import exclusive, require_replaceable, require_writable, write_folder
 from kdexport.errors import BundleError, NotExecutedError, UnknownNameError
 from kdexport.registry import nearest
 from kdexport.targets import DEFAULT_TARGET
@@ -61,18 +61,18 @@ def write_slim(folder: Path, out: Path, targets: Sequence[str] = ()) -> SlimBund
     }
     # A file that is left out.
     data.pop("answers", None)
-    staged = out.with_name(f".{out.name}.slim")
-    shutil.rmtree(staged, ignore_errors=True)
-    try:
+
+    def fill(incoming: Path) -> None:
         for name in kept:
-            (staged / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(folder / name, staged / name)
-        (staged / MANIFEST).write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            (incoming / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / name, incoming / name)
+        (incoming / MANIFEST).write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         # What was copied is what the manifest says, although the bundle may have changed meanwhile.
-        require_unchanged(staged, read_manifest(staged))
-        replace_folder(staged, out)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
+        require_unchanged(incoming, read_manifest(incoming))
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with exclusive(out.parent):
+        write_folder(out, fill)
     return SlimBundle(out=str(out), bytes=_size(out), whole_bytes=_size(folder), left_out=left_out)
 
 

@@ -129,9 +129,7 @@ def _problem(name: str, content: bytes) -> str | None:
         if name.endswith(".pt"):
             return "is a pickle of an old format"
         if name.endswith("_config.json"):
-            for key, entry in json.loads(content)["config"].items():
-                if entry["use_pickle"] or not re.fullmatch(r"(weight|tensor)_\d+", entry["path_name"]):
-                    return f"holds {key} as a pickle"
+            return _pickled(name, content)
     if name.startswith("data/sample_inputs/") and content:
         try:
             torch.load(io.BytesIO(content), weights_only=True)
@@ -139,6 +137,17 @@ def _problem(name: str, content: bytes) -> str | None:
             return "holds more than tensors"
     if name.startswith("models/"):
         return _suspicious(json.loads(content))
+    return None
+
+
+def _pickled(name: str, content: bytes) -> str | None:
+    """Which tensor of a list of tensors is a pickle; raises ``ValueError`` if it is no such list."""
+    try:
+        for key, entry in json.loads(content)["config"].items():
+            if entry["use_pickle"] or not re.fullmatch(r"(weight|tensor)_\d+", entry["path_name"]):
+                return f"holds {key} as a pickle"
+    except (AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f"{name} is not a list of tensors") from error
     return None
 
 

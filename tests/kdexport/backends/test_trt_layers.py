@@ -174,7 +174,7 @@ def kernels(*rows: dict[str, object]) -> Engine:
 
 
 HALF_WEIGHTS = {"Weights": {"Type": "Half", "Count": 9408}, "Bias": {"Type": "Half", "Count": 64}}
-#: The border of a real engine: the image is laid out anew in float32, cast, and the logits are laid out and cut.
+#: The border of a real engine: the image is copied to another layout and then cast, the logits are copied and cut.
 BORDER = (
     layer("[trainStation1]", "TrainStation", "", ""),
     layer("Reformatting CopyNode for Input Tensor 0 to cast", "Reformat", f"input: {LINEAR}", f"laid out: {LINEAR}"),

@@ -1,5 +1,6 @@
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from kdexport.bundle.manifest import changed_files, read_manifest
 from kdexport.bundle.slim_form import is_slim, write_slim
 from kdexport.errors import BundleError, KdexportError, NotExecutedError, OutputError, VerificationError
 from kdexport.verify.verdict import replay
-from tests.conftest import Built, Command
+from tests.conftest import Built, Command, run_command
 
 
 def names(folder: Path) -> set[str]:
@@ -76,3 +77,12 @@ def test_only_a_slim_bundle_is_replaced(built: Built, tmp_path: Path) -> None:
     with pytest.raises(OutputError):
         write_slim(built.bundle, tmp_path / "mine")
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
+
+
+def test_commands_that_write_one_slim_bundle_at_once_wait_for_each_other(built: Built, tmp_path: Path) -> None:
+    out = tmp_path / "slim"
+    with ThreadPoolExecutor(3) as pool:
+        for done in pool.map(lambda _: run_command("slim", built.bundle, "--out", out), range(3)):
+            assert done.exit_code == 0, done.stderr
+    assert not changed_files(out, read_manifest(out).files)
+    assert [path.name for path in tmp_path.iterdir()] == ["slim"]

@@ -156,3 +156,15 @@ def test_what_is_no_archive_is_named(kind: str, plain: Path, tmp_path: Path) -> 
     if kind == "missing":
         with pytest.raises(CheckpointError):
             require_archive(path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"[]", b"{}", b'{"config": []}', b'{"config": {"w": 1}}', b'{"config": {"w": {}}}']
+)
+def test_a_list_of_tensors_of_another_form_is_refused(plain: Path, tmp_path: Path, content: bytes) -> None:
+    def other(name: str, old: bytes) -> bytes:
+        return content if name.startswith("data/weights/") and name.endswith("_config.json") else old
+
+    path = changed(plain, tmp_path / "net.pt2", other)
+    with pytest.raises(CheckpointError, match=r"not a complete archive .*_config\.json is not a list of tensors"):
+        open_archive(path)
