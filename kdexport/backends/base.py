@@ -23,6 +23,9 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 FORMS = ("fp32", "fp16", "bf16", "int8-u8", "int8-s8")
 #: The form of a float32 graph whose products an engine computes with 10 bits of mantissa.
 TF32 = "tf32"
+#: The form of a float32 graph whose engine starts each sum with the bias, adds one product after another to it, and
+#: rounds every time.
+IN_ORDER = "fp32-in-order"
 
 #: The ONNX file of a target, in its folder.
 ONNX_FILE = "model.onnx"

@@ -11,7 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdexport.backends import BACKENDS
-from kdexport.backends.base import Backend, Clock, CompileRequest, Device, Execution, Finding, Missing, Runner
+from kdexport.backends.base import (
+    IN_ORDER,
+    Backend,
+    Clock,
+    CompileRequest,
+    Device,
+    Execution,
+    Finding,
+    Missing,
+    Runner,
+)
 from kdexport.backends.executorch_content import ProgramContent, program_findings, read_program
 from kdexport.core.child import ChildDiedError, ChildTimeoutError, call
 from kdexport.core.console import quiet
@@ -71,6 +81,10 @@ class ExecuTorch(Backend):
     artifact = PROGRAM
     packages = ("executorch", "torchao", "torch")
     one_at_a_time: ClassVar[bool] = True
+
+    def computes_in(self, precision: str, options: dict[str, Any]) -> str:
+        # XNNPACK's float32 kernels: one accumulator for each result, which is the bias at the start.
+        return IN_ORDER if precision == "fp32" else self.form(precision)
 
     def unavailable(self, precision: str) -> Missing | None:
         for name in ("executorch", "torchao"):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kdexport.backends.base import Logits
+from kdexport.backends.base import IN_ORDER, Logits
 from kdexport.errors import first_line
 from kdexport.graph.precision import FLOAT16_MAX
 from kdexport.reparam.certificate import Certificate
@@ -56,22 +56,28 @@ def rung_b(
     reference: Reference,
     probes: Probes,
     policy: Fp32Policy,
+    *,
+    form: str = "fp32",
 ) -> list[Check]:
     """float32 logits ``candidate`` (N,K) against the oracle, in multiples of the unfused model's own error.
 
     A small unfused model may be exact by chance. No float32 computation can promise less than one rounding of each
     feature and product, so the unit is at least that: 2^-23 of the sum of absolute terms of the logits, in the same
-    norm (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1).
+    norm (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1). Where an engine adds in order from the
+    bias (``form`` is ``IN_ORDER``), it is at least the error of such sums, which the reference has from a simulation.
     """
     own = np.abs(reference.unfused.astype(np.float64) - reference.exact)
     own_rms = max(_rms(own), _ULP * _rms(reference.added))
-    own_max = float32_unit(reference.exact, reference.added, reference.unfused)
+    own_max = unit_error(form, reference)
+    unit = "x unfused"
+    if form == IN_ORDER and reference.in_order is not None:
+        own_rms, unit = max(own_rms, reference.in_order.rms), "x sums in order"
     error = np.abs(candidate.astype(np.float64) - reference.exact)
     detail = f"worst input {probes.name(_worst(error))}; largest error of the unfused fp32 model {own.max():.1e}"
     return [
-        check_at_most("B", subject, "rms error", _ratio(_rms(error), own_rms), policy.rms_error, unit="x unfused"),
+        check_at_most("B", subject, "rms error", _ratio(_rms(error), own_rms), policy.rms_error, unit=unit),
         check_at_most(
-            "B", subject, "max error", _ratio(error.max(), own_max), policy.max_error, unit="x unfused", detail=detail
+            "B", subject, "max error", _ratio(error.max(), own_max), policy.max_error, unit=unit, detail=detail
         ),
     ]
 
@@ -111,8 +117,9 @@ def rung_c(
 
 def unit_error(form: str, reference: Reference) -> float:
     """Largest error of a logit that ``form`` itself has: the unit of the largest errors of rungs B and C."""
-    if form == "fp32":
-        return float32_unit(reference.exact, reference.added, reference.unfused)
+    if form in ("fp32", IN_ORDER):
+        unit = float32_unit(reference.exact, reference.added, reference.unfused)
+        return unit if form == "fp32" or reference.in_order is None else max(unit, reference.in_order.largest)
     logits = reference.simulated[form].logits
     return float(np.abs(logits.astype(np.float64) - reference.exact[: len(logits)]).max())
 

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
+from kdexport.backends.base import IN_ORDER
 from kdexport.data.preprocessing import Preprocessing
 from kdexport.graph.plan import PLAIN, LayerPlan
 from kdexport.reparam.evaluation import in_float64
@@ -25,6 +26,8 @@ _MEANS = {_ATEN.mean.dim, _ATEN.adaptive_avg_pool2d.default, _ATEN.avg_pool2d.de
 
 #: Images of one pass through a torch model.
 _CHUNK = 64
+#: Real images whose sums are added in order: a simulation of one addition after another takes a while.
+_IN_ORDER_IMAGES = 48
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -48,19 +51,29 @@ class Simulated:
     peak: float
 
 
+@dataclass(frozen=True, slots=True)
+class FloatError:
+    """The error of logits in float32: rms over real images, and the largest one over all inputs that were tried."""
+
+    rms: float
+    largest: float
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Reference:
     """Logits (N,K) of the unfused student, and simulations of the fused one by form (``targets.FORMS``).
 
     ``exact`` is float64 and ``unfused`` float32. ``added`` (N,K) float64 is the sum of absolute terms of each logit in
     the last linear layer. An int8 simulation covers the real images only: edge inputs are outside the range that int8
-    was calibrated for.
+    was calibrated for. ``in_order`` is the error of the folded student in float32 if each sum is added in order from
+    the bias (``IN_ORDER``), None if nothing is compared with it.
     """
 
     exact: NDArray[np.float64]
     unfused: NDArray[np.float32]
     added: NDArray[np.float64]
     simulated: Mapping[str, Simulated]
+    in_order: FloatError | None = None
 
 
 def make_probes(pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> Probes:
@@ -103,8 +116,9 @@ def make_reference(
         simulated={
             form: _simulate(fused, form, probes, weight_bits, plans.get(form, PLAIN))
             for form in forms
-            if form != "fp32"
+            if form not in ("fp32", IN_ORDER)
         },
+        in_order=_in_order(fused, probes, exact) if IN_ORDER in forms else None,
     )
 
 
@@ -114,6 +128,14 @@ def _simulate(fused: nn.Module, form: str, probes: Probes, weight_bits: int, pla
     simulation = Simulation(fused, form, weight_bits=weight_bits if form == "int8-u8" else 8, plan=plan)
     logits = run_torch(simulation, probes.images[: probes.real] if integer else probes.images)
     return Simulated(logits.astype(np.float32), simulation.peak)
+
+
+def _in_order(fused: nn.Module, probes: Probes, exact: NDArray[np.float64]) -> FloatError:
+    """The error of sums in order, on some real images and all edge inputs."""
+    real = min(probes.real, _IN_ORDER_IMAGES)
+    chosen = np.r_[:real, probes.real : len(probes.images)]
+    error = np.abs(run_torch(Simulation(fused, IN_ORDER), probes.images[chosen]) - exact[chosen])
+    return FloatError(float(np.sqrt(np.mean(np.square(error[:real])))), float(error.max()))
 
 
 def run_exact(unfused: nn.Module, images: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kdexport.backends.base import IN_ORDER
 from kdexport.graph.plan import PLAIN, LayerPlan
 from kdexport.reparam.expected import multiplied_weights
 
@@ -44,8 +45,10 @@ _TF32_DROPPED = 13
 
 
 class Simulation(nn.Module):
-    """A float32 module in ``form``, one of ``targets.FORMS`` but fp32, or TF32.
+    """A float32 module in ``form``, one of ``targets.FORMS`` but fp32, TF32, or IN_ORDER.
 
+    fp32-in-order: each result of a convolution or linear layer is its bias, to which the products are added one after
+    another, each sum rounded to float32 (once, if the CPU has a fused multiply-add).
     tf32: the inputs of convolutions and linear layers are rounded; biases and sums are not.
     fp16 and bf16: weights and every intermediate result are rounded; sums are float32.
     int8-u8: the inputs of convolutions, linear layers, sums and concatenations have 256 levels between their extremes
@@ -65,9 +68,11 @@ class Simulation(nn.Module):
             _name_products(self._module)
         _scale(parameters, plan)
         self._form = form
-        self._mode: _Rounding | _Quantizing | _Tf32
+        self._mode: _Rounding | _Quantizing | _Tf32 | _InOrder
         if form == TF32:
             self._mode = _Tf32()  # type: ignore[no-untyped-call]
+        elif form == IN_ORDER:
+            self._mode = _InOrder()  # type: ignore[no-untyped-call]
         elif form in _DTYPES:
             self._mode = _Rounding(_DTYPES[form])
             _replace(self._module.parameters(), lambda weight: weight.to(_DTYPES[form]).float())
@@ -170,6 +175,53 @@ class _Tf32(TorchDispatchMode):  # type: ignore[no-untyped-call]
             read = (round_tf32(v) if isinstance(v, Tensor) and v.dim() > 1 else v for v in args)
             args = tuple(read)
         return func(*args, **(kwargs or {}))
+
+
+class _InOrder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds the products of a layer one after another to its bias."""
+
+    peak = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _ATEN.convolution.default and args[0].dim() == 4 and not args[6]:
+            x, weight, bias, strides, pads, dilations, _, _, groups = args
+            padded = nn.functional.pad(x, (pads[1], pads[1], pads[0], pads[0]))
+            return torch.stack([_convolved(image, weight, bias, strides, dilations, groups) for image in padded])
+        if func is _ATEN.addmm.default:
+            return _added_in_order(args[1].t(), args[2].t(), args[0]).t().contiguous()
+        if func is _ATEN.mm.default:
+            return _added_in_order(args[0].t(), args[1].t(), None).t().contiguous()
+        return func(*args, **(kwargs or {}))
+
+
+def _convolved(
+    image: Tensor, weight: Tensor, bias: Tensor | None, strides: list[int], dilations: list[int], groups: int
+) -> Tensor:
+    """A padded image (C,H,W) to the result (O,h,w) of a convolution, whose products are added in order."""
+    outputs, inputs, *kernel = weight.shape
+    rows, columns = (
+        (image.shape[1 + axis] - dilations[axis] * (kernel[axis] - 1) - 1) // strides[axis] + 1 for axis in (0, 1)
+    )
+    start = torch.zeros(outputs) if bias is None else bias
+    # (groups, outputs or inputs of a group, pixels)
+    result = start.reshape(groups, -1, 1).repeat(1, 1, rows * columns)
+    for y in range(kernel[0]):
+        for x in range(kernel[1]):
+            top, left = y * dilations[0], x * dilations[1]
+            part = image[:, top :: strides[0], left :: strides[1]][:, :rows, :columns]
+            read = part.reshape(groups, inputs, 1, -1)
+            factors = weight[:, :, y, x].reshape(groups, -1, inputs, 1)
+            for channel in range(inputs):
+                result.addcmul_(read[:, channel], factors[:, :, channel])
+    return result.reshape(outputs, rows, columns)
+
+
+def _added_in_order(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(I,N) and (O,I) to (O,N), the products added in order."""
+    result = torch.zeros(len(weight), x.shape[1]) if bias is None else bias.reshape(-1, 1).repeat(1, x.shape[1])
+    for row, factors in zip(x.contiguous(), weight.t().contiguous(), strict=True):
+        result.addcmul_(row[None], factors[:, None])
+    return result
 
 
 class _Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -34,7 +34,6 @@ from kdexport.verify.check import Check, broken, check_at_most, from_finding
 from kdexport.verify.parity import check_whole, rung_a, rung_b
 from kdexport.verify.policy import Policy, stored_policy
 from kdexport.verify.reference import Probes, Reference, make_probes, make_reference, run_torch
-from kdexport.verify.simulation import TF32
 
 #: Folding in float64 and rounding once may differ between machines in the last bit, but no further.
 _WEIGHT_LIMIT = 3e-7
@@ -135,8 +134,9 @@ def _plans(manifest: Manifest, weights: Weights) -> dict[str, LayerPlan]:
 
 
 def _forms(manifest: Manifest) -> list[str]:
-    tf32 = [TF32] if manifest.data["export"].get("tf32", False) else []
-    return list(dict.fromkeys([*(parse_target(name).form for name in manifest.targets), *tf32]))
+    export, targets = manifest.data["export"], [parse_target(name) for name in manifest.targets]
+    computed = (target.runtime.computes_in(target.precision, export) for target in targets)
+    return list(dict.fromkeys([*(target.form for target in targets), *computed]))
 
 
 def weight_bits(manifest: Manifest) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from kdexport.backends.base import Execution, Finding, Missing, Runner
+from kdexport.backends.base import IN_ORDER, Execution, Finding, Missing, Runner
 from kdexport.backends.file_interface import PLAIN_INTERFACE, PROBABILITIES, FileInterface
 from kdexport.backends.ort import CPU, OrtModel, execution_of, integer_kernels, load_model, provider_finding
 from kdexport.bundle.manifest import RANGES, TARGETS, UNFUSED, interface_of, target_of
@@ -170,8 +170,8 @@ def _computed(
 
 
 def _rung(context: BundleContext, where: str, candidate: NDArray[np.float32], form: str) -> list[Check]:
-    if form == "fp32":
-        return rung_b(where, candidate, context.reference, context.probes, context.policy.B)
+    if form in ("fp32", IN_ORDER):
+        return rung_b(where, candidate, context.reference, context.probes, context.policy.B, form=form)
     return rung_c(where, candidate, context.reference, context.probes, form=form, policy=context.policy.C)
 
 

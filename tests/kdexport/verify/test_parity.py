@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from kdexport.backends.base import run_in_batches
+from kdexport.backends.base import IN_ORDER, run_in_batches
 from kdexport.reparam.certificate import BlockCertificate
 from kdexport.verify.check import Check, check_at_most
-from kdexport.verify.parity import check_repeatable, rung_a, rung_b, rung_c
+from kdexport.verify.parity import check_repeatable, rung_a, rung_b, rung_c, unit_error
 from kdexport.verify.policy import Policy
-from kdexport.verify.reference import Probes, Reference, Simulated, run_torch
+from kdexport.verify.reference import FloatError, Probes, Reference, Simulated, run_torch
 from kdexport.verify.simulation import Simulation
 from tests.kdexport.verify.small_ladder import Ladder
 
@@ -142,6 +142,27 @@ def test_rung_b_measures_multiples_of_the_error_of_the_unfused_model(ladder: Lad
         candidate = exact.copy()
         candidate[3, 2] += factor * unit_max
         assert rung_b("file", candidate, reference, ladder.probes, POLICY.B)[1].holds is holds
+
+
+def test_rung_b_of_sums_in_order_measures_multiples_of_their_error(ladder: Ladder) -> None:
+    exact = ladder.reference.exact
+    unit_rms = 7 * max(rms(ladder.reference.unfused - exact), 2**-23 * rms(ladder.reference.added))
+    unit_max = 5 * unit_error("fp32", ladder.reference)
+    reference = replace(ladder.reference, in_order=FloatError(unit_rms, unit_max))
+    noise = np.random.default_rng(1).choice([-1.0, 1.0], exact.shape)
+    candidate: Any = exact + 1.5 * unit_rms * noise
+    checks = rung_b("file", candidate, reference, ladder.probes, POLICY.B, form=IN_ORDER)
+    assert [check.unit for check in checks] == ["x sums in order"] * 2
+    assert checks[0].measured == pytest.approx(1.5, abs=1e-3)
+    assert checks[1].measured == pytest.approx(1.5 * unit_rms / unit_max, abs=1e-3)
+    # Another engine is not allowed that much.
+    assert not rung_b("file", candidate, reference, ladder.probes, POLICY.B)[0].holds
+    # An error that is smaller than the least one is not the unit.
+    small = replace(reference, in_order=FloatError(1e-30, 1e-30))
+    plain = rung_b("file", candidate, reference, ladder.probes, POLICY.B)
+    found = rung_b("file", candidate, small, ladder.probes, POLICY.B, form=IN_ORDER)
+    assert [check.measured for check in found] == [check.measured for check in plain]
+    assert unit_error(IN_ORDER, reference) == unit_max
 
 
 def test_float32_noise_of_ten_times_the_usual_fails_in_every_measure(ladder: Ladder) -> None:

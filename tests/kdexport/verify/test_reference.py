@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kdexport.backends.base import IN_ORDER
 from kdexport.data.preprocessing import Preprocessing
 from kdexport.verify.reference import Probes, make_probes, make_reference, run_exact, run_torch
 from kdexport.verify.simulation import TF32, Simulation, round_tf32
@@ -232,6 +234,47 @@ def test_tf32_rounds_what_products_read_and_nothing_else() -> None:
         conv.weight.fill_(fine)
         assert Simulation(conv, TF32)(torch.full((1, 1, 1, 1), 3.0)).item() == 3.0
         assert conv.weight.item() == np.float32(fine)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(5, 2), nn.Conv2d(5, 2, 1), nn.Conv2d(2, 2, 3, groups=2)])
+def test_sums_in_order_start_with_the_bias(layer: nn.Linear | nn.Conv2d) -> None:
+    """Each product is half of the last bit of the bias and is lost; added before the bias, all would remain."""
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+        assert layer.bias is not None
+        layer.bias.copy_(torch.tensor([2.0**24, 0.0]))
+    shape = (1, 5) if isinstance(layer, nn.Linear) else (1, layer.in_channels, *layer.kernel_size)
+    products = layer.weight[0].numel()
+    found = Simulation(layer, IN_ORDER)(torch.ones(shape)).flatten().tolist()
+    assert found == [2.0**24, products]
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(4, 6, (3, 1), stride=(2, 1), padding=(1, 0), dilation=(2, 1), groups=2, bias=False),
+        nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=4), nn.Conv2d(4, 3, (2, 3), stride=(1, 3)),
+        nn.Sequential(nn.Flatten(), nn.Linear(4 * 9 * 8, 3, bias=False)),
+    ],
+)  # fmt: skip
+def test_sums_in_order_are_those_of_the_layer(layer: nn.Module) -> None:
+    images = torch.randn(3, 4, 9, 8, generator=torch.Generator().manual_seed(2))
+    exact = copy.deepcopy(layer).double()(images.double())
+    found = Simulation(layer, IN_ORDER)(images)
+    assert found.shape == exact.shape
+    error = (found - exact).abs().max()
+    assert 0 < error < 1e-5
+
+
+def test_the_error_of_sums_in_order_is_part_of_the_reference(ladder: Ladder) -> None:
+    probes = replace(ladder.probes, real=5)
+    reference = make_reference(ladder.unfused, ladder.fused, probes, forms=("fp32", IN_ORDER))
+    assert IN_ORDER not in reference.simulated
+    error = np.abs(run_torch(Simulation(ladder.fused, IN_ORDER), probes.images) - reference.exact)
+    assert reference.in_order is not None
+    assert reference.in_order.largest == error.max()
+    assert reference.in_order.rms == pytest.approx(np.sqrt(np.mean(error[:5] ** 2)), rel=1e-12)
+    assert ladder.reference.in_order is None
 
 
 def test_the_error_of_a_simulation_follows_the_length_of_its_mantissa(ladder: Ladder) -> None:
