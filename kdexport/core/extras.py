@@ -18,6 +18,7 @@ EXTRAS = {
     "openvino": "openvino",
     **dict.fromkeys(("ncnn", "pnnx"), "ncnn"),
     **dict.fromkeys(("executorch", "torchao"), "executorch"),
+    "ai_edge_litert": "litert",
     "tensorrt": "trt",
     "tensorrt_rtx": "trt-rtx",
     "timm": "timm",

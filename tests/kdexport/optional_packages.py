@@ -18,6 +18,12 @@ def require_ncnn() -> None:
             pytest.skip(f"{name} is not installed", allow_module_level=True)
 
 
+def require_litert() -> None:
+    """Skip where LiteRT's interpreter is absent."""
+    if importlib.util.find_spec("ai_edge_litert") is None:
+        pytest.skip("ai-edge-litert is not installed", allow_module_level=True)
+
+
 def require_executorch() -> None:
     """Skip where ExecuTorch or what registers its int8 operators is absent."""
     for name in ("executorch", "torchao"):

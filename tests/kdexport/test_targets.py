@@ -30,7 +30,7 @@ def test_a_target_is_a_backend_and_a_precision(name: str, backend: str, precisio
     ("name", "form"),
     [
         ("onnx-fp32", "fp32"), ("openvino-fp16", "fp16"), ("trt-rtx-bf16", "bf16"),
-        ("ncnn-fp16", "fp16"), ("ncnn-int8", "int8-s8"),
+        ("ncnn-fp16", "fp16"), ("ncnn-int8", "int8-s8"), ("litert-fp16", "fp16"), ("litert-int8", "int8-u8"),
         ("onnx-int8", "int8-u8"), ("openvino-int8", "int8-u8"), ("trt-int8", "int8-s8"), ("trt-rtx-int8", "int8-s8"),
     ],
 )  # fmt: skip
@@ -40,10 +40,11 @@ def test_a_target_is_made_of_the_graph_that_its_runtime_executes(name: str, form
 
 
 def test_every_backend_has_its_precisions_by_name() -> None:
-    assert len(target_names()) == sum(len(backend(name).precisions) for name in BACKENDS.names()) == 21
+    assert len(target_names()) == sum(len(backend(name).precisions) for name in BACKENDS.names()) == 24
     for name in ("onnx", "openvino", "trt", "trt-rtx"):
         assert backend(name).precisions == PRECISIONS
     assert backend("ncnn").precisions == ("fp32", "fp16", "int8")
+    assert backend("litert").precisions == ("fp32", "fp16", "int8")
     assert backend("executorch").precisions == ("fp32", "int8")
 
 
@@ -108,7 +109,7 @@ def test_onnx_is_available_everywhere() -> None:
     require_available((Target("onnx", "fp32"),))
 
 
-@pytest.mark.parametrize("backend", ["trt", "trt-rtx", "openvino", "ncnn", "executorch"])
+@pytest.mark.parametrize("backend", ["trt", "trt-rtx", "openvino", "ncnn", "executorch", "litert"])
 def test_a_missing_package_is_told_with_the_way_to_get_it(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # What the import system would say on a machine without the packages.
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
