@@ -499,7 +499,8 @@ class _Conversion:
         pads = node.ints("pads", [0, 0, 0, 0])
         if node.number("ceil_mode", 0) or any(d != 1 for d in node.ints("dilations", [1, 1])):
             raise EngineBuildError(f"{node.name} rounds its size up or is dilated.", remedy=_OTHER_TARGET)
-        x, padding = self._padded(node, kernel, strides, [1, 1], after, lowest=largest)
+        lowest = largest and not self._is_positive(node.inputs[0])
+        x, padding = self._padded(node, kernel, strides, [1, 1], after, lowest=lowest)
         counted = bool(node.number("count_include_pad", 0))
         if not largest and any(pads) and (padding == "SAME") is counted:
             # LiteRT's own padding is not counted in a mean, and what was added beforehand is.
@@ -514,6 +515,15 @@ class _Conversion:
             strideW=strides[1], filterHeight=kernel[0], filterWidth=kernel[1],
         )  # fmt: skip
         self._requantize_results(made, [end], after, levels)
+
+    def _is_positive(self, name: str) -> bool:
+        """Whether no value of a tensor is below zero, so that zeros beside it do not change a maximum."""
+        if self._has_levels(name):
+            return self._integer(name)[1][1] == -128
+        maker = next((node for node in self._nodes if name in node.outputs), None)
+        if maker is None or maker.kind not in ("Relu", "Clip"):
+            return False
+        return maker.kind == "Relu" or self._limits(maker)[0] >= 0
 
     def _same_levels(self, name: str, after: After, levels: Levels | None, place: int = 0) -> list[int]:
         """A new tensor for a result that has the levels of the input."""
