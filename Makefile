@@ -1,6 +1,6 @@
 # The same commands for people and CI: `make quickstart`, `make test`. Packages are installed only into .venv.
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-oldest lint types unit docs clean
+.PHONY: help setup quickstart test test-oldest lint types unit docs gpu-dry clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -52,6 +52,12 @@ test-oldest:  ## pytest with the oldest versions that are allowed; another Pytho
 	@$(OLDEST_PYTHON) -m venv $(OLDEST)
 	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[dev,demo,trt-rtx,openvino,ncnn,litert,timm,sign,otel]'
 	@OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+NULL_DEVICE := build/null-device
+
+gpu-dry: setup  ## Train every method on a CUDA device that runs no kernel, and count what a step does there
+	@$(BIN)/python benchmarks/gpu/null_device/build.py $(NULL_DEVICE)
+	@$(BIN)/python benchmarks/gpu/dry_run.py --device $(NULL_DEVICE) --to docs/results/training.md
 
 docs: setup  ## The documentation site in build/site; a warning is an error
 	@$(BIN)/python -m mkdocs --version > /dev/null 2>&1 || \

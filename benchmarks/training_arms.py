@@ -20,6 +20,7 @@ from training.recipe import Recipe, load_recipe
 from training.runs.loop import Run, train_epoch
 from training.runs.optimiser import optimiser
 from training.runs.progress import EpochProgress
+from training.runs.step import OptimisationStep
 from training.teachers import TEACHERS
 from training.train import make_accelerator, prepare_distillation
 
@@ -143,6 +144,7 @@ def our_loop(images: ImageSet, recipe: Recipe, clock: Clock) -> Arm:
         teach=distillation.frozen,
     )
     task, optimizer = accelerator.prepare(distillation.task, optimiser(distillation.task, settings))
+    step = OptimisationStep(task, job.teach, optimizer, accelerator, clip_norm=settings.clip_norm)
     progress = EpochProgress(
         "", steps_per_epoch=batches.steps, epochs=1000, done_epochs=0, batch_size=settings.batch_size, quiet=True
     )
@@ -150,7 +152,7 @@ def our_loop(images: ImageSet, recipe: Recipe, clock: Clock) -> Arm:
 
     def epoch() -> float:
         started = clock()
-        train_epoch(job, accelerator, task, optimizer, next(epochs), progress, ())
+        train_epoch(job, accelerator, step, next(epochs), progress, ())
         return (clock() - started) / batches.steps
 
     return epoch

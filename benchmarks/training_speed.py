@@ -185,7 +185,9 @@ def main() -> None:
     peaks = {method: measured_memory(method, options.batch) for method in ("plain", "kdiffusion")}
     text = page(seconds, peaks, steps=options.steps, batch=options.batch, threads=options.threads, clock=options.clock)
     if options.to:
-        options.to.write_text(text)
+        # The section of benchmarks/gpu/dry_run.py stays.
+        _, heading, counts = options.to.read_text().partition("\n## ") if options.to.is_file() else ("", "", "")
+        options.to.write_text(text + heading + counts)
     else:
         print(text)
 

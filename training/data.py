@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 #: Decoded data sets up to this size are kept on the device; larger ones are streamed from their files.
 _RESIDENT_BYTES = 4 * 2**30
+#: Images that are evaluated together.
+_EVALUATED = 250
+#: Pixels of a channel that a GPU evaluates together, of small images: a thousand of CIFAR's.
+_EVALUATED_PIXELS = 1000 * 32**2
 #: Batches that are being decoded while one is used.
 _BATCHES_AHEAD = 2
 
@@ -57,6 +61,14 @@ def preprocessing_of(settings: DataSettings) -> Preprocessing:
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
     """The random generator of one epoch; it depends on seed and epoch only, so a resumed run draws the same numbers."""
     return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+
+
+class EpochDraws(NamedTuple):
+    """What is drawn for an epoch of n places: the image (n,) of each, the offset of its crop (n,2), its flip (n,)."""
+
+    order: Tensor
+    offsets: Tensor
+    flips: Tensor
 
 
 class Batches(Protocol):
@@ -163,20 +175,34 @@ class ResidentBatches(_AugmentedBatches):
 
     def epoch(self, index: int) -> Iterator[Batch]:
         """The batches of epoch ``index``, in random order, with random crop offsets and flips."""
-        count, device = len(self._labels), self._pixels.device
-        generator = epoch_generator(self._seed, index)
-        drawn = self._order(count, generator)
-        offsets = torch.randint(2 * self._settings.crop_padding + 1, (count, 2), generator=generator)
-        flips = torch.rand(count, generator=generator) < (0.5 if self._settings.flip else 0.0)
-        order, offsets, flips = drawn.to(device), offsets.to(device), flips.to(device)
+        drawn = self.draws(index)
+        order, offsets, flips = (values.to(self._pixels.device) for values in drawn)
         for step in range(self.steps):
             own = self._own_places(step)
-            chosen = order[own]
-            images = self._normalise(self._crop(chosen, offsets[own], flips[own]))
-            if self._settings.erasing > 0:
-                positions = range(count)[own]
-                images = self._erase(images, [_Place(int(drawn[p]), p, index) for p in positions])
-            yield Batch(images, self._labels[chosen], chosen)
+            batch = self.batch(order[own], offsets[own], flips[own])
+            if self.erases:
+                positions = range(len(order))[own]
+                self._erase(batch.images, [_Place(int(drawn.order[p]), p, index) for p in positions])
+            yield batch
+
+    @property
+    def erases(self) -> bool:
+        """Whether images are changed after they were cropped, one by one."""
+        return self._settings.erasing > 0
+
+    def draws(self, index: int) -> EpochDraws:
+        """What epoch ``index`` draws, on the host."""
+        count = len(self._labels)
+        generator = epoch_generator(self._seed, index)
+        order = self._order(count, generator)
+        offsets = torch.randint(2 * self._settings.crop_padding + 1, (count, 2), generator=generator)
+        flips = torch.rand(count, generator=generator) < (0.5 if self._settings.flip else 0.0)
+        return EpochDraws(order, offsets, flips)
+
+    def batch(self, chosen: Tensor, offsets: Tensor, flips: Tensor) -> Batch:
+        """The images ``chosen`` (B,) with their ``offsets`` (B,2) and ``flips`` (B,), nothing erased; on the device."""
+        images = self._normalise(self._crop(chosen, offsets, flips))
+        return Batch(images, self._labels[chosen], chosen)
 
     def _crop(self, chosen: Tensor, offsets: Tensor, flips: Tensor) -> Tensor:
         span = torch.arange(self._settings.image_size, device=chosen.device)
@@ -371,7 +397,7 @@ class EvaluationBatches:
     """The batches of a split in its own order, without augmentation; small sets are decoded once.
 
     Process ``rank`` of ``world`` gets every ``world``-th batch. Larger images are decoded by threads, ahead of their
-    use.
+    use. On one GPU small sets stay there, in larger batches.
     """
 
     def __init__(
@@ -380,7 +406,7 @@ class EvaluationBatches:
         settings: DataSettings,
         *,
         device: torch.device,
-        batch_size: int = 250,
+        batch_size: int = 0,
         preprocessing: Preprocessing | None = None,
         rank: int = 0,
         world: int = 1,
@@ -388,10 +414,14 @@ class EvaluationBatches:
         self._images, self._device, self._workers = images, device, max(settings.workers, 1)
         self._preprocessing = preprocessing or preprocessing_of(settings)
         self._normalise = Normaliser(self._preprocessing, device)
-        starts = range(rank * batch_size, len(images), world * batch_size)
-        self._batches = [range(start, min(start + batch_size, len(images))) for start in starts]
         small = is_small_set(images, settings)
-        self._pixels = decode_all(images, self._preprocessing) if small else None
+        stays = small and device.type == "cuda" and world == 1
+        size = batch_size or (max(_EVALUATED, _EVALUATED_PIXELS // settings.image_size**2) if stays else _EVALUATED)
+        starts = range(rank * size, len(images), world * size)
+        self._batches = [range(start, min(start + size, len(images))) for start in starts]
+        self._pixels = torch.from_numpy(decode_all(images, self._preprocessing)) if small else None
+        if self._pixels is not None and stays:
+            self._pixels = self._pixels.to(device)
 
     def __iter__(self) -> Iterator[Labelled]:
         for indices, pixels in self._decoded():
@@ -401,8 +431,7 @@ class EvaluationBatches:
     def _decoded(self) -> Iterator[tuple[range, Tensor]]:
         if self._pixels is not None:
             for indices in self._batches:
-                pixels = torch.from_numpy(self._pixels[indices.start : indices.stop])
-                yield indices, pixels.permute(0, 3, 1, 2).to(self._device)
+                yield indices, self._pixels[indices.start : indices.stop].permute(0, 3, 1, 2).to(self._device)
             return
         with ThreadPoolExecutor(self._workers) as pool:
             for indices, arrays in read_ahead(pool, self._batches, self._read):

@@ -249,6 +249,8 @@ class TrainSettings(_GrowingSettings):
     teacher_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     #: Whether teacher and step are compiled; ``auto`` compiles on CUDA.
     compile: Literal["auto", "no", "yes"] = "auto"
+    #: Whether a GPU gets the whole step as one CUDA graph; ``auto`` where the recipe allows it.
+    capture: Literal["auto", "no", "yes"] = "auto"
     #: The share of each batch in the running statistics of batch norms; without it, that of the network.
     batch_norm_momentum: Annotated[float, Field(gt=0, le=1)] | None = None
     optimizer: Literal["sgd", "adamw"] = "sgd"
@@ -281,7 +283,7 @@ class TrainSettings(_GrowingSettings):
 
     _later = (
         *("batch_norm_momentum", "optimizer", "betas", "clip_norm", "ema", "label_smoothing", "mixup", "cutmix"),
-        *("class_weights", "sampling", "validation", "patience", "find_lr", "deterministic", "trackers"),
+        *("class_weights", "sampling", "validation", "patience", "find_lr", "deterministic", "trackers", "capture"),
     )
 
     @model_validator(mode="after")
@@ -327,7 +329,8 @@ class Recipe(Settings):
         tables["data"].update(root="", workers=0)
         tables["teacher"].update(checkpoint="")
         tables["teacher"].pop("plausibility", None)
-        tables["train"].pop("trackers", None)
+        for key in ("trackers", "capture"):
+            tables["train"].pop(key, None)
         if self.student.starts_from_a_file:
             tables["student"].update(weights="")
         return tables

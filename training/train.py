@@ -36,7 +36,7 @@ from training.networks import (
     require_weights,
     trainable_teacher,
 )
-from training.recipe import Recipe, TrainSettings, check_schedule
+from training.recipe import Recipe, TrainSettings, check_schedule, plugin_digests
 from training.runs.averaging import WeightAverage
 from training.runs.handover import Origin, hand_over, student_spec
 from training.runs.loop import Metrics, Run, best_epoch, run
@@ -218,6 +218,7 @@ def train_teacher(recipe: Recipe, directory: Path) -> Metrics:
         average=average,
         validation=None if validation is None else _evaluation(validation, recipe, accelerator),
         classes=train.classes,
+        foreign=_foreign(recipe, "teacher"),
         described=described_run(recipe, "teacher"),
     )
     try:
@@ -286,6 +287,7 @@ def train_student(recipe: Recipe, directory: Path, origin: Origin) -> Metrics:
         average=average,
         validation=None if validation is None else _evaluation(validation, recipe, accelerator),
         classes=train.classes,
+        foreign=_foreign(recipe, "student", "teacher", "distiller"),
         described=described_run(recipe, "student"),
     )
     if accelerator.is_main_process:
@@ -524,6 +526,16 @@ def _compiling(recipe: Recipe) -> Literal["auto", "no", "yes"]:
     """Networks of other origins are not compiled by themselves: their code may not be compilable."""
     foreign = recipe.teacher.is_reference or recipe.student.is_reference
     return "no" if foreign and recipe.train.compile == "auto" else recipe.train.compile
+
+
+def _foreign(recipe: Recipe, *tables: Literal["student", "teacher", "distiller"]) -> str:
+    """The first of ``tables`` whose code is not of this project, in words; empty if there is none."""
+    plugins = plugin_digests(recipe)
+    for table in tables:
+        name = getattr(recipe, table).name
+        if table in plugins or ":" in name:
+            return f"the {table} {name}"
+    return ""
 
 
 def _column(values: tuple[float, ...]) -> torch.Tensor:

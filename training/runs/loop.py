@@ -16,24 +16,23 @@ from torch import Tensor, nn
 from kdexport.core.files import remove_partials, write_text
 from kdexport.core.progress import Reporter
 from kdexport.errors import TrainingError
-from kdexport.students import Tapped
-from training.data import Batch, Batches, Labelled, epoch_generator
+from training.data import Batch, Batches, Labelled, ResidentBatches
 from training.devices import compiled
 from training.distillers.distiller import StepContext
 from training.evaluation import Predictions, predict
 from training.recipe import TrainSettings
 from training.runs.averaging import WeightAverage
+from training.runs.captured import CapturedSteps, obstacle, require_capture
 from training.runs.find_lr import FoundRate, find_rate
 from training.runs.journal import Journal
 from training.runs.optimiser import learning_rate, optimiser
 from training.runs.progress import EpochProgress
 from training.runs.state import Resumed, load_state, save_state
+from training.runs.step import EpochPlan, OptimisationStep, Teach, epoch_plan
 from training.runs.trackers import Trackers
 from training.runs.watch import REMEDY, LossWatch
 
 Metrics = dict[str, float]
-#: The frozen teacher's outputs for the student's images; None if nothing is distilled.
-Teach = Callable[[Tensor], Tapped | None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +64,8 @@ class Run:
     validation: Iterable[Labelled] | None = None
     #: The names of the classes, for evaluation.json; without them it is not written.
     classes: tuple[str, ...] = ()
+    #: What of the run is not of this project, for example "the student timm:resnet18"; empty if nothing is.
+    foreign: str = ""
     #: What trackers get as the configuration of the run.
     described: dict[str, Any] = field(default_factory=dict)
 
@@ -97,6 +98,7 @@ def run(job: Run, accelerator: Accelerator) -> tuple[Metrics, ...]:
     job = replace(job, settings=settings)
     task, prepared = accelerator.prepare(job.task, made)
     task = compiled(task, settings.compile, accelerator.device)
+    step = OptimisationStep(task, job.teach, prepared, accelerator, clip_norm=settings.clip_norm)
     history, diversity = list(resumed.history), list(extra.get("diversity", []))
     progress = EpochProgress(
         job.title,
@@ -107,11 +109,12 @@ def run(job: Run, accelerator: Accelerator) -> tuple[Metrics, ...]:
         quiet=not accelerator.is_main_process,
     )
     with progress, _journal(job, resumed.epoch, accelerator, progress) as journal:
+        captured = _captured_steps(job, accelerator, step, resumed.epoch, progress)
         for epoch in range(resumed.epoch, settings.epochs):
             if out_of_patience(history, settings.patience):
                 progress.say(f"{job.title}: no better epoch in the last {settings.patience}, the run ends early")
                 break
-            metrics, found = train_epoch(job, accelerator, task, prepared, epoch, progress, history)
+            metrics, found = train_epoch(job, accelerator, step, epoch, progress, history, captured)
             history.append(metrics)
             if journal is None:
                 continue
@@ -205,46 +208,46 @@ def _endless(batches: Batches) -> Iterator[Batch]:
         epoch += 1
 
 
+def _captured_steps(
+    job: Run, accelerator: Accelerator, step: OptimisationStep, epoch: int, progress: EpochProgress
+) -> CapturedSteps | None:
+    """The steps as a CUDA graph; None, and a line on a GPU that says why, if they are started one by one."""
+    settings, device = job.settings, accelerator.device
+    reason = obstacle(settings, job.batches, accelerator, mixes=job.mix is not None, foreign=job.foreign)
+    require_capture(settings, reason)
+    if reason:
+        if device.type == "cuda" and settings.capture != "no":
+            progress.say(f"{job.title}: its steps are not captured as a CUDA graph, because {reason}")
+        return None
+    assert isinstance(job.batches, ResidentBatches)
+    captured = CapturedSteps(step, job.task, job.batches, device, settings.batch_size)
+    plan = epoch_plan(settings, epoch, steps=job.batches.steps, branches=job.branches, device=device)
+    captured.prepare(plan, job.batches.draws(epoch), settings.seed)
+    return captured
+
+
 def train_epoch(
     job: Run,
     accelerator: Accelerator,
-    task: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    step: OptimisationStep,
     epoch: int,
     progress: EpochProgress,
     history: Sequence[Metrics],
+    captured: CapturedSteps | None = None,
 ) -> tuple[Metrics, Predictions]:
     """Run the steps of one epoch (from 0) and evaluate; ``history`` has the metrics of the epochs before it."""
     settings, steps = job.settings, job.batches.steps
     # Dropout draws from the global generator; one seed for each epoch lets a resumed run draw the same numbers.
     torch.manual_seed(settings.seed * 1_000_003 + epoch)
-    drawn = torch.rand(steps, *job.branches, generator=epoch_generator(settings.seed + 1, epoch))
-    orders = drawn.argsort(2).to(accelerator.device)
-    positions = (epoch + torch.arange(steps, dtype=torch.float64) / steps).float().to(accelerator.device)
-    watch = LossWatch(epoch, max(map(_total, history), default=None), progress.window)
-    right = torch.zeros((), dtype=torch.int64, device=accelerator.device)
+    plan = epoch_plan(settings, epoch, steps=steps, branches=job.branches, device=accelerator.device)
+    step.clear()
+    watch = LossWatch(epoch, max(map(_total, history), default=None), progress.window, step.sums)
     progress.epoch_begins(epoch + 1)
     started = time.monotonic()
-    task.train()
-    for step, batch in enumerate(job.batches.epoch(epoch)):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(settings, epoch + step / steps)
-        # Both networks see the mixed image.
-        images, targets = (batch.images, None) if job.mix is None else job.mix(batch.images, batch.labels, epoch, step)
-        context = StepContext(
-            epoch=positions[step], orders=orders[step], labels=batch.labels, samples=batch.samples, targets=targets
-        )
-        with accelerator.autocast():
-            result = task(images, job.teach(images), context)
-        optimizer.zero_grad(set_to_none=True)
-        accelerator.backward(watch.add(result.losses))
-        if settings.clip_norm > 0:
-            accelerator.clip_grad_norm_(job.task.parameters(), settings.clip_norm)
-        optimizer.step()
-        if job.average is not None:
-            job.average.update(epoch * steps + step + 1)
-        wanted = batch.labels if targets is None else targets.argmax(1)
-        right += (result.logits.detach().argmax(1) == wanted.to(right.device)).sum()
+    step.task.train()
+    begun = _steps(job, step, epoch, plan) if captured is None else _replays(job, captured, epoch, plan)
+    for _ in begun:
+        watch.step_done()
         progress.step()
     names, sums = watch.means()
     reduced = accelerator.reduce(sums, "mean").tolist()
@@ -257,12 +260,40 @@ def train_epoch(
         **means,
         "lr": learning_rate(settings, epoch),
         **found.scalars(),
-        "train_top1": int(accelerator.reduce(right, "sum").item()) / images_seen,
+        "train_top1": int(accelerator.reduce(step.right, "sum").item()) / images_seen,
         "images_per_s": images_seen / seconds,
     }
     if job.validation is not None:
         metrics["validation_top1"] = predict(job.evaluated, job.validation).top1
     return metrics, found
+
+
+def _steps(job: Run, step: OptimisationStep, epoch: int, plan: EpochPlan) -> Iterator[None]:
+    """Start the steps of ``epoch`` from Python."""
+    device = step.right.device
+    orders, positions, rates = plan.orders.to(device), plan.positions.to(device), plan.rates.tolist()
+    for index, batch in enumerate(job.batches.epoch(epoch)):
+        for group in step.optimizer.param_groups:
+            group["lr"] = rates[index]
+        # Both networks see the mixed image.
+        images, targets = (batch.images, None) if job.mix is None else job.mix(batch.images, batch.labels, epoch, index)
+        context = StepContext(
+            epoch=positions[index], orders=orders[index], labels=batch.labels, samples=batch.samples, targets=targets
+        )
+        step(images, context)
+        if job.average is not None:
+            job.average.update(epoch * job.batches.steps + index + 1)
+        yield
+
+
+def _replays(job: Run, captured: CapturedSteps, epoch: int, plan: EpochPlan) -> Iterator[None]:
+    """Start the steps of ``epoch``, each by one call."""
+    assert isinstance(job.batches, ResidentBatches)
+    captured.begin(plan, job.batches.draws(epoch))
+    with captured.counting_later(job.batches.steps):
+        for _ in range(job.batches.steps):
+            captured()
+            yield
 
 
 def _total(metrics: Metrics) -> float:

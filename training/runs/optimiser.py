@@ -25,6 +25,7 @@ def optimiser(task: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer
     gradients.
     """
     parameters = [p for p in task.parameters() if p.requires_grad]
+    on_gpu = any(parameter.is_cuda for parameter in parameters)
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(
             parameters,
@@ -32,6 +33,8 @@ def optimiser(task: nn.Module, settings: TrainSettings) -> torch.optim.Optimizer
             betas=settings.betas,
             weight_decay=settings.weight_decay,
             fused=True,
+            # Its steps may be captured as a CUDA graph.
+            capturable=on_gpu,
         )
     return torch.optim.SGD(
         parameters,

@@ -30,54 +30,80 @@ class _Window:
     arrived: torch.cuda.Event | None
 
 
+class LossSums:
+    """The losses of an epoch, added up on the device: over all steps, and over those of the open window.
+
+    The tensors stay where they are, so that a step that is captured as a CUDA graph adds to them.
+    """
+
+    def __init__(self) -> None:
+        self.names: tuple[str, ...] = ()
+        self.total, self.window = torch.zeros(()), torch.zeros(())
+
+    def add(self, losses: dict[str, Tensor]) -> Tensor:
+        """Add the losses of a step; returns their sum, with its gradient."""
+        stacked = torch.stack([value.float() for value in losses.values()])
+        detached = stacked.detach()
+        if not self.names:
+            self.names = tuple(losses)
+            self.total, self.window = torch.zeros_like(detached), torch.zeros_like(detached)
+        self.total += detached
+        self.window += detached
+        return stacked.sum()
+
+    def clear(self) -> None:
+        """Begin an epoch."""
+        self.total.zero_()
+        self.window.zero_()
+
+
 class LossWatch:
     """Checks the losses of the steps of one epoch (counted from 0); ``report`` receives the means of each window.
 
     ``reference`` is the largest mean of the total loss over an earlier epoch; None in the first epoch, which takes the
-    mean of its first window.
+    mean of its first window. ``sums`` are cleared.
     """
 
-    def __init__(self, epoch: int, reference: float | None, report: Report) -> None:
+    def __init__(self, epoch: int, reference: float | None, report: Report, sums: LossSums | None = None) -> None:
         self._epoch, self._reference, self._report = epoch, reference, report
-        self._names: tuple[str, ...] = ()
-        self._total, self._window = torch.zeros(()), torch.zeros(())
+        self._sums = sums or LossSums()
+        self._sums.clear()
         self._steps, self._open = 0, 0
         self._sent: deque[_Window] = deque()
 
     def add(self, losses: dict[str, Tensor]) -> Tensor:
-        """Add the losses of a step; returns their sum, with its gradient.
+        """Add the losses of a step; returns their sum, with its gradient. Raises as ``step_done``."""
+        total = self._sums.add(losses)
+        self.step_done()
+        return total
+
+    def step_done(self) -> None:
+        """A step has added its losses to the sums.
 
         Raises ``TrainingError`` if a window that has arrived meanwhile has a loss that is not finite or too large.
         """
-        stacked = torch.stack([value.float() for value in losses.values()])
-        detached = stacked.detach()
-        if not self._names:
-            self._names = tuple(losses)
-            self._total, self._window = torch.zeros_like(detached), torch.zeros_like(detached)
-        self._total += detached
-        self._window += detached
         self._steps += 1
         self._open += 1
         if self._open == WINDOW:
             self._send()
-        return stacked.sum()
 
     def means(self) -> tuple[tuple[str, ...], Tensor]:
         """Names and means (k,) of the losses of all steps so far; waits for the device and checks every window."""
         if self._open:
             self._send()
         self._check_arrived(wait=True)
-        return self._names, self._total / self._steps
+        return self._sums.names, self._sums.total / self._steps
 
     def _send(self) -> None:
-        window, self._window = self._window, torch.zeros_like(self._window)
+        window = self._sums.window
         if window.device.type == "cuda":
             host = torch.empty(window.shape, dtype=window.dtype, pin_memory=True).copy_(window, non_blocking=True)
             arrived: torch.cuda.Event | None = torch.cuda.Event()  # type: ignore[no-untyped-call]
             assert arrived is not None
             arrived.record()
         else:
-            host, arrived = window, None
+            host, arrived = window.clone(), None
+        window.zero_()
         self._sent.append(_Window(host, self._open, self._steps, arrived))
         self._open = 0
         self._check_arrived(wait=False)
@@ -93,7 +119,7 @@ class LossWatch:
             self._check(self._sent.popleft())
 
     def _check(self, window: _Window) -> None:
-        means = dict(zip(self._names, (window.values.double() / window.steps).tolist(), strict=True))
+        means = dict(zip(self._sums.names, (window.values.double() / window.steps).tolist(), strict=True))
         where = f"in epoch {self._epoch + 1}, steps {window.end - window.steps + 1} to {window.end}"
         for name, value in means.items():
             if not math.isfinite(value):

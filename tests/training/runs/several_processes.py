@@ -20,7 +20,8 @@ from training.data import EvaluationBatches, ResidentBatches
 from training.distillers import DISTILLERS
 from training.distillers.settings import settings_model
 from training.recipe import DataSettings, TrainSettings
-from training.runs.loop import Run, Teach, run
+from training.runs.loop import Run, run
+from training.runs.step import Teach
 from training.runs.task import DistillationTask, FrozenTeacher, SupervisedTask
 from training.teachers import TEACHERS, Teacher
 from training.train import make_accelerator

@@ -1,0 +1,44 @@
+"""The counts of a step on the CUDA device that runs no kernel; the device itself needs a compiler and a minute."""
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "gpu"
+
+
+def dry_run() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("dry_run", FOLDER / "dry_run.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_counters_have_the_order_of_the_device() -> None:
+    listed = re.search(r"enum Count \{ (.*?), NUMBER_OF_COUNTS \}", (FOLDER / "null_device/runtime.cpp").read_text())
+    assert listed is not None
+    assert tuple(name.lower() for name in listed[1].split(", ")) == dry_run().COUNTS
+
+
+def test_the_page_says_which_goals_are_met() -> None:
+    def forms(in_graph: float, waits: float = 0.0, launches: float = 1.0) -> dict[str, dict[str, float]]:
+        none = dict.fromkeys(dry_run().COUNTS, 0.0)
+        graph = {
+            **none,
+            "operations": 2.25,
+            "in_graph": in_graph,
+            "graph_launches": launches,
+            "synchronisations": waits,
+        }
+        return {"loop": {**none, "operations": 1000.0, "in_graph": 0.0, "blocking_copies": 3.0}, "graph": graph}
+
+    page = dry_run().page({"kd": forms(800), "average": forms(897)})
+    assert page.count("| met |") == 3
+    assert "2 of 2 methods, the largest has 899" in page
+    assert "| kd | 1000 | 3 | 802 | 0 | 1 |" in page
+    page = dry_run().page({"kd": forms(800), "average": forms(950, waits=0.5, launches=2.0)})
+    assert page.count("| missed |") == 3
+    assert "1 of 2 methods, the largest has 952" in page

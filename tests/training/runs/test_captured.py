@@ -1,0 +1,230 @@
+"""The step that a GPU gets as one graph, run without a graph: it must be the loop, to the last bit."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from kdexport.data.datasets import ImageSet
+from kdexport.errors import BackendUnavailableError
+from tests.training.small_distillation import CLASSES, IMAGES, SIZE, assemble, labels_of_all
+from training.data import Batches, ResidentBatches, StreamedBatches
+from training.distillers import DISTILLERS
+from training.recipe import DataSettings, TrainSettings
+from training.runs import captured as module
+from training.runs.captured import CapturedSteps, obstacle, require_capture
+from training.runs.loop import Metrics, Run, train_epoch
+from training.runs.optimiser import optimiser
+from training.runs.progress import EpochProgress
+from training.runs.step import OptimisationStep, epoch_plan
+from training.train import make_accelerator
+
+CPU, BATCH, EPOCHS = torch.device("cpu"), 16, 2
+DATA = DataSettings(name="digits", image_size=SIZE, crop_padding=2, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
+
+
+def settings(**changes: Any) -> TrainSettings:
+    base: dict[str, Any] = {"epochs": EPOCHS, "batch_size": BATCH, "mixed_precision": "no", "learning_rate": 1e-3}
+    return TrainSettings.model_validate({**base, "milestones": (1,), "warmup_epochs": 0.7, "compile": "no", **changes})
+
+
+def images() -> ImageSet:
+    pixels = np.random.default_rng(2).integers(0, 256, (IMAGES, SIZE, SIZE, 3), dtype=np.uint8)
+    return ImageSet(classes=tuple("abcde"[:CLASSES]), labels=labels_of_all().numpy(), pixels=pixels, files=())
+
+
+def batches(chosen: TrainSettings, data: DataSettings = DATA) -> ResidentBatches:
+    balanced = chosen.sampling == "balanced"
+    return ResidentBatches(images(), data, batch_size=BATCH, seed=chosen.seed, device=CPU, balanced=balanced)
+
+
+def trained(
+    method: str, chosen: TrainSettings, *, by_tables: bool, **changes: Any
+) -> tuple[dict[str, Tensor], list[Metrics]]:
+    """All tensors after some epochs, those of the optimiser too, and the metrics of each epoch."""
+    parts = assemble(method, **changes)
+    accelerator = make_accelerator(chosen)
+    spec = parts.spec
+    job = Run(
+        directory=Path(),
+        title=method,
+        settings=chosen,
+        branches=(len(spec.layers or ()), spec.num_branches) if spec else (0, 1),
+        task=parts.task,
+        network=parts.student,
+        batches=batches(chosen),
+        evaluation=[(torch.zeros(4, 3, SIZE, SIZE), torch.arange(4))],
+        teach=parts.frozen,
+    )
+    task, made = accelerator.prepare(job.task, optimiser(job.task, chosen))
+    step = OptimisationStep(task, job.teach, made, accelerator, clip_norm=chosen.clip_norm)
+    steps = None
+    if by_tables:
+        steps = CapturedSteps(step, parts.task, cast(ResidentBatches, job.batches), CPU, BATCH)
+        # Of another epoch and seed than the first ones: nothing of the warm-up may stay.
+        other = epoch_plan(chosen, 2, steps=job.batches.steps, branches=job.branches, device=CPU)
+        steps.prepare(other, cast(ResidentBatches, job.batches).draws(7), seed=99)
+    progress = EpochProgress("", steps_per_epoch=2, epochs=EPOCHS, done_epochs=0, batch_size=BATCH, quiet=True)
+    history: list[Metrics] = []
+    for epoch in range(EPOCHS):
+        metrics, _ = train_epoch(job, accelerator, step, epoch, progress, history, steps)
+        history.append({**metrics, "images_per_s": 0.0})
+    state = {
+        f"{name}.{key}": value
+        for name, parameter in parts.task.named_parameters()
+        for key, value in made.state.get(parameter, {}).items()
+        if isinstance(value, Tensor)
+    }
+    return {**parts.task.state_dict(), **state}, history
+
+
+def require_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name, value in one.items() if not torch.equal(value, other[name])] == []
+
+
+@pytest.mark.parametrize("method", DISTILLERS.names())
+def test_every_method_ends_with_the_bits_of_the_loop(method: str) -> None:
+    expected, lines = trained(method, settings(), by_tables=False)
+    found, same = trained(method, settings(), by_tables=True)
+    require_equal(found, expected)
+    assert same == lines
+    assert any(bool(value.ne(0).any()) for name, value in found.items() if name.endswith("momentum_buffer"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "method"),
+    [
+        ({"optimizer": "adamw", "schedule": "cosine"}, {}),
+        ({"nesterov": True, "clip_norm": 0.3, "label_smoothing": 0.1, "seed": 4}, {}),
+        ({"sampling": "balanced", "momentum": 0.0}, {}),
+        ({}, {"shuffle_per": "sample"}),
+        ({}, {"layers": "multi", "shuffle_per": "layer", "guide_feature": "prediction", "target_guide": 1.0}),
+    ],
+)
+def test_settings_of_the_training_change_both_forms_alike(changes: dict[str, Any], method: dict[str, Any]) -> None:
+    chosen = settings(**changes)
+    expected, lines = trained("kdiffusion", chosen, by_tables=False, **method)
+    found, same = trained("kdiffusion", chosen, by_tables=True, **method)
+    require_equal(found, expected)
+    assert same == lines
+
+
+def test_a_batch_norm_that_reads_its_count_goes_on_counting_and_one_that_runs_twice_counts_twice() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.reads, self.shared = nn.BatchNorm1d(3, momentum=None), nn.BatchNorm1d(3)
+            self.frozen, self.idle = nn.BatchNorm1d(3).eval(), nn.BatchNorm1d(3)
+
+        def forward(self, values: Tensor) -> Tensor:
+            return cast(Tensor, self.frozen(self.shared(self.shared(self.reads(values)))))
+
+    network, values = Twice(), torch.randn(5, 3)
+    calls = module._batch_norm_calls(network, lambda: cast(None, network(values)))
+    assert calls == {network.shared: 2}
+
+
+def norms(network: nn.Module) -> Iterator[_BatchNorm]:
+    return (found for found in network.modules() if isinstance(found, _BatchNorm))
+
+
+def test_no_batch_norm_counts_in_a_step() -> None:
+    chosen, seen = settings(), []
+    parts = assemble("average")
+    accelerator = make_accelerator(chosen)
+    task, made = accelerator.prepare(parts.task, optimiser(parts.task, chosen))
+    step = OptimisationStep(task, parts.frozen, made, accelerator, clip_norm=0.0)
+    own = batches(chosen)
+    steps = CapturedSteps(step, parts.task, own, CPU, BATCH)
+    assert parts.spec is not None
+    branches = (len(parts.spec.layers or ()), parts.spec.num_branches)
+    plan = epoch_plan(chosen, 0, steps=2, branches=branches, device=CPU)
+    steps.prepare(plan, own.draws(0), 0)
+    steps.begin(plan, own.draws(0))
+    parts.task.register_forward_pre_hook(
+        lambda *_: seen.append([norm.num_batches_tracked for norm in norms(parts.task)])
+    )
+    with steps.counting_later(2):
+        steps()
+        steps()
+    assert len(seen) == 2
+    assert all(count is None for counts in seen for count in counts)
+    assert {int(cast(Tensor, norm.num_batches_tracked)) for norm in norms(parts.task)} == {2}
+
+
+def accelerator(kind: str = "cuda", *, processes: int = 1, scaler: object = None) -> Accelerator:
+    return cast(Accelerator, SimpleNamespace(device=torch.device(kind), num_processes=processes, scaler=scaler))
+
+
+def reason(
+    chosen: TrainSettings,
+    on: Accelerator,
+    *,
+    data: DataSettings = DATA,
+    of: Batches | None = None,
+    mixes: bool = False,
+    foreign: str = "",
+) -> str:
+    return obstacle(chosen, of or batches(chosen, data), on, mixes=mixes, foreign=foreign)
+
+
+def test_what_cannot_be_captured_is_said_and_refused_where_it_is_demanded() -> None:
+    auto, demanded = settings(), settings(capture="yes")
+    streamed = StreamedBatches(images(), DATA, batch_size=BATCH, seed=0, device=CPU)
+    told = {
+        "no CUDA device": reason(auto, accelerator("cpu")),
+        "2 processes": reason(auto, accelerator(processes=2)),
+        "fp16": reason(auto, accelerator(scaler=object())),
+        "decoded or changed": reason(auto, accelerator(), of=streamed),
+        "one by one": reason(auto, accelerator(), data=DATA.model_copy(update={"erasing": 0.2})),
+        "train.mixup": reason(auto, accelerator(), mixes=True),
+        "train.ema": reason(settings(ema=0.9), accelerator()),
+        "the student timm:resnet18 is not of this project": reason(
+            auto, accelerator(), foreign="the student timm:resnet18"
+        ),
+    }
+    assert [part for part, text in told.items() if part not in text] == []
+    for text in told.values():
+        require_capture(auto, text)
+        with pytest.raises(BackendUnavailableError, match="cannot be captured as a CUDA graph: ") as caught:
+            require_capture(demanded, text)
+        assert text in caught.value.message
+        assert "train.capture" in caught.value.remedy
+    for chosen, foreign in ((auto, ""), (demanded, ""), (demanded, "the student timm:resnet18")):
+        assert reason(chosen, accelerator(), foreign=foreign) == ""
+        require_capture(chosen, "")
+    assert reason(settings(capture="no"), accelerator()) != ""
+
+
+def test_a_graph_with_other_losses_than_the_step_is_refused() -> None:
+    names = ("cross_entropy", "diffusion")
+    nan = float("nan")
+    for found in ([2.0, -0.5], [2.02, -0.505], [1.99, -0.4951]):
+        module._require_same(names, [2.0, -0.5], found)
+    module._require_same(names, [nan, 0.0], [nan, 1e-6])
+    for expected, found, bad in (
+        ([2.0, -0.5], [2.05, -0.5], "cross_entropy"),
+        ([2.0, -0.5], [2.0, 0.0], "diffusion"),
+        ([2.0, -0.5], [2.0, nan], "diffusion"),
+        ([2.0, 0.0], [2.0, 0.1], "diffusion"),
+    ):
+        with pytest.raises(BackendUnavailableError, match=f"another loss/{bad} as a CUDA graph") as caught:
+            module._require_same(names, expected, found)
+        assert caught.value.remedy == "Train without it: --set train.capture=no"
+
+
+def test_the_key_is_no_part_of_the_identity_of_a_run() -> None:
+    from training.recipe import load_recipe
+
+    plain = load_recipe("digits")
+    other = plain.model_copy(update={"train": plain.train.model_copy(update={"capture": "no"})})
+    assert "capture" not in plain.model_dump()["train"]
+    assert other.identity() == plain.identity()

@@ -1,0 +1,280 @@
+"""The whole training step as one CUDA graph: batch, teacher, student, backward pass and optimiser, started by one call.
+
+A step of a small network is a thousand short kernels, and starting them takes longer than running them. A graph has no
+arguments, so everything that differs between steps lies in tables on the device, which are filled once an epoch; the
+step counts itself and takes its row of each. The tables have the numbers of ``training.runs.loop``, in the same order
+from the same generators, and the step is the same ``OptimisationStep``: run without a graph, on any device, it ends
+with the weights of that loop.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from kdexport.errors import BackendUnavailableError
+from training.data import Batches, EpochDraws, ResidentBatches
+from training.distillers.distiller import StepContext
+from training.recipe import TrainSettings
+from training.runs.step import EpochPlan, OptimisationStep
+
+#: Steps before the capture, in which kernels are chosen and memory is taken; their effect is undone.
+_WARM_UPS = 3
+#: The losses of the first step with and without the graph, in bfloat16, differ by less than this part.
+_SAME_LOSS = 0.02
+_OFF = "Train without it: --set train.capture=no"
+
+
+def obstacle(settings: TrainSettings, batches: Batches, accelerator: Accelerator, *, mixes: bool, foreign: str) -> str:
+    """Why the steps of a run cannot be, or are not, captured; empty if they are.
+
+    ``foreign`` names what of the run is not of this project, whose code may decide something on the host at each step.
+    """
+    strange = f"{foreign} is not of this project and may decide on the host (train.capture = 'yes' captures it)"
+    reasons = {
+        "train.capture is 'no'": settings.capture == "no",
+        "there is no CUDA device": accelerator.device.type != "cuda",
+        f"{accelerator.num_processes} processes exchange gradients in a step": accelerator.num_processes > 1,
+        "the gradient scaler of fp16 is run by the host": accelerator.scaler is not None,
+        "its images are decoded or changed one by one by the host": not isinstance(batches, ResidentBatches)
+        or batches.erases,
+        "train.mixup and train.cutmix are drawn by the host": mixes,
+        "train.ema changes its decay at each step": settings.ema > 0,
+        strange: bool(foreign) and settings.capture == "auto",
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
+
+
+def require_capture(settings: TrainSettings, reason: str) -> None:
+    """Raise ``BackendUnavailableError`` if ``settings`` demand a capture that ``reason`` prevents."""
+    if settings.capture == "yes" and reason:
+        raise BackendUnavailableError(
+            f"train.capture = 'yes', but the training step cannot be captured as a CUDA graph: {reason}.",
+            remedy="Set train.capture to 'auto'.",
+        )
+
+
+class CapturedSteps:
+    """The steps of an epoch as calls without arguments; ``begin`` fills the tables that they read.
+
+    ``plain`` is ``step.task`` before it was compiled. Before ``prepare``, and on a CPU, a call runs the step from
+    Python.
+    """
+
+    def __init__(
+        self, step: OptimisationStep, plain: nn.Module, batches: ResidentBatches, device: torch.device, batch_size: int
+    ) -> None:
+        self.step = step
+        self._plain, self._batches, self._device, self._batch_size = plain, batches, device, batch_size
+        self._tables: _Tables | None = None
+        self._at = torch.zeros(1, dtype=torch.int64, device=device)
+        self._rate = torch.zeros(1, device=device)
+        self._replay: Callable[[], None] | None = None
+        #: How often a step calls each batch norm that takes part in ``counting_later``.
+        self._norm_calls: dict[_BatchNorm, int] = {}
+
+    def begin(self, plan: EpochPlan, draws: EpochDraws) -> None:
+        """Fill the tables with what an epoch draws, and start at its first step."""
+        filled = _Tables.of(plan, draws, self._batch_size)
+        if self._tables is None:
+            self._tables, self._rate = filled.to(self._device), filled.rates[:1].to(self._device)
+        else:
+            self._tables.copy_(filled)
+        self._at.zero_()
+        for group in self.step.optimizer.param_groups:
+            group["lr"] = self._rate[0]
+
+    def prepare(self, plan: EpochPlan, draws: EpochDraws, seed: int) -> None:
+        """Run the step a few times, capture it if the device is a GPU, and put everything back to where it was.
+
+        Raises ``BackendUnavailableError`` if it cannot be captured, or if the graph has other losses than the step.
+        """
+        self.begin(plan, draws)
+        self._plain.train()
+        before = _Snapshot.of(self._plain, self.step.optimizer)
+        self._norm_calls = _batch_norm_calls(self._plain, self._forward)
+        with self.counting_later(0):
+            expected = self._first_losses(before, seed, self._warm_up)
+            if self._device.type == "cuda":
+                before.restore(self.step.optimizer)
+                replay = _captured(self._body)
+                _require_same(self.step.sums.names, expected, self._first_losses(before, seed, replay))
+                self._replay = replay
+        before.restore(self.step.optimizer)
+
+    def __call__(self) -> None:
+        """Run the next step of the epoch."""
+        (self._replay or self._body)()
+
+    @contextmanager
+    def counting_later(self, steps: int) -> Iterator[None]:
+        """Within the block batch norms do not count ``steps`` batches, a kernel for each; they have the count after it.
+
+        One without a momentum counts, because it reads the count.
+        """
+        counts = {norm: norm.num_batches_tracked for norm in self._norm_calls}
+        for norm in counts:
+            norm.num_batches_tracked = None
+        try:
+            yield
+        finally:
+            for norm, count in counts.items():
+                assert count is not None
+                norm.num_batches_tracked = count.add_(steps * self._norm_calls[norm])
+
+    def _body(self) -> None:
+        assert self._tables is not None
+        torch.index_select(self._tables.rates, 0, self._at, out=self._rate)
+        self.step(*self._inputs())
+        self._at += 1
+
+    def _forward(self) -> None:
+        with torch.no_grad():
+            self.step.forward(*self._inputs(), task=self._plain)
+
+    def _inputs(self) -> tuple[Tensor, StepContext]:
+        assert self._tables is not None
+        own = _Tables(*(values.index_select(0, self._at).squeeze(0) for values in self._tables))
+        batch = self._batches.batch(own.order, own.offsets, own.flips)
+        context = StepContext(epoch=own.positions, orders=own.orders, labels=batch.labels, samples=batch.samples)
+        return batch.images, context
+
+    def _first_losses(self, before: "_Snapshot", seed: int, run: Callable[[], None]) -> list[float]:
+        """The losses of the first step, which ``run`` runs."""
+        before.restore(self.step.optimizer)
+        self._at.zero_()
+        self.step.clear()
+        torch.manual_seed(seed)
+        run()
+        return [float(value) for value in self.step.sums.total.tolist()]
+
+    def _warm_up(self) -> None:
+        # The autograd engine would tie the default stream to the capture.
+        with _side_stream(self._device):
+            self._body()
+            first = self.step.sums.total.clone()
+            for _ in range(_WARM_UPS - 1):
+                # An epoch may have one step only.
+                self._at.zero_()
+                self._body()
+            self.step.sums.total.copy_(first)
+
+
+class _Tables(NamedTuple):
+    """What the steps of an epoch read, one row a step; ``order`` and ``flips`` are (n,B), ``offsets`` (n,B,2)."""
+
+    order: Tensor
+    offsets: Tensor
+    flips: Tensor
+    orders: Tensor
+    positions: Tensor
+    rates: Tensor
+
+    @classmethod
+    def of(cls, plan: EpochPlan, draws: EpochDraws, batch_size: int) -> "_Tables":
+        steps = len(plan.rates)
+        order, offsets, flips = (
+            values[: steps * batch_size].view(steps, batch_size, *values.shape[1:]) for values in draws
+        )
+        return cls(order, offsets, flips, plan.orders, plan.positions, plan.rates)
+
+    def to(self, device: torch.device) -> "_Tables":
+        return _Tables(*(values.clone().to(device) for values in self))
+
+    def copy_(self, other: "_Tables") -> None:
+        for own, new in zip(self, other, strict=True):
+            own.copy_(new)
+
+
+@dataclass(frozen=True, slots=True)
+class _Snapshot:
+    """The values of all tensors of a task and of the state of its optimiser."""
+
+    tensors: list[tuple[Tensor, Tensor]]
+    #: Tensors that the optimiser had; those that it makes later start as zeros.
+    known: dict[int, Tensor]
+
+    @classmethod
+    def of(cls, task: nn.Module, optimizer: torch.optim.Optimizer) -> "_Snapshot":
+        tensors = [(value, value.detach().clone()) for value in (*task.parameters(), *task.buffers())]
+        return cls(tensors, {id(value): value.clone() for value in _state_tensors(optimizer)})
+
+    @torch.no_grad()
+    def restore(self, optimizer: torch.optim.Optimizer) -> None:
+        for value, before in self.tensors:
+            value.copy_(before)
+        for value in _state_tensors(optimizer):
+            # Zero moments and zero steps are what SGD and AdamW begin with.
+            value.copy_(self.known[id(value)]) if id(value) in self.known else value.zero_()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def _state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+
+
+def _batch_norm_calls(task: nn.Module, forward: Callable[[], None]) -> dict[_BatchNorm, int]:
+    """How often ``forward`` calls each batch norm of ``task`` that counts its batches without reading the count."""
+    calls: dict[_BatchNorm, int] = {}
+
+    def note(norm: nn.Module, _inputs: object) -> None:
+        assert isinstance(norm, _BatchNorm)
+        calls[norm] = calls.get(norm, 0) + 1
+
+    norms = [
+        module
+        for module in task.modules()
+        if isinstance(module, _BatchNorm) and module.momentum is not None and module.num_batches_tracked is not None
+    ]
+    handles = [norm.register_forward_pre_hook(note) for norm in norms if norm.training]
+    forward()
+    for handle in handles:
+        handle.remove()
+    return calls
+
+
+@contextmanager
+def _side_stream(device: torch.device) -> Iterator[None]:
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+def _captured(body: Callable[[], None]) -> Callable[[], None]:
+    """Starts all kernels of ``body`` by one call."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            body()
+    except RuntimeError as error:
+        if "deterministic implementation" in str(error):
+            raise
+        raise BackendUnavailableError(
+            f"The training step cannot be captured as a CUDA graph: {str(error).splitlines()[0]}",
+            remedy=_OFF,
+        ) from error
+    return graph.replay
+
+
+def _require_same(names: Sequence[str], expected: Sequence[float], found: Sequence[float]) -> None:
+    """Raise ``BackendUnavailableError`` unless the first step has the same losses in both forms."""
+    for name, one, other in zip(names, expected, found, strict=True):
+        # A loss that is not finite in both is for the watch of the run.
+        both_bad = not math.isfinite(one) and not math.isfinite(other)
+        if not both_bad and not abs(other - one) <= _SAME_LOSS * max(abs(one), 1e-3):
+            raise BackendUnavailableError(
+                f"The training step gives another loss/{name} as a CUDA graph: {other:.6g} in the first step instead "
+                f"of {one:.6g} (at most {_SAME_LOSS:.0%} are allowed).",
+                remedy=_OFF,
+            )
