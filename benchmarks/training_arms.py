@@ -3,11 +3,13 @@
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torchvision.transforms as transforms
+from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -16,8 +18,10 @@ from kdexport.checkpoint import save_tensors
 from kdexport.data.datasets import ImageSet
 from kdexport.students import STUDENTS
 from training.data import EvaluationBatches, training_batches
+from training.devices import compiled
 from training.recipe import Recipe, load_recipe
-from training.runs.loop import Run, train_epoch
+from training.runs.captured import CapturedSteps
+from training.runs.loop import Run, captured_steps, train_epoch
 from training.runs.optimiser import optimiser
 from training.runs.progress import EpochProgress
 from training.runs.step import OptimisationStep
@@ -126,11 +130,22 @@ def plain_reference(images: ImageSet, recipe: Recipe, clock: Clock) -> Arm:
     return epoch
 
 
-def our_loop(images: ImageSet, recipe: Recipe, clock: Clock) -> Arm:
-    """Our loop with the method of ``recipe``, including its evaluation on one batch."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Cell:
+    """A run of our loop that writes nothing; ``captured`` are its steps as a CUDA graph, if it has them."""
+
+    job: Run
+    accelerator: Accelerator
+    step: OptimisationStep
+    progress: EpochProgress
+    captured: CapturedSteps | None
+
+
+def our_cell(images: ImageSet, recipe: Recipe) -> Cell:
+    """The method of ``recipe`` on ``images``, with an evaluation on one batch."""
     accelerator = make_accelerator(recipe.train)
     settings, device = recipe.train, accelerator.device
-    batches = training_batches(images, recipe.data, batch_size=settings.batch_size, seed=0, device=device)
+    batches = training_batches(images, recipe.data, batch_size=settings.batch_size, seed=settings.seed, device=device)
     distillation = prepare_distillation(recipe, images, batches, device)
     job = Run(
         directory=Path(),
@@ -144,15 +159,23 @@ def our_loop(images: ImageSet, recipe: Recipe, clock: Clock) -> Arm:
         teach=distillation.frozen,
     )
     task, optimizer = accelerator.prepare(distillation.task, optimiser(distillation.task, settings))
-    step = OptimisationStep(task, job.teach, optimizer, accelerator, clip_norm=settings.clip_norm)
+    step = OptimisationStep(
+        compiled(task, settings.compile, device), job.teach, optimizer, accelerator, clip_norm=settings.clip_norm
+    )
     progress = EpochProgress(
         "", steps_per_epoch=batches.steps, epochs=1000, done_epochs=0, batch_size=settings.batch_size, quiet=True
     )
+    return Cell(job, accelerator, step, progress, captured_steps(job, accelerator, step, 0, progress))
+
+
+def our_loop(images: ImageSet, recipe: Recipe, clock: Clock) -> Arm:
+    """Our loop with the method of ``recipe``, including its evaluation on one batch."""
+    cell = our_cell(images, recipe)
     epochs = iter(range(1000))
 
     def epoch() -> float:
         started = clock()
-        train_epoch(job, accelerator, step, next(epochs), progress, ())
-        return (clock() - started) / batches.steps
+        train_epoch(cell.job, cell.accelerator, cell.step, next(epochs), cell.progress, (), cell.captured)
+        return (clock() - started) / cell.job.batches.steps
 
     return epoch

@@ -109,7 +109,7 @@ def run(job: Run, accelerator: Accelerator) -> tuple[Metrics, ...]:
         quiet=not accelerator.is_main_process,
     )
     with progress, _journal(job, resumed.epoch, accelerator, progress) as journal:
-        captured = _captured_steps(job, accelerator, step, resumed.epoch, progress)
+        captured = captured_steps(job, accelerator, step, resumed.epoch, progress)
         for epoch in range(resumed.epoch, settings.epochs):
             if out_of_patience(history, settings.patience):
                 progress.say(f"{job.title}: no better epoch in the last {settings.patience}, the run ends early")
@@ -208,7 +208,7 @@ def _endless(batches: Batches) -> Iterator[Batch]:
         epoch += 1
 
 
-def _captured_steps(
+def captured_steps(
     job: Run, accelerator: Accelerator, step: OptimisationStep, epoch: int, progress: EpochProgress
 ) -> CapturedSteps | None:
     """The steps as a CUDA graph; None, and a line on a GPU that says why, if they are started one by one."""
