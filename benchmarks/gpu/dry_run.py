@@ -187,14 +187,15 @@ def main() -> None:
     if options.one:
         (options.work / f"{options.one}.json").write_text(json.dumps(measured(options.one, options.work)))
         return
-    from training.distillers import DISTILLERS
+    from training.shipped_recipes import shipped_names
 
+    methods = [name.removeprefix(f"{RECIPE}/") for name in shipped_names() if name.startswith(f"{RECIPE}/")]
     results, failed = {}, []
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         write_noise(work / "data")
         write_teacher(work / "teacher.safetensors")
-        for method in options.methods.split(",") if options.methods else DISTILLERS.names():
+        for method in options.methods.split(",") if options.methods else methods:
             found = on_null_device(options.device, method, work)
             if isinstance(found, str):
                 failed.append(method)

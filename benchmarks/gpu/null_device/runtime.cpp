@@ -1,11 +1,12 @@
 // libcudart of the null device: memory is the host's, copies copy, kernels are counted and not run.
 //
-// Every function that is not here is a stub that succeeds (build.py). While a stream is being captured, whatever would
-// be put on it is counted as an operation of the graph, and waiting for the device is the error that CUDA makes of it.
+// Every function that is not here is a stub that succeeds (build.py). What is put on a stream that is being captured is
+// counted as an operation of the graph, and waiting for that stream or for the device is the error that CUDA makes of it.
 #include <driver_types.h>
 #include <vector_types.h>
 
 #include <dlfcn.h>
+#include <execinfo.h>
 #include <sys/mman.h>
 #include <time.h>
 
@@ -22,17 +23,28 @@
 // The order is that of COUNTS in counters.py.
 enum Count { OPERATIONS, CAPTURED, GRAPH_LAUNCHES, SYNCHRONISATIONS, BLOCKING_COPIES, ALLOCATIONS, NUMBER_OF_COUNTS };
 static std::atomic<uint64_t> counts[NUMBER_OF_COUNTS];
-static std::atomic<int> capturing{0};
+// The stream that is being captured, if there is one.
+static std::atomic<cudaStream_t> capturing{nullptr};
+static bool is_captured(cudaStream_t stream) { return stream && stream == capturing; }
 
-// A kernel, a copy or a fill that was put on a stream; other libraries call it too.
-API(void) null_cuda_operation() { counts[capturing ? CAPTURED : OPERATIONS]++; }
+// A kernel, a copy or a fill that was put on a stream. Other libraries count theirs without telling the stream.
+static cudaError_t operation(cudaStream_t stream) {
+  counts[is_captured(stream) ? CAPTURED : OPERATIONS]++;
+  return cudaSuccess;
+}
+API(void) null_cuda_operation() { operation(capturing); }
 API(void) null_cuda_counts(uint64_t* out) {
   for (int i = 0; i < NUMBER_OF_COUNTS; i++) out[i] = counts[i];
 }
 
-static cudaError_t waited() {
-  counts[SYNCHRONISATIONS]++;
-  return capturing ? cudaErrorStreamCaptureUnsupported : cudaSuccess;
+// Waiting is the error of a capture; NULL_CUDA_TRACE=1 prints who waits there.
+static cudaError_t waiting(Count kind, bool forbidden) {
+  counts[kind]++;
+  if (forbidden && getenv("NULL_CUDA_TRACE")) {
+    void* callers[40];
+    backtrace_symbols_fd(callers, backtrace(callers, 40), 2);
+  }
+  return forbidden ? cudaErrorStreamCaptureUnsupported : cudaSuccess;
 }
 
 // ---- memory: pages of the host, whose kind torch asks for by address
@@ -93,29 +105,22 @@ API(cudaError_t) cudaPointerGetAttributes(cudaPointerAttributes* out, const void
 }
 
 API(cudaError_t) cudaMemcpy(void* to, const void* from, size_t size, cudaMemcpyKind) {
-  counts[BLOCKING_COPIES]++;
   memmove(to, from, size);
-  return capturing ? cudaErrorStreamCaptureUnsupported : cudaSuccess;
+  return waiting(BLOCKING_COPIES, capturing);
 }
-API(cudaError_t) cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind, cudaStream_t) {
-  null_cuda_operation();
+API(cudaError_t) cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind, cudaStream_t stream) {
   memmove(to, from, size);
-  return cudaSuccess;
+  return operation(stream);
 }
-API(cudaError_t) cudaMemset(void* to, int value, size_t size) {
-  null_cuda_operation();
+API(cudaError_t) cudaMemsetAsync(void* to, int value, size_t size, cudaStream_t stream) {
   memset(to, value, size);
-  return cudaSuccess;
+  return operation(stream);
 }
-API(cudaError_t) cudaMemsetAsync(void* to, int value, size_t size, cudaStream_t) { return cudaMemset(to, value, size); }
+API(cudaError_t) cudaMemset(void* to, int value, size_t size) { return cudaMemsetAsync(to, value, size, nullptr); }
 
 // ---- kernels
 struct Call { dim3 grid, block; size_t shared; void* stream; };
 static thread_local Call call;
-static cudaError_t launched() {
-  null_cuda_operation();
-  return cudaSuccess;
-}
 API(unsigned) __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, void* stream) {
   call = {grid, block, shared, stream};
   return 0;
@@ -136,10 +141,16 @@ API(cudaError_t) __cudaGetKernel(void** kernel, const void* function) {
   *kernel = (void*)function;
   return cudaSuccess;
 }
-API(cudaError_t) __cudaLaunchKernel(void*, dim3, dim3, void**, size_t, cudaStream_t) { return launched(); }
-API(cudaError_t) cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t) { return launched(); }
-API(cudaError_t) cudaLaunchKernelExC(const void*, const void*, void**) { return launched(); }
-API(cudaError_t) cudaLaunchCooperativeKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t) { return launched(); }
+API(cudaError_t) __cudaLaunchKernel(void*, dim3, dim3, void**, size_t, cudaStream_t stream) { return operation(stream); }
+API(cudaError_t) cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t stream) {
+  return operation(stream);
+}
+API(cudaError_t) cudaLaunchKernelExC(const cudaLaunchConfig_t* how, const void*, void**) {
+  return operation(how->stream);
+}
+API(cudaError_t) cudaLaunchCooperativeKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t stream) {
+  return operation(stream);
+}
 API(cudaError_t) cudaFuncGetAttributes(cudaFuncAttributes* out, const void*) {
   memset(out, 0, sizeof *out);
   out->maxThreadsPerBlock = 1024;
@@ -166,27 +177,27 @@ template <typename Handle> static cudaError_t handle(Handle* out) {
 API(cudaError_t) cudaStreamCreateWithPriority(cudaStream_t* out, unsigned, int) { return handle(out); }
 API(cudaError_t) cudaStreamCreateWithFlags(cudaStream_t* out, unsigned) { return handle(out); }
 API(cudaError_t) cudaStreamCreate(cudaStream_t* out) { return handle(out); }
-API(cudaError_t) cudaStreamSynchronize(cudaStream_t) { return waited(); }
-API(cudaError_t) cudaDeviceSynchronize() { return waited(); }
-API(cudaError_t) cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* out) {
-  *out = capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+API(cudaError_t) cudaStreamSynchronize(cudaStream_t stream) { return waiting(SYNCHRONISATIONS, is_captured(stream)); }
+API(cudaError_t) cudaDeviceSynchronize() { return waiting(SYNCHRONISATIONS, capturing); }
+API(cudaError_t) cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* out) {
+  *out = is_captured(stream) ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
-API(cudaError_t) cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) {
-  capturing = 1;
+API(cudaError_t) cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+  capturing = stream;
   return cudaSuccess;
 }
-API(cudaError_t) cudaStreamBeginCaptureToGraph(cudaStream_t, cudaGraph_t, const void*, const void*, size_t, int) {
-  capturing = 1;
+API(cudaError_t) cudaStreamBeginCaptureToGraph(cudaStream_t stream, cudaGraph_t, const void*, const void*, size_t, int) {
+  capturing = stream;
   return cudaSuccess;
 }
 API(cudaError_t) cudaStreamEndCapture(cudaStream_t, cudaGraph_t* out) {
-  capturing = 0;
+  capturing = nullptr;
   return handle(out);
 }
-API(cudaError_t) cudaStreamGetCaptureInfo(cudaStream_t, int* status, unsigned long long* id, cudaGraph_t* graph,
+API(cudaError_t) cudaStreamGetCaptureInfo(cudaStream_t stream, int* status, unsigned long long* id, cudaGraph_t* graph,
                                           const void** dependencies, const void** edges, size_t* number) {
-  if (status) *status = capturing;
+  if (status) *status = is_captured(stream);
   if (id) *id = 7;
   if (graph) *graph = (cudaGraph_t)0x77;
   if (dependencies) *dependencies = nullptr;
@@ -228,7 +239,7 @@ API(cudaError_t) cudaEventRecord(cudaEvent_t event, cudaStream_t) {
 API(cudaError_t) cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned) {
   return cudaEventRecord(event, stream);
 }
-API(cudaError_t) cudaEventSynchronize(cudaEvent_t) { return waited(); }
+API(cudaError_t) cudaEventSynchronize(cudaEvent_t) { return waiting(SYNCHRONISATIONS, capturing); }
 API(cudaError_t) cudaEventElapsedTime(float* out, cudaEvent_t begin, cudaEvent_t end) {
   *out = (float)(*(double*)end - *(double*)begin);
   return cudaSuccess;

@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-FOLDER = Path(__file__).parents[2] / "benchmarks" / "gpu"
+FOLDER = Path(__file__).parents[3] / "benchmarks" / "gpu"
 
 
 @pytest.fixture(name="dry_run")
