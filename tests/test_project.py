@@ -26,6 +26,7 @@ SPANNING = {
     "kdexport/reparam/test_absorbed_pads.py": "adapters composed into padded convolutions, from structure to fold",
     "kdexport/reparam/test_timm_networks.py": "networks of timm, from export to certificate",
     "kdexport/reparam/test_mutated_merges.py": "wrong merges put into every module of the algebra",
+    "kdexport/serving/processes/test_shared_port.py": "a server of two processes, from the command to its end",
     "kdexport/serving/test_error_texts.py": "no response holds the exception text of a library",
     "kdexport/serving/test_fuzz.py": "random requests to a running server",
     "kdexport/serving/test_hostile.py": "requests of known attacks to a running server",

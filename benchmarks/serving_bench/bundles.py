@@ -98,7 +98,7 @@ def _parts(root: Path, model: Model) -> Parts:
         casts=dict.fromkeys(parse_targets(["onnx-fp32"]), exported),
         engines={},
         validation=ImageSet(
-            classes=trained.spec.classes, labels=np.arange(16, dtype=np.int64), pixels=pixels, files=()
+            classes=trained.spec.classes, labels=np.arange(16, dtype=np.int64) % model.classes, pixels=pixels, files=()
         ),
         build_key="0" * 64,
     )

@@ -1,10 +1,8 @@
 """``kdexport serve``: serve verified bundles over HTTP."""
 
 import importlib.util
-import logging
-import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,8 +16,9 @@ from kdexport.errors import BackendUnavailableError, ConfigError
 if TYPE_CHECKING:
     import ssl
 
-    from kdexport.serving.listening import Address
-    from kdexport.serving.server import Running, Surroundings
+    from kdexport.serving.announcement import Announcement
+    from kdexport.serving.listening import Address, Ports
+    from kdexport.serving.server import Surroundings
     from kdexport.serving.service import Service
 
 _EXTRA = ("starlette", "uvicorn", "httptools", "prometheus_client", "python_multipart")
@@ -50,7 +49,12 @@ def serve(
     ),
     provider: Annotated[str, typer.Option(help="Execution provider: cpu, cuda or tensorrt.")] = "cpu",
     instances: Annotated[
-        int, typer.Option(min=0, max=256, help="Parallel runs of the model; 0 means one per processor.")
+        int,
+        typer.Option(
+            min=0,
+            max=256,
+            help="Parallel runs of the model, each in its own process on a CPU; 0: one per processor, in one process.",
+        ),
     ] = 0,
     queue: Annotated[int, typer.Option(min=0, help="Requests that may wait in the queue.")] = 32,
     connections: Annotated[int, typer.Option(min=8, help="Most open connections.")] = 512,
@@ -97,13 +101,19 @@ def serve(
 ) -> None:
     """Serve verified bundles: Open Inference Protocol v2, images on /v1/classify, metrics."""
     require_extra()
+    import asyncio
+
     from kdexport.serving.access_log import require_separate
     from kdexport.serving.cross_origin import require_origins
     from kdexport.serving.limits import Limits
-    from kdexport.serving.listening import Address
+    from kdexport.serving.listening import Address, authority
+    from kdexport.serving.own_process import loop_factory, resident_bytes, set_up
+    from kdexport.serving.processes.plan import Plan, processes_for
+    from kdexport.serving.processes.supervisor import Supervisor
     from kdexport.serving.repository import parse_sources
     from kdexport.serving.server import Surroundings
     from kdexport.serving.service import Service, Settings, read_token
+    from kdexport.serving.tls import load_certificate, tls_context
     from kdexport.serving.tracing import require_tracing
     from kdexport.targets import require_servable
 
@@ -117,6 +127,7 @@ def serve(
         provider=_provider(provider),
         target=target,
         instances=instances,
+        processes=processes_for(instances, _provider(provider)),
         limits=limits,
         token=token,
         token_file=token_file,
@@ -128,68 +139,88 @@ def serve(
     if otel:
         require_tracing()
     surroundings = Surroundings(access_log=access_log, origins=tuple(cors or ()), tracing=otel)
-    context = _tls(tls_cert, tls_key)
-    service = Service(parse_sources(bundles), settings)
+    context = tls_context(tls_cert, tls_key)
     address = Address(host=host, port=port, metrics_host=metrics_host, metrics_port=metrics_port)
+    set_up()
+    _warn(address, has_token=settings.token is not None)
+    _say_processes(instances, settings.processes)
+
+    def announce(ports: "Ports", told: "Announcement") -> None:
+        scheme = "http" if context is None else "https"
+        url = f"{scheme}://{authority(address.host, ports.port)}"
+        metrics_url = f"http://{authority(address.metrics_host, ports.metrics_port)}/metrics"
+        _announce(told, url, metrics_url, as_json=as_json)
 
     def renew() -> None:
         if context is not None and tls_cert is not None and tls_key is not None:
-            _load_certificate(context, tls_cert, tls_key)
+            load_certificate(context, tls_cert, tls_key)
 
-    run(
-        service, address, surroundings=surroundings, watch_seconds=watch, context=context, renew=renew, as_json=as_json
-    )  # fmt: skip
+    if settings.processes > 1:
+        plan = Plan(
+            bundles=tuple(bundles), settings=settings, surroundings=surroundings, tls_cert=tls_cert, tls_key=tls_key,
+            supervisor_bytes=resident_bytes(),
+        )  # fmt: skip
+        serving = Supervisor(plan, address, watch_seconds=watch).run(context=context, started=announce)
+    else:
+        serving = _one_process(
+            Service(parse_sources(bundles), settings), address, surroundings, watch, context, renew, announce
+        )
+    with asyncio.Runner(loop_factory=loop_factory()) as runner:
+        cut = runner.run(serving)
+    sys.stderr.write(f"stopped; {cut} requests got no response\n")
 
 
-def run(
+def _one_process(
     service: "Service",
     address: "Address",
-    *,
     surroundings: "Surroundings",
     watch_seconds: float,
     context: "ssl.SSLContext | None",
     renew: Callable[[], None],
-    as_json: bool,
-) -> None:
-    """Load the models, print where they are served, serve until a signal, and drain."""
-    import asyncio
-
+    announce: "Callable[[Ports, Announcement], None]",
+) -> Coroutine[Any, Any, int]:
+    """Load the models in this process; returns what serves them."""
+    from kdexport.serving.announcement import announcement
     from kdexport.serving.descriptors import require_descriptors
-    from kdexport.serving.listening import authority
-    from kdexport.serving.plain_jpeg import decoder_name
+    from kdexport.serving.own_process import resident_bytes
     from kdexport.serving.server import Server
 
-    # SIGHUP asks for a reload; before the server handles it, it must not end the process.
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(message)s")
-    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
     require_descriptors(service.limits.connections)
     server = Server(service, address, watch_seconds=watch_seconds, surroundings=surroundings)
     service.load()
-    bound = service.require_memory(resident_bytes())
-    _warn(address, has_token=service.settings.token is not None)
+    told = announcement(service, service.require_memory(resident_bytes()))
+    return server.run(context=context, started=lambda ports: announce(ports, told), renew=renew)
 
-    def announce(running: "Running") -> None:
-        scheme = "http" if context is None else "https"
-        url = f"{scheme}://{authority(address.host, running.port)}"
-        metrics_url = f"http://{authority(address.metrics_host, running.metrics_port)}/metrics"
-        for model in service.repository.models.values():
-            golden = model.golden
-            signed = "" if model.signer is None else f", signed by {model.signer}"
-            sys.stderr.write(
-                f"{model.name} version {model.version}{signed}, {model.target} on {model.provider}, {service.count} "
-                "instances; "
-                f"largest difference to the reference on {golden.images} golden images: {golden.error:.1e} "
-                f"(up to {golden.allowed:.1e} allowed)\n"
-            )
-        sys.stderr.write(f"decoder of small JPEGs: {decoder_name()}\n")
-        sys.stderr.write(f"memory: {bound.describe()}\nserving {url}, metrics {metrics_url}\n")
-        if as_json:
-            print_answer(_describe(service, url, metrics_url, bound.total))
 
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        cut = runner.run(server.run(context=context, started=announce, renew=renew))
-    sys.stderr.write(f"stopped; {cut} requests got no response\n")
+def _say_processes(instances: int, processes: int) -> None:
+    """Say how many processes run the instances that were asked for, if it is not one each."""
+    if 1 < processes < instances:
+        sys.stderr.write(f"{instances} instances in {processes} processes: as many as there are usable processors.\n")
+    elif 1 == processes < instances:
+        sys.stderr.write(f"{instances} instances as threads of one process.\n")
+
+
+def _announce(told: "Announcement", url: str, metrics_url: str, *, as_json: bool) -> None:
+    """Print the models, their limits and where they are served."""
+    instances = f"{told.instances} instances"
+    if told.processes > 1:
+        instances += f" in {told.processes} processes"
+    for model in told.models:
+        signed = "" if model.signer is None else f", signed by {model.signer}"
+        sys.stderr.write(
+            f"{model.name} version {model.version}{signed}, {model.target} on {model.provider}, {instances}; "
+            f"largest difference to the reference on {model.images} golden images: {model.error:.1e} "
+            f"(up to {model.allowed:.1e} allowed)\n"
+        )
+    sys.stderr.write(f"decoder of small JPEGs: {told.decoder}\n")
+    sys.stderr.write(f"memory: {told.memory}\nserving {url}, metrics {metrics_url}\n")
+    if as_json:
+        print_answer(
+            {
+                "url": url, "metrics_url": metrics_url, "instances": told.instances, "processes": told.processes,
+                "memory_bound_bytes": told.memory_bytes, "models": [model.to_json() for model in told.models],
+            }
+        )  # fmt: skip
 
 
 def _warn(address: "Address", *, has_token: bool) -> None:
@@ -206,43 +237,6 @@ def _warn(address: "Address", *, has_token: bool) -> None:
         )
 
 
-def _describe(service: "Service", url: str, metrics_url: str, bound: int) -> dict[str, Any]:
-    models = service.repository.models.values()
-    return {
-        "url": url,
-        "metrics_url": metrics_url,
-        "instances": service.count,
-        "memory_bound_bytes": bound,
-        "models": [
-            {
-                "name": m.name,
-                "version": str(m.version),
-                "target": m.target,
-                "provider": m.provider,
-                **({} if m.signer is None else {"signed_by": m.signer.to_json()}),
-            }
-            for m in models
-        ],
-    }
-
-
-def resident_bytes() -> int:
-    """The largest resident size of this process so far, in bytes."""
-    import resource
-
-    # macOS counts bytes, Linux KiB.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _loop_factory() -> Any:
-    if importlib.util.find_spec("uvloop") is None:
-        return None
-    import uvloop
-
-    return uvloop.new_event_loop
-
-
 def _provider(name: str) -> str:
     from kdexport.backends.ort import CPU, CUDA, TENSORRT
 
@@ -250,31 +244,3 @@ def _provider(name: str) -> str:
     if name not in providers:
         raise ConfigError(f"--provider {name!r} is not known.", remedy=f"Known providers: {', '.join(providers)}.")
     return providers[name]
-
-
-def _tls(cert: Path | None, key: Path | None) -> "ssl.SSLContext | None":
-    import ssl
-
-    if cert is None and key is None:
-        return None
-    if cert is None or key is None:
-        given, missing = ("--tls-cert", "--tls-key") if key is None else ("--tls-key", "--tls-cert")
-        raise ConfigError(f"{given} was given without {missing}; TLS needs both.", remedy=f"Add {missing} FILE.")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    _load_certificate(context, cert, key)
-    return context
-
-
-def _load_certificate(context: "ssl.SSLContext", cert: Path, key: Path) -> None:
-    """Use this certificate from the next handshake on; raises ``ConfigError``, and then the old one stays."""
-    import ssl
-
-    try:
-        # A key of another certificate is noticed only after the context has taken the certificate.
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key)
-        context.load_cert_chain(cert, key)
-    except (ssl.SSLError, OSError) as error:
-        raise ConfigError(
-            f"{cert} and {key} are not a certificate and its private key: {error}.",
-            remedy="Pass the PEM file of the certificate chain as --tls-cert and that of its key as --tls-key.",
-        ) from error

@@ -205,6 +205,18 @@ def started(module: str, arguments: Sequence[str], *, timeout_s: float) -> Itera
                 child.kill()
 
 
+def launch(module: str, arguments: Sequence[str], *, descriptors: Sequence[int]) -> "subprocess.Popen[bytes]":
+    """Start ``module`` with these open files of ours, and return; it ends when the thread that called this ends.
+
+    It writes to our stdout and stderr, and is in a process group of its own: signals of a terminal reach us only. Only
+    for Linux.
+    """
+    return subprocess.Popen(
+        _command(module, arguments), stdin=subprocess.DEVNULL, env=_environment(None), pass_fds=descriptors,
+        process_group=0,
+    )  # fmt: skip
+
+
 def end_with_launcher() -> None:
     """In a process that torch's launcher started: end when the launcher ends, even by SIGKILL."""
     if _LAUNCHED in os.environ:

@@ -1,7 +1,7 @@
 """The ASGI application: routes, the token check and error responses, the same under any server."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -83,11 +83,13 @@ def routes() -> list[Route]:
     ]
 
 
-def create_metrics_app(service: Service) -> Starlette:
+def create_metrics_app(text: Callable[[], bytes | Awaitable[bytes]]) -> Starlette:
     """An application with ``GET /metrics`` only, for a port that clients of the models cannot reach."""
 
     async def metrics(_: Request) -> Response:
-        return Response(service.metrics.text(), headers={"content-type": CONTENT_TYPE})
+        found = text()
+        content = found if isinstance(found, bytes) else await found
+        return Response(content, headers={"content-type": CONTENT_TYPE})
 
     return Starlette(routes=[Route("/metrics", metrics)], exception_handlers={HTTPException: _answer_http_error})
 

@@ -118,7 +118,7 @@ async def model_config(request: Request) -> Response:
         "output": [
             {"name": name, "data_type": "TYPE_FP32", "dims": [len(signature.classes)]} for name in signature.outputs
         ],
-        "instance_group": [{"name": model.name, "kind": kind, "count": service.count}],
+        "instance_group": [{"name": model.name, "kind": kind, "count": service.total}],
         "parameters": {
             "labels": {"string_value": "\n".join(signature.classes)},
             "bundle_sha256": {"string_value": model.digest},
@@ -135,13 +135,14 @@ async def model_statistics(request: Request) -> Response:
     """Counts and durations of one model, of one of its versions, or of all models."""
     service = _service(request)
     models = service.repository.models
+    chosen = list(models)
     if "model" in request.path_params:
         found = _model(request)
         versioned = "version" in request.path_params
-        chosen = [m for (name, _), m in sorted(models.items()) if name == found.name and (not versioned or m is found)]
-    else:
-        chosen = [model for _, model in sorted(models.items())]
-    return JSONResponse({"model_stats": [service.statistics(model).to_json() for model in chosen]})
+        chosen = [key for key in chosen if key[0] == found.name and (not versioned or key[1] == found.version)]
+    wanted = {(name, str(version)) for name, version in chosen}
+    rows = await service.all_statistics()
+    return JSONResponse({"model_stats": [row for row in rows if (row["name"], row["version"]) in wanted]})
 
 
 async def repository_index(request: Request) -> Response:

@@ -1,7 +1,7 @@
 """The limits of the server, the memory that they allow, and the processors and memory of its control group."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kdexport.core.processors import usable_cpus
@@ -65,6 +65,18 @@ class Limits:
         """The most images of ``image_bytes`` each that fit into the largest body, with the overhead of its header."""
         return max(1, int((self.body - self.header) / (1.2 * image_bytes)))
 
+    def share(self, processes: int) -> "Limits":
+        """What each of ``processes`` may use, so that all of them together keep to these limits.
+
+        The pixels of images are not divided, because each process must be able to decode the largest image.
+        """
+        return replace(
+            self,
+            bodies=max(self.body, self.bodies // processes),
+            connections=math.ceil(self.connections / processes),
+            queue=math.ceil(self.queue / processes),
+        )
+
     def places(self, instances: int, together: int = 1) -> int:
         """The most requests in progress: two batches of up to ``together`` per instance, and those that wait."""
         return 2 * instances * together + self.queue
@@ -72,7 +84,10 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryBound:
-    """The most memory of this process under its limits, in bytes; ``base`` is measured, the rest is computed."""
+    """The most memory of the server under its limits, in bytes; ``base`` is measured, the rest is computed.
+
+    The parts are those of one process, ``total`` is that of all ``processes``.
+    """
 
     base: int
     bodies: int
@@ -80,11 +95,12 @@ class MemoryBound:
     json: int
     tensors: int
     connections: int
+    processes: int = 1
 
     @property
     def total(self) -> int:
-        """The sum of all parts."""
-        return self.base + self.bodies + self.decoding + self.json + self.tensors + self.connections
+        """The sum of all parts, over all processes."""
+        return self.processes * sum(self.parts.values())
 
     @property
     def parts(self) -> dict[str, int]:
@@ -102,7 +118,8 @@ class MemoryBound:
     def describe(self) -> str:
         """One line with every part in MiB."""
         listed = ", ".join(f"{name} {size / MIB:.0f}" for name, size in self.parts.items())
-        return f"at most {self.total / MIB:.0f} MiB ({listed})"
+        each = "" if self.processes == 1 else f"in each of {self.processes} processes: "
+        return f"at most {self.total / MIB:.0f} MiB ({each}{listed})"
 
 
 def memory_bound(
@@ -114,9 +131,11 @@ def memory_bound(
     image_bytes: int,
     max_elements: int,
     together: int = 1,
+    processes: int = 1,
 ) -> MemoryBound:
     """The bound for ``instances`` runs of up to ``together`` images and ``decoders`` decoding threads.
 
+    They and ``limits`` are those of each of ``processes``, ``base`` is what each of them takes after loading.
     ``image_bytes`` is the size of one image's float32 tensor, ``max_elements`` the most numbers in one request.
     """
     places = limits.places(instances, together)
@@ -129,6 +148,7 @@ def memory_bound(
         # An aligned or decoded copy of each waiting tensor, and the activations of those that run.
         tensors=places * image_bytes + limits.bodies + instances * together * _ACTIVATIONS_PER_INPUT * image_bytes,
         connections=limits.connections * _BYTES_PER_CONNECTION,
+        processes=processes,
     )
 
 

@@ -7,7 +7,10 @@ import socket
 import ssl
 import struct
 import sys
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from kdexport.errors import ConfigError, ServerError
 
@@ -16,10 +19,11 @@ LOOPBACK = "127.0.0.1"
 #: Of Linux; Python's socket module does not name it.
 _SO_ATTACH_FILTER = 26
 _ANSWER_SECONDS = 10.0
+_ALL_ANSWER_SECONDS = 20.0
 #: Nothing can connect to a wildcard address by that name on every system; its own machine can by the loopback address.
 _WILDCARDS = {"0.0.0.0": LOOPBACK, "::": "::1", "": LOOPBACK}  # noqa: S104
 _OPTIONS = "--host or --port"
-_METRICS_OPTIONS = "--metrics-host or --metrics-port"
+METRICS_OPTIONS = "--metrics-host or --metrics-port"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,11 +37,25 @@ class Address:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Ports:
+    """The ports of a running server."""
+
+    port: int
+    metrics_port: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Sockets:
     """The bound sockets of the requests and of the metrics."""
 
     requests: socket.socket
     metrics: socket.socket
+
+    @property
+    def ports(self) -> Ports:
+        """Their ports."""
+        port, metrics_port = (int(bound.getsockname()[1]) for bound in (self.requests, self.metrics))
+        return Ports(port=port, metrics_port=metrics_port)
 
 
 def bind_all(address: Address) -> Sockets:
@@ -50,7 +68,7 @@ def bind_all(address: Address) -> Sockets:
     requests = bind(address.host, address.port, options=_OPTIONS)
     try:
         return Sockets(
-            requests=requests, metrics=bind(address.metrics_host, address.metrics_port, options=_METRICS_OPTIONS)
+            requests=requests, metrics=bind(address.metrics_host, address.metrics_port, options=METRICS_OPTIONS)
         )
     except ServerError:
         requests.close()
@@ -87,12 +105,52 @@ def listen(sockets: Sockets, address: Address) -> None:
     """
     for bound, host, options in (
         (sockets.requests, address.host, _OPTIONS),
-        (sockets.metrics, address.metrics_host, _METRICS_OPTIONS),
+        (sockets.metrics, address.metrics_host, METRICS_OPTIONS),
     ):
         try:
             bound.listen(BACKLOG)
         except OSError as error:
             raise _cannot_listen(host, int(bound.getsockname()[1]), options, error) from error
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """The family and address of a bound socket, to which others can be bound."""
+
+    family: socket.AddressFamily
+    address: Any
+
+    @classmethod
+    def of(cls, bound: socket.socket) -> "Place":
+        """The place of this socket."""
+        return cls(family=bound.family, address=bound.getsockname())
+
+    def bind(self, *, shared: bool) -> socket.socket:
+        """Another socket bound to it, not listening yet; ``shared`` after ``listen_together``, else before a socket
+        listens there. Raises ``OSError``.
+        """
+        other = socket.socket(self.family, socket.SOCK_STREAM)
+        try:
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if shared:
+                other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            other.bind(self.address)
+        except OSError:
+            other.close()
+            raise
+        other.setblocking(False)
+        return other
+
+
+def listen_together(listening: socket.socket, others: Iterable[socket.socket]) -> None:
+    """Let ``others``, bound to the address of ``listening``, listen there too: the kernel deals connections out.
+
+    The first one must have begun to listen without ``SO_REUSEPORT``: then nobody else listened there before.
+    """
+    for each in (listening, *others):
+        each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    for other in others:
+        other.listen(BACKLOG)
 
 
 def drop_new_connections(listening: socket.socket) -> bool:
@@ -155,24 +213,58 @@ def require_own_answer(
     try:
         answer = _get(_WILDCARDS.get(bare, bare), port, path, secure=context is not None)
     except (OSError, http.client.HTTPException) as error:
-        raise ServerError(
-            f"The server listens on {where}, but a request to it was not answered ({type(error).__name__}).",
-            remedy=f"Check the firewall of this machine, or choose another {options}.",
-        ) from error
+        raise _no_answer(where, options, error) from error
     if identity.encode() not in answer:
+        raise _other_process(where, options)
+
+
+def _other_process(where: str, options: str) -> ServerError:
+    return ServerError(
+        f"A request to {where} was answered by another process than this server.",
+        remedy=f"Stop the other process, or choose another {options}.",
+    )
+
+
+def require_all_answer(
+    address: Address, port: int, identities: Sequence[str], context: ssl.SSLContext | None = None
+) -> None:
+    """Send requests until each of the processes that share ``port`` has answered one. Blocking.
+
+    Raises ``ServerError`` if one does not answer in time, or another process does.
+    """
+    missing, until = set(identities), time.monotonic() + _ALL_ANSWER_SECONDS
+    bare = without_brackets(address.host)
+    host, where = _WILDCARDS.get(bare, bare), authority(address.host, port)
+    while missing and time.monotonic() < until:
+        try:
+            answer = _get(host, port, "/v2/health/live", secure=context is not None).decode()
+        except (OSError, http.client.HTTPException) as error:
+            raise _no_answer(where, _OPTIONS, error) from error
+        if not any(identity in answer for identity in identities):
+            raise _other_process(where, _OPTIONS)
+        missing = {identity for identity in missing if identity not in answer}
+    if missing:
         raise ServerError(
-            f"A request to {where} was answered by another process than this server.",
-            remedy=f"Stop the other process, or choose another {options}.",
+            f"{len(missing)} of the {len(identities)} processes that share {where} answered no request within "
+            f"{_ALL_ANSWER_SECONDS:g} s.",
+            remedy="Start the server again, or with --instances 1.",
         )
+
+
+def _no_answer(where: str, options: str, error: Exception) -> ServerError:
+    return ServerError(
+        f"The server listens on {where}, but a request to it was not answered ({type(error).__name__}).",
+        remedy=f"Check the firewall of this machine, or choose another {options}.",
+    )
 
 
 def require_own_answers(
     address: Address, sockets: Sockets, identity: str, context: ssl.SSLContext | None = None
 ) -> None:
     """Check the address of the requests and that of the metrics; see ``require_own_answer``."""
-    port, metrics_port = (int(bound.getsockname()[1]) for bound in (sockets.requests, sockets.metrics))
+    port, metrics_port = sockets.ports.port, sockets.ports.metrics_port
     require_own_answer(address.host, port, "/v2/health/live", identity, options=_OPTIONS, context=context)
-    require_own_answer(address.metrics_host, metrics_port, "/metrics", identity, options=_METRICS_OPTIONS)
+    require_own_answer(address.metrics_host, metrics_port, "/metrics", identity, options=METRICS_OPTIONS)
 
 
 def _get(host: str, port: int, path: str, *, secure: bool) -> bytes:

@@ -89,6 +89,42 @@ class Change:
     refused: dict[Key, KdexportError] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prepared:
+    """What a reload has loaded and not served yet: all models of the next table, and the errors of refused bundles."""
+
+    models: dict[Key, LoadedModel]
+    refused: dict[Key, KdexportError]
+
+
+class Folders:
+    """The folders of the bundles on disk, and whether they changed."""
+
+    def __init__(self, sources: tuple[Source, ...], trusted: Path | None = None) -> None:
+        self._sources = sources
+        self._trusted = trusted
+        self._last: object = None
+
+    def note(self) -> None:
+        """Remember how the folders are now."""
+        self._last = self._signature()
+
+    def changed(self) -> bool:
+        """Whether a folder was replaced, added or removed since ``note``: inode and time of its manifest.
+
+        If signatures are required, also those of its signature.
+        """
+        return self._last is not None and self._signature() != self._last
+
+    def _signature(self) -> object:
+        found: list[tuple[str, int, tuple[int, ...] | None]] = []
+        for source in self._sources:
+            for number, folder in sorted(source.versions().items()):
+                names = (MANIFEST,) if self._trusted is None else (MANIFEST, SIGNATURE)
+                found += [(source.name, number, _facts(folder / name)) for name in names]
+        return tuple(found)
+
+
 class Repository:
     """The served models. Reading needs no lock, because a reload replaces the table and never changes it."""
 
@@ -108,7 +144,7 @@ class Repository:
         self._trusted = trusted
         self._models: dict[Key, LoadedModel] = {}
         self._refused: dict[Key, str] = {}
-        self._last_signature: object = None
+        self._folders = Folders(sources, trusted)
         self._reloading = threading.Lock()
 
     @property
@@ -149,7 +185,11 @@ class Repository:
         return change
 
     def reload(self) -> Change:
-        """Load new and changed bundles and replace the table; a refused bundle leaves its old model in place.
+        """``prepare`` and ``adopt``."""
+        return self.adopt(self.prepare())
+
+    def prepare(self) -> Prepared:
+        """Load new and changed bundles, and serve on what was loaded before; a refused bundle leaves its old model.
 
         All versions of a model share their input, output, classes and preprocessing, because clients that name no
         version get the newest; a bundle that differs in them is refused. The files of an unchanged bundle are compared
@@ -157,7 +197,7 @@ class Repository:
         another one now.
         """
         with self._reloading:
-            self._last_signature = self._signature()
+            self._folders.note()
             wanted = {
                 (source.name, n): path for source in self.sources for n, path in sorted(source.versions().items())
             }
@@ -179,25 +219,19 @@ class Repository:
                 # The last version of a model stays: a folder that is missing is more likely an accident.
                 if any(name == key[0] and (name, number) in models for name, number in wanted):
                     del models[key]
-            before, self._models = self._models, models
-            self._refused = {key: error.message for key, error in refused.items()}
-            loaded = tuple(key for key, model in models.items() if before.get(key) is not model)
-            return Change(loaded=loaded, removed=tuple(before.keys() - models.keys()), refused=refused)
+            return Prepared(models=models, refused=refused)
+
+    def adopt(self, prepared: Prepared) -> Change:
+        """Replace the table by what ``prepare`` has loaded."""
+        before, self._models = self._models, prepared.models
+        self._refused = {key: error.message for key, error in prepared.refused.items()}
+        loaded = tuple(key for key, model in prepared.models.items() if before.get(key) is not model)
+        removed = tuple(before.keys() - prepared.models.keys())
+        return Change(loaded=loaded, removed=removed, refused=prepared.refused)
 
     def changed(self) -> bool:
-        """Whether a folder was replaced, added or removed since the last reload: inode and time of its manifest.
-
-        If signatures are required, also those of its signature.
-        """
-        return self._last_signature is not None and self._signature() != self._last_signature
-
-    def _signature(self) -> object:
-        found: list[tuple[str, int, tuple[int, ...] | None]] = []
-        for source in self.sources:
-            for number, folder in sorted(source.versions().items()):
-                names = (MANIFEST,) if self._trusted is None else (MANIFEST, SIGNATURE)
-                found += [(source.name, number, _facts(folder / name)) for name in names]
-        return tuple(found)
+        """Whether a folder was replaced, added or removed since the last reload; see ``Folders``."""
+        return self._folders.changed()
 
     def _load(self, key: Key, folder: Path) -> LoadedModel:
         name, version = key

@@ -26,6 +26,7 @@ from kdexport.serving.limits import Limits
 from kdexport.serving.listening import (
     BACKLOG,
     Address,
+    Ports,
     bind_all,
     drop_new_connections,
     listen,
@@ -45,14 +46,6 @@ _INTERRUPTED = 130
 #: How long idle connections stay open after the port was closed: a request may be on its way on each of them.
 _IDLE_SECONDS_AT_STOP = 5.0
 _HANDSHAKE_SECONDS = 0.25
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Running:
-    """The ports of a running server."""
-
-    port: int
-    metrics_port: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,8 +159,92 @@ class Listener:
             await loop.connect_accepted_socket(self._connection, waiting, ssl=self._context)
 
 
+class Front:
+    """A service behind the sockets of its process: one for the models, and one for the metrics if it has its own."""
+
+    def __init__(
+        self,
+        service: Service,
+        requests: socket.socket,
+        metrics: socket.socket | None = None,
+        surroundings: Surroundings = Surroundings(),
+    ) -> None:
+        limits = service.limits
+        self._service = service
+        # uvicorn's lifespan is off: models are loaded before, so that an error gives a message and an exit code.
+        app = allow_origins(create_app(service=service), surroundings.origins)
+        self._end_traces: Callable[[], object] = lambda: None
+        if surroundings.tracing:
+            app, self._end_traces = traced(app)
+        destination, dropped = surroundings.access_log, service.metrics.dropped_lines.inc
+        self._log = None if destination is None else AccessLog(destination, dropped)
+        # Only the application makes spans.
+        runs = None if surroundings.tracing else MergedRuns(service, self._log)
+        app = RequestIdentity(app, self._log)
+        self._main = Listener(app, requests, limits, metrics=service.metrics, runs=runs)
+        self._metrics = None if metrics is None else Listener(create_metrics_app(service.metrics.text), metrics, limits)
+        self._dates: asyncio.Task[None] | None = None
+
+    async def open(self, context: ssl.SSLContext | None) -> None:
+        """Answer requests; the sockets listen already."""
+        # What is loaded lives as long as the server: no search for garbage in the middle of a request looks at it.
+        gc.collect()
+        gc.freeze()
+        await self._main.start(context)
+        if self._metrics is not None:
+            await self._metrics.start(None)
+        listeners = [self._main] if self._metrics is None else [self._main, self._metrics]
+        self._dates = asyncio.create_task(update_dates(*listeners))
+
+    async def drain(self) -> int:
+        """Report not ready but keep serving until load balancers have noticed; then stop the listeners.
+
+        Returns the number of requests that got no response.
+        """
+        limits = self._service.limits
+        _log.warning("Draining: the port closes in %g s.", limits.drain_seconds)
+        self._service.draining = True
+        self._main.pool.close()
+        await asyncio.sleep(limits.drain_seconds)
+        cut = await self._main.stop(limits.grace_seconds)
+        if self._metrics is not None:
+            await self._metrics.stop(0)
+        return cut
+
+    async def close(self) -> None:
+        """End the threads of the service, and write what waits for the access log and the traces."""
+        if self._dates is not None:
+            self._dates.cancel()
+            await asyncio.gather(self._dates, return_exceptions=True)
+        await asyncio.to_thread(self._service.close)
+        await asyncio.to_thread(self._end_traces)
+        if self._log is not None:
+            self._log.close()
+
+
+class Signals:
+    """SIGTERM and SIGINT set ``stopping``, SIGHUP sets ``reload``; the second of the former calls ``abort``."""
+
+    def __init__(self, abort: Callable[[], object] = lambda: os._exit(_INTERRUPTED)) -> None:
+        self.stopping = asyncio.Event()
+        self.reload = asyncio.Event()
+        #: The number of the signal that stops the server.
+        self.number = signal.SIGTERM
+        self._abort = abort
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop, number)
+        loop.add_signal_handler(signal.SIGHUP, self.reload.set)
+
+    def _stop(self, number: signal.Signals) -> None:
+        if self.stopping.is_set():
+            self._abort()
+        self.number = number
+        self.stopping.set()
+
+
 class Server:
-    """A service behind two listeners: the models on one port, the metrics on another."""
+    """A service in one process, with the models on one port and the metrics on another."""
 
     def __init__(
         self,
@@ -177,31 +254,17 @@ class Server:
         watch_seconds: float = 0.0,
         surroundings: Surroundings = Surroundings(),
     ) -> None:
-        limits = service.limits
         self._service = service
         self._watch_seconds = watch_seconds
-        # uvicorn's lifespan is off: models are loaded before, so that an error gives a message and an exit code.
-        app = allow_origins(create_app(service=service), surroundings.origins)
-        self._end_traces: Callable[[], object] = lambda: None
-        if surroundings.tracing:
-            app, self._end_traces = traced(app)
-        destination, dropped = surroundings.access_log, service.metrics.dropped_lines.inc
-        self._log = None if destination is None else AccessLog(destination, dropped)
         self._address = address
         self._sockets = bind_all(address)
-        # Only the application makes spans.
-        runs = None if surroundings.tracing else MergedRuns(service, self._log)
-        app = RequestIdentity(app, self._log)
-        self._main = Listener(app, self._sockets.requests, limits, metrics=service.metrics, runs=runs)
-        self._metrics = Listener(create_metrics_app(service), self._sockets.metrics, limits)
-        self._reload_wanted: asyncio.Event
-        self._signals = 0
+        self._front = Front(service, self._sockets.requests, self._sockets.metrics, surroundings)
 
     async def run(
         self,
         *,
         context: ssl.SSLContext | None = None,
-        started: Callable[[Running], None] = lambda _: None,
+        started: Callable[[Ports], None] = lambda _: None,
         renew: Callable[[], None] = lambda: None,
     ) -> int:
         """Serve until SIGTERM or SIGINT; returns the number of requests that got no response.
@@ -209,70 +272,48 @@ class Server:
         ``started`` is called when requests to both addresses have been answered by this process, ``renew`` before each
         reload. Raises ``ServerError`` if the requests are not answered.
         """
-        loop = asyncio.get_running_loop()
-        stopping = asyncio.Event()
-        self._reload_wanted = asyncio.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop, stopping)
-        loop.add_signal_handler(signal.SIGHUP, self._reload_wanted.set)
-        # What is loaded lives as long as the server: no search for garbage in the middle of a request looks at it.
-        gc.collect()
-        gc.freeze()
+        signals = Signals()
         listen(self._sockets, self._address)
-        await self._main.start(context)
-        await self._metrics.start(None)
+        await self._front.open(context)
         identity = self._service.identity
         await asyncio.to_thread(require_own_answers, self._address, self._sockets, identity, context)
-        started(Running(port=self._main.port, metrics_port=self._metrics.port))
-        jobs = (self._update_date_headers(), self._reload(renew), self._watch())
+        started(self._sockets.ports)
+        jobs = (
+            self._reload(signals.reload, renew),
+            watch(self._service.repository.changed, self._watch_seconds, signals.reload),
+        )
         tasks = [asyncio.create_task(job) for job in jobs]
-        await stopping.wait()
-        cut = await self._drain()
+        await signals.stopping.wait()
+        cut = await self._front.drain()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.to_thread(self._service.close)
-        await asyncio.to_thread(self._end_traces)
-        if self._log is not None:
-            self._log.close()
+        await self._front.close()
         return cut
 
-    def _stop(self, stopping: asyncio.Event) -> None:
-        self._signals += 1
-        if self._signals > 1:
-            os._exit(_INTERRUPTED)
-        stopping.set()
-
-    async def _drain(self) -> int:
-        """Report not ready but keep serving until load balancers have noticed; then stop both listeners."""
-        limits = self._service.limits
-        _log.warning("Draining: the port closes in %g s.", limits.drain_seconds)
-        self._service.draining = True
-        self._main.pool.close()
-        await asyncio.sleep(limits.drain_seconds)
-        cut = await self._main.stop(limits.grace_seconds)
-        await self._metrics.stop(0)
-        return cut
-
-    async def _update_date_headers(self) -> None:
+    async def _reload(self, wanted: asyncio.Event, renew: Callable[[], None]) -> None:
         while True:
-            await asyncio.sleep(_DATE_HEADER_SECONDS)
-            self._main.update_date_header()
-            self._metrics.update_date_header()
-
-    async def _watch(self) -> None:
-        while self._watch_seconds:
-            await asyncio.sleep(self._watch_seconds)
-            with contextlib.suppress(OSError):
-                if await asyncio.to_thread(self._service.repository.changed):
-                    self._reload_wanted.set()
-
-    async def _reload(self, renew: Callable[[], None]) -> None:
-        while True:
-            await self._reload_wanted.wait()
-            self._reload_wanted.clear()
+            await wanted.wait()
+            wanted.clear()
             for step in (renew, self._service.reload):
                 try:
                     await asyncio.to_thread(step)
                 except (KdexportError, OSError) as error:
                     _log.error("The reload failed, and what was loaded stays: %s", error)
+
+
+async def update_dates(*listeners: Listener) -> None:
+    """Keep the Date header of responses at the current time."""
+    while True:
+        await asyncio.sleep(_DATE_HEADER_SECONDS)
+        for listener in listeners:
+            listener.update_date_header()
+
+
+async def watch(changed: Callable[[], bool], seconds: float, wanted: asyncio.Event) -> None:
+    """Set ``wanted`` when the bundles on disk have changed, looking every ``seconds``; 0 never looks."""
+    while seconds:
+        await asyncio.sleep(seconds)
+        with contextlib.suppress(OSError):
+            if await asyncio.to_thread(changed):
+                wanted.set()

@@ -6,12 +6,12 @@ import logging
 import math
 import secrets
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from kdexport.backends.ort import CPU
 from kdexport.errors import RequestError, ServerError
@@ -20,7 +20,8 @@ from kdexport.serving.images import PixelBudget
 from kdexport.serving.limits import MIB, Limits, MemoryBound, memory_bound, memory_limit, usable_processors
 from kdexport.serving.loading import LoadedModel
 from kdexport.serving.metrics import Metrics, ModelStatistics
-from kdexport.serving.repository import Change, Repository, Source
+from kdexport.serving.repository import Change, Prepared, Repository, Source
+from kdexport.serving.sums import summed_statistics
 from kdexport.targets import DEFAULT_TARGET
 
 _log = logging.getLogger("kdexport.serving")
@@ -107,11 +108,15 @@ class Admission:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """How a service runs; ``instances`` 0 means one per usable processor, or one on a GPU."""
+    """How a service runs; ``instances`` 0 means one per usable processor, or one on a GPU.
+
+    Instances and limits are those of the server, and ``processes`` share them.
+    """
 
     provider: str = CPU
     target: str = DEFAULT_TARGET
     instances: int = 0
+    processes: int = 1
     limits: Limits = field(default_factory=Limits)
     token: str | None = field(default=None, repr=False)
     #: The file of the token, which every reload reads again.
@@ -125,17 +130,22 @@ class Service:
 
     def __init__(self, sources: tuple[Source, ...], settings: Settings) -> None:
         self.settings = settings
-        self.limits = settings.limits
+        #: Those of this process.
+        self.limits = settings.limits.share(settings.processes)
         #: Differs between any two processes; health probes and metrics carry it.
         self.identity = secrets.token_hex(8)
         self.metrics = Metrics(self.identity)
         self.repository = Repository(
-            sources, provider=settings.provider, limits=settings.limits, target=settings.target,
+            sources, provider=settings.provider, limits=self.limits, target=settings.target,
             trusted=settings.trusted,
         )  # fmt: skip
-        self.budget = PixelBudget(settings.limits.pixels)
-        self.decoders = usable_processors()
-        self.count = settings.instances or (self.decoders if settings.provider == CPU else 1)
+        self.budget = PixelBudget(self.limits.pixels)
+        #: Runs of a model at the same time, in the whole server and in this process.
+        self.total = settings.instances or (usable_processors() if settings.provider == CPU else 1)
+        self.count = math.ceil(self.total / settings.processes)
+        self.decoders = max(1, usable_processors() // settings.processes)
+        #: Asks all processes of the server for their statistics; None if this is the only one.
+        self.ask_all: Callable[[], Awaitable[Sequence[Sequence[Mapping[str, Any]]]]] | None = None
         self.draining = False
         self.together = 1
         self.admission = Admission(places=0, bodies=settings.limits.bodies)
@@ -173,14 +183,22 @@ class Service:
         self._instances = Instances(self.count, capacity=self.admission.places)
         self._count(change)
 
+    def renew_token(self) -> None:
+        """Read the token again; raises ``ServerError`` if it cannot be, and the old one stays valid."""
+        if self.settings.token_file is not None:
+            self._require_token(read_token(self.settings.token_file))
+
     def reload(self) -> Change:
         """Load the bundles that changed on disk; a refused bundle leaves its old model in place. Blocking.
 
-        The token is read again first; raises ``ServerError`` if it cannot be, and the old one stays valid.
+        The token is read again first; see ``renew_token``.
         """
-        if self.settings.token_file is not None:
-            self._require_token(read_token(self.settings.token_file))
-        change = self.repository.reload()
+        self.renew_token()
+        return self.adopt(self.repository.prepare())
+
+    def adopt(self, prepared: Prepared) -> Change:
+        """Serve what ``Repository.prepare`` has loaded, and log and count it."""
+        change = self.repository.adopt(prepared)
         for name, version in change.loaded:
             _log.warning("%s version %d is now served from its new bundle.", name, version)
         for name, version in change.removed:
@@ -219,6 +237,13 @@ class Service:
             self._statistics[key] = ModelStatistics(self.metrics, model.name, model.version)
         return self._statistics[key]
 
+    async def all_statistics(self) -> Sequence[Mapping[str, Any]]:
+        """The statistics of every model, summed over all processes of the server."""
+        models = [model for _, model in sorted(self.repository.models.items())]
+        if self.ask_all is None:
+            return [self.statistics(model).to_json() for model in models]
+        return summed_statistics(await self.ask_all())
+
     def authorise(self, authorization: str) -> None:
         """Raise ``RequestError`` with status 401 if the server has a token and this header does not."""
         if self._authorization is None:
@@ -233,14 +258,18 @@ class Service:
             )
 
     def bound(self, base: int, limits: Limits | None = None) -> MemoryBound:
-        """The most memory of this process, given that it takes ``base`` bytes after loading."""
-        limits = limits or self.limits
+        """The most memory of the server, given that each of its processes takes ``base`` bytes after loading.
+
+        ``limits`` are those of all processes together.
+        """
+        limits = (limits or self.settings.limits).share(self.settings.processes)
         signatures = [model.signature for model in self.repository.models.values()]
         return memory_bound(
             limits,
             base=base,
             instances=self.count,
             together=self.together,
+            processes=self.settings.processes,
             decoders=self.decoders,
             image_bytes=max(signature.image_bytes for signature in signatures),
             max_elements=max(
@@ -255,6 +284,8 @@ class Service:
         if allowed is not None and bound.total > allowed:
             fitting = self._fitting(base, allowed)
             more = f"give the container at least {math.ceil(bound.total / MIB)} MiB"
+            if bound.processes > 1:
+                more = f"lower --instances, or {more}"
             raise ServerError(
                 f"With these limits the server takes {bound.describe()}, but its control group allows "
                 f"{allowed / MIB:.0f} MiB. The largest part is {bound.largest}.",
@@ -264,7 +295,7 @@ class Service:
 
     def _fitting(self, base: int, allowed: int) -> str | None:
         """Options with which the server fits into ``allowed`` bytes, None if lower limits alone do not suffice."""
-        limits = self.limits
+        limits = self.settings.limits
         while (bound := self.bound(base, limits)).total > allowed:
             sizes = {
                 "pixels": bound.decoding, "bodies": 2 * bound.bodies, "connections": bound.connections,
@@ -282,7 +313,9 @@ class Service:
         options = {
             "pixels": "--max-pixels", "bodies": "--max-bodies", "body": "--max-body", "connections": "--connections",
         }  # fmt: skip
-        changed = {key: getattr(limits, key) for key in options if getattr(limits, key) != getattr(self.limits, key)}
+        changed = {
+            key: getattr(limits, key) for key in options if getattr(limits, key) != getattr(self.settings.limits, key)
+        }
         return " ".join(f"{options[key]} {value}" for key, value in changed.items())
 
 

@@ -27,7 +27,7 @@ def zoo_copy(zoo: Path, tmp_path: Path) -> Path:
 def server(zoo: Path) -> Iterator[Running]:
     """A server with one model, ``zoo``, and short deadlines."""
     options = ("--header-timeout", "2", "--body-timeout", "4", "--max-pixels", "4000000", "--drain", "0.2")
-    with running(f"zoo={zoo}", "--instances", "2", *options) as started:
+    with running(f"zoo={zoo}", *options) as started:
         yield started
         assert started.process.poll() is None, started.log.read_text()
         log = started.log.read_text()

@@ -290,6 +290,6 @@ def test_onnxruntimes_own_text_is_replaced_by_the_name_of_its_exception(zoo_copy
 
 
 def test_metrics_have_no_address(service: Service) -> None:
-    metrics = create_metrics_app(service)
+    metrics = create_metrics_app(service.metrics.text)
     for path in ("/metrics", "/nowhere"):
         assert not ADDRESS.search(asyncio.run(call(metrics, "GET", path)).body.decode())
