@@ -7,6 +7,7 @@ about a request or its result is left to the application, which then starts from
 import asyncio
 import functools
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from kdexport.serving.service import Reservation, Service
 from kdexport.serving.wire import (
     HEADER_LENGTH,
     InferRequest,
+    all_finite,
+    as_images,
     only_binary_logits,
     read_header,
     read_images,
@@ -101,7 +104,10 @@ class _KnownHeader:
     """The JSON of a binary request; if only the logits differ between its responses, also what is the same in them."""
 
     request: InferRequest
-    same: Answer | None
+    same: Answer | None = None
+    #: The size of a tensor of bytes after the JSON, and its shape; another size is an error or JSON data.
+    tensor_bytes: int = -1
+    shape: tuple[int, ...] = ()
 
 
 class _UnusualError(Exception):
@@ -151,17 +157,20 @@ class MergedRuns:
         )
 
     def _read_tensor(self, model: LoadedModel, head: PlainHead, data: bytes) -> _Read:
-        limits, length = self._service.limits, head.header_length
-        body = memoryview(data)[head.size :]
+        limits, length, signature = self._service.limits, head.header_length, model.signature
         # Plain bodies are shorter than the other bounds on a body, which include that of a header.
-        if len(body) > limits.body:
+        if head.length > limits.body:
             raise _UnusualError
-        if length and length <= min(len(body), _MAX_JSON):
-            known = self._known_header(model, bytes(body[:length]))
-            images = read_images(known.request, body[length:], model.signature)
+        if length and length <= min(head.length, _MAX_JSON):
+            start = head.size + length
+            known = self._known_header(model, data[head.size : start])
+            if len(data) - start == known.tensor_bytes:
+                images = as_images(np.frombuffer(data, signature.dtype, -1, start), known.shape, signature)
+            else:
+                images = read_images(known.request, memoryview(data)[start:], signature)
         else:
-            parsed = read_request(bytes(body), length, model.signature, limits)
-            known, images = _KnownHeader(parsed.header, None), parsed.images
+            parsed = read_request(data[head.size :], length, signature, limits)
+            known, images = _KnownHeader(parsed.header), parsed.images
         if known.request.parameters.timeout or not _is_quick(model, len(images)):
             raise _UnusualError
         return _Read(images, functools.partial(_write_tensor, known, model), [])
@@ -238,11 +247,11 @@ class MergedRuns:
             for waiting in batch:
                 self._give_back(waiting)
             return
-        finite: NDArray[np.bool_] = np.isfinite(timed.logits).min(axis=1)
+        finite = all_finite(timed.logits)
         first, answered, times = 0, [], []
         for waiting in batch:
             last = first + len(waiting.read.images)
-            if finite[first:last].all():
+            if finite or all_finite(timed.logits[first:last]):
                 answered.append(len(waiting.read.images))
                 times.append(self._answer(waiting, timed.logits[first:last], queued + timed.queue_ns, timed.compute_ns))
             else:
@@ -296,12 +305,15 @@ def _is_quick(model: LoadedModel, images: int) -> bool:
 
 
 def _known_header(header: InferRequest, model: LoadedModel) -> _KnownHeader:
-    if not only_binary_logits(header, model.signature):
-        return _KnownHeader(header, None)
-    logits = np.zeros((header.inputs[0].shape[0], len(model.signature.classes)), np.float32)
-    response = infer_response(header, logits, model)
-    lines, body = _answer_of(response)
-    return _KnownHeader(header, (lines, body[: int(response.headers[HEADER_LENGTH])]))
+    tensor, same = header.inputs[0], None
+    size = model.signature.dtype.itemsize * math.prod(tensor.shape)
+    follows = tensor.data is None and tensor.parameters.binary_data_size == size
+    if only_binary_logits(header, model.signature):
+        logits = np.zeros((tensor.shape[0], len(model.signature.classes)), np.float32)
+        response = infer_response(header, logits, model)
+        lines, body = _answer_of(response)
+        same = lines, body[: int(response.headers[HEADER_LENGTH])]
+    return _KnownHeader(header, same, size if follows else -1, tuple(tensor.shape))
 
 
 def _write_tensor(known: _KnownHeader, model: LoadedModel, logits: NDArray[np.float32]) -> Answer:

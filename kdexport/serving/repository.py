@@ -143,6 +143,8 @@ class Repository:
         self._limits = limits
         self._trusted = trusted
         self._models: dict[Key, LoadedModel] = {}
+        #: The newest version of each name in a table.
+        self._newest: tuple[dict[Key, LoadedModel], dict[str, LoadedModel]] = ({}, {})
         self._refused: dict[Key, str] = {}
         self._folders = Folders(sources, trusted)
         self._reloading = threading.Lock()
@@ -159,6 +161,15 @@ class Repository:
 
     def find(self, name: str, version: str | None = None) -> LoadedModel:
         """The model of this name and version, or the newest version; raises ``RequestError`` with status 404."""
+        if version is None:
+            models, newest = self._newest
+            # The table is replaced by reloads, and never changed.
+            if models is not self._models:
+                models = self._models
+                newest = {key: models[key, number] for key, number in sorted(models)}
+                self._newest = models, newest
+            if name in newest:
+                return newest[name]
         versions = sorted(number for key, number in self._models if key == name)
         if not versions:
             raise RequestError(
@@ -167,9 +178,7 @@ class Repository:
                 status=404,
                 reason="unknown_model",
             )
-        if version is None:
-            return self._models[name, versions[-1]]
-        if not _is_version(version) or int(version) not in versions:
+        if version is None or not _is_version(version) or int(version) not in versions:
             raise RequestError(
                 f"Model {name!r} has no version {version[:20]!r}; its versions are {', '.join(map(str, versions))}.",
                 status=404, reason="unknown_model",

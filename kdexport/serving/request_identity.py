@@ -18,7 +18,10 @@ _ACCEPTED = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 #: W3C Trace Context, level 1: version, trace, parent and flags.
 _TRACEPARENT = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
 _USER_AGENT_CHARACTERS = 200
+#: Of 16 random bytes each; asking the system for many at once takes a twentieth of the time.
 _RANDOM_BYTES = 16
+_MADE_AT_ONCE = 256
+_made: list[str] = []
 
 
 class RequestIdentity:
@@ -63,7 +66,18 @@ class RequestIdentity:
 def identity_of(given: Mapping[bytes, bytes]) -> str:
     """The identity of a request with these headers, whose names are lower-case: the client's, or a new one."""
     own = given.get(b"x-request-id", b"")
-    return own.decode("ascii") if own and _ACCEPTED.fullmatch(own) else os.urandom(_RANDOM_BYTES).hex()
+    return own.decode("ascii") if own and _ACCEPTED.fullmatch(own) else _new_identity()
+
+
+def _new_identity() -> str:
+    # Taking the last one of a list is atomic: no two threads get the same.
+    try:
+        return _made.pop()
+    except IndexError:
+        digits = os.urandom(_RANDOM_BYTES * (_MADE_AT_ONCE + 1)).hex()
+        first, *others = (digits[at : at + 2 * _RANDOM_BYTES] for at in range(0, len(digits), 2 * _RANDOM_BYTES))
+        _made.extend(others)
+        return first
 
 
 def log_entry(

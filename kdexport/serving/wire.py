@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, NotRequired
@@ -269,7 +269,7 @@ def read_images(header: InferRequest, rest: memoryview, signature: Signature) ->
     """The tensor of a request with a checked header, from its JSON or ``rest``; raises ``RequestError``."""
     tensor = header.inputs[0]
     read = _from_bytes if tensor.data is None else _from_json
-    return _as_images(read(tensor, rest, signature), tensor.shape[0], signature)
+    return as_images(read(tensor, rest, signature), tensor.shape, signature)
 
 
 def _read_raw_tensor(body: bytes | bytearray, signature: Signature) -> ParsedRequest:
@@ -283,7 +283,7 @@ def _read_raw_tensor(body: bytes | bytearray, signature: Signature) -> ParsedReq
         )
     tensor = RequestInput(name=signature.input_name, shape=[count, *signature.shape], datatype=signature.datatype)
     header = InferRequest.model_validate({"inputs": [tensor], "parameters": {"binary_data_output": True}})
-    return ParsedRequest(header, _as_images(np.frombuffer(body, signature.dtype), count, signature))
+    return ParsedRequest(header, as_images(np.frombuffer(body, signature.dtype), tensor.shape, signature))
 
 
 def _parse_header(raw: bytes, limits: Limits, max_elements: int) -> InferRequest:
@@ -448,12 +448,19 @@ def _flatten(tensor: RequestInput) -> list[Any]:
     return values
 
 
-def _as_images(flat: Given, count: int, signature: Signature) -> Given:
+def all_finite(values: NDArray[np.float32]) -> bool:
+    """Whether no value is NaN or infinite."""
+    # A search for a zero byte takes half of the time of ``all``.
+    return b"\0" not in np.isfinite(values).tobytes()
+
+
+def as_images(flat: Given, shape: Sequence[int], signature: Signature) -> Given:
+    """The values (n*3*S*S,) of a request as ``shape``, aligned; raises ``RequestError`` if one is NaN or infinite."""
     # The tensor starts wherever the header ended; onnxruntime needs aligned memory in native byte order.
     native = flat if flat.flags.aligned and flat.dtype.isnative else flat.astype(flat.dtype.newbyteorder("="))
-    if signature.takes == FLOAT32 and not np.isfinite(native).all():
+    if signature.takes == FLOAT32 and not all_finite(native):
         raise RequestError(f"Input {signature.input_name!r} has NaN or infinity; all values must be finite.")
-    return native.reshape(count, *signature.shape)
+    return native.reshape(shape)
 
 
 def write_response(

@@ -95,3 +95,20 @@ def test_the_container_of_kserve_fits_a_student_for_224_pixels() -> None:
         max_elements=images * 3 * 224 * 224,
     )  # fmt: skip
     assert bound.total < min(gibibytes) * 1024 * MIB
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 64])
+def test_processes_share_what_is_for_all_requests_and_not_what_is_for_one(processes: int) -> None:
+    limits = Limits(queue=32, connections=512, bodies=128 * MIB, body=16 * MIB)
+    share = limits.share(processes)
+    assert processes * share.queue >= 32 > processes * (share.queue - 1)
+    assert processes * share.connections >= 512 > processes * (share.connections - 1)
+    # The largest body is one that a process must be able to take alone.
+    assert share.bodies == max(16 * MIB, 128 * MIB // processes)
+    assert (share.body, share.pixels, share.keep_alive_seconds) == (limits.body, limits.pixels, 75.0)
+    assert limits.share(1) == limits
+    arguments = {"base": 100 * MIB, "instances": 1, "decoders": 1, "image_bytes": 12288, "max_elements": 30_000}
+    one, all_of_them = memory_bound(share, **arguments), memory_bound(share, **arguments, processes=processes)
+    assert all_of_them.total == processes * one.total
+    words = f"at most {processes * one.total / MIB:.0f} MiB ("
+    assert all_of_them.describe().startswith(f"{words}in each of {processes} processes: " if processes > 1 else words)

@@ -2,6 +2,9 @@
 
 import re
 
+import pytest
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
+
 from kdexport.serving.metrics import Metrics, ModelStatistics
 
 
@@ -60,3 +63,27 @@ def test_requests_in_progress_are_those_of_the_old_and_the_new_bundle() -> None:
     assert value(metrics, "nv_inference_pending_request_count") == 1
     new.end()
     assert value(metrics, "nv_inference_pending_request_count") == 0
+
+
+def test_latencies_are_the_histogram_of_the_library() -> None:
+    registry = CollectorRegistry()
+    bounds = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+    known = Histogram(
+        "kdexport_request_duration_seconds", "Seconds from header to response, if the status is 200",
+        ("model", "version"), registry=registry, buckets=bounds,
+    )  # fmt: skip
+    metrics = Metrics("0123")
+    models = {version: ModelStatistics(metrics, "m", version) for version in (1, 2, 3)}
+    edges = [round(bound * 1e9) + shift for bound in bounds for shift in (-1, 0, 1)]
+    for version in models:
+        known.labels("m", str(version))
+    for place, ns in enumerate([0, 1, 10**12, *edges]):
+        version = 1 + place % 2
+        known.labels("m", str(version)).observe(ns / 1e9)
+        models[version].succeeded(1, 1, dict.fromkeys(("total", "queue", "input", "infer", "output"), ns))
+    text = metrics.text().decode()
+    wanted = generate_latest(registry).decode().splitlines()
+    found = [line for line in text.splitlines() if "kdexport_request_duration_seconds" in line]
+    assert [line for line in found if "_sum" not in line] == [line for line in wanted if "_sum" not in line]
+    sums = [[float(line.rpartition(" ")[2]) for line in lines if "_sum{" in line] for lines in (found, wanted)]
+    assert sums[0] == pytest.approx(sums[1], rel=1e-12)

@@ -18,7 +18,7 @@ from kdexport.errors import BackendUnavailableError, ConfigError
 from kdexport.serving import tracing
 from kdexport.serving.access_log import AccessLog, require_separate
 from kdexport.serving.cross_origin import allow_origins, require_origins
-from kdexport.serving.request_identity import RequestIdentity
+from kdexport.serving.request_identity import RequestIdentity, identity_of
 from tests.kdexport.serving.event_loop import run
 from tests.kdexport.serving.running_server import Running, call, running
 
@@ -219,3 +219,21 @@ def test_traces_without_opentelemetry_are_refused_with_the_command(monkeypatch: 
     with pytest.raises(BackendUnavailableError) as refused:
         tracing.require_tracing()
     assert "kdexport[otel]" in refused.value.remedy
+
+
+def test_identities_are_made_of_random_bytes_and_differ_in_all_threads() -> None:
+    found: list[list[str]] = [[] for _ in range(4)]
+
+    def make(mine: list[str]) -> None:
+        mine += [identity_of({}) for _ in range(3000)]
+
+    threads = [threading.Thread(target=make, args=(mine,)) for mine in found]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    made = [identity for mine in found for identity in mine]
+    assert len(set(made)) == len(made) == 12_000
+    assert all(re.fullmatch("[0-9a-f]{32}", identity) for identity in made)
+    # Every digit of a place is as likely as any other: none is fixed.
+    assert all(len({identity[place] for identity in made}) == 16 for place in range(32))

@@ -15,6 +15,7 @@ from kdexport.serving.wire import (
     RequestInput,
     RequestOutput,
     TensorParameters,
+    all_finite,
     body_limit,
 )
 from tests.kdexport.serving.running_server import LIMITS, SIGNATURE
@@ -51,3 +52,21 @@ def test_null_means_absent_for_every_optional_member_and_for_no_other(
     for name in least:
         with pytest.raises(ValidationError):
             kind.model_validate_json(json.dumps({**least, name: None}))
+
+
+@pytest.mark.parametrize("size", [1, 7, 9_999, 10_000, 10_001, 50_000])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_one_value_that_is_not_finite_is_found_wherever_it_is(size: int, bad: float) -> None:
+    values = np.random.default_rng(size).normal(0, 1, (1, size)).astype(np.float32)
+    assert all_finite(values)
+    # Their squares are larger than float32 can be.
+    huge = np.full_like(values, np.finfo(np.float32).max)
+    assert all_finite(huge)
+    assert all_finite(-huge)
+    for place in {0, size // 2, size - 1}:
+        for given in (values, huge):
+            broken = given.copy()
+            broken[0, place] = bad
+            assert not all_finite(broken)
+    assert all_finite(np.zeros((0, 3), np.float32))
+    assert not all_finite(np.array([[np.inf, -np.inf], [np.nan, 0]], np.float32)[:, ::-1])
