@@ -20,7 +20,7 @@ from serving_bench.fuzz import fuzz
 from serving_bench.images import images
 from serving_bench.records import Records
 from serving_bench.report import report
-from serving_bench.servers import ROOT, Arm, kdexport_arm, litserve_arm, mlserver_arm
+from serving_bench.servers import ROOT, Arm, kdexport_arm, least_arm, litserve_arm, mlserver_arm
 from serving_bench.slow import slow
 from serving_bench.throughput import Cell, Effort, measure
 from serving_bench.wrk import require_wrk
@@ -61,6 +61,7 @@ def _throughput(arguments: argparse.Namespace, records: Records, logs: Path) -> 
             Cell(one, "FP32 binary", 1), Cell(one, "FP32 binary", 8), Cell(two, "FP32 binary", 8, bare_threads=2),
             Cell(one, "JPEG", 1), Cell(one, "JPEG", 8), Cell(one, "FP32 JSON", 8),
         ]  # fmt: skip
+        cells += [Cell(least_arm(model, bundle), "FP32 binary", clients) for clients in (1, 8)]
         if arguments.litserve:
             tensors = litserve_arm(model, bundle, arguments.litserve, mode="tensor")
             uploads = litserve_arm(model, bundle, arguments.litserve, mode="image")

@@ -53,6 +53,13 @@ def _bound(make: Callable[[str, int], Payload], model: Model) -> Callable[[], Pa
     return lambda: make(model.name, model.image_size)
 
 
+def least_arm(model: Model, bundle: Path) -> Arm:
+    """The least that answers the same bytes, without checks: what no server in Python can be faster than."""
+    arguments = (sys.executable, str(_PEERS / "least_server.py"), str(bundle), "{port}")
+    command = Command("least", arguments, "/", ENVIRONMENT, ROOT)
+    return Arm("the least, without checks", command, {"FP32 binary": _bound(KDEXPORT["FP32 binary"], model)})
+
+
 def litserve_arm(model: Model, bundle: Path, python: str, *, mode: str) -> Arm:
     """LitServe with one API; ``mode`` is ``tensor`` or ``image``. It takes raw data only as a multipart form."""
     data = tensor(model.image_size).tobytes() if mode == "tensor" else jpeg(model.image_size)
