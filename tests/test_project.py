@@ -28,6 +28,7 @@ SPANNING = {
     "kdexport/reparam/test_mutated_merges.py": "wrong merges put into every module of the algebra",
     "kdexport/serving/processes/test_shared_port.py": "a server of two processes, from the command to its end",
     "kdexport/serving/test_error_texts.py": "no response holds the exception text of a library",
+    "kdexport/serving/test_foreign_clients.py": "requests as other clients write them, recorded from them",
     "kdexport/serving/test_fuzz.py": "random requests to a running server",
     "kdexport/serving/test_hostile.py": "requests of known attacks to a running server",
     "kdexport/serving/test_lifecycle.py": "start, reload and shutdown of a running server",
