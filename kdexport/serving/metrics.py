@@ -111,7 +111,7 @@ class Latencies(Collector):
             "kdexport_request_duration_seconds", "Seconds from header to response, if the status is 200", labels=_MODEL
         )
         for labels, counts in self._counts.items():
-            bounds = [*map(floatToGoString, _BOUNDS), "+Inf"]  # type: ignore[arg-type]
+            bounds = [*map(floatToGoString, _BOUNDS), "+Inf"]
             reached = list(zip(bounds, accumulate(counts), strict=True))
             family.add_metric(labels, reached, self._sums_ns[labels] / 1e9)
         yield family

@@ -178,12 +178,13 @@ class Repository:
                 status=404,
                 reason="unknown_model",
             )
-        if version is None or not _is_version(version) or int(version) not in versions:
+        wanted = version or ""
+        if not _is_version(wanted) or int(wanted) not in versions:
             raise RequestError(
-                f"Model {name!r} has no version {version[:20]!r}; its versions are {', '.join(map(str, versions))}.",
+                f"Model {name!r} has no version {wanted[:20]!r}; its versions are {', '.join(map(str, versions))}.",
                 status=404, reason="unknown_model",
             )  # fmt: skip
-        return self._models[name, int(version)]
+        return self._models[name, int(wanted)]
 
     def load_all(self) -> Change:
         """Load all bundles at the start; raises the first error of a model that has no good version."""

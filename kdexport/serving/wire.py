@@ -448,7 +448,7 @@ def _flatten(tensor: RequestInput) -> list[Any]:
     return values
 
 
-def all_finite(values: NDArray[np.float32]) -> bool:
+def all_finite(values: Given) -> bool:
     """Whether no value is NaN or infinite."""
     # A search for a zero byte takes half of the time of ``all``.
     return b"\0" not in np.isfinite(values).tobytes()
