@@ -108,7 +108,7 @@ def serve(
     from kdexport.serving.limits import Limits
     from kdexport.serving.listening import Address, authority
     from kdexport.serving.own_process import loop_factory, resident_bytes, set_up
-    from kdexport.serving.processes.plan import Plan, processes_for
+    from kdexport.serving.processes.process_plan import Plan, processes_for
     from kdexport.serving.processes.supervisor import Supervisor
     from kdexport.serving.repository import parse_sources
     from kdexport.serving.server import Surroundings

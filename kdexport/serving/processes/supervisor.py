@@ -45,7 +45,7 @@ from kdexport.serving.listening import (
     require_own_answer,
 )
 from kdexport.serving.processes.channel import Channel, ChannelClosedError
-from kdexport.serving.processes.plan import Plan
+from kdexport.serving.processes.process_plan import Plan
 from kdexport.serving.repository import Folders, parse_sources
 from kdexport.serving.server import Listener, Signals, update_dates, watch
 from kdexport.serving.sums import summed_metrics

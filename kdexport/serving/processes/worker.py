@@ -15,7 +15,7 @@ from kdexport.serving.descriptors import require_descriptors
 from kdexport.serving.loading import LoadedModel
 from kdexport.serving.own_process import loop_factory, resident_bytes, set_up
 from kdexport.serving.processes.channel import Channel, ChannelClosedError
-from kdexport.serving.processes.plan import Plan
+from kdexport.serving.processes.process_plan import Plan
 from kdexport.serving.repository import Key, Prepared, parse_sources
 from kdexport.serving.server import Front
 from kdexport.serving.service import Service

@@ -1,6 +1,5 @@
 """A server starts only if all checks pass, and it reloads and stops without losing a request."""
 
-import hashlib
 import http.client
 import json
 import os
@@ -8,82 +7,20 @@ import shutil
 import signal
 import ssl
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from kdexport.bundle.signature import sign_bundle
 from tests.conftest import run_command
-from tests.kdexport.serving.running_server import Running, binary_request, command, running
+from tests.kdexport.serving.loaded_server import BODY, HEADERS, rewritten, swap, under_load, wait_for
+from tests.kdexport.serving.running_server import Running, command, running
 from tests.kdexport.serving.served_bundles import CLASSES, encoded, photo
 from tests.kdexport.signing_keys import make_keys
 
 TRIALS = int(os.environ.get("KDEXPORT_SIGTERM_TRIALS", "3"))
-CLIENTS = 8
-BODY, HEADERS = binary_request(np.zeros((1, 3, 32, 32), np.float32))
-
-
-@dataclass
-class Load:
-    """The responses that eight clients received."""
-
-    answered: int = 0
-    broken: list[str] = field(default_factory=list)
-    statuses: set[int] = field(default_factory=set)
-    stopped: threading.Event = field(default_factory=threading.Event)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-
-def client(port: int, load: Load) -> None:
-    """Send requests until the port is closed or the test ends; a request without a response is broken."""
-    connection: http.client.HTTPConnection | None = None
-    while not load.stopped.is_set():
-        if connection is None:
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-            try:
-                connection.connect()
-            except ConnectionRefusedError:
-                return
-        try:
-            connection.request("POST", "/v2/models/zoo/infer", BODY, HEADERS)
-            response = connection.getresponse()
-            response.read()
-        except (OSError, http.client.HTTPException) as error:
-            with load.lock:
-                load.broken.append(repr(error))
-            connection = None
-            continue
-        with load.lock:
-            load.answered += 1
-            load.statuses.add(response.status)
-        if response.getheader("connection", "") == "close":
-            connection.close()
-            connection = None
-    if connection is not None:
-        connection.close()
-
-
-@contextmanager
-def under_load(server: Running) -> Iterator[Load]:
-    load = Load()
-    threads = [threading.Thread(target=client, args=(server.port, load)) for _ in range(CLIENTS)]
-    for thread in threads:
-        thread.start()
-    try:
-        deadline = time.monotonic() + 30
-        while load.answered < 20 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        yield load
-    finally:
-        load.stopped.set()
-        for thread in threads:
-            thread.join()
 
 
 @pytest.mark.parametrize("trial", range(TRIALS))
@@ -119,37 +56,15 @@ def renamed_classes(bundle: Path, mark: str) -> None:
     path.write_text(json.dumps(data))
 
 
-def rewritten(bundle: Path) -> str:
-    """Write the manifest with other white space, so that the bundle is another one; returns its digest."""
-    path = bundle / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()), indent=3))
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def served_digest(server: Running, version: str = "") -> str:
     answer = server.ask("GET", f"/v2/models/zoo{version}").data
     return str(answer["parameters"]["bundle_sha256"])
-
-
-def swap(new: Path, place: Path) -> None:
-    """Replace the folder ``place`` by ``new`` by renaming."""
-    old = place.with_name("old")
-    place.rename(old)
-    new.rename(place)
-    shutil.rmtree(old)
 
 
 @pytest.fixture
 def reloading(zoo_copy: Path) -> Iterator[Running]:
     with running(f"zoo={zoo_copy}", "--drain", "0", "--watch", "0") as server:
         yield server
-
-
-def wait_for(condition: object, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_sighup_replaces_models_under_load_and_refuses_a_bad_one(

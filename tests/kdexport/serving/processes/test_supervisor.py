@@ -19,7 +19,7 @@ from kdexport.core.stopping import Stopped
 from kdexport.errors import ForwardedError, ServerError
 from kdexport.serving.listening import Address, Ports
 from kdexport.serving.processes import supervisor
-from kdexport.serving.processes.plan import Plan
+from kdexport.serving.processes.process_plan import Plan
 from kdexport.serving.processes.supervisor import Supervisor
 from kdexport.serving.server import Surroundings
 from kdexport.serving.service import Settings

@@ -8,8 +8,8 @@ import pytest
 from kdexport.backends.ort import CPU, CUDA
 from kdexport.errors import ServerError
 from kdexport.serving.limits import Limits
-from kdexport.serving.processes import plan as plans
-from kdexport.serving.processes.plan import Plan, processes_for
+from kdexport.serving.processes import process_plan
+from kdexport.serving.processes.process_plan import Plan, processes_for
 from kdexport.serving.server import Surroundings
 from kdexport.serving.service import Settings
 
@@ -36,10 +36,10 @@ def test_a_plan_is_read_as_it_was_written_and_its_text_has_no_token(tmp_path: Pa
 
 
 def test_instances_are_processes_on_a_cpu_up_to_one_for_each_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plans, "usable_processors", lambda: 4)
-    monkeypatch.setattr(plans, "_SHARES_PORTS", True)
+    monkeypatch.setattr(process_plan, "usable_processors", lambda: 4)
+    monkeypatch.setattr(process_plan, "_SHARES_PORTS", True)
     assert [processes_for(count, CPU) for count in (0, 1, 2, 4, 5, 256)] == [1, 1, 2, 4, 4, 4]
     assert processes_for(3, CUDA) == 1
-    monkeypatch.setattr(plans, "_SHARES_PORTS", False)
+    monkeypatch.setattr(process_plan, "_SHARES_PORTS", False)
     assert processes_for(4, CPU) == 1
-    assert (sys.platform == "linux") or not plans._SHARES_PORTS
+    assert (sys.platform == "linux") or not process_plan._SHARES_PORTS
