@@ -19,7 +19,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 		{ echo "$(PYTHON) is not Python 3.11 to 3.13"; exit 4; }
 	@$(PYTHON) -m venv $(VENV) || { echo "Creating $(VENV) failed; on Debian: apt-get install python3-venv"; exit 4; }
 	@echo "Installing into $(VENV): torch, onnxruntime, TensorRT-RTX, a few minutes once ..."
-	@$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev,demo,trt-rtx,openvino,ncnn,executorch,litert,timm,sign,otel]'
+	@$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev,demo,trt-rtx,openvino,ncnn,executorch,litert,coreml,timm,sign,otel]'
 	@# pip compiles on one processor. Templates that are not modules cannot be compiled; tests inside libraries are never
 	@# imported.
 	@$(BIN)/python -m compileall -q -j 0 -x '$(UNUSED)' $(VENV)/lib > /dev/null 2>&1 || true
@@ -50,7 +50,7 @@ OLDEST_PYTHON ?= python3.12
 
 test-oldest:  ## pytest with the oldest versions that are allowed; another Python by OLDEST_PYTHON
 	@$(OLDEST_PYTHON) -m venv $(OLDEST)
-	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[dev,demo,trt-rtx,openvino,ncnn,litert,timm,sign,otel]'
+	@$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e '.[dev,demo,trt-rtx,openvino,ncnn,litert,coreml,timm,sign,otel]'
 	@OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 NULL_DEVICE := build/null-device

@@ -32,8 +32,8 @@ CAST_TOOLS = ("onnx", "onnx-ir", "ml_dtypes", "onnxruntime-gpu", "onnxruntime", 
 #: Packages whose versions are in the manifest of a bundle, because its verification runs them or its report is theirs.
 BUNDLE_TOOLS = (
     "torch", "torchvision", "onnx", "onnxscript", "onnxruntime-gpu", "onnxruntime", "numpy", "tensorrt_rtx_cu13",
-    "tensorrt", "openvino", "ncnn", "pnnx", "executorch", "torchao", "ai-edge-litert", "polygraphy", "matplotlib",
-    "jinja2",
+    "tensorrt", "openvino", "ncnn", "pnnx", "executorch", "torchao", "ai-edge-litert", "coremltools",
+    "polygraphy", "matplotlib", "jinja2",
 )  # fmt: skip
 
 

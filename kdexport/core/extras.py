@@ -19,6 +19,7 @@ EXTRAS = {
     **dict.fromkeys(("ncnn", "pnnx"), "ncnn"),
     **dict.fromkeys(("executorch", "torchao"), "executorch"),
     "ai_edge_litert": "litert",
+    "coremltools": "coreml",
     "tensorrt": "trt",
     "tensorrt_rtx": "trt-rtx",
     "timm": "timm",

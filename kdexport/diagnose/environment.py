@@ -23,7 +23,8 @@ from kdexport.verify.golden_limits import allowed_error
 _PACKAGES = {
     "torch": "torch", "torchvision": "torchvision", "onnxscript": "onnxscript", "accelerate": "accelerate",
     "polygraphy": "polygraphy", "scipy": "scipy", "openvino": "openvino", "ncnn": "ncnn", "pnnx": "pnnx",
-    "executorch": "executorch", "ai-edge-litert": "ai_edge_litert", "scikit-learn": "sklearn",
+    "executorch": "executorch", "ai-edge-litert": "ai_edge_litert", "coremltools": "coremltools",
+    "scikit-learn": "sklearn",
 }  # fmt: skip
 _MIN_FREE_GIB = 2
 

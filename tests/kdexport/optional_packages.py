@@ -24,6 +24,12 @@ def require_litert() -> None:
         pytest.skip("ai-edge-litert is not installed", allow_module_level=True)
 
 
+def require_coremltools() -> None:
+    """Skip where coremltools is absent."""
+    if importlib.util.find_spec("coremltools") is None:
+        pytest.skip("coremltools is not installed", allow_module_level=True)
+
+
 def require_executorch() -> None:
     """Skip where ExecuTorch or what registers its int8 operators is absent."""
     for name in ("executorch", "torchao"):

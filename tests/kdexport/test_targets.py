@@ -40,10 +40,11 @@ def test_a_target_is_made_of_the_graph_that_its_runtime_executes(name: str, form
 
 
 def test_every_backend_has_its_precisions_by_name() -> None:
-    assert len(target_names()) == sum(len(backend(name).precisions) for name in BACKENDS.names()) == 24
+    assert len(target_names()) == sum(len(backend(name).precisions) for name in BACKENDS.names()) == 26
     for name in ("onnx", "openvino", "trt", "trt-rtx"):
         assert backend(name).precisions == PRECISIONS
     assert backend("ncnn").precisions == ("fp32", "fp16", "int8")
+    assert backend("coreml").precisions == ("fp32", "fp16")
     assert backend("litert").precisions == ("fp32", "fp16", "int8")
     assert backend("executorch").precisions == ("fp32", "int8")
 
@@ -109,7 +110,7 @@ def test_onnx_is_available_everywhere() -> None:
     require_available((Target("onnx", "fp32"),))
 
 
-@pytest.mark.parametrize("backend", ["trt", "trt-rtx", "openvino", "ncnn", "executorch", "litert"])
+@pytest.mark.parametrize("backend", ["trt", "trt-rtx", "openvino", "ncnn", "executorch", "litert", "coreml"])
 def test_a_missing_package_is_told_with_the_way_to_get_it(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # What the import system would say on a machine without the packages.
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
