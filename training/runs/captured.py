@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -63,14 +63,20 @@ def require_capture(settings: TrainSettings, reason: str) -> None:
 class CapturedSteps:
     """The steps of an epoch as calls without arguments; ``begin`` fills the tables that they read.
 
-    ``plain`` is ``step.task`` before it was compiled. Before ``prepare``, and on a CPU, a call runs the step from
-    Python.
+    ``plain`` is ``step.task`` before it was compiled, and ``network`` the part of it that is trained for use. Before
+    ``prepare``, and on a CPU, a call runs the step from Python.
     """
 
     def __init__(
-        self, step: OptimisationStep, plain: nn.Module, batches: ResidentBatches, device: torch.device, batch_size: int
+        self,
+        step: OptimisationStep,
+        plain: nn.Module,
+        network: nn.Module,
+        batches: ResidentBatches,
+        device: torch.device,
+        batch_size: int,
     ) -> None:
-        self.step = step
+        self.step, self._network = step, network
         self._plain, self._batches, self._device, self._batch_size = plain, batches, device, batch_size
         self._tables: _Tables | None = None
         self._at = torch.zeros(1, dtype=torch.int64, device=device)
@@ -131,7 +137,10 @@ class CapturedSteps:
     def _body(self) -> None:
         assert self._tables is not None
         torch.index_select(self._tables.rates, 0, self._at, out=self._rate)
-        self.step(*self._inputs())
+        # A compiled task has its own casts.
+        lower = self.step.autocast_to if self.step.task is self._plain else None
+        with _cast_together(self._network, lower):
+            self.step(*self._inputs())
         self._at += 1
 
     def _forward(self) -> None:
@@ -164,6 +173,55 @@ class CapturedSteps:
                 self._at.zero_()
                 self._body()
             self.step.sums.total.copy_(first)
+
+
+class _CastTogether(torch.autograd.Function):
+    """Weights in a lower precision, and their gradients back: a few kernels in place of two for each weight."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*weights)
+        lower = [torch.empty_like(weight, dtype=dtype) for weight in weights]
+        torch._foreach_copy_(lower, list(weights))
+        return tuple(lower)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        whole = [
+            None if gradient is None else torch.empty_like(weight)
+            for weight, gradient in zip(ctx.saved_tensors, gradients, strict=True)
+        ]
+        given = [gradient for gradient in gradients if gradient is not None]
+        torch._foreach_copy_([value for value in whole if value is not None], given)
+        return None, *whole
+
+
+@contextmanager
+def _cast_together(network: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Within the block the convolutions and linear layers of ``network`` have their weights in ``dtype``.
+
+    Autocast would cast one after the other, to the same values.
+    """
+    slots = [
+        (module, name, weight)
+        for module in network.modules()
+        if type(module) in (nn.Conv2d, nn.Linear)
+        for name, weight in module.named_parameters(recurse=False)
+        if weight.requires_grad and weight.dtype == torch.float32
+    ]
+    if dtype is None or not slots:
+        yield
+        return
+    lower = _CastTogether.apply(dtype, *(weight for _, _, weight in slots))
+    for (module, name, _), value in zip(slots, lower, strict=True):
+        # Found before the parameter, which stays where it is.
+        module.__dict__[name] = value
+    try:
+        yield
+    finally:
+        for module, name, _ in slots:
+            del module.__dict__[name]
 
 
 class _Tables(NamedTuple):

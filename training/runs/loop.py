@@ -220,7 +220,7 @@ def captured_steps(
             progress.say(f"{job.title}: its steps are not captured as a CUDA graph, because {reason}")
         return None
     assert isinstance(job.batches, ResidentBatches)
-    captured = CapturedSteps(step, job.task, job.batches, device, settings.batch_size)
+    captured = CapturedSteps(step, job.task, job.network, job.batches, device, settings.batch_size)
     plan = epoch_plan(settings, epoch, steps=job.batches.steps, branches=job.branches, device=device)
     captured.prepare(plan, job.batches.draws(epoch), settings.seed)
     return captured

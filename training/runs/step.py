@@ -63,6 +63,11 @@ class OptimisationStep:
         self.sums = LossSums()
         self.right = torch.zeros((), dtype=torch.int64, device=accelerator.device)
 
+    @property
+    def autocast_to(self) -> torch.dtype | None:
+        """The precision in which convolutions and products run; None if it is that of the weights."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self._accelerator.mixed_precision)
+
     def clear(self) -> None:
         """Begin an epoch."""
         self.sums.clear()

@@ -67,7 +67,7 @@ def trained(
     step = OptimisationStep(task, job.teach, made, accelerator, clip_norm=chosen.clip_norm)
     steps = None
     if by_tables:
-        steps = CapturedSteps(step, parts.task, cast(ResidentBatches, job.batches), CPU, BATCH)
+        steps = CapturedSteps(step, parts.task, job.network, cast(ResidentBatches, job.batches), CPU, BATCH)
         # Of another epoch and seed than the first ones: nothing of the warm-up may stay.
         other = epoch_plan(chosen, 2, steps=job.batches.steps, branches=job.branches, device=CPU)
         steps.prepare(other, cast(ResidentBatches, job.batches).draws(7), seed=99)
@@ -117,6 +117,41 @@ def test_settings_of_the_training_change_both_forms_alike(changes: dict[str, Any
     assert same == lines
 
 
+def test_weights_that_are_cast_together_end_with_the_bits_of_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen, counted = settings(mixed_precision="bf16", epochs=1), []
+    together = torch._foreach_copy_
+    expected, lines = trained("crd", chosen, by_tables=False)
+
+    def counting(to: list[Tensor], of: list[Tensor]) -> None:
+        counted.append(len(to))
+        together(to, of)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", counting)
+    found, same = trained("crd", chosen, by_tables=True)
+    require_equal(found, expected)
+    assert same == lines
+    # Both ways in each step, and in those of the warm-up: every convolution and the classifier with its bias.
+    assert len(set(counted)) == 1
+    convolutions = sum(isinstance(part, nn.Conv2d) for part in assemble("crd").student.modules())
+    assert set(counted) == {convolutions + 2}
+
+
+def test_a_weight_without_a_gradient_and_one_in_another_precision_are_not_cast() -> None:
+    cast_, frozen, double = nn.Linear(3, 2), nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2).double()
+    network, weight = nn.Sequential(cast_, frozen, double), cast_.weight
+    with module._cast_together(network, torch.bfloat16):
+        assert [cast_.weight.dtype, cast_.bias.dtype] == [torch.bfloat16] * 2
+        assert [frozen.weight.dtype, double.weight.dtype] == [torch.float32, torch.float64]
+        (cast_.weight.float() * torch.tensor([[1.0, 2.0, 4.0]])).sum().backward()  # type: ignore[no-untyped-call]
+        assert next(network.parameters()) is weight
+    assert cast_.weight is weight
+    assert cast_.bias.grad is None
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [[1.0, 2.0, 4.0]] * 2
+    with module._cast_together(network, None):
+        assert cast_.weight is weight
+
+
 def test_a_batch_norm_that_reads_its_count_goes_on_counting_and_one_that_runs_twice_counts_twice() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -143,7 +178,7 @@ def test_no_batch_norm_counts_in_a_step() -> None:
     task, made = accelerator.prepare(parts.task, optimiser(parts.task, chosen))
     step = OptimisationStep(task, parts.frozen, made, accelerator, clip_norm=0.0)
     own = batches(chosen)
-    steps = CapturedSteps(step, parts.task, own, CPU, BATCH)
+    steps = CapturedSteps(step, parts.task, parts.student, own, CPU, BATCH)
     assert parts.spec is not None
     branches = (len(parts.spec.layers or ()), parts.spec.num_branches)
     plan = epoch_plan(chosen, 0, steps=2, branches=branches, device=CPU)
