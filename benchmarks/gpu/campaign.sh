@@ -87,7 +87,7 @@ phase2() {
   for method in $METHODS; do
     timeout --kill-after=5 "$left" $TRAIN train --recipe "$PAIR/$method" --data "$DATA" --teacher-checkpoint "$TEACHER" \
       --out "$KEEP/runs/$method" --set train.epochs="$EPOCHS" --set train.schedule=cosine --set train.warmup_epochs=0.5 \
-      --set train.compile=no ${DRY:+--set teacher.plausibility=reported} > "$KEEP/logs/cell-$method.log" 2>&1 &
+      --set distiller.ramp_epochs=0.5 --set train.compile=no ${DRY:+--set teacher.plausibility=reported} > "$KEEP/logs/cell-$method.log" 2>&1 &
     running+=($!)
   done
   wait "${running[@]}"
