@@ -98,6 +98,7 @@ def quantize(
     else:
         _separate_from_levels(model, keep)
         _separate_means(model)
+    _separate_shared_weights(model)
     model = sorted_model(model)
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, str(path))
@@ -187,6 +188,33 @@ def _separate_means(model: onnx.ModelProto) -> None:
             node.output[0] = whole
             next(item for item in node.attribute if item.name == "keepdims").i = 1
             graph.node.append(helper.make_node("Flatten", [whole], [name], f"{node.name}_Flatten", axis=1))
+
+
+def _separate_shared_weights(model: onnx.ModelProto) -> None:
+    """Give each layer int8 weights of its own where layers share them.
+
+    On processors without VNNI onnxruntime converts the weights of each such layer to uint8 under a name made from
+    theirs, and cannot open a file in which two layers read the same ones.
+    """
+    graph = model.graph
+    stored = {item.name: item for item in graph.initializer}
+    readers: dict[str, list[tuple[onnx.NodeProto, int]]] = {}
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            readers.setdefault(name, []).append((node, place))
+    for dequantize in [node for node in graph.node if node.op_type == "DequantizeLinear" and node.input[0] in stored]:
+        read_by = [(node, place) for node, place in readers.get(dequantize.output[0], []) if node.op_type in _LAYERS]
+        for number, (node, place) in enumerate(read_by[1:], 2):
+            copy = onnx.NodeProto()
+            copy.CopyFrom(dequantize)
+            copy.name, copy.output[0] = (f"{name}_{number}" for name in (dequantize.name, dequantize.output[0]))
+            for index, name in enumerate(dequantize.input):
+                twin = onnx.TensorProto()
+                twin.CopyFrom(stored[name])
+                twin.name = copy.input[index] = f"{name}_{number}"
+                graph.initializer.append(twin)
+            graph.node.append(copy)
+            node.input[place] = copy.output[0]
 
 
 def _from_levels(node: onnx.NodeProto | None, producers: Mapping[str, onnx.NodeProto], *, through_shapes: bool) -> bool:
