@@ -115,12 +115,12 @@ def _columns_first(
             high = min(down.starts[place] + len(weights), start + len(block))
             if low < high:
                 own = weights[low - down.starts[place] : high - down.starts[place]]
-                total[place] += np.tensordot(own, block[low - start : high - start], axes=1)
+                total[place] += np.tensordot(own, block[low - start : high - start].astype(np.int64), axes=1)
     part = _rounded(total)
     return part[:, :, 0] if channels == 1 else part
 
 
-def _blocks(image: "Image.Image", across: _Axis, down: _Axis) -> Iterator[tuple[int, NDArray[np.int64]]]:
+def _blocks(image: "Image.Image", across: _Axis, down: _Axis) -> Iterator[tuple[int, NDArray[np.uint8]]]:
     """The needed rows of the source at the width of the result, a block at a time, each with its first row."""
     width = max(across.end - across.first, len(across.starts))
     height = max(_BLOCK // width, 1)
@@ -133,7 +133,8 @@ def _blocks(image: "Image.Image", across: _Axis, down: _Axis) -> Iterator[tuple[
             begin = first - across.first
             taps = source[:, begin : begin + len(weights)]
             block[:, place] = np.tensordot(taps, weights, axes=(1, 0))
-        yield start, _rounded(block + (1 << (_BITS - 1))).astype(np.int64)
+        block += 1 << (_BITS - 1)
+        yield start, _rounded(block)
 
 
 def _pixels(image: "Image.Image", box: Box) -> NDArray[np.uint8]:
@@ -141,7 +142,9 @@ def _pixels(image: "Image.Image", box: Box) -> NDArray[np.uint8]:
 
 
 def _rounded(total: NDArray[np.int64]) -> NDArray[np.uint8]:
-    return np.asarray(np.clip(total >> _BITS, 0, 255), dtype=np.uint8)
+    """Pixels from sums, which are overwritten: a copy of a large block would be most of the memory."""
+    total >>= _BITS
+    return np.clip(total, 0, 255, out=total).astype(np.uint8)
 
 
 def _axis(source: int, target: int, places: range, interpolation: Interpolation) -> _Axis:
