@@ -32,7 +32,7 @@ _EXPRESSION = {
 
 _GUARD = {
     "L", "size", "stride", "storage_offset", "math", "isnan", "float", "int", "len", "torch", "sym_float", "sym_int",
-    "sym_max", "sym_min", "sym_not",
+    "sym_max", "sym_min", "sym_not", "max", "min",
 }  # fmt: skip
 
 _NODES = (

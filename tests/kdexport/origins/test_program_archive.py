@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from kdexport.errors import CheckpointError
-from kdexport.origins.program_archive import open_archive, require_archive
+from kdexport.origins.program_archive import _GUARD, _is_harmless, open_archive, require_archive
 
 
 @pytest.fixture(scope="module")
@@ -168,3 +168,32 @@ def test_a_list_of_tensors_of_another_form_is_refused(plain: Path, tmp_path: Pat
     path = changed(plain, tmp_path / "net.pt2", other)
     with pytest.raises(CheckpointError, match=r"not a complete archive .*_config\.json is not a list of tensors"):
         open_archive(path)
+
+
+@pytest.mark.parametrize(
+    "guard",
+    [
+        "L['input'].size()[0] >= 2",
+        # torch 2.11 writes the sizes that a convolution needs so.
+        "(max(1, (-2) + L['input'].size()[2])*max(1, (-2) + L['input'].size()[3])) != 1",
+        "min(L['x'].size()[0], 4) < 5",
+    ],
+)
+def test_comparisons_of_sizes_are_harmless(guard: str) -> None:
+    assert _is_harmless(guard, _GUARD)
+
+
+@pytest.mark.parametrize(
+    "guard",
+    [
+        "__import__('os').system('true') == 0",
+        "max.__self__.open('x') != 1",
+        "max(open('x'), 1) != 1",
+        "(lambda: 1)() == 1",
+        "L['__class__'] == 1",
+        "min([x for x in L]) == 1",
+        "max(1, 2",
+    ],
+)
+def test_other_guards_are_not(guard: str) -> None:
+    assert not _is_harmless(guard, _GUARD)
