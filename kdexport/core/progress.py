@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -24,7 +24,8 @@ class Reporter:
         hidden = not (live and self._console.is_terminal)
         bar = Progress(*columns, console=self._console, transient=True, disable=hidden)
         task = bar.add_task(name, total=None, detail="")
-        with bar:
+        # Some versions of rich end a bar that is not shown with an empty line.
+        with nullcontext() if hidden else bar:
             yield lambda detail: bar.update(task, detail=detail)
         self._console.print(f"{name:<10} {time.monotonic() - started:6.1f} s", soft_wrap=True)
 

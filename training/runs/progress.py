@@ -24,12 +24,13 @@ class EpochProgress:
     ) -> None:
         self._title, self._steps, self._epochs, self._batch_size = title, steps_per_epoch, epochs, batch_size
         self._console = new_console(stderr=True, quiet=quiet)
+        self._shown = self._console.is_terminal
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=16),
             TextColumn("{task.percentage:3.0f}% {task.fields[status]}", markup=False),
         )
-        self._live = Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
+        self._live = Progress(*columns, console=self._console, transient=True, disable=not self._shown)
         self._bar = self._live.add_task(title, total=steps_per_epoch * epochs, status="")
         self._live.advance(self._bar, steps_per_epoch * done_epochs)
         self._epoch, self._first, self._top1 = done_epochs + 1, done_epochs, ""
@@ -38,13 +39,16 @@ class EpochProgress:
             self.say(f"{title}: continuing after epoch {done_epochs} of {epochs}")
 
     def __enter__(self) -> "EpochProgress":
-        self._live.start()
+        if self._shown:
+            self._live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._live.stop()
+        # Some versions of rich end a bar that is not shown with an empty line.
+        if self._shown:
+            self._live.stop()
 
     def say(self, text: str) -> None:
         """Print ``text`` as a separate line."""
