@@ -36,7 +36,11 @@ def test_every_installed_distribution_is_listed_with_its_version_and_purl(tmp_pa
 def test_licences_are_expressions_or_names(tmp_path: Path) -> None:
     licences = {item["name"]: item.get("licenses") for item in written(tmp_path)["components"]}
     assert licences["python"] == [{"expression": "PSF-2.0"}]
-    assert licences["numpy"] == [{"expression": metadata.metadata("numpy")["License-Expression"]}]
+    described = {name: metadata.metadata(name) for name in ("numpy", "packaging", "onnx")}
+    for name, text in described.items():
+        if "License-Expression" in text:
+            assert licences[name] == [{"expression": text["License-Expression"]}]
+    assert any("License-Expression" in text for text in described.values())
     assert all("\n" not in json.dumps(found) for found in licences.values())
 
 

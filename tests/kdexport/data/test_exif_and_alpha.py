@@ -84,7 +84,8 @@ def test_damaged_exif_is_upright_without_a_warning_or_an_error() -> None:
 def test_an_orientation_in_xmp_alone_is_ignored_as_in_browsers() -> None:
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
     image = stored(picture(), "JPEG", xmp=xmp)
-    assert image.getexif().get(0x0112) == 6
+    # Pillow 11.0 does not look into XMP; later versions do, and give what they find there as EXIF.
+    assert image.getexif().get(0x0112) in (6, None)
     assert orientation(image) == 1
 
 
