@@ -148,6 +148,7 @@ class Supervisor:
             for future in first:
                 future.cancel()
             self._kill()
+            self._sockets.metrics.close()
             await asyncio.gather(*tasks, *first, *self._channels, return_exceptions=True)
 
     async def _open(self, context: ssl.SSLContext | None) -> Listener:
