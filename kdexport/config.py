@@ -2,7 +2,7 @@
 
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -52,6 +52,24 @@ class SearchSettings(Settings):
     #: At most this many plans are cast and run.
     evaluations: Annotated[int, Field(ge=3, le=1000)] = 24
     images: Annotated[int, Field(ge=16, le=100_000)] = 512
+
+
+class QuantizeAwareSettings(Settings):
+    """``[quantize_aware]``: the folded student is trained further as the int8 graph of its targets.
+
+    ``teacher``: ``recipe`` for the teacher of the recipe, ``student`` for the float32 student itself. The loss is the
+    divergence of the logits at ``temperature``, plus ``cross_entropy`` times the cross-entropy with the labels.
+    """
+
+    enabled: bool = False
+    teacher: Literal["recipe", "student"] = "recipe"
+    epochs: Annotated[int, Field(ge=1, le=1000)] = 3
+    batch_size: Annotated[int, Field(ge=2, le=4096)] = 32
+    #: The change of a weight in one step is at most about this part of the largest weight of its channel.
+    learning_rate: Annotated[float, Field(gt=0, le=0.1)] = 5e-4
+    temperature: Annotated[float, Field(gt=0, le=100)] = 1.0
+    cross_entropy: Annotated[float, Field(ge=0, le=100)] = 0.0
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
 
 
 def _golden_count(value: object) -> object:
@@ -114,6 +132,7 @@ class BuildConfig(Settings):
     export: ExportSettings = ExportSettings()
     calibration: CalibrationSettings = CalibrationSettings()
     precision_search: SearchSettings = SearchSettings()
+    quantize_aware: QuantizeAwareSettings = QuantizeAwareSettings()
     verify: VerifySettings = VerifySettings()
     latency: LatencySettings = LatencySettings()
     card: CardSettings = CardSettings()

@@ -1,12 +1,14 @@
 """`kdexport build`: from a recipe or a checkpoint to a verified bundle; finished stages are reused."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from kdexport.build import train as trainer
 from kdexport.build.imported import OWN_WEIGHTS, ImportRequest, import_student, judge_student
 from kdexport.build.precision_search import require_searchable
+from kdexport.build.quantize_aware import Lesson, require_trainable
 from kdexport.build.stages import is_int8
 from kdexport.build.steps import BuildInputs, bundle, declare, known_steps
 from kdexport.bundle.manifest import FUSED, MANIFEST, UNFUSED, Manifest, changed_files, read_manifest
@@ -73,6 +75,8 @@ def build(request: BuildRequest, reporter: Reporter) -> BuildResult:
     workspace = Workspace(request.workspace)
     if request.config.precision_search.enabled:
         require_searchable(request.targets)
+    if request.config.quantize_aware.enabled:
+        require_trainable(request.targets, request.config)
     require_interface(request.targets, request.config.export.interface)
     require_available(request.targets)
     require_replaceable(request.out, _is_bundle)
@@ -87,6 +91,7 @@ def build(request: BuildRequest, reporter: Reporter) -> BuildResult:
         dataset_sha256=plan.dataset_sha256,
         targets=request.targets,
         config=request.config,
+        lesson=_lesson(request, plan, workspace) if request.config.quantize_aware.enabled else None,
     )
     made = bundle(inputs, lambda error, making: _failed(error, making, blame=request.blame))
     if request.fresh:
@@ -249,6 +254,41 @@ def _teacher_key(plan: _Plan) -> str:
     return trainer.teacher_key(plan.recipe, plan.dataset_sha256, plan.revision, plan.plugins)
 
 
+def _lesson(request: BuildRequest, plan: _Plan, workspace: Workspace) -> Lesson:
+    """What int8 targets are trained with; the teacher of the recipe is one that exists."""
+    settings, overrides = request.config.quantize_aware, dict(plan.overrides)
+    material: list[Any] = []
+    if settings.teacher == "recipe":
+        checkpoint, named = plan.recipe["teacher"]["checkpoint"], plan.recipe["teacher"].get("weights")
+        if not checkpoint and not named:
+            key = _teacher_key(plan)
+            if not workspace.has("teacher", key):
+                raise CheckpointError(
+                    "Quantize-aware training has no weights of the teacher: the student was passed with --checkpoint, "
+                    f"and the teacher {plan.recipe['teacher']['name']} of its recipe was not trained in this "
+                    "workspace.",
+                    remedy='Pass --teacher-checkpoint FILE, or set teacher = "student" under [quantize_aware].',
+                )
+            checkpoint = str(workspace.finished("teacher", key, "model.safetensors"))
+        if checkpoint:
+            overrides["teacher"] = {**overrides.get("teacher", {}), "checkpoint": checkpoint}
+            if not Path(checkpoint).is_file():
+                raise CheckpointError(
+                    f"There is no teacher checkpoint {checkpoint}.",
+                    remedy='Pass --teacher-checkpoint FILE, or set teacher = "student" under [quantize_aware].',
+                )
+            material.append(sha256_file(Path(checkpoint)))
+    if plan.recipe:
+        material += [trainer.portable(plan.recipe), plan.revision, sorted(plan.plugins.items())]
+    return Lesson(
+        settings=settings,
+        recipe=request.config.recipe if plan.recipe else "",
+        overrides=overrides,
+        material=tuple(material),
+        train=partial(trainer.train_quantize_aware, processes=request.processes),
+    )
+
+
 def _is_up_to_date(out: Path, key: str) -> bool:
     try:
         manifest = read_manifest(out)
@@ -280,6 +320,10 @@ def _make_bundle(inputs: BuildInputs, made: Step[Manifest], workspace: Workspace
         with reporter.stage("search") as progress:
             plans[form] = search.result(workspace, progress).layers
     steps = declare(inputs, plans)
+    for step in steps.quantize_aware.values():
+        if not workspace.has(step.stage, step.key):
+            with reporter.stage("quantize-aware", live=False):
+                step.result(workspace)
     with reporter.stage("cast") as progress:
         for cast in steps.casts.values():
             cast.result(workspace, progress)

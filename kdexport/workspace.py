@@ -169,6 +169,8 @@ class Step(Generic[T]):
     #: Names of packages.
     tools: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
+    #: Whether the folder of a run that failed is kept, so that ``make`` can continue in it.
+    resumable: bool = False
     key: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -187,7 +189,8 @@ class Step(Generic[T]):
         def fill(folder: Path) -> None:
             self.make(Making(folder=folder, key=self.key, workspace=workspace, progress=progress))
 
-        folder = workspace.produce(self.stage, self.key, fill)
+        produce = workspace.resume if self.resumable else workspace.produce
+        folder = produce(self.stage, self.key, fill)
         try:
             return self.read(folder)
         except (OSError, ValueError, KeyError, TypeError) as error:

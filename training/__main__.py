@@ -214,6 +214,20 @@ def propose(
     _print(described, as_json=as_json)
 
 
+@app.command("quantize-aware", hidden=True)
+def quantize_aware(
+    job: Annotated[Path, typer.Argument(help="What is trained, as JSON.")],
+    out: OutOption,
+    plugin: Plugins = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train the int8 graph of a build, which calls this."""
+    from training.quantize_aware import QuantizeAwareJob, train_quantize_aware
+
+    _print(train_quantize_aware(QuantizeAwareJob.read(job), out), as_json=as_json)
+
+
 @app.command()
 def architectures(
     out: Annotated[

@@ -383,7 +383,7 @@ def prepare_distillation(
     size = recipe.data.image_size
     student = build_student(recipe.student, num_classes=len(train.classes), image_size=size, say=say)
     require_suitable(recipe.distiller, student, teacher)
-    frozen = _freeze(given, recipe, device)
+    frozen = freeze(given, recipe, device)
     distiller = DISTILLERS.build(recipe.distiller.name, settings=recipe.distiller, student=student, teacher=teacher)
     branches = type(distiller).branch_spec(recipe.distiller, student, teacher)
     layers = _attach(student, branches)
@@ -432,7 +432,7 @@ def predictions_of_teacher(recipe: Recipe) -> tuple[Predictions, tuple[str, ...]
     exact = recipe.model_copy(
         update={"train": recipe.train.model_copy(update={"mixed_precision": "no", "teacher_precision": "no"})}
     )
-    logits = _logits_only(_freeze(given, exact, device))
+    logits = _logits_only(freeze(given, exact, device))
     return predict(logits, EvaluationBatches(test, recipe.data, device=device)), test.classes
 
 
@@ -511,7 +511,8 @@ def _batches(train: ImageSet, recipe: Recipe, accelerator: Accelerator) -> Batch
     )
 
 
-def _freeze(given: GivenTeacher, recipe: Recipe, device: torch.device) -> FrozenTeacher:
+def freeze(given: GivenTeacher, recipe: Recipe, device: torch.device) -> FrozenTeacher:
+    """``given`` in evaluation mode, which gets the images of ``recipe`` in its own normalisation and size."""
     settings, teacher = recipe.train, given.teacher
     precision = settings.mixed_precision if settings.teacher_precision == "auto" else settings.teacher_precision
     frozen = FrozenTeacher(teacher, device, _PRECISIONS.get(_precision(precision)), _compiling(recipe))

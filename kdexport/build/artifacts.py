@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from kdexport.graph.plan import PLAIN, LayerPlan
 
@@ -24,6 +25,20 @@ class OnnxModel:
     path: Path
     form: str
     plan: LayerPlan = PLAIN
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuantizeAwareFiles:
+    """The folded student after quantize-aware training for one int8 form.
+
+    ``weights`` has its state, ``model`` is the float32 graph with these weights and ``ranges`` the file of the ranges
+    that the graph is cast with; ``described`` is the entry of the manifest.
+    """
+
+    weights: Path
+    model: OnnxModel
+    ranges: Path
+    described: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

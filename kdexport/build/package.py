@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from kdexport.build.artifacts import EngineFile, FusedFiles, OnnxModel
+from kdexport.build.artifacts import EngineFile, FusedFiles, OnnxModel, QuantizeAwareFiles
 from kdexport.build.stages import BUNDLE_TOOLS, UNFUSED_MODEL, is_int8
-from kdexport.bundle.layout import SBOM, SYNTHETIC_IMAGES, VALIDATION_IMAGES
+from kdexport.bundle.layout import SBOM, SYNTHETIC_IMAGES, TRAINED_FOR, VALIDATION_IMAGES
 from kdexport.bundle.manifest import (
     FUSED,
     MANIFEST,
@@ -73,6 +73,8 @@ class Parts:
     calibration: dict[str, Any] = field(default_factory=dict)
     #: What the precision search found, for the manifest, by form.
     searched: dict[str, dict[str, Any]] = field(default_factory=dict)
+    #: The student after quantize-aware training, by form.
+    quantize_aware: dict[str, QuantizeAwareFiles] = field(default_factory=dict)
 
 
 def require_matching(spec: StudentSpec, student: str, validation: ImageSet) -> None:
@@ -161,6 +163,8 @@ def _copy_files(folder: Path, parts: Parts) -> None:
         shutil.copyfile(parts.trained.program, folder / PROGRAM)
     shutil.copyfile(parts.fused.weights, folder / FUSED)
     shutil.copyfile(parts.model.path, folder / MODEL)
+    for form, trained in parts.quantize_aware.items():
+        shutil.copyfile(trained.weights, folder / TRAINED_FOR[form])
     for target, model in parts.casts.items():
         place = folder / TARGETS / str(target)
         place.mkdir(parents=True)
@@ -274,6 +278,9 @@ def _target_entry(target: Target, parts: Parts) -> dict[str, Any]:
         entry["images_per_run"] = 1
     if is_int8(target.form):
         entry["calibration"] = parts.calibration
+    if target.form in parts.quantize_aware:
+        described = parts.quantize_aware[target.form].described
+        entry["quantize_aware"] = {"weights": TRAINED_FOR[target.form], **described}
     if target.form in parts.searched:
         entry["plan"] = parts.searched[target.form]
     if target in parts.engines:

@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from kdexport.build.artifacts import EngineFile, FusedFiles, OnnxModel
+from kdexport.build.artifacts import EngineFile, FusedFiles, OnnxModel, QuantizeAwareFiles
 from kdexport.build.precision_search import Searched, search, search_requests
+from kdexport.build.quantize_aware import Lesson, cast_trained, int8_forms, quantize_aware
 from kdexport.build.stages import (
     BUNDLE_TOOLS,
     backend_modules,
@@ -41,6 +42,8 @@ class BuildInputs:
     dataset_sha256: str
     targets: tuple[Target, ...]
     config: BuildConfig
+    #: What int8 targets are trained with; None if they are only calibrated.
+    lesson: Lesson | None = None
 
     @property
     def calibration(self) -> Calibration:
@@ -60,6 +63,8 @@ class Steps:
     fused: Step[FusedFiles]
     exported: Step[OnnxModel]
     searches: dict[str, Step[Searched]]
+    #: By form.
+    quantize_aware: dict[str, Step[QuantizeAwareFiles]]
     casts: dict[Target, Step[OnnxModel]]
     engines: dict[Target, Step[EngineFile]]
 
@@ -69,6 +74,7 @@ class Steps:
             self.fused,
             self.exported,
             *self.searches.values(),
+            *self.quantize_aware.values(),
             *self.casts.values(),
             *self.engines.values(),
         )
@@ -81,18 +87,25 @@ def declare(inputs: BuildInputs, plans: Mapping[str, LayerPlan] = MappingProxyTy
     fused = fuse(inputs.trained)
     exported = export(inputs.trained, fused, opset=config.export.opset)
     interface, preprocessing = config.export.interface, inputs.trained.spec.preprocessing
-    casts = {
-        target: with_interface(
-            cast(exported, target.form, calibration, plans.get(target.form, PLAIN)), interface, preprocessing
-        )
-        for target in inputs.targets
+    trained = {
+        form: quantize_aware(inputs.trained, fused, exported, form, calibration, lesson)
+        for lesson in ([] if inputs.lesson is None else [inputs.lesson])
+        for form in int8_forms(inputs.targets)
     }
+
+    def in_form(form: str) -> Step[OnnxModel]:
+        if form in trained:
+            return cast_trained(trained[form], form, calibration)
+        return cast(exported, form, calibration, plans.get(form, PLAIN))
+
+    casts = {target: with_interface(in_form(target.form), interface, preprocessing) for target in inputs.targets}
     requests = search_requests(inputs.targets, config, calibration)
     size = inputs.trained.spec.image_size
     return Steps(
         fused=fused,
         exported=exported,
         searches={form: search(exported, request) for form, request in requests.items()},
+        quantize_aware=trained,
         casts=casts,
         engines={
             target: compile_engine(model, target, config.export, size)
@@ -164,5 +177,6 @@ def _parts(inputs: BuildInputs, making: Making) -> "Parts":
         validation=open_dataset(inputs.dataset, "test"),
         calibration=inputs.calibration.to_json(),
         searched={form: found.described for form, found in searched.items()},
+        quantize_aware={form: step.result(workspace) for form, step in steps.quantize_aware.items()},
         build_key=making.key,
     )

@@ -35,16 +35,21 @@ def train_student(recipe: str, overrides: dict[str, Any], out: Path, *, processe
     _call(["train", "--recipe", recipe, *_as_options(overrides), "--out", str(out)], processes=processes)
 
 
+def train_quantize_aware(job: Path, out: Path, *, processes: int) -> None:
+    """Train the int8 graph of ``job``, a JSON file, into ``out``; a run that was interrupted there continues."""
+    _call(["quantize-aware", str(job), "--out", str(out)], processes=processes)
+
+
 def student_key(
     recipe: dict[str, Any], dataset_sha256: str, teacher_sha256: str, revision: int, plugins: Mapping[str, str]
 ) -> str:
     """Digest of all that a distilled student depends on; ``plugins`` are those of ``resolve_recipe``."""
-    return digest(["train", _portable(recipe), dataset_sha256, teacher_sha256, revision, *sorted(plugins.items())])
+    return digest(["train", portable(recipe), dataset_sha256, teacher_sha256, revision, *sorted(plugins.items())])
 
 
 def teacher_key(recipe: dict[str, Any], dataset_sha256: str, revision: int, plugins: Mapping[str, str]) -> str:
     """Digest of all that the recipe's teacher depends on."""
-    tables = {name: table for name, table in _portable(recipe).items() if name in ("data", "teacher", "train")}
+    tables = {name: table for name, table in portable(recipe).items() if name in ("data", "teacher", "train")}
     # The epochs and the learning rate of the student do not change the teacher, nor does how it is used afterwards.
     tables["train"] = {name: v for name, v in tables["train"].items() if name not in ("epochs", "learning_rate")}
     tables["train"]["teacher_precision"] = "auto"
@@ -53,7 +58,7 @@ def teacher_key(recipe: dict[str, Any], dataset_sha256: str, revision: int, plug
     return digest(["teacher", tables, dataset_sha256, revision, *source])
 
 
-def _portable(recipe: dict[str, Any]) -> dict[str, Any]:
+def portable(recipe: dict[str, Any]) -> dict[str, Any]:
     """The recipe without paths and trackers: data and weights count by their digests, wherever they are stored."""
     data = {name: value for name, value in recipe["data"].items() if name not in ("root", "workers")}
     data["name"] = data["name"].partition(":")[0]

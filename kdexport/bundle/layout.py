@@ -16,6 +16,8 @@ GOLDEN_LOGITS = "golden/logits.safetensors"
 TASK = "metrics/validation.safetensors"
 #: The likeliest classes of each image, by file. Bundles of earlier versions have none.
 ANSWERS = "metrics/answers.safetensors"
+#: The folded weights after quantize-aware training for an int8 form, which int8 targets have instead of ``FUSED``.
+TRAINED_FOR = {"int8-u8": "student-int8-u8.safetensors", "int8-s8": "student-int8-s8.safetensors"}
 #: The calibrated range of each tensor, in the folder of an int8 model.
 RANGES = "ranges.json"
 

@@ -22,6 +22,7 @@ from kdexport.bundle.layout import (
     SYNTHETIC_IMAGES,
     TARGETS,
     TASK,
+    TRAINED_FOR,
     UNFUSED,
     UNIT_ERROR,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "read_manifest",
     "require_unchanged",
     "target_of",
+    "trained_weights",
     "write_golden",
 ]
 
@@ -127,6 +129,8 @@ def _require_sound(data: dict[str, Any]) -> None:
             raise ValueError(f"the target {name!r} has engine {entry['engine']!r} and status {entry['status']!r}")
         if "plan" in entry:
             LayerPlan.from_json(entry["plan"])
+        if "quantize_aware" in entry and entry["quantize_aware"]["weights"] != TRAINED_FOR.get(parse_target(name).form):
+            raise ValueError(f"the target {name!r} has the weights {entry['quantize_aware']['weights']!r}")
     size = data["student"]["preprocessing"]
     for key in ("image_size", "resize"):
         if not _MIN_SIZE <= size[key] <= _MAX_SIZE:
@@ -257,6 +261,15 @@ def has_synthetic_images(data: dict[str, Any]) -> bool:
 def layer_plans(manifest: Manifest) -> dict[str, LayerPlan]:
     """The precision plan of each target that has one, by target."""
     return {name: LayerPlan.from_json(entry["plan"]) for name, entry in manifest.targets.items() if "plan" in entry}
+
+
+def trained_weights(manifest: Manifest) -> dict[str, str]:
+    """The file of the weights that quantize-aware training made, by int8 form; empty without such a training."""
+    found = {}
+    for name, entry in manifest.targets.items():
+        if "quantize_aware" in entry:
+            found[parse_target(name).form] = TRAINED_FOR[parse_target(name).form]
+    return found
 
 
 def onnx_files(manifest: Manifest) -> dict[str, str]:

@@ -67,6 +67,13 @@ class _Calibration(_Fields):
     weight_bits: Annotated[int, Field(ge=2, le=8)]
 
 
+class _QuantizeAware(_Fields):
+    #: The file with the folded weights of this target.
+    weights: str
+    teacher: str
+    epochs: Count
+
+
 class _Kept(_Fields):
     node: str
     weight: str
@@ -136,6 +143,7 @@ class _Target(_Fields):
     compiled: _Compiled | None = None
     golden: _GoldenRun | None = None
     calibration: _Calibration | None = None
+    quantize_aware: _QuantizeAware | None = None
     plan: _Plan | None = None
 
     @model_validator(mode="after")

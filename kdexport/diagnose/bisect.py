@@ -28,6 +28,7 @@ from kdexport.bundle.manifest import (
     onnx_files,
     read_golden,
     target_of,
+    trained_weights,
 )
 from kdexport.checkpoint import load_tensors
 from kdexport.core.files import scratch_folder
@@ -40,11 +41,13 @@ from kdexport.graph.export import export_onnx
 from kdexport.graph.interface import with_interface, without_interface
 from kdexport.graph.plan import PLAIN
 from kdexport.graph.trace import LIMITS, NodeError, Trace, computing_nodes, first_faulty, results, trace
+from kdexport.graph.trained_weights import with_weights
 from kdexport.reparam.fold_student import fuse_student
 from kdexport.verify.parity import rung_b
 from kdexport.verify.policy import stored_policy
+from kdexport.verify.rebuilt_graphs import RebuiltGraphs
 from kdexport.verify.reference import Probes, make_probes, make_reference, run_torch
-from kdexport.verify.student_checks import check_golden, check_weights
+from kdexport.verify.student_checks import check_golden, check_weights, weight_bits
 
 Progress = Callable[[str], None]
 
@@ -109,7 +112,9 @@ def explain(folder: Path, manifest: Manifest, out: Path, progress: Progress) -> 
     for name, form in onnx_files(manifest).items():
         precision = form.partition("-")[0]
         progress(name)
-        found = file_fault(folder / name, name, precision, _scaled(trusted, manifest, name), out)
+        if form in trained_weights(manifest) and _is_as_rebuilt(folder, manifest, name, form):
+            continue
+        found = file_fault(folder / name, name, precision, _scaled(trusted, folder, manifest, name), out)
         if found is not None:
             stage = "fold" if folded is not None else "export" if name == MODEL else "cast"
             return replace(found, stage=stage if precision == "fp32" else "cast")
@@ -117,6 +122,16 @@ def explain(folder: Path, manifest: Manifest, out: Path, progress: Progress) -> 
         if around is not None:
             return around
     return folded or _engine_fault(manifest)
+
+
+def _is_as_rebuilt(folder: Path, manifest: Manifest, name: str, form: str) -> bool:
+    """Whether the int8 file of a quantize-aware training is the graph of its weights and ranges, with its interface.
+
+    Values beyond the ends of trained ranges are cut off on purpose, so that no limit of rounding holds for them.
+    """
+    with scratch_folder("explain") as place:
+        rebuilt = RebuiltGraphs(folder, manifest, place)
+        return rebuilt.finding(name, form, PLAIN, weight_bits(manifest)).holds
 
 
 def _interface_fault(path: Path, name: str, manifest: Manifest) -> Blame | None:
@@ -134,9 +149,14 @@ def _interface_fault(path: Path, name: str, manifest: Manifest) -> Blame | None:
     return _without_node("cast", name, 1.0, 0.0, words)
 
 
-def _scaled(trusted: Trusted, manifest: Manifest, name: str) -> Trusted:
-    """The trusted graph, scaled by the precision plan of a file: the same function with the file's own ranges."""
+def _scaled(trusted: Trusted, folder: Path, manifest: Manifest, name: str) -> Trusted:
+    """The trusted graph of a file: scaled by its precision plan, or with the weights of its quantize-aware training."""
     plan = layer_plans(manifest).get(Path(name).parent.name, PLAIN)
+    target, trained = target_of(name), trained_weights(manifest)
+    if target is not None and target.form in trained:
+        # What a quantize-aware training changed is no fault of the file.
+        weights = {key: value.numpy() for key, value in load_tensors(folder / trained[target.form]).items()}
+        return replace(trusted, model=with_weights(trusted.model, weights))
     return replace(trusted, model=apply_scalings(trusted.model, plan.equalised)) if plan.equalised else trusted
 
 

@@ -18,12 +18,16 @@ from kdexport.verify.student_checks import BundleContext
 OPTION = "--precision-search"
 _UNSEARCHED = (
     f"Build again with {OPTION}: it equalises the channels of these layers or keeps the layers in float32, and reports "
-    "the cost. Or build a target of another precision."
+    "the cost. Or train it for int8 ([quantize_aware] enabled = true), or build a target of another precision."
 )
 _SEARCHED = (
     "The precision plan is within its budget on training images, but not on validation images. Lower flips under "
     "[precision_search] (or noise, if the network makes no errors on its training images), or build a target of "
     "another precision."
+)
+_TRAINED = (
+    "Raise epochs under [quantize_aware], set cross_entropy, or build with --precision-search instead, which keeps "
+    "layers in float32."
 )
 #: Checks of rung D whose limits are chosen by the user; the limits of the others follow from the error of int8 itself.
 _BUDGETS = ("flips", "top-1 lost")
@@ -43,7 +47,7 @@ def explain_collapse(context: BundleContext, checks: Sequence[Check]) -> tuple[l
         if entry["precision"] != "int8" or not lost or any(check.name not in _BUDGETS for check in lost):
             continue
         searched = "plan" in entry
-        remedy = remedy or (_SEARCHED if searched else _UNSEARCHED)
+        remedy = remedy or (_TRAINED if "quantize_aware" in entry else _SEARCHED if searched else _UNSEARCHED)
         reason = _noise(context, parse_target(name).form) + ("" if searched else f"; {_ranges(context)}")
         explained = [
             replace(check, detail=f"{check.detail}; {reason}") if check in lost else check for check in explained

@@ -1,6 +1,7 @@
 """The graphs that a bundle must contain, made again from its unfused student by this version: fold, export, cast.
 
-Only the calibrated ranges and the precision plans are taken from the bundle; rungs C and D judge their effect.
+Only the ranges, the precision plans and the weights of a quantize-aware training are taken from the bundle; rungs C and
+D judge their effect.
 """
 
 from pathlib import Path
@@ -11,7 +12,17 @@ from torch import nn
 
 from kdexport.backends.base import Finding
 from kdexport.backends.file_interface import PLAIN_INTERFACE
-from kdexport.bundle.manifest import FUSED, MODEL, RANGES, UNFUSED, Manifest, interface_of, load_unfused, target_of
+from kdexport.bundle.manifest import (
+    FUSED,
+    MODEL,
+    RANGES,
+    UNFUSED,
+    Manifest,
+    interface_of,
+    load_unfused,
+    target_of,
+    trained_weights,
+)
 from kdexport.checkpoint import load_strictly, load_tensors
 from kdexport.core.digests import sha256_file
 from kdexport.errors import BundleError, KdexportError, first_line
@@ -22,6 +33,7 @@ from kdexport.graph.interface import with_interface
 from kdexport.graph.plan import LayerPlan
 from kdexport.graph.precision import cast_to_bf16, cast_to_fp16
 from kdexport.graph.quantize import parse_form, quantize
+from kdexport.graph.trained_weights import with_weights
 from kdexport.reparam.fold_student import fuse_student
 
 _CASTS = MappingProxyType({"fp16": cast_to_fp16, "bf16": cast_to_bf16})
@@ -38,6 +50,8 @@ class RebuiltGraphs:
         self._folder, self._manifest, self._scratch = folder, manifest, scratch
         self._float32: Path | None = None
         self._source: Path | None = None
+        #: Files of weights by int8 form.
+        self._trained = trained_weights(manifest)
         self._made: dict[tuple[object, ...], Path] = {}
 
     def finding(self, name: str, form: str, plan: LayerPlan, weight_bits: int) -> Finding:
@@ -52,9 +66,13 @@ class RebuiltGraphs:
 
     def rebuild(self, name: str, form: str, plan: LayerPlan, weight_bits: int) -> Path:
         """The ONNX file ``name``, made again; raises ``BundleError`` if it cannot be made from what the bundle has."""
+        return self._with_interface(name, self.cast(name, form, plan, weight_bits))
+
+    def cast(self, name: str, form: str, plan: LayerPlan, weight_bits: int) -> Path:
+        """The same without the normalisation and the softmax that the target may ask for."""
         path = self._folder / name
         try:
-            return self._with_interface(name, self._expected(path, form, plan, weight_bits if form == "int8-u8" else 8))
+            return self._expected(path, form, plan, weight_bits if form == "int8-u8" else 8)
         except KdexportError as error:
             raise _impossible(error.message) from error
         # The quantizer of onnxruntime raises errors of its own for ranges that are not those of the graph.
@@ -82,7 +100,7 @@ class RebuiltGraphs:
     def _make(self, form: str, plan: LayerPlan, weight_bits: int, ranges: Path | None) -> Path:
         if form == "fp32" and not plan.equalised:
             return self._exported()
-        source, path = self._scaled(plan), self._scratch / f"{len(self._made)}-{form}.onnx"
+        source, path = self.float32(form, plan), self._scratch / f"{len(self._made)}-{form}.onnx"
         if ranges is not None:
             quantize(source, ranges, path, form=parse_form(form), weight_bits=weight_bits, keep=plan.nodes)
         elif form in _CASTS:
@@ -91,12 +109,22 @@ class RebuiltGraphs:
             path = source
         return path
 
-    def _scaled(self, plan: LayerPlan) -> Path:
+    def float32(self, form: str, plan: LayerPlan) -> Path:
+        """The float32 graph that is cast to ``form``: with the weights of its training, or scaled by ``plan``."""
         source = self._named_as_built()
+        if form in self._trained:
+            return self._with_trained(source, self._trained[form])
         if not plan.equalised:
             return source
         path = self._scratch / f"{len(self._made)}-equalised.onnx"
         onnx.save(apply_scalings(onnx.load(str(source)), plan.equalised), str(path))
+        return path
+
+    def _with_trained(self, source: Path, name: str) -> Path:
+        path = self._scratch / f"{name}.onnx"
+        if not path.is_file():
+            weights = {key: value.numpy() for key, value in load_tensors(self._folder / name).items()}
+            onnx.save(with_weights(onnx.load(str(source)), weights), str(path))
         return path
 
     def _named_as_built(self) -> Path:

@@ -103,10 +103,13 @@ def make_reference(
     forms: Sequence[str] = ("fp16",),
     weight_bits: int = 8,
     plans: Mapping[str, LayerPlan] = MappingProxyType({}),
+    trained: Mapping[str, nn.Module] = MappingProxyType({}),
 ) -> Reference:
     """Run the unfused student (eval mode, float32 weights) and simulations of the fused one in ``forms``.
 
-    ``plans`` are the precision plans by form; a form without one is not in it.
+    ``plans`` are the precision plans by form; a form without one is not in it. ``trained`` are the students that
+    quantize-aware training made, by form: their simulated error is still measured against the unfused student, and
+    includes what the training changed.
     """
     exact, added = run_exact(unfused, probes.images)
     return Reference(
@@ -114,7 +117,7 @@ def make_reference(
         added=added,
         unfused=run_torch(unfused, probes.images).astype(np.float32),
         simulated={
-            form: _simulate(fused, form, probes, weight_bits, plans.get(form, PLAIN))
+            form: _simulate(trained.get(form, fused), form, probes, weight_bits, plans.get(form, PLAIN))
             for form in forms
             if form not in ("fp32", IN_ORDER)
         },

@@ -3,8 +3,10 @@
 They end in a ``BundleContext``, which the checks of each file and target need.
 """
 
+import copy
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from kdexport.bundle.manifest import (
     irregular_entries,
     layer_plans,
     load_unfused,
+    trained_weights,
 )
 from kdexport.checkpoint import load_strictly, load_tensors
 from kdexport.errors import CheckpointError, KdexportError
@@ -55,6 +58,14 @@ class BundleContext:
     structure: Structure
     #: Bits of weights in int8 files for CPUs.
     weight_bits: int = 8
+    #: The folded student after quantize-aware training, by int8 form.
+    trained: Mapping[str, nn.Module] = field(default_factory=dict)
+
+    def weights_in(self, form: str) -> dict[str, NDArray[np.float32]]:
+        """The float32 weights that a file in ``form`` was cast from."""
+        if form not in self.trained:
+            return self.weights
+        return {name: value.numpy() for name, value in self.trained[form].state_dict().items()}
 
     def plan(self, name: str) -> LayerPlan:
         """The precision plan of a target, given by its name or its ONNX file; ``PLAIN`` if it was not searched."""
@@ -109,20 +120,43 @@ def student_checks(
         load_strictly(fused, stored, FUSED)
         arrays = {name: tensor.numpy() for name, tensor in stored.items()}
         plans = _plans(manifest, arrays)
+        trained = _trained(folder, manifest, fused)
     except KdexportError as error:
         return [broken("A", "student", error.message)], None
     policy, probes = stored_policy(manifest.data), make_probes(pixels, spec.preprocessing)
     plain, forms, bits = load_unfused(folder, spec), _forms(manifest), weight_bits(manifest)
-    reference = make_reference(plain, fused, probes, forms=forms, weight_bits=bits, plans=plans)
+    reference = make_reference(plain, fused, probes, forms=forms, weight_bits=bits, plans=plans, trained=trained)
     merged = run_torch(exact.exact, probes.images.astype(np.float64))
-    checks = [weights, *rung_a(exact.certificate, merged, reference, probes, policy.A)]
+    changed = [from_finding(name, _change(stored, trained[form])) for form, name in trained_weights(manifest).items()]
+    checks = [weights, *changed, *rung_a(exact.certificate, merged, reference, probes, policy.A)]
     eager = run_torch(fused, probes.images).astype(np.float32)
     checks += rung_b("fused student, torch", eager, reference, probes, policy.B)
     export = manifest.data["export"]
     batches = (int(export["min_batch"]), int(export["opt_batch"]), 7, int(export["max_batch"]))
     sizes = tuple(dict.fromkeys(min(batch, int(export["max_batch"])) for batch in batches))
     structure = structure_of(fused)
-    return checks, BundleContext(folder, manifest, sizes, probes, reference, arrays, policy, fused, structure, bits)
+    return checks, BundleContext(
+        folder, manifest, sizes, probes, reference, arrays, policy, fused, structure, bits, trained
+    )
+
+
+def _trained(folder: Path, manifest: Manifest, fused: nn.Module) -> dict[str, nn.Module]:
+    """The folded student with each set of weights of a quantize-aware training."""
+    found = {}
+    for form, name in trained_weights(manifest).items():
+        found[form] = copy.deepcopy(fused)
+        load_strictly(found[form], load_tensors(folder / name), name)
+    return found
+
+
+def _change(folded: dict[str, Tensor], trained: nn.Module) -> Finding:
+    """How far a quantize-aware training moved the folded weights: stated, and not limited."""
+    moved = {name: (value - folded[name]).abs().max().item() for name, value in trained.state_dict().items()}
+    shares = {name: change / max(folded[name].abs().max().item(), 1e-30) for name, change in moved.items()}
+    worst = max(shares, key=lambda name: shares[name])
+    fact = f"{sum(map(bool, moved.values()))} of {len(moved)} tensors changed"
+    fact += f", most {worst}: by {shares[worst]:.2g} of its largest value"
+    return Finding("trained from the folded weights", True, fact)
 
 
 def _plans(manifest: Manifest, weights: Weights) -> dict[str, LayerPlan]:

@@ -21,6 +21,7 @@ from kdexport.graph.precision import emulate_bf16
 from kdexport.graph.tensor_ranges import Range, read_ranges
 from kdexport.targets import Target, parse_target
 from kdexport.verify.check import Check, broken, from_finding
+from kdexport.verify.fake_quantized_checks import check_agreement
 from kdexport.verify.parity import check_batches, check_repeatable, rung_b, rung_c
 from kdexport.verify.probabilities import check_probabilities
 from kdexport.verify.rebuilt_graphs import RebuiltGraphs
@@ -49,7 +50,7 @@ def graph_checks(context: BundleContext, name: str, form: str, rebuilt: RebuiltG
     interface = PLAIN_INTERFACE if target is None else interface_of(context.manifest, str(target))
     findings = audit_graph(
         path,
-        plan.scaled(context.weights),
+        plan.scaled(context.weights_in(form)),
         form=form,
         opset=context.manifest.opset,
         structure=context.structure,
@@ -70,6 +71,8 @@ def graph_checks(context: BundleContext, name: str, form: str, rebuilt: RebuiltG
         return FileResult((*checks, broken("audit", name, error.message)))
     checks.append(from_finding(name, provider_finding(model, CPU)))
     checks += _computed(context, f"{name} on onnxruntime CPU", _Reference(model), form)
+    if form in context.trained:
+        checks += check_agreement(context, name, form, _Reference(model), rebuilt)
     if interface.gives == PROBABILITIES:
         checks.append(check_probabilities(name, _Reference(model), context.probes.images, "fp32"))
     return FileResult(tuple(checks), execution_of(model, CPU))

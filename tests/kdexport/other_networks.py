@@ -159,6 +159,11 @@ def gated_attention_network() -> nn.Module:
     return seeded(GatedAttention())
 
 
+def averaged_network() -> nn.Module:
+    """The smallest one, as a factory returns it."""
+    return seeded(Averaged())
+
+
 def graph_of(module: nn.Module) -> fx.GraphModule:
     """The graph that a checkpoint of another origin holds."""
     program, weights = store_program(original_graph(seeded(module), torch.zeros(2, 3, SIZE, SIZE)), SIZE)

@@ -49,7 +49,7 @@ class TorchGraph(nn.Module):
             elif node.op_type == "DequantizeLinear":
                 self._dequantizing[node.output[0]] = list(node.input), attributes
                 self._hold_scales(node.input)
-            elif node.op_type not in (*_OPERATORS, "QuantizeLinear"):
+            elif node.op_type not in (*OPERATORS, "QuantizeLinear"):
                 raise EngineBuildError(
                     f"The network has the operator {node.op_type} ({node.name}, which reads {node.input[0]}), and "
                     "kdexport cannot write it as a torch program.",
@@ -67,7 +67,7 @@ class TorchGraph(nn.Module):
                 found: Any = self._quantized(given[0], inputs)
             else:
                 numbers = [self._numbers.get(name) for name in inputs]
-                found = _OPERATORS[kind](given, numbers, attributes)
+                found = OPERATORS[kind](given, numbers, attributes)
             values |= dict(zip(outputs, found if isinstance(found, list | tuple) else [found], strict=True))
         result = self._value(values, self._output)
         assert result is not None
@@ -204,7 +204,8 @@ def _of_one(operation: Callable[[Any], Any]) -> Callable[[Inputs, Any, Attribute
     return lambda given, _, __: operation(given[0])
 
 
-_OPERATORS: dict[str, Callable[[Inputs, Any, Attributes], Any]] = {
+#: Operators of ONNX in torch: from the inputs, those of them that are stored numbers, and the attributes.
+OPERATORS: dict[str, Callable[[Inputs, Any, Attributes], Any]] = {
     "Conv": _conv,
     "Gemm": _gemm,
     "MatMul": _of_two(torch.matmul),
