@@ -26,7 +26,7 @@ from kdexport.targets import Target, parse_targets
 STUDENTS = ("mobilenetv2", "mobilenetv3", "shufflenetv2")
 TARGETS = ("onnx-fp32", "onnx-int8", "ncnn-fp32", "ncnn-fp16", "ncnn-int8")
 #: Files beside the artifact that the device needs too.
-_PARTS = (".bin", ".param", ".pte", ".onnx")
+_PARTS = (".bin", ".param", ".pte", ".tflite", ".mlmodel", ".onnx")
 
 
 def built(target: Target, source: Path, folder: Path, size: int) -> float:
@@ -52,7 +52,7 @@ def shipped_bytes(target: Target, folder: Path) -> int:
     """The bytes of the files that a device needs."""
     if not target.compiles:
         return (folder / ONNX_FILE).stat().st_size
-    return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in _PARTS and path.name != ONNX_FILE)
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.suffix in _PARTS and path.name != ONNX_FILE)
 
 
 def measure(name: str, size: int, arguments: argparse.Namespace, root: Path) -> None:
@@ -86,7 +86,12 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224)
     arguments = parser.parse_args()
     print(
-        json.dumps({"python": platform.python_version(), **tool_versions("onnxruntime-gpu", "ncnn", "pnnx", "torch")})
+        json.dumps(
+            {
+                "python": platform.python_version(),
+                **tool_versions("onnxruntime-gpu", "ncnn", "pnnx", "executorch", "ai-edge-litert", "torch"),
+            }
+        )
     )
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.students.split(","):

@@ -15,13 +15,14 @@ from kdexport.backends.base import IN_ORDER, Backend, CompileRequest
 from kdexport.backends.litert_content import layers_of
 from kdexport.backends.litert_files import import_schema, read_model
 from kdexport.backends.litert_graph import lite_model
+from kdexport.backends.ort import load_model
 from kdexport.bundle.manifest import MANIFEST, NOT_EXECUTED, VERIFIED
 from kdexport.errors import AuditError, BackendUnavailableError, EngineBuildError
 from kdexport.graph.precision import cast_to_fp16
 from kdexport.graph.quantize import quantize
 from kdexport.graph.tensor_ranges import calibrate
 from tests.conftest import Built, Command, run_command
-from tests.kdexport.exported_students import images, small_graph, small_logits, small_weights
+from tests.kdexport.exported_students import exported, images, small_graph, small_logits, small_weights
 from tests.kdexport.graph.int8_block import CALIBRATION, SIZE, block_graph, block_tensors
 from tests.kdexport.optional_packages import require_litert
 
@@ -309,6 +310,19 @@ def test_an_operator_that_is_not_known_is_named_with_its_place(tmp_path: Path) -
     with pytest.raises(EngineBuildError, match=r"the operator Erf \(odd, which reads before\)") as caught:
         lite_model(model)
     assert "onnx-fp32" in caught.value.remedy
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3", "shufflenetv1"])
+def test_students_with_gates_and_with_shuffles_of_grouped_convolutions(
+    name: str, tmp_path: Path, runtime: Backend
+) -> None:
+    source = exported("plain", name).path
+    path = compiled(source, "fp32", tmp_path / "t", size=32)
+    assert [finding for finding in runtime.audit(path.parent, "fp32", ()) if not finding.holds] == []
+    runner, x = runtime.open(path, "fp32", threads=1), images(3)
+    theirs = load_model(source).logits(x)
+    np.testing.assert_allclose(runner.logits(x), theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+    assert "outside of it: none" in runner.findings()[0].fact
 
 
 # The whole way
