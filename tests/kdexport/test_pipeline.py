@@ -31,7 +31,9 @@ def leftovers(root: Path) -> list[Path]:
     return [path for path in root.rglob("*") if ".partial" in path.name or path.name.endswith((".new", ".old"))]
 
 
-def test_a_second_build_does_nothing_within_three_seconds_of_processor_time(built: Built, kdexport: Command) -> None:
+def test_a_second_build_does_nothing_in_the_processor_time_of_two_imports_of_torch(
+    built: Built, kdexport: Command
+) -> None:
     before = {path: path.stat().st_mtime_ns for path in built.bundle.rglob("*")}
     # Seconds of processor time, which other processes do not lengthen as they do those on a clock.
     best = 100.0
@@ -46,7 +48,11 @@ def test_a_second_build_does_nothing_within_three_seconds_of_processor_time(buil
         assert done.exit_code == 0
         assert "Nothing to do" in done.stdout
     assert {path: path.stat().st_mtime_ns for path in built.bundle.rglob("*")} == before
-    assert best < 3
+    # A build that exports or verifies anything takes tens of seconds; the unit follows the speed of the machine.
+    started = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-c", "import torch"], check=True)
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert best < 2 * (ended.ru_utime + ended.ru_stime - started.ru_utime - started.ru_stime)
 
 
 def test_a_damaged_bundle_is_replaced_from_the_workspace(built: Built, bundle_copy: Path, kdexport: Command) -> None:
