@@ -259,6 +259,9 @@ def attempt(index: int, seed: int, material: Material, place: Path) -> dict[str,
     if not wrong:
         # The fault is over: a disk of its own is gone with what was on it.
         healthy = material.task(name, place)
+        if name == "replay" and healthy.out.exists():
+            # It was whole, or it would be wrong by now; replay writes into new folders only.
+            shutil.rmtree(healthy.out)
         again = run(healthy, log)
         wrong = "" if again.exit_code == 0 else f"again: exit code {again.exit_code}: {again.stderr[-300:]}"
         wrong = wrong or (f"again: {healthy.problem()}" if healthy.problem() else "")
