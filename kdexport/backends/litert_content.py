@@ -38,7 +38,9 @@ class Layer:
     def __init__(self, model: LiteModel, operation: Operation) -> None:
         self.operation, self._model = operation, model
         makers = model.makers()
-        self.weight, self.bias = (self._stored(place, makers) for place in operation.inputs[1:3])
+        self.weight = self._stored(operation.inputs[1], makers)
+        without = len(operation.inputs) < 3 or operation.inputs[2] < 0
+        self.bias = None if without else self._stored(operation.inputs[2], makers)
         self.given = model.tensors[operation.inputs[0]]
         self.result = model.tensors[operation.outputs[0]]
         #: The operator that pads what this one reads.
@@ -48,7 +50,8 @@ class Layer:
     def _stored(self, place: int, makers: dict[int, Operation]) -> Stored:
         """The values as they are in the file: through the operator that widens float16."""
         maker = makers.get(place)
-        return self._model.tensors[place if maker is None else maker.inputs[0]]
+        widened = maker is not None and maker.kind == "DEQUANTIZE"
+        return self._model.tensors[maker.inputs[0] if maker is not None and widened else place]
 
     @property
     def name(self) -> str:
@@ -59,8 +62,14 @@ class Layer:
 
 
 def layers_of(model: LiteModel) -> list[Layer]:
-    """The operators with weights, in the order of the file."""
-    return [Layer(model, operation) for operation in model.operations if operation.kind in WEIGHTED]
+    """The operators with weights, in order; raises ``AuditError`` if they read what is not in the file."""
+    try:
+        return [Layer(model, operation) for operation in model.operations if operation.kind in WEIGHTED]
+    except IndexError:
+        raise AuditError(
+            "An operator reads a tensor that is not in the file.",
+            remedy="The file is damaged; build the bundle again.",
+        ) from None
 
 
 def content_findings(folder: Path, artifact: str, precision: str, kept: Sequence[str]) -> list[Finding]:
@@ -71,15 +80,25 @@ def content_findings(folder: Path, artifact: str, precision: str, kept: Sequence
         model = read_model((folder / artifact).read_bytes())
         graph = onnx.load(str(folder / ONNX_FILE))
         nodes = {node.weight_name: node for node in weighted_nodes(graph)}
+        layers = layers_of(model)
     except OSError as error:
         return [Finding("readable", False, f"{artifact}: {error.strerror}")]
     except AuditError as error:
         return [Finding("readable", False, error.message)]
-    layers = layers_of(model)
     pairs = [(layer, nodes[layer.name]) for layer in layers if layer.name in nodes]
     if len(pairs) != len(layers) or sorted(layer.name for layer in layers) != sorted(nodes):
         lost = next((str(layer) for layer in layers if layer.name not in nodes), "a node has no operator, or two")
         return [Finding("each layer is one of the graph", False, f"{lost}; the graph has {len(nodes)} with weights")]
+    try:
+        return _compared(model, graph, pairs, precision, kept)
+    # The tables of a damaged file do not fit together: an operator with the options of another, or a place too far.
+    except (AttributeError, IndexError) as error:
+        return [Finding("readable", False, f"the tables of {artifact} do not fit together: {error}")]
+
+
+def _compared(
+    model: LiteModel, graph: "onnx.ModelProto", pairs: Pairs, precision: str, kept: Sequence[str]
+) -> list[Finding]:
     found = [
         _values("each layer is one of the graph", pairs, _structure(model, pairs)),
         _values("weights", pairs, _wrong_weight),
@@ -193,6 +212,8 @@ def _wrong_weight(layer: Layer, node: WeightedNode) -> str:
 def _wrong_bias(layer: Layer, node: WeightedNode) -> str:
     outputs = node.weight.shape[0]
     expected: NDArray[Any] = np.zeros(outputs, np.float32) if node.bias is None else node.bias
+    if layer.bias is None:
+        return "the bias is missing" if expected.any() else ""
     if layer.bias.kind == "INT32" and node.weight_scales is not None and node.input_scale is not None:
         step = node.weight_scales.astype(np.float64) * node.input_scale
         return _difference(layer.bias.values, np.rint(expected / step).astype(np.int32), 0)
@@ -242,7 +263,7 @@ def _levels(graph: "onnx.ModelProto", kept: Sequence[str]) -> Callable[[Layer, W
         if layer.weight.axis != (3 if layer.operation.kind == "DEPTHWISE_CONV_2D" else 0):
             return "its weight scales are those of another axis"
         step = (wanted.astype(np.float64) * node.input_scale).astype(np.float32)
-        if layer.bias.scales.size != step.size or not np.allclose(layer.bias.scales, step, rtol=1e-6, atol=0):
+        if layer.bias is not None and not _are(layer.bias.scales, step):
             return "the scales of its bias are not those of its weight and input"
         for what, tensor, expected in (("reads", layer.given, given), ("returns", layer.result, results)):
             if node.name in expected and tensor.levels != expected[node.name]:
@@ -250,6 +271,11 @@ def _levels(graph: "onnx.ModelProto", kept: Sequence[str]) -> Callable[[Layer, W
         return ""
 
     return problem
+
+
+def _are(found: NDArray[np.float32], expected: NDArray[np.float32]) -> bool:
+    # A product of two scales may be rounded once more or less.
+    return found.size == expected.size and np.allclose(found, expected, rtol=1e-6, atol=0)
 
 
 def _graph_levels(graph: "onnx.ModelProto") -> tuple[dict[str, tuple[float, int]], dict[str, tuple[float, int]]]:

@@ -206,6 +206,21 @@ def rewired(model: Any) -> None:
     mean.inputs = np.array([operators[0].outputs[0], mean.inputs[1]], np.int32)
 
 
+def without_bias(model: Any) -> None:
+    conv = model.subgraphs[0].operators[0]
+    conv.inputs = np.array([*conv.inputs[:2], -1], np.int32)
+
+
+def with_other_options(model: Any) -> None:
+    operators = model.subgraphs[0].operators
+    operators[0].builtinOptions, operators[0].builtinOptionsType = None, 0
+
+
+def with_a_place_too_far(model: Any) -> None:
+    conv = model.subgraphs[0].operators[0]
+    conv.inputs = np.array([conv.inputs[0], 4000, conv.inputs[2]], np.int32)
+
+
 def renamed(model: Any) -> None:
     place_of(model, "inner.weight").name = b"other.weight"
 
@@ -227,6 +242,9 @@ def renamed(model: Any) -> None:
         ("fp32", option(0, "strideH", 2), "each layer is one of the graph", "(stem): has the geometry"),
         ("fp32", option(0, "padding", 1), "each layer is one of the graph", "(stem): has the geometry"),
         ("fp32", option(0, "fusedActivationFunction", 0), "each layer is one of the graph", "expected Relu"),
+        ("fp32", without_bias, "biases", "CONV_2D of stem.weight (stem): the bias is missing"),
+        ("fp32", with_other_options, "readable", "do not fit together"),
+        ("fp32", with_a_place_too_far, "readable", "reads a tensor that is not in the file"),
         ("fp32", rewired, "each layer is one of the graph", "(linear): reads the result of stem, expected inner, stem"),
         ("fp32", renamed, "each layer is one of the graph", "CONV_2D of other.weight; the graph has 3 with weights"),
     ],
