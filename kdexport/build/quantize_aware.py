@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from kdexport.config import BuildConfig, QuantizeAwareSettings
 
 _STATE, _HISTORY = "student.safetensors", "history.json"
-_RUN, _JOB, _PLAIN = "run", "job.json", "plain.onnx"
+_RUN, _JOB, _PLAIN, _START, _START_RANGES = "run", "job.json", "plain.onnx", "start.onnx", "start.json"
+#: Batches of images on which channels are equalised: all values of all of them are in memory at once.
+_EQUALISED_ON = 2
 #: Files that ``training.quantize_aware`` writes.
 _TRAINED, _TRAINED_RANGES, _METRICS = "trained.safetensors", "trained_ranges.json", "quantize_aware.json"
 
@@ -84,7 +86,8 @@ def quantize_aware(
         from kdexport.graph.quantize import parse_form, quantize
 
         folder, workspace = making.folder, making.workspace
-        plain, ranges = model.result(workspace).path, calibrate(model, calibration).result(workspace)
+        plain, ranges = folder / _START, folder / _START_RANGES
+        _start(model.result(workspace).path, calibration, plain, ranges)
         quantize(plain, ranges, folder / _PLAIN, form=parse_form(form), weight_bits=weight_bits(form, calibration))
         job = {
             "float32": str(plain),
@@ -120,6 +123,27 @@ def quantize_aware(
     )  # fmt: skip
 
 
+def _start(exported: Path, calibration: Calibration, path: Path, ranges: Path) -> None:
+    """Write the graph that the training starts from, and its ranges: the same function, with channels of like ranges.
+
+    Otherwise a channel that a fold made thousands of times larger than its neighbours leaves them without levels, and
+    hardly a gradient either.
+    """
+    import itertools
+
+    import numpy as np
+    import onnx
+
+    from kdexport.backends.base import INPUT
+    from kdexport.graph.equalise import equalise
+    from kdexport.graph.tensor_ranges import calibrate as measure
+
+    images = np.concatenate(list(itertools.islice(calibration.batches(), _EQUALISED_ON)))
+    onnx.save(equalise(onnx.load(str(exported)), {INPUT: images}, through_pooling=True).model, str(path))
+    settings = calibration.settings
+    measure(path, calibration.batches(), ranges, method=settings.method, percentile=settings.percentile)
+
+
 def _collect(folder: Path, state: dict[str, Any], plain: Path, ranges: Path) -> None:
     """Write the trained state, the float32 graph that has it and its ranges; remove what only the run needs."""
     import shutil
@@ -137,8 +161,8 @@ def _collect(folder: Path, state: dict[str, Any], plain: Path, ranges: Path) -> 
     last = json.loads((run / _METRICS).read_text())["history"][-1]
     (folder / _HISTORY).write_text(json.dumps({"loss": last["loss/kd"], "top1": last["top1"]}))
     shutil.rmtree(run)
-    (folder / _PLAIN).unlink()
-    (folder / _JOB).unlink()
+    for name in (_PLAIN, _JOB, _START, _START_RANGES):
+        (folder / name).unlink()
 
 
 def cast_trained(made: Step[QuantizeAwareFiles], form: str, calibration: Calibration) -> Step[OnnxModel]:

@@ -24,6 +24,9 @@ HOSTILE_BITS = 4.0
 #: Passes over all pairs, because a layer between two others is part of two pairs.
 _SWEEPS = 3
 
+#: Operators that take the mean of each channel, or only drop dimensions after it: a scaled channel stays scaled.
+_POOLING = ("GlobalAveragePool", "ReduceMean", "Reshape", "Flatten", "Squeeze")
+
 #: Largest exponent of a factor, far from the limits of float32.
 _MAX_EXPONENT = 16
 
@@ -101,9 +104,12 @@ def explain_ranges(ranges: Sequence[LayerRange], count: int = 3) -> list[str]:
     return [str(item) for item in worst[:count]]
 
 
-def equalise(model: onnx.ModelProto, feeds: Arrays) -> Equalised:
-    """Balance the channel ranges of every pair of convolutions that are connected directly or by a ReLU."""
-    pairs = _pairs(model)
+def equalise(model: onnx.ModelProto, feeds: Arrays, *, through_pooling: bool = False) -> Equalised:
+    """Balance the channel ranges of every pair of convolutions that are connected directly or by a ReLU.
+
+    With ``through_pooling`` also those of the last convolution and a linear layer behind a pooling over all pixels.
+    """
+    pairs = _pairs(model, through_pooling=through_pooling)
     totals: dict[str, NDArray[np.int64]] = {}
     changed = model
     for _ in range(_SWEEPS):
@@ -142,31 +148,63 @@ def _peaks(model: onnx.ModelProto, feeds: Arrays, names: list[str]) -> dict[str,
     return {name: channel_peaks(values) for name, values in run(model, feeds, names).items()} if names else {}
 
 
-def _pairs(model: onnx.ModelProto) -> list[tuple[onnx.NodeProto, onnx.NodeProto]]:
-    """Pairs of convolutions where the second, possibly behind a ReLU, is the only reader of the first."""
-    stored = {item.name for item in model.graph.initializer}
-    shared = [name for node in model.graph.node for name in node.input if name in stored]
-    outputs = {value.name for value in model.graph.output}
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
+def _pairs(model: onnx.ModelProto, *, through_pooling: bool) -> list[tuple[onnx.NodeProto, onnx.NodeProto]]:
+    """Pairs of convolutions where the second, possibly behind a ReLU, is the only reader of the first.
 
-    def owns_weights(node: onnx.NodeProto) -> bool:
-        # A weight that two layers share cannot be scaled for one of them only.
-        return node.op_type == "Conv" and all(name in stored and shared.count(name) == 1 for name in node.input[1:])
-
-    found = []
-    for node in model.graph.node:
-        name = node.output[0]
-        following = readers.get(name, [])
-        if len(following) == 1 and following[0].op_type == "Relu" and name not in outputs:
-            name = following[0].output[0]
-            following = readers.get(name, [])
-        alone = len(following) == 1 and name not in outputs
-        if alone and owns_weights(node) and owns_weights(following[0]) and following[0].input[0] == name:
-            found.append((node, following[0]))
+    With ``through_pooling`` the second may be a linear layer behind a pooling, with one input for each channel.
+    """
+    graph, found = _Readers(model), []
+    for first in model.graph.node:
+        if not graph.owns_weights(first, "Conv"):
+            continue
+        name = graph.behind(first.output[0], ("Relu",), once=True)
+        second = graph.only_reader(name)
+        if through_pooling and second is not None and second.op_type in _POOLING:
+            name = graph.behind(name, _POOLING)
+            second = graph.only_reader(name)
+            fits = second is not None and graph.owns_weights(second, "Gemm") and _reads_each_once(model, first, second)
+        else:
+            fits = second is not None and graph.owns_weights(second, "Conv")
+        if fits and second is not None and second.input[0] == name:
+            found.append((first, second))
     return found
+
+
+def _reads_each_once(model: onnx.ModelProto, first: onnx.NodeProto, linear: onnx.NodeProto) -> bool:
+    """Whether a linear layer (O,I) has one input for each output channel of the convolution ``first``."""
+    is_swapped = any(item.name == "transB" and item.i for item in linear.attribute)
+    return is_swapped and _weights(model, linear.input[1]).shape[1] == _weights(model, first.input[1]).shape[0]
+
+
+class _Readers:
+    """The nodes that read each tensor of a graph."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self._stored = {item.name for item in model.graph.initializer}
+        self._shared = [name for node in model.graph.node for name in node.input if name in self._stored]
+        self._outputs = {value.name for value in model.graph.output}
+        self._readers: dict[str, list[onnx.NodeProto]] = {}
+        for node in model.graph.node:
+            for name in node.input:
+                self._readers.setdefault(name, []).append(node)
+
+    def owns_weights(self, node: onnx.NodeProto, kind: str) -> bool:
+        """Whether it is a ``kind`` of which no other node reads a weight: that could not be scaled for one only."""
+        stored = (name in self._stored and self._shared.count(name) == 1 for name in node.input[1:])
+        return node.op_type == kind and all(stored)
+
+    def only_reader(self, name: str) -> onnx.NodeProto | None:
+        """The node that reads ``name``, if there is one and ``name`` is no output."""
+        following = self._readers.get(name, [])
+        return following[0] if len(following) == 1 and name not in self._outputs else None
+
+    def behind(self, name: str, kinds: Sequence[str], *, once: bool = False) -> str:
+        """The tensor behind the operators of ``kinds`` that alone read ``name``, or ``name``."""
+        reader = self.only_reader(name)
+        while reader is not None and reader.op_type in kinds:
+            name = reader.output[0]
+            reader = None if once else self.only_reader(name)
+        return name
 
 
 def _columns(model: onnx.ModelProto, node: onnx.NodeProto) -> NDArray[np.float64] | None:
