@@ -277,7 +277,9 @@ def _target_entry(target: Target, parts: Parts) -> dict[str, Any]:
     if target.runtime.one_at_a_time:
         entry["images_per_run"] = 1
     if is_int8(target.form):
-        entry["calibration"] = parts.calibration
+        # The setting is for CPUs; the other form always has 8 bits.
+        bits = {} if target.form == "int8-u8" else {"weight_bits": 8}
+        entry["calibration"] = {**parts.calibration, **bits}
     if target.form in parts.quantize_aware:
         described = parts.quantize_aware[target.form].described
         entry["quantize_aware"] = {"weights": TRAINED_FOR[target.form], **described}

@@ -175,7 +175,11 @@ def _forms(manifest: Manifest) -> list[str]:
 
 def weight_bits(manifest: Manifest) -> int:
     """The bits of quantized weights in CPU targets; a build has one setting."""
-    found = (entry["calibration"]["weight_bits"] for entry in manifest.targets.values() if "calibration" in entry)
+    found = (
+        entry["calibration"]["weight_bits"]
+        for name, entry in manifest.targets.items()
+        if "calibration" in entry and parse_target(name).form == "int8-u8"
+    )
     return int(next(found, 8))
 
 

@@ -85,6 +85,12 @@ def test_every_target_is_verified_or_marked_as_not_run(bundle: Path) -> None:
         assert entry["form"] in ("fp32", "bf16", "int8-u8", "int8-s8")
         assert ("calibration" in entry) is name.endswith("int8")
     assert data["targets"]["onnx-int8"]["calibration"]["split"] == "train"
+    bits = {name: entry["calibration"]["weight_bits"] for name, entry in data["targets"].items() if name[-4:] == "int8"}
+    assert bits == {"onnx-int8": 7, "openvino-int8": 7, "trt-rtx-int8": 8}
+    for name, most in (("onnx-int8", 64), ("trt-rtx-int8", 127)):
+        graph = onnx.load(str(bundle / "targets" / name / "model.onnx")).graph
+        levels = [numpy_helper.to_array(item) for item in graph.initializer if item.name.endswith("weight_quantized")]
+        assert max(int(abs(value.astype(int)).max()) for value in levels) == most, name
     layers = data["targets"]["trt-rtx-int8"]["layers"]
     assert layers["correlation"] == data["operators"]["fused"]["Conv"]
     rungs = {(c["rung"], c["subject"]) for c in data["parity"]}
