@@ -20,7 +20,7 @@ from training.recipe import Recipe, StudentSettings, TeacherSettings
 from training.suitability import default_settings, method_of, suitable_methods
 from training.teachers import TEACHERS, Teacher
 from training.teachers.description import TeacherDescription, described_teacher
-from training.teachers.teacher import load_teacher_weights
+from training.teachers.teacher import load_teacher_weights, outputs_in_file
 from training.teaching import TeacherInput, teacher_input
 
 Say = Callable[[str], None]
@@ -195,10 +195,21 @@ def given_teacher(recipe: Recipe, images: ImageSet, say: Say) -> GivenTeacher:
         given = teacher_input(settings, recipe.data, known.preprocessing, str(path))
         size = given.preprocessing.image_size
         teacher = TEACHERS.build(settings.name, num_classes=len(images.classes), image_size=size)
-        notes = load_teacher_weights(teacher, path)
+        problem = ""
+        try:
+            notes = load_teacher_weights(teacher, path)
+        except CheckpointError:
+            outputs = outputs_in_file(teacher, path)
+            reads_logits = "logits" in method_of(recipe.distiller).outputs_read(recipe.distiller)
+            if reads_logits or outputs in (None, len(images.classes)):
+                raise
+            # With its own classifier, whose weight the target guide reads.
+            teacher = TEACHERS.build(settings.name, num_classes=outputs, image_size=size)
+            notes = load_teacher_weights(teacher, path)
+            problem = f"its file has a classifier of {outputs} classes"
         if notes:
             say(f"read {path}: {'; '.join(notes)}")
-        return GivenTeacher(teacher=teacher, given=given)
+        return GivenTeacher(teacher=teacher, given=given, problem=problem)
     return _foreign_teacher(recipe, reference, images, known, say)
 
 

@@ -19,6 +19,7 @@ from training.networks import build_student, given_teacher
 from training.recipe import Recipe, StudentSettings
 from training.runs.handover import Origin
 from training.runs.task import FrozenTeacher
+from training.teachers import TEACHERS
 from training.teachers.description import described_teacher
 from training.train import distil, evaluate_teacher, rehearse, train_student, train_teacher
 
@@ -95,6 +96,32 @@ def test_a_teacher_of_other_classes_is_refused_for_logits_and_read_for_features(
         assert "only its features are read" in capfd.readouterr().err
     with pytest.raises(CheckpointError, match="cannot be evaluated on these classes: it has 7 classes"):
         evaluate_teacher(recipe_of(tiny_images, given, teacher="seven"))
+
+
+def test_a_registered_teacher_of_other_classes_is_read_for_features_with_its_own_classifier(
+    tiny_images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(1)
+    path = tmp_path / "seven.safetensors"
+    own = TEACHERS.build("resnet20", num_classes=7, image_size=16).state_dict()
+    save_file(own, path)
+    named = ('teacher.name="resnet20"', f"teacher.checkpoint={path}", "train.epochs=1", "train.warmup_epochs=0.5")
+    with pytest.raises(CheckpointError, match="has 7 outputs, the network 3"):
+        train_student(tiny_recipe(tiny_images, *named, "distiller.name=kd"), tmp_path / "kd", ORIGIN)
+    guided = tiny_recipe(
+        tiny_images, *named, "distiller.layers=multi", "distiller.target_guide=1.0", "distiller.ramp_epochs=0.5"
+    )
+    metrics = train_student(guided, tmp_path / "run", ORIGIN)
+    assert "teacher_top1" not in metrics
+    assert "no top-1, because its file has a classifier of 7 classes; only its features" in capfd.readouterr().err
+    given = given_teacher(guided, open_dataset(guided.data.spec(), "train"), lambda _: None)
+    # The target guide reads the classifier: it must be that of the file.
+    torch.testing.assert_close(given.teacher.state_dict(), own, rtol=0, atol=0)
+    with pytest.raises(CheckpointError, match="classifier of 7 classes, the data set has 3"):
+        evaluate_teacher(guided)
+    save_file({name: value for name, value in own.items() if "fc." not in name}, path)
+    with pytest.raises(CheckpointError, match="classifier"):
+        train_student(guided, tmp_path / "headless", ORIGIN)
 
 
 def test_fine_tuning_replaces_the_classifier_and_keeps_the_rest(tiny_images: Path, tmp_path: Path) -> None:

@@ -17,6 +17,13 @@ class Teacher(Classifier):
     traceable: ClassVar[bool] = True
 
 
+def outputs_in_file(teacher: Teacher, path: Path) -> int | None:
+    """The number of classes of the classifier in a file of weights; None if the file has no such layer."""
+    name = f"{teacher.classifier_path}.weight"
+    found = [tensor for key, tensor in read_weights(path).tensors.items() if key == name or key.endswith(f".{name}")]
+    return len(found[0]) if len(found) == 1 and found[0].ndim == 2 else None
+
+
 def load_teacher_weights(teacher: Teacher, path: Path) -> tuple[str, ...]:
     """Load the file of weights ``path`` into ``teacher``; returns what was unwrapped, renamed, cast and not used.
 
