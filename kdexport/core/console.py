@@ -5,10 +5,14 @@ With ``--json`` a command prints one JSON object on stdout, its answer: the resu
 """
 
 import contextlib
+import errno
 import io
 import json
 import logging
 import math
+import os
+import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -44,6 +48,8 @@ _answer = _Answer()
 
 #: Exit code after Ctrl-C.
 _INTERRUPTED = 128 + signal.SIGINT
+#: What goes wrong where something is written, and never where it is read.
+_OF_THE_TARGET = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def guarded(app: Callable[[], Any]) -> NoReturn:
@@ -82,13 +88,26 @@ def _interrupted() -> NoReturn:
 
 def storage_error(error: OSError) -> StorageError:
     """A full disk, a missing permission or an invalid path as kdexport's own error."""
-    place = f"{error.filename}: " if error.filename else ""
+    path, reason = _place_and_reason(error)
     remedy = "Free some space, or pass a folder that can be read and written."
-    if error.filename and Path(str(error.filename)).is_relative_to(tempfile.gettempdir()):
+    if path and Path(path).is_relative_to(tempfile.gettempdir()):
         remedy = "Free some space there, or set TMPDIR to a folder that can be written."
-    wrapped = StorageError(f"{place}{error.strerror or error}.", remedy=f"{remedy} No partly written file was left.")
+    text = f"{path}: {reason}" if path else reason
+    wrapped = StorageError(f"{text}.", remedy=f"{remedy} No partly written file was left.")
     wrapped.__cause__ = error
     return wrapped
+
+
+def _place_and_reason(error: OSError) -> tuple[str, str]:
+    """The path that the user has to do something about, or an empty string, and what happened to it."""
+    if isinstance(error, shutil.Error) and error.args and isinstance(error.args[0], list):
+        # A copied folder collects the errors of its files: source, target and a text.
+        _, target, text = error.args[0][0]
+        return str(target), re.sub(r"^\[Errno -?\d+\] ([^:]+).*$", r"\1", str(text), flags=re.DOTALL)
+    # A copy names the source first, also where its target is what has no room.
+    copied = error.errno in _OF_THE_TARGET and error.filename2
+    named = error.filename2 if copied else error.filename
+    return os.fsdecode(named) if isinstance(named, str | bytes) else str(named or ""), error.strerror or str(error)
 
 
 def fail(error: KdexportError) -> NoReturn:

@@ -1,6 +1,7 @@
 import errno
 import io
 import re
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -48,6 +49,30 @@ def test_a_full_disk_names_its_place_and_a_full_folder_of_temporary_files_the_va
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     found = storage_error(OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "kdexport-verify-1")))
     assert "set TMPDIR to a folder that can be written" in found.remedy
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_copy_onto_a_full_disk_names_the_target(number: int) -> None:
+    error = OSError(number, "No room", "/bundle/model.onnx", None, "/repository/model.onnx")
+    assert storage_error(error).message == "/repository/model.onnx: No room."
+
+
+def test_a_copy_that_cannot_read_names_the_source() -> None:
+    error = OSError(errno.EACCES, "Permission denied", "/bundle/model.onnx", None, "/repository/model.onnx")
+    assert storage_error(error).message == "/bundle/model.onnx: Permission denied."
+    assert storage_error(OSError(errno.EIO, "Input/output error")).message == "Input/output error."
+
+
+def test_a_copied_folder_names_the_first_file_that_failed(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "a").write_bytes(b"1")
+
+    def copy(source: str, target: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", source, None, target)
+
+    with pytest.raises(shutil.Error) as caught:
+        shutil.copytree(tmp_path / "source", tmp_path / "target", copy_function=copy)
+    assert storage_error(caught.value).message == f"{tmp_path / 'target' / 'a'}: No space left on device."
 
 
 def test_other_exit_codes_are_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
