@@ -220,8 +220,8 @@ def test_a_bundle_of_a_backend_that_is_not_here_says_what_to_pass(bundle_copy: P
         read_manifest(bundle_copy)
     assert str(caught.value) == (
         "The bundle was built for the target 'my-runtime-fp32', and there is no backend named 'my-runtime' here.\n"
-        "Pass --plugin FILE.py, or install the package that has the backend. Known: executorch, ncnn, onnx, openvino, "
-        "trt, trt-rtx."
+        "Pass --plugin FILE.py, or install the package that has the backend. Known: coreml, executorch, litert, ncnn, "
+        "onnx, openvino, trt, trt-rtx."
     )
 
 
