@@ -64,7 +64,8 @@ def guarded(app: Callable[[], Any]) -> NoReturn:
     except OSError as error:
         fail(storage_error(error))
     except Exception as error:  # noqa: BLE001, or the user would see a traceback
-        fail(missing_package(error) or UnexpectedError(error))
+        stop = _stop_behind(error)
+        fail(stop or missing_package(error) or UnexpectedError(error))
     except Stopped as stop:
         fail(StoppedError(signal.Signals(stop.number).name, stop.exit_code))
     except KeyboardInterrupt:
@@ -75,6 +76,20 @@ def guarded(app: Callable[[], Any]) -> NoReturn:
             _interrupted()
         raise
     sys.exit(0)
+
+
+def _stop_behind(error: BaseException) -> StoppedError | None:
+    """The stop by a signal that a library caught and reported as an error of its own; None if there is none."""
+    seen: set[int] = set()
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        if isinstance(current, Stopped):
+            return StoppedError(signal.Signals(current.number).name, current.exit_code)
+        if isinstance(current, KeyboardInterrupt):
+            return StoppedError(signal.Signals.SIGINT.name, _INTERRUPTED)
+        seen.add(id(current))
+        current = current.__cause__ or current.__context__
+    return None
 
 
 def name_command(name: str | None) -> None:

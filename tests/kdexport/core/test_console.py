@@ -2,6 +2,7 @@ import errno
 import io
 import re
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from kdexport.core.console import fail, guarded, new_console, print_answer, storage_error, verdict_style
 from kdexport.core.progress import Reporter
+from kdexport.core.stopping import Stopped
 from kdexport.core.tables import Table, terminal_table
 from kdexport.errors import ConfigError
 from tests.answers import checked_answer
@@ -73,6 +75,25 @@ def test_a_copied_folder_names_the_first_file_that_failed(tmp_path: Path) -> Non
     with pytest.raises(shutil.Error) as caught:
         shutil.copytree(tmp_path / "source", tmp_path / "target", copy_function=copy)
     assert storage_error(caught.value).message == f"{tmp_path / 'target' / 'a'}: No space left on device."
+
+
+@pytest.mark.parametrize(("stop", "code"), [(Stopped(signal.SIGTERM), 143), (KeyboardInterrupt(), 130)])
+def test_a_stop_that_a_library_reports_as_its_own_error_is_still_a_stop(
+    stop: BaseException, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def export() -> None:
+        try:
+            try:
+                raise stop
+            except BaseException as error:
+                raise ValueError("graph") from error
+        except ValueError as error:
+            raise RuntimeError("export failed") from error
+
+    with pytest.raises(SystemExit) as ended:
+        guarded(export)
+    assert ended.value.code == code
+    assert "KDX410" in capsys.readouterr().err
 
 
 def test_other_exit_codes_are_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
