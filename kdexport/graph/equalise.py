@@ -194,7 +194,7 @@ class _Readers:
         return node.op_type == kind and all(stored)
 
     def only_reader(self, name: str) -> onnx.NodeProto | None:
-        """The node that reads ``name``, if there is one and ``name`` is no output."""
+        """The one node that reads ``name``; None if several do or none, or if it is an output of the graph."""
         following = self._readers.get(name, [])
         return following[0] if len(following) == 1 and name not in self._outputs else None
 
