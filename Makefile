@@ -57,7 +57,8 @@ NULL_DEVICE := build/null-device
 
 gpu-dry: setup  ## Train every method on a CUDA device that runs no kernel, and count what a step does there
 	@$(BIN)/python benchmarks/gpu/null_device/build.py $(NULL_DEVICE)
-	@$(BIN)/python benchmarks/gpu/dry_run.py --device $(NULL_DEVICE) --to docs/results/training.md
+	@$(BIN)/python benchmarks/gpu/dry_run.py --device $(NULL_DEVICE) --keep build/gpu-dry \
+		--to docs/results/training.md
 
 docs: setup  ## The documentation site in build/site; a warning is an error
 	@$(BIN)/python -m mkdocs --version > /dev/null 2>&1 || \

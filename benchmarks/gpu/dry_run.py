@@ -2,14 +2,17 @@
 
     make gpu-dry
     python benchmarks/gpu/dry_run.py --device build/null-device --to docs/results/training.md [--methods kd,average]
+                                     [--keep build/gpu-dry]
 
 Each method trains by the command line, in the loop and as a CUDA graph, in a process of its own. Numbers mean nothing
 on that device, so the checks of losses, weights and predictions are switched off; placement, precision, capture and
-waiting are those of a GPU.
+waiting are those of a GPU. ``--keep`` stores the counts of a method when it is done; a later call takes those of the
+same code and the same torch, so that a run that was stopped continues.
 """
 
 import argparse
 import ctypes
+import hashlib
 import json
 import os
 import subprocess
@@ -32,6 +35,9 @@ IMAGES, BATCH, WARM_UP = 14, 64, 5
 #: The goals of a step as a CUDA graph.
 MOST_OPERATIONS, MOST_WAITS, GRAPHS = 900, 0, 1
 HEADING = "## Operations of a step on CUDA"
+
+#: What a step of a method does, by the name of a counter, for each form of the step.
+Counts = dict[str, dict[str, float]]
 
 
 def counts(runtime: ctypes.CDLL) -> dict[str, int]:
@@ -59,7 +65,7 @@ def write_teacher(path: Path) -> None:
     save_tensors(path, TEACHERS.build(TEACHER, num_classes=CLASSES, image_size=SIDE).state_dict())
 
 
-def measured(method: str, work: Path) -> dict[str, dict[str, float]]:
+def measured(method: str, work: Path) -> Counts:
     """What a step of ``method`` does in each form; this process is on the null device."""
     found = {}
     for form, capture in (("loop", "no"), ("graph", "yes")):
@@ -116,7 +122,7 @@ def _trained(method: str, capture: str, work: Path) -> dict[str, float]:
     return {**per_step, "in_graph": float(graphs[0]) if graphs else 0.0}
 
 
-def on_null_device(device: Path, method: str, work: Path) -> dict[str, dict[str, float]] | str:
+def on_null_device(device: Path, method: str, work: Path) -> Counts | str:
     """``measured`` in a process on the null device; the end of its errors if it fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     command = [str(device / "run"), sys.executable, __file__, "--one", method, "--work", str(work)]
@@ -124,6 +130,42 @@ def on_null_device(device: Path, method: str, work: Path) -> dict[str, dict[str,
     if done.returncode:
         return "\n".join(done.stderr.splitlines()[-12:])
     return dict(json.loads((work / f"{method}.json").read_text()))
+
+
+def source_digest(root: Path = Path(__file__).parents[2]) -> str:
+    """sha256 of the code that counts depend on, and of the version of torch."""
+    folders = ("training", "kdexport", "benchmarks/gpu")
+    files = sorted(
+        path
+        for folder in folders
+        for path in (root / folder).rglob("*")
+        if path.suffix in (".py", ".toml", ".cpp") and "__pycache__" not in path.parts
+    )
+    found = hashlib.sha256(torch.__version__.encode())
+    for path in files:
+        found.update(f"\0{path.relative_to(root)}\0".encode() + path.read_bytes())
+    return found.hexdigest()
+
+
+class Kept:
+    """Counts of methods in files of ``folder``, for the code ``source``; without a folder nothing is kept."""
+
+    def __init__(self, folder: Path | None, source: str) -> None:
+        self._folder, self._source = folder, source
+
+    def read(self, method: str) -> Counts | None:
+        """The counts of ``method``; None if there are none of this code."""
+        if self._folder is None or not (self._folder / f"{method}.json").is_file():
+            return None
+        stored = json.loads((self._folder / f"{method}.json").read_text())
+        return dict(stored["counts"]) if stored["source"] == self._source else None
+
+    def write(self, method: str, counted: Counts) -> None:
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            partial = self._folder / f"{method}.json.partial"
+            partial.write_text(json.dumps({"source": self._source, "counts": counted}))
+            partial.replace(self._folder / f"{method}.json")
 
 
 def operations(found: dict[str, float]) -> float:
@@ -135,7 +177,7 @@ def waits(found: dict[str, float]) -> float:
     return found["synchronisations"] + found["blocking_copies"]
 
 
-def page(results: dict[str, dict[str, dict[str, float]]]) -> str:
+def page(results: dict[str, Counts]) -> str:
     """The section with the counts of each method, and whether they meet the goals."""
     rows = [
         f"| {method} | {operations(forms['loop']):.0f} | {waits(forms['loop']):g} | {operations(forms['graph']):.0f} "
@@ -180,6 +222,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", type=Path, default=Path("build/null-device"))
     parser.add_argument("--to", type=Path, help="write the counts as the last section of this page")
+    parser.add_argument("--keep", type=Path, help="keep the counts of each method here and continue")
     parser.add_argument("--methods", default="", help="separated by commas; all of them without it")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
@@ -190,18 +233,20 @@ def main() -> None:
     from training.shipped_recipes import shipped_names
 
     methods = [name.removeprefix(f"{RECIPE}/") for name in shipped_names() if name.startswith(f"{RECIPE}/")]
-    results, failed = {}, []
+    results: dict[str, Counts] = {}
+    failed, kept = [], Kept(options.keep, source_digest())
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         write_noise(work / "data")
         write_teacher(work / "teacher.safetensors")
         for method in options.methods.split(",") if options.methods else methods:
-            found = on_null_device(options.device, method, work)
+            found = kept.read(method) or on_null_device(options.device, method, work)
             if isinstance(found, str):
                 failed.append(method)
                 print(f"{method}: failed\n{found}", file=sys.stderr, flush=True)
                 continue
             results[method] = found
+            kept.write(method, found)
             print(method, json.dumps(found), flush=True)
     if results and options.to:
         before = options.to.read_text().partition(HEADING)[0].rstrip() if options.to.is_file() else ""

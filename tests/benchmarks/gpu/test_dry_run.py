@@ -49,6 +49,28 @@ def test_the_page_says_which_goals_are_met(dry_run: ModuleType) -> None:
     assert "1 of 2 methods, the largest has 952" in page
 
 
+def test_counts_are_kept_for_the_same_code_only(dry_run: ModuleType, tmp_path: Path) -> None:
+    counts = {"loop": {"operations": 1000.0}, "graph": {"operations": 2.25}}
+    dry_run.Kept(tmp_path / "kept", "one").write("kd", counts)
+    assert dry_run.Kept(tmp_path / "kept", "one").read("kd") == counts
+    assert dry_run.Kept(tmp_path / "kept", "one").read("average") is None
+    assert dry_run.Kept(tmp_path / "kept", "another").read("kd") is None
+    dry_run.Kept(None, "one").write("kd", counts)
+    assert dry_run.Kept(None, "one").read("kd") is None
+    assert [path.name for path in (tmp_path / "kept").iterdir()] == ["kd.json"]
+
+
+def test_the_digest_of_the_code_changes_with_code_and_recipes(dry_run: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "training").mkdir()
+    code, recipe, page = (tmp_path / "training" / name for name in ("step.py", "kd.toml", "notes.md"))
+    digests = []
+    for path, text in ((code, "a"), (code, "b"), (recipe, "a"), (page, "a")):
+        path.write_text(text)
+        digests.append(dry_run.source_digest(tmp_path))
+    assert len(set(digests)) == 3
+    assert digests[3] == digests[2]
+
+
 def test_the_campaign_names_its_phases_and_what_is_missing(tmp_path: Path) -> None:
     script = FOLDER / "campaign.sh"
     wrong = subprocess.run(["bash", script, "9"], capture_output=True, text=True)
