@@ -135,6 +135,10 @@ def table(
     teacher_checkpoint: TeacherOption = None,
     plugin: Plugins = None,
     title: Annotated[str, typer.Option("--title")] = "Distillation results",
+    parallel: Annotated[
+        int,
+        typer.Option("--parallel", min=1, max=64, help="Cells that train at once on one GPU."),
+    ] = 1,
     report: Annotated[bool, typer.Option("--report", help="Write the table from existing runs; run nothing.")] = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -144,7 +148,7 @@ def table(
 
     tabulate(
         recipes, out, runs=runs, seeds=_numbers(seeds), overrides=_tables(set_, data, teacher_checkpoint), title=title,
-        run=not report,
+        run=not report, parallel=parallel,
     )  # fmt: skip
     if as_json:
         print_answer({"out": str(out), "csv": str(out.with_suffix(".csv"))})

@@ -52,6 +52,7 @@ from training.runs.record import (
 from training.runs.supervision import supervision
 from training.runs.task import DistillationTask, FrozenTeacher, SupervisedTask
 from training.runs.trackers import require_trackers
+from training.runs.turns import Shared
 from training.suitability import require_compatible, require_suitable
 from training.teachers import Teacher
 from training.teachers.description import TeacherDescription
@@ -63,11 +64,14 @@ _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 Precision = Literal["no", "bf16", "fp16"]
 
 
-def distil(recipe: Recipe, directory: Path, teacher_directory: Path | None = None) -> Metrics:
+def distil(
+    recipe: Recipe, directory: Path, teacher_directory: Path | None = None, shared: Shared | None = None
+) -> Metrics:
     """Run ``recipe`` in ``directory`` or continue it there; returns the metrics of the last epoch.
 
     If the recipe has no teacher weights, the teacher is trained first: in the folder of the run, or with seed 0 in
-    ``teacher_directory``, which runs with several seeds share.
+    ``teacher_directory``, which runs with several seeds share. With ``shared`` other runs take turns with the steps of
+    the student; a teacher is trained without a break, so that no other run finds half of it.
     """
     rehearse(recipe)
     accelerator = make_accelerator(recipe.train)
@@ -84,8 +88,8 @@ def distil(recipe: Recipe, directory: Path, teacher_directory: Path | None = Non
     if teacher_directory is None:
         checkpoint = prepare_teacher(recipe, directory / "teacher", dataset)
     else:
-        shared = recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": 0})})
-        checkpoint = prepare_teacher(shared, teacher_directory, dataset)
+        first = recipe.model_copy(update={"train": recipe.train.model_copy(update={"seed": 0})})
+        checkpoint = prepare_teacher(first, teacher_directory, dataset)
     resolved, digest = recipe, ""
     if checkpoint is not None:
         settings = recipe.teacher.model_copy(update={"checkpoint": str(checkpoint)})
@@ -95,7 +99,7 @@ def distil(recipe: Recipe, directory: Path, teacher_directory: Path | None = Non
     if digest and "teacher_sha256" in recorded_inputs(directory):
         claim_input(directory, "teacher_sha256", digest, str(checkpoint))
     origin = Origin(dataset_sha256=dataset, teacher_sha256=digest, extended_from=extensions(directory))
-    return train_student(resolved, directory, origin)
+    return train_student(resolved, directory, origin, shared)
 
 
 def claim_data(directory: Path, recipe: Recipe, report: Callable[[str], None]) -> str:
@@ -241,7 +245,7 @@ def train_teacher(recipe: Recipe, directory: Path) -> Metrics:
     return metrics
 
 
-def train_student(recipe: Recipe, directory: Path, origin: Origin) -> Metrics:
+def train_student(recipe: Recipe, directory: Path, origin: Origin, shared: Shared | None = None) -> Metrics:
     """Distil the recipe's student into ``directory``/student; returns the metrics of the last epoch."""
     accelerator = make_accelerator(recipe.train)
     train, test = open_dataset(recipe.data.spec(), "train"), open_dataset(recipe.data.spec(), "test")
@@ -289,6 +293,7 @@ def train_student(recipe: Recipe, directory: Path, origin: Origin) -> Metrics:
         classes=train.classes,
         foreign=_foreign(recipe, "student", "teacher", "distiller"),
         described=described_run(recipe, "student"),
+        shared=shared,
     )
     if accelerator.is_main_process:
         recover(directory / "best")
@@ -474,6 +479,11 @@ def make_accelerator(settings: TrainSettings) -> Accelerator:
     choose_kernels(accelerator.device, deterministic=settings.deterministic)
     check_batch_size(settings.batch_size, accelerator.num_processes)
     return accelerator
+
+
+def process_settings(recipe: Recipe) -> tuple[Precision, bool]:
+    """What ``make_accelerator`` sets for the whole process, so that runs at once must agree on it."""
+    return _precision(recipe.train.mixed_precision), recipe.train.deterministic
 
 
 def _precision(setting: str) -> Precision:

@@ -30,6 +30,7 @@ from training.runs.progress import EpochProgress
 from training.runs.state import Resumed, load_state, save_state
 from training.runs.step import EpochPlan, OptimisationStep, Teach, epoch_plan
 from training.runs.trackers import Trackers
+from training.runs.turns import Shared
 from training.runs.watch import REMEDY, LossWatch
 
 Metrics = dict[str, float]
@@ -68,6 +69,13 @@ class Run:
     foreign: str = ""
     #: What trackers get as the configuration of the run.
     described: dict[str, Any] = field(default_factory=dict)
+    #: Set if other runs of this process take turns with this one.
+    shared: Shared | None = None
+
+    @property
+    def label(self) -> str:
+        """What the run is called in lines of progress."""
+        return self.title if self.shared is None else self.shared.name
 
     @property
     def evaluated(self) -> nn.Module:
@@ -101,18 +109,19 @@ def run(job: Run, accelerator: Accelerator) -> tuple[Metrics, ...]:
     step = OptimisationStep(task, job.teach, prepared, accelerator, clip_norm=settings.clip_norm)
     history, diversity = list(resumed.history), list(extra.get("diversity", []))
     progress = EpochProgress(
-        job.title,
+        job.label,
         steps_per_epoch=job.batches.steps,
         epochs=settings.epochs,
         done_epochs=resumed.epoch,
         batch_size=settings.batch_size,
         quiet=not accelerator.is_main_process,
+        lines=job.shared is not None,
     )
     with progress, _journal(job, resumed.epoch, accelerator, progress) as journal:
         captured = captured_steps(job, accelerator, step, resumed.epoch, progress)
         for epoch in range(resumed.epoch, settings.epochs):
             if out_of_patience(history, settings.patience):
-                progress.say(f"{job.title}: no better epoch in the last {settings.patience}, the run ends early")
+                progress.say(f"{job.label}: no better epoch in the last {settings.patience}, the run ends early")
                 break
             metrics, found = train_epoch(job, accelerator, step, epoch, progress, history, captured)
             history.append(metrics)
@@ -217,7 +226,7 @@ def captured_steps(
     require_capture(settings, reason)
     if reason:
         if device.type == "cuda" and settings.capture != "no":
-            progress.say(f"{job.title}: its steps are not captured as a CUDA graph, because {reason}")
+            progress.say(f"{job.label}: its steps are not captured as a CUDA graph, because {reason}")
         return None
     assert isinstance(job.batches, ResidentBatches)
     captured = CapturedSteps(step, job.task, job.network, job.batches, device, settings.batch_size)
@@ -249,6 +258,8 @@ def train_epoch(
     for _ in begun:
         watch.step_done()
         progress.step()
+        if job.shared is not None:
+            job.shared.give_way()
     names, sums = watch.means()
     reduced = accelerator.reduce(sums, "mean").tolist()
     seconds = time.monotonic() - started

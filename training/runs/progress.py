@@ -10,7 +10,10 @@ from kdexport.core.console import new_console
 
 
 class EpochProgress:
-    """A bar over the steps of all epochs with the latest numbers; in a pipe, ``epoch_done`` prints a line."""
+    """A bar over the steps of all epochs with the latest numbers.
+
+    In a pipe, and with ``lines`` for one of several runs, ``epoch_done`` prints a line instead.
+    """
 
     def __init__(
         self,
@@ -21,10 +24,11 @@ class EpochProgress:
         done_epochs: int,
         batch_size: int,
         quiet: bool = False,
+        lines: bool = False,
     ) -> None:
         self._title, self._steps, self._epochs, self._batch_size = title, steps_per_epoch, epochs, batch_size
         self._console = new_console(stderr=True, quiet=quiet)
-        self._shown = self._console.is_terminal
+        self._shown = self._console.is_terminal and not lines
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=16),
@@ -75,7 +79,7 @@ class EpochProgress:
         losses = {key.removeprefix("loss/"): v for key, v in metrics.items() if key.startswith("loss/")}
         status = self._status(losses, metrics["images_per_s"], epoch)
         self._live.update(self._bar, status=status)
-        if not self._console.is_terminal or epoch == self._epochs:
+        if not self._shown or epoch == self._epochs:
             self.say(f"{self._title}: {status}")
 
     def _status(self, losses: dict[str, float], images_per_s: float, done: float) -> str:

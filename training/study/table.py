@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kdexport.core.files import write_text
+from kdexport.core.progress import Reporter
 from kdexport.core.tables import Table, markdown_table
 from kdexport.errors import StorageError
 from training.study.cells import Result, plan, read, require_one_data_set, run_cell
@@ -24,10 +25,12 @@ def tabulate(
     overrides: dict[str, Any],
     title: str,
     run: bool,
+    parallel: int = 1,
 ) -> None:
     """Run or continue every cell if ``run``, and write the page ``out`` and a CSV after each of them.
 
-    Raises ``ConfigError`` for unknown recipes and folders of other runs, ``StorageError`` if a file cannot be written.
+    ``parallel`` cells train at once. Raises ``ConfigError`` for unknown recipes and folders of other runs,
+    ``BackendUnavailableError`` for several at once without a GPU, ``StorageError`` if a file cannot be written.
     """
     cells = plan(patterns, seeds, runs, overrides)
     require_one_data_set(cells)
@@ -41,12 +44,28 @@ def tabulate(
     if not run:
         write()
         return
-    from training.train import distil, make_accelerator
+    from training.runs.turns import CudaMemory
+    from training.study.parallel import Together, require_parallel
+    from training.train import distil, make_accelerator, process_settings
 
+    accelerator = make_accelerator(cells[0].recipe.train)
+    require_parallel(parallel, cells, accelerator)
     # One of several processes writes. It writes before the first run too: a wrong --out fails before hours of training.
-    writes = make_accelerator(cells[0].recipe.train).is_main_process
+    writes = accelerator.is_main_process
     if writes:
         write()
+    if parallel > 1:
+        together = Together(
+            at_once=parallel,
+            device=accelerator.device,
+            distil=distil,
+            process_settings=process_settings,
+            written=write,
+            say=Reporter().say,
+            memory=CudaMemory(accelerator.device),
+        )
+        together.run(cells, runs)
+        return
     for cell in cells:
         run_cell(cell, runs, distil)
         if writes:
