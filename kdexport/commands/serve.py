@@ -48,6 +48,9 @@ def serve(
         "onnx-fp32"
     ),
     provider: Annotated[str, typer.Option(help="Execution provider: cpu, cuda or tensorrt.")] = "cpu",
+    engine_cache: Annotated[
+        Path | None, typer.Option(help="Folder that keeps the engines of --provider tensorrt for the next start.")
+    ] = None,
     instances: Annotated[
         int,
         typer.Option(
@@ -132,6 +135,7 @@ def serve(
         token=token,
         token_file=token_file,
         trusted=trusted,
+        engines=_engine_cache(engine_cache, provider),
     )
     require_servable(target, settings.provider)
     require_separate(access_log, as_json=as_json)
@@ -235,6 +239,15 @@ def _warn(address: "Address", *, has_token: bool) -> None:
         sys.stderr.write(
             f"warning: other machines can read the metrics on {address.metrics_host}; they never require a token.\n"
         )
+
+
+def _engine_cache(folder: Path | None, provider: str) -> Path | None:
+    if folder is not None and provider != "tensorrt":
+        raise ConfigError(
+            f"--engine-cache keeps engines of TensorRT, but --provider is {provider}.",
+            remedy="Omit --engine-cache, or pass --provider tensorrt.",
+        )
+    return folder
 
 
 def _provider(name: str) -> str:

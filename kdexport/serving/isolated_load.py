@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kdexport.backends.ort import TENSORRT
 from kdexport.bundle.manifest import MODEL
 from kdexport.core.child import ChildDiedError, ChildTimeoutError, call
 from kdexport.core.console import guarded, print_json
@@ -26,21 +27,31 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("kdexport.serving")
 _TIMEOUT_SECONDS = 120
+#: Building an engine of TensorRT times its kernels.
+_ENGINE_TIMEOUT_SECONDS = 1800
 
 
 def try_bundle(
-    folder: Path, provider: str, limits: Limits, target: str = DEFAULT_TARGET, trusted: Path | None = None
+    folder: Path,
+    provider: str,
+    limits: Limits,
+    target: str = DEFAULT_TARGET,
+    trusted: Path | None = None,
+    engines: Path | None = None,
 ) -> float:
     """Load ``folder`` in a child process; returns the largest error of a logit that its golden images may have.
 
+    An engine that this builds is in ``engines`` afterwards, if that is given.
+
     Raises the child's error, or ``BundleError`` if the child died.
     """
-    settings = [str(folder), provider, json.dumps(asdict(limits)), target, "" if trusted is None else str(trusted)]
+    settings = [str(folder), provider, json.dumps(asdict(limits)), target]
+    settings += ["" if path is None else str(path) for path in (trusted, engines)]
     try:
         answer = call(
             "kdexport.serving.isolated_load",
             settings,
-            timeout_s=_TIMEOUT_SECONDS,
+            timeout_s=_ENGINE_TIMEOUT_SECONDS if provider == TENSORRT else _TIMEOUT_SECONDS,
             environment={"OMP_NUM_THREADS": "1"},
         )
     except ChildTimeoutError as error:
@@ -101,7 +112,7 @@ def _main() -> None:
     from kdexport.serving.loading import as_kdexport_error, load, read_files, without_library_text
 
     folder, provider, limits, target = Path(sys.argv[1]), sys.argv[2], Limits(**json.loads(sys.argv[3])), sys.argv[4]
-    trusted = Path(sys.argv[5]) if sys.argv[5] else None
+    trusted, engines = (Path(text) if text else None for text in sys.argv[5:7])
     try:
         require_servable(target, provider)
         files = read_files(folder, target, trusted)
@@ -109,7 +120,7 @@ def _main() -> None:
         allowed = allowed_error(folder, files.manifest, target)
         load(
             folder, name=folder.name, version=1, provider=provider, limits=limits, allowed_error=allowed, target=target,
-            trusted=trusted,
+            trusted=trusted, engines=engines,
         )  # fmt: skip
     except Exception as error:
         raise without_library_text(as_kdexport_error(error, folder), folder) from error

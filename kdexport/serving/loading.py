@@ -1,6 +1,7 @@
 """Load a bundle for serving: check its files, open its graph on the provider, and compare its golden images."""
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kdexport.backends.engine_cache import engine_facts, kept_engine
 from kdexport.backends.file_interface import PLAIN_INTERFACE, FileInterface
 from kdexport.backends.ort import CPU, TENSORRT, OrtModel, load_model, tensorrt_profile
 from kdexport.backends.pixel_input import FLOAT32, Given, arrange, image_shape
@@ -34,7 +36,7 @@ from kdexport.serving.images import normalisation_table, normalise
 from kdexport.serving.limits import Limits
 from kdexport.serving.self_check import Golden, compare_golden
 from kdexport.serving.wire import Signature
-from kdexport.targets import DEFAULT_TARGET, require_servable
+from kdexport.targets import DEFAULT_TARGET, parse_target, require_servable
 from kdexport.verify.check import has_failed
 from kdexport.verify.golden_limits import own_logits
 
@@ -213,29 +215,31 @@ def load(
     allowed_error: float,
     target: str = DEFAULT_TARGET,
     trusted: Path | None = None,
+    engines: Path | None = None,
 ) -> LoadedModel:
     """Check the files, open the graph of ``target`` on ``provider`` and compare the golden images.
 
-    With ``trusted`` the signature is checked first; see ``require_signed``. Raises ``KdexportError``.
+    With ``trusted`` the signature is checked first; see ``require_signed``. The TensorRT provider keeps its engine in
+    ``engines``; see ``kept_engine``. Raises ``KdexportError``.
     """
     require_servable(target, provider)
     files = read_files(folder, target, trusted)
     manifest = files.manifest
     threads = 1 if provider == CPU else 0
-    options = _engine_shapes(manifest, target) if provider == TENSORRT else {}
-    model = load_model(
-        folder / files.name, provider=provider, threads=threads, content=files.graph, provider_options=options
-    )
-    elsewhere = {key: count for key, count in model.nodes_by_provider.items() if key != provider}
-    if elsewhere:
-        raise AuditError(
-            f"Some nodes of {name} do not run on {provider}: {elsewhere}.",
-            remedy="Install the libraries of that provider, or choose another --provider.",
+    with _provider_options(files, target, provider, engines) as options:
+        model = load_model(
+            folder / files.name, provider=provider, threads=threads, content=files.graph, provider_options=options
         )
-    signature = _signature(model, manifest, limits, interface_of(manifest, target))
-    table = normalisation_table(manifest.spec.preprocessing)
-    own = own_logits(folder, manifest, target)
-    golden = compare_golden(folder, manifest, model, table, limits, allowed_error, own)
+        elsewhere = {key: count for key, count in model.nodes_by_provider.items() if key != provider}
+        if elsewhere:
+            raise AuditError(
+                f"Some nodes of {name} do not run on {provider}: {elsewhere}.",
+                remedy="Install the libraries of that provider, or choose another --provider.",
+            )
+        signature = _signature(model, manifest, limits, interface_of(manifest, target))
+        table = normalisation_table(manifest.spec.preprocessing)
+        own = own_logits(folder, manifest, target)
+        golden = compare_golden(folder, manifest, model, table, limits, allowed_error, own)
     return LoadedModel(
         name=name,
         version=version,
@@ -249,6 +253,22 @@ def load(
         golden=golden,
         signer=files.signer,
     )
+
+
+@contextlib.contextmanager
+def _provider_options(files: Files, target: str, provider: str, engines: Path | None) -> Iterator[Mapping[str, str]]:
+    """The options of ``provider`` for the start of one model."""
+    if provider != TENSORRT:
+        yield {}
+        return
+    shapes = _engine_shapes(files.manifest, target)
+    facts = engine_facts(files.graph, parse_target(target).precision, shapes) if engines is not None else {}
+    # Without TensorRT the session says which library is missing.
+    if engines is None or not facts["tensorrt"]:
+        yield shapes
+        return
+    with kept_engine(engines, facts) as kept:
+        yield {**shapes, **kept}
 
 
 def _engine_shapes(manifest: Manifest, target: str) -> dict[str, str]:

@@ -136,12 +136,14 @@ class Repository:
         limits: Limits,
         target: str = DEFAULT_TARGET,
         trusted: Path | None = None,
+        engines: Path | None = None,
     ) -> None:
         self.sources = sources
         self._provider = provider
         self._target = target
         self._limits = limits
         self._trusted = trusted
+        self._engines = engines
         self._models: dict[Key, LoadedModel] = {}
         #: The newest version of each name in a table.
         self._newest: tuple[dict[Key, LoadedModel], dict[str, LoadedModel]] = ({}, {})
@@ -251,9 +253,9 @@ class Repository:
                 f"{folder} is neither a bundle nor a folder of bundles named 1, 2, 3: it has no {MANIFEST}.",
                 remedy="Pass a folder that `kdexport build` wrote.",
             )
-        allowed = try_bundle(folder, self._provider, self._limits, self._target, self._trusted)
+        allowed = try_bundle(folder, self._provider, self._limits, self._target, self._trusted, self._engines)
         model = load(
             folder, name=name, version=version, provider=self._provider, limits=self._limits, allowed_error=allowed,
-            target=self._target, trusted=self._trusted,
+            target=self._target, trusted=self._trusted, engines=self._engines,
         )  # fmt: skip
         return replace(model, pace=measured_pace(model, folder, self._limits))

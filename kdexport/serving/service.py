@@ -123,6 +123,8 @@ class Settings:
     token_file: Path | None = None
     #: A public key or certificates in PEM: only bundles are served whose signature it verifies.
     trusted: Path | None = None
+    #: A folder that keeps the engines of the TensorRT provider; without it each start builds them.
+    engines: Path | None = None
 
 
 class Service:
@@ -137,7 +139,7 @@ class Service:
         self.metrics = Metrics(self.identity)
         self.repository = Repository(
             sources, provider=settings.provider, limits=self.limits, target=settings.target,
-            trusted=settings.trusted,
+            trusted=settings.trusted, engines=settings.engines,
         )  # fmt: skip
         self.budget = PixelBudget(self.limits.pixels)
         #: Runs of a model at the same time, in the whole server and in this process.

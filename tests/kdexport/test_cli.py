@@ -149,11 +149,11 @@ def test_the_options_of_each_command_are_frozen() -> None:
         "slim": ["--debug", "--json", "--out", "--plugin", "--target", "bundle"],
         "sign": ["--certificate", "--debug", "--json", "--key", "--plugin", "bundle"],
         "serve": [
-            "--access-log", "--body-timeout", "--connections", "--cors", "--debug", "--drain", "--grace",
-            "--header-timeout", "--host", "--instances", "--json", "--keep-alive", "--max-bodies", "--max-body",
-            "--max-pixels", "--metrics-host", "--metrics-port", "--min-side", "--otel", "--plugin", "--port",
-            "--provider", "--queue", "--queue-timeout", "--require-signature", "--target", "--timeout", "--tls-cert",
-            "--tls-key", "--token-file", "--watch", "bundles",
+            "--access-log", "--body-timeout", "--connections", "--cors", "--debug", "--drain", "--engine-cache",
+            "--grace", "--header-timeout", "--host", "--instances", "--json", "--keep-alive", "--max-bodies",
+            "--max-body", "--max-pixels", "--metrics-host", "--metrics-port", "--min-side", "--otel", "--plugin",
+            "--port", "--provider", "--queue", "--queue-timeout", "--require-signature", "--target", "--timeout",
+            "--tls-cert", "--tls-key", "--token-file", "--watch", "bundles",
         ],
         "triton": [
             "--debug", "--delay-us", "--device", "--instances", "--json", "--keep-versions", "--max-batch",

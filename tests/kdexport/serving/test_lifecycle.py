@@ -241,6 +241,12 @@ def test_a_port_that_is_taken_is_an_error(server: Running, zoo: Path) -> None:
             "Two bundles have the name a; each needs its own.\nName them: kdexport serve a=FOLDER a-2=FOLDER\n",
         ),
         (["spaced name=x"], 2, "'spaced name' is not a valid model name: 1 to 128 letters, digits, dots, dashes"),
+        (
+            ["x", "--engine-cache", "engines"],
+            2,
+            "--engine-cache keeps engines of TensorRT, but --provider is cpu.\n"
+            "Omit --engine-cache, or pass --provider tensorrt.\n",
+        ),
         (["x", "--provider", "tpu"], 2, "--provider 'tpu' is not known.\nKnown providers: cpu, cuda, tensorrt.\n"),
         (
             ["x", "--tls-cert", "c.pem"],

@@ -15,9 +15,11 @@ from onnx import helper, numpy_helper
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+from kdexport.backends import engine_cache
 from kdexport.backends.ort import CPU, TENSORRT
 from kdexport.bundle.manifest import hash_files, load_unfused, read_golden
 from kdexport.bundle.signature import Signer, require_signed, sign_bundle
+from kdexport.core.digests import digest
 from kdexport.diagnose.environment import examine_bundle
 from kdexport.errors import (
     AuditError,
@@ -313,6 +315,37 @@ def test_tensorrt_gets_one_engine_for_all_batches_of_the_bundle(zoo: Path, monke
             "trt_profile_max_shapes": "input:8x3x32x32",
         }  # fmt: skip
         assert given.pop("provider_options") == (expected if provider == TENSORRT else {})
+
+
+def test_tensorrt_keeps_the_engine_of_a_file_where_it_is_told(
+    zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[dict[str, str]] = []
+
+    def opened(_path: Path, *, provider_options: dict[str, str], **_settings: Any) -> None:
+        given.append(dict(provider_options))
+        raise AuditError("seen", remedy="")
+
+    def start(provider: str) -> dict[str, str]:
+        with pytest.raises(AuditError, match="seen"):
+            load(
+                zoo, name="a", version=1, provider=provider, limits=Limits(), allowed_error=1.0, engines=tmp_path / "e"
+            )
+        return given.pop()
+
+    monkeypatch.setattr(loading, "load_model", opened)
+    # Without TensorRT nothing is written: the session names the library that is missing.
+    monkeypatch.setattr(engine_cache, "tensorrt_version", lambda: "")
+    assert sorted(start(TENSORRT)) == [f"trt_profile_{name}_shapes" for name in ("max", "min", "opt")]
+    assert start(CPU) == {}
+    assert not (tmp_path / "e").exists()
+    monkeypatch.setattr(engine_cache, "tensorrt_version", lambda: "10.13.3")
+    options = start(TENSORRT)
+    facts = engine_cache.engine_facts(
+        (zoo / "model.onnx").read_bytes(), "fp32", {key: value for key, value in options.items() if "profile" in key}
+    )
+    assert options["trt_engine_cache_path"] == str(tmp_path / "e" / digest(facts)[:32])
+    assert options["trt_profile_max_shapes"] == "input:8x3x32x32"
 
 
 def test_golden_images_beyond_the_limits_stop_the_start(zoo: Path) -> None:
