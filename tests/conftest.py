@@ -1,10 +1,12 @@
 """A small bundle built once by the command itself, and the command as a function."""
 
+import functools
+import hashlib
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,12 @@ from filelock import FileLock
 
 from tests.answers import checked_answer
 
-#: Files of few tests that take minutes: first, so that no process is left alone with one of them at the end. The second
-#: one needs no bundle, so that two processes do not both begin by waiting for it.
-_SLOW_FILES = ("test_pipeline.py", "test_lifecycle.py", "test_readme.py", "test_plugins.py", "test_mutations.py")
+#: Files of few tests that take minutes, and long ones of the last folders: first, so that no process is left alone with
+#: one of them at the end. The second one needs no bundle, so that two processes do not both begin by waiting for it.
+_SLOW_FILES = (
+    "test_pipeline.py", "test_lifecycle.py", "test_readme.py", "test_plugins.py", "test_mutations.py",
+    "test_quantize_aware.py", "test_precision_search.py", "test_teaching.py", "test_train.py",
+)  # fmt: skip
 
 CONFIG = """
 student = "mobilenetv2"
@@ -75,6 +80,53 @@ class Outcome:
     def error(self) -> dict[str, str]:
         """The error in the answer of ``--json``."""
         return dict(self.answer["error"])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def equal_students_are_exported_once() -> Iterator[None]:
+    """What verification exports of a student is kept for the next student with the same code, weights and settings.
+
+    The export is three quarters of a verification, and most tests verify copies of one bundle with another fault. Tests
+    of the exporter itself call it directly. Torch reads its table of operators for every export, from 500 functions.
+    """
+    import onnx
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    from kdexport.diagnose import bisect
+    from kdexport.graph import export
+    from kdexport.verify import rebuilt_graphs
+
+    made: dict[tuple[object, ...], bytes] = {}
+    export_onnx = export.export_onnx
+
+    def exported(module: Any, path: Path, **settings: Any) -> onnx.ModelProto:
+        key = _export_key(module, settings)
+        if key not in made:
+            export_onnx(module, path, **settings)
+            made[key] = path.read_bytes()
+        path.write_bytes(made[key])
+        return onnx.load(str(path))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
+        for user in (export, rebuilt_graphs, bisect):
+            patch.setattr(user, "export_onnx", exported)
+        yield
+
+
+def _export_key(module: Any, settings: dict[str, Any]) -> tuple[object, ...]:
+    import torch
+
+    kinds = (bool, int, float, str, tuple, list, type(None))
+    plain = [
+        {name: value for name, value in vars(each).items() if isinstance(value, kinds)} for each in module.modules()
+    ]
+    hasher = hashlib.sha256(repr((str(module), plain, settings)).encode())
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        hasher.update(repr((name, tensor.dtype, tensor.shape)).encode())
+        hasher.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    # The classes themselves: one that was imported again has other code.
+    return (*(type(each) for each in module.modules()), hasher.hexdigest())
 
 
 Command = Callable[..., Outcome]
