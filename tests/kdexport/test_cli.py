@@ -26,17 +26,17 @@ def test_help_comes_within_half_a_second_and_imports_nothing_heavy() -> None:
     assert best < 0.5
 
 
-def test_json_prints_one_object_and_nothing_else(built: Built, kdexport: Command, here: Command) -> None:
-    for run, *arguments in (
-        (kdexport, "verify", built.bundle),
-        (kdexport, "doctor"),
-        (here, "inspect", built.bundle),
-        (here, "list", "students"),
-        (here, "list", "teachers"),
-        (here, "list", "recipes"),
-        (here, "explain", "KDX330"),
+def test_json_prints_one_object_and_nothing_else(built: Built, here: Command) -> None:
+    for arguments in (
+        ("verify", built.bundle),
+        ("doctor",),
+        ("inspect", built.bundle),
+        ("list", "students"),
+        ("list", "teachers"),
+        ("list", "recipes"),
+        ("explain", "KDX330"),
     ):
-        done = run(*arguments, "--json")
+        done = here(*arguments, "--json")
         assert done.exit_code == 0, (arguments, done.stderr)
         assert done.answer["command"] == arguments[0]
 
@@ -76,8 +76,8 @@ def test_bad_input_gets_a_sentence_and_no_traceback(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_debug_prints_the_traceback(kdexport: Command, tmp_path: Path) -> None:
-    assert "Traceback" in kdexport("verify", tmp_path, "--debug").stderr
+def test_debug_prints_the_traceback(here: Command, tmp_path: Path) -> None:
+    assert "Traceback" in here("verify", tmp_path, "--debug").stderr
 
 
 def test_a_gpu_target_without_tensorrt_exits_with_4_and_says_what_to_install(

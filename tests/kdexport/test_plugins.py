@@ -287,27 +287,26 @@ def test_a_student_a_teacher_and_a_method_of_a_plugin_are_built_into_a_bundle(bu
     assert set(kept["plugins"]) == {"student", "teacher", "distiller"}
 
 
-def test_its_bundle_verifies_with_the_plugin_only(built_example: Example) -> None:
-    done = run_command("verify", built_example.bundle, "--plugin", built_example.file)
-    assert done.exit_code == 0, done.stderr
-    without = run_command("verify", built_example.bundle)
+def test_its_bundle_verifies_with_the_plugin_only(built_example: Example, plugged: Command) -> None:
+    without = plugged("verify", built_example.bundle)
     assert without.exit_code == 2
     assert "There is no student named 'mynet'." in without.stderr
     assert without.stderr.endswith("Pass --plugin FILE.py for a student of your own.\n")
+    done = plugged("verify", built_example.bundle, "--plugin", built_example.file)
+    assert done.exit_code == 0, done.stderr
 
 
 @pytest.mark.parametrize(
     ("kind", "name"), [("students", "mynet"), ("teachers", "myteacher"), ("distillers", "mymethod")]
 )
-def test_its_entries_are_listed(kind: str, name: str, tmp_path: Path) -> None:
+def test_its_entries_are_listed(kind: str, name: str, plugged: Command, tmp_path: Path) -> None:
     path = plugin(tmp_path, example()[0])
-    assert name in run_command("list", kind, "--plugin", path).stdout.split()
-    assert name not in run_command("list", kind).stdout.split()
+    assert name in plugged("list", kind, "--plugin", path).stdout.split()
 
 
-def test_a_student_without_a_configuration_is_told_what_to_write(tmp_path: Path) -> None:
+def test_a_student_without_a_configuration_is_told_what_to_write(plugged: Command, tmp_path: Path) -> None:
     path = plugin(tmp_path, example()[0])
-    done = run_command("build", "--student", "mynet", "--plugin", path, cwd=tmp_path)
+    done = plugged("build", "--student", "mynet", "--plugin", path, cwd=tmp_path)
     assert done.exit_code == 2
     assert done.stderr == (
         "error KDX100: The student 'mynet' has no export configuration.\n"
@@ -367,8 +366,9 @@ def test_a_run_is_not_continued_with_another_source(tmp_path: Path, monkeypatch:
     assert "run belongs to another run: plugins.teacher is '" in run().stderr
     (tmp_path / "run" / "recipe.json").unlink()
     # Nor is a teacher that runs share.
-    assert run().stdout.startswith("runs/teachers/myteacher-")
-    assert run().stdout != first.stdout
+    other = run().stdout
+    assert other.startswith("runs/teachers/myteacher-")
+    assert other != first.stdout
 
 
 def test_a_wrong_key_of_a_plugins_method_is_named_with_the_nearest(tmp_path: Path) -> None:
@@ -408,9 +408,9 @@ class Mine(OnnxRuntime):
 """
 
 
-def test_a_backend_of_a_plugin_gives_targets(tmp_path: Path) -> None:
-    done = run_command("list", "targets", "--plugin", plugin(tmp_path, BACKEND))
-    assert re.search(r"^mine-fp32 +onnxruntime, of my own$", done.stdout, flags=re.MULTILINE)
-    without = run_command("build", "--student", "mobilenetv2", "--target", "mine-fp32")
+def test_a_backend_of_a_plugin_gives_targets(plugged: Command, tmp_path: Path) -> None:
+    without = plugged("build", "--student", "mobilenetv2", "--target", "mine-fp32")
     assert without.exit_code == 2
     assert "There is no target named 'mine-fp32'." in without.stderr
+    done = plugged("list", "targets", "--plugin", plugin(tmp_path, BACKEND))
+    assert re.search(r"^mine-fp32 +onnxruntime, of my own$", done.stdout, flags=re.MULTILINE)

@@ -172,15 +172,15 @@ def test_a_backend_of_one_file_is_built_and_verified_by_its_own_run(toy_bundle: 
     assert {("audit", "format"), ("audit", "every bead in fp32"), ("B", "rms error"), ("D", "flips")} <= checks
 
 
-def test_a_backend_of_one_file_is_listed_examined_verified_and_gated(toy_bundle: Path, kdexport: Command) -> None:
+def test_a_backend_of_one_file_is_listed_examined_verified_and_gated(toy_bundle: Path, plugged: Command) -> None:
     plugin = ("--plugin", TOY)
-    assert "toy-fp32" in kdexport("list", "targets", *plugin).stdout
-    assert "toy-fp32" not in kdexport("list", "targets").stdout
-    assert "target toy-fp32" in kdexport("doctor", *plugin).stdout
-    done = kdexport("verify", toy_bundle, "--require-executed", "toy-fp32", *plugin)
+    assert "toy-fp32" not in plugged("list", "targets").stdout
+    assert "toy-fp32" in plugged("list", "targets", *plugin).stdout
+    assert "target toy-fp32" in plugged("doctor", *plugin).stdout
+    done = plugged("verify", toy_bundle, "--require-executed", "toy-fp32", *plugin)
     assert done.exit_code == 0, done.stderr
     assert "toy 1.0, abacus 0" in done.stdout
-    gated = kdexport(
+    gated = plugged(
         "gate", toy_bundle, "--target", "toy-fp32", "--against", "onnx-fp32", "--max-slowdown", "90%", "--max-flips",
         "10%", "--json", *plugin,
     )  # fmt: skip
@@ -188,34 +188,34 @@ def test_a_backend_of_one_file_is_listed_examined_verified_and_gated(toy_bundle:
     assert "toy-fp32" in gated.stdout
 
 
-def test_a_bundle_of_a_backend_without_its_plugin_says_what_to_pass(toy_bundle: Path, kdexport: Command) -> None:
-    done = kdexport("verify", toy_bundle)
+def test_a_bundle_of_a_backend_without_its_plugin_says_what_to_pass(toy_bundle: Path, plugged: Command) -> None:
+    done = plugged("verify", toy_bundle)
     assert done.exit_code == 2
     assert "toy-fp32" in done.stderr
     assert "--plugin" in done.stderr
 
 
-def test_the_server_refuses_a_target_of_another_runtime(toy_bundle: Path, kdexport: Command) -> None:
-    done = kdexport("serve", toy_bundle, "--target", "toy-fp32", "--plugin", TOY)
+def test_the_server_refuses_a_target_of_another_runtime(toy_bundle: Path, plugged: Command) -> None:
+    done = plugged("serve", toy_bundle, "--target", "toy-fp32", "--plugin", TOY)
     assert done.exit_code == 4
     assert "with onnxruntime, not toy-fp32" in done.stderr
 
 
 @pytest.mark.parametrize(("fault", "words"), [("wrong", "targets/toy-fp32/model.toy"), ("half", "beads in fp16")])
 def test_a_backend_that_answers_wrongly_is_not_verified(
-    fault: str, words: str, toy_bundle: Path, kdexport: Command, monkeypatch: pytest.MonkeyPatch
+    fault: str, words: str, toy_bundle: Path, plugged: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TOY_FAULT", fault)
-    done = kdexport("verify", toy_bundle, "--plugin", TOY)
+    done = plugged("verify", toy_bundle, "--plugin", TOY)
     assert done.exit_code == 1, done.stderr
     assert words in done.stdout + done.stderr
 
 
 def test_a_backend_that_is_gone_is_not_verified(
-    toy_bundle: Path, kdexport: Command, monkeypatch: pytest.MonkeyPatch
+    toy_bundle: Path, plugged: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TOY_FAULT", "gone")
-    done = kdexport("verify", toy_bundle, "--require-executed", "toy-fp32", "--plugin", TOY)
+    done = plugged("verify", toy_bundle, "--require-executed", "toy-fp32", "--plugin", TOY)
     assert done.exit_code == 3, done.stderr
     assert "1 of 1 required targets did not run in this verification: toy-fp32 ran at build" in done.stderr
 

@@ -70,9 +70,9 @@ def test_one_weight_changed_by_one_percent_is_found_and_its_layer_named(
     assert f"audit {file} weights layer {name} (1 of " in failures(bundle_copy)
 
 
-def test_verify_exits_with_1_and_names_file_and_layer(bundle_copy: Path, kdexport: Command) -> None:
+def test_verify_exits_with_1_and_names_file_and_layer(bundle_copy: Path, here: Command) -> None:
     scale_one_weight(bundle_copy / "model.onnx", "conv2.0.weight")
-    done = kdexport("verify", bundle_copy)
+    done = here("verify", bundle_copy)
     assert done.exit_code == 1
     assert "model.onnx changed" in done.stderr
     assert "layer conv2.0.weight" in done.stderr
@@ -87,8 +87,8 @@ def test_weights_that_are_not_the_merged_ones_are_found(bundle_copy: Path) -> No
     assert "weights are the folded ones layer conv2.0.bias" in failures(bundle_copy)
 
 
-def test_rung_a_alone_proves_the_algebra_block_by_block(built: Built, kdexport: Command) -> None:
-    done = kdexport("verify", built.bundle, "--rung", "A", "--json")
+def test_rung_a_alone_proves_the_algebra_block_by_block(built: Built, here: Command) -> None:
+    done = here("verify", built.bundle, "--rung", "A", "--json")
     assert done.exit_code == 0, done.stderr
     checks = [check for check in done.data["checks"] if check["rung"] == "A"]
     recorded = [block["name"] for block in read_manifest(built.bundle).data["certificate"]["blocks"]]
@@ -97,13 +97,13 @@ def test_rung_a_alone_proves_the_algebra_block_by_block(built: Built, kdexport: 
     assert not [check for check in done.data["checks"] if check["rung"] in ("B", "C", "run")]
 
 
-def test_rung_a_names_the_layer_whose_stored_weights_differ(bundle_copy: Path, kdexport: Command) -> None:
+def test_rung_a_names_the_layer_whose_stored_weights_differ(bundle_copy: Path, here: Command) -> None:
     path = bundle_copy / "student.safetensors"
     tensors = load_file(path)
     tensors["blocks.2.1.conv.3.weight"][7] *= 1.001
     save_file(tensors, path)
     change(bundle_copy, lambda _: None, rehash=True)
-    done = kdexport("verify", bundle_copy, "--rung", "A")
+    done = here("verify", bundle_copy, "--rung", "A")
     assert done.exit_code == 1
     assert "layer blocks.2.1.conv.3.weight" in done.stderr
 

@@ -198,13 +198,13 @@ def test_the_reproduction_runs_alone_and_ends_when_the_fault_does(
     assert reproduce(folder).returncode == 0
 
 
-def test_the_command_names_stage_and_node_of_a_bundle(bundle_copy: Path, kdexport: Command, tmp_path: Path) -> None:
+def test_the_command_names_stage_and_node_of_a_bundle(bundle_copy: Path, here: Command, tmp_path: Path) -> None:
     path = bundle_copy / "model.onnx"
     model = onnx.load(path)
     change(model, "blocks.2.1.conv.0.weight", lambda values: values * 1.01)
     onnx.save(model, path)
     out = tmp_path / "finding"
-    done = kdexport("explain-failure", bundle_copy, "--out", out, "--json")
+    done = here("explain-failure", bundle_copy, "--out", out, "--json")
     assert done.exit_code == 1, done.stderr
     found = done.data["blame"]
     assert (found["stage"], found["file"], found["operator"]) == ("export", "model.onnx", "Conv")

@@ -432,8 +432,8 @@ def test_a_model_is_named_by_its_folder_or_by_hand(argument: str, name: str) -> 
         assert parse_source(argument).name == name
 
 
-def test_doctor_checks_a_bundle_and_names_what_it_found(zoo: Path, zoo_copy: Path, kdexport: Command) -> None:
-    done = kdexport("doctor", zoo, "--json")
+def test_doctor_checks_a_bundle_and_names_what_it_found(zoo: Path, zoo_copy: Path, here: Command) -> None:
+    done = here("doctor", zoo, "--json")
     assert done.exit_code == 0
     facts = {fact["what"]: fact["fact"] for fact in done.data["facts"]}
     assert "8 images: pixels as in training, labels as the reference" in facts["golden images"]
@@ -441,7 +441,7 @@ def test_doctor_checks_a_bundle_and_names_what_it_found(zoo: Path, zoo_copy: Pat
     image = Image.open(zoo_copy / "golden" / "001.png")
     image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(zoo_copy / "golden" / "001.png")
     rewrite(zoo_copy)
-    done = kdexport("doctor", zoo_copy)
+    done = here("doctor", zoo_copy)
     assert done.exit_code == 1
     assert "KDX330" in done.stderr
     assert "The logits of golden/001.png differ from those of the reference by" in done.stderr

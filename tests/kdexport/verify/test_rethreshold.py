@@ -179,10 +179,10 @@ def test_a_bundle_without_a_policy_was_held_to_the_defaults() -> None:
     assert policy_changes(stored_policy({}), Policy()) == ()
 
 
-def test_the_command_exits_with_what_it_found(bundle_copy: Path, kdexport: Command) -> None:
+def test_the_command_exits_with_what_it_found(bundle_copy: Path, here: Command) -> None:
     policy = bundle_copy.parent / "policy.toml"
     policy.write_text("[B]\nrms_error = 0.01\n")
-    done = kdexport("verify", bundle_copy, "--rethreshold", policy, "--json")
+    done = here("verify", bundle_copy, "--rethreshold", policy, "--json")
     assert done.exit_code == 1
     assert done.data["changes"] == [{"key": "B.rms_error", "old": 2.0, "new": 0.01, "loosens": False}]
 

@@ -100,12 +100,10 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_command_verifies_and_writes_a_model_that_onnxruntime_runs_by_its_configuration(
-    built: Built, kdexport: Command, tmp_path: Path
+    built: Built, here: Command, tmp_path: Path
 ) -> None:
     repository = tmp_path / "models"
-    done = kdexport(
-        "triton", built.bundle, "--repository", repository, "--name", "digits", "--instances", "3", "--json"
-    )
+    done = here("triton", built.bundle, "--repository", repository, "--name", "digits", "--instances", "3", "--json")
     assert done.exit_code == 0, done.stderr
     assert (done.data["version"], done.data["up_to_date"]) == (1, False)
     # It is measured: a power of two.
@@ -363,9 +361,9 @@ def test_a_model_that_changes_after_verification_is_not_published(verified: Veri
     assert not (tmp_path / "models").exists()
 
 
-def test_a_damaged_bundle_is_not_exported_by_the_command(bundle_copy: Path, kdexport: Command, tmp_path: Path) -> None:
+def test_a_damaged_bundle_is_not_exported_by_the_command(bundle_copy: Path, here: Command, tmp_path: Path) -> None:
     change_model(bundle_copy)
-    done = kdexport("triton", bundle_copy, "--repository", tmp_path / "models")
+    done = here("triton", bundle_copy, "--repository", tmp_path / "models")
     assert done.exit_code == VerificationError.exit_code, done.stderr
     assert "onnx-fp32/model.onnx changed" in done.stderr
     assert not (tmp_path / "models").exists()
