@@ -44,7 +44,7 @@ OutOption = Annotated[
 def _tables(overrides: list[str] | None, data: str | None, teacher: str | None) -> dict[str, Any]:
     tables: list[dict[str, Any]] = [parse_override(item) for item in overrides or []]
     if data is not None:
-        tables.append({"data": {"root": data}})
+        tables.append({"data": {"root": data.removeprefix("folder:")}})
     if teacher is not None:
         tables.append({"teacher": {"checkpoint": teacher}})
     return merge_overrides(tables)
@@ -86,18 +86,19 @@ def teacher(
 ) -> None:
     """Train the recipe's teacher."""
     from kdexport.core.progress import Reporter
-    from training.runs.record import claim, device_name, note_environment
+    from training.runs.record import claim, claimed_if_trained, device_name, note_environment
     from training.train import claim_data, make_accelerator, rehearse, train_teacher
 
     resolved = _resolve(recipe, set_, data, None)
     rehearse(resolved)
     accelerator = make_accelerator(resolved.train)
-    with accelerator.main_process_first():
-        claim(out, resolved, "teacher")
-        claim_data(out, resolved, Reporter(quiet=not accelerator.is_main_process).say)
-    if accelerator.is_main_process:
-        note_environment(out, device_name(), accelerator.num_processes)
-    metrics = train_teacher(resolved, out)
+    with claimed_if_trained(out, writes=accelerator.is_main_process):
+        with accelerator.main_process_first():
+            claim(out, resolved, "teacher")
+            claim_data(out, resolved, Reporter(quiet=not accelerator.is_main_process).say)
+        if accelerator.is_main_process:
+            note_environment(out, device_name(), accelerator.num_processes)
+        metrics = train_teacher(resolved, out)
     if accelerator.is_main_process:
         _print(metrics, as_json=as_json)
 

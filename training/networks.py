@@ -11,6 +11,7 @@ from kdexport.errors import CheckpointError, ConfigError
 from kdexport.origins import libraries
 from kdexport.origins.networks import ImportedNetwork, import_network
 from kdexport.origins.references import Reference, parse_reference
+from kdexport.origins.weights import Weights, load_weights, read_weights
 from kdexport.students import STUDENTS, Student
 from kdexport.students.student import IMAGENET_MIN_SIZE, is_full
 from training.data import preprocessing_of
@@ -20,7 +21,7 @@ from training.recipe import Recipe, StudentSettings, TeacherSettings
 from training.suitability import default_settings, method_of, suitable_methods
 from training.teachers import TEACHERS, Teacher
 from training.teachers.description import TeacherDescription, described_teacher
-from training.teachers.teacher import load_teacher_weights, outputs_in_file
+from training.teachers.teacher import outputs_in_weights, read_teacher_weights
 from training.teaching import TeacherInput, teacher_input
 
 Say = Callable[[str], None]
@@ -63,7 +64,8 @@ def build_student(
 ) -> Student:
     """The student of a recipe with fresh weights, or a network of another origin with those that ``settings`` name.
 
-    ``pretrained=False`` leaves weights out. ``say`` gets one line on what was done to the network.
+    ``pretrained=False`` leaves weights out, and takes a network of any number of classes. ``say`` gets one line on what
+    was done to the network.
     """
     reference = _reference(settings, "student")
     if reference is None:
@@ -77,8 +79,9 @@ def build_student(
         head="fresh",
     )
     student = ForeignStudent(made.module.train(), settings.taps, image_size=image_size, name=str(reference))
-    if student.num_classes != num_classes:
-        raise _other_classes(f"The student {reference}", student.num_classes, num_classes)
+    # Without weights it is only looked at, with any number of classes.
+    if pretrained:
+        require_outputs(settings, student.num_classes, num_classes)
     _say_notes(say, f"student {reference}", made)
     return student
 
@@ -98,6 +101,12 @@ def _registered_student(settings: StudentSettings, num_classes: int, image_size:
         )
         say(f"student {settings.name}: the {chosen} form, because {reason}")
     return student
+
+
+def require_outputs(settings: StudentSettings, outputs: int, classes: int) -> None:
+    """Raise ``ConfigError`` if the student of a recipe has other ``outputs`` than the data set has ``classes``."""
+    if outputs != classes:
+        raise _other_classes(f"The student {settings.name}", outputs, classes)
 
 
 def _other_classes(what: str, found: int, wanted: int) -> ConfigError:
@@ -173,8 +182,8 @@ def _of_size(preprocessing: Preprocessing, size: int) -> Preprocessing:
 def given_teacher(recipe: Recipe, images: ImageSet, say: Say) -> GivenTeacher:
     """The teacher of a recipe with its trained weights.
 
-    Raises ``CheckpointError`` if there are none, if they cannot be read, if their description has other classes, or if
-    the method reads logits and these are of other classes: logits are matched with classes by position.
+    Raises ``CheckpointError`` if there are none, if they cannot be read, or if the method reads logits and these are of
+    other classes, by their number or by the description of the weights: logits are matched with classes by position.
     """
     settings = recipe.teacher
     reference = _reference(settings, "teacher")
@@ -184,37 +193,51 @@ def given_teacher(recipe: Recipe, images: ImageSet, say: Say) -> GivenTeacher:
             remedy="Pass --teacher-checkpoint FILE.",
         )
     known = _described(recipe)
-    if known.classes is not None and known.classes != images.classes:
-        raise CheckpointError(
-            f"The teacher {settings.checkpoint} was trained for {len(known.classes)} classes, the data set has "
-            f"{len(images.classes)}: {class_difference(known.classes, images.classes, 'the teacher', 'the data set')}.",
-            remedy="Pass --teacher-checkpoint with a teacher of this data set, or the data set that it was trained on.",
-        )
-    if reference is None:
-        path = Path(settings.checkpoint)
-        given = teacher_input(settings, recipe.data, known.preprocessing, str(path))
-        size = given.preprocessing.image_size
-        teacher = TEACHERS.build(settings.name, num_classes=len(images.classes), image_size=size)
-        problem = ""
-        try:
-            notes = load_teacher_weights(teacher, path)
-        except CheckpointError:
-            outputs = outputs_in_file(teacher, path)
-            reads_logits = "logits" in method_of(recipe.distiller).outputs_read(recipe.distiller)
-            if reads_logits or outputs in (None, len(images.classes)):
-                raise
-            # With its own classifier, whose weight the target guide reads.
-            teacher = TEACHERS.build(settings.name, num_classes=outputs, image_size=size)
-            notes = load_teacher_weights(teacher, path)
-            problem = f"its file has a classifier of {outputs} classes"
-        if notes:
-            say(f"read {path}: {'; '.join(notes)}")
-        return GivenTeacher(teacher=teacher, given=given, problem=problem)
-    return _foreign_teacher(recipe, reference, images, known, say)
+    others = _other_training_classes(recipe, images, known)
+    if reference is not None:
+        return _foreign_teacher(recipe, reference, images, known, others, say)
+    path = Path(settings.checkpoint)
+    given = teacher_input(settings, recipe.data, known.preprocessing, str(path))
+    size, count = given.preprocessing.image_size, len(images.classes)
+    weights = read_teacher_weights(path)
+    teacher, problem = TEACHERS.build(settings.name, num_classes=count, image_size=size), others
+    outputs = None if _method_reads_logits(recipe) else outputs_in_weights(teacher, weights)
+    if outputs not in (None, count):
+        # With its own classifier, whose weight the target guide reads.
+        teacher = TEACHERS.build(settings.name, num_classes=outputs, image_size=size)
+        problem = others or f"its file has a classifier of {outputs} classes"
+    notes = (*weights.notes, *load_weights(teacher, weights, str(path)))
+    if notes:
+        say(f"read {path}: {'; '.join(notes)}")
+    return GivenTeacher(teacher=teacher, given=given, problem=problem)
+
+
+def _other_training_classes(recipe: Recipe, images: ImageSet, known: TeacherDescription) -> str:
+    """Which other classes a teacher was trained for, by its description; empty if they are those of ``images``.
+
+    Raises ``CheckpointError`` unless the method of the recipe reads features only and any teacher is accepted.
+    """
+    if known.classes is None or known.classes == images.classes:
+        return ""
+    difference = class_difference(known.classes, images.classes, "the teacher", "the data set")
+    by_features = not _method_reads_logits(recipe)
+    if by_features and recipe.teacher.plausibility == "reported":
+        return f"it was trained for {len(known.classes)} other classes ({difference})"
+    reported = " To read only its features all the same: --set teacher.plausibility=reported" if by_features else ""
+    raise CheckpointError(
+        f"The teacher {recipe.teacher.checkpoint} was trained for {len(known.classes)} classes, the data set has "
+        f"{len(images.classes)}: {difference}.",
+        remedy="Pass --teacher-checkpoint with a teacher of this data set, or the data set that it was trained "
+        f"on.{reported}",
+    )
+
+
+def _method_reads_logits(recipe: Recipe) -> bool:
+    return "logits" in method_of(recipe.distiller).outputs_read(recipe.distiller)
 
 
 def _foreign_teacher(
-    recipe: Recipe, reference: Reference, images: ImageSet, known: TeacherDescription, say: Say
+    recipe: Recipe, reference: Reference, images: ImageSet, known: TeacherDescription, others: str, say: Say
 ) -> GivenTeacher:
     settings, count = recipe.teacher, len(images.classes)
     size = _image_size(recipe, known)
@@ -225,10 +248,10 @@ def _foreign_teacher(
     teacher = _wrapped(recipe, reference, made, size)
     given = teacher_input(settings, recipe.data, preprocessing, place)
     given = replace(given, preprocessing=_of_size(given.preprocessing, teacher.image_size))
-    problem = "" if kept_head else "its file has a classifier of other classes"
+    problem = others or ("" if kept_head else "its file has a classifier of other classes")
     if not problem and teacher.num_classes != count:
         problem = f"it has {teacher.num_classes} classes"
-    if problem and "logits" in method_of(recipe.distiller).outputs_read(recipe.distiller):
+    if problem and _method_reads_logits(recipe):
         student = build_student(recipe.student, num_classes=count, image_size=recipe.data.image_size, pretrained=False)
         readers = [name for name in suitable_methods(student, teacher) if not _reads_logits(name)]
         raise CheckpointError(
@@ -251,13 +274,14 @@ def _with_weights(recipe: Recipe, reference: Reference, count: int, size: int | 
     """The network with its weights, and whether the classifier is that of the weights."""
     settings = recipe.teacher
     weights = settings.checkpoint or settings.weights
+    read: Weights | None = read_weights(Path(settings.checkpoint)) if settings.checkpoint else None
     try:
-        return import_network(reference, num_classes=count, image_size=size, weights=weights), True
+        return import_network(reference, num_classes=count, image_size=size, weights=weights, read=read), True
     except CheckpointError:
-        if not settings.checkpoint:
+        if read is None:
             raise
         # A file of other classes: its features can be read all the same.
-        made = import_network(reference, num_classes=count, image_size=size, weights=weights, head="fresh")
+        made = import_network(reference, num_classes=count, image_size=size, weights=weights, head="fresh", read=read)
         return made, False
 
 

@@ -12,22 +12,12 @@ from kdexport.core.digests import digest, sha256_file
 from kdexport.core.toml import Settings, parse, read_toml
 from kdexport.data.datasets import DatasetSpec, dataset_spec, is_cifar100
 from kdexport.data.preprocessing import BACKGROUND, Fit, Orientation
-from kdexport.data.preprocessing_settings import ColourSetting
+from kdexport.data.preprocessing_settings import ColourSetting, Deviation, Mean
 from kdexport.data.resampling import Interpolation
 from kdexport.errors import ConfigError
 from kdexport.plugins import has_plugins
 from training.distillers.settings import AnyDistiller, KDiffusionSettings, NonNegative, Positive
 from training.shipped_recipes import shipped_names, shipped_recipe
-
-
-def _on_unit_scale(value: float) -> float:
-    if not 0 <= value <= 1:
-        raise ValueError("must be from 0 to 1, because pixels are divided by 255 before; divide it by 255 too")
-    return value
-
-
-Mean = Annotated[float, Field(allow_inf_nan=False), AfterValidator(_on_unit_scale)]
-Deviation = Annotated[Positive, AfterValidator(_on_unit_scale)]
 
 
 class _GrowingSettings(Settings):
@@ -381,6 +371,14 @@ def check_schedule(recipe: Recipe) -> None:
 def _schedule_problems(train: TrainSettings, epochs: int, key: str) -> list[tuple[str, str]]:
     """What cannot act in a run of ``epochs``, which the recipe has at ``key``, each with a setting that can."""
     problems = []
+    early = [milestone for milestone in train.milestones if milestone < 1]
+    if train.schedule == "step" and (early or sorted(set(train.milestones)) != list(train.milestones)):
+        problems.append(
+            (
+                f"train.milestones = {list(train.milestones)} must be different epochs of 1 or more that rise",
+                f"train.milestones={sorted({milestone for milestone in train.milestones if milestone > 0})}",
+            )
+        )
     if train.warmup_epochs >= epochs:
         problems.append(
             (
@@ -518,12 +516,15 @@ def _similar(name: str) -> str:
 def _extended(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     """``top`` merged over ``base``, without the keys of ``base`` that are facts about what ``top`` replaces.
 
-    Another data set does not inherit the path of the base; another data set or another teacher does not inherit the
-    normalisation of the base's teacher; another data set, pair or method has no published numbers of the base, nor has
-    another folder of images, which nothing identifies. Raises
+    Another data set does not inherit the path of the base, and a path makes image folders of the digits; another data
+    set or another teacher does not inherit the normalisation of the base's teacher; another data set, pair or method
+    has no published numbers of the base, nor has another folder of images, which nothing identifies. Raises
     ``ConfigError`` if only the student would get the normalisation of ``top``, although the base sets one for the
     teacher.
     """
+    if _table(base, "data").get("name") == "digits" and _table(top, "data").get("root") and "name" not in top["data"]:
+        # The digits are in a package: a folder has other images.
+        top = {**top, "data": {**top["data"], "name": "folder:"}}
     if _replaces(base, top, "data"):
         base = _without(base, "data", "root")
     if _replaces(base, top, "data") or _replaces(base, top, "teacher"):

@@ -33,6 +33,7 @@ from training.networks import (
     build_student,
     fresh_teacher,
     given_teacher,
+    require_outputs,
     require_weights,
     trainable_teacher,
 )
@@ -43,6 +44,7 @@ from training.runs.loop import Metrics, Run, best_epoch, run
 from training.runs.record import (
     claim,
     claim_input,
+    claimed_if_trained,
     described_run,
     device_name,
     extensions,
@@ -59,6 +61,8 @@ from training.teachers.description import TeacherDescription
 from training.teaching import judge_teacher, require_plausible
 
 _CALIBRATION_BATCHES = 8
+#: Classes of the student in a rehearsal: a number that no network has by itself.
+_ANY_CLASSES = 13
 _BEST_TEACHER = "best.safetensors"
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 Precision = Literal["no", "bf16", "fp16"]
@@ -73,8 +77,20 @@ def distil(
     ``teacher_directory``, which runs with several seeds share. With ``shared`` other runs take turns with the steps of
     the student; a teacher is trained without a break, so that no other run finds half of it.
     """
-    rehearse(recipe)
+    outputs = rehearse(recipe)
     accelerator = make_accelerator(recipe.train)
+    with claimed_if_trained(directory, writes=accelerator.is_main_process):
+        dataset = _claimed(recipe, directory, accelerator)
+        if outputs is not None:
+            # Before a teacher is trained.
+            classes = len(open_dataset(recipe.data.spec(), "test").classes)
+            require_outputs(recipe.student, outputs, classes)
+        resolved, origin = _with_teacher(recipe, directory, teacher_directory, dataset)
+        return train_student(resolved, directory, origin, shared)
+
+
+def _claimed(recipe: Recipe, directory: Path, accelerator: Accelerator) -> str:
+    """Make ``directory`` the folder of the run and of its data set; returns the digest of the data set."""
     with accelerator.main_process_first():
         claim(directory, recipe, "student")
         report = Reporter(quiet=not accelerator.is_main_process).say
@@ -85,6 +101,13 @@ def distil(
     # A finished run is only reported again, so this machine did no work on it.
     if accelerator.is_main_process and (before or not (directory / "student").is_dir()):
         note_environment(directory, device_name(), accelerator.num_processes)
+    return dataset
+
+
+def _with_teacher(
+    recipe: Recipe, directory: Path, teacher_directory: Path | None, dataset: str
+) -> tuple[Recipe, Origin]:
+    """``recipe`` with the weights of its teacher, which is trained if there are none, and the inputs of the run."""
     if teacher_directory is None:
         checkpoint = prepare_teacher(recipe, directory / "teacher", dataset)
     else:
@@ -99,7 +122,7 @@ def distil(
     if digest and "teacher_sha256" in recorded_inputs(directory):
         claim_input(directory, "teacher_sha256", digest, str(checkpoint))
     origin = Origin(dataset_sha256=dataset, teacher_sha256=digest, extended_from=extensions(directory))
-    return train_student(resolved, directory, origin, shared)
+    return resolved, origin
 
 
 def claim_data(directory: Path, recipe: Recipe, report: Callable[[str], None]) -> str:
@@ -113,11 +136,11 @@ def claim_data(directory: Path, recipe: Recipe, report: Callable[[str], None]) -
     return dataset
 
 
-def rehearse(recipe: Recipe) -> None:
+def rehearse(recipe: Recipe) -> int | None:
     """Check the schedule, build the networks and the distiller of ``recipe`` and attach its branches, without data.
 
-    Raises ``UnknownNameError``, ``ConfigError`` or ``ReparamError`` for mistakes that would otherwise end the run only
-    after the teacher's training.
+    Returns the number of classes of a student that takes no other; None if it takes any. Raises ``UnknownNameError``,
+    ``ConfigError`` or ``ReparamError`` for mistakes that would otherwise end the run only after the teacher's training.
     """
     check_schedule(recipe)
     DISTILLERS.check(recipe.distiller.name)
@@ -125,12 +148,16 @@ def rehearse(recipe: Recipe) -> None:
     require_compatible(recipe)
     require_weights(recipe)
     teacher = _rehearsed_teacher(recipe)
-    student = build_student(recipe.student, num_classes=2, image_size=recipe.data.image_size, pretrained=False)
+    student = build_student(
+        recipe.student, num_classes=_ANY_CLASSES, image_size=recipe.data.image_size, pretrained=False
+    )
+    outputs = student.num_classes
     require_suitable(recipe.distiller, student, teacher)
     distiller = DISTILLERS.build(recipe.distiller.name, settings=recipe.distiller, student=student, teacher=teacher)
     spec = type(distiller).branch_spec(recipe.distiller, student, teacher)
     if spec is not None:
         attach_branches(student, spec)
+    return None if outputs == _ANY_CLASSES else outputs
 
 
 def _rehearsed_teacher(recipe: Recipe) -> Teacher:

@@ -62,6 +62,7 @@ def build(
     from kdexport.pipeline import build as run
 
     reporter = Reporter()
+    data = None if data is None else data.removeprefix("folder:")
     names = None if target is None else tuple(name.strip() for name in target.split(",") if name.strip())
     options = BuildOptions(
         student=student, targets=names, config=config, checkpoint=checkpoint, weights=weights, output=output,

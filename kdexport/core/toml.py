@@ -63,6 +63,10 @@ def _problem(
         return f"unknown key {key!r}. {nearest(str(location[-1]), known)}" if known else f"unknown key {key!r}."
     if kind == "missing":
         return f"the key {key!r} is missing."
+    text = text.removeprefix("Value error, ").replace("a valid tuple", "a list, such as [1, 2]")
+    if isinstance(value, Mapping):
+        # A rule for several keys of a table; the table itself would hide it.
+        return f"{key}: {text}." if key else f"{text}."
     return f"{key} = {value!r} ({type(value).__name__}): {text[:1].lower()}{text[1:]}."
 
 

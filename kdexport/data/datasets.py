@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
 
@@ -42,9 +43,15 @@ _UNREAD_SUFFIXES = (
     ".tga",
 )
 #: Files and folders, in lower case, that operating systems write into folders of images.
-_SYSTEM_NAMES = ("thumbs.db", "desktop.ini", "__macosx", "icon\r")
-_SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
+_SYSTEM_NAMES = (
+    *("thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "icon\r", "@eadir", "#recycle", "$recycle.bin"),
+    *("system volume information", "lost+found"),
+)
+#: Names of the folders of a split, in any case; the first that exists is read.
+_SPLIT_FOLDERS = {"train": ("train", "training"), "test": ("test", "testing", "val", "valid", "validation")}
 _MOST_NAMED = 20
+#: Images in folders that are not read are counted up to this number.
+_MOST_COUNTED = 100_000
 _CIFAR_FOLDER = "cifar-100-python"
 _LAYOUT = (
     "DIR/train/<class>/*.png and DIR/test/<class>/*.png (or val/, valid/, validation/), or without splits as "
@@ -66,7 +73,7 @@ class DatasetSpec:
 def dataset_spec(name: str, root: str) -> DatasetSpec:
     """The data set ``name`` at ``root``, which replaces the path of an image folder; ``ConfigError`` for digits."""
     if name.startswith("folder:") and root:
-        return DatasetSpec(name=f"folder:{root}")
+        return DatasetSpec(name=f"folder:{root.removeprefix('folder:')}")
     if name == "digits" and root:
         raise ConfigError(
             f"The data set digits is part of scikit-learn and cannot be read from {root}.",
@@ -86,8 +93,10 @@ class ImageSet:
     labels: NDArray[np.int64]
     pixels: NDArray[np.uint8] | None
     files: tuple[Path, ...]
-    #: Files in the folders of the split that are no images, or are in no class folder.
+    #: Files of the data set that are no images, or are in no class folder.
     ignored: tuple[Path, ...] = ()
+    #: Folders with images beside those of the splits, in words: "val (1000 images)".
+    unread: tuple[str, ...] = ()
     #: How the splits were drawn; empty if they are stored as splits.
     drawn: str = ""
 
@@ -200,6 +209,12 @@ def is_cifar100(root: Path) -> bool:
     return len(folders) == 100 and all(_first_size(folder) == (32, 32) for folder in folders.values())
 
 
+def _has_images_of_classes(root: Path) -> bool:
+    """Whether ``root`` has folders with images, which can be classes; a place of archives has none."""
+    folders = _class_folders(root).values() if root.is_dir() else ()
+    return sum(_first_size(folder) is not None for folder in islice(folders, _MOST_NAMED)) > 1
+
+
 def _first_size(folder: Path) -> tuple[int, int] | None:
     from PIL import Image
 
@@ -215,7 +230,7 @@ def _open_cifar100(spec: DatasetSpec, split: Split) -> ImageSet:
     root = Path(spec.root)
     archive = _cifar_archive(root)
     if archive is None:
-        if root.is_dir() and any((root / name).is_dir() for name in ("train", "test")):
+        if has_stored_splits(root) or _has_images_of_classes(root):
             return _open_folder(root, split)
         raise DataError(
             f"CIFAR-100 was not found in {root}.",
@@ -236,7 +251,17 @@ def _open_cifar100(spec: DatasetSpec, split: Split) -> ImageSet:
 
 
 def _split_folder(root: Path, split: Split) -> Path | None:
-    return next((root / name for name in _SPLIT_FOLDERS[split] if (root / name).is_dir()), None)
+    return next(iter(_split_folders(root, split)), None)
+
+
+def _split_folders(root: Path, *splits: Split) -> list[Path]:
+    """The folders in ``root`` with a name of one of ``splits``, in the order in which they are preferred."""
+    if not root.is_dir():
+        return []
+    folders: dict[str, list[Path]] = {}
+    for entry in sorted(entry for entry in root.iterdir() if entry.is_dir()):
+        folders.setdefault(entry.name.lower(), []).append(entry)
+    return [entry for split in splits for name in _SPLIT_FOLDERS[split] for entry in folders.get(name, ())]
 
 
 def _is_data(name: str) -> bool:
@@ -319,7 +344,9 @@ def class_difference(one: Sequence[str], two: Sequence[str], one_name: str, two_
     for name, classes, others in ((one_name, one, two), (two_name, two, one)):
         only = sorted(set(classes) - set(others))
         more = f" and {len(only) - 5} more" if len(only) > 5 else ""
-        parts += [f"only in {name}: {', '.join(only[:5])}{more}"] if only else []
+        # A space at the end of a name would not be seen.
+        shown = [each if each == each.strip() and each.isprintable() else repr(each) for each in only[:5]]
+        parts += [f"only in {name}: {', '.join(shown)}{more}"] if only else []
     return "; ".join(parts) or "the same names in a different order"
 
 
@@ -329,36 +356,117 @@ def has_stored_splits(root: Path) -> bool:
 
 
 def _open_folder(root: Path, split: Split) -> ImageSet:
-    if root.is_dir() and not has_stored_splits(root) and _class_folders(root):
+    _require_folder(root)
+    if not has_stored_splits(root) and _class_folders(root):
         return _open_drawn(root, split)
     found = _split_folder(root, split)
     if found is None:
-        raise DataError(
-            f"{root} has no folder {' or '.join(_SPLIT_FOLDERS[split])}.", remedy=f"Arrange images as {_LAYOUT}."
-        )
+        raise _missing_split(root, split)
     images, ignored = _images_by_class(found)
     _require_same_classes(root)
-    return _image_set(images, ignored)
+    beside, unread = _beside_splits(root) if split == "test" else ([], ())
+    return _image_set(images, [*ignored, *beside], unread=unread)
+
+
+def _require_folder(root: Path) -> None:
+    if root.is_file():
+        archive = root.name.lower().endswith((".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"))
+        raise DataError(
+            f"{root} is a file, not a folder of images.",
+            remedy="Unpack it, and pass the folder." if archive else f"Pass the folder, arranged as {_LAYOUT}.",
+        )
+    if not root.is_dir():
+        raise DataError(f"There is no folder {root}.", remedy=f"Pass a folder of images, arranged as {_LAYOUT}.")
+
+
+def _missing_split(root: Path, split: Split) -> DataError:
+    other = _split_folder(root, "train" if split == "test" else "test")
+    drawn = "" if other is None else f" Or pass {other} alone, and a test split is drawn from its images."
+    names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and _is_data(entry.name))
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    has = f"; it has {', '.join(names[:5])}{more}" if names else ""
+    return DataError(
+        f"{root} has no folder {' or '.join(_SPLIT_FOLDERS[split])}{has}.",
+        remedy=f"Arrange images as {_LAYOUT}.{drawn}",
+    )
+
+
+def _beside_splits(root: Path) -> tuple[list[Path], tuple[str, ...]]:
+    """The files in ``root`` itself, and in words the folders with images that are no split, or another test split."""
+    read = (_split_folder(root, "train"), _split_folder(root, "test"))
+    entries = sorted(entry for entry in root.iterdir() if _is_data(entry.name) and entry not in read)
+    counts = {entry.name: _count_images(entry) for entry in entries if entry.is_dir()}
+    unread = tuple(
+        f"{name} ({'at least ' if count == _MOST_COUNTED else ''}{count} images)"
+        for name, count in counts.items()
+        if count
+    )
+    return [entry for entry in entries if not entry.is_dir()], unread
+
+
+def _count_images(folder: Path) -> int:
+    found = (
+        name
+        for _, _, names in os.walk(folder)
+        for name in names
+        if _is_data(name) and Path(name).suffix.lower() in (*SUFFIXES, *_UNREAD_SUFFIXES)
+    )
+    return sum(1 for _ in islice(found, _MOST_COUNTED))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Scan:
+    """The image files of each class folder, the files that are no images or in no class folder, and what is wrong."""
+
+    images: dict[str, list[Path]]
+    ignored: list[Path]
+    problems: list[str]
+
+
+def _scanned(folder: Path) -> _Scan:
+    beside = [path for path in folder.iterdir() if not path.is_dir() and _is_data(path.name)]
+    files: dict[str, list[Path]] = {name: _files_below(place) for name, place in _class_folders(folder).items()}
+    images = {name: [path for path in own if path.suffix.lower() in SUFFIXES] for name, own in files.items()}
+    others = [*beside, *(path for own in files.values() for path in own if path.suffix.lower() not in SUFFIXES)]
+    problems = [problem for path in sorted(others) if (problem := _problem_of(path)) is not None]
+    return _Scan(images=images, ignored=others, problems=problems)
+
+
+def _problem_of(path: Path) -> str | None:
+    """Why images may be missing because of a file that is not read as one; None if they are not."""
+    suffix = path.suffix.lower()
+    if suffix in _UNREAD_SUFFIXES:
+        return f"{path} is an image in a format that is not read ({suffix})."
+    if path.is_symlink() and not path.exists():
+        return f"{path} is a link to a file or folder that does not exist."
+    return None
 
 
 def _images_by_class(folder: Path) -> tuple[dict[str, list[Path]], list[Path]]:
     """The image files of each class folder in ``folder``, and the files that are no images or in no class folder."""
-    ignored = [path for path in folder.iterdir() if not path.is_dir() and _is_data(path.name)]
-    found: dict[str, list[Path]] = {}
-    for name, place in _class_folders(folder).items():
-        images = found[name] = []
-        for path in _files_below(place):
-            (images if path.suffix.lower() in SUFFIXES else ignored).append(path)
-    _require_no_unread_image(folder, ignored)
-    empty = [name for name, images in found.items() if not images]
+    found = _scanned(folder)
+    if found.problems:
+        count = sum(map(len, found.images.values()))
+        raise _unusable(found.problems, count + len(found.problems))
+    empty = [str(folder / name) for name, images in found.images.items() if not images]
     if empty:
+        more = f" and {len(empty) - _MOST_NAMED} more" if len(empty) > _MOST_NAMED else ""
+        verb = "contains" if len(empty) == 1 else "contain"
         raise DataError(
-            f"{folder / empty[0]} contains no image.",
+            f"{', '.join(empty[:_MOST_NAMED])}{more} {verb} no image.",
             remedy=f"Add images ({' '.join(SUFFIXES)}) or remove the folder.",
         )
-    if not found:
+    if not found.images:
         raise DataError(f"{folder} contains no class folder.", remedy=f"Arrange images as {_LAYOUT}.")
-    return found, ignored
+    return found.images, found.ignored
+
+
+def _unusable(problems: Sequence[str], total: int) -> DataError:
+    # All of them: with a list that is cut off, each run would find the next ones.
+    return DataError(
+        "\n  ".join([f"{len(problems)} of {total} images cannot be used:", *problems]),
+        remedy=f"Repair these files, convert them to one of {' '.join(SUFFIXES)}, or remove them.",
+    )
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -371,7 +479,9 @@ def open_unsplit(root: Path) -> ImageSet:
     return _image_set(*_images_by_class(root))
 
 
-def _image_set(images: Mapping[str, Sequence[Path]], ignored: Sequence[Path], drawn: str = "") -> ImageSet:
+def _image_set(
+    images: Mapping[str, Sequence[Path]], ignored: Sequence[Path], drawn: str = "", unread: tuple[str, ...] = ()
+) -> ImageSet:
     labels = [label for label, files in enumerate(images.values()) for _ in files]
     return ImageSet(
         classes=tuple(images),
@@ -379,6 +489,7 @@ def _image_set(images: Mapping[str, Sequence[Path]], ignored: Sequence[Path], dr
         pixels=None,
         files=tuple(path for files in images.values() for path in files),
         ignored=tuple(sorted(ignored)),
+        unread=unread,
         drawn=drawn,
     )
 
@@ -386,6 +497,7 @@ def _image_set(images: Mapping[str, Sequence[Path]], ignored: Sequence[Path], dr
 def _open_drawn(root: Path, split: Split) -> ImageSet:
     """A split of a folder of classes without splits: the same images on every machine, because names decide alone."""
     images, ignored = _images_by_class(root)
+    _require_no_splits_below(root)
     single = [name for name, files in images.items() if len(files) < 2]
     if single:
         raise DataError(
@@ -399,8 +511,19 @@ def _open_drawn(root: Path, split: Split) -> ImageSet:
         test = _drawn_for_test(root, name, files)
         chosen[name] = [path for path in files if (path in test) == (split == "test")]
     drawn = f"test split drawn: {_TEST_SHARE:.0%} of each class, by file name, seed {_SPLIT_SEED}"
-    # Both splits have the same folders, so that their files are reported once.
-    return _image_set(chosen, ignored if split == "train" else (), drawn)
+    return _image_set(chosen, ignored, drawn)
+
+
+def _require_no_splits_below(root: Path) -> None:
+    """A folder of classes whose folders have splits: one folder too high, or classes above splits."""
+    for name, place in _class_folders(root).items():
+        splits = _split_folders(place, "train", "test")
+        if splits:
+            names = " and ".join(folder.name for folder in splits)
+            raise DataError(
+                f"{root} would be read as one folder for each class, but {place} has the folder {names}.",
+                remedy=f"If {name} is not a class, pass {place}. Otherwise arrange images as {_LAYOUT}.",
+            )
 
 
 def _drawn_for_test(root: Path, name: str, files: Sequence[Path]) -> set[Path]:
@@ -413,23 +536,28 @@ def _drawn_for_test(root: Path, name: str, files: Sequence[Path]) -> set[Path]:
     return set(sorted(files, key=rank)[: max(1, round(_TEST_SHARE * len(files)))])
 
 
-def _require_no_unread_image(folder: Path, ignored: Sequence[Path]) -> None:
-    unread = sorted(path for path in ignored if path.suffix.lower() in _UNREAD_SUFFIXES)
-    if unread:
-        raise DataError(
-            f"{folder} contains {len(unread)} images of a format that is not read, the first is {unread[0]}.",
-            remedy=f"Convert them to one of {' '.join(SUFFIXES)}, or move them out of {folder}.",
-        )
-
-
 def described(splits: Mapping[str, ImageSet]) -> str:
     """One line on opened splits by name: their images, the number of classes and the files that were ignored."""
     counts = [f"{len(images)} {name}" for name, images in splits.items()]
     classes = len(next(iter(splits.values())).classes)
-    ignored = Counter(_kind(path) for images in splits.values() for path in images.ignored)
+    # Splits that are drawn have the same folders.
+    ignored = Counter(map(_kind, {path for images in splits.values() for path in images.ignored}))
     kinds = f" ({', '.join(f'{kind} {count}' for kind, count in sorted(ignored.items()))})" if ignored else ""
     line = f"{' and '.join(counts)} images, {classes} classes, {ignored.total()} files ignored{kinds}"
-    return "; ".join([line, *dict.fromkeys(images.drawn for images in splits.values() if images.drawn)])
+    drawn = [images.drawn for images in splits.values() if images.drawn]
+    unread = [folder for images in splits.values() for folder in images.unread]
+    notes = [f"not read: {', '.join(dict.fromkeys(unread))}"] if unread else []
+    return "; ".join([line, *dict.fromkeys(drawn), *notes, *_similar_classes(next(iter(splits.values())).classes)])
+
+
+def _similar_classes(classes: Sequence[str]) -> list[str]:
+    """A note on classes whose names differ only in case: letters may be meant, or one class was named twice."""
+    by_name: dict[str, list[str]] = {}
+    for name in classes:
+        by_name.setdefault(name.casefold().strip(), []).append(name)
+    pairs = [" and ".join(map(repr, names)) for names in by_name.values() if len(names) > 1]
+    more = f" and {len(pairs) - 3} more" if len(pairs) > 3 else ""
+    return [f"classes with nearly the same name: {', '.join(pairs[:3])}{more}"] if pairs else []
 
 
 def _kind(ignored: Path) -> str:
@@ -452,7 +580,10 @@ def dataset_digest(
     if there are any. Raises ``DataError`` with all files that are no readable images.
     """
     _require_known(spec.name)
-    opened = None if _is_array(spec) else _opened(spec, trains=trains)
+    try:
+        opened = None if _is_array(spec) else _opened(spec, trains=trains)
+    except DataError as error:
+        raise _with_all_images(spec, error) from error
     files = (
         source_files(spec) if opened is None else sorted(path for images in opened.values() for path in images.files)
     )
@@ -461,6 +592,8 @@ def dataset_digest(
             "name": spec.name.partition(":")[0],
             "versions": tool_versions("scikit-learn", "pillow"),
             "files": _listing(files),
+            # Versions before did not decode the images.
+            "decoded": True,
         }
     )
     cached = memory / f"{listing}.json"
@@ -477,7 +610,8 @@ def dataset_digest(
     if len(classes) < 2:
         raise DataError(
             f"The data set has one class, {classes[0]}: there is nothing to tell apart.",
-            remedy=f"Arrange images as {_LAYOUT}, with a folder for each class.",
+            remedy=f"Arrange images as {_LAYOUT}, with a folder for each class. If the classes are the folders in "
+            f"{classes[0]}, pass that folder.",
         )
     shown = _shown_differently(_require_readable(files if opened else []))
     _report_any(shown, report)
@@ -491,8 +625,28 @@ def _open_both(spec: DatasetSpec) -> dict[str, ImageSet]:
     return {"training": open_dataset(spec, "train"), "test": open_dataset(spec, "test")}
 
 
+def _with_all_images(spec: DatasetSpec, error: DataError) -> DataError:
+    """``error`` of a folder that cannot be opened; with all images that cannot be used, if it is about some of them."""
+    root = _folder_of(spec)
+    folders = [folder for split in ("train", "test") if (folder := _split_folder(root, split)) is not None]
+    try:
+        scans = [_scanned(folder) for folder in folders or [root]]
+    except (DataError, OSError):
+        return error
+    problems = [problem for scan in scans for problem in scan.problems]
+    if not problems:
+        return error
+    files = [path for scan in scans for images in scan.images.values() for path in images]
+    found = [each for each in _checked(sorted(files)) if isinstance(each, str)]
+    return _unusable(sorted([*problems, *found]), len(files) + len(problems))
+
+
+def _folder_of(spec: DatasetSpec) -> Path:
+    return Path(spec.name.removeprefix("folder:")) if spec.name.startswith("folder:") else Path(spec.root)
+
+
 def _opened(spec: DatasetSpec, *, trains: bool) -> dict[str, ImageSet]:
-    root = Path(spec.name.removeprefix("folder:")) if spec.name.startswith("folder:") else Path(spec.root)
+    root = _folder_of(spec)
     if not trains and has_stored_splits(root) and _split_folder(root, "train") is None:
         return {"test": open_dataset(spec, "test")}
     return _open_both(spec)
@@ -514,7 +668,16 @@ def _shown_differently(facts: Sequence[ImageFacts]) -> str:
 
 
 def _require_readable(files: Sequence[Path]) -> list[ImageFacts]:
-    """Check each image file once, so that a damaged one is found now and not in the middle of a training."""
+    """Decode each image file once, so that a damaged one is found now and not in the middle of a training."""
+    found = _checked(files)
+    problems = [each for each in found if isinstance(each, str)]
+    if problems:
+        raise _unusable(problems, len(files))
+    return [each for each in found if not isinstance(each, str)]
+
+
+def _checked(files: Sequence[Path]) -> list[ImageFacts | str]:
+    """How each image file is shown, or why it cannot be used."""
 
     def checked(path: Path) -> ImageFacts | str:
         try:
@@ -522,16 +685,9 @@ def _require_readable(files: Sequence[Path]) -> list[ImageFacts]:
         except DataError as error:
             return error.message
 
-    with ThreadPoolExecutor() as pool:
-        found = list(pool.map(checked, files))
-    problems = [each for each in found if isinstance(each, str)]
-    if problems:
-        # All of them: with a list that is cut off, each run would find the next ones.
-        raise DataError(
-            "\n  ".join([f"{len(problems)} of {len(files)} images cannot be used:", *problems]),
-            remedy="Repair or remove these files.",
-        )
-    return [each for each in found if not isinstance(each, str)]
+    # Decoding needs no more threads than processors, and the memory of an image in each.
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        return list(pool.map(checked, files))
 
 
 def _listing(files: Sequence[Path]) -> list[tuple[str, int, int]]:
@@ -539,7 +695,8 @@ def _listing(files: Sequence[Path]) -> list[tuple[str, int, int]]:
     for path in files:
         try:
             status = path.stat()
-        except FileNotFoundError:
+        # A broken link, or one to itself; reading the image reports it.
+        except OSError:
             continue
         entries.append((str(path.absolute()), status.st_size, status.st_mtime_ns))
     return entries

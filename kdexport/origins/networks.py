@@ -13,7 +13,7 @@ from kdexport.origins import libraries
 from kdexport.origins.factories import call_factory
 from kdexport.origins.program_archive import open_archive
 from kdexport.origins.references import Reference, weights_file
-from kdexport.origins.weights import Head, load_weights, read_weights
+from kdexport.origins.weights import Head, Weights, load_weights, read_weights
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -37,13 +37,14 @@ def import_network(
     image_size: int | None = None,
     weights: str | None = None,
     head: Head = "strict",
+    read: Weights | None = None,
 ) -> ImportedNetwork:
     """Make the network of ``reference`` with ``weights``: a file, the name of a library's weights, or None for fresh.
 
     ``num_classes`` is ignored where a library's own weights are loaded into their own classifier; ``head="fresh"``
-    replaces that classifier by a fresh one of ``num_classes``. Raises ``ConfigError`` or ``UnknownNameError`` for a
-    network that cannot be made, ``CheckpointError`` for weights that do not fit, and ``BackendUnavailableError`` for a
-    library that is not installed.
+    replaces that classifier by a fresh one of ``num_classes``. ``read`` is what the file ``weights`` has, if it was
+    read before. Raises ``ConfigError`` or ``UnknownNameError`` for a network that cannot be made, ``CheckpointError``
+    for weights that do not fit, and ``BackendUnavailableError`` for a library that is not installed.
     """
     file = weights_file(weights)
     named = None if file is not None else weights
@@ -62,9 +63,9 @@ def import_network(
     found = ImportedNetwork(module=made.module, preprocessing=made.preprocessing, notes=made.notes)
     if file is None:
         return _evaluated(found)
-    read = read_weights(file)
-    notes = load_weights(found.module, read, str(file), head=head)
-    return _evaluated(replace(found, weights_sha256=read.sha256, notes=(*found.notes, *read.notes, *notes)))
+    content = read or read_weights(file)
+    notes = load_weights(found.module, content, str(file), head=head)
+    return _evaluated(replace(found, weights_sha256=content.sha256, notes=(*found.notes, *content.notes, *notes)))
 
 
 def _own_network(reference: Reference, num_classes: int | None, image_size: int | None) -> libraries.MadeNetwork:

@@ -79,8 +79,13 @@ def test_methods_that_a_student_cannot_take_are_refused_with_those_that_it_can(t
     assert "it reads features of the student, but [student] has no taps" in without.message
 
 
-def test_a_student_of_other_outputs_is_refused(tiny_images: Path) -> None:
-    assert "has 7 outputs, the data set has 2 classes" in refusal(tiny_images, student="seven").message
+def test_a_student_of_other_outputs_is_refused(tiny_images: Path, tmp_path: Path) -> None:
+    # Of three classes; refused before the teacher is trained, and the folder stays free.
+    recipe = recipe_of(tiny_images, student="seven")
+    with pytest.raises(ConfigError, match="has 7 outputs, the data set has 3 classes"):
+        distil(recipe, tmp_path / "run")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"dataset"}
+    assert rehearse(recipe) == 7
 
 
 def test_pretrained_weights_keep_the_network_and_replace_the_classifier(tmp_path: Path) -> None:

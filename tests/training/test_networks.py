@@ -11,6 +11,7 @@ from kdexport.checkpoint import StudentSpec, load_student, open_checkpoint, save
 from kdexport.data.datasets import open_dataset
 from kdexport.data.preprocessing import Preprocessing
 from kdexport.errors import CheckpointError, ConfigError, UnknownNameError
+from kdexport.origins.weights import Weights, read_weights
 from kdexport.students import Student
 from tests.training.foreign.factories import Tiny
 from tests.training.small_runs import CLASSES, tiny_recipe
@@ -20,7 +21,7 @@ from training.recipe import Recipe, StudentSettings
 from training.runs.handover import Origin
 from training.runs.task import FrozenTeacher
 from training.teachers import TEACHERS
-from training.teachers.description import described_teacher
+from training.teachers.description import TeacherDescription, described_teacher
 from training.train import distil, evaluate_teacher, rehearse, train_student, train_teacher
 
 HERE = "tests.training.foreign.factories"
@@ -99,7 +100,7 @@ def test_a_teacher_of_other_classes_is_refused_for_logits_and_read_for_features(
 
 
 def test_a_registered_teacher_of_other_classes_is_read_for_features_with_its_own_classifier(
-    tiny_images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tiny_images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(1)
     path = tmp_path / "seven.safetensors"
@@ -114,11 +115,28 @@ def test_a_registered_teacher_of_other_classes_is_read_for_features_with_its_own
     metrics = train_student(guided, tmp_path / "run", ORIGIN)
     assert "teacher_top1" not in metrics
     assert "no top-1, because its file has a classifier of 7 classes; only its features" in capfd.readouterr().err
+    reads: list[Path] = []
+
+    def counted(file: Path) -> Weights:
+        reads.append(file)
+        return read_weights(file)
+
+    monkeypatch.setattr("training.teachers.teacher.read_weights", counted)
     given = given_teacher(guided, open_dataset(guided.data.spec(), "train"), lambda _: None)
+    assert reads == [path]
     # The target guide reads the classifier: it must be that of the file.
     torch.testing.assert_close(given.teacher.state_dict(), own, rtol=0, atol=0)
     with pytest.raises(CheckpointError, match="classifier of 7 classes, the data set has 3"):
         evaluate_teacher(guided)
+    # Classes that the file describes are those of another data set, unless the recipe says to go on.
+    described = TeacherDescription(classes=tuple("abcdefg")).metadata("resnet20")
+    save_file(own, path, metadata=described)
+    images = open_dataset(guided.data.spec(), "train")
+    assert given_teacher(guided, images, lambda _: None).problem.startswith("it was trained for 7 other classes (only")
+    strict = guided.teacher.model_copy(update={"plausibility": "required"})
+    with pytest.raises(CheckpointError, match="trained for 7 classes, the data set has 3") as caught:
+        given_teacher(guided.model_copy(update={"teacher": strict}), images, lambda _: None)
+    assert "--set teacher.plausibility=reported" in caught.value.remedy
     save_file({name: value for name, value in own.items() if "fc." not in name}, path)
     with pytest.raises(CheckpointError, match="classifier"):
         train_student(guided, tmp_path / "headless", ORIGIN)

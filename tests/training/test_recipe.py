@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from kdexport.data.datasets import DatasetSpec
 from kdexport.errors import ConfigError, ReparamError
 from tests.conftest import run_command
 from tests.training.small_runs import environment
@@ -302,6 +303,28 @@ def schedule_error(source: str, *overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
         check_schedule(load_recipe(source, merge_overrides([parse_override(text) for text in overrides])))
     return str(caught.value)
+
+
+@pytest.mark.parametrize("milestones", ["[0, 5]", "[-3]", "[5, 5]", "[7, 5]"])
+def test_milestones_that_are_no_rising_epochs_are_refused(milestones: str) -> None:
+    message = schedule_error("digits", "train.schedule=step", f"train.milestones={milestones}")
+    assert f"train.milestones = {milestones} must be different epochs of 1 or more that rise" in message
+
+
+def test_a_folder_in_place_of_the_digits_is_another_data_set() -> None:
+    for root in ("photos", "folder:photos"):
+        recipe = load_recipe("digits", {"data": {"root": root}, "teacher": {"epochs": 3}})
+        assert recipe.data.spec() == DatasetSpec(name="folder:photos")
+    assert recipe.identity()["data"]["name"] == "folder:"
+    assert load_recipe("digits", {"data": {"root": ""}}).data.name == "digits"
+
+
+@pytest.mark.parametrize("key", ["data.std", "teacher.std"])
+def test_a_deviation_that_was_divided_by_255_twice_is_refused(key: str) -> None:
+    table, _, name = key.partition(".")
+    values = {name: [0.2 / 255] * 3, **({"mean": [0.5] * 3} if table == "teacher" else {})}
+    with pytest.raises(ConfigError, match=r"is less than one grey level, 0\.0039; it must be divided by 255 once"):
+        load_recipe("digits", {table: values})
 
 
 def test_milestones_beyond_the_run_are_refused_with_where_they_could_be() -> None:

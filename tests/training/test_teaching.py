@@ -88,7 +88,7 @@ def test_a_copied_teacher_of_other_classes_is_refused(weights: Path, tiny_images
     copied = tmp_path / "t.safetensors"
     tensors = load_tensors(weights)
     save_tensors(copied, tensors, TeacherDescription(classes=("bee", "ant", "cow")).metadata("resnet8"))
-    with pytest.raises(CheckpointError, match="was trained for 3 classes"):
+    with pytest.raises(CheckpointError, match="was trained for 3 other classes"):
         evaluate_teacher(with_teacher(tiny_images, copied))
 
 

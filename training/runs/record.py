@@ -4,12 +4,14 @@ import json
 import platform
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from kdexport.core.digests import tool_versions
-from kdexport.core.files import write_text
+from kdexport.core.files import write_bytes, write_text
 from kdexport.errors import ConfigError, StorageError
 from training import REVISION
 from training.recipe import Recipe, plugin_digests
@@ -20,6 +22,8 @@ _INPUTS_FILE, _RECORD = "inputs.json", "recipe.json"
 _EXTENDED = "extended_from"
 #: What a run reads, by the key of its digest.
 _INPUTS = {"dataset_sha256": "data set", "teacher_sha256": "teacher"}
+#: What is in a run folder once something was trained in it.
+_TRAINED = (STATE, "metrics.jsonl", f"teacher/{STATE}", "teacher/model.safetensors", "model.safetensors", "student")
 _PACKAGES = ("torch", "torchvision", "accelerate", "numpy", "pillow", "safetensors")
 
 
@@ -35,17 +39,51 @@ def claim(directory: Path, recipe: Recipe, job: str) -> None:
         different = difference(directory, recipe, job)
         before = _epochs_to_extend(directory, recipe, job) if different else None
         if before is not None:
-            described = {**_described(recipe, job), _EXTENDED: [*extensions(directory), before]}
-            write_text(directory / _RECORD, json.dumps(described, indent=2))
-        elif different:
+            # Apart from its epochs the run must be the same.
+            different = difference(directory, _with_epochs(recipe, job, before), job)
+        if different:
+            weights = directory / "teacher" / "model.safetensors"
+            teacher = f" To use its teacher: --teacher-checkpoint {weights}" if weights.is_file() else ""
             raise ConfigError(
                 f"{directory} belongs to another run: {different}.",
-                remedy="Pass another --out, or remove the folder.",
+                remedy=f"Pass another --out, or remove the folder.{teacher}",
             )
+        if before is not None:
+            described = {**_described(recipe, job), _EXTENDED: [*extensions(directory), before]}
+            write_text(directory / _RECORD, json.dumps(described, indent=2))
         if not (directory / _RECORD).is_file():
             write_text(directory / _RECORD, json.dumps(_described(recipe, job), indent=2))
     except OSError as error:
         raise StorageError(f"Cannot write {directory}: {error.strerror}.", remedy="Pass another --out.") from error
+
+
+@contextmanager
+def claimed_if_trained(directory: Path, *, writes: bool) -> Iterator[None]:
+    """Let the block claim ``directory``; if it fails before anything is trained there, its records are as before.
+
+    Otherwise the folder would belong to a recipe that the error asks to correct. ``writes`` is for the one of several
+    processes that writes the records.
+    """
+    records = [directory / name for name in (_RECORD, _INPUTS_FILE)]
+    before = [path.read_bytes() if path.is_file() else None for path in records]
+    trained = _times_of_training(directory)
+    try:
+        yield
+    except BaseException:
+        if writes and _times_of_training(directory) == trained:
+            # The error of the block is what the user has to see.
+            with suppress(OSError):
+                for path, content in zip(records, before, strict=True):
+                    if content is None:
+                        path.unlink(missing_ok=True)
+                    else:
+                        write_bytes(path, content)
+        raise
+
+
+def _times_of_training(directory: Path) -> dict[str, int]:
+    """When each result of a training in ``directory`` was written, in nanoseconds."""
+    return {name: (directory / name).stat().st_mtime_ns for name in _TRAINED if (directory / name).exists()}
 
 
 def difference(directory: Path, recipe: Recipe, job: str) -> str:
@@ -72,16 +110,18 @@ def extensions(directory: Path) -> tuple[int, ...]:
 
 
 def _epochs_to_extend(directory: Path, recipe: Recipe, job: str) -> int | None:
-    """The epochs of the run in ``directory``, if this one differs only by more of them; otherwise None."""
+    """The epochs of the run in ``directory``, if it has begun and this one has more of them; otherwise None."""
     if not (directory / STATE).is_file():
         return None
     table = "train" if job == "student" else "teacher"
     there, here = _read_json(directory / _RECORD), _described(recipe, job)
     before = there.get("recipe", {}).get(table, {}).get("epochs")
-    if not isinstance(before, int) or before >= here["recipe"][table]["epochs"]:
-        return None
-    shorter = getattr(recipe, table).model_copy(update={"epochs": before})
-    return None if difference(directory, recipe.model_copy(update={table: shorter}), job) else before
+    return before if isinstance(before, int) and before < here["recipe"][table]["epochs"] else None
+
+
+def _with_epochs(recipe: Recipe, job: str, epochs: int) -> Recipe:
+    table = "train" if job == "student" else "teacher"
+    return recipe.model_copy(update={table: getattr(recipe, table).model_copy(update={"epochs": epochs})})
 
 
 def claim_input(directory: Path, key: str, sha256: str, place: str) -> None:

@@ -13,7 +13,7 @@ from kdexport.core.files import write_text
 from kdexport.core.progress import Reporter
 from kdexport.core.tables import Table, markdown_table
 from kdexport.errors import StorageError
-from training.study.cells import Result, plan, read, require_one_data_set, run_cell
+from training.study.cells import Result, plan, read, require_one_data_set, require_same_inputs, run_cell
 
 
 def tabulate(
@@ -42,6 +42,10 @@ def tabulate(
         _replace(out.with_suffix(".csv"), to_csv(results))
 
     if not run:
+        # Results of other images or weights than those that are named are not results of this table.
+        if overrides.get("data", {}).get("root") or overrides.get("teacher", {}).get("checkpoint"):
+            for cell in cells:
+                require_same_inputs(cell, runs)
         write()
         return
     from training.runs.turns import CudaMemory

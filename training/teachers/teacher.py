@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from kdexport.errors import CheckpointError
-from kdexport.origins.weights import load_weights, read_weights
+from kdexport.origins.weights import Weights, load_weights, read_weights
 from kdexport.students import Classifier
 
 
@@ -17,10 +17,10 @@ class Teacher(Classifier):
     traceable: ClassVar[bool] = True
 
 
-def outputs_in_file(teacher: Teacher, path: Path) -> int | None:
-    """The number of classes of the classifier in a file of weights; None if the file has no such layer."""
+def outputs_in_weights(teacher: Teacher, weights: Weights) -> int | None:
+    """The number of classes of the classifier in the weights of a file; None if they have no such layer."""
     name = f"{teacher.classifier_path}.weight"
-    found = [tensor for key, tensor in read_weights(path).tensors.items() if key == name or key.endswith(f".{name}")]
+    found = [tensor for key, tensor in weights.tensors.items() if key == name or key.endswith(f".{name}")]
     return len(found[0]) if len(found) == 1 and found[0].ndim == 2 else None
 
 
@@ -30,10 +30,15 @@ def load_teacher_weights(teacher: Teacher, path: Path) -> tuple[str, ...]:
     Raises ``CheckpointError`` if the file is missing, is not one of weights, or does not fit to the last tensor:
     ``kdexport.origins.weights`` has the rules.
     """
+    weights = read_teacher_weights(path)
+    return (*weights.notes, *load_weights(teacher, weights, str(path)))
+
+
+def read_teacher_weights(path: Path) -> Weights:
+    """The tensors in the file ``path``; raises ``CheckpointError`` if it is missing or is not one of weights."""
     if not path.exists():
         raise CheckpointError(
             f"There is no teacher checkpoint {path}.",
             remedy="Pass --teacher-checkpoint FILE, or remove teacher.checkpoint to train the teacher first.",
         )
-    weights = read_weights(path)
-    return (*weights.notes, *load_weights(teacher, weights, str(path)))
+    return read_weights(path)

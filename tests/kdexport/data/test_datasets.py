@@ -236,13 +236,117 @@ def test_images_of_a_format_that_is_not_read_are_refused_and_not_left_out(tmp_pa
     spec = image_folders(tmp_path)
     for name in ("b.HEIC", "a.avif"):
         (tmp_path / "train" / "bee" / name).write_bytes(b"\0\0\0\x18ftyp")
+    folder = tmp_path / "train" / "bee"
+    unread = [
+        f"  {folder / 'a.avif'} is an image in a format that is not read (.avif).",
+        f"  {folder / 'b.HEIC'} is an image in a format that is not read (.heic).",
+    ]
     with pytest.raises(DataError) as caught:
         open_dataset(spec, "train")
-    folder = tmp_path / "train"
-    assert caught.value.message == (
-        f"{folder} contains 2 images of a format that is not read, the first is {folder / 'bee' / 'a.avif'}."
-    )
-    assert caught.value.remedy.startswith("Convert them to one of .bmp .gif .jfif")
+    assert caught.value.message.splitlines() == ["2 of 11 images cannot be used:", *unread]
+    assert "convert them to one of .bmp .gif .jfif" in caught.value.remedy
+    # With those of the other split and those that are damaged, in one pass.
+    (tmp_path / "test" / "ant" / "0.png").write_bytes(b"")
+    (tmp_path / "test" / "ant" / "c.nef").write_bytes(b"")
+    with pytest.raises(DataError) as caught:
+        dataset_digest(spec, tmp_path / "memory")
+    lines = caught.value.message.splitlines()
+    assert lines[0] == "4 of 18 images cannot be used:"
+    assert [line.split(" is ")[0] for line in lines[1:3]] == [
+        f"  {tmp_path / 'test' / 'ant' / name}" for name in ("0.png", "c.nef")
+    ]
+    assert lines[3:] == unread
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "GIF", "BMP", "PPM", "TIFF"])
+def test_a_picture_that_ends_early_behind_a_good_header_is_found_before_the_training(tmp_path: Path, kind: str) -> None:
+    spec = image_folders(tmp_path)
+    cut = tmp_path / "train" / "bee" / "cut.jpg"
+    Image.fromarray(pixels(7, 64)).save(cut, format=kind)
+    dataset_digest(spec, tmp_path / "memory")
+    cut.write_bytes(cut.read_bytes()[:-200])
+    with Image.open(cut) as image:
+        assert image.size == (64, 64)
+    with pytest.raises(
+        DataError, match=r"1 of 16 images.*\n.*cut\.jpg is not a readable image: it is damaged or trunc"
+    ):
+        dataset_digest(spec, tmp_path / "memory")
+
+
+def test_links_to_nothing_are_named_and_not_left_out(tmp_path: Path) -> None:
+    spec = image_folders(tmp_path)
+    for split, name in (("train", "bee/session"), ("test", "cow"), ("train", "ant/x.png")):
+        (tmp_path / split / name).symlink_to(tmp_path / "unmounted" / "x")
+    (tmp_path / "test" / "ant" / "self.png").symlink_to("self.png")
+    with pytest.raises(DataError) as caught:
+        dataset_digest(spec, tmp_path / "memory")
+    message = caught.value.message
+    assert message.splitlines()[0] == "4 of 19 images cannot be used:"
+    for name in ("train/bee/session", "test/cow"):
+        assert f"{tmp_path / name} is a link to a file or folder that does not exist" in message
+    assert "x.png cannot be read: No such file" in message
+    assert "self.png cannot be read: Too many levels of symbolic links" in message
+
+
+@pytest.mark.parametrize(("train", "test"), [("Train", "TEST"), ("training", "testing"), ("TRAIN", "Valid")])
+def test_folders_of_splits_are_known_in_any_case(tmp_path: Path, train: str, test: str) -> None:
+    spec = image_folders(tmp_path, test)
+    (tmp_path / "train").rename(tmp_path / train)
+    for split, count in (("train", 9), ("test", 6)):
+        opened = open_dataset(spec, split)  # type: ignore[arg-type]
+        assert (opened.classes, len(opened)) == (("ant", "bee", "cat"), count)
+
+
+def test_images_beside_the_splits_are_said_not_to_be_read(tmp_path: Path) -> None:
+    spec = image_folders(tmp_path)
+    shutil.copytree(tmp_path / "test", tmp_path / "val")
+    shutil.copytree(tmp_path / "test" / "bee", tmp_path / "unsorted")
+    for name in ("docs", ".git", "@eaDir"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "@eaDir" / "thumb.jpg").write_bytes(b"")
+    (tmp_path / "LICENSE").write_text("text")
+    Image.fromarray(pixels(9)).save(tmp_path / "stray.png")
+    said: list[str] = []
+    dataset_digest(spec, tmp_path / "memory" / "x", said.append)
+    assert said == [
+        "9 training and 6 test images, 3 classes, 2 files ignored (.png outside of the class folders 1, no suffix 1); "
+        "not read: unsorted (2 images), val (6 images)"
+    ]
+
+
+def test_folders_of_storage_systems_are_no_classes(tmp_path: Path) -> None:
+    spec = image_folders(tmp_path)
+    for name in ("@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found", "#recycle"):
+        for parent in (tmp_path / "train", tmp_path / "train" / "bee"):
+            (parent / name).mkdir()
+            Image.fromarray(pixels(9)).save(parent / name / "thumb.jpg")
+    opened = open_dataset(spec, "train")
+    assert (opened.classes, len(opened), opened.ignored) == (("ant", "bee", "cat"), 9, ())
+
+
+@pytest.mark.parametrize("place", ["images", "ant"])
+def test_splits_below_a_class_are_no_images_of_it(tmp_path: Path, place: str) -> None:
+    image_folders(tmp_path / "photos" / place)
+    with pytest.raises(DataError, match=f"{place} has the folder train and test") as caught:
+        open_dataset(DatasetSpec(name=f"folder:{tmp_path / 'photos'}"), "train")
+    assert f"pass {tmp_path / 'photos' / place}." in caught.value.remedy
+
+
+def test_classes_that_differ_only_in_case_are_mentioned(tmp_path: Path) -> None:
+    said: list[str] = []
+    dataset_digest(image_folders(tmp_path, classes=("Ant", "bee", "ant")), tmp_path / "memory", said.append)
+    assert said[0].endswith("3 classes, 0 files ignored; classes with nearly the same name: 'Ant' and 'ant'")
+
+
+def test_a_file_is_not_a_data_set(tmp_path: Path) -> None:
+    for name, remedy in (
+        ("photos.ZIP", "Unpack it, and pass the folder."),
+        ("photos.txt", "Pass the folder, arranged"),
+    ):
+        (tmp_path / name).write_bytes(b"PK")
+        with pytest.raises(DataError, match="is a file, not a folder of images") as caught:
+            open_dataset(DatasetSpec(name=f"folder:{tmp_path / name}"), "train")
+        assert caught.value.remedy.startswith(remedy)
 
 
 def test_the_digest_of_a_flat_data_set_is_that_of_earlier_versions(tmp_path: Path) -> None:
@@ -304,11 +408,11 @@ def test_the_original_of_a_file_is_its_bytes_and_of_an_array_a_lossless_png(
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda root: shutil.rmtree(root / "train"), r"has no folder train\."),
+        (lambda root: shutil.rmtree(root / "train"), r"has no folder train or training; it has test\."),
         (lambda root: list(map(shutil.rmtree, (root / "train").iterdir())), "contains no class folder"),
         (lambda root: list(map(Path.unlink, (root / "train" / "bee").iterdir())), r"train/bee contains no image"),
         (lambda root: (root / "train" / "empty").mkdir(), r"train/empty contains no image"),
-        (lambda root: shutil.rmtree(root), r"has no folder train\."),
+        (lambda root: shutil.rmtree(root), r"There is no folder .*data\."),
     ],
     ids=["no split", "no class", "emptied class", "empty class", "nothing"],
 )
@@ -322,8 +426,11 @@ def test_a_missing_or_empty_folder_is_named(tmp_path: Path, damage: Callable[[Pa
 def test_a_missing_test_split_is_named_with_both_names_and_the_layout(tmp_path: Path) -> None:
     spec = image_folders(tmp_path)
     shutil.rmtree(tmp_path / "test")
-    with pytest.raises(DataError, match="has no folder test or val") as caught:
+    with pytest.raises(
+        DataError, match="has no folder test or testing or val or valid or validation; it has train"
+    ) as (caught):
         open_dataset(spec, "test")
+    assert f"Or pass {tmp_path / 'train'} alone, and a test split is drawn" in caught.value.remedy
     assert "DIR/train/<class>/*.png" in caught.value.remedy
 
 
@@ -358,6 +465,8 @@ def test_a_missing_cifar_archive_is_an_error_with_the_ways_to_provide_it(tmp_pat
 def test_cifar_can_be_image_folders(tmp_path: Path) -> None:
     image_folders(tmp_path)
     assert len(open_dataset(DatasetSpec(name="cifar100", root=str(tmp_path)), "test")) == 6
+    without_splits = open_dataset(DatasetSpec(name="cifar100", root=str(tmp_path / "train")), "test")
+    assert (without_splits.classes, len(without_splits)) == (("ant", "bee", "cat"), 3)
 
 
 @pytest.mark.parametrize("nested", [True, False])

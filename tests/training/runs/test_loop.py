@@ -422,7 +422,7 @@ def test_a_teacher_is_not_used_for_classes_of_other_names(distilled: Path, tmp_p
         shutil.copytree(tiny_images / split, tmp_path / split)
         (tmp_path / split / "cow").rename(tmp_path / split / "aaa")
     weights = distilled / "teacher" / "model.safetensors"
-    recipe = tiny_recipe(tmp_path, f"teacher.checkpoint={weights}")
+    recipe = tiny_recipe(tmp_path, f"teacher.checkpoint={weights}", "teacher.plausibility=required")
     difference = "only in the teacher: cow; only in the data set: aaa"
     for use in (lambda: evaluate_teacher(recipe), lambda: train_student(recipe, tmp_path / "run", ORIGIN)):
         with pytest.raises(CheckpointError, match=difference) as caught:

@@ -5,7 +5,7 @@ import pytest
 
 from kdexport.errors import ConfigError
 from training.recipe import Recipe, load_recipe
-from training.runs.record import claim, claim_input, difference, extensions, recorded_inputs
+from training.runs.record import claim, claim_input, claimed_if_trained, difference, extensions, recorded_inputs
 
 OLD, NEW = "a1" * 32, "b2" * 32
 
@@ -54,6 +54,40 @@ def test_the_student_of_an_earlier_version_tells_the_inputs_of_its_run(tmp_path:
     assert json.loads((tmp_path / "inputs.json").read_text()) == {"dataset_sha256": OLD, "teacher_sha256": NEW}
 
 
+@pytest.mark.parametrize("started", [False, True])
+def test_a_command_that_trained_nothing_leaves_the_folder_to_the_corrected_one(tmp_path: Path, started: bool) -> None:
+    if started:
+        claim(tmp_path, recipe(20), "student")
+        (tmp_path / "resume.safetensors").touch()
+
+    def failing(chosen: Recipe) -> None:
+        with claimed_if_trained(tmp_path, writes=True):
+            claim(tmp_path, chosen, "student")
+            claim_input(tmp_path, "dataset_sha256", OLD, "/data")
+            raise KeyboardInterrupt
+
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(KeyboardInterrupt):
+        failing(recipe(30))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    claim(tmp_path, recipe(30), "student")
+
+
+def test_a_command_that_trained_something_keeps_its_folder(tmp_path: Path) -> None:
+    def training() -> None:
+        with claimed_if_trained(tmp_path, writes=True):
+            claim(tmp_path, recipe(20), "student")
+            (tmp_path / "teacher").mkdir()
+            (tmp_path / "teacher" / "model.safetensors").touch()
+            raise ValueError("late")
+
+    with pytest.raises(ValueError, match="late"):
+        training()
+    with pytest.raises(ConfigError, match=r"train\.seed is 0 there and 1") as caught:
+        claim(tmp_path, recipe(20, seed=1), "student")
+    assert f"--teacher-checkpoint {tmp_path / 'teacher' / 'model.safetensors'}" in caught.value.remedy
+
+
 def test_a_damaged_record_is_refused_and_named(tmp_path: Path) -> None:
     (tmp_path / "inputs.json").write_text("[1")
     with pytest.raises(ConfigError, match=r"inputs\.json is not a JSON object"):
@@ -70,8 +104,14 @@ def test_a_run_is_extended_by_more_epochs_and_by_nothing_else(tmp_path: Path) ->
         # It has no state to continue from.
         claim(tmp_path, recipe(30), "student")
     (tmp_path / "resume.safetensors").touch()
-    for other in (recipe(19), recipe(30, seed=1), recipe(30, learning_rate=0.01)):
-        with pytest.raises(ConfigError, match="belongs to another run"):
+    others = {
+        "train.epochs is 20 there and 19": recipe(19),
+        "train.seed is 0 there and 1": recipe(30, seed=1),
+        # Not the epochs, which may grow.
+        r"train.learning_rate is 0\.05 there and 0\.01": recipe(30, learning_rate=0.01),
+    }
+    for difference_, other in others.items():
+        with pytest.raises(ConfigError, match=f"belongs to another run: {difference_}"):
             claim(tmp_path, other, "student")
     assert extensions(tmp_path) == ()
     claim(tmp_path, recipe(30), "student")
