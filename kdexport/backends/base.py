@@ -54,6 +54,13 @@ class Finding:
     check: str
     holds: bool
     fact: str
+    #: False if it was not checked; it then neither holds nor fails, and the fact is the reason.
+    ran: bool = True
+
+
+def unchecked(check: str, reason: str) -> Finding:
+    """The finding of a statement that was not checked."""
+    return Finding(check, False, reason, ran=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -202,7 +209,10 @@ class Backend(ABC):
         return {}
 
     def audit(self, folder: Path, precision: str, kept: Sequence[str]) -> list[Finding]:
-        """Checks of a compiled target's files without a run; each node of ``kept`` must be in float32."""
+        """Checks of a compiled target's files without a run; each node of ``kept`` must be in float32.
+
+        Raises ``BackendUnavailableError`` if this machine lacks what reads the files.
+        """
         return []
 
     @abstractmethod

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from kdexport.backends import BACKENDS
 from kdexport.backends.base import INPUT, LOGITS, Backend, Clock, CompileRequest, Device, Execution, Finding, Missing
 from kdexport.backends.base import Runner as BaseRunner
-from kdexport.backends.coreml_content import STORED_AS, WEIGHTED, content_findings, read_program
+from kdexport.backends.coreml_content import INSTALL, STORED_AS, WEIGHTED, content_findings, read_program
 from kdexport.core.child import ChildDiedError, ChildTimeoutError, call
 from kdexport.core.console import quiet
 from kdexport.core.digests import tool_versions
@@ -24,7 +24,6 @@ from kdexport.errors import AuditError, BackendUnavailableError, EngineBuildErro
 PACKAGE = "model.mlpackage"
 #: The program of a package; the bundle's files are this one and those beside it.
 PROGRAM = f"{PACKAGE}/Data/com.apple.CoreML/model.mlmodel"
-_INSTALL = "Run pip install 'kdexport[coreml]'"
 _BUILD_TIMEOUT_S = 1800
 _NO_MAC = (
     "Core ML runs on macOS only",
@@ -62,7 +61,7 @@ class CoreML(Backend):
 
     def unavailable(self, precision: str) -> Missing | None:
         if importlib.util.find_spec("coremltools") is None:
-            return Missing("coremltools is not installed", _INSTALL)
+            return Missing("coremltools is not installed", INSTALL)
         return None
 
     def not_executable(self, precision: str) -> Missing | None:
@@ -90,8 +89,6 @@ class CoreML(Backend):
         }
 
     def audit(self, folder: Path, precision: str, kept: Sequence[str]) -> list[Finding]:
-        if importlib.util.find_spec("coremltools") is None:
-            return [Finding("program", True, "not read on this machine: coremltools is not installed")]
         return content_findings(folder / PROGRAM, folder, precision)
 
     def open(

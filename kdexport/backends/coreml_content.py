@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from kdexport.backends.base import INPUT, LOGITS, ONNX_FILE, Finding
 from kdexport.backends.weighted_nodes import WeightedNode, weighted_nodes
 from kdexport.core.console import quiet
-from kdexport.errors import AuditError
+from kdexport.errors import AuditError, BackendUnavailableError, first_line
 
+INSTALL = "Run pip install 'kdexport[coreml]'"
 WEIGHTS = Path("weights") / "weight.bin"
 WEIGHTED = ("conv", "linear")
 #: What stands before the values of a constant in the file of weights: a mark, its type, its bytes and their place.
@@ -60,10 +61,17 @@ class Program:
 
 
 def read_program(path: Path) -> Program:
-    """The program of ``model.mlmodel`` at ``path``; raises ``AuditError`` for a file that is not one."""
-    with quiet():
-        from coremltools.proto import MIL_pb2, Model_pb2
+    """The program of ``model.mlmodel`` at ``path``.
 
+    Raises ``AuditError`` for a file that is not one, ``BackendUnavailableError`` without ``coremltools``.
+    """
+    try:
+        with quiet():
+            from coremltools.proto import MIL_pb2, Model_pb2
+    except ImportError as error:
+        raise BackendUnavailableError(
+            f"coremltools is not installed, or not whole: {first_line(error)}.", remedy=f"{INSTALL}."
+        ) from error
     try:
         spec = Model_pb2.Model.FromString(path.read_bytes())
         function = spec.mlProgram.functions["main"]

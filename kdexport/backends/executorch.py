@@ -22,14 +22,13 @@ from kdexport.backends.base import (
     Missing,
     Runner,
 )
-from kdexport.backends.executorch_content import ProgramContent, program_findings, read_program
+from kdexport.backends.executorch_content import INSTALL, ProgramContent, program_findings, read_program
 from kdexport.core.child import ChildDiedError, ChildTimeoutError, call
 from kdexport.core.console import quiet
 from kdexport.core.digests import tool_versions
 from kdexport.errors import AuditError, BackendUnavailableError, EngineBuildError, first_line
 
 PROGRAM = "model.pte"
-_INSTALL = "Run pip install 'kdexport[executorch]'"
 _BUILD_TIMEOUT_S = 3600
 
 
@@ -66,7 +65,7 @@ def _runtime() -> Any:
             return Runtime.get()
     except ImportError as error:
         raise BackendUnavailableError(
-            f"ExecuTorch is not installed, or not whole: {first_line(error)}", remedy=f"{_INSTALL}."
+            f"ExecuTorch is not installed, or not whole: {first_line(error)}.", remedy=f"{INSTALL}."
         ) from error
 
 
@@ -89,7 +88,7 @@ class ExecuTorch(Backend):
     def unavailable(self, precision: str) -> Missing | None:
         for name in ("executorch", "torchao"):
             if importlib.util.find_spec(name) is None:
-                return Missing(f"{name} is not installed", _INSTALL)
+                return Missing(f"{name} is not installed", INSTALL)
         return None
 
     def compile(self, request: CompileRequest) -> None:
@@ -115,8 +114,6 @@ class ExecuTorch(Backend):
         }
 
     def audit(self, folder: Path, precision: str, kept: Sequence[str]) -> list[Finding]:
-        if importlib.util.find_spec("executorch") is None:
-            return [Finding("program", True, "not read on this machine: executorch is not installed")]
         try:
             return program_findings(folder, PROGRAM, precision, kept)
         except OSError as error:

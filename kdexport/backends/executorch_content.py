@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from kdexport.backends.base import ONNX_FILE, Finding
 from kdexport.backends.weighted_nodes import WeightedNode, weighted_nodes
-from kdexport.errors import AuditError
+from kdexport.errors import AuditError, BackendUnavailableError, first_line
 
+INSTALL = "Run pip install 'kdexport[executorch]'"
 DELEGATE = "XnnpackBackend"
 #: Operators that multiply by weights; outside of the delegate they would run in the slow portable kernels.
 _WEIGHTED = ("conv", "linear", "addmm", "mm", "matmul", "bmm")
@@ -33,9 +34,16 @@ class ProgramContent:
 
 
 def read_program(data: bytes) -> ProgramContent:
-    """What is readable in the bytes of a ``.pte``; raises ``AuditError`` for another file."""
-    from executorch.exir._serialize._program import deserialize_pte_binary
+    """What is readable in the bytes of a ``.pte``.
 
+    Raises ``AuditError`` for another file, ``BackendUnavailableError`` without ``executorch``.
+    """
+    try:
+        from executorch.exir._serialize._program import deserialize_pte_binary
+    except ImportError as error:
+        raise BackendUnavailableError(
+            f"ExecuTorch is not installed, or not whole: {first_line(error)}.", remedy=f"{INSTALL}."
+        ) from error
     try:
         found: Any = deserialize_pte_binary(data)
         (plan,) = getattr(found, "program", found).execution_plan

@@ -26,7 +26,7 @@ from kdexport.backends.base import (
     Runner,
 )
 from kdexport.backends.litert_content import WEIGHTED, content_findings, layers_of
-from kdexport.backends.litert_files import INSTALL, read_model
+from kdexport.backends.litert_files import INSTALL, import_schema, read_model
 from kdexport.backends.litert_graph import lite_model
 from kdexport.backends.weighted_nodes import float32_graph
 from kdexport.core.console import quiet
@@ -49,7 +49,7 @@ def import_interpreter() -> Any:
             from ai_edge_litert.interpreter import Interpreter
     except ImportError as error:
         raise BackendUnavailableError(
-            f"ai-edge-litert is not installed, or not whole: {first_line(error)}", remedy=f"{INSTALL}."
+            f"ai-edge-litert is not installed, or not whole: {first_line(error)}.", remedy=f"{INSTALL}."
         ) from error
     return Interpreter
 
@@ -156,8 +156,7 @@ class LiteRT(Backend):
         }
 
     def audit(self, folder: Path, precision: str, kept: Sequence[str]) -> list[Finding]:
-        if importlib.util.find_spec("ai_edge_litert") is None:
-            return [Finding("content", True, f"not read on this machine: {_PACKAGE} is not installed")]
+        import_schema()
         return content_findings(folder, MODEL, precision, kept)
 
     def open(

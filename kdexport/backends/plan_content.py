@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdexport.backends.base import Finding
+from kdexport.backends.base import Finding, unchecked
 
 #: TensorRT-RTX begins a plan with these four bytes; the length of the file is at byte 16.
 _MAGIC, _LENGTH = b"vtrt", slice(16, 24)
@@ -57,7 +57,7 @@ def whole(plan: bytes) -> Finding:
     if not plan:
         return Finding("plan is whole", False, "the plan is empty")
     if stated is None:
-        return Finding("plan is whole", True, f"{len(plan):,} bytes; the plan states no length")
+        return unchecked("plan is whole", f"{len(plan):,} bytes; the plan states no length")
     if stated > len(plan):
         return Finding("plan is whole", False, f"truncated: {len(plan):,} bytes, and the plan states {stated:,}")
     return Finding("plan is whole", stated == len(plan), f"{len(plan):,} bytes, and the plan states {stated:,}")

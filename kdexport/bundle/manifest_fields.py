@@ -166,11 +166,14 @@ class _Check(_Fields):
     detail: str
     undecided: bool = False
     beyond: bool = False
+    ran: bool = True
 
     @model_validator(mode="after")
     def _holds_for_a_number(self) -> Self:
         if self.holds and self.measured is None:
             raise ValueError("holds is true, and measured is null")
+        if not self.ran and (self.holds or self.beyond or self.measured is not None):
+            raise ValueError("ran is false, and the check holds, is beyond its limit, or has a measured value")
         if self.beyond and (self.holds or not self.undecided or self.rung != "D"):
             raise ValueError("beyond is true, and the check is not an undecided one of rung D that does not hold")
         return self

@@ -101,9 +101,10 @@ def show_verdict(
     """
     console = new_console()
     data = {**manifest.data, "parity": [check.to_json() for check in verdict.checks], "latency": None}
-    others = [check for check in verdict.checks if check.rung not in RUNGS]
-    held = sum(check.holds for check in others)
-    audit = ("audit", "files, graphs, golden images", f"{held} of {len(others)} hold", "", _word(held == len(others)))
+    others = [check for check in verdict.checks if check.rung not in RUNGS and check.ran]
+    held, absent = sum(check.holds for check in others), len(verdict.not_run)
+    counted = f"{held} of {len(others)} hold" + (f", {absent} did not run" if absent else "")
+    audit = ("audit", "files, graphs, golden images", counted, "", _word(held == len(others)))
     console.print(terminal_table(_rung_table(data, audit)))
     if runs:
         console.print()
@@ -156,7 +157,7 @@ def show_signer(signer: "Signer") -> None:
 
 
 def _run_rows(runs: "Sequence[TargetRun]") -> tuple[tuple[str, ...], ...]:
-    return tuple((run.target, run.state, run.fact) for run in runs)
+    return tuple((run.target, run.state, run.facts) for run in runs)
 
 
 def show_changes(changes: "Sequence[Change]") -> None:

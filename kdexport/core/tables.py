@@ -26,7 +26,7 @@ class Table:
 _VERDICTS = {
     "holds": "green", "verified": "green", "PASS": "green", "ok": "green",
     "FAILS": "bold red", "FAIL": "bold red", "different": "bold red",
-    "WARN": "yellow", "INCONCLUSIVE": "yellow", "--": "yellow",
+    "WARN": "yellow", "INCONCLUSIVE": "yellow", "--": "yellow", "did not run": "yellow",
 }  # fmt: skip
 
 

@@ -43,6 +43,7 @@ from kdexport.graph.plan import PLAIN
 from kdexport.graph.trace import LIMITS, NodeError, Trace, computing_nodes, first_faulty, results, trace
 from kdexport.graph.trained_weights import with_weights
 from kdexport.reparam.fold_student import fuse_student
+from kdexport.verify.check import has_failed
 from kdexport.verify.parity import rung_b
 from kdexport.verify.policy import stored_policy
 from kdexport.verify.rebuilt_graphs import RebuiltGraphs
@@ -208,7 +209,7 @@ def _fold_fault(folder: Path, manifest: Manifest) -> Blame | None:
 def _engine_fault(manifest: Manifest) -> Blame | None:
     """If every graph is right, the fault of a failed check of an engine is in its builder."""
     for check in manifest.data["parity"]:
-        if not check["holds"] and str(check["subject"]).endswith(".plan"):
+        if has_failed(check) and str(check["subject"]).endswith(".plan"):
             words = f"fails {check['name']} although its ONNX file is right: the engine builder changed it"
             measured = float("inf") if check["measured"] is None else float(check["measured"])
             return _without_node("engine", str(check["subject"]), measured, float(check["allowed"]), words)

@@ -141,11 +141,12 @@ def examine_bundle(folder: Path, provider: str = CPU, target: str = DEFAULT_TARG
     pixels = "" if takes == FLOAT32 else f", takes {takes}"
     kind = "computed images" if has_synthetic_images(files.manifest.data) else "images"
     fact = f"{golden.images} {kind}: pixels as in training, labels as the reference"
+    own = str(golden.own or "not recorded: an earlier version built the bundle")
     return [
         Fact("files", True, f"{len(files.manifest.files)} files unchanged since they were verified"),
         Fact("graph", True, f"{target}: one file, {len(files.graph):,} bytes, no foreign operators{pixels}"),
         Fact("provider", True, f"{nodes} of {nodes} nodes on {provider}"),
         Fact("golden images", True, fact),
         Fact("golden logits", True, f"largest error {golden.error:.2e} (up to {golden.allowed:.2e} allowed)"),
-        Fact("own golden logits", True, str(golden.own or "not recorded: an earlier version built the bundle")),
+        Fact("own golden logits", golden.own is not None, own),
     ]

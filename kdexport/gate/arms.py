@@ -23,7 +23,7 @@ from kdexport.data.preprocessing import differing_fields
 from kdexport.errors import BundleError, ConfigError, MismatchError, UnknownNameError
 from kdexport.registry import nearest
 from kdexport.targets import DEFAULT_TARGET, parse_target
-from kdexport.verify.check import has_failed
+from kdexport.verify.check import has_failed, has_run
 
 Variant = Literal["fused", "unfused"]
 
@@ -66,7 +66,7 @@ def open_bundle(folder: Path) -> Bundle:
             f"{len(changes)} files of {folder} do not match its manifest: {listed_changes(changes)}.",
             remedy="Download or build the bundle again; nothing was timed.",
         )
-    checks = manifest.data["parity"]
+    checks = list(filter(has_run, manifest.data["parity"]))
     failed = list(filter(has_failed, checks))
     if failed or not checks:
         raise BundleError(

@@ -6,7 +6,7 @@ from typing import Any
 from kdexport.bundle.manifest import has_synthetic_images
 from kdexport.core.tables import Table
 from kdexport.data.preprocessing import Preprocessing
-from kdexport.verify.check import has_failed
+from kdexport.verify.check import has_failed, has_run
 
 #: The rungs of the ladder in order; all other checks are audits.
 RUNGS = ("A", "B", "C", "D")
@@ -24,24 +24,32 @@ def beyond_checks(data: dict[str, Any]) -> list[dict[str, Any]]:
     return [check for check in data["parity"] if check.get("beyond")]
 
 
+def not_run_checks(data: dict[str, Any]) -> list[dict[str, Any]]:
+    """The checks of a manifest that did not run; they neither hold nor failed."""
+    return [check for check in data["parity"] if not has_run(check)]
+
+
 def verdict_sentence(data: dict[str, Any], not_run: Sequence[str] | None = None) -> str:
     """One sentence: which checks hold, and which targets were not executed.
 
     ``not_run`` describes the targets that did not run in a verification of a finished bundle; None takes the statuses
     of the manifest.
     """
-    failed = failed_checks(data)
+    failed, absent = failed_checks(data), len(not_run_checks(data))
+    ran = len(data["parity"]) - absent
     if failed:
-        return f"{len(failed)} of {len(data['parity'])} checks failed"
+        return f"{len(failed)} of {ran} checks failed"
     latency = data.get("latency")
     not_executed = [name for name, entry in data["targets"].items() if entry["status"] != "verified"]
     beyond = len(beyond_checks(data))
-    parts = [f"all {len(data['parity'])} checks hold"]
+    parts = [f"all {ran} checks hold"]
     if beyond:
         parts = [
-            f"{beyond} of {len(data['parity'])} checks beyond the limit, undecided with "
+            f"{beyond} of {ran} checks beyond the limit, undecided with "
             f"{data['task']['images']:,} images; the others hold"
         ]
+    if absent:
+        parts.append(f"{absent} {'check' if absent == 1 else 'checks'} did not run")
     if latency is not None:
         decided = "slower" in latency["verdict"]
         parts.append(f"{latency['verdict']} than the unfused student" if decided else "latency inconclusive")
@@ -74,6 +82,8 @@ def rung_rows(data: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def _closeness(check: dict[str, Any]) -> float:
+    if not has_run(check):
+        return -1.0
     if not check["holds"]:
         return float("inf")
     if check["rung"] == "D":
@@ -96,6 +106,8 @@ def _measured(check: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def _word(check: dict[str, Any]) -> str:
+    if not has_run(check):
+        return "did not run"
     return "holds" if check["holds"] else "FAILS" if has_failed(check) else "beyond"
 
 

@@ -37,7 +37,7 @@ from kdexport.serving.limits import Limits
 from kdexport.serving.self_check import Golden, compare_golden
 from kdexport.serving.wire import Signature
 from kdexport.targets import DEFAULT_TARGET, parse_target, require_servable
-from kdexport.verify.check import has_failed
+from kdexport.verify.check import has_failed, has_run
 from kdexport.verify.golden_limits import own_logits
 
 #: kdexport raises these itself while it reads a bundle, so their text is its own.
@@ -196,9 +196,10 @@ def require_plain_files(folder: Path) -> None:
 def _require_verified(folder: Path, manifest: Manifest, name: str) -> None:
     checks = manifest.data["parity"]
     failed = list(filter(has_failed, checks))
-    if failed or not any(str(check.get("subject", "")).startswith(name) for check in checks):
+    ran = list(filter(has_run, checks))
+    if failed or not any(str(check.get("subject", "")).startswith(name) for check in ran):
         raise VerificationError(
-            f"{folder} was not verified: {len(failed)} of {len(checks)} checks in its manifest failed."
+            f"{folder} was not verified: {len(failed)} of {len(ran)} checks in its manifest failed."
             if failed
             else f"{folder} was not verified: its manifest has no check of {name}.",
             remedy="Build the bundle again; only verified bundles are served.",

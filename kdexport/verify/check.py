@@ -32,11 +32,13 @@ class Check:
     undecided: bool = False
     #: Undecided, and the measured value is beyond the limit: the check does not hold, and it did not fail either.
     beyond: bool = False
+    #: False if it did not run, for example because this machine lacks a library: it neither holds nor failed.
+    ran: bool = True
 
     @property
     def failed(self) -> bool:
         """Whether the check shows that the statement is false."""
-        return not self.holds and not self.beyond
+        return self.ran and not self.holds and not self.beyond
 
     @property
     def line(self) -> str:
@@ -54,9 +56,14 @@ class Check:
         }
 
 
+def has_run(stored: Mapping[str, Any]) -> bool:
+    """Whether a check of a manifest ran; every one of an earlier version did."""
+    return stored.get("ran", True) is not False
+
+
 def has_failed(stored: Mapping[str, Any]) -> bool:
-    """Whether a check of a manifest failed; one beyond its limit that is undecided did not."""
-    return not stored.get("holds") and not stored.get("beyond")
+    """Whether a check of a manifest failed; one beyond its limit that is undecided, or that did not run, did not."""
+    return not stored.get("holds") and not stored.get("beyond") and has_run(stored)
 
 
 def check_at_most(
@@ -76,16 +83,17 @@ def check_at_most(
 
 
 def from_finding(subject: str, finding: Finding, *, rung: str = "audit") -> Check:
-    """The check of a finding: its number of faults, 0 or 1, against 0."""
+    """The check of a finding: its number of faults, 0 or 1, against 0; NaN if it was not counted."""
     return Check(
         rung=rung,
         subject=subject,
         name=finding.check,
         holds=finding.holds,
-        measured=float(not finding.holds),
+        measured=float(not finding.holds) if finding.ran else math.nan,
         allowed=0.0,
         unit="faults",
         detail=finding.fact,
+        ran=finding.ran,
     )
 
 

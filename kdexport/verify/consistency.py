@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from kdexport.backends.base import ONNX_FILE, Finding
+from kdexport.backends.base import ONNX_FILE, Finding, unchecked
 from kdexport.bundle.layout import ANSWERS, GOLDEN_INDICES, SBOM
 from kdexport.bundle.manifest import (
     GOLDEN_LOGITS,
@@ -78,7 +78,7 @@ def _origin(folder: Path, manifest: Manifest) -> Finding:
     recorded = manifest.data["provenance"].get("checkpoint_sha256")
     found = sha256_file(folder / UNFUSED)
     if recorded is None:
-        return Finding("origin", True, "the bundle is of an earlier version that did not record the checkpoint")
+        return unchecked("origin", "the bundle is of an earlier version that did not record the checkpoint")
     fact = f"sha256 {found[:12]}, and provenance.checkpoint_sha256 in {MANIFEST} is {recorded[:12]}"
     return Finding("origin", recorded == found, fact)
 
@@ -86,7 +86,7 @@ def _origin(folder: Path, manifest: Manifest) -> Finding:
 def _software(folder: Path, manifest: Manifest) -> Finding:
     """The list of software belongs to this build and has the versions of the manifest."""
     if SBOM not in manifest.files and not (folder / SBOM).exists():
-        return Finding("software", True, "the bundle is of an earlier version that wrote no list of software")
+        return unchecked("software", "the bundle is of an earlier version that wrote no list of software")
     serial, found = read_versions(folder / SBOM)
     recorded = {**manifest.data["versions"], "kdexport": manifest.data.get("kdexport")}
     wrong = [
@@ -104,7 +104,7 @@ def _compiled(target: Target, folder: Path, manifest: Manifest) -> Finding:
     """The compiled file and the ONNX file of a target are those that the build recorded together."""
     recorded = manifest.targets[str(target)].get("compiled")
     if recorded is None:
-        return Finding("compiled from its ONNX file", True, "not bound: the bundle is of an earlier version")
+        return unchecked("compiled from its ONNX file", "not bound: the bundle is of an earlier version")
     place = folder / TARGETS / str(target)
     files = {"artifact_sha256": place / target.artifact, "onnx_sha256": place / ONNX_FILE}
     wrong = [
@@ -268,7 +268,7 @@ def _golden(folder: Path, manifest: Manifest) -> Finding:
         extra = sorted({"labels", GOLDEN_INDICES} & tensors.keys())
         return Finding("labels", not extra, f"synthetic images have {' and '.join(extra) or 'no labels'}")
     if "labels" not in tensors:
-        return Finding("labels", True, "the bundle is of an earlier version that did not store labels")
+        return unchecked("labels", "the bundle is of an earlier version that did not store labels")
     labels = tensors["labels"].numpy()
     if labels.shape != (count,) or _outside(labels, classes):
         return Finding("labels", False, f"expected {count} labels from 0 to {classes - 1}, found {labels.tolist()}")

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kdexport.backends.base import Finding
+from kdexport.backends.base import Finding, unchecked
 from kdexport.bundle.manifest import TARGETS, Manifest, layer_plans
 from kdexport.errors import BackendUnavailableError
 from kdexport.targets import parse_target
@@ -26,7 +26,7 @@ def check_own_logits(folder: Path, manifest: Manifest, name: str, pixels: NDArra
     own = own_logits(folder, manifest, name)
     if own is None:
         fact = "not recorded: the target did not run at the build, or the bundle is of an earlier version"
-        return [from_finding(name, Finding(_NAME, True, fact), rung="golden")]
+        return [from_finding(name, unchecked(_NAME, fact), rung="golden")]
     plan = layer_plans(manifest).get(name)
     place = folder / TARGETS / name / target.artifact
     try:

@@ -63,6 +63,7 @@ def redecide(stored: Mapping[str, Any], policy: Policy) -> Check:
             allowed=math.inf if stored["allowed"] is None else float(stored["allowed"]),
             unit=str(stored["unit"]),
             detail=str(stored["detail"]),
+            ran=bool(stored.get("ran", True)),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise BundleError(

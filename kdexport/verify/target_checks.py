@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from kdexport.backends.base import IN_ORDER, Execution, Finding, Missing, Runner
+from kdexport.backends.base import IN_ORDER, Execution, Finding, Missing, Runner, unchecked
 from kdexport.backends.file_interface import PLAIN_INTERFACE, PROBABILITIES, FileInterface
 from kdexport.backends.ort import CPU, OrtModel, execution_of, integer_kernels, load_model, provider_finding
 from kdexport.bundle.manifest import RANGES, TARGETS, UNFUSED, interface_of, target_of
@@ -26,6 +26,9 @@ from kdexport.verify.parity import check_batches, check_repeatable, rung_b, rung
 from kdexport.verify.probabilities import check_probabilities
 from kdexport.verify.rebuilt_graphs import RebuiltGraphs
 from kdexport.verify.student_checks import BundleContext
+
+#: The checks that are in a verdict as not run where this machine cannot read the files of a target, or not run them.
+CONTENT, EXECUTION = "content", "execution"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +89,8 @@ def target_checks(context: BundleContext, name: str) -> FileResult:
     target = parse_target(name)
     folder, kept = context.folder / TARGETS / name, context.plan(name).nodes
     where = f"{TARGETS}/{name}/{target.artifact}"
-    checks = [from_finding(where, finding) for finding in target.runtime.audit(folder, target.precision, kept)]
-    if not all(check.holds for check in checks):
+    checks = [from_finding(where, finding) for finding in _content(target, folder, kept)]
+    if any(check.failed for check in checks):
         return FileResult(tuple(checks))
     missing = target.not_executable()
     if missing is not None:
@@ -109,6 +112,14 @@ def target_checks(context: BundleContext, name: str) -> FileResult:
         return FileResult((*checks, broken("run", run_label(target), error.message)))
 
 
+def _content(target: Target, folder: Path, kept: Sequence[str]) -> list[Finding]:
+    """What the files of a target contain; unchecked if this machine cannot read them."""
+    try:
+        return target.runtime.audit(folder, target.precision, kept)
+    except BackendUnavailableError as error:
+        return [unchecked(CONTENT, f"not read on this machine: {error.message.rstrip('.')}")]
+
+
 def run_label(target: Target) -> str:
     """The name of a target's run in its own runtime, in reports and stored results."""
     where = f"{TARGETS}/{target}/{target.artifact}"
@@ -117,7 +128,7 @@ def run_label(target: Target) -> str:
 
 
 def _not_executed(where: str, missing: Missing) -> Check:
-    return from_finding(where, Finding("execution", True, f"not executed on this machine: {missing.reason}"))
+    return from_finding(where, unchecked(EXECUTION, f"not executed on this machine: {missing.reason}"))
 
 
 def _stand_in(context: BundleContext, target: Target, kept: Sequence[str]) -> list[Check]:
@@ -130,9 +141,8 @@ def _stand_in(context: BundleContext, target: Target, kept: Sequence[str]) -> li
     try:
         runner = target.runtime.open_stand_in(path, target.precision, kept=kept)
         candidate = runner.run(context.probes.images, context.batches)
-    except BackendUnavailableError:
-        # The runtime is not installed, which the check of the execution says.
-        return []
+    except BackendUnavailableError as error:
+        return [from_finding(where, unchecked(EXECUTION, f"not executed on this machine: {error.message.rstrip('.')}"))]
     except KdexportError as error:
         return [broken("run", where, error.message)]
     return _rung(context, where, candidate, context.computes_in(target))

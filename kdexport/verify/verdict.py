@@ -5,7 +5,7 @@ A build verifies on validation images (``verify_folder``); a finished bundle is 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from kdexport.verify.rebuilt_graphs import RebuiltGraphs
 from kdexport.verify.stored_limits import check_stored_limits
 from kdexport.verify.stored_results import TaskRecord, load_record
 from kdexport.verify.student_checks import check_algebra, check_golden, check_integrity, student_checks
-from kdexport.verify.target_checks import FileResult, graph_checks, target_checks
+from kdexport.verify.target_checks import CONTENT, FileResult, graph_checks, target_checks
 from kdexport.verify.task_record import TaskImages, measure_task, task_checks
 
 _SEAL = object()
@@ -66,6 +66,11 @@ class Verdict:
         return tuple(check for check in self.checks if check.failed)
 
     @property
+    def not_run(self) -> tuple[Check, ...]:
+        """Checks that did not run; they neither hold nor failed."""
+        return tuple(check for check in self.checks if not check.ran)
+
+    @property
     def beyond(self) -> tuple[Check, ...]:
         """Checks whose measured value is beyond the limit, undecided with the images of the task."""
         return tuple(check for check in self.checks if check.beyond)
@@ -76,7 +81,7 @@ class Verdict:
             return
         lines = [check.line for check in self.failures]
         raise VerificationError(
-            "\n".join([f"{len(lines)} of {len(self.checks)} checks failed:", *lines]),
+            "\n".join([f"{len(lines)} of {len(self.checks) - len(self.not_run)} checks failed:", *lines]),
             remedy=remedy or self.remedy or _REMEDY,
         )
 
@@ -227,14 +232,25 @@ class TargetRun:
     #: "ran here", "ran at build" (according to the manifest), or "never ran".
     state: str
     fact: str
+    #: Why the content of its files was not checked in this verification; empty if it was.
+    unread: str = ""
+
+    @property
+    def facts(self) -> str:
+        """What ran it, and what was not read of it."""
+        return "; ".join(filter(None, (self.fact, self.unread and f"its content was {self.unread}")))
 
     def __str__(self) -> str:
-        return f"{self.target} {self.state}" + (f" ({self.fact})" if self.fact else "")
+        return f"{self.target} {self.state}" + (f" ({self.facts})" if self.facts else "")
 
 
 def target_runs(manifest: Manifest, verdict: Verdict) -> list[TargetRun]:
-    """One entry for each target: what ran it in this verification, or else, by the manifest, at the build."""
-    return [_target_run(name, entry, verdict.executed.get(name)) for name, entry in manifest.targets.items()]
+    """One entry for each target: what ran it in this verification, or else, by the manifest, at the build; and whether
+    the content of its files was not read.
+    """
+    unread = {check.subject.split("/")[1]: check.detail for check in verdict.not_run if check.name == CONTENT}
+    found = [_target_run(name, entry, verdict.executed.get(name)) for name, entry in manifest.targets.items()]
+    return [replace(run, unread=unread.get(run.target, "")) for run in found]
 
 
 def _target_run(name: str, entry: dict[str, Any], execution: Execution | None) -> TargetRun:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ from kdexport.backends import BACKENDS, backend
 from kdexport.backends.base import Backend, Execution, Finding, Missing, Runner
 from kdexport.backends.ort import CUDA, load_model
 from kdexport.bundle.manifest import MODEL, NOT_EXECUTED, TARGETS, VERIFIED, Manifest, read_golden, read_manifest
-from kdexport.errors import BackendUnavailableError
-from kdexport.verify.verdict import Verdict, replay, target_runs, verify_folder
+from kdexport.commands.render import show_verdict
+from kdexport.errors import BackendUnavailableError, NotExecutedError
+from kdexport.report.check_tables import failed_checks, not_run_checks
+from kdexport.verify.target_checks import FileResult
+from kdexport.verify.verdict import Verdict, replay, require_executed, target_runs, verify_folder
 from tests.conftest import Built, Command, Outcome
 from tests.kdexport.optional_packages import require_openvino
 
@@ -37,23 +41,24 @@ class OrtInDisguise(Runner):
         return self.model.logits(images)
 
 
-def with_target(bundle: Path, name: str, folder: Path) -> tuple[Path, Manifest]:
-    """A copy of a bundle that holds ``name`` too, with the float32 graph, and no word on what ran it."""
+def with_target(bundle: Path, name: str, folder: Path, *others: str) -> tuple[Path, Manifest]:
+    """A copy of a bundle that holds ``name`` and ``others``, with the float32 graph, and no word on what ran them."""
     shutil.copytree(bundle, folder)
-    runtime, precision = backend(name.rpartition("-")[0]), name.rpartition("-")[2]
-    place = folder / TARGETS / name
-    if not place.is_dir():
-        place.mkdir()
-        shutil.copyfile(folder / MODEL, place / MODEL)
     data = json.loads((folder / "manifest.json").read_text())
-    entry = {
-        "precision": precision, "backend": runtime.name, "engine": runtime.compiles, "status": NOT_EXECUTED,
-        "form": runtime.form(precision),
-    }  # fmt: skip
-    data["targets"] = {name: entry}
-    for other in (folder / TARGETS).iterdir():
-        if other.name != name:
-            shutil.rmtree(other)
+    data["targets"] = {}
+    for target in (name, *others):
+        runtime, precision = backend(target.rpartition("-")[0]), target.rpartition("-")[2]
+        place = folder / TARGETS / target
+        if not place.is_dir():
+            place.mkdir()
+            shutil.copyfile(folder / MODEL, place / MODEL)
+        data["targets"][target] = {
+            "precision": precision, "backend": runtime.name, "engine": runtime.compiles, "status": NOT_EXECUTED,
+            "form": runtime.form(precision),
+        }  # fmt: skip
+    for place in (folder / TARGETS).iterdir():
+        if place.name not in data["targets"]:
+            shutil.rmtree(place)
     return folder, Manifest.from_json(data)
 
 
@@ -87,6 +92,51 @@ def test_no_target_is_verified_once_its_run_is_taken_away(
     assert runs == [f"{target} never ran (built, not executed)"]
 
 
+def test_what_this_machine_cannot_read_or_run_is_not_counted_as_checked(
+    built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A machine without the packages of the edge targets, whose files are not even files of their kinds.
+
+    Their ONNX files are checked by the tests of the graphs.
+    """
+    monkeypatch.setattr("kdexport.verify.verdict.graph_checks", lambda *_: FileResult(()))
+    for package in ("ai_edge_litert", "coremltools", "executorch", "ncnn", "openvino"):
+        for name in {package, *(name for name in sys.modules if name.startswith(f"{package}."))}:
+            monkeypatch.setitem(sys.modules, name, None)
+    # What ncnn's files contain is read without ncnn.
+    monkeypatch.setattr(type(backend("ncnn")), "audit", lambda *_: [])
+    edge = ("litert-fp32", "coreml-fp32", "executorch-fp32", "ncnn-fp32", "openvino-fp32")
+    folder, manifest = with_target(built.bundle, edge[0], tmp_path / "b", *edge[1:])
+    for name in edge:
+        path = folder / TARGETS / name / backend(name.partition("-")[0]).artifact
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"not read")
+    verdict = verified(folder, manifest)
+    assert (verdict.failures, verdict.executed) == ((), {})
+    told = {(check.subject.split("/")[1], check.name) for check in verdict.not_run}
+    unread = {name for name, check in told if check == "content"}
+    assert unread == {"litert-fp32", "coreml-fp32", "executorch-fp32"}
+    assert {name for name, check in told if check == "execution"} == set(edge)
+    assert not any(check.holds or check.failed for check in verdict.not_run)
+    runs = {run.target: run for run in target_runs(manifest, verdict)}
+    for name in edge:
+        assert runs[name].state == "never ran"
+        assert ("content was not read on this machine" in str(runs[name])) == (name in unread)
+        with pytest.raises(NotExecutedError, match=f"{name} never ran"):
+            require_executed(list(runs.values()), [name])
+    show_verdict(folder, manifest, verdict, list(runs.values()))
+    said = " ".join(capsys.readouterr().out.split())
+    counted = sum(check.rung not in "ABCD" for check in verdict.checks) - 8
+    assert f"{counted} of {counted} hold, 8 did not run" in said
+    assert f"all {len(verdict.checks) - 8} checks hold; 8 checks did not run; litert-fp32 never ran" in said
+    # As a later reader of a manifest sees them.
+    stored = [json.loads(json.dumps(check.to_json())) for check in verdict.checks]
+    data = {**manifest.data, "parity": stored}
+    Manifest.from_json(data)
+    assert (failed_checks(data), len(not_run_checks(data))) == ([], 8)
+    assert all((entry["holds"], entry["measured"]) == (False, None) for entry in not_run_checks(data))
+
+
 def test_float16_of_onnxruntime_is_not_verified_by_a_run_on_the_cpu(
     built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,6 +151,7 @@ def test_float16_of_onnxruntime_is_not_verified_by_a_run_on_the_cpu(
     assert verdict.executed == {}
     (told,) = (check for check in verdict.checks if check.name == "execution")
     assert told.subject == "targets/onnx-fp16/model.onnx on onnxruntime GPU"
+    assert (told.ran, told.holds, told.failed) == (False, False, False)
     assert "not executed on this machine" in told.detail
     assert CUDA in told.detail
 

@@ -64,7 +64,7 @@ def damaged(bundle: Path, tmp_path: Path) -> Callable[[str, Edit], list[Check]]:
             shutil.rmtree(folder / "targets" / name)
         data["files"] = hash_files(folder)
         (folder / MANIFEST).write_text(json.dumps(data))
-        return [c for c in replay(folder, read_manifest(folder), lambda _: None).checks if not c.holds]
+        return [c for c in replay(folder, read_manifest(folder), lambda _: None).checks if c.failed]
 
     return run
 
@@ -266,12 +266,15 @@ def test_zero_points_off_by_one_pass_the_limit_of_int8_and_are_found_by_its_own_
         opened = open_bundle(folder)
         with pytest.raises(VerificationError, match=f"of its logits of the golden images .*{found}"):
             require_golden_logits(artifact(opened, "onnx-int8", "fused", tmp_path), opened, 1)
-        assert not own_check(folder).holds
+        assert own_check(folder).failed
     del data["targets"]["onnx-int8"]["golden"]
     (folder / MANIFEST).write_text(json.dumps(data))
     # The rule of earlier versions, by which the same file passes.
-    assert examine_bundle(folder, CPU, "onnx-int8")[-1].fact == "not recorded: an earlier version built the bundle"
-    assert own_check(folder).detail.startswith("not recorded")
+    fact = examine_bundle(folder, CPU, "onnx-int8")[-1]
+    assert (fact.ok, fact.fact) == (False, "not recorded: an earlier version built the bundle")
+    absent = own_check(folder)
+    assert absent.detail.startswith("not recorded")
+    assert (absent.ran, absent.holds, absent.failed) == (False, False, False)
 
 
 def own_check(folder: Path) -> Check:

@@ -155,6 +155,7 @@ def test_any_changed_field_is_read_or_refused(
             "operators.fused.Conv: input should be greater than or equal to 0",
         ),
         (("parity", 0, "measured"), lambda _: None, "parity.0: holds is true, and measured is null"),
+        (("parity", 0, "ran"), lambda _: False, "parity.0: ran is false, and the check holds"),
         (("task",), None, "the manifest: a check is undecided, and there is no task"),
     ],
 )

@@ -1,6 +1,6 @@
 import pytest
 
-from kdexport.report.check_tables import failed_checks, rung_rows, verdict_sentence
+from kdexport.report.check_tables import failed_checks, report_tables, rung_rows, verdict_sentence
 from tests.kdexport.report.manifests import check, manifest, with_check, with_latency
 
 
@@ -53,3 +53,14 @@ def test_the_sentence_names_what_was_not_executed() -> None:
     for name in ("trt-rtx-fp16", "trt-fp16"):
         data["targets"][name] = {"precision": "fp16", "status": "built, not executed"}
     assert verdict_sentence(data).endswith("; trt-rtx-fp16, trt-fp16 built, not executed")
+
+
+def test_a_check_that_did_not_run_neither_holds_nor_fails() -> None:
+    absent = check("audit", "targets/coreml-fp16/m", "execution", float("nan"), 0.0, holds=False, ran=False)
+    data = with_check({**absent, "unit": "faults"})
+    assert failed_checks(data) == []
+    assert verdict_sentence(data) == "all 7 checks hold; 1 check did not run; not slower than the unfused student"
+    failing = check("C", "half.onnx", "rms error", 4.0, 3.0)
+    assert verdict_sentence({**data, "parity": [*data["parity"], failing]}) == "1 of 8 checks failed"
+    rows = next(table for table in report_tables({**data, "hazards": []}) if table.title == "Checks").rows
+    assert rows[-1][:5] == ("audit", "targets/coreml-fp16/m", "execution", "", "did not run")
