@@ -13,9 +13,10 @@ import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.abc import MetaPathFinder
 from pathlib import Path
 from types import ModuleType
 
@@ -24,7 +25,8 @@ from kdexport.errors import ConfigError, KdexportError, first_line
 #: Plugins of this process and of its children, separated like the folders in PATH; files as absolute paths.
 PLUGINS = "KDEXPORT_PLUGINS"
 
-_OURS = ("kdexport", "training")
+_TRAINING = "training"
+_OURS = ("kdexport", _TRAINING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,39 @@ _registered: list[Place] = []
 
 #: The plugins that were imported, with the error if one failed: a second import would register its entries twice.
 _imported: dict[str, KdexportError | None] = {}
+
+
+class _UsersTraining(MetaPathFinder):
+    """Finds the modules of a user's package ``training`` that ours does not have: it is a likely name for both."""
+
+    def find_spec(
+        self, fullname: str, _path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        package, _, module = fullname.partition(".")
+        # Only our package has a revision.
+        if package != _TRAINING or not module or "." in module or not hasattr(sys.modules.get(package), "REVISION"):
+            return None
+        places = [str(Path(entry or os.curdir) / package) for entry in sys.path]
+        return importlib.machinery.PathFinder.find_spec(fullname, places, target)
+
+
+_FINDER = _UsersTraining()
+
+
+def share_name() -> None:
+    """Let code of the user, which is imported after this, find the modules of its own package ``training`` too."""
+    if _FINDER not in sys.meta_path:
+        sys.meta_path.append(_FINDER)
+
+
+def name_collision(error: BaseException) -> str:
+    """What to do about an import that failed because ``training`` is our package here; empty for another error."""
+    if not isinstance(error, ImportError) or (error.name or "").partition(".")[0] != _TRAINING:
+        return ""
+    return (
+        f"kdexport has a package named {_TRAINING} too, whose modules come first: rename your own package or that "
+        "module."
+    )
 
 
 def note_registration(place: Place) -> None:
@@ -167,6 +202,7 @@ def _import(what: str, identity: str, remedy: str) -> None:
     # Set before the import, because a plugin may use a registry itself.
     _imported[identity] = None
     known_before, count = identity in sys.modules, _registrations()
+    share_name()
     try:
         if _is_file(identity):
             _import_file(Path(identity))
@@ -185,7 +221,7 @@ def _import(what: str, identity: str, remedy: str) -> None:
     except (Exception, SystemExit) as error:
         wrapped = ConfigError(
             f"{what} cannot be imported{_line(identity, error)}: {type(error).__name__}: {first_line(error)}",
-            remedy=remedy,
+            remedy=name_collision(error) or remedy,
         )
         _imported[identity] = wrapped
         raise wrapped from error

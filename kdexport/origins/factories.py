@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from kdexport.errors import ConfigError, UnknownNameError, first_line
+from kdexport.plugins import name_collision, share_name
 from kdexport.registry import nearest
 
 
@@ -30,14 +31,15 @@ def _find(name: str, attribute: str) -> Any:
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
+    share_name()
     try:
         module = importlib.import_module(name)
     # Importing runs the user's code, which may raise or exit.
     except (Exception, SystemExit) as error:
         raise ConfigError(
             f"{name!r} cannot be imported from {here}: {type(error).__name__}: {first_line(error)}",
-            remedy="Run the command in the folder that contains the package, or install it; --debug shows the "
-            "traceback.",
+            remedy=name_collision(error)
+            or "Run the command in the folder that contains the package, or install it; --debug shows the traceback.",
         ) from error
     if not hasattr(module, attribute):
         raise UnknownNameError(

@@ -108,3 +108,27 @@ def test_an_unknown_factory_is_answered_with_those_of_the_module_and_not_with_it
 def test_a_module_that_cannot_be_imported_is_named(module: str) -> None:
     with pytest.raises(ConfigError, match=module):
         call_factory(f"{module}:make")
+
+
+def test_a_module_finds_what_ours_lacks_in_the_users_own_package_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import training.losses
+
+    (tmp_path / "training").mkdir()
+    (tmp_path / "training" / "own_layers.py").write_text(
+        "from torch import nn\n\ndef layer(): return nn.Linear(2, 3)\n"
+    )
+    (tmp_path / "training" / "losses.py").write_text("class OwnLoss: pass\n")
+    (tmp_path / "own_net.py").write_text("from training.own_layers import layer as make\n")
+    (tmp_path / "own_loss.py").write_text("from training.losses import OwnLoss as make\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    made = call_factory("own_net:make")
+    monkeypatch.delitem(sys.modules, "own_net")
+    monkeypatch.delitem(sys.modules, "training.own_layers")
+    monkeypatch.delattr(sys.modules["training"], "own_layers")
+    assert made.out_features == 3
+    with pytest.raises(ConfigError, match=r"cannot import name 'OwnLoss' from 'training\.losses'") as refused:
+        call_factory("own_loss:make")
+    assert refused.value.remedy.startswith("kdexport has a package named training too")
+    assert training.losses is sys.modules["training.losses"]
