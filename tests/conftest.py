@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -209,6 +209,17 @@ def _build(root: Path) -> None:
         "onnx-fp32,trt-rtx-fp16",
     )  # fmt: skip
     assert done.exit_code == 0, done.stderr
+
+
+def build_targets(built: Built, targets: Sequence[str], out: Path) -> Path:
+    """Build the student of ``built``, which is trained and exported already, for other targets, in this process."""
+    from kdexport.api import build
+
+    build(
+        config=built.config, checkpoint=built.checkpoint, workspace=built.workspace, out=out, targets=targets,
+        quiet=True,
+    )  # fmt: skip
+    return out
 
 
 @pytest.fixture

@@ -96,7 +96,7 @@ def test_an_existing_bundle_stays_when_the_new_build_fails(
     assert tree(bundle_copy) == before
 
 
-def test_a_wrong_graph_in_the_workspace_is_never_published(built: Built, kdexport: Command, tmp_path: Path) -> None:
+def test_a_wrong_graph_in_the_workspace_is_never_published(built: Built, here: Command, tmp_path: Path) -> None:
     workspace = Path(shutil.copytree(built.workspace, tmp_path / "ws"))
     shutil.rmtree(workspace / "bundle")
     exported = next((workspace / "export").glob("*/model.onnx"))
@@ -107,12 +107,12 @@ def test_a_wrong_graph_in_the_workspace_is_never_published(built: Built, kdexpor
     item.CopyFrom(numpy_helper.from_array(changed, item.name))
     onnx.save(model, exported)
     out = tmp_path / "out"
-    done = kdexport("build", "--config", built.config, "--out", out, "--workspace", workspace)
+    done = here("build", "--config", built.config, "--out", out, "--workspace", workspace)
     assert done.exit_code == 4
     assert f"The stored result {exported.parent} is damaged: model.onnx changed since it was made." in done.stderr
     # With its digests changed too, as if the exporter had written it.
     exported.parent.with_name(f".sha256-{exported.parent.name}.json").unlink()
-    done = kdexport("build", "--config", built.config, "--out", out, "--workspace", workspace, "--blame")
+    done = here("build", "--config", built.config, "--out", out, "--workspace", workspace, "--blame")
     assert done.exit_code == 1
     assert "layer blocks.2.1.conv.0.weight (1 of " in done.stderr
     assert "Blamed: stage export: Conv node" in done.stderr
@@ -276,7 +276,7 @@ max_slowdown = 0.9
 
 
 def test_an_image_folder_with_adapters_that_fold_into_the_classifier_builds_and_verifies(
-    image_folder: Path, kdexport: Command, tmp_path: Path
+    image_folder: Path, kdexport: Command, here: Command, tmp_path: Path
 ) -> None:
     config = tmp_path / "folder.toml"
     config.write_text(FOLDER_CONFIG.format(root=image_folder))
@@ -288,7 +288,7 @@ def test_an_image_folder_with_adapters_that_fold_into_the_classifier_builds_and_
     assert all(path.read_bytes() in originals for path in (out / "golden").glob("*.png"))
     everything = b"".join(path.read_bytes() for path in out.rglob("*") if path.is_file())
     assert str(tmp_path).encode() not in everything
-    assert kdexport("verify", out).exit_code == 0
+    assert here("verify", out).exit_code == 0
 
 
 @pytest.mark.parametrize("fault", ["corrupt", "empty class"])
@@ -353,12 +353,12 @@ def test_a_module_of_the_user_is_not_run_in_the_place_of_ours(kdexport: Command,
     assert "resnet56" in done.stdout
 
 
-def test_a_damaged_result_in_the_workspace_is_made_again(built: Built, kdexport: Command, tmp_path: Path) -> None:
+def test_a_damaged_result_in_the_workspace_is_made_again(built: Built, here: Command, tmp_path: Path) -> None:
     workspace = Path(shutil.copytree(built.workspace, tmp_path / "ws"))
     kept = next((workspace / "bundle").glob("*/model.onnx"))
     kept.write_bytes(kept.read_bytes()[:-1])
     out = tmp_path / "out"
-    done = kdexport("build", "--config", built.config, "--out", out, "--workspace", workspace, "--target",
-                    "onnx-fp32,trt-rtx-fp16")  # fmt: skip
+    done = here("build", "--config", built.config, "--out", out, "--workspace", workspace, "--target",
+                "onnx-fp32,trt-rtx-fp16")  # fmt: skip
     assert done.exit_code == 0, done.stderr
     assert (out / "model.onnx").read_bytes() == (built.bundle / "model.onnx").read_bytes()

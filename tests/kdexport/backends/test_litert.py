@@ -21,7 +21,7 @@ from kdexport.errors import AuditError, BackendUnavailableError, EngineBuildErro
 from kdexport.graph.precision import cast_to_fp16
 from kdexport.graph.quantize import quantize
 from kdexport.graph.tensor_ranges import calibrate
-from tests.conftest import Built, Command, run_command
+from tests.conftest import Built, Command, build_targets
 from tests.kdexport.exported_students import exported, images, small_graph, small_logits, small_weights
 from tests.kdexport.graph.int8_block import CALIBRATION, SIZE, block_graph, block_tensors
 from tests.kdexport.optional_packages import require_litert
@@ -349,13 +349,7 @@ def test_students_with_gates_and_with_shuffles_of_grouped_convolutions(
 @pytest.fixture(scope="module")
 def bundle(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The student of the shared bundle, fused and exported already, for LiteRT."""
-    out = tmp_path_factory.mktemp("litert") / "bundle"
-    done = run_command(
-        "build", "--config", built.config, "--checkpoint", built.checkpoint, "--workspace", built.workspace,
-        "--out", out, "--target", ",".join(TARGETS), "--json",
-    )  # fmt: skip
-    assert done.exit_code == 0, done.stderr
-    return out
+    return build_targets(built, TARGETS, tmp_path_factory.mktemp("litert") / "bundle")
 
 
 def test_a_bundle_says_what_ran_and_what_did_not(bundle: Path) -> None:
