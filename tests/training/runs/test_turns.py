@@ -220,3 +220,39 @@ def test_a_job_waits_until_there_is_room_for_the_largest_so_far(sizes: tuple[int
     assert watcher.lines == [*lines, f"{last} begins", f"{last} ends"]
     assert watcher.memory == dict(enumerate(sizes))
     assert room.released == len(sizes)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_graphs_of_two_jobs_have_a_stream_and_a_generator_each() -> None:
+    device = torch.device("cuda")
+    torch.cuda.init()  # type: ignore[no-untyped-call]
+    default = torch.cuda.default_generators[0]
+
+    def job(seed: int, turns: int, offsets: list[int], streams: list[int]) -> Job:
+        def run(give_way: GiveWay) -> None:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                torch.rand(1000, device=device)
+            streams.append(torch.cuda.current_stream().cuda_stream)
+            torch.manual_seed(seed)
+            for _ in range(turns):
+                graph.replay()
+                assert default.initial_seed() == seed
+                offsets.append(default.get_offset())
+                give_way()
+                torch.rand(10, device=device)
+
+        return run
+
+    alone: list[list[int]] = [[], []]
+    for place, turns in enumerate((4, 6)):
+        take_turns([job(place + 3, turns, alone[place], [])], 1, device, Watcher())
+    torch.manual_seed(9)
+    together: list[list[int]] = [[], []]
+    streams: list[int] = []
+    jobs = [job(place + 3, turns, together[place], streams) for place, turns in enumerate((4, 6))]
+    take_turns(jobs, 2, device, Watcher())
+    assert together == alone
+    assert [len(offsets) for offsets in alone] == [4, 6]
+    assert len({*streams, torch.cuda.current_stream().cuda_stream}) == 3
+    assert (default.initial_seed(), default.get_offset()) == (9, 0)
