@@ -9,7 +9,7 @@
 #
 #   OUT      results, small enough to be copied (build/campaign/out)
 #   KEEP     runs and logs, which stay on the machine (build/campaign/keep)
-#   PY       the Python (python3); TRAIN its training commands ("$PY -m training")
+#   PY       the Python (python3); TRAIN its training commands ("$PY -m training"), KDEXPORT the others ("$PY -m kdexport")
 #   BUDGET   seconds of this call (420 and 300); SLOWER multiplies it and every limit, for a busy machine (1)
 #   BUNDLE   a bundle with an ONNX target (dist/quickstart)
 #   DATA     the folder of CIFAR-100, TEACHER weights of resnet32x4: for the cells
@@ -19,7 +19,8 @@ set -u
 PHASE=${1:?usage: bash benchmarks/gpu/campaign.sh 1 or 2}
 HERE=$(cd "$(dirname "$0")" && pwd) ROOT=$(cd "$HERE/../.." && pwd)
 OUT=${OUT:-$ROOT/build/campaign/out} KEEP=${KEEP:-$ROOT/build/campaign/keep} PY=${PY:-python3} DRY=${DRY:-}
-TRAIN=${TRAIN:-$PY -m training} BUNDLE=${BUNDLE:-$ROOT/dist/quickstart} DATA=${DATA:-} TEACHER=${TEACHER:-}
+TRAIN=${TRAIN:-$PY -m training} KDEXPORT=${KDEXPORT:-$PY -m kdexport}
+BUNDLE=${BUNDLE:-$ROOT/dist/quickstart} DATA=${DATA:-} TEACHER=${TEACHER:-}
 EPOCHS=${EPOCHS:-10} METHODS=${METHODS:-plain kd average kdiffusion-multi-guide} PAIR=cifar100/resnet32x4-shufflenetv1
 case $PHASE in 1) BUDGET=${BUDGET:-420} ;; 2) BUDGET=${BUDGET:-300} ;; *) echo "PHASE must be 1 or 2; got $PHASE" >&2; exit 2 ;; esac
 SLOWER=${SLOWER:-1} BUDGET=$((BUDGET * ${SLOWER:-1}))
@@ -48,7 +49,7 @@ stage() {
 phase1() {
   stage facts 30 bash -c 'nvidia-smi; nvidia-smi -q -d CLOCK,PERFORMANCE,POWER; nproc; free -g; which gcc; true'
   stage torch 40 $PY -c 'import torch; print(torch.__version__, torch.version.cuda, torch.backends.cudnn.version(), torch.cuda.get_device_name())'
-  stage doctor 40 $PY -m kdexport doctor
+  stage doctor 40 $KDEXPORT doctor
   local step=("$PY" "$HERE/step_time.py" --steps "$STEPS" --out "$OUT/step_time.jsonl" "${EXTRA[@]}")
   stage step-graph 60 "${step[@]}" --arms graph
   stage step-loop 60 "${step[@]}" --arms loop
@@ -59,7 +60,7 @@ phase1() {
 }
 
 serve_on_gpu() {
-  "$PY" -m kdexport serve "$BUNDLE" --provider cuda --port 8123 &
+  $KDEXPORT serve "$BUNDLE" --provider cuda --port 8123 &
   local server=$! code=1
   for _ in $(seq 40); do
     if "$PY" -c 'import urllib.request as u; print(u.urlopen("http://127.0.0.1:8123/v2/health/ready", timeout=2).status)' 2> /dev/null; then code=0; break; fi
@@ -73,30 +74,25 @@ serve_on_gpu() {
 
 phase2() {
   if [ -d "$BUNDLE" ]; then
-    stage gate-same 60 "$PY" -m kdexport gate "$BUNDLE" --baseline "$BUNDLE" --clock gpu --json
-    stage gate-unfolded 60 "$PY" -m kdexport gate "$BUNDLE" --clock gpu --max-slowdown 5% --json
-    stage bench 60 "$PY" -m kdexport bench "$BUNDLE" --clock gpu --json
-    stage serve 60 bash -c "$(declare -f serve_on_gpu); PY='$PY' BUNDLE='$BUNDLE'; serve_on_gpu"
+    stage gate-same 60 $KDEXPORT gate "$BUNDLE" --baseline "$BUNDLE" --clock gpu --json
+    stage gate-unfolded 60 $KDEXPORT gate "$BUNDLE" --clock gpu --max-slowdown 5% --json
+    stage bench 60 $KDEXPORT bench "$BUNDLE" --clock gpu --json
+    stage serve 60 bash -c "$(declare -f serve_on_gpu); PY='$PY' KDEXPORT='$KDEXPORT' BUNDLE='$BUNDLE'; serve_on_gpu"
   else
     say "gate, bench, serve: left out, there is no bundle $BUNDLE (make quickstart)"
   fi
   if [ -z "$DATA" ] || [ -z "$TEACHER" ]; then say "cells: left out, DATA and TEACHER are not set"; return; fi
-  # Together: a small network does not fill a GPU.
-  local began=$SECONDS method running=() left=$((BUDGET - SECONDS - 5))
-  if [ "$left" -lt 20 ]; then say "cells: left out, no time is left"; return; fi
+  # In one process: a small network does not fill a GPU.
+  local method recipes=() count=0 limit=$((BUDGET - SECONDS - 5))
+  for method in $METHODS; do recipes+=(--recipes "$PAIR/$method") count=$((count + 1)); done
+  stage cells "$limit" $TRAIN table "${recipes[@]}" --parallel "$count" --runs "$KEEP/runs" --out "$OUT/cells.md" \
+    --data "$DATA" --teacher-checkpoint "$TEACHER" --set train.epochs="$EPOCHS" --set train.schedule=cosine \
+    --set train.warmup_epochs=0.5 --set distiller.ramp_epochs=0.5 --set train.compile=no ${DRY:+--set teacher.plausibility=reported}
   for method in $METHODS; do
-    timeout --kill-after=5 "$left" $TRAIN train --recipe "$PAIR/$method" --data "$DATA" --teacher-checkpoint "$TEACHER" \
-      --out "$KEEP/runs/$method" --set train.epochs="$EPOCHS" --set train.schedule=cosine --set train.warmup_epochs=0.5 \
-      --set distiller.ramp_epochs=0.5 --set train.compile=no ${DRY:+--set teacher.plausibility=reported} > "$KEEP/logs/cell-$method.log" 2>&1 &
-    running+=($!)
-  done
-  wait "${running[@]}"
-  for method in $METHODS; do
-    local lines=$KEEP/runs/$method/metrics.jsonl
+    local lines=$KEEP/runs/$PAIR/$method/seed0/metrics.jsonl
     [ -f "$lines" ] && cp "$lines" "$OUT/cell-$method.jsonl"
-    say "cell $method: $([ -f "$lines" ] && wc -l < "$lines" || echo 0) of $EPOCHS epochs, $((SECONDS - began)) s: $(grep -v '^ *$' "$KEEP/logs/cell-$method.log" | tail -n 1 | cut -c 1-160)"
+    say "cell $method: $([ -f "$lines" ] && wc -l < "$lines" || echo 0) of $EPOCHS epochs"
   done
-  tar -czf "$OUT/logs$PHASE.tar.gz" -C "$KEEP/logs" .
 }
 
 say "phase $PHASE, $BUDGET s${DRY:+, on a device that runs no kernel: no number means anything}"

@@ -5,7 +5,7 @@ python benchmarks/gpu/step_time.py [--arms loop,graph,compiled] [--seeds 1,2,4] 
 
 An arm is one process's work: one line of JSON is written when it is done, so that a run that is stopped keeps those
 before. Images are noise and the teacher is not trained, which does not change the work of a step. ``--dry`` is for a
-device that runs no kernel. Several seeds are graphs on streams of their own, started in turn.
+device that runs no kernel. Several seeds take turns as cells of ``kdexport table --parallel`` do, each with its stream.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from training_arms import Cell, noise, our_cell, our_loop
 from kdexport.checkpoint import save_tensors
 from training.recipe import Recipe, load_recipe
 from training.runs.step import epoch_plan
+from training.runs.turns import Ended, GiveWay, Job, Watcher, take_turns
 from training.teachers import TEACHERS
 
 PAIR, TEACHER, CLASSES, SIDE, BATCH = "cifar100/resnet32x4-shufflenetv1", "resnet32x4", 100, 32, 64
@@ -51,24 +52,46 @@ def one_seed(recipe: Recipe, steps: int) -> dict[str, float]:
     return {"step_ms": statistics.median(times), "fastest_ms": min(times), "slowest_ms": max(times)}
 
 
+class _FirstError(Watcher):
+    """Raises the error of a seed."""
+
+    def ended(self, run: Ended) -> bool:
+        if run.error is not None:
+            raise run.error
+        return True
+
+
 def several_seeds(recipes: list[Recipe], steps: int) -> dict[str, float]:
-    """Milliseconds in which every seed makes one step."""
+    """Milliseconds in which every seed makes one step, in the turns of ``kdexport table --parallel``."""
     images = noise(steps * BATCH)
-    cells = [our_cell(images, recipe) for recipe in recipes]
-    streams = [torch.cuda.Stream() for _ in cells]  # type: ignore[no-untyped-call]
-    times = []
-    for epoch in range(ROUNDS + 1):
-        for cell in cells:
-            _begin(cell, epoch)
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        for _ in range(steps):
-            for cell, stream in zip(cells, streams, strict=True):
-                assert cell.captured is not None
-                with torch.cuda.stream(stream):
+    # The first seed has the first turn and the last one the last: they read the clock for all.
+    began: list[float] = []
+    times: list[float] = []
+
+    def job(place: int) -> Job:
+        def run(give_way: GiveWay) -> None:
+            cell = our_cell(images, recipes[place])
+            assert cell.captured is not None
+            give_way()
+            for epoch in range(ROUNDS + 1):
+                _begin(cell, epoch)
+                give_way()
+                if place == 0:
+                    torch.cuda.synchronize()
+                    began.append(time.perf_counter())
+                for step in range(steps):
                     cell.captured()
-        torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - started) / steps)
+                    if step + 1 < steps:
+                        give_way()
+                if place == len(recipes) - 1:
+                    torch.cuda.synchronize()
+                    times.append(1e3 * (time.perf_counter() - began[-1]) / steps)
+                give_way()
+
+        return run
+
+    take_turns([job(place) for place in range(len(recipes))], len(recipes), torch.device("cuda"), _FirstError())
+    assert len(times) == ROUNDS + 1
     return {"step_ms": statistics.median(times[1:]), "fastest_ms": min(times[1:]), "slowest_ms": max(times[1:])}
 
 

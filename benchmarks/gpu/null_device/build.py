@@ -6,7 +6,7 @@
 Memory is that of the host and every call succeeds, so the code for CUDA runs to its end on a machine without a GPU: it
 shows tensors on the wrong device, waiting for the device, captures of graphs, and how many operations a step has.
 Results are whatever the memory held. The libraries stand in for those of torch's wheels, which bring the headers and
-the names of the functions. Needs g++ and nm.
+the names of the functions. Needs g++ and nm. The CUDA provider of onnxruntime runs on it too.
 """
 
 import argparse
@@ -28,6 +28,8 @@ LIBRARIES = {
     "cublaslt.cpp": ("cu{major}/lib", "libcublasLt.so.{major}"),
     "cudnn.cpp": ("cudnn/lib", "libcudnn.so.9"),
 }
+#: A library that the CUDA provider of onnxruntime is linked with and calls nothing of; torch's wheels may lack it.
+RANDOM = "libcurand.so.10"
 RUN = """#!/bin/sh
 # Run a command on the null device.
 here=$(cd "$(dirname "$0")" && pwd)
@@ -121,6 +123,9 @@ def build(out: Path) -> None:
         wanted = functions(SITE / "nvidia" / folder.format(major=major) / name) if folder else driver_functions(major)
         compiled(out, source, name, wanted, defines, headers(major))
         names.append(f"$here/{name}")
+    if not (SITE / "nvidia" / f"cu{major}" / "lib" / RANDOM).is_file():
+        link: list[str | Path] = ["-shared", "-x", "c", "/dev/null", "-o", out / RANDOM, f"-Wl,-soname,{RANDOM}"]
+        subprocess.run(["gcc", *link], check=True)
     run = out / "run"
     run.write_text(RUN.format(preloaded=":".join(names)))
     run.chmod(0o755)
