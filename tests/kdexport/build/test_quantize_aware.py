@@ -14,7 +14,8 @@ from onnx import numpy_helper
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from kdexport.backends.base import Execution, Runner
+from kdexport.backends import backend
+from kdexport.backends.base import CompileRequest, Execution, Runner
 from kdexport.build.quantize_aware import Lesson
 from kdexport.build.steps import BuildInputs, declare
 from kdexport.bundle.manifest import MANIFEST, hash_files, read_golden, read_manifest
@@ -23,6 +24,8 @@ from kdexport.config import BuildConfig, QuantizeAwareSettings
 from kdexport.data.datasets import DatasetSpec, open_dataset
 from kdexport.data.preprocessing import Preprocessing
 from kdexport.diagnose.bisect import explain
+from kdexport.graph.interface import without_interface
+from kdexport.graph.plan import TRANSPOSED
 from kdexport.students import STUDENTS
 from kdexport.targets import parse_targets
 from kdexport.verify.fake_quantized_checks import check_agreement
@@ -31,6 +34,7 @@ from kdexport.verify.rebuilt_graphs import RebuiltGraphs
 from kdexport.verify.student_checks import student_checks
 from kdexport.verify.verdict import replay
 from tests.conftest import Command, made_once, run_command
+from tests.kdexport.optional_packages import require_litert
 from tests.kdexport.other_networks import CLASSES, pictures
 
 ROOT = Path(__file__).parents[3]
@@ -211,6 +215,42 @@ def test_a_second_build_does_nothing_and_another_schedule_trains_again(root: Pat
         assert len({found[name] for found in keys.values()}) == 1
     assert [step.stage for step in declare(plain).all() if step.stage == "quantize-aware"] == []
     assert len(declare(inputs).quantize_aware) == 2
+
+
+def test_targets_of_phones_are_compiled_from_the_trained_graph_of_their_form(root: Path) -> None:
+    names = {"litert-int8": "int8-u8", "executorch-int8": "int8-u8", "ncnn-int8": "int8-s8", "litert-fp32": ""}
+    steps = declare(replace(step_inputs(root), targets=parse_targets(list(names))))
+    assert set(steps.quantize_aware) == {"int8-u8", "int8-s8"}
+    for target, engine in steps.engines.items():
+        made_of = {step.key for step in engine.steps() if step.stage == "quantize-aware"}
+        form = names[str(target)]
+        assert made_of == ({steps.quantize_aware[form].key} if form else set())
+
+
+def test_a_file_of_litert_has_the_trained_levels(root: Path, tmp_path: Path) -> None:
+    require_litert()
+    from kdexport.backends.litert_content import layers_of
+    from kdexport.backends.litert_files import read_model
+
+    bundle, runtime = root / "bundle", backend("litert")
+    path = tmp_path / "model.onnx"
+    onnx.save(without_interface(onnx.load(str(bundle / ONNX))), str(path))
+    runtime.compile(CompileRequest(onnx=path, folder=tmp_path, precision="int8", image_size=32, batches=(1, 1, 1)))
+    assert [finding for finding in runtime.audit(tmp_path, "int8", ()) if not finding.holds] == []
+    folded, trained = (load_file(bundle / name) for name in ("student.safetensors", TRAINED))
+    changed = 0
+    for layer in layers_of(read_model((tmp_path / runtime.artifact).read_bytes())):
+        name = layer.name.removesuffix(TRANSPOSED)
+        levels, stored = layer.weight.values, layer.weight
+        assert levels is not None
+        wide = np.moveaxis(levels.astype(np.float64), stored.axis, -1) * stored.scales.astype(np.float64)
+        # LiteRT has the inputs of a convolution last: (outputs, height, width, inputs).
+        wide = np.moveaxis(np.moveaxis(wide, -1, 0), -1, 1)
+        assert wide.shape == trained[name].shape
+        step = stored.scales.max()
+        assert np.abs(wide - trained[name]).max() <= 0.501 * step
+        changed += bool(np.abs(wide - folded[name]).max() > step)
+    assert changed
 
 
 def not_trained(_job: Path, _out: Path) -> None:
