@@ -12,10 +12,9 @@ from kdexport.backends.executorch import PROGRAM
 from kdexport.backends.executorch_content import ProgramContent
 from kdexport.backends.weighted_nodes import weighted_nodes
 from kdexport.errors import AuditError, EngineBuildError
-from kdexport.graph.quantize import quantize
-from kdexport.graph.tensor_ranges import calibrate
+from tests.kdexport.backends.compiled_targets import compiled_blocks
 from tests.kdexport.exported_students import images
-from tests.kdexport.graph.int8_block import CALIBRATION, SIZE, block_graph, block_tensors
+from tests.kdexport.graph.int8_block import SIZE, block_graph, block_tensors
 from tests.kdexport.optional_packages import require_executorch
 
 require_executorch()
@@ -27,26 +26,10 @@ def runtime() -> Backend:
 
 
 @pytest.fixture(scope="module")
-def blocks(tmp_path_factory: pytest.TempPathFactory, runtime: Backend) -> dict[str, Path]:
+def blocks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The residual network of the int8 tests as programs: their build imports compilers, so that it is done once."""
-    root = tmp_path_factory.mktemp("executorch")
-    source = block_graph(root / "block.onnx")
-    found = {}
-    for precision in ("fp32", "int8"):
-        folder = root / precision
-        folder.mkdir()
-        if precision == "int8":
-            calibrate(source, [CALIBRATION], folder / "ranges.json", method="minmax", percentile=99.9)
-            quantize(source, folder / "ranges.json", folder / "model.onnx", form="int8-u8")
-        else:
-            shutil.copyfile(source, folder / "model.onnx")
-        runtime.compile(
-            CompileRequest(
-                onnx=folder / "model.onnx", folder=folder, precision=precision, image_size=SIZE, batches=(1, 1, 8)
-            )
-        )
-        found[precision] = folder
-    return found
+    made = compiled_blocks("executorch", tmp_path_factory.mktemp("executorch"))
+    return {precision: path.parent for precision, path in made.items()}
 
 
 def test_logits_are_those_of_an_independent_computation(blocks: dict[str, Path], runtime: Backend) -> None:

@@ -11,19 +11,17 @@ from numpy.typing import NDArray
 from onnx import helper
 
 from kdexport.backends import backend, litert
-from kdexport.backends.base import IN_ORDER, Backend, CompileRequest
+from kdexport.backends.base import IN_ORDER, Backend
 from kdexport.backends.litert_content import layers_of
 from kdexport.backends.litert_files import import_schema, read_model
 from kdexport.backends.litert_graph import lite_model
 from kdexport.backends.ort import load_model
 from kdexport.bundle.manifest import MANIFEST, NOT_EXECUTED, VERIFIED
 from kdexport.errors import AuditError, BackendUnavailableError, EngineBuildError
-from kdexport.graph.precision import cast_to_fp16
-from kdexport.graph.quantize import quantize
-from kdexport.graph.tensor_ranges import calibrate
 from tests.conftest import Built, Command, build_targets
+from tests.kdexport.backends.compiled_targets import compiled, compiled_blocks
 from tests.kdexport.exported_students import exported, images, small_graph, small_logits, small_weights
-from tests.kdexport.graph.int8_block import CALIBRATION, SIZE, block_graph, block_tensors
+from tests.kdexport.graph.int8_block import SIZE, block_graph, block_tensors
 from tests.kdexport.optional_packages import require_litert
 
 require_litert()
@@ -37,38 +35,18 @@ def runtime() -> Backend:
     return backend("litert")
 
 
-def compiled(source: Path, precision: str, folder: Path, *, size: int, kept: tuple[str, ...] = ()) -> Path:
-    """The ONNX file of a precision and LiteRT's file of it, in ``folder``."""
-    folder.mkdir()
-    path = folder / "model.onnx"
-    if precision == "fp16":
-        cast_to_fp16(source, path)
-    elif precision == "int8":
-        calibrate(source, [CALIBRATION], folder / "ranges.json", method="minmax", percentile=99.9)
-        quantize(source, folder / "ranges.json", path, form="int8-u8", keep=kept)
-    else:
-        shutil.copyfile(source, path)
-    backend("litert").compile(
-        CompileRequest(onnx=path, folder=folder, precision=precision, image_size=size, batches=(1, 1, 8), kept=kept)
-    )
-    return folder / litert.MODEL
-
-
 @pytest.fixture(scope="module")
 def blocks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The residual network of the int8 tests in each precision."""
-    root = tmp_path_factory.mktemp("litert")
-    source = block_graph(root / "block.onnx")
-    return {
-        precision: compiled(source, precision, root / precision, size=SIZE) for precision in ("fp32", "fp16", "int8")
-    }
+    return compiled_blocks("litert", tmp_path_factory.mktemp("litert"))
 
 
 @pytest.mark.parametrize(("batch", "size"), [(1, 16), (5, 15)])
 def test_logits_are_those_of_an_independent_computation(
     batch: int, size: int, tmp_path: Path, runtime: Backend
 ) -> None:
-    path = compiled(small_graph(tmp_path / "a.onnx", small_weights(), size=size), "fp32", tmp_path / "t", size=size)
+    source = small_graph(tmp_path / "a.onnx", small_weights(), size=size)
+    path = compiled("litert", source, "fp32", tmp_path / "t", size=size)
     runner, x = runtime.open(path, "fp32", threads=1), images(batch, size=size)
     np.testing.assert_allclose(runner.logits(x), small_logits(x), rtol=0, atol=2e-6)
     first = runner.logits(x[:1])
@@ -136,7 +114,7 @@ def test_float32_sums_start_with_the_bias(tmp_path: Path, runtime: Backend) -> N
     model = onnx.load(str(small_graph(tmp_path / "a.onnx", weights, size=16)))
     del model.graph.node[0].attribute[:]
     onnx.save(model, str(tmp_path / "a.onnx"))
-    path = compiled(tmp_path / "a.onnx", "fp32", tmp_path / "t", size=16)
+    path = compiled("litert", tmp_path / "a.onnx", "fp32", tmp_path / "t", size=16)
     x = np.ones((1, 3, 16, 16), np.float32)
     assert runtime.open(path, "fp32", threads=1).logits(x).tolist() == [[2.0**24, 3.0]]
     assert runtime.computes_in("fp32", {}) == IN_ORDER
@@ -313,7 +291,7 @@ def test_what_lies_between_two_calls_of_the_delegate_is_outside() -> None:
 
 
 def test_kept_layers_are_in_float32_and_no_others(tmp_path: Path, runtime: Backend) -> None:
-    path = compiled(block_graph(tmp_path / "a.onnx"), "int8", tmp_path / "t", size=SIZE, kept=("inner",))
+    path = compiled("litert", block_graph(tmp_path / "a.onnx"), "int8", tmp_path / "t", kept=("inner",))
     findings = {finding.check: finding for finding in runtime.audit(path.parent, "int8", ("inner",))}
     assert [finding for finding in findings.values() if not finding.holds] == []
     wrong = {finding.check for finding in runtime.audit(path.parent, "int8", ()) if not finding.holds}
@@ -335,7 +313,7 @@ def test_students_with_gates_and_with_shuffles_of_grouped_convolutions(
     name: str, tmp_path: Path, runtime: Backend
 ) -> None:
     source = exported("plain", name).path
-    path = compiled(source, "fp32", tmp_path / "t", size=32)
+    path = compiled("litert", source, "fp32", tmp_path / "t", size=32)
     assert [finding for finding in runtime.audit(path.parent, "fp32", ()) if not finding.holds] == []
     runner, x = runtime.open(path, "fp32", threads=1), images(3)
     theirs = load_model(source).logits(x)
@@ -348,7 +326,7 @@ def test_students_with_gates_and_with_shuffles_of_grouped_convolutions(
 
 @pytest.fixture(scope="module")
 def bundle(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The student of the shared bundle, fused and exported already, for LiteRT."""
+    """The student of the shared bundle for LiteRT."""
     return build_targets(built, TARGETS, tmp_path_factory.mktemp("litert") / "bundle")
 
 

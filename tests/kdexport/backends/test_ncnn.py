@@ -15,18 +15,16 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from kdexport.backends import backend, ncnn
-from kdexport.backends.base import Backend, CompileRequest
+from kdexport.backends.base import Backend
 from kdexport.backends.ncnn_files import WEIGHTED, Layer, read_net, write_net
 from kdexport.bundle.manifest import MANIFEST, NOT_EXECUTED, VERIFIED, hash_files, read_manifest
 from kdexport.errors import BackendUnavailableError, ConfigError, EngineBuildError
 from kdexport.gate.arms import require_images_per_run
-from kdexport.graph.precision import cast_to_fp16
-from kdexport.graph.quantize import quantize
-from kdexport.graph.tensor_ranges import calibrate
 from kdexport.verify.verdict import replay
-from tests.conftest import Built, Command, run_command
+from tests.conftest import Built, Command, build_targets
+from tests.kdexport.backends.compiled_targets import compiled, compiled_blocks
 from tests.kdexport.exported_students import exported, images, small_graph, small_logits, small_weights
-from tests.kdexport.graph.int8_block import CALIBRATION, SIZE, block_graph, block_tensors
+from tests.kdexport.graph.int8_block import SIZE, block_graph, block_tensors
 from tests.kdexport.optional_packages import require_ncnn
 
 require_ncnn()
@@ -40,31 +38,10 @@ def runtime() -> Backend:
     return backend("ncnn")
 
 
-def compiled(source: Path, precision: str, folder: Path, *, size: int, kept: tuple[str, ...] = ()) -> Path:
-    """The ONNX file of a precision and ncnn's files of it, in ``folder``."""
-    folder.mkdir()
-    path = folder / "model.onnx"
-    if precision == "fp16":
-        cast_to_fp16(source, path)
-    elif precision == "int8":
-        calibrate(source, [CALIBRATION], folder / "ranges.json", method="minmax", percentile=99.9)
-        quantize(source, folder / "ranges.json", path, form="int8-s8", keep=kept)
-    else:
-        shutil.copyfile(source, path)
-    backend("ncnn").compile(
-        CompileRequest(onnx=path, folder=folder, precision=precision, image_size=size, batches=(1, 1, 8), kept=kept)
-    )
-    return folder / ncnn.MODEL
-
-
 @pytest.fixture(scope="module")
 def blocks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The residual network of the int8 tests in each precision."""
-    root = tmp_path_factory.mktemp("ncnn")
-    source = block_graph(root / "block.onnx")
-    return {
-        precision: compiled(source, precision, root / precision, size=SIZE) for precision in ("fp32", "fp16", "int8")
-    }
+    return compiled_blocks("ncnn", tmp_path_factory.mktemp("ncnn"))
 
 
 @pytest.mark.parametrize(("batch", "size"), [(1, 16), (5, 15)])
@@ -72,7 +49,8 @@ def test_logits_are_those_of_an_independent_computation(
     batch: int, size: int, tmp_path: Path, runtime: Backend
 ) -> None:
     """An odd size too: ncnn pads its channels, and numpy does not."""
-    path = compiled(small_graph(tmp_path / "a.onnx", small_weights(), size=size), "fp32", tmp_path / "t", size=size)
+    source = small_graph(tmp_path / "a.onnx", small_weights(), size=size)
+    path = compiled("ncnn", source, "fp32", tmp_path / "t", size=size)
     runner, x = runtime.open(path, "fp32", threads=1), images(batch, size=size)
     np.testing.assert_allclose(runner.logits(x), small_logits(x), rtol=0, atol=2e-6)
     strided = np.ascontiguousarray(x.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
@@ -264,7 +242,7 @@ def test_a_damaged_list_of_layers_is_refused(
 
 
 def test_kept_layers_are_in_float32_and_no_others(tmp_path: Path, runtime: Backend) -> None:
-    path = compiled(block_graph(tmp_path / "a.onnx"), "int8", tmp_path / "t", size=SIZE, kept=("inner",))
+    path = compiled("ncnn", block_graph(tmp_path / "a.onnx"), "int8", tmp_path / "t", kept=("inner",))
     assert all(finding.holds for finding in runtime.audit(path.parent, "int8", ("inner",)))
     assert all(finding.holds for finding in runtime.open(path, "int8", kept=("inner",)).findings())
     wrong = {finding.check for finding in runtime.audit(path.parent, "int8", ()) if not finding.holds}
@@ -281,7 +259,7 @@ def test_files_are_written_as_they_were_read(tmp_path: Path, blocks: dict[str, P
 
 def test_a_student_with_shuffles_and_splits_is_converted(tmp_path: Path, runtime: Backend) -> None:
     source = exported("plain", "shufflenetv2").path
-    path = compiled(source, "fp32", tmp_path / "t", size=32)
+    path = compiled("ncnn", source, "fp32", tmp_path / "t", size=32)
     assert all(finding.holds for finding in runtime.audit(path.parent, "fp32", ()))
     kinds = runtime.describe(path.parent)["layers"]
     assert kinds["ShuffleChannel"] > 10
@@ -304,7 +282,7 @@ def with_operator(path: Path, kind: str, **attributes: Any) -> Path:
 
 def test_an_operator_that_ncnn_lacks_is_named_with_its_place(tmp_path: Path) -> None:
     with pytest.raises(EngineBuildError) as caught:
-        compiled(with_operator(tmp_path / "a.onnx", "Erf"), "fp32", tmp_path / "t", size=16)
+        compiled("ncnn", with_operator(tmp_path / "a.onnx", "Erf"), "fp32", tmp_path / "t", size=16)
     assert "has the operator Erf behind conv (conv.weight)" in caught.value.message
     assert "onnx-fp32" in caught.value.remedy
     assert not (tmp_path / "t" / ncnn.MODEL).exists()
@@ -317,9 +295,9 @@ def test_int8_of_a_grouped_convolution_is_refused_where_its_outputs_have_scales_
     model = onnx.load(str(small_graph(tmp_path / "a.onnx", weights, size=SIZE)))
     model.graph.node[0].attribute.append(helper.make_attribute("group", 3))
     onnx.save(model, str(tmp_path / "a.onnx"))
-    assert compiled(tmp_path / "a.onnx", "fp32", tmp_path / "f", size=SIZE).is_file()
+    assert compiled("ncnn", tmp_path / "a.onnx", "fp32", tmp_path / "f").is_file()
     with pytest.raises(EngineBuildError, match=r"one weight scale for each group .* conv \(conv.weight\) has 2 output"):
-        compiled(tmp_path / "a.onnx", "int8", tmp_path / "t", size=SIZE)
+        compiled("ncnn", tmp_path / "a.onnx", "int8", tmp_path / "t")
 
 
 def test_a_graph_that_pnnx_cannot_read_is_an_error_in_words(tmp_path: Path) -> None:
@@ -337,14 +315,8 @@ def test_a_batch_is_not_timed_as_if_it_were_one_run() -> None:
 
 @pytest.fixture(scope="module")
 def bundle(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The student of the shared bundle, fused and exported already, for ncnn."""
-    out = tmp_path_factory.mktemp("ncnn") / "bundle"
-    done = run_command(
-        "build", "--config", built.config, "--checkpoint", built.checkpoint, "--workspace", built.workspace,
-        "--out", out, "--target", ",".join(TARGETS), "--json",
-    )  # fmt: skip
-    assert done.exit_code == 0, done.stderr
-    return out
+    """The student of the shared bundle for ncnn."""
+    return build_targets(built, TARGETS, tmp_path_factory.mktemp("ncnn") / "bundle")
 
 
 def test_a_bundle_says_what_ran_what_did_not_and_that_it_takes_one_image(bundle: Path) -> None:
