@@ -1,5 +1,6 @@
 """How training uses its devices: several processes that train one network, and compiled steps."""
 
+import importlib
 import inspect
 import os
 import shutil
@@ -16,6 +17,9 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from kdexport.errors import BackendUnavailableError, ConfigError
+
+#: Compiled forms of one function in a process; a table of all recipes with three seeds has fewer cells.
+_COMPILED_FORMS = 512
 
 
 class LocalBuffers(DistributedDataParallelKwargs):  # type: ignore[misc]
@@ -140,5 +144,9 @@ def compiled(module: nn.Module, mode: str, device: torch.device) -> nn.Module:
             "train.compile = 'yes' needs a C++ compiler on the CPU, but neither g++ nor clang++ is installed.",
             remedy="Install g++, or set train.compile to 'auto'.",
         )
+    # A process compiles 8 forms of one function by default and then runs it as it is: each cell of a table may be one.
+    limits: Any = importlib.import_module("torch._dynamo.config")
+    limits.recompile_limit = max(limits.recompile_limit, _COMPILED_FORMS)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, _COMPILED_FORMS)
     # Shapes never change within a run.
     return cast(nn.Module, torch.compile(module, dynamic=False))

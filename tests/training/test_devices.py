@@ -1,14 +1,16 @@
 """The settings of a GPU's kernels; they are flags of torch, which a machine without a GPU has too."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from kdexport.errors import ConfigError
-from training.devices import choose_kernels, full_float32, nondeterminism_named
+from training.devices import choose_kernels, compiled, full_float32, nondeterminism_named
 from training.evaluation import predict
 
 
@@ -65,3 +67,25 @@ def test_an_operation_without_a_deterministic_kernel_is_named() -> None:
     assert "train.deterministic" in caught.value.remedy
     with pytest.raises(RuntimeError, match="out of memory"), nondeterminism_named():
         raise RuntimeError("out of memory")
+
+
+def test_every_cell_of_a_large_table_is_compiled_and_not_the_first_eight_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    forms = []
+
+    def noted(graph: torch.fx.GraphModule, _inputs: object) -> Callable[..., Any]:
+        forms.append(graph)
+        return graph.forward
+
+    class Task(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, width)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return torch.relu(self.layer(images))
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=noted))
+    for width in range(1, 11):
+        task = compiled(Task(width), "yes", torch.device("cuda"))
+        assert task(torch.zeros(2, 3)).shape == (2, width)
+        assert len(forms) == width
