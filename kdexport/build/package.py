@@ -172,8 +172,8 @@ def _copy_files(folder: Path, parts: Parts) -> None:
         if is_int8(model.form):
             shutil.copyfile(model.path.with_name(RANGES), place / RANGES)
         if target in parts.engines:
-            for path in sorted(parts.engines[target].folder.iterdir()):
-                shutil.copyfile(path, place / path.name)
+            # A package of Core ML is a folder.
+            shutil.copytree(parts.engines[target].folder, place, copy_function=shutil.copyfile, dirs_exist_ok=True)
             spec = parts.trained.spec
             target.runtime.finish(place, image_size=spec.image_size, num_classes=spec.num_classes)
 
