@@ -7,6 +7,7 @@ so every option that chooses a type is set here. ncnn runs one image at a time.
 import functools
 import importlib.util
 import json
+import os
 import subprocess
 from collections import Counter
 from collections.abc import Sequence
@@ -193,9 +194,18 @@ def _configured(precision: str, threads: int) -> Any:
     options.use_fp16_packed = options.use_fp16_storage = half
     options.use_int8_inference = precision == "int8"
     options.use_vulkan_compute = False
+    # ncnn gives the number of its threads to OpenMP itself, past OMP_NUM_THREADS, which containers and tests set: more
+    # threads than free processors wait for each other in busy loops, 20 times longer than one thread computes.
+    threads = threads or _threads_of_openmp()
     if threads:
         options.num_threads = threads
     return net
+
+
+def _threads_of_openmp() -> int:
+    """The number in OMP_NUM_THREADS; 0 if it is not set to one number."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdecimal() else 0
 
 
 def _bits(net: Any, image: NDArray[np.float32], names: Sequence[str]) -> dict[str, int]:

@@ -392,3 +392,15 @@ def test_the_program_for_boards_in_the_documentation_gives_the_answers_of_the_bu
     )
     answer = here("predict", bundle, photo, "--json").data
     assert done.stdout.strip() == answer["predictions"][0]["label"]
+
+
+def test_the_threads_of_the_environment_are_kept_where_none_are_given(
+    blocks: dict[str, Path], runtime: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, default = blocks["fp32"], 0
+    for given, threads, expected in (("1", 0, 1), ("3", 0, 3), ("3", 2, 2), ("4,2", 0, default), ("", 0, default)):
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+        runner = runtime.open(path, "fp32", threads=threads)
+        assert isinstance(runner, ncnn.NcnnRunner)
+        found = runner.net.opt.num_threads
+        assert found == expected or (expected == default and found == ncnn.import_ncnn().Net().opt.num_threads)
