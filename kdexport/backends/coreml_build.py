@@ -21,7 +21,7 @@ from kdexport.errors import EngineBuildError, KdexportError, first_line
 if TYPE_CHECKING:
     import onnx
 
-_MANIFEST = "Manifest.json"
+_MANIFEST, _PROGRAM = "Manifest.json", Path("Data") / "com.apple.CoreML" / "model.mlmodel"
 Attributes = Mapping[str, Any]
 
 
@@ -54,6 +54,7 @@ def build(onnx_file: Path, package: Path, image_size: int, *, half: bool) -> Non
     )
     model.save(str(package))
     _name_by_content(package / _MANIFEST)
+    _in_one_order(package / _PROGRAM)
 
 
 def _name_by_content(manifest: Path) -> None:
@@ -62,6 +63,14 @@ def _name_by_content(manifest: Path) -> None:
     for identifier, entry in json.loads(text)["itemInfoEntries"].items():
         text = text.replace(identifier, str(uuid.uuid5(uuid.NAMESPACE_URL, entry["path"])).upper())
     manifest.write_text(json.dumps(json.loads(text), indent=4, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _in_one_order(program: Path) -> None:
+    """Write the message again with its maps in one order, which is another one in each process otherwise."""
+    from coremltools.proto import Model_pb2
+
+    message = Model_pb2.Model.FromString(program.read_bytes())
+    program.write_bytes(message.SerializeToString(deterministic=True))
 
 
 def _body(graph: "onnx.GraphProto", images: Any, mb: Any) -> Any:
