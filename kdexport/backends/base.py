@@ -8,6 +8,7 @@ module given by ``--plugin``, or in an installed package with an entry point of 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -156,6 +157,8 @@ class Backend(ABC):
     any_interface: ClassVar[bool] = False
     #: Whether the runtime takes one image a run; a batch is then run image by image, and times of batches are refused.
     one_at_a_time: ClassVar[bool] = False
+    #: Whether ``compile`` makes the same files again from the same ONNX file and settings with the same ``packages``.
+    repeats_files: ClassVar[bool] = False
 
     @property
     def compiles(self) -> bool:
@@ -200,6 +203,13 @@ class Backend(ABC):
     def compile(self, request: CompileRequest) -> None:
         """Write ``artifact`` and its other files into ``request.folder``; raises ``KdexportError``."""
         raise NotImplementedError(f"{self.name} runs ONNX files without compiling them")
+
+    def difference(self, found: Path, expected: Path) -> str:
+        """What a file of ``compile`` contains that ``expected`` does not, or the other way round; empty if nothing.
+
+        Both files can be read and their bytes differ.
+        """
+        return first_difference(found.read_bytes(), expected.read_bytes())
 
     def finish(self, folder: Path, *, image_size: int, num_classes: int) -> None:  # noqa: B027
         """Add files to the folder of a packaged target that depend on its other files there."""
@@ -263,6 +273,20 @@ class Backend(ABC):
             f"is verified in {self.title}, but Triton repositories are written for onnxruntime and TensorRT only",
             "Pass --target onnx-fp32 or onnx-int8; build the bundle with it if it is missing",
         )
+
+
+def first_difference(found: bytes, expected: bytes) -> str:
+    """The first line of two texts that differs, or the first byte."""
+    try:
+        texts = [data.decode().splitlines() for data in (found, expected)]
+    except UnicodeDecodeError:
+        pairs = enumerate(zip(found, expected, strict=False))
+        place = next((at for at, (one, other) in pairs if one != other), min(len(found), len(expected)))
+        return f"differs from byte {place:,} on; {len(found):,} bytes, expected {len(expected):,}"
+    for number, (line, wanted) in enumerate(zip_longest(*texts, fillvalue=""), 1):
+        if line != wanted:
+            return f"line {number} is {line[:100]!r}, expected {wanted[:100]!r}"
+    return "the ends of lines differ"
 
 
 def run_in_batches(logits: Logits, images: NDArray[np.float32], batches: tuple[int, ...]) -> NDArray[np.float32]:

@@ -58,6 +58,7 @@ class CoreML(Backend):
     artifact = PROGRAM
     packages = ("coremltools",)
     one_at_a_time: ClassVar[bool] = True
+    repeats_files: ClassVar[bool] = True
 
     def unavailable(self, precision: str) -> Missing | None:
         if importlib.util.find_spec("coremltools") is None:

@@ -80,6 +80,7 @@ class ExecuTorch(Backend):
     artifact = PROGRAM
     packages = ("executorch", "torchao", "torch")
     one_at_a_time: ClassVar[bool] = True
+    repeats_files: ClassVar[bool] = True
 
     def computes_in(self, precision: str, options: dict[str, Any]) -> str:
         # XNNPACK's float32 kernels: one accumulator for each result, which is the bias at the start.

@@ -26,7 +26,7 @@ from kdexport.backends.base import (
     Runner,
 )
 from kdexport.backends.litert_content import WEIGHTED, content_findings, layers_of
-from kdexport.backends.litert_files import INSTALL, import_schema, read_model
+from kdexport.backends.litert_files import INSTALL, import_schema, read_model, table_difference
 from kdexport.backends.litert_graph import lite_model
 from kdexport.backends.weighted_nodes import float32_graph
 from kdexport.core.console import quiet
@@ -127,6 +127,7 @@ class LiteRT(Backend):
     artifact = MODEL
     packages = (_PACKAGE,)
     one_at_a_time: ClassVar[bool] = True
+    repeats_files: ClassVar[bool] = True
 
     def computes_in(self, precision: str, options: dict[str, Any]) -> str:
         # XNNPACK's float32 kernels: one accumulator for each result, which is the bias at the start.
@@ -146,6 +147,9 @@ class LiteRT(Backend):
         graph = onnx.load(str(request.onnx))
         half = request.precision == "fp16"
         (request.folder / MODEL).write_bytes(lite_model(float32_graph(graph) if half else graph, half=half))
+
+    def difference(self, found: Path, expected: Path) -> str:
+        return table_difference(found.read_bytes(), expected.read_bytes())
 
     def describe(self, folder: Path) -> dict[str, Any]:
         model = read_model((folder / MODEL).read_bytes())

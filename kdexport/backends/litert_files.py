@@ -81,11 +81,8 @@ _TYPES: dict[str, Any] = {
 
 def read_model(data: bytes) -> LiteModel:
     """What a file contains; raises ``AuditError`` for one that is damaged or has more than kdexport writes."""
-    schema = import_schema()
+    schema, model = import_schema(), _tables(data)
     try:
-        if data[4:8] != _IDENTIFIER:
-            raise ValueError("it does not begin as a file of LiteRT")
-        model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(data))
         (graph,) = model.subgraphs
         kinds, types = _names(schema.BuiltinOperator), _names(schema.TensorType)
         codes = [kinds[max(code.builtinCode, code.deprecatedBuiltinCode)] for code in model.operatorCodes]
@@ -98,12 +95,9 @@ def read_model(data: bytes) -> LiteModel:
             inputs=_ints(graph.inputs),
             outputs=_ints(graph.outputs),
         )
-    # A reader of flatbuffers raises whatever its position leads to.
+    # The tables of a damaged file hold whatever its bytes mean.
     except Exception as error:
-        raise AuditError(
-            f"The model cannot be read: {type(error).__name__}: {error}.",
-            remedy="The file is damaged; build the bundle again.",
-        ) from error
+        raise _unreadable(error) from error
 
 
 def _names(table: Any) -> dict[int, str]:
@@ -132,6 +126,52 @@ def _stored(tensor: Any, buffers: Sequence[Any], types: dict[int, str]) -> Store
         zeros=np.zeros(0, np.int64) if zeros is None else np.asarray(zeros, np.int64),
         axis=0 if given is None else int(given.quantizedDimension),
     )
+
+
+def table_difference(found: bytes, expected: bytes) -> str:
+    """Where the tables of two files differ first; empty if they are equal, however they lie in the files.
+
+    Raises ``AuditError`` if one cannot be read.
+    """
+    one, other = _tables(found), _tables(expected)
+    return _different(one, other, "")
+
+
+def _tables(data: bytes) -> Any:
+    schema = import_schema()
+    try:
+        if data[4:8] != _IDENTIFIER:
+            raise ValueError("it does not begin as a file of LiteRT")
+        return schema.ModelT.InitFromObj(schema.Model.GetRootAs(data))
+    # A reader of flatbuffers raises whatever its position leads to.
+    except Exception as error:
+        raise _unreadable(error) from error
+
+
+def _unreadable(error: Exception) -> AuditError:
+    return AuditError(
+        f"The model cannot be read: {type(error).__name__}: {error}.",
+        remedy="The file is damaged; build the bundle again.",
+    )
+
+
+def _different(found: Any, expected: Any, where: str) -> str:
+    if isinstance(found, np.ndarray) or isinstance(expected, np.ndarray):
+        one, other = np.asarray(found), np.asarray(expected)
+        same = one.shape == other.shape and one.tobytes() == other.tobytes()
+        return "" if same else f"{where} differs"
+    if isinstance(found, list) and isinstance(expected, list):
+        if len(found) != len(expected):
+            return f"{where} has {len(found)} entries, expected {len(expected)}"
+        parts = (_different(*pair, f"{where}[{at}]") for at, pair in enumerate(zip(found, expected, strict=True)))
+        return next(filter(None, parts), "")
+    if type(found) is type(expected) and hasattr(found, "__dict__"):
+        tables = (vars(found), vars(expected))
+        parts = (_different(tables[0].get(key), tables[1].get(key), f"{where}.{key}".lstrip(".")) for key in tables[1])
+        return next(filter(None, parts), "")
+    # Numbers of flatbuffers may be those of numpy or of Python.
+    same = bool(found == expected)
+    return "" if same else f"{where} is {found!r}, expected {expected!r}"
 
 
 class ModelWriter:

@@ -360,6 +360,7 @@ class Ncnn(Backend):
     artifact = MODEL
     packages = ("ncnn", "pnnx")
     one_at_a_time: ClassVar[bool] = True
+    repeats_files: ClassVar[bool] = True
 
     def form(self, precision: str) -> str:
         # ncnn's levels are symmetric, for activations too.

@@ -21,6 +21,7 @@ from kdexport.graph.precision import emulate_bf16
 from kdexport.graph.tensor_ranges import Range, read_ranges
 from kdexport.targets import Target, parse_target
 from kdexport.verify.check import Check, broken, from_finding
+from kdexport.verify.compiled_again import check_compiled_again
 from kdexport.verify.fake_quantized_checks import check_agreement
 from kdexport.verify.parity import check_batches, check_repeatable, rung_b, rung_c
 from kdexport.verify.probabilities import check_probabilities
@@ -92,6 +93,11 @@ def target_checks(context: BundleContext, name: str) -> FileResult:
     checks = [from_finding(where, finding) for finding in _content(target, folder, kept)]
     if any(check.failed for check in checks):
         return FileResult(tuple(checks))
+    again = check_compiled_again(folder, target, context.manifest, tuple(kept))
+    if again is not None:
+        checks.append(from_finding(where, again))
+        if checks[-1].failed:
+            return FileResult(tuple(checks))
     missing = target.not_executable()
     if missing is not None:
         return FileResult((*checks, _not_executed(run_label(target), missing), *_stand_in(context, target, kept)))

@@ -1,3 +1,4 @@
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -14,9 +15,12 @@ from kdexport.backends import backend, coreml
 from kdexport.backends.base import Backend
 from kdexport.backends.coreml_build import build
 from kdexport.backends.weighted_nodes import weighted_nodes
+from kdexport.bundle.manifest import MANIFEST, NOT_EXECUTED
 from kdexport.core.console import quiet
 from kdexport.errors import BackendUnavailableError, EngineBuildError
 from kdexport.graph.precision import cast_to_fp16
+from kdexport.verify.compiled_again import CHECK
+from tests.conftest import Built, Command, run_command
 from tests.kdexport.graph.int8_block import SIZE, block_graph
 from tests.kdexport.optional_packages import require_coremltools
 
@@ -172,3 +176,32 @@ def test_an_operator_that_is_not_known_is_named(tmp_path: Path) -> None:
     onnx.save(model, str(tmp_path / "model.onnx"))
     with pytest.raises(EngineBuildError, match=r"the operator Erf \(odd, which reads before\)"), quiet():
         build(tmp_path / "model.onnx", tmp_path / coreml.PACKAGE, SIZE, half=False)
+
+
+# The whole way
+
+
+def test_a_bundle_holds_the_whole_package_and_is_verified_without_a_mac(
+    built: Built, here: Command, tmp_path: Path
+) -> None:
+    out, slim = tmp_path / "bundle", tmp_path / "slim"
+    done = run_command(
+        "build", "--config", built.config, "--checkpoint", built.checkpoint, "--workspace", built.workspace,
+        "--out", out, "--target", "coreml-fp16", "--json",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    data = json.loads((out / MANIFEST).read_text())
+    assert data["targets"]["coreml-fp16"]["status"] == NOT_EXECUTED
+    held = {name.partition(f"{coreml.PACKAGE}/")[2] for name in data["files"] if coreml.PACKAGE in name}
+    assert held == {
+        "Manifest.json", "Data/com.apple.CoreML/model.mlmodel", "Data/com.apple.CoreML/weights/weight.bin"
+    }  # fmt: skip
+    # Three processes wrote the same bytes.
+    done = here("verify", out, "--json")
+    assert done.exit_code == 0, done.stderr
+    for checks in (data["parity"], json.loads(done.stdout)["result"]["verdict"]["checks"]):
+        (again,) = (check for check in checks if check["name"] == CHECK)
+        assert again["holds"], again["detail"]
+    done = here("slim", out, "--out", slim)
+    assert done.exit_code == 0, done.stderr
+    assert (slim / "targets" / "coreml-fp16" / coreml.PROGRAM).is_file()
