@@ -87,7 +87,7 @@ def teacher(
     """Train the recipe's teacher."""
     from kdexport.core.progress import Reporter
     from training.runs.record import claim, claimed_if_trained, device_name, note_environment
-    from training.train import claim_data, make_accelerator, rehearse, train_teacher
+    from training.train import claim_data, claim_start, make_accelerator, rehearse, train_teacher
 
     resolved = _resolve(recipe, set_, data, None)
     rehearse(resolved)
@@ -95,6 +95,7 @@ def teacher(
     with claimed_if_trained(out, writes=accelerator.is_main_process):
         with accelerator.main_process_first():
             claim(out, resolved, "teacher")
+            claim_start(out, resolved)
             claim_data(out, resolved, Reporter(quiet=not accelerator.is_main_process).say)
         if accelerator.is_main_process:
             note_environment(out, device_name(), accelerator.num_processes)

@@ -17,7 +17,7 @@ from kdexport.core.digests import sha256_file
 from kdexport.core.files import recover, replace_folder, write_file, write_text
 from kdexport.core.progress import Reporter
 from kdexport.data.datasets import ImageSet, class_difference, dataset_digest, described, open_dataset
-from kdexport.errors import BackendUnavailableError, CheckpointError, TrainingError
+from kdexport.errors import BackendUnavailableError, CheckpointError, ConfigError, TrainingError
 from kdexport.reparam.blocks import BranchSpec, attach_branches, branch_paths
 from kdexport.reparam.branches import ParallelBranches
 from kdexport.students import Student, Tapped
@@ -134,6 +134,24 @@ def claim_data(directory: Path, recipe: Recipe, report: Callable[[str], None]) -
     dataset = dataset_digest(spec, directory / "dataset", report)
     claim_input(directory, "dataset_sha256", dataset, spec.root or spec.name)
     return dataset
+
+
+def claim_start(directory: Path, recipe: Recipe) -> None:
+    """Make the file of weights that the teacher of ``recipe`` is fine-tuned from, if any, that of the run.
+
+    Raises ``ConfigError`` if the run in ``directory`` started from another file, and for a registered teacher, which is
+    trained from fresh weights and would not read the file.
+    """
+    file = recipe.teacher.checkpoint
+    if not file:
+        return
+    if not recipe.teacher.is_reference:
+        raise ConfigError(
+            f"The teacher {recipe.teacher.name} is trained from fresh weights, but teacher.checkpoint is {file}.",
+            remedy="Remove teacher.checkpoint. To use these weights, run kdexport train; to fine-tune a network from "
+            "weights, name it as torchvision:NAME, timm:NAME or MODULE:FACTORY.",
+        )
+    claim_input(directory, "teacher_sha256", sha256_file(Path(file)), file)
 
 
 def rehearse(recipe: Recipe) -> int | None:

@@ -92,8 +92,8 @@ def difference(directory: Path, recipe: Recipe, job: str) -> str:
     if not record.is_file():
         return ""
     try:
-        there = _flattened(json.loads(record.read_text()))
-    except ValueError:
+        there = _flattened(dict(json.loads(record.read_text())))
+    except (ValueError, TypeError):
         return "its recipe.json is not valid JSON"
     there.pop(_EXTENDED, None)
     here = _flattened(_described(recipe, job))
@@ -106,7 +106,8 @@ def difference(directory: Path, recipe: Recipe, job: str) -> str:
 
 def extensions(directory: Path) -> tuple[int, ...]:
     """The numbers of epochs for which the run in ``directory`` was planned before it was extended."""
-    return tuple(_read_json(directory / _RECORD).get(_EXTENDED, ()))
+    found = _read_json(directory / _RECORD).get(_EXTENDED)
+    return tuple(found) if isinstance(found, list) else ()
 
 
 def _epochs_to_extend(directory: Path, recipe: Recipe, job: str) -> int | None:
@@ -114,9 +115,8 @@ def _epochs_to_extend(directory: Path, recipe: Recipe, job: str) -> int | None:
     if not (directory / STATE).is_file():
         return None
     table = "train" if job == "student" else "teacher"
-    there, here = _read_json(directory / _RECORD), _described(recipe, job)
-    before = there.get("recipe", {}).get(table, {}).get("epochs")
-    return before if isinstance(before, int) and before < here["recipe"][table]["epochs"] else None
+    before = _flattened(_read_json(directory / _RECORD)).get(f"recipe.{table}.epochs")
+    return before if isinstance(before, int) and before < getattr(recipe, table).epochs else None
 
 
 def _with_epochs(recipe: Recipe, job: str, epochs: int) -> Recipe:
@@ -213,7 +213,14 @@ def note_environment(directory: Path, device: str, processes: int) -> None:
 def read_environment(directory: Path) -> list[dict[str, Any]]:
     """The entries of ``note_environment``, oldest first; empty if there is no such file."""
     path = directory / "environment.json"
-    return list(json.loads(path.read_text())) if path.is_file() else []
+    if not path.is_file():
+        return []
+    try:
+        return [dict(entry) for entry in json.loads(path.read_text())]
+    except (ValueError, TypeError):
+        raise ConfigError(
+            f"{path} is not a JSON list of the starts of this run.", remedy="Remove this file; it is only a record."
+        ) from None
 
 
 def source_commit() -> str:

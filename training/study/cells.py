@@ -10,7 +10,7 @@ from typing import Any
 from kdexport.core.digests import digest, sha256_file
 from kdexport.core.files import write_text
 from kdexport.data.datasets import dataset_digest
-from kdexport.errors import ConfigError, KdexportError, ReparamError, TrainingError
+from kdexport.errors import ConfigError, KdexportError, ReparamError, TrainingError, first_line
 from training.recipe import Recipe, load_recipe, plugin_digests
 from training.runs.record import claim_input, difference, read_environment, recorded_inputs
 from training.shipped_recipes import shipped_names
@@ -154,6 +154,17 @@ def read(cell: Cell) -> Result:
             f"{folder} belongs to another run: {different}.",
             remedy="Pass another --runs, or the same overrides as for that run.",
         )
+    try:
+        return _result(cell)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"The results in {folder} cannot be read ({type(error).__name__}: {first_line(error)}).",
+            remedy="Copy the folder from its source again, or remove it to run the cell again.",
+        ) from error
+
+
+def _result(cell: Cell) -> Result:
+    folder = cell.directory
     metrics, failure = folder / "metrics.jsonl", folder / _FAILURE
     if failure.is_file():
         return Result(cell=cell, state="failed", message=str(json.loads(failure.read_text())["message"]))

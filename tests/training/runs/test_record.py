@@ -5,7 +5,16 @@ import pytest
 
 from kdexport.errors import ConfigError
 from training.recipe import Recipe, load_recipe
-from training.runs.record import claim, claim_input, claimed_if_trained, difference, extensions, recorded_inputs
+from training.runs.record import (
+    claim,
+    claim_input,
+    claimed_if_trained,
+    difference,
+    extensions,
+    read_environment,
+    recorded_inputs,
+)
+from training.train import claim_start
 
 OLD, NEW = "a1" * 32, "b2" * 32
 
@@ -94,6 +103,18 @@ def test_a_damaged_record_is_refused_and_named(tmp_path: Path) -> None:
         claim_input(tmp_path, "dataset_sha256", NEW, "/data")
 
 
+@pytest.mark.parametrize("content", ["", "[]", "3", "{}", '{"recipe": 3}', '{"recipe": {"train": 3}}', "[[1]]", "\0\0"])
+def test_any_damaged_recipe_of_a_run_is_an_error_that_names_it(tmp_path: Path, content: str) -> None:
+    (tmp_path / "resume.safetensors").touch()
+    (tmp_path / "recipe.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"belongs to another run|is not a JSON object"):
+        claim(tmp_path, recipe(20), "student")
+    (tmp_path / "environment.json").write_text(content)
+    if content not in ("[]", "{}"):
+        with pytest.raises(ConfigError, match=r"environment\.json is not a JSON list"):
+            read_environment(tmp_path)
+
+
 def recipe(epochs: int, **changes: object) -> Recipe:
     return load_recipe("digits", {"train": {"epochs": epochs, **changes}})
 
@@ -121,3 +142,16 @@ def test_a_run_is_extended_by_more_epochs_and_by_nothing_else(tmp_path: Path) ->
     assert difference(tmp_path, recipe(45), "student") == ""
     with pytest.raises(ConfigError, match=r"train\.epochs is 45 there and 20 in this run"):
         claim(tmp_path, recipe(20), "student")
+
+
+def test_a_teacher_that_is_fine_tuned_keeps_the_file_that_it_started_from(tmp_path: Path) -> None:
+    file, run = tmp_path / "start.pt", tmp_path / "run"
+    file.write_bytes(b"one")
+    teacher = {"name": "torchvision:resnet18", "checkpoint": str(file)}
+    claim_start(run, load_recipe("digits", {"teacher": teacher}))
+    claim_start(run, load_recipe("digits", {"teacher": {"name": "torchvision:resnet18"}}))
+    file.write_bytes(b"two")
+    with pytest.raises(ConfigError, match="belongs to a run with another teacher"):
+        claim_start(run, load_recipe("digits", {"teacher": teacher}))
+    with pytest.raises(ConfigError, match=r"resnet8 is trained from fresh weights, but teacher\.checkpoint is .*start"):
+        claim_start(run, load_recipe("digits", {"teacher": {"checkpoint": str(file)}}))
