@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from kdexport.core.digests import sha256_file
 from kdexport.data.preprocessing import Preprocessing
 from kdexport.errors import CheckpointError
+from kdexport.origins.file_formats import unreadable_tensors
 from kdexport.registry import nearest
 from kdexport.reparam.spec import BranchSpec
 
@@ -162,9 +163,7 @@ def load_metadata(path: Path) -> dict[str, str]:
         with safe_open(path, framework="np") as file:
             return dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is truncated or not a safetensors file: {error}.", remedy="Copy the file from its source again."
-        ) from error
+        raise unreadable_tensors(path, error) from error
 
 
 def load_tensors(path: Path) -> "dict[str, Tensor]":
@@ -175,9 +174,7 @@ def load_tensors(path: Path) -> "dict[str, Tensor]":
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is truncated or not a safetensors file: {error}.", remedy="Copy the file from its source again."
-        ) from error
+        raise unreadable_tensors(path, error) from error
 
 
 def save_program_checkpoint(directory: Path, graph: "fx.GraphModule", spec: StudentSpec) -> StudentSpec:

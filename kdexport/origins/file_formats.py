@@ -166,3 +166,17 @@ def _other(path: Path, head: bytes, size: int) -> CheckpointError:
         f"{begins}.",
         remedy=_STATE_DICT,
     )
+
+
+def unreadable_tensors(path: Path, error: Exception) -> CheckpointError:
+    """Why safetensors could not read ``path``; it opens only files whose path is text."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return CheckpointError(
+            f"The path {str(path)!a} is not text in UTF-8, so that safetensors cannot open it.",
+            remedy="Rename the file or its folder.",
+        )
+    return CheckpointError(
+        f"{path} is truncated or not a safetensors file: {error}.", remedy="Copy or download the file again."
+    )

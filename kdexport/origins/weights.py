@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kdexport.core.digests import sha256_file
 from kdexport.errors import CheckpointError
-from kdexport.origins.file_formats import weight_format
+from kdexport.origins.file_formats import unreadable_tensors, weight_format
 from kdexport.origins.pickled_tensors import Placeholder, read_pickled
 from kdexport.origins.tensor_names import Fit, Network, best_fit, counted, quoted, shown
 
@@ -98,9 +98,7 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return dict(load_file(path))
     except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{path} is truncated or not a safetensors file: {error}.", remedy="Copy or download the file again."
-        ) from error
+        raise unreadable_tensors(path, error) from error
 
 
 def _unwrapped(content: object, path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:

@@ -35,6 +35,11 @@ def claim(directory: Path, recipe: Recipe, job: str) -> None:
     cannot be written.
     """
     try:
+        str(directory).encode()
+    except UnicodeEncodeError:
+        # TensorBoard and safetensors write only to paths that are text.
+        raise ConfigError(f"The path {str(directory)!a} is not text in UTF-8.", remedy="Pass another --out.") from None
+    try:
         directory.mkdir(parents=True, exist_ok=True)
         different = difference(directory, recipe, job)
         before = _epochs_to_extend(directory, recipe, job) if different else None

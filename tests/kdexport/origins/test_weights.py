@@ -590,6 +590,9 @@ def test_a_header_of_safetensors_that_lies_is_refused(tmp_path: Path) -> None:
     header = b'{"conv1.weight":{"dtype":"F32","shape":[4000000000],"data_offsets":[0,16000000000]}}'
     path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(16))
     assert "truncated or not a safetensors file" in refused(path).message
+    path = path.rename(tmp_path / "caf\udce9.safetensors")
+    with pytest.raises(CheckpointError, match=r"caf\\udce9\.safetensors' is not text in UTF-8"):
+        read_weights(path)
 
 
 def test_weights_made_in_memory_load(tmp_path: Path) -> None:

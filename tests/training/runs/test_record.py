@@ -155,3 +155,10 @@ def test_a_teacher_that_is_fine_tuned_keeps_the_file_that_it_started_from(tmp_pa
         claim_start(run, load_recipe("digits", {"teacher": teacher}))
     with pytest.raises(ConfigError, match=r"resnet8 is trained from fresh weights, but teacher\.checkpoint is .*start"):
         claim_start(run, load_recipe("digits", {"teacher": {"checkpoint": str(file)}}))
+
+
+def test_a_run_folder_whose_path_is_not_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"run\\udce9' is not text in UTF-8") as caught:
+        claim(tmp_path / "run\udce9", recipe(20), "student")
+    assert caught.value.remedy == "Pass another --out."
+    assert not list(tmp_path.iterdir())
