@@ -9,7 +9,7 @@ from typing import Any
 from kdexport.build.train import propose_recipe
 from kdexport.config import BuildConfig, is_trained_elsewhere
 from kdexport.core.files import write_text
-from kdexport.data.datasets import is_cifar100
+from kdexport.data.datasets import is_cifar100, require_folder
 from kdexport.errors import ConfigError
 
 _CIFAR_RECIPES = "cifar100"
@@ -31,8 +31,8 @@ def for_images(
     """``config`` for the images of a build, and whether its recipe was proposed for them.
 
     A recipe is proposed for a training without ``--config`` on images that are not those of the configuration of the
-    student; ``say`` gets one line on what was chosen and why. Raises ``DataError`` if the images have no folders of
-    classes, and ``ConfigError`` for a size where the size is fixed.
+    student; ``say`` gets one line on what was chosen and why. Raises ``DataError`` if there is no such folder, or no
+    folders of classes in it, and ``ConfigError`` for a size where the size is fixed.
     """
     if given.has_checkpoint and given.image_size is not None:
         raise ConfigError(
@@ -41,6 +41,9 @@ def for_images(
         )
     if is_trained_elsewhere(config.student, config.weights):
         return _imported_with_size(config, given.image_size), False
+    if given.data is not None and not given.has_config and not given.has_checkpoint:
+        # Before a place of data or of a teacher that the user did not name is missed.
+        require_folder(Path(given.data))
     if given.has_config or given.data is None or not _needs_recipe(config, Path(given.data)):
         return _trained_with_size(config, given.image_size), False
     if given.has_checkpoint:

@@ -356,7 +356,7 @@ def has_stored_splits(root: Path) -> bool:
 
 
 def _open_folder(root: Path, split: Split) -> ImageSet:
-    _require_folder(root)
+    require_folder(root)
     if not has_stored_splits(root) and _class_folders(root):
         return _open_drawn(root, split)
     found = _split_folder(root, split)
@@ -368,7 +368,8 @@ def _open_folder(root: Path, split: Split) -> ImageSet:
     return _image_set(images, [*ignored, *beside], unread=unread)
 
 
-def _require_folder(root: Path) -> None:
+def require_folder(root: Path) -> None:
+    """Raise ``DataError`` unless ``root`` is a folder."""
     if root.is_file():
         archive = root.name.lower().endswith((".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"))
         raise DataError(

@@ -10,7 +10,7 @@ from PIL import Image
 
 from kdexport.build.photos import GivenImages, for_images, to_toml, write_proposed
 from kdexport.config import BuildConfig, load_config
-from kdexport.errors import ConfigError
+from kdexport.errors import ConfigError, DataError
 from tests.conftest import run_command
 
 CIFAR = BuildConfig(student="mobilenetv2", recipe="cifar100", targets=["trt-fp16"])
@@ -74,6 +74,8 @@ def test_the_size_goes_where_it_acts(tmp_path: Path) -> None:
 
 
 def test_a_trained_student_needs_no_recipe_for_photos(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"There is no folder .*missing"):
+        for_images(CIFAR, given(tmp_path / "missing"))
     config, is_proposed = for_images(CIFAR, given(folders(tmp_path / "photos"), has_checkpoint=True))
     assert (config.recipe, config.overrides, config.targets, is_proposed) == ("", {}, ["trt-fp16"], False)
 

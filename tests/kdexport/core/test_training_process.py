@@ -55,7 +55,7 @@ def test_our_package_runs_in_a_folder_with_a_package_of_the_same_name(
     done = run(*arguments, folder=users, site=installed)
     assert not (users / "imported").exists()
     assert "No module named" not in done.stderr
-    expected = {"list": "cifar100/", "evaluate-run": "Did you mean digits", "build": "no teacher checkpoint"}
+    expected = {"list": "cifar100/", "evaluate-run": "Did you mean digits", "build": "There is no folder nowhere"}
     assert expected[arguments[0]] in done.stdout + done.stderr
     assert done.returncode == (0 if arguments[0] == "list" else 2), done.stderr
 
