@@ -3,12 +3,15 @@
 python benchmarks/edge.py --rounds 20
 
 Students with random weights and a hundred classes, folded: neither latency nor size depends on the weights. int8 is
-calibrated on noise. A target that this machine cannot run in its own precision has a size and no latency.
+calibrated on noise. A target that this machine cannot run in its own precision has a size and no latency. ``CPU s`` is
+the processor time of a build with the processes that it starts: on a busy machine it says what the seconds would be on
+a quiet one. With ``--rounds 0`` nothing is timed but the builds.
 """
 
 import argparse
 import json
 import platform
+import resource
 import tempfile
 import time
 from pathlib import Path
@@ -29,9 +32,17 @@ TARGETS = ("onnx-fp32", "onnx-int8", "ncnn-fp32", "ncnn-fp16", "ncnn-int8")
 _PARTS = (".bin", ".param", ".pte", ".tflite", ".mlmodel", ".onnx")
 
 
-def built(target: Target, source: Path, folder: Path, size: int) -> float:
-    """Write the files of ``target`` into ``folder``; returns the seconds that casting and compiling took."""
-    started = time.perf_counter()
+def processor_seconds() -> float:
+    """The processor time of this process and of those that it started and that ended."""
+    own, others = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    return own.ru_utime + own.ru_stime + others.ru_utime + others.ru_stime
+
+
+def built(target: Target, source: Path, folder: Path, size: int) -> tuple[float, float]:
+    """Write the files of ``target`` into ``folder``; returns the seconds that casting and compiling took, and those of
+    processors.
+    """
+    started, worked = time.perf_counter(), processor_seconds()
     path = folder / ONNX_FILE
     if target.form.startswith("int8"):
         noise = np.random.default_rng(1).normal(size=(8, 3, size, size)).astype(np.float32)
@@ -45,7 +56,7 @@ def built(target: Target, source: Path, folder: Path, size: int) -> float:
         target.runtime.compile(
             CompileRequest(onnx=path, folder=folder, precision=target.precision, image_size=size, batches=(1, 1, 1))
         )
-    return time.perf_counter() - started
+    return time.perf_counter() - started, processor_seconds() - worked
 
 
 def shipped_bytes(target: Target, folder: Path) -> int:
@@ -59,21 +70,24 @@ def measure(name: str, size: int, arguments: argparse.Namespace, root: Path) -> 
     """One table: the targets of a student."""
     source = exported(name, size, root / f"{name}.onnx")
     runs: dict[str, Logits] = {}
-    facts: dict[str, tuple[float, int]] = {}
+    facts: dict[str, tuple[float, float, int]] = {}
     for target in parse_targets(arguments.targets.split(",")):
         folder = root / f"{name}-{target}"
         folder.mkdir()
-        facts[str(target)] = built(target, source, folder, size), shipped_bytes(target, folder)
-        if target.not_executable() is None:
+        facts[str(target)] = (*built(target, source, folder, size), shipped_bytes(target, folder))
+        if arguments.rounds and target.not_executable() is None:
             artifact = folder / target.artifact
             runs[str(target)] = target.runtime.open(artifact, target.precision, device="cpu", threads=1).logits
-    found = interleaved(arms_of(runs, size), "onnx-fp32", arguments.rounds, arguments.block)
-    print(f"\n{name}, {size}x{size}\n\n| target | MB | build s | ratio | 95 % interval | median ms |")
-    print("|---|---|---|---|---|---|")
-    for label, (seconds, total) in facts.items():
+    found = interleaved(arms_of(runs, size), "onnx-fp32", arguments.rounds, arguments.block) if runs else {}
+    print(f"\n{name}, {size}x{size}\n\n| target | MB | build s | CPU s | ratio | 95 % interval | median ms |")
+    print("|---|---|---|---|---|---|---|")
+    absent = "not run here" if arguments.rounds else "not timed"
+    for label, (seconds, worked, total) in facts.items():
         ratio, low, high, ms = found.get(label, (0, 0, 0, 0))
-        cells = f"{ratio:.2f} | {low:.2f} to {high:.2f} | {ms:.2f}" if label in found else "not run here | |"
-        print(f"| {label} | {total / 1e6:.2f} | {seconds:.1f} | {cells} |", flush=True)
+        cells = f"{ratio:.2f} | {low:.2f} to {high:.2f} | {ms:.2f}" if label in found else f"{absent} | |"
+        print(f"| {label} | {total / 1e6:.2f} | {seconds:.1f} | {worked:.1f} | {cells} |", flush=True)
+    seconds, worked, _ = map(sum, zip(*facts.values(), strict=True))
+    print(f"\nAll of them: {seconds:.0f} s, {worked:.0f} CPU s")
 
 
 def main() -> None:
