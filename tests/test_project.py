@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,14 @@ def test_each_file_name_stands_once_in_kdexport() -> None:
 def test_every_test_folder_mirrors_a_package_folder() -> None:
     folders = sorted({path.parent.relative_to(TESTS) for path in TESTS.rglob("test_*.py")})
     assert [str(folder) for folder in folders if not any((ROOT / folder).glob("*.py")) and folder != Path()] == []
+
+
+def test_every_test_folder_is_collected(pytestconfig: pytest.Config) -> None:
+    """By default pytest enters no folder of the name build, and no test of kdexport.build would run."""
+    patterns = pytestconfig.getini("norecursedirs")
+    folders = {path.parent.relative_to(ROOT) for path in TESTS.rglob("test_*.py")}
+    skipped = {folder for folder in folders for name in patterns if any(fnmatch(part, name) for part in folder.parts)}
+    assert skipped == set()
 
 
 def test_every_test_module_is_named_after_the_module_that_it_tests_or_listed() -> None:
