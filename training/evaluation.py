@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from kdexport.errors import TrainingError
 from training.data import Labelled
 from training.devices import buffers_of_first_process, full_float32, gathered_rows
 
@@ -78,7 +79,7 @@ def predict(network: nn.Module, batches: Iterable[Labelled]) -> Predictions:
     """Run ``network`` on ``batches`` in evaluation mode, in full float32, and restore its mode.
 
     Several processes have the batches of a part each, and all get the predictions for all of them, by the running
-    statistics of the first process.
+    statistics of the first process. Raises ``TrainingError`` if a logit is not finite.
     """
     was_training = network.training
     network.eval()
@@ -93,4 +94,12 @@ def predict(network: nn.Module, batches: Iterable[Labelled]) -> Predictions:
     network.train(was_training)
     whole = [torch.cat(part).cpu().numpy() for part in zip(*columns, strict=True)] if columns else None
     rows = gathered_rows(whole)
+    # The softmax of logits with an infinity or a NaN is NaN.
+    lost = int((~np.isfinite(rows[2])).sum())
+    if lost:
+        raise TrainingError(
+            f"The network has logits that are not finite for {lost} of {len(rows[2])} images: its training diverged, "
+            "or its weights or the statistics of its batch norms are damaged.",
+            remedy="Train it with a lower learning rate, or pass another file of weights.",
+        )
     return Predictions(labels=rows[0], predicted=rows[1], confidence=rows[2], in_top5=rows[3])

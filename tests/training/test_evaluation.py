@@ -3,6 +3,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kdexport.errors import TrainingError
 from training.evaluation import predict
 
 
@@ -52,3 +53,10 @@ def test_a_network_that_is_certain_has_a_confidence_in_the_last_bin() -> None:
     logits = torch.tensor([[1e4, 0.0], [0.0, 1e4]])
     found = predict(Fixed(), [(logits, torch.tensor([0, 0]))])
     assert found.calibration_error() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_end_the_evaluation_with_their_number(value: float) -> None:
+    logits = torch.tensor([[0.0, 1.0], [value, 0.0], [1.0, 0.0]])
+    with pytest.raises(TrainingError, match="not finite for 1 of 3 images"):
+        predict(Fixed(), [(logits, torch.tensor([0, 1, 0]))])
