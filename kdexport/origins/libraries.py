@@ -173,7 +173,8 @@ def _made(reference: str, make: Callable[[], Any], weights: str | None) -> nn.Mo
         if _is_of_network(error):
             raise CheckpointError(
                 f"The weights of {reference} cannot be downloaded: {type(error).__name__}: {first_line(error)}",
-                remedy="Connect this machine, or copy the file of weights to it and name it in place of theirs.",
+                remedy="Connect this machine, or copy the file of weights to it and pass that: --weights FILE, or "
+                "student.weights or teacher.checkpoint of a recipe.",
             ) from error
         if weights is not None:
             raise CheckpointError(
