@@ -84,7 +84,7 @@ def test_a_student_of_other_outputs_is_refused(tiny_images: Path, tmp_path: Path
     recipe = recipe_of(tiny_images, student="seven")
     with pytest.raises(ConfigError, match="has 7 outputs, the data set has 3 classes"):
         distil(recipe, tmp_path / "run")
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {"dataset"}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"dataset", "environment.json"}
     assert rehearse(recipe) == 7
 
 

@@ -17,6 +17,7 @@ from kdexport.bundle.manifest import MODEL, NOT_EXECUTED, TARGETS, VERIFIED, Man
 from kdexport.commands.render import show_verdict
 from kdexport.errors import BackendUnavailableError, NotExecutedError
 from kdexport.report.check_tables import failed_checks, not_run_checks
+from kdexport.verify.compiled_again import CHECK
 from kdexport.verify.target_checks import FileResult
 from kdexport.verify.verdict import Verdict, replay, require_executed, target_runs, verify_folder
 from tests.conftest import Built, Command, Outcome
@@ -79,6 +80,7 @@ def test_no_target_is_verified_once_its_run_is_taken_away(
         opened = OrtInDisguise(folder / TARGETS / target / MODEL)
         monkeypatch.setattr(type(runtime), "open", lambda *_, **__: opened)
         monkeypatch.setattr(type(runtime), "audit", lambda *_: [])
+        monkeypatch.setattr(type(runtime), "repeats_files", False)
         monkeypatch.setattr(type(runtime), "not_executable", lambda *_: None)
     with_run = verified(folder, manifest)
     assert with_run.failures == ()
@@ -117,6 +119,7 @@ def test_what_this_machine_cannot_read_or_run_is_not_counted_as_checked(
     unread = {name for name, check in told if check == "content"}
     assert unread == {"litert-fp32", "coreml-fp32", "executorch-fp32"}
     assert {name for name, check in told if check == "execution"} == set(edge)
+    assert {name for name, check in told if check == CHECK} == {*unread, "ncnn-fp32"}
     assert not any(check.holds or check.failed for check in verdict.not_run)
     runs = {run.target: run for run in target_runs(manifest, verdict)}
     for name in edge:
@@ -126,14 +129,14 @@ def test_what_this_machine_cannot_read_or_run_is_not_counted_as_checked(
             require_executed(list(runs.values()), [name])
     show_verdict(folder, manifest, verdict, list(runs.values()))
     said = " ".join(capsys.readouterr().out.split())
-    counted = sum(check.rung not in "ABCD" for check in verdict.checks) - 8
-    assert f"{counted} of {counted} hold, 8 did not run" in said
-    assert f"all {len(verdict.checks) - 8} checks hold; 8 checks did not run; litert-fp32 never ran" in said
+    counted = sum(check.rung not in "ABCD" for check in verdict.checks) - 12
+    assert f"{counted} of {counted} hold, 12 did not run" in said
+    assert f"all {len(verdict.checks) - 12} checks hold; 12 checks did not run; litert-fp32 never ran" in said
     # As a later reader of a manifest sees them.
     stored = [json.loads(json.dumps(check.to_json())) for check in verdict.checks]
     data = {**manifest.data, "parity": stored}
     Manifest.from_json(data)
-    assert (failed_checks(data), len(not_run_checks(data))) == ([], 8)
+    assert (failed_checks(data), len(not_run_checks(data))) == ([], 12)
     assert all((entry["holds"], entry["measured"]) == (False, None) for entry in not_run_checks(data))
 
 

@@ -422,4 +422,5 @@ def test_json_holds_no_nan_and_no_infinity(bad: float) -> None:
         "detail": "d",
         "undecided": False,
         "beyond": False,
+        "ran": True,
     }
