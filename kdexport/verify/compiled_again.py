@@ -12,7 +12,7 @@ from kdexport.backends.base import ONNX_FILE, CompileRequest, Finding, unchecked
 from kdexport.bundle.manifest import Manifest
 from kdexport.core.digests import tool_versions
 from kdexport.core.files import scratch_folder
-from kdexport.errors import AuditError, EngineBuildError
+from kdexport.errors import AuditError, BackendUnavailableError, EngineBuildError
 from kdexport.targets import Target
 
 CHECK = "file as compiled again"
@@ -43,7 +43,8 @@ def check_compiled_again(folder: Path, target: Target, manifest: Manifest, kept:
         )
         try:
             runtime.compile(request)
-        except EngineBuildError as error:
+        # A library that is installed and cannot be imported shows nothing about the file either.
+        except (EngineBuildError, BackendUnavailableError) as error:
             return unchecked(CHECK, f"{ONNX_FILE} could not be compiled here: {error.message.rstrip('.')}")
         names = sorted(path.relative_to(scratch).as_posix() for path in scratch.rglob("*") if path.is_file())
         differences = (_difference(folder / name, scratch / name, name, target) for name in names)

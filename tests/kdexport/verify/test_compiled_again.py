@@ -12,6 +12,7 @@ from kdexport.backends import ncnn
 from kdexport.backends.base import CompileRequest, Finding, first_difference
 from kdexport.backends.litert_files import import_schema, table_difference
 from kdexport.core.digests import tool_versions
+from kdexport.errors import BackendUnavailableError, EngineBuildError, KdexportError
 from kdexport.targets import parse_target
 from kdexport.verify.compiled_again import CHECK, check_compiled_again
 from tests.kdexport.exported_students import images
@@ -153,6 +154,19 @@ def test_without_the_tools_it_does_not_run(targets: dict[str, Path], monkeypatch
     found = checked(targets["ncnn-fp32"], "ncnn-fp32")
     assert not found.ran
     assert "is not installed" in found.fact
+
+
+@pytest.mark.parametrize("error", [EngineBuildError, BackendUnavailableError])
+def test_tools_that_do_not_work_decide_nothing(
+    error: type[KdexportError], targets: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error("pnnx is not whole.", remedy="Install it again.")
+
+    monkeypatch.setattr(ncnn.Ncnn, "compile", fail)
+    found = checked(targets["ncnn-fp32"], "ncnn-fp32")
+    assert not found.ran
+    assert found.fact == "model.onnx could not be compiled here: pnnx is not whole"
 
 
 def test_where_two_files_differ() -> None:
