@@ -93,7 +93,7 @@ class ImageSet:
     labels: NDArray[np.int64]
     pixels: NDArray[np.uint8] | None
     files: tuple[Path, ...]
-    #: Files of the data set that are no images, or are in no class folder.
+    #: Files of the data set that are not images, or not in a class folder.
     ignored: tuple[Path, ...] = ()
     #: Folders with images beside those of the splits, in words: "val (1000 images)".
     unread: tuple[str, ...] = ()
@@ -393,7 +393,7 @@ def _missing_split(root: Path, split: Split) -> DataError:
 
 
 def _beside_splits(root: Path) -> tuple[list[Path], tuple[str, ...]]:
-    """The files in ``root`` itself, and in words the folders with images that are no split, or another test split."""
+    """The files in ``root`` itself, and in words the folders with images that are not read as a split."""
     read = (_split_folder(root, "train"), _split_folder(root, "test"))
     entries = sorted(entry for entry in root.iterdir() if _is_data(entry.name) and entry not in read)
     counts = {entry.name: _count_images(entry) for entry in entries if entry.is_dir()}
@@ -417,7 +417,7 @@ def _count_images(folder: Path) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Scan:
-    """The image files of each class folder, the files that are no images or in no class folder, and what is wrong."""
+    """The image files of each class folder, the files that are not images or not in one, and what is wrong."""
 
     images: dict[str, list[Path]]
     ignored: list[Path]
@@ -444,7 +444,7 @@ def _problem_of(path: Path) -> str | None:
 
 
 def _images_by_class(folder: Path) -> tuple[dict[str, list[Path]], list[Path]]:
-    """The image files of each class folder in ``folder``, and the files that are no images or in no class folder."""
+    """The image files of each class folder in ``folder``, and the files that are not images or not in one."""
     found = _scanned(folder)
     if found.problems:
         count = sum(map(len, found.images.values()))
