@@ -30,9 +30,10 @@ from unchecked import unchecked
 RECIPE, TEACHER, CLASSES, SIDE = "cifar100/resnet32x4-shufflenetv1", "resnet32x4", 100, 32
 #: The order is that of the counters in null_device/runtime.cpp.
 COUNTS = ("operations", "captured", "graph_launches", "synchronisations", "blocking_copies", "allocations")
-#: Training images of each class: an epoch of 21 steps of 64 images, of which the first ones do not count.
-IMAGES, BATCH, WARM_UP = 14, 64, 5
-#: The goals of a step as a CUDA graph.
+#: Training images of each class: an epoch of 32 steps of 64 images, four whole graphs, of which the first 8 steps do
+#: not count.
+IMAGES, BATCH, WARM_UP = 21, 64, 8
+#: The goals of a step that is part of a CUDA graph.
 MOST_OPERATIONS, MOST_WAITS, GRAPHS = 900, 0, 1
 HEADING = "## Operations of a step on CUDA"
 
@@ -80,20 +81,20 @@ def _trained(method: str, capture: str, work: Path) -> dict[str, float]:
 
     runtime = ctypes.CDLL(f"libcudart.so.{str(torch.version.cuda).partition('.')[0]}")
     per_step: dict[str, float] = {}
-    graphs: list[int] = []
-    capture_step = captured._captured
+    graphs: list[float] = []
+    capture_steps = captured._captured
 
-    def counted(body: Any) -> Any:
+    def counted(body: Any, pool: Any) -> Any:
         before = counts(runtime)["captured"]
-        replay = capture_step(body)
-        graphs.append(counts(runtime)["captured"] - before)
-        return replay
+        graph = capture_steps(body, pool)
+        graphs.append((counts(runtime)["captured"] - before) / body.args[0])
+        return graph
 
     class Counting(LossWatch):
         """Counts from the end of the warm-up to the last step."""
 
-        def step_done(self) -> None:
-            super().step_done()
+        def steps_done(self, count: int) -> None:
+            super().steps_done(count)
             if self._steps == WARM_UP:
                 self.before = counts(runtime)
 
@@ -119,7 +120,7 @@ def _trained(method: str, capture: str, work: Path) -> dict[str, float]:
     command = [*arguments, *(part for key, value in changes.items() for part in ("--set", f"{key}={value}"))]
     with unchecked(), patch.object(loop, "LossWatch", Counting), patch.object(captured, "_captured", counted):
         app(command, standalone_mode=False)
-    return {**per_step, "in_graph": float(graphs[0]) if graphs else 0.0}
+    return {**per_step, "in_graph": graphs[0] if graphs else 0.0}
 
 
 def on_null_device(device: Path, method: str, work: Path) -> Counts | str:
@@ -195,7 +196,11 @@ def page(results: dict[str, Counts]) -> str:
             most <= MOST_OPERATIONS,
         ),
         (f"waiting for the device in a step, {MOST_WAITS} times", f"{waited:g}", waited <= MOST_WAITS),
-        (f"graphs started by a step, {GRAPHS}", f"{max(started):g}", started == {GRAPHS}),
+        (
+            f"graphs started by a step, at most {GRAPHS}",
+            f"{max(started):g}",
+            min(started) > 0 and max(started) <= GRAPHS,
+        ),
     )
     verdicts = [f"| {goal} | {found} | {'met' if holds else 'missed'} |" for goal, found, holds in goals]
     return f"""{HEADING}
@@ -205,8 +210,9 @@ def page(results: dict[str, Counts]) -> str:
 Counted on a CUDA device that runs no kernel (benchmarks/gpu/null_device), not measured on a GPU:
 {RECIPE} with each method through `kdexport train`, batch {BATCH}, bf16, not compiled,
 torch {torch.__version__}. An operation is a kernel, a product, a convolution, a copy or a fill. *Loop* starts each of
-them from Python (`train.capture = "no"`), *graph* starts all of them at once. Losses are sent to the host every eighth
-step, which is part of the count.
+them from Python (`train.capture = "no"`), *graph* starts those of several steps at once, and their number is divided by
+that of the steps. Losses are sent to the host every eighth step, which is part of the count. The steps of the epoch
+are a multiple of eight; other epochs end with one smaller graph.
 
 | goal | found | |
 |---|---|---|

@@ -79,9 +79,9 @@ def several_seeds(recipes: list[Recipe], steps: int) -> dict[str, float]:
                 if place == 0:
                     torch.cuda.synchronize()
                     began.append(time.perf_counter())
-                for step in range(steps):
+                while cell.captured.left:
                     cell.captured()
-                    if step + 1 < steps:
+                    if cell.captured.left:
                         give_way()
                 if place == len(recipes) - 1:
                     torch.cuda.synchronize()

@@ -1,16 +1,21 @@
-"""The whole training step as one CUDA graph: batch, teacher, student, backward pass and optimiser, started by one call.
+"""Whole training steps as one CUDA graph: batches, teacher, student, backward pass and optimiser, started by one call.
 
 A step of a small network is a thousand short kernels, and starting them takes longer than running them. A graph has no
 arguments, so everything that differs between steps lies in tables on the device, which are filled once an epoch; the
-step counts itself and takes its row of each. The tables have the numbers of ``training.runs.loop``, in the same order
-from the same generators, and the step is the same ``OptimisationStep``: run without a graph, on any device, it ends
-with the weights of that loop.
+steps count themselves and take their rows of each. The tables have the numbers of ``training.runs.loop``, in the same
+order from the same generators, and the step is the same ``OptimisationStep``.
+
+A graph has several steps. The teacher does not change and treats each image by itself, so the images of all of them are
+cropped together, and the teacher reads them together before the first step. It draws no random numbers, so those of
+the steps keep their order. Run without a graph, on any device, the steps end with the weights of the loop, up to what
+the kernels of the teacher make of a larger batch.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,13 +24,19 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kdexport.errors import BackendUnavailableError
+from kdexport.students import Tapped
 from training.data import Batches, EpochDraws, ResidentBatches
 from training.distillers.distiller import StepContext
 from training.recipe import TrainSettings
 from training.runs.step import EpochPlan, OptimisationStep
 
-#: Steps before the capture, in which kernels are chosen and memory is taken; their effect is undone.
+#: Steps before the capture, at least, in which kernels are chosen and memory is taken; their effect is undone.
 _WARM_UPS = 3
+#: Steps in a graph: what they share is then a small part of each.
+MOST_STEPS = 8
+#: Bytes of the images of a graph and of the teacher's outputs for them. If a graph of ``MOST_STEPS`` has more, it has
+#: fewer steps: those of large images are long, and gain less.
+_AHEAD_BYTES = 512 * 2**20
 #: The losses of the first step with and without the graph, in bfloat16, differ by less than this part.
 _SAME_LOSS = 0.02
 _OFF = "Train without it: --set train.capture=no"
@@ -63,8 +74,9 @@ def require_capture(settings: TrainSettings, reason: str) -> None:
 class CapturedSteps:
     """The steps of an epoch as calls without arguments; ``begin`` fills the tables that they read.
 
-    ``plain`` is ``step.task`` before it was compiled, and ``network`` the part of it that is trained for use. Before
-    ``prepare``, and on a CPU, a call runs the step from Python.
+    ``plain`` is ``step.task`` before it was compiled, and ``network`` the part of it that is trained for use. A call
+    makes at most ``most`` steps, which must be 1 if the teacher may draw random numbers, or treat an image differently
+    in another batch. Before ``prepare`` it makes one; before it, and on a CPU, it runs them from Python.
     """
 
     def __init__(
@@ -75,13 +87,19 @@ class CapturedSteps:
         batches: ResidentBatches,
         device: torch.device,
         batch_size: int,
+        most: int = MOST_STEPS,
     ) -> None:
         self.step, self._network = step, network
         self._plain, self._batches, self._device, self._batch_size = plain, batches, device, batch_size
         self._tables: _Tables | None = None
-        self._at = torch.zeros(1, dtype=torch.int64, device=device)
-        self._rate = torch.zeros(1, device=device)
-        self._replay: Callable[[], None] | None = None
+        self._first_rows = torch.arange(most, device=device)
+        #: The rows of the next steps.
+        self._at = self._first_rows.clone()
+        self._most, self._length = most, 1
+        #: The steps of the epoch that were not started yet.
+        self.left = 0
+        #: Starts so many steps, by their number.
+        self._replays: dict[int, Callable[[], None]] = {}
         #: How often a step calls each batch norm that takes part in ``counting_later``.
         self._norm_calls: dict[_BatchNorm, int] = {}
 
@@ -89,34 +107,44 @@ class CapturedSteps:
         """Fill the tables with what an epoch draws, and start at its first step."""
         filled = _Tables.of(plan, draws, self._batch_size)
         if self._tables is None:
-            self._tables, self._rate = filled.to(self._device), filled.rates[:1].to(self._device)
+            self._tables = filled.to(self._device)
         else:
             self._tables.copy_(filled)
-        self._at.zero_()
-        for group in self.step.optimizer.param_groups:
-            group["lr"] = self._rate[0]
+        self._at.copy_(self._first_rows)
+        self.left = len(plan.rates)
 
     def prepare(self, plan: EpochPlan, draws: EpochDraws, seed: int) -> None:
-        """Run the step a few times, capture it if the device is a GPU, and put everything back to where it was.
+        """Run some steps, capture them if the device is a GPU, and put everything back to where it was.
 
-        Raises ``BackendUnavailableError`` if it cannot be captured, or if the graph has other losses than the step.
+        The last steps of an epoch, which are too few for a whole graph, have a smaller one. Raises
+        ``BackendUnavailableError`` if a graph cannot be captured, or if it has other losses than its steps.
         """
         self.begin(plan, draws)
         self._plain.train()
         before = _Snapshot.of(self._plain, self.step.optimizer)
-        self._norm_calls = _batch_norm_calls(self._plain, self._forward)
+        self._look(len(plan.rates))
+        pool = None
         with self.counting_later(0):
-            expected = self._first_losses(before, seed, self._warm_up)
-            if self._device.type == "cuda":
-                before.restore(self.step.optimizer)
-                replay = _captured(self._body)
-                _require_same(self.step.sums.names, expected, self._first_losses(before, seed, replay))
-                self._replay = replay
+            for count in filter(None, dict.fromkeys((self._length, len(plan.rates) % self._length))):
+                expected = self._first_losses(before, seed, partial(self._warm_up, count))
+                if self._device.type == "cuda":
+                    before.restore(self.step.optimizer)
+                    # What a graph leaves in its memory is read by nothing after it, and no two run at the same time:
+                    # the second one works in the memory of the first.
+                    graph = _captured(partial(self._body, count), pool)
+                    pool = graph.pool()
+                    _require_same(self.step.sums.names, expected, self._first_losses(before, seed, graph.replay))
+                    self._replays[count] = graph.replay
         before.restore(self.step.optimizer)
+        self.left = 0
 
-    def __call__(self) -> None:
-        """Run the next step of the epoch."""
-        (self._replay or self._body)()
+    def __call__(self) -> int:
+        """Run the next steps of the epoch, of which one must be left; returns their number."""
+        assert self.left > 0
+        count = min(self._length, self.left)
+        self._replays.get(count, partial(self._body, count))()
+        self.left -= count
+        return count
 
     @contextmanager
     def counting_later(self, steps: int) -> Iterator[None]:
@@ -134,45 +162,90 @@ class CapturedSteps:
                 assert count is not None
                 norm.num_batches_tracked = count.add_(steps * self._norm_calls[norm])
 
-    def _body(self) -> None:
+    @torch.no_grad()
+    def _look(self, steps: int) -> None:
+        """Find out from one forward pass which batch norms count, and how many of ``steps`` steps a call makes."""
+        images, (context,) = self._inputs(1)
+        taught = self.step.teach(images)
+        self._length = steps_together(images, taught, min(self._most, steps))
+        self._norm_calls = _batch_norm_calls(
+            self._plain, lambda: self.step.forward(images, taught, context, task=self._plain)
+        )
+
+    def _body(self, count: int) -> None:
         assert self._tables is not None
-        torch.index_select(self._tables.rates, 0, self._at, out=self._rate)
+        rates = self._tables.rates.index_select(0, self._at[:count])
+        images, contexts = self._inputs(count)
+        taught = self.step.teach(images)
         # A compiled task has its own casts.
         lower = self.step.autocast_to if self.step.task is self._plain else None
-        with _cast_together(self._network, lower):
-            self.step(*self._inputs())
-        self._at += 1
+        for index, context in enumerate(contexts):
+            for group in self.step.optimizer.param_groups:
+                group["lr"] = rates[index]
+            own = slice(index * self._batch_size, (index + 1) * self._batch_size)
+            with _cast_together(self._network, lower):
+                self.step.train(images[own], _part(taught, own), context)
+        self.step.count()
+        self._at += count
 
-    def _forward(self) -> None:
-        with torch.no_grad():
-            self.step.forward(*self._inputs(), task=self._plain)
-
-    def _inputs(self) -> tuple[Tensor, StepContext]:
+    def _inputs(self, count: int) -> tuple[Tensor, list[StepContext]]:
+        """The images of the next steps together, and the context of each."""
         assert self._tables is not None
-        own = _Tables(*(values.index_select(0, self._at).squeeze(0) for values in self._tables))
-        batch = self._batches.batch(own.order, own.offsets, own.flips)
-        context = StepContext(epoch=own.positions, orders=own.orders, labels=batch.labels, samples=batch.samples)
-        return batch.images, context
+        rows = _Tables(*(values.index_select(0, self._at[:count]) for values in self._tables))
+        batch = self._batches.batch(rows.order.flatten(), rows.offsets.flatten(0, 1), rows.flips.flatten())
+        by_step = zip(
+            rows.positions, rows.orders, batch.labels.view(count, -1), batch.samples.view(count, -1), strict=True
+        )
+        contexts = [
+            StepContext(epoch=epoch, orders=orders, labels=labels, samples=samples)
+            for epoch, orders, labels, samples in by_step
+        ]
+        return batch.images, contexts
 
     def _first_losses(self, before: "_Snapshot", seed: int, run: Callable[[], None]) -> list[float]:
-        """The losses of the first step, which ``run`` runs."""
+        """The losses of the first step of those that ``run`` runs."""
         before.restore(self.step.optimizer)
-        self._at.zero_()
+        self._at.copy_(self._first_rows)
         self.step.clear()
         torch.manual_seed(seed)
         run()
-        return [float(value) for value in self.step.sums.total.tolist()]
+        return [float(value) for value in self.step.sums.latest[0].tolist()]
 
-    def _warm_up(self) -> None:
+    def _warm_up(self, count: int) -> None:
         # The autograd engine would tie the default stream to the capture.
         with _side_stream(self._device):
-            self._body()
-            first = self.step.sums.total.clone()
-            for _ in range(_WARM_UPS - 1):
-                # An epoch may have one step only.
-                self._at.zero_()
-                self._body()
-            self.step.sums.total.copy_(first)
+            self._body(count)
+            first = self.step.sums.latest.clone()
+            for _ in range(max(1, _WARM_UPS - count)):
+                # An epoch may have these steps only.
+                self._at.copy_(self._first_rows)
+                self._body(count)
+            self.step.sums.latest.copy_(first)
+
+
+def steps_together(images: Tensor, taught: Tapped | None, most: int) -> int:
+    """How many steps a graph has, from 1 to ``most``, given the images of one step and what the teacher says of them.
+
+    The images of all its steps and the teacher's outputs take at most ``_AHEAD_BYTES``, unless it has one step only.
+    """
+    tensors = [images]
+    if taught is not None:
+        tensors += [*taught.features.values(), *taught.preactivations.values(), taught.pooled, taught.logits]
+    # A feature may be the same tensor under two names.
+    size = sum({value.data_ptr(): value.nbytes for value in tensors}.values())
+    return min(most, max(_AHEAD_BYTES // size, 1))
+
+
+def _part(taught: Tapped | None, own: slice) -> Tapped | None:
+    """What the teacher says of the images ``own``, without a copy."""
+    if taught is None:
+        return None
+    return Tapped(
+        features={name: value[own] for name, value in taught.features.items()},
+        preactivations={name: value[own] for name, value in taught.preactivations.items()},
+        pooled=taught.pooled[own],
+        logits=taught.logits[own],
+    )
 
 
 class _CastTogether(torch.autograd.Function):
@@ -277,7 +350,7 @@ def _state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
 
 
-def _batch_norm_calls(task: nn.Module, forward: Callable[[], None]) -> dict[_BatchNorm, int]:
+def _batch_norm_calls(task: nn.Module, forward: Callable[[], object]) -> dict[_BatchNorm, int]:
     """How often ``forward`` calls each batch norm of ``task`` that counts its batches without reading the count."""
     calls: dict[_BatchNorm, int] = {}
 
@@ -309,11 +382,11 @@ def _side_stream(device: torch.device) -> Iterator[None]:
     torch.cuda.current_stream().wait_stream(stream)
 
 
-def _captured(body: Callable[[], None]) -> Callable[[], None]:
-    """Starts all kernels of ``body`` by one call."""
+def _captured(body: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
+    """Starts all kernels of ``body`` by one call, in the memory ``pool`` of another graph or in its own."""
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool):
             body()
     except RuntimeError as error:
         if "deterministic implementation" in str(error):
@@ -322,7 +395,7 @@ def _captured(body: Callable[[], None]) -> Callable[[], None]:
             f"The training step cannot be captured as a CUDA graph: {str(error).splitlines()[0]}",
             remedy=_OFF,
         ) from error
-    return graph.replay
+    return graph
 
 
 def _require_same(names: Sequence[str], expected: Sequence[float], found: Sequence[float]) -> None:

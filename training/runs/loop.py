@@ -22,7 +22,7 @@ from training.distillers.distiller import StepContext
 from training.evaluation import Predictions, predict
 from training.recipe import TrainSettings
 from training.runs.averaging import WeightAverage
-from training.runs.captured import CapturedSteps, obstacle, require_capture
+from training.runs.captured import MOST_STEPS, CapturedSteps, obstacle, require_capture
 from training.runs.find_lr import FoundRate, find_rate
 from training.runs.journal import Journal
 from training.runs.optimiser import learning_rate, optimiser
@@ -229,7 +229,9 @@ def captured_steps(
             progress.say(f"{job.label}: its steps are not captured as a CUDA graph, because {reason}")
         return None
     assert isinstance(job.batches, ResidentBatches)
-    captured = CapturedSteps(step, job.task, job.network, job.batches, device, settings.batch_size)
+    # Another teacher may draw random numbers, which come before those of its step then, or compare images.
+    most = 1 if job.foreign else MOST_STEPS
+    captured = CapturedSteps(step, job.task, job.network, job.batches, device, settings.batch_size, most)
     plan = epoch_plan(settings, epoch, steps=job.batches.steps, branches=job.branches, device=device)
     captured.prepare(plan, job.batches.draws(epoch), settings.seed)
     return captured
@@ -255,9 +257,9 @@ def train_epoch(
     started = time.monotonic()
     step.task.train()
     begun = _steps(job, step, epoch, plan) if captured is None else _replays(job, captured, epoch, plan)
-    for _ in begun:
-        watch.step_done()
-        progress.step()
+    for count in begun:
+        watch.steps_done(count)
+        progress.steps(count)
         if job.shared is not None:
             job.shared.give_way()
     names, sums = watch.means()
@@ -279,8 +281,8 @@ def train_epoch(
     return metrics, found
 
 
-def _steps(job: Run, step: OptimisationStep, epoch: int, plan: EpochPlan) -> Iterator[None]:
-    """Start the steps of ``epoch`` from Python."""
+def _steps(job: Run, step: OptimisationStep, epoch: int, plan: EpochPlan) -> Iterator[int]:
+    """Start the steps of ``epoch`` from Python; yields the number that was started, which is 1."""
     device = step.right.device
     orders, positions, rates = plan.orders.to(device), plan.positions.to(device), plan.rates.tolist()
     for index, batch in enumerate(job.batches.epoch(epoch)):
@@ -294,17 +296,16 @@ def _steps(job: Run, step: OptimisationStep, epoch: int, plan: EpochPlan) -> Ite
         step(images, context)
         if job.average is not None:
             job.average.update(epoch * job.batches.steps + index + 1)
-        yield
+        yield 1
 
 
-def _replays(job: Run, captured: CapturedSteps, epoch: int, plan: EpochPlan) -> Iterator[None]:
-    """Start the steps of ``epoch``, each by one call."""
+def _replays(job: Run, captured: CapturedSteps, epoch: int, plan: EpochPlan) -> Iterator[int]:
+    """Start the steps of ``epoch``, several by one call; yields how many it started."""
     assert isinstance(job.batches, ResidentBatches)
     captured.begin(plan, job.batches.draws(epoch))
     with captured.counting_later(job.batches.steps):
-        for _ in range(job.batches.steps):
-            captured()
-            yield
+        while captured.left:
+            yield captured()
 
 
 def _total(metrics: Metrics) -> float:

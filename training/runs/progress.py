@@ -63,9 +63,9 @@ class EpochProgress:
         """Epoch ``epoch`` (from 1) starts."""
         self._epoch, self._epoch_started = epoch, time.monotonic()
 
-    def step(self) -> None:
-        """One optimisation step was sent to the device."""
-        self._live.advance(self._bar)
+    def steps(self, count: int) -> None:
+        """``count`` more optimisation steps were sent to the device."""
+        self._live.advance(self._bar, count)
 
     def window(self, losses: dict[str, float], steps: int) -> None:
         """The device has finished ``steps`` of this epoch; ``losses`` are the means of the latest window."""

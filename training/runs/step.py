@@ -62,6 +62,8 @@ class OptimisationStep:
         self._teach, self._accelerator, self._clip_norm = teach, accelerator, clip_norm
         self.sums = LossSums()
         self.right = torch.zeros((), dtype=torch.int64, device=accelerator.device)
+        #: The logits (N,K) of each step that is not counted, and the classes (N,) of its images.
+        self._answers: list[tuple[Tensor, Tensor]] = []
 
     @property
     def autocast_to(self) -> torch.dtype | None:
@@ -73,18 +75,39 @@ class OptimisationStep:
         self.sums.clear()
         self.right.zero_()
 
-    def forward(self, images: Tensor, context: StepContext, task: nn.Module | None = None) -> StepResult:
+    def teach(self, images: Tensor) -> Tapped | None:
+        """The frozen teacher's outputs for normalised images (N,3,S,S); None if nothing is distilled."""
+        with self._accelerator.autocast():
+            return self._teach(images)
+
+    def forward(
+        self, images: Tensor, taught: Tapped | None, context: StepContext, task: nn.Module | None = None
+    ) -> StepResult:
         """The losses and the logits for normalised images (N,3,S,S), by another form of the task if it is given."""
         with self._accelerator.autocast():
-            return cast(StepResult, (task or self.task)(images, self._teach(images), context))
+            return cast(StepResult, (task or self.task)(images, taught, context))
 
     def __call__(self, images: Tensor, context: StepContext) -> None:
         """Train on normalised images (N,3,S,S), with the rate that the optimiser has."""
-        result = self.forward(images, context)
+        self.train(images, self.teach(images), context)
+        self.count()
+
+    def train(self, images: Tensor, taught: Tapped | None, context: StepContext) -> None:
+        """One step, with what the teacher says of the images; ``count`` adds up what it found."""
+        result = self.forward(images, taught, context)
         self.optimizer.zero_grad(set_to_none=True)
-        self._accelerator.backward(self.sums.add(result.losses))
+        self._accelerator.backward(self.sums.note(result.losses))
         if self._clip_norm > 0:
             self._accelerator.clip_grad_norm_(self.task.parameters(), self._clip_norm)
         self.optimizer.step()
         wanted = context.labels if context.targets is None else context.targets.argmax(1)
-        self.right += (result.logits.detach().argmax(1) == wanted.to(self.right.device)).sum()
+        self._answers.append((result.logits.detach(), wanted.to(self.right.device)))
+
+    def count(self) -> None:
+        """Add up the losses and the right answers of the steps since the last call."""
+        self.sums.add()
+        logits, wanted = (
+            values[0] if len(values) == 1 else torch.cat(values) for values in zip(*self._answers, strict=True)
+        )
+        self._answers.clear()
+        self.right += (logits.argmax(1) == wanted).sum()

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from kdexport.errors import TrainingError
 
-#: Steps whose losses are read together. No step waits for them: on CUDA they are checked when their copy has arrived.
+#: Steps whose losses are read together, or a few more if several end at once. No step waits for them: on CUDA they are
+#: checked when their copy has arrived.
 WINDOW = 8
 #: The limit of a loss, as a multiple of its mean over an earlier epoch. No run is known to recover from more.
 MAX_GROWTH = 1000.0
@@ -33,23 +34,33 @@ class _Window:
 class LossSums:
     """The losses of an epoch, added up on the device: over all steps, and over those of the open window.
 
-    The tensors stay where they are, so that a step that is captured as a CUDA graph adds to them.
+    The sums are in double precision, so that they do not depend on how many steps are added at once. They stay where
+    they are, so that steps that are captured as a CUDA graph add to them. ``latest`` (k,n) has the n losses of each of
+    the k steps that were added last.
     """
 
     def __init__(self) -> None:
         self.names: tuple[str, ...] = ()
-        self.total, self.window = torch.zeros(()), torch.zeros(())
+        self.total, self.window, self.latest = torch.zeros(()), torch.zeros(()), torch.zeros(())
+        self._noted: list[Tensor] = []
 
-    def add(self, losses: dict[str, Tensor]) -> Tensor:
-        """Add the losses of a step; returns their sum, with its gradient."""
+    def note(self, losses: dict[str, Tensor]) -> Tensor:
+        """Keep the losses of a step for ``add``; returns their sum, with its gradient."""
         stacked = torch.stack([value.float() for value in losses.values()])
-        detached = stacked.detach()
+        self._noted.append(stacked.detach())
         if not self.names:
             self.names = tuple(losses)
-            self.total, self.window = torch.zeros_like(detached), torch.zeros_like(detached)
-        self.total += detached
-        self.window += detached
+            self.total = torch.zeros(len(losses), dtype=torch.float64, device=stacked.device)
+            self.window = torch.zeros_like(self.total)
         return stacked.sum()
+
+    def add(self) -> None:
+        """Add the losses of the steps that were noted."""
+        self.latest = torch.stack(self._noted)
+        self._noted.clear()
+        added = self.latest.sum(0, dtype=torch.float64)
+        self.total += added
+        self.window += added
 
     def clear(self) -> None:
         """Begin an epoch."""
@@ -72,19 +83,20 @@ class LossWatch:
         self._sent: deque[_Window] = deque()
 
     def add(self, losses: dict[str, Tensor]) -> Tensor:
-        """Add the losses of a step; returns their sum, with its gradient. Raises as ``step_done``."""
-        total = self._sums.add(losses)
-        self.step_done()
+        """Add the losses of a step; returns their sum, with its gradient. Raises as ``steps_done``."""
+        total = self._sums.note(losses)
+        self._sums.add()
+        self.steps_done(1)
         return total
 
-    def step_done(self) -> None:
-        """A step has added its losses to the sums.
+    def steps_done(self, count: int) -> None:
+        """``count`` more steps have added their losses to the sums.
 
         Raises ``TrainingError`` if a window that has arrived meanwhile has a loss that is not finite or too large.
         """
-        self._steps += 1
-        self._open += 1
-        if self._open == WINDOW:
+        self._steps += count
+        self._open += count
+        if self._open >= WINDOW:
             self._send()
 
     def means(self) -> tuple[tuple[str, ...], Tensor]:
@@ -119,7 +131,7 @@ class LossWatch:
             self._check(self._sent.popleft())
 
     def _check(self, window: _Window) -> None:
-        means = dict(zip(self._sums.names, (window.values.double() / window.steps).tolist(), strict=True))
+        means = dict(zip(self._sums.names, (window.values / window.steps).tolist(), strict=True))
         where = f"in epoch {self._epoch + 1}, steps {window.end - window.steps + 1} to {window.end}"
         for name, value in means.items():
             if not math.isfinite(value):

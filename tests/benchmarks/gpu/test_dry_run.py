@@ -44,6 +44,9 @@ def test_the_page_says_which_goals_are_met(dry_run: ModuleType) -> None:
     assert page.count("| met |") == 3
     assert "2 of 2 methods, the largest has 899" in page
     assert "| kd | 1000 | 3 | 802 | 0 | 1 |" in page
+    assert "| kd | 1000 | 3 | 802 | 0 | 0.125 |" in dry_run.page({"kd": forms(800, launches=0.125)})
+    assert dry_run.page({"kd": forms(800, launches=0.125)}).count("| met |") == 3
+    assert dry_run.page({"kd": forms(800, launches=0.0)}).count("| met |") == 2
     page = dry_run.page({"kd": forms(800), "average": forms(950, waits=0.5, launches=2.0)})
     assert page.count("| missed |") == 3
     assert "1 of 2 methods, the largest has 952" in page

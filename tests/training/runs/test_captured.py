@@ -1,6 +1,7 @@
-"""The step that a GPU gets as one graph, run without a graph: it must be the loop, to the last bit."""
+"""The steps that a GPU gets as one graph, run without a graph: they must be the loop, to the last bit."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -14,19 +15,23 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from kdexport.data.datasets import ImageSet
 from kdexport.errors import BackendUnavailableError
+from kdexport.students import Tapped
 from tests.training.small_distillation import CLASSES, IMAGES, SIZE, assemble, labels_of_all
 from training.data import Batches, ResidentBatches, StreamedBatches
 from training.distillers import DISTILLERS
 from training.recipe import DataSettings, TrainSettings
 from training.runs import captured as module
-from training.runs.captured import CapturedSteps, obstacle, require_capture
-from training.runs.loop import Metrics, Run, train_epoch
+from training.runs import loop
+from training.runs.captured import MOST_STEPS, CapturedSteps, obstacle, require_capture
+from training.runs.loop import Metrics, Run, _replays, captured_steps, train_epoch
 from training.runs.optimiser import optimiser
 from training.runs.progress import EpochProgress
-from training.runs.step import OptimisationStep, epoch_plan
+from training.runs.state import Resumed, load_state, save_state
+from training.runs.step import OptimisationStep, Teach, epoch_plan
 from training.train import make_accelerator
 
-CPU, BATCH, EPOCHS = torch.device("cpu"), 16, 2
+#: Epochs of 5 steps, of which 3 are made at once, and then the 2 that are left.
+CPU, BATCH, MOST, EPOCHS = torch.device("cpu"), 8, 3, 2
 DATA = DataSettings(name="digits", image_size=SIZE, crop_padding=2, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
 
 
@@ -45,13 +50,39 @@ def batches(chosen: TrainSettings, data: DataSettings = DATA) -> ResidentBatches
     return ResidentBatches(images(), data, batch_size=BATCH, seed=chosen.seed, device=CPU, balanced=balanced)
 
 
-def trained(
-    method: str, chosen: TrainSettings, *, by_tables: bool, **changes: Any
-) -> tuple[dict[str, Tensor], list[Metrics]]:
-    """All tensors after some epochs, those of the optimiser too, and the metrics of each epoch."""
+def in_batches(teach: Teach) -> Teach:
+    """A teacher that reads a batch at a time: for more images its kernels might add up in another order."""
+
+    def joined(images: Tensor) -> Tapped:
+        parts = [cast(Tapped, teach(part)) for part in torch.split(images, BATCH)]
+        return Tapped(
+            features={name: torch.cat([part.features[name] for part in parts]) for name in parts[0].features},
+            preactivations={
+                name: torch.cat([part.preactivations[name] for part in parts]) for name in parts[0].preactivations
+            },
+            pooled=torch.cat([part.pooled for part in parts]),
+            logits=torch.cat([part.logits for part in parts]),
+        )
+
+    return joined
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainable:
+    """A run that writes nothing, and its steps."""
+
+    job: Run
+    accelerator: Accelerator
+    step: OptimisationStep
+    made: torch.optim.Optimizer
+    captured: CapturedSteps | None
+
+
+def trainable(method: str, chosen: TrainSettings, most: int, folder: Path | None, **changes: Any) -> Trainable:
+    """A run that continues from the state in ``folder``, if there is one; its steps come from the loop if most is 0."""
     parts = assemble(method, **changes)
     accelerator = make_accelerator(chosen)
-    spec = parts.spec
+    spec, own = parts.spec, batches(chosen)
     job = Run(
         directory=Path(),
         title=method,
@@ -59,30 +90,47 @@ def trained(
         branches=(len(spec.layers or ()), spec.num_branches) if spec else (0, 1),
         task=parts.task,
         network=parts.student,
-        batches=batches(chosen),
+        batches=own,
         evaluation=[(torch.zeros(4, 3, SIZE, SIZE), torch.arange(4))],
-        teach=parts.frozen,
+        teach=in_batches(parts.frozen),
     )
-    task, made = accelerator.prepare(job.task, optimiser(job.task, chosen))
-    step = OptimisationStep(task, job.teach, made, accelerator, clip_norm=chosen.clip_norm)
+    made = optimiser(job.task, chosen)
+    if folder is not None:
+        load_state(folder, job.task, made)
+    task, prepared = accelerator.prepare(job.task, made)
+    step = OptimisationStep(task, job.teach, prepared, accelerator, clip_norm=chosen.clip_norm)
     steps = None
-    if by_tables:
-        steps = CapturedSteps(step, parts.task, job.network, cast(ResidentBatches, job.batches), CPU, BATCH)
+    if most:
+        steps = CapturedSteps(step, parts.task, job.network, own, CPU, BATCH, most)
         # Of another epoch and seed than the first ones: nothing of the warm-up may stay.
-        other = epoch_plan(chosen, 2, steps=job.batches.steps, branches=job.branches, device=CPU)
-        steps.prepare(other, cast(ResidentBatches, job.batches).draws(7), seed=99)
-    progress = EpochProgress("", steps_per_epoch=2, epochs=EPOCHS, done_epochs=0, batch_size=BATCH, quiet=True)
+        other = epoch_plan(chosen, 2, steps=own.steps, branches=job.branches, device=CPU)
+        steps.prepare(other, own.draws(7), seed=99)
+    return Trainable(job=job, accelerator=accelerator, step=step, made=made, captured=steps)
+
+
+def trained(
+    method: str, chosen: TrainSettings, *, most: int = 0, folder: Path | None = None, **changes: Any
+) -> tuple[dict[str, Tensor], list[Metrics]]:
+    """All tensors after some epochs, those of the optimiser too, and the metrics of each epoch.
+
+    At most ``most`` steps are made at once by tables; 0 is the loop. With ``folder`` each epoch begins anew from there.
+    """
+    own = trainable(method, chosen, most, None, **changes)
+    progress = EpochProgress("", steps_per_epoch=5, epochs=EPOCHS, done_epochs=0, batch_size=BATCH, quiet=True)
     history: list[Metrics] = []
     for epoch in range(EPOCHS):
-        metrics, _ = train_epoch(job, accelerator, step, epoch, progress, history, steps)
+        if folder is not None and epoch:
+            save_state(folder, own.job.task, own.made, Resumed(epoch=epoch, history=()), {})
+            own = trainable(method, chosen, most, folder, **changes)
+        metrics, _ = train_epoch(own.job, own.accelerator, own.step, epoch, progress, history, own.captured)
         history.append({**metrics, "images_per_s": 0.0})
     state = {
         f"{name}.{key}": value
-        for name, parameter in parts.task.named_parameters()
-        for key, value in made.state.get(parameter, {}).items()
+        for name, parameter in own.job.task.named_parameters()
+        for key, value in own.made.state.get(parameter, {}).items()
         if isinstance(value, Tensor)
     }
-    return {**parts.task.state_dict(), **state}, history
+    return {**own.job.task.state_dict(), **state}, history
 
 
 def require_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
@@ -92,11 +140,73 @@ def require_equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("method", DISTILLERS.names())
 def test_every_method_ends_with_the_bits_of_the_loop(method: str) -> None:
-    expected, lines = trained(method, settings(), by_tables=False)
-    found, same = trained(method, settings(), by_tables=True)
+    expected, lines = trained(method, settings())
+    found, same = trained(method, settings(), most=MOST)
     require_equal(found, expected)
     assert same == lines
     assert any(bool(value.ne(0).any()) for name, value in found.items() if name.endswith("momentum_buffer"))
+
+
+@pytest.mark.parametrize("most", [1, 2, 5, 8])
+def test_any_number_of_steps_at_once_ends_with_the_bits_of_the_loop(most: int) -> None:
+    # Each step draws the orders of its samples.
+    expected, lines = trained("kdiffusion", settings(), shuffle_per="sample")
+    found, same = trained("kdiffusion", settings(), most=most, shuffle_per="sample")
+    require_equal(found, expected)
+    assert same == lines
+
+
+def test_a_run_that_was_stopped_between_two_epochs_ends_with_the_same_bits(tmp_path: Path) -> None:
+    expected, lines = trained("crd", settings())
+    found, same = trained("crd", settings(), most=MOST, folder=tmp_path)
+    require_equal(found, expected)
+    assert same == lines
+
+
+def test_the_teacher_reads_the_images_of_several_steps_together() -> None:
+    own = trainable("kd", settings(), MOST, None)
+    assert own.captured is not None
+    teach, read, done = own.step._teach, list[int](), list[int]()
+
+    def reading(images: Tensor) -> Tapped | None:
+        read.append(len(images))
+        return teach(images)
+
+    own.step._teach = reading
+    for _ in _replays(own.job, own.captured, 0, epoch_plan(settings(), 0, steps=5, branches=(0, 1), device=CPU)):
+        done.append(own.captured.left)
+    assert done == [2, 0]
+    assert read == [3 * BATCH, 2 * BATCH]
+
+
+def test_the_steps_of_a_graph_are_bounded_by_the_memory_of_what_is_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, feature, vector = torch.zeros(2, 3, 4, 4), torch.zeros(2, 5, 4, 4), torch.zeros(2, 5)
+    # A map that is the same before and after its activation is there once.
+    taught = Tapped(
+        features={"last": feature}, preactivations={"last": feature}, pooled=vector, logits=torch.zeros(2, 7)
+    )
+    size = 4 * 2 * (3 * 16 + 5 * 16 + 5 + 7)
+    monkeypatch.setattr(module, "_AHEAD_BYTES", 3 * size)
+    assert [module.steps_together(images, taught, most) for most in (1, 2, 3, 8)] == [1, 2, 3, 3]
+    monkeypatch.setattr(module, "_AHEAD_BYTES", 3 * size - 1)
+    assert module.steps_together(images, taught, 8) == 2
+    monkeypatch.setattr(module, "_AHEAD_BYTES", 5)
+    assert module.steps_together(images, taught, 8) == 1
+    monkeypatch.setattr(module, "_AHEAD_BYTES", 6 * images.nbytes)
+    assert module.steps_together(images, None, 8) == 6
+
+
+@pytest.mark.parametrize(("foreign", "most"), [("", MOST_STEPS), ("the teacher timm:resnet18", 1)])
+def test_a_teacher_that_is_not_of_this_project_reads_one_step_at_a_time(
+    foreign: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = trainable("kd", settings(capture="yes"), 0, None)
+    monkeypatch.setattr(loop, "obstacle", lambda *_, **__: "")
+    monkeypatch.setattr(CapturedSteps, "prepare", lambda *_: None)
+    job = replace(own.job, foreign=foreign)
+    steps = captured_steps(job, own.accelerator, own.step, 0, cast(EpochProgress, None))
+    assert steps is not None
+    assert steps._most == most
 
 
 @pytest.mark.parametrize(
@@ -111,8 +221,8 @@ def test_every_method_ends_with_the_bits_of_the_loop(method: str) -> None:
 )
 def test_settings_of_the_training_change_both_forms_alike(changes: dict[str, Any], method: dict[str, Any]) -> None:
     chosen = settings(**changes)
-    expected, lines = trained("kdiffusion", chosen, by_tables=False, **method)
-    found, same = trained("kdiffusion", chosen, by_tables=True, **method)
+    expected, lines = trained("kdiffusion", chosen, **method)
+    found, same = trained("kdiffusion", chosen, most=MOST, **method)
     require_equal(found, expected)
     assert same == lines
 
@@ -120,14 +230,14 @@ def test_settings_of_the_training_change_both_forms_alike(changes: dict[str, Any
 def test_weights_that_are_cast_together_end_with_the_bits_of_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen, counted = settings(mixed_precision="bf16", epochs=1), []
     together = torch._foreach_copy_
-    expected, lines = trained("crd", chosen, by_tables=False)
+    expected, lines = trained("crd", chosen)
 
     def counting(to: list[Tensor], of: list[Tensor]) -> None:
         counted.append(len(to))
         together(to, of)
 
     monkeypatch.setattr(torch, "_foreach_copy_", counting)
-    found, same = trained("crd", chosen, by_tables=True)
+    found, same = trained("crd", chosen, most=MOST)
     require_equal(found, expected)
     assert same == lines
     # Both ways in each step, and in those of the warm-up: every convolution and the classifier with its bias.
@@ -188,8 +298,7 @@ def test_no_batch_norm_counts_in_a_step() -> None:
         lambda *_: seen.append([norm.num_batches_tracked for norm in norms(parts.task)])
     )
     with steps.counting_later(2):
-        steps()
-        steps()
+        assert (steps(), steps.left) == (2, 0)
     assert len(seen) == 2
     assert all(count is None for counts in seen for count in counts)
     assert {int(cast(Tensor, norm.num_batches_tracked)) for norm in norms(parts.task)} == {2}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kdexport.errors import TrainingError
-from training.runs.watch import MAX_GROWTH, WINDOW, LossWatch
+from training.runs.watch import MAX_GROWTH, WINDOW, LossSums, LossWatch
 
 
 def losses(*values: float) -> dict[str, Tensor]:
@@ -46,6 +46,32 @@ def test_means_are_those_of_all_steps_and_windows_those_of_a_few() -> None:
     assert [end for _, end in heard] == [WINDOW, 2 * WINDOW, 2 * WINDOW + 3]
     last = steps[2 * WINDOW :]
     assert list(heard[-1][0].values()) == pytest.approx([sum(v) / 3 for v in zip(*last, strict=True)], rel=1e-6)
+
+
+def test_steps_that_are_added_at_once_have_the_sums_of_single_ones() -> None:
+    values = torch.randn(23, 2, generator=torch.Generator().manual_seed(1)).exp().tolist()
+    sums, ends = [], []
+    heard: list[tuple[dict[str, float], int]] = []
+    for together in (1, 3, 8, 23):
+        own = LossSums()
+        watch = LossWatch(0, None, lambda means, steps: heard.append((means, steps)), own)
+        heard.clear()
+        for begin in range(0, 23, together):
+            group = values[begin : begin + together]
+            for pair in group:
+                own.note(losses(*pair))
+            own.add()
+            assert own.latest.tolist() == torch.tensor(group).tolist()
+            watch.steps_done(len(group))
+        sums.append(watch.means()[1].tolist())
+        begin = 0
+        for named, end in heard:
+            expected = torch.tensor(values[begin:end], dtype=torch.float64).mean(0)
+            assert list(named.values()) == pytest.approx(expected.tolist(), rel=1e-6)
+            begin = end
+        ends.append([end for _, end in heard])
+    assert sums == [sums[0]] * 4
+    assert ends == [[8, 16, 23], [9, 18, 23], [8, 16, 23], [23]]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

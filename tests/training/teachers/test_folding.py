@@ -46,6 +46,18 @@ def test_a_folded_teacher_writes_the_same_at_every_tap_in_float64(name: str, siz
     assert sum(isinstance(module, nn.BatchNorm2d) for module in folded(teacher).modules()) == left
 
 
+@pytest.mark.parametrize(("name", "size"), [*((name, size) for name, size, _ in FORMS), ("swin_t", 128)])
+def test_a_frozen_teacher_says_the_same_of_an_image_in_any_batch_and_draws_nothing(name: str, size: int) -> None:
+    frozen = FrozenTeacher(teacher_of(name, size).double(), CPU, None)
+    x = torch.cat([images(size), images(size).flip(0) * 2 + 1]).double()
+    state = torch.get_rng_state()
+    together, parts = everything(frozen(x)), [everything(frozen(part)) for part in torch.split(x, [1, 3, 2])]
+    assert torch.equal(torch.get_rng_state(), state)
+    for key, value in together.items():
+        expected = torch.cat([part[key] for part in parts])
+        assert (value - expected).abs().max() <= 1e-12 * expected.abs().max()
+
+
 def test_folding_leaves_the_teacher_untouched_and_shares_what_does_not_change() -> None:
     teacher = teacher_of("wrn40_2", 12)
     before, twin = copy.deepcopy(teacher.state_dict()), folded(teacher)
