@@ -102,19 +102,18 @@ class ContrastMemory(nn.Module):
         """
         chosen = torch.cat([samples[:, None], self.others(samples)], 1)
         pairs = ((student, self.teacher), (teacher, self.student))
-        raw = [torch.exp(similarities(vectors, bank, chosen) / self._temperature) for vectors, bank in pairs]
-        normaliser = self._normaliser(raw)
-        losses = [
-            contrastive_nce_loss(values / z, len(bank))
-            for values, z, (_, bank) in zip(raw, normaliser, pairs, strict=True)
-        ]
+        found = torch.stack([similarities(vectors, bank, chosen) for vectors, bank in pairs])
+        raw = torch.exp(found / self._temperature)
+        normaliser = self._normaliser(raw.detach())
+        # The mean over the images of both networks; the loss is the sum of the means.
+        loss = 2 * contrastive_nce_loss((raw / normaliser[:, None, None]).flatten(0, 1), len(self.student))
         if self.training:
             self._store(student.detach(), teacher.detach(), samples, normaliser)
-        return losses[0] + losses[1]
+        return loss
 
-    def _normaliser(self, raw: list[Tensor]) -> Tensor:
-        """The stored Z (2,), or that of this batch if there is none; the host does not wait for the choice."""
-        means = torch.stack([values.detach().mean() for values in raw])
+    def _normaliser(self, raw: Tensor) -> Tensor:
+        """The stored Z (2,), or that of a batch (2,B,1+K) if there is none; the host does not wait for the choice."""
+        means = raw.mean((1, 2))
         here = gathered(means[None]).mean(0) * len(self.student)
         return torch.where(self.normaliser > 0, self.normaliser, here)
 

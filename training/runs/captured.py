@@ -74,23 +74,22 @@ def require_capture(settings: TrainSettings, reason: str) -> None:
 class CapturedSteps:
     """The steps of an epoch as calls without arguments; ``begin`` fills the tables that they read.
 
-    ``plain`` is ``step.task`` before it was compiled, and ``network`` the part of it that is trained for use. A call
-    makes at most ``most`` steps, which must be 1 if the teacher may draw random numbers, or treat an image differently
-    in another batch. Before ``prepare`` it makes one; before it, and on a CPU, it runs them from Python.
+    ``plain`` is ``step.task`` before it was compiled. A call makes at most ``most`` steps, which must be 1 if the
+    teacher may draw random numbers, or treat an image differently in another batch. Before ``prepare`` it makes one;
+    before it, and on a CPU, it runs them from Python.
     """
 
     def __init__(
         self,
         step: OptimisationStep,
         plain: nn.Module,
-        network: nn.Module,
         batches: ResidentBatches,
         device: torch.device,
         batch_size: int,
         most: int = MOST_STEPS,
     ) -> None:
-        self.step, self._network = step, network
-        self._plain, self._batches, self._device, self._batch_size = plain, batches, device, batch_size
+        self.step, self._plain, self._batches = step, plain, batches
+        self._device, self._batch_size = device, batch_size
         self._tables: _Tables | None = None
         self._first_rows = torch.arange(most, device=device)
         #: The rows of the next steps.
@@ -102,6 +101,8 @@ class CapturedSteps:
         self._replays: dict[int, Callable[[], None]] = {}
         #: How often a step calls each batch norm that takes part in ``counting_later``.
         self._norm_calls: dict[_BatchNorm, int] = {}
+        #: The layers whose weights autocast would cast.
+        self._cast: list[nn.Module] = []
 
     def begin(self, plan: EpochPlan, draws: EpochDraws) -> None:
         """Fill the tables with what an epoch draws, and start at its first step."""
@@ -164,26 +165,28 @@ class CapturedSteps:
 
     @torch.no_grad()
     def _look(self, steps: int) -> None:
-        """Find out from one forward pass which batch norms count, and how many of ``steps`` steps a call makes."""
+        """Find out how many of ``steps`` steps a call makes, which batch norms count, and which weights are cast."""
         images, (context,) = self._inputs(1)
         taught = self.step.teach(images)
         self._length = steps_together(images, taught, min(self._most, steps))
-        self._norm_calls = _batch_norm_calls(
-            self._plain, lambda: self.step.forward(images, taught, context, task=self._plain)
-        )
+
+        def forward() -> None:
+            self.step.forward(images, taught, context, task=self._plain)
+
+        self._norm_calls = _batch_norm_calls(self._plain, forward)
+        # A compiled task has its own casts.
+        self._cast = _cast_layers(self._plain, forward, self._device) if self.step.task is self._plain else []
 
     def _body(self, count: int) -> None:
         assert self._tables is not None
         rates = self._tables.rates.index_select(0, self._at[:count])
         images, contexts = self._inputs(count)
         taught = self.step.teach(images)
-        # A compiled task has its own casts.
-        lower = self.step.autocast_to if self.step.task is self._plain else None
         for index, context in enumerate(contexts):
             for group in self.step.optimizer.param_groups:
                 group["lr"] = rates[index]
             own = slice(index * self._batch_size, (index + 1) * self._batch_size)
-            with _cast_together(self._network, lower):
+            with _cast_together(self._cast, self.step.autocast_to):
                 self.step.train(images[own], _part(taught, own), context)
         self.step.count()
         self._at += count
@@ -271,15 +274,14 @@ class _CastTogether(torch.autograd.Function):
 
 
 @contextmanager
-def _cast_together(network: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
-    """Within the block the convolutions and linear layers of ``network`` have their weights in ``dtype``.
+def _cast_together(layers: Sequence[nn.Module], dtype: torch.dtype | None) -> Iterator[None]:
+    """Within the block ``layers`` have their trained weights in ``dtype``.
 
     Autocast would cast one after the other, to the same values.
     """
     slots = [
         (module, name, weight)
-        for module in network.modules()
-        if type(module) in (nn.Conv2d, nn.Linear)
+        for module in layers
         for name, weight in module.named_parameters(recurse=False)
         if weight.requires_grad and weight.dtype == torch.float32
     ]
@@ -350,7 +352,22 @@ def _state_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
 
 
-def _batch_norm_calls(task: nn.Module, forward: Callable[[], object]) -> dict[_BatchNorm, int]:
+def _cast_layers(task: nn.Module, forward: Callable[[], None], device: torch.device) -> list[nn.Module]:
+    """The convolutions and linear layers of ``task`` that every call in ``forward`` finds under autocast."""
+    found: dict[nn.Module, bool] = {}
+
+    def note(layer: nn.Module, _inputs: object) -> None:
+        found[layer] = found.get(layer, True) and torch.is_autocast_enabled(device.type)
+
+    layers = [module for module in task.modules() if type(module) in (nn.Conv2d, nn.Linear)]
+    handles = [layer.register_forward_pre_hook(note) for layer in layers]
+    forward()
+    for handle in handles:
+        handle.remove()
+    return [layer for layer, casts in found.items() if casts]
+
+
+def _batch_norm_calls(task: nn.Module, forward: Callable[[], None]) -> dict[_BatchNorm, int]:
     """How often ``forward`` calls each batch norm of ``task`` that counts its batches without reading the count."""
     calls: dict[_BatchNorm, int] = {}
 

@@ -231,7 +231,7 @@ def captured_steps(
     assert isinstance(job.batches, ResidentBatches)
     # Another teacher may draw random numbers, which come before those of its step then, or compare images.
     most = 1 if job.foreign else MOST_STEPS
-    captured = CapturedSteps(step, job.task, job.network, job.batches, device, settings.batch_size, most)
+    captured = CapturedSteps(step, job.task, job.batches, device, settings.batch_size, most)
     plan = epoch_plan(settings, epoch, steps=job.batches.steps, branches=job.branches, device=device)
     captured.prepare(plan, job.batches.draws(epoch), settings.seed)
     return captured

@@ -101,7 +101,7 @@ def trainable(method: str, chosen: TrainSettings, most: int, folder: Path | None
     step = OptimisationStep(task, job.teach, prepared, accelerator, clip_norm=chosen.clip_norm)
     steps = None
     if most:
-        steps = CapturedSteps(step, parts.task, job.network, own, CPU, BATCH, most)
+        steps = CapturedSteps(step, parts.task, own, CPU, BATCH, most)
         # Of another epoch and seed than the first ones: nothing of the warm-up may stay.
         other = epoch_plan(chosen, 2, steps=own.steps, branches=job.branches, device=CPU)
         steps.prepare(other, own.draws(7), seed=99)
@@ -227,29 +227,34 @@ def test_settings_of_the_training_change_both_forms_alike(changes: dict[str, Any
     assert same == lines
 
 
-def test_weights_that_are_cast_together_end_with_the_bits_of_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", ["crd", "reviewkd"])
+def test_weights_that_are_cast_together_end_with_the_bits_of_autocast(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     chosen, counted = settings(mixed_precision="bf16", epochs=1), []
     together = torch._foreach_copy_
-    expected, lines = trained("crd", chosen)
+    expected, lines = trained(method, chosen)
 
     def counting(to: list[Tensor], of: list[Tensor]) -> None:
         counted.append(len(to))
         together(to, of)
 
     monkeypatch.setattr(torch, "_foreach_copy_", counting)
-    found, same = trained("crd", chosen, most=MOST)
+    found, same = trained(method, chosen, most=MOST)
     require_equal(found, expected)
     assert same == lines
-    # Both ways in each step, and in those of the warm-up: every convolution and the classifier with its bias.
-    assert len(set(counted)) == 1
-    convolutions = sum(isinstance(part, nn.Conv2d) for part in assemble("crd").student.modules())
-    assert set(counted) == {convolutions + 2}
+    # Both ways in each step, and in those of the warm-up: every convolution, the classifier with its bias, and the
+    # links of ReviewKD, of which three have gates with a bias. The projections of CRD are computed in float32.
+    parts = assemble(method)
+    convolutions = sum(isinstance(part, nn.Conv2d) for part in parts.task.modules())
+    gates = len(cast(Any, parts.distiller).links) - 1 if method == "reviewkd" else 0
+    assert set(counted) == {convolutions + 2 + gates}
 
 
 def test_a_weight_without_a_gradient_and_one_in_another_precision_are_not_cast() -> None:
     cast_, frozen, double = nn.Linear(3, 2), nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2).double()
     network, weight = nn.Sequential(cast_, frozen, double), cast_.weight
-    with module._cast_together(network, torch.bfloat16):
+    with module._cast_together(list(network), torch.bfloat16):
         assert [cast_.weight.dtype, cast_.bias.dtype] == [torch.bfloat16] * 2
         assert [frozen.weight.dtype, double.weight.dtype] == [torch.float32, torch.float64]
         (cast_.weight.float() * torch.tensor([[1.0, 2.0, 4.0]])).sum().backward()  # type: ignore[no-untyped-call]
@@ -258,8 +263,23 @@ def test_a_weight_without_a_gradient_and_one_in_another_precision_are_not_cast()
     assert cast_.bias.grad is None
     assert weight.grad is not None
     assert weight.grad.tolist() == [[1.0, 2.0, 4.0]] * 2
-    with module._cast_together(network, None):
+    with module._cast_together(list(network), None):
         assert cast_.weight is weight
+
+
+def test_only_layers_that_always_run_under_autocast_are_cast() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.always, self.once, self.never, self.idle = (nn.Linear(3, 3) for _ in range(4))
+
+        def forward(self, values: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                values = self.once(self.always(values)).float()
+            return cast(Tensor, self.never(self.once(values)))
+
+    network, values = Mixed(), torch.randn(5, 3)
+    assert module._cast_layers(network, lambda: cast(None, network(values)), CPU) == [network.always]
 
 
 def test_a_batch_norm_that_reads_its_count_goes_on_counting_and_one_that_runs_twice_counts_twice() -> None:
@@ -288,7 +308,7 @@ def test_no_batch_norm_counts_in_a_step() -> None:
     task, made = accelerator.prepare(parts.task, optimiser(parts.task, chosen))
     step = OptimisationStep(task, parts.frozen, made, accelerator, clip_norm=0.0)
     own = batches(chosen)
-    steps = CapturedSteps(step, parts.task, parts.student, own, CPU, BATCH)
+    steps = CapturedSteps(step, parts.task, own, CPU, BATCH)
     assert parts.spec is not None
     branches = (len(parts.spec.layers or ()), parts.spec.num_branches)
     plan = epoch_plan(chosen, 0, steps=2, branches=branches, device=CPU)
