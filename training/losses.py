@@ -7,11 +7,16 @@ here. Shapes that do not match raise ``ValueError``.
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from training.quadratic import full_precision, on_device
 
 #: Sides of the pooled maps of the hierarchical context loss, and the factor between the weights of two of them.
 _CONTEXT_SIDES, _CONTEXT_DECAY = (4, 2, 1), 0.5
@@ -108,18 +113,69 @@ def hierarchical_context_loss(student_features: Sequence[Tensor], teacher_featur
     Features of a stage (N,C,H,W) have one shape. Scales are the map itself and those of its averages to 4, 2
     and 1 pixels a side that are smaller than it; their weights are 1, 1/2, 1/4, 1/8 in that order.
     """
-    losses = []
-    for student, teacher in _paired(student_features, teacher_features):
-        _check_same(student, teacher)
-        s, t = _precise(student), _precise(teacher)
-        sides = [side for side in _CONTEXT_SIDES if side < min(s.shape[2:])]
-        terms = [(s - t).square().mean()]
-        # The difference of averages is the average of the difference.
-        terms += [functional.adaptive_avg_pool2d(s - t, side).square().mean() for side in sides]
-        weights = [_CONTEXT_DECAY**index for index in range(len(terms))]
-        total = torch.stack([weight * term for weight, term in zip(weights, terms, strict=True)]).sum()
-        losses.append(total / sum(weights))
-    return torch.stack(losses).sum()
+    compared: list[Tensor] = []
+    shares: list[float] = []
+    with full_precision(student_features[0].device):
+        for student, teacher in _paired(student_features, teacher_features):
+            _check_same(student, teacher)
+            # The difference of averages is the average of the difference. One that is precise makes it precise.
+            difference = student - _precise(teacher)
+            count, channels, height, width = difference.shape
+            sides = tuple(side for side in _CONTEXT_SIDES if side < min(height, width))
+            weights = [_CONTEXT_DECAY**index for index in range(1 + len(sides))]
+            compared.append(difference)
+            shares.append(1 / sum(weights) / difference.numel())
+            if sides:
+                cells = _context_cells((height, width), sides, difference.dtype, difference.device)
+                compared.append(torch.bmm(cells.expand(count, -1, -1), difference.flatten(2).mT))
+                shares.append(1 / sum(weights) / (count * channels))
+        return cast(Tensor, _SquareSum.apply(tuple(shares), *compared))
+
+
+def _context_cells(size: tuple[int, int], sides: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(cells,H*W): the averages of all scales of a map of ``size`` as one product.
+
+    A row is multiplied by the root of its part in the loss: the weight of its scale over the number of its cells.
+    """
+    make = _computed_cells if torch.compiler.is_compiling() else _cached_cells
+    return make(size, sides, dtype, device)
+
+
+def _computed_cells(size: tuple[int, int], sides: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    rows = []
+    for index, side in enumerate(sides, 1):
+        down, across = (functional.adaptive_avg_pool1d(_identity(n, device), side).T for n in size)
+        rows.append(torch.kron(down, across) * (_CONTEXT_DECAY**index / side**2) ** 0.5)
+    return torch.cat(rows).to(dtype)
+
+
+def _identity(count: int, device: torch.device) -> Tensor:
+    return torch.eye(count, dtype=torch.float64, device=device)
+
+
+@lru_cache(maxsize=64)
+def _cached_cells(size: tuple[int, int], sides: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    # A tensor that is created in inference mode cannot be used in training later.
+    with torch.inference_mode(mode=False):
+        return _computed_cells(size, sides, dtype, device)
+
+
+class _SquareSum(torch.autograd.Function):
+    """sum_i share_i |x_i|^2 of tensors of any shapes, with a few kernels for all of them."""
+
+    @staticmethod
+    def forward(ctx: Any, shares: tuple[float, ...], *values: Tensor) -> Tensor:
+        ctx.shares = shares
+        ctx.save_for_backward(*values)
+        norms = torch.stack(list(torch._foreach_norm(list(values))))
+        return torch.dot(norms.square(), on_device((shares,), norms)[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = list(torch._foreach_mul(list(ctx.saved_tensors), [2 * share for share in ctx.shares]))
+        torch._foreach_mul_(scaled, gradient)
+        return None, *scaled
 
 
 def overhaul_loss(student_feature: Tensor, teacher_feature: Tensor, margin: Tensor) -> Tensor:

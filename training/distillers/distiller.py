@@ -91,7 +91,8 @@ class Distiller(nn.Module):
 
     def scale(self, step: StepContext) -> Tensor:
         """The weight () of the method's loss at this step, with its ramp."""
-        return self.settings.weight * self.ramp(step)
+        weight, epochs = self.settings.weight, self.settings.ramp_epochs
+        return step.epoch.new_full((), weight) if epochs == 0 else (step.epoch * (weight / epochs)).clamp(max=weight)
 
     def ramp(self, step: StepContext) -> Tensor:
         """The fraction () of the ramp that is done."""

@@ -32,8 +32,11 @@ class AttentionFusion(nn.Module):
         mixture = cast(Tensor, self.reduction(feature))
         if self.gates is not None and deeper is not None:
             deeper = _resize(deeper, (mixture.shape[2], mixture.shape[3]))
-            own, other = self.gates(torch.cat([mixture, deeper], 1)).chunk(2, 1)
-            mixture = mixture * own + deeper * other
+            both = torch.cat([mixture, deeper], 1)
+            gates = cast(Tensor, self.gates(both))
+            own, other = (torch.unflatten(both, 1, (2, -1)) * gates.unsqueeze(2)).unbind(1)
+            # Not a sum over the dimension, whose result would lose the memory format.
+            mixture = own + other
         mixture = _resize(mixture, size)
         return self.expansion(mixture), mixture
 
@@ -85,7 +88,7 @@ def _conv_bn(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
 
 
 def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    return functional.interpolate(x, size, mode="nearest")
+    return x if x.shape[2:] == size else functional.interpolate(x, size, mode="nearest")
 
 
 def _as_map(vector: Tensor) -> Tensor:

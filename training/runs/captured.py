@@ -160,8 +160,10 @@ class CapturedSteps:
             yield
         finally:
             for norm, count in counts.items():
-                assert count is not None
-                norm.num_batches_tracked = count.add_(steps * self._norm_calls[norm])
+                norm.num_batches_tracked = count
+            if steps and counts:
+                added = [steps * self._norm_calls[norm] for norm in counts]
+                torch._foreach_add_([count for count in counts.values() if count is not None], added)
 
     @torch.no_grad()
     def _look(self, steps: int) -> None:

@@ -5,6 +5,7 @@ from typing import NamedTuple, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from kdexport.students import Tapped
@@ -96,12 +97,21 @@ class OptimisationStep:
         """One step, with what the teacher says of the images; ``count`` adds up what it found."""
         result = self.forward(images, taught, context)
         self.optimizer.zero_grad(set_to_none=True)
-        self._accelerator.backward(self.sums.note(result.losses))
+        self._backward(self.sums.note(result.losses))
         if self._clip_norm > 0:
             self._accelerator.clip_grad_norm_(self.task.parameters(), self._clip_norm)
         self.optimizer.step()
         wanted = context.labels if context.targets is None else context.targets.argmax(1)
         self._answers.append((result.logits.detach(), wanted.to(self.right.device)))
+
+    def _backward(self, losses: Tensor) -> None:
+        """Compute the gradients of the sum of the losses (n,) of a step."""
+        own = self._accelerator
+        if own.scaler is None and own.distributed_type == DistributedType.NO:
+            # Ones are the gradient of a sum. Accelerate would also divide the sum by 1, both ways.
+            losses.backward(torch.ones_like(losses))  # type: ignore[no-untyped-call]
+        else:
+            own.backward(losses.sum())
 
     def count(self) -> None:
         """Add up the losses and the right answers of the steps since the last call."""

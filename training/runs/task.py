@@ -72,7 +72,8 @@ class DistillationTask(nn.Module):
         tapped = self.student.tapped(images)
         branches = self._taps.take()
         entropy = self.supervision(tapped.logits, step)
-        losses = {"cross_entropy": self.distiller.settings.cross_entropy * entropy}
+        weight = self.distiller.settings.cross_entropy
+        losses = {"cross_entropy": entropy if weight == 1 else weight * entropy}
         losses.update(self.distiller(tapped, branches, teacher, step))
         return StepResult(losses, tapped.logits)
 

@@ -45,14 +45,14 @@ class LossSums:
         self._noted: list[Tensor] = []
 
     def note(self, losses: dict[str, Tensor]) -> Tensor:
-        """Keep the losses of a step for ``add``; returns their sum, with its gradient."""
+        """Keep the losses of a step for ``add``; returns them (n,), with their gradient."""
         stacked = torch.stack([value.float() for value in losses.values()])
         self._noted.append(stacked.detach())
         if not self.names:
             self.names = tuple(losses)
             self.total = torch.zeros(len(losses), dtype=torch.float64, device=stacked.device)
             self.window = torch.zeros_like(self.total)
-        return stacked.sum()
+        return stacked
 
     def add(self) -> None:
         """Add the losses of the steps that were noted."""
@@ -84,7 +84,7 @@ class LossWatch:
 
     def add(self, losses: dict[str, Tensor]) -> Tensor:
         """Add the losses of a step; returns their sum, with its gradient. Raises as ``steps_done``."""
-        total = self._sums.note(losses)
+        total = self._sums.note(losses).sum()
         self._sums.add()
         self.steps_done(1)
         return total
