@@ -127,7 +127,8 @@ def reverse_process_loss(
     if marginal != _DEFAULT_OPTIONS:
         raise ValueError("start, noise and target can be chosen for trajectory 'marginal' only")
     stacked = branch_features if isinstance(branch_features, Tensor) else torch.stack(list(branch_features))
-    errors = teacher_feature - stacked
+    # Of the other sign, which a quadratic form does not see and a gradient would have to turn back.
+    errors = stacked - teacher_feature
     forms = _forms(schedule.steps, weights, backpropagation)
     if order is None:
         forms = tuple(symmetric_form(*permutation_average(form), count) for form in forms)

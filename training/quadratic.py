@@ -65,7 +65,11 @@ def reordered(form: Form, order: Sequence[int]) -> Form:
 
 def reordered_on_device(form: Tensor, orders: Tensor) -> Tensor:
     """``reordered`` of a tensor (m,m) by int64 orders (m,) or (N,m), on their device: (m,m) or (N,m,m)."""
-    step_of = orders.argsort(-1)
+    # The inverse of each order, without a sort.
+    steps = torch.arange(orders.shape[-1], device=orders.device).expand_as(orders)
+    step_of = torch.empty_like(orders).scatter_(-1, orders, steps)
+    if orders.ndim == 1:
+        return form.index_select(0, step_of).index_select(1, step_of)
     return form[step_of.unsqueeze(-1), step_of.unsqueeze(-2)]
 
 

@@ -24,10 +24,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kdexport.errors import BackendUnavailableError
+from kdexport.reparam.branches import ParallelBranches
 from kdexport.students import Tapped
 from training.data import Batches, EpochDraws, ResidentBatches
 from training.distillers.distiller import StepContext
 from training.recipe import TrainSettings
+from training.runs.joint_branches import branches_together, joinable
 from training.runs.step import EpochPlan, OptimisationStep
 
 #: Steps before the capture, at least, in which kernels are chosen and memory is taken; their effect is undone.
@@ -103,6 +105,8 @@ class CapturedSteps:
         self._norm_calls: dict[_BatchNorm, int] = {}
         #: The layers whose weights autocast would cast.
         self._cast: list[nn.Module] = []
+        #: The layers whose branches are computed together.
+        self._joint: list[ParallelBranches] = []
 
     def begin(self, plan: EpochPlan, draws: EpochDraws) -> None:
         """Fill the tables with what an epoch draws, and start at its first step."""
@@ -176,8 +180,11 @@ class CapturedSteps:
             self.step.forward(images, taught, context, task=self._plain)
 
         self._norm_calls = _batch_norm_calls(self._plain, forward)
-        # A compiled task has its own casts.
-        self._cast = _cast_layers(self._plain, forward, self._device) if self.step.task is self._plain else []
+        # A compiled task has its own kernels.
+        if self.step.task is self._plain:
+            self._cast = _cast_layers(self._plain, forward, self._device)
+            found = (module for module in self._plain.modules() if isinstance(module, ParallelBranches))
+            self._joint = [layer for layer in found if joinable(layer)]
 
     def _body(self, count: int) -> None:
         assert self._tables is not None
@@ -188,7 +195,7 @@ class CapturedSteps:
             for group in self.step.optimizer.param_groups:
                 group["lr"] = rates[index]
             own = slice(index * self._batch_size, (index + 1) * self._batch_size)
-            with _cast_together(self._cast, self.step.autocast_to):
+            with _cast_together(self._cast, self.step.autocast_to), branches_together(self._joint):
                 self.step.train(images[own], _part(taught, own), context)
         self.step.count()
         self._at += count
