@@ -7,8 +7,8 @@ order from the same generators, and the step is the same ``OptimisationStep``.
 
 A graph has several steps. The teacher does not change and treats each image by itself, so the images of all of them are
 cropped together, and the teacher reads them together before the first step. It draws no random numbers, so those of
-the steps keep their order. Run without a graph, on any device, the steps end with the weights of the loop, up to what
-the kernels of the teacher make of a larger batch.
+the steps keep their order. Run without a graph, on any device, the steps end with the weights of the loop, up to the
+rounding of the teacher in a larger batch and of the gradients of branches that are computed together.
 """
 
 import math

@@ -1,8 +1,8 @@
 """Several runs in one process that take turns: one runs at a time, each with generators and a stream of its own.
 
 A GPU works on what all of them have started, so a run whose steps are CUDA graphs waits for no other. Between two turns
-a run is where it gave way, after a step, and finds the random numbers of torch as it left them: it ends with the bits
-that it has alone.
+a run is where it gave way, after one or several steps, and finds the random numbers of torch as it left them: it ends
+with the bits that it has alone.
 """
 
 import gc
