@@ -31,12 +31,17 @@ class _Window:
     arrived: torch.cuda.Event | None
 
 
+def sum_type(device: torch.device) -> torch.dtype:
+    """The precision of sums over an epoch: float64, which the GPUs of a Mac lack."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 class LossSums:
     """The losses of an epoch, added up on the device: over all steps, and over those of the open window.
 
-    The sums are in double precision, so that they do not depend on how many steps are added at once. They stay where
-    they are, so that steps that are captured as a CUDA graph add to them. ``latest`` (k,n) has the n losses of each of
-    the k steps that were added last.
+    The sums are in double precision where the device has it, so that they do not depend on how many steps are added at
+    once. They stay where they are, so that steps that are captured as a CUDA graph add to them. ``latest`` (k,n) has
+    the n losses of each of the k steps that were added last.
     """
 
     def __init__(self) -> None:
@@ -50,7 +55,7 @@ class LossSums:
         self._noted.append(stacked.detach())
         if not self.names:
             self.names = tuple(losses)
-            self.total = torch.zeros(len(losses), dtype=torch.float64, device=stacked.device)
+            self.total = torch.zeros(len(losses), dtype=sum_type(stacked.device), device=stacked.device)
             self.window = torch.zeros_like(self.total)
         return stacked
 
@@ -58,7 +63,7 @@ class LossSums:
         """Add the losses of the steps that were noted."""
         self.latest = torch.stack(self._noted)
         self._noted.clear()
-        added = self.latest.sum(0, dtype=torch.float64)
+        added = self.latest.sum(0, dtype=self.total.dtype)
         self.total += added
         self.window += added
 

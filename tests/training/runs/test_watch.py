@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kdexport.errors import TrainingError
-from training.runs.watch import MAX_GROWTH, WINDOW, LossSums, LossWatch
+from training.runs.watch import MAX_GROWTH, WINDOW, LossSums, LossWatch, sum_type
 
 
 def losses(*values: float) -> dict[str, Tensor]:
@@ -115,3 +115,9 @@ def test_a_ramp_a_large_weight_and_a_negative_loss_are_no_explosion() -> None:
     for _ in range(WINDOW):
         tiny.add(losses(6.0))
     tiny.means()
+
+
+def test_sums_are_wide_on_every_device_that_can() -> None:
+    assert sum_type(torch.device("cpu")) == sum_type(torch.device("cuda")) == torch.float64
+    # torch has no float64 there, and raises TypeError.
+    assert sum_type(torch.device("mps")) == torch.float32
