@@ -39,7 +39,7 @@ def main() -> None:
     chosen, judged = spread(len(train), asked.images), spread(len(test), asked.test_images)
     parts = [chosen[start : start + 16] for start in range(0, len(chosen), 16)]
     batches = [preprocessing.normalise(train.read(part, preprocessing)) for part in parts]
-    labels, bits = test.labels[judged], 7 if form == "int8-u8" else 8
+    labels, bits = test.labels[judged], asked.weight_bits if form == "int8-u8" else 8
 
     def answers(path: Path, form: str) -> NDArray[np.int64]:
         model = open_file(path, form)
@@ -97,6 +97,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--data", default="digits")
     parser.add_argument("--form", choices=FORMS, default="int8-u8")
+    parser.add_argument("--weight-bits", type=int, choices=(7, 8), default=7, help="of int8-u8")
     parser.add_argument("--images", type=int, default=256, help="for the calibration")
     parser.add_argument("--test-images", type=int, default=10_000)
     parser.add_argument("--epochs", type=int, default=3)

@@ -328,8 +328,7 @@ def _make_bundle(inputs: BuildInputs, made: Step[Manifest], workspace: Workspace
         for cast in steps.casts.values():
             cast.result(workspace, progress)
     for target, engine in steps.engines.items():
-        with reporter.stage("compile") as progress:
-            progress(str(target))
+        with reporter.stage(f"compile {target}") as progress:
             engine.result(workspace, progress)
     with reporter.stage("verify") as progress:
         made.result(workspace, progress)

@@ -8,6 +8,9 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from kdexport.core.console import new_console
 
+#: The width of "compile executorch-fp32", the longest name of a stage.
+_NAME = 23
+
 
 class Reporter:
     """Shows which stage runs and how long it took; nothing if ``quiet``."""
@@ -27,7 +30,7 @@ class Reporter:
         # Some versions of rich end a bar that is not shown with an empty line.
         with nullcontext() if hidden else bar:
             yield lambda detail: bar.update(task, detail=detail)
-        self._console.print(f"{name:<10} {time.monotonic() - started:6.1f} s", soft_wrap=True)
+        self._console.print(f"{name:<{_NAME}} {time.monotonic() - started:6.1f} s", soft_wrap=True)
 
     def say(self, text: str) -> None:
         """Print one line, in a pipe and on a terminal."""
