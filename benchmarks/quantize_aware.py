@@ -16,10 +16,11 @@ from kdexport.backends.base import INPUT
 from kdexport.checkpoint import load_student, load_tensors, open_checkpoint
 from kdexport.core.files import scratch_folder
 from kdexport.data.datasets import dataset_spec, open_dataset, spread
+from kdexport.graph.calibration_choice import choose_ranges
 from kdexport.graph.equalise import equalise
 from kdexport.graph.export import export_onnx
 from kdexport.graph.quantize import FORMS, parse_form, quantize
-from kdexport.graph.tensor_ranges import calibrate
+from kdexport.graph.tensor_ranges import METHODS, calibrate
 from kdexport.graph.trained_weights import with_weights
 from kdexport.reparam.fold_student import fuse_student
 from kdexport.stats.paired import estimate_drop
@@ -52,6 +53,13 @@ def main() -> None:
         module = fuse_student(load_student(trained)).module
         export_onnx(module, plain, image_size=preprocessing.image_size, opset=20, metadata={})
         exact = answers(plain, "fp32")
+
+        def measure(source: Path) -> None:
+            if asked.method == "auto":
+                choose_ranges(source, lambda: batches, ranges, form=parse_form(form), weight_bits=bits)
+            else:
+                calibrate(source, batches, ranges, method=asked.method, percentile=99.99)
+
         print(f"fp32       {np.mean(exact == labels):.2%} of {len(labels)} images")
 
         def report(name: str, source: Path, ranges: Path) -> Path:
@@ -60,11 +68,11 @@ def main() -> None:
             print(_row(name, exact, answers(path, form), labels), flush=True)
             return path
 
-        calibrate(plain, batches, ranges, method="minmax", percentile=99.99)
+        measure(plain)
         report("calibrated", plain, ranges)
         found = equalise(onnx.load(str(plain)), {INPUT: np.concatenate(batches[:2])}, through_pooling=True)
         onnx.save(found.model, str(even))
-        calibrate(even, batches, ranges, method="minmax", percentile=99.99)
+        measure(even)
         start = report("equalised", even, ranges)
         job = QuantizeAwareJob(
             float32=even, quantized=start, ranges=ranges, weight_bits=bits, student=asked.checkpoint, dataset=data,
@@ -98,6 +106,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--data", default="digits")
     parser.add_argument("--form", choices=FORMS, default="int8-u8")
     parser.add_argument("--weight-bits", type=int, choices=(7, 8), default=7, help="of int8-u8")
+    parser.add_argument("--method", choices=(*METHODS, "auto"), default="minmax", help="of the calibration")
     parser.add_argument("--images", type=int, default=256, help="for the calibration")
     parser.add_argument("--test-images", type=int, default=10_000)
     parser.add_argument("--epochs", type=int, default=3)

@@ -9,7 +9,7 @@ from kdexport.build import train as trainer
 from kdexport.build.imported import OWN_WEIGHTS, ImportRequest, import_student, judge_student
 from kdexport.build.precision_search import require_searchable
 from kdexport.build.quantize_aware import Lesson, require_trainable
-from kdexport.build.stages import is_int8
+from kdexport.build.stages import chosen_ranges, is_int8
 from kdexport.build.steps import BuildInputs, bundle, declare, known_steps
 from kdexport.bundle.manifest import FUSED, MANIFEST, UNFUSED, Manifest, changed_files, read_manifest
 from kdexport.checkpoint import TrainedStudent, open_checkpoint
@@ -325,8 +325,9 @@ def _make_bundle(inputs: BuildInputs, made: Step[Manifest], workspace: Workspace
             with reporter.stage("quantize-aware", live=False):
                 step.result(workspace)
     with reporter.stage("cast") as progress:
-        for cast in steps.casts.values():
-            cast.result(workspace, progress)
+        casts = [cast.result(workspace, progress) for cast in steps.casts.values()]
+    for line in filter(None, dict.fromkeys(map(chosen_ranges, casts))):
+        reporter.say(line)
     for target, engine in steps.engines.items():
         with reporter.stage(f"compile {target}") as progress:
             engine.result(workspace, progress)

@@ -12,7 +12,7 @@ import numpy as np
 
 from kdexport.build.artifacts import EngineFile, FusedFiles, OnnxModel, QuantizeAwareFiles
 from kdexport.build.stages import BUNDLE_TOOLS, UNFUSED_MODEL, is_int8
-from kdexport.bundle.layout import SBOM, SYNTHETIC_IMAGES, TRAINED_FOR, VALIDATION_IMAGES
+from kdexport.bundle.layout import CALIBRATED, SBOM, SYNTHETIC_IMAGES, TRAINED_FOR, VALIDATION_IMAGES
 from kdexport.bundle.manifest import (
     FUSED,
     MANIFEST,
@@ -279,7 +279,9 @@ def _target_entry(target: Target, parts: Parts) -> dict[str, Any]:
     if is_int8(target.form):
         # The setting is for CPUs; the other form always has 8 bits.
         bits = {} if target.form == "int8-u8" else {"weight_bits": 8}
-        entry["calibration"] = {**parts.calibration, **bits}
+        chosen = parts.casts[target].path.with_name(CALIBRATED)
+        compared = {"chosen": json.loads(chosen.read_text())} if chosen.is_file() else {}
+        entry["calibration"] = {**parts.calibration, **bits, **compared}
     if target.form in parts.quantize_aware:
         described = parts.quantize_aware[target.form].described
         entry["quantize_aware"] = {"weights": TRAINED_FOR[target.form], **described}

@@ -109,7 +109,7 @@ def search(model: Step[OnnxModel], request: SearchRequest) -> Step[Searched]:
             path.unlink()
 
     limits = [request.flips, request.top1_drop, settings.noise, settings.images, settings.evaluations]
-    measured = calibrate(model, calibration)
+    measured = calibrate(model, calibration, form)
     return Step(
         stage="search",
         made_of=(model, measured, form, weight_bits(form, calibration), limits),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from kdexport.backends.base import ONNX_FILE as MODEL
 from kdexport.build.artifacts import FusedFiles, OnnxModel, QuantizeAwareFiles
-from kdexport.build.stages import CAST_TOOLS, calibrate, is_int8, weight_bits
+from kdexport.build.stages import CAST_TOOLS, calibrate, copy_ranges, is_int8, weight_bits, write_ranges
 from kdexport.bundle.layout import RANGES
 from kdexport.checkpoint import TrainedStudent, load_tensors, save_tensors
 from kdexport.data.calibration_images import Calibration
@@ -87,7 +87,7 @@ def quantize_aware(
 
         folder, workspace = making.folder, making.workspace
         plain, ranges = folder / _START, folder / _START_RANGES
-        _start(model.result(workspace).path, calibration, plain, ranges)
+        _start(model.result(workspace).path, calibration, form, plain, ranges)
         quantize(plain, ranges, folder / _PLAIN, form=parse_form(form), weight_bits=weight_bits(form, calibration))
         job = {
             "float32": str(plain),
@@ -108,7 +108,7 @@ def quantize_aware(
     return Step(
         stage="quantize-aware",
         made_of=(
-            fused, model, calibrate(model, calibration), form, weight_bits(form, calibration), settings,
+            fused, model, calibrate(model, calibration, form), form, weight_bits(form, calibration), settings,
             list(lesson.material), calibration.dataset_sha256, trained.weights_sha256,
         ),
         make=make,
@@ -123,7 +123,7 @@ def quantize_aware(
     )  # fmt: skip
 
 
-def _start(exported: Path, calibration: Calibration, path: Path, ranges: Path) -> None:
+def _start(exported: Path, calibration: Calibration, form: str, path: Path, ranges: Path) -> None:
     """Write the graph that the training starts from, and its ranges: the same function, with channels of like ranges.
 
     Otherwise a channel that a fold made thousands of times larger than its neighbours leaves them without levels, and
@@ -136,12 +136,10 @@ def _start(exported: Path, calibration: Calibration, path: Path, ranges: Path) -
 
     from kdexport.backends.base import INPUT
     from kdexport.graph.equalise import equalise
-    from kdexport.graph.tensor_ranges import calibrate as measure
 
     images = np.concatenate(list(itertools.islice(calibration.batches(), _EQUALISED_ON)))
     onnx.save(equalise(onnx.load(str(exported)), {INPUT: images}, through_pooling=True).model, str(path))
-    settings = calibration.settings
-    measure(path, calibration.batches(), ranges, method=settings.method, percentile=settings.percentile)
+    write_ranges(path, calibration, form, ranges)
 
 
 def _collect(folder: Path, state: dict[str, Any], plain: Path, ranges: Path) -> None:
@@ -169,14 +167,12 @@ def cast_trained(made: Step[QuantizeAwareFiles], form: str, calibration: Calibra
     """The trained student in the int8 ``form``, with the ranges of its training."""
 
     def make(making: Making) -> None:
-        import shutil
-
         from kdexport.graph.quantize import parse_form, quantize
 
         files, path = made.result(making.workspace), making.folder / MODEL
         bits = weight_bits(form, calibration)
         quantize(files.model.path, files.ranges, path, form=parse_form(form), weight_bits=bits)
-        shutil.copyfile(files.ranges, making.folder / RANGES)
+        copy_ranges(files.ranges, making.folder)
 
     return Step(
         stage="cast",

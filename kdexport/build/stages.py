@@ -9,7 +9,7 @@ from kdexport.backends.base import ONNX_FILE as MODEL
 from kdexport.backends.base import CompileRequest
 from kdexport.backends.file_interface import PLAIN_INTERFACE, FileInterface
 from kdexport.build.artifacts import EngineFile, FusedFiles, OnnxModel
-from kdexport.bundle.layout import FUSED, RANGES
+from kdexport.bundle.layout import CALIBRATED, FUSED, RANGES
 from kdexport.checkpoint import TrainedStudent, load_strictly, load_student, load_tensors, save_tensors
 from kdexport.core.import_graph import modules_registering
 from kdexport.data.calibration_images import Calibration
@@ -98,24 +98,55 @@ def export(trained: TrainedStudent, fused: Step[FusedFiles], *, opset: int) -> S
     )
 
 
-def calibrate(model: Step[OnnxModel], calibration: Calibration) -> Step[Path]:
-    """The file with the range of each tensor of the float32 ``model`` on training images."""
+def calibrate(model: Step[OnnxModel], calibration: Calibration, form: str) -> Step[Path]:
+    """The file with the range of each tensor of the float32 ``model`` on training images, for the int8 ``form``."""
 
     def make(making: Making) -> None:
-        from kdexport.graph.tensor_ranges import calibrate as measure
-
-        path, batches = model.result(making.workspace).path, calibration.batches()
-        settings = calibration.settings
-        measure(path, batches, making.folder / RANGES, method=settings.method, percentile=settings.percentile)
+        write_ranges(model.result(making.workspace).path, calibration, form, making.folder / RANGES)
 
     settings = calibration.settings.model_dump(mode="json", exclude={"weight_bits"})
+    # Other methods do not depend on the form.
+    compared = [form, weight_bits(form, calibration)] if settings["method"] == "auto" else []
     return Step(
         stage="calibrate",
-        made_of=(model, calibration.dataset_sha256, calibration.preprocessing.to_json(), settings),
+        made_of=(model, calibration.dataset_sha256, calibration.preprocessing.to_json(), settings, *compared),
         make=make,
         read=lambda folder: folder / RANGES,
         tools=(*CAST_TOOLS, "pillow"),
     )
+
+
+def write_ranges(source: Path, calibration: Calibration, form: str, path: Path) -> None:
+    """Write the ranges of the float32 file ``source`` to ``path``; beside it the method, if it had to be chosen."""
+    from kdexport.graph.calibration_choice import choose_ranges
+    from kdexport.graph.quantize import parse_form
+    from kdexport.graph.tensor_ranges import calibrate as measure
+
+    settings = calibration.settings
+    if settings.method == "auto":
+        bits = weight_bits(form, calibration)
+        chosen = choose_ranges(source, calibration.batches, path, form=parse_form(form), weight_bits=bits)
+        path.with_name(CALIBRATED).write_text(json.dumps(chosen.to_json(), indent=1))
+    else:
+        measure(source, calibration.batches(), path, method=settings.method, percentile=settings.percentile)
+
+
+def copy_ranges(ranges: Path, folder: Path) -> None:
+    """Copy what ``write_ranges`` wrote into ``folder``."""
+    shutil.copyfile(ranges, folder / RANGES)
+    if ranges.with_name(CALIBRATED).is_file():
+        shutil.copyfile(ranges.with_name(CALIBRATED), folder / CALIBRATED)
+
+
+def chosen_ranges(model: OnnxModel) -> str:
+    """A line on the calibration of a file in int8 whose method had to be chosen; empty for any other."""
+    path = model.path.with_name(CALIBRATED)
+    if not path.is_file():
+        return ""
+    found = json.loads(path.read_text())["divergence"]
+    measured = sorted(found.items(), key=lambda item: float("inf") if item[1] is None else item[1])
+    listed = ", ".join(f"{name} {'not finite' if value is None else f'{value:.3g}'}" for name, value in measured)
+    return f"{model.form}: mean divergence from float32 on the calibration images in nats, the first is taken: {listed}"
 
 
 def equalise(model: Step[OnnxModel], plan: LayerPlan) -> Step[OnnxModel]:
@@ -166,12 +197,12 @@ def _cast_float(model: Step[OnnxModel], form: str) -> Step[OnnxModel]:
 def _cast_int8(model: Step[OnnxModel], form: str, calibration: Calibration, plan: LayerPlan) -> Step[OnnxModel]:
     def make(making: Making) -> None:
         ranges = write_int8(making.workspace, model, form, calibration, plan, making.folder / MODEL)
-        shutil.copyfile(ranges, making.folder / RANGES)
+        copy_ranges(ranges, making.folder)
 
     source = equalise(model, plan)
     return Step(
         stage="cast",
-        made_of=(source, calibrate(source, calibration), form, weight_bits(form, calibration), list(plan.nodes)),
+        made_of=(source, calibrate(source, calibration, form), form, weight_bits(form, calibration), list(plan.nodes)),
         make=make,
         read=lambda folder: OnnxModel(path=folder / MODEL, form=form, plan=plan),
         tools=CAST_TOOLS,
@@ -191,7 +222,7 @@ def with_interface(model: Step[OnnxModel], interface: FileInterface, preprocessi
         given, path = model.result(making.workspace), making.folder / MODEL
         onnx.save(written.with_interface(onnx.load(str(given.path)), interface, preprocessing), str(path))
         if is_int8(given.form):
-            shutil.copyfile(given.path.with_name(RANGES), making.folder / RANGES)
+            copy_ranges(given.path.with_name(RANGES), making.folder)
         (making.folder / _CAST).write_text(json.dumps({"form": given.form, "plan": given.plan.to_json()}))
 
     def read(folder: Path) -> OnnxModel:
@@ -221,7 +252,7 @@ def write_int8(
     from kdexport.graph.quantize import parse_form, quantize
 
     source = equalise(model, plan)
-    ranges, bits = calibrate(source, calibration).result(workspace), weight_bits(form, calibration)
+    ranges, bits = calibrate(source, calibration, form).result(workspace), weight_bits(form, calibration)
     given = source.result(workspace).path
     quantize(given, ranges, path, form=parse_form(form), weight_bits=bits, keep=plan.nodes)
     return ranges

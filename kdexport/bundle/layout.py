@@ -20,6 +20,8 @@ ANSWERS = "metrics/answers.safetensors"
 TRAINED_FOR = {"int8-u8": "student-int8-u8.safetensors", "int8-s8": "student-int8-s8.safetensors"}
 #: The calibrated range of each tensor, in the folder of an int8 model.
 RANGES = "ranges.json"
+#: Beside the ranges if their method was chosen by measurement.
+CALIBRATED = "calibration.json"
 
 #: A tensor of ``GOLDEN_LOGITS``: the unit of the error on the golden images, of which rung B allows a multiple.
 UNIT_ERROR = "unit_error"

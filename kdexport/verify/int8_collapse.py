@@ -16,8 +16,11 @@ from kdexport.verify.check import Check
 from kdexport.verify.student_checks import BundleContext
 
 OPTION = "--precision-search"
+_COMPARE = (
+    "Set method = 'auto' under [calibration], which compares ways to find the ranges. If that is not enough, build"
+)
 _UNSEARCHED = (
-    f"Build again with {OPTION}: it equalises the channels of these layers or keeps the layers in float32, and reports "
+    f"with {OPTION}: it equalises the channels of these layers or keeps the layers in float32, and reports "
     "the cost. Or train it for int8 ([quantize_aware] enabled = true), or build a target of another precision."
 )
 _SEARCHED = (
@@ -47,7 +50,9 @@ def explain_collapse(context: BundleContext, checks: Sequence[Check]) -> tuple[l
         if entry["precision"] != "int8" or not lost or any(check.name not in _BUDGETS for check in lost):
             continue
         searched = "plan" in entry
-        remedy = remedy or (_TRAINED if "quantize_aware" in entry else _SEARCHED if searched else _UNSEARCHED)
+        first = "Build again" if entry["calibration"].get("method") == "auto" else _COMPARE
+        unsearched = f"{first} {_UNSEARCHED}"
+        remedy = remedy or (_TRAINED if "quantize_aware" in entry else _SEARCHED if searched else unsearched)
         reason = _noise(context, parse_target(name).form) + ("" if searched else f"; {_ranges(context)}")
         explained = [
             replace(check, detail=f"{check.detail}; {reason}") if check in lost else check for check in explained

@@ -137,7 +137,10 @@ def test_without_the_search_the_collapse_is_named_with_its_channels_and_the_reme
     assert "; int8 collapses: by itself it changes the logits by " in lost
     assert "channel 7 reaches " in lost
     assert " of 8 bits" in lost
-    assert "Build again with --precision-search" in done.stderr
+    said = (
+        "Set method = 'auto' under [calibration], which compares ways to find the ranges. If that is not enough, build "
+    )
+    assert f"{said}with --precision-search" in done.stderr
     assert not (root / "plain").exists()
 
 

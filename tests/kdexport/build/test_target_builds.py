@@ -17,6 +17,7 @@ from kdexport.diagnose.environment import examine_bundle
 from kdexport.errors import BackendUnavailableError, BundleError, VerificationError
 from kdexport.gate.accuracy import require_golden_logits
 from kdexport.gate.arms import artifact, open_bundle
+from kdexport.graph.calibration_choice import COMPARED, name_of
 from kdexport.serving.isolated_load import try_bundle
 from kdexport.serving.limits import Limits
 from kdexport.serving.loading import load
@@ -37,13 +38,17 @@ Edit = Callable[[onnx.ModelProto], None]
 
 @pytest.fixture(scope="module")
 def bundle(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The student of the shared bundle, fused and exported already, in five more targets."""
+    """The student of the shared bundle, fused and exported already, in more targets, with a calibration by choice."""
     out = tmp_path_factory.mktemp("targets") / "bundle"
+    config = out.with_name("auto.toml")
+    config.write_text(f'{built.config.read_text()}\n[calibration]\nmethod = "auto"\nimages = 64\n')
     done = run_command(
-        "build", "--config", built.config, "--checkpoint", built.checkpoint, "--workspace", built.workspace,
+        "build", "--config", config, "--checkpoint", built.checkpoint, "--workspace", built.workspace,
         "--out", out, "--target", ",".join(TARGETS), "--json",
     )  # fmt: skip
     assert done.exit_code == 0, done.stderr
+    for form in ("int8-u8", "int8-s8"):
+        assert done.stderr.count(f"{form}: mean divergence from float32 on the calibration images in nats") == 1
     return out
 
 
@@ -85,6 +90,15 @@ def test_every_target_is_verified_or_marked_as_not_run(bundle: Path) -> None:
         assert entry["form"] in ("fp32", "bf16", "int8-u8", "int8-s8")
         assert ("calibration" in entry) is name.endswith("int8")
     assert data["targets"]["onnx-int8"]["calibration"]["split"] == "train"
+    for name in ("onnx-int8", "openvino-int8", "trt-rtx-int8"):
+        chosen = data["targets"][name]["calibration"]["chosen"]
+        assert chosen["divergence"][name_of(chosen["method"], chosen["percentile"])] == min(
+            chosen["divergence"].values()
+        )
+        assert len(chosen["divergence"]) == len(COMPARED)
+    # Each form has its own.
+    chosen = {name: data["targets"][name]["calibration"]["chosen"] for name in TARGETS if name.endswith("int8")}
+    assert chosen["onnx-int8"] == chosen["openvino-int8"] != chosen["trt-rtx-int8"]
     bits = {name: entry["calibration"]["weight_bits"] for name, entry in data["targets"].items() if name[-4:] == "int8"}
     assert bits == {"onnx-int8": 7, "openvino-int8": 7, "trt-rtx-int8": 8}
     for name, most in (("onnx-int8", 64), ("trt-rtx-int8", 127)):

@@ -1,5 +1,7 @@
 """int8 is calibrated on training images only."""
 
+import json
+import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -42,7 +44,7 @@ def calibration(dataset: DatasetSpec, digest: str = "0", **settings: object) -> 
 
 def test_no_validation_image_is_ever_opened(dataset: DatasetSpec, tmp_path: Path) -> None:
     model = given_model(small_graph(tmp_path / "a.onnx", small_weights()))
-    path = stages.calibrate(model, calibration(dataset)).result(Workspace(tmp_path / "ws"))
+    path = stages.calibrate(model, calibration(dataset), "int8-u8").result(Workspace(tmp_path / "ws"))
     found = read_ranges(path)["input"]
     assert (found.low, found.high) == pytest.approx((51 / 255, 101 / 255))
     # The images are still read after the validation split was deleted.
@@ -108,6 +110,41 @@ def test_everything_that_int8_depends_on_is_in_its_key_and_in_no_other_key(
         for form in ("fp32", "fp16", "bf16", "int8-u8", "int8-s8")
     }
     assert same == {"fp32": True, "fp16": True, "bf16": True, "int8-u8": False, "int8-s8": "weight_bits" in changes}
+
+
+def test_a_method_that_is_chosen_depends_on_the_form_and_its_bits_and_others_do_not(dataset: DatasetSpec) -> None:
+    model = given_model(Path("a.onnx"))
+
+    def keys(method: str) -> tuple[str, ...]:
+        return tuple(
+            stages.calibrate(model, calibration(dataset, method=method, weight_bits=bits), form).key
+            for form, bits in (("int8-u8", 7), ("int8-u8", 8), ("int8-s8", 7), ("int8-s8", 8))
+        )
+
+    assert len(set(keys("minmax"))) == len(set(keys("percentile"))) == 1
+    seven, eight, *symmetric = keys("auto")
+    assert len({seven, eight, *symmetric}) == 3
+    # The setting is for CPUs.
+    assert symmetric[0] == symmetric[1]
+
+
+def test_the_chosen_method_is_beside_the_ranges_and_is_told(dataset: DatasetSpec, tmp_path: Path) -> None:
+    workspace = Workspace(tmp_path / "ws")
+    model = given_model(small_graph(tmp_path / "a.onnx", small_weights(), size=SIZE))
+    made = stages.cast(model, "int8-s8", calibration(dataset, method="auto")).result(workspace)
+    found = json.loads(made.path.with_name("calibration.json").read_text())
+    assert read_ranges(made.path.with_name(RANGES))
+    told = stages.chosen_ranges(made)
+    values = [float(value) for value in re.findall(r"(?:minmax|entropy|percentile [\d.]+) ([\d.e-]+)", told)]
+    assert values == sorted(values)
+    assert len(values) == len(found["divergence"])
+    assert told.startswith("int8-s8: mean divergence from float32 on the calibration images in nats")
+    found["divergence"]["minmax"] = None
+    made.path.with_name("calibration.json").write_text(json.dumps(found))
+    assert stages.chosen_ranges(made).endswith(", minmax not finite")
+    plain = stages.cast(model, "int8-s8", calibration(dataset)).result(workspace)
+    assert not plain.path.with_name("calibration.json").exists()
+    assert stages.chosen_ranges(plain) == ""
 
 
 def test_the_manifest_records_the_split_and_the_method_of_calibration() -> None:

@@ -55,6 +55,14 @@ def test_entropy_stays_inside_the_extremes(source: Path, tmp_path: Path) -> None
         assert widest[name].low - 1e-4 <= found.low <= found.high <= widest[name].high + 1e-4, name
 
 
+def test_one_image_far_from_all_others_does_not_keep_entropy_busy(source: Path, tmp_path: Path) -> None:
+    far = [*BATCHES, 1e5 * BATCHES[0]]
+    found = calibrate(source, iter(far), tmp_path / "r.json", method="entropy", percentile=100.0)
+    for name, values in small_tensors(np.concatenate(far)).items():
+        reach = np.abs(values).max()
+        assert values.min() - 0.01 * reach <= found[name].low <= found[name].high <= values.max() + 0.01 * reach, name
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_ranges_read_back_and_are_the_same_bytes_each_time(source: Path, tmp_path: Path, method: Method) -> None:
     found = run(source, tmp_path / "a.json", method)
@@ -70,4 +78,7 @@ def test_calibration_without_images_or_with_an_overflow_is_refused(source: Path,
     hot = np.full((2, 3, SIZE, SIZE), np.inf, np.float32)
     with pytest.raises(AuditError, match=r"Tensor \w+ ranges from"):
         calibrate(source, [hot], path, method="minmax", percentile=99.9)
+    for method in METHODS:
+        with pytest.raises(AuditError, match=r"Tensor \w+ ranges from"):
+            calibrate(source, [BATCHES[0], hot, BATCHES[1]], path, method=method, percentile=99.9)
     assert not path.exists()
