@@ -63,8 +63,27 @@ class _Execution(_Fields):
     device: str
 
 
+#: The percentage of a tensor's values inside its range.
+_Percentile = Annotated[float, Field(gt=50, le=100)]
+
+
+class _Chosen(_Fields):
+    method: Literal["minmax", "entropy", "percentile"]
+    percentile: _Percentile
+
+
 class _Calibration(_Fields):
     weight_bits: Annotated[int, Field(ge=2, le=8)]
+    method: Literal["minmax", "entropy", "percentile", "auto"] = "minmax"
+    percentile: _Percentile = 100.0
+    #: What ``auto`` found.
+    chosen: _Chosen | None = None
+
+    @model_validator(mode="after")
+    def _chosen_by_auto(self) -> "_Calibration":
+        if self.method == "auto" and self.chosen is None:
+            raise ValueError("the method auto needs chosen")
+        return self
 
 
 class _QuantizeAware(_Fields):

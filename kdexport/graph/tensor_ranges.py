@@ -79,11 +79,14 @@ class _Collector:
 
 def ranges_of(found: dict[str, Histogram], method: Method, percentile: float) -> dict[str, Range]:
     """The range of each tensor by ``method``, from what ``observe`` returned; see ``calibrate``."""
+    return {name: range_of(own, method, percentile) for name, own in found.items()}
+
+
+def range_of(found: Histogram, method: Method, percentile: float) -> Range:
+    """The range of one tensor."""
     if method == "minmax":
-        return {name: Range(own.low, own.high) for name, own in found.items()}
-    if method == "entropy":
-        return {name: Range(*least_entropy(own)) for name, own in found.items()}
-    return {name: Range(*without_tails(own, percentile)) for name, own in found.items()}
+        return Range(found.low, found.high)
+    return Range(*(least_entropy(found) if method == "entropy" else without_tails(found, percentile)))
 
 
 def write_ranges(ranges: dict[str, Range], path: Path) -> None:

@@ -19,8 +19,8 @@ from kdexport.graph.tensor_ranges import read_ranges
 from kdexport.verify.check import Check, broken, check_at_most
 from kdexport.verify.rebuilt_graphs import RebuiltGraphs
 from kdexport.verify.reference import run_torch
-from kdexport.verify.simulation import Simulation
-from kdexport.verify.student_checks import BundleContext
+from kdexport.verify.simulation import EXTREMES, Simulation
+from kdexport.verify.student_checks import BundleContext, calibrated_by
 
 
 def check_agreement(
@@ -42,7 +42,9 @@ def check_agreement(
     expected = run_torch(graph, images)
     found = runner.run(context.probes.images, context.batches)[: len(images)].astype(np.float64)
     student = context.trained[form]
-    rounding = run_torch(Simulation(student, form, weight_bits=bits), images) - run_torch(student, images)
+    calibrated = calibrated_by(context.manifest).get(form, EXTREMES)
+    simulated = run_torch(Simulation(student, form, weight_bits=bits, ranges=calibrated), images)
+    rounding = simulated - run_torch(student, images)
     difference = found - expected
     rms, own = (float(np.sqrt(np.mean(np.square(values)))) for values in (difference, rounding))
     largest, own_largest = (float(np.abs(values).max()) for values in (difference, rounding))

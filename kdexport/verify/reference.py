@@ -14,8 +14,9 @@ from torch import Tensor, fx, nn
 from kdexport.backends.base import IN_ORDER
 from kdexport.data.preprocessing import Preprocessing
 from kdexport.graph.plan import PLAIN, LayerPlan
+from kdexport.graph.tensor_ranges import Method
 from kdexport.reparam.evaluation import in_float64
-from kdexport.verify.simulation import Simulation
+from kdexport.verify.simulation import EXTREMES, Simulation
 
 _ATEN = torch.ops.aten
 _RESHAPES = {
@@ -104,12 +105,13 @@ def make_reference(
     weight_bits: int = 8,
     plans: Mapping[str, LayerPlan] = MappingProxyType({}),
     trained: Mapping[str, nn.Module] = MappingProxyType({}),
+    ranges: Mapping[str, tuple[Method, float]] = MappingProxyType({}),
 ) -> Reference:
     """Run the unfused student (eval mode, float32 weights) and simulations of the fused one in ``forms``.
 
     ``plans`` are the precision plans by form; a form without one is not in it. ``trained`` are the students that
     quantize-aware training made, by form: their simulated error is still measured against the unfused student, and
-    includes what the training changed.
+    includes what the training changed. ``ranges`` are the methods of the calibration and their percentages, by form.
     """
     exact, added = run_exact(unfused, probes.images)
     return Reference(
@@ -117,7 +119,17 @@ def make_reference(
         added=added,
         unfused=run_torch(unfused, probes.images).astype(np.float32),
         simulated={
-            form: _simulate(trained.get(form, fused), form, probes, weight_bits, plans.get(form, PLAIN))
+            form: _simulate(
+                Simulation(
+                    trained.get(form, fused),
+                    form,
+                    # Only CPU kernels need fewer bits for weights: TensorRT does not add products in 16 bits.
+                    weight_bits=weight_bits if form == "int8-u8" else 8,
+                    plan=plans.get(form, PLAIN),
+                    ranges=ranges.get(form, EXTREMES),
+                ),
+                probes.images[: probes.real] if form.startswith("int8") else probes.images,
+            )
             for form in forms
             if form not in ("fp32", IN_ORDER)
         },
@@ -125,12 +137,8 @@ def make_reference(
     )
 
 
-def _simulate(fused: nn.Module, form: str, probes: Probes, weight_bits: int, plan: LayerPlan) -> Simulated:
-    integer = form.startswith("int8")
-    # Only CPU kernels need fewer bits for weights: TensorRT does not add products in 16 bits.
-    simulation = Simulation(fused, form, weight_bits=weight_bits if form == "int8-u8" else 8, plan=plan)
-    logits = run_torch(simulation, probes.images[: probes.real] if integer else probes.images)
-    return Simulated(logits.astype(np.float32), simulation.peak)
+def _simulate(simulation: Simulation, images: NDArray[np.float32]) -> Simulated:
+    return Simulated(run_torch(simulation, images).astype(np.float32), simulation.peak)
 
 
 def _in_order(fused: nn.Module, probes: Probes, exact: NDArray[np.float64]) -> FloatError:

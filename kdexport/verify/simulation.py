@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdexport.backends.base import IN_ORDER
 from kdexport.graph.plan import PLAIN, LayerPlan
+from kdexport.graph.tensor_ranges import Method, range_of
+from kdexport.graph.value_histograms import EMPTY, with_values
 from kdexport.reparam.expected import multiplied_weights
 
 _ATEN = torch.ops.aten
@@ -37,6 +39,8 @@ _BENDING = {
     _ATEN.hardswish.default, _ATEN.hardsigmoid.default, _ATEN.sigmoid.default, _ATEN.tanh.default, _ATEN.elu.default,
     _ATEN.leaky_relu.default, _ATEN.mish.default,
 }  # fmt: skip
+#: The ranges of a calibration by ``minmax``.
+EXTREMES: tuple[Method, float] = ("minmax", 100.0)
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 #: Not a form of an ONNX file: a GPU reads the factors of a float32 graph with 10 bits of mantissa.
 TF32 = "tf32"
@@ -54,11 +58,21 @@ class Simulation(nn.Module):
     int8-u8: the inputs of convolutions, linear layers, sums and concatenations have 256 levels between their extremes
     in the batch, and so do the logits. int8-s8: the inputs of convolutions and linear layers have 127 levels on each
     side of zero. In both, weights have ``weight_bits`` around zero and one scale for each output channel, and products
-    of two activations, norms and what reads only their results are float32.
+    of two activations, norms and what reads only their results are float32. With ``ranges`` of another method than
+    ``minmax``, with the percentage of ``percentile``, levels reach from end to end of the range that this method finds
+    in the batch, and values beyond it become its ends.
     ``plan`` scales layers before that, and keeps some in float32.
     """
 
-    def __init__(self, module: nn.Module, form: str, *, weight_bits: int = 8, plan: LayerPlan = PLAIN) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        form: str,
+        *,
+        weight_bits: int = 8,
+        plan: LayerPlan = PLAIN,
+        ranges: tuple[Method, float] = EXTREMES,
+    ) -> None:
         super().__init__()
         self._module = copy.deepcopy(module).float()
         parameters = dict(self._module.named_parameters())
@@ -67,7 +81,7 @@ class Simulation(nn.Module):
             multiplied = multiplied_weights(self._module)
             _name_products(self._module)
         _scale(parameters, plan)
-        self._form = form
+        self._form, self._ranges = form, ranges
         self._mode: _Rounding | _Quantizing | _Tf32 | _InOrder
         if form == TF32:
             self._mode = _Tf32()  # type: ignore[no-untyped-call]
@@ -79,7 +93,7 @@ class Simulation(nn.Module):
         else:
             kept = {parameters[name].untyped_storage().data_ptr() for name in plan.weights}
             stored = {value.untyped_storage().data_ptr() for value in self._module.state_dict().values()}
-            self._mode = _Quantizing(symmetric=form == "int8-s8", kept=kept, stored=stored)
+            self._mode = _Quantizing(symmetric=form == "int8-s8", kept=kept, stored=stored, ranges=ranges)
             quantized = (name for name in parameters if name in multiplied and name not in plan.weights)
             weights = (parameters[name] for name in quantized if parameters[name].dim() > 1)
             _replace(weights, lambda weight: _per_channel(weight, 2 ** (weight_bits - 1) - 1))
@@ -98,7 +112,7 @@ class Simulation(nn.Module):
         given = _exact(images.detach())
         with self._mode:
             logits = cast(Tensor, self._module(given))
-        return _asymmetric(logits) if self._form == "int8-u8" and not _is_exact(logits) else logits
+        return _asymmetric(logits, self._ranges) if self._form == "int8-u8" and not _is_exact(logits) else logits
 
 
 def _name_products(graph_module: fx.GraphModule) -> None:
@@ -144,16 +158,26 @@ def _per_channel(weight: Tensor, levels: int) -> Tensor:
     return (weight / scale).round() * scale
 
 
-def _symmetric(values: Tensor) -> Tensor:
-    scale = values.abs().max().clamp(min=1e-30) / 127
-    return (values / scale).round() * scale
+def _symmetric(values: Tensor, ranges: tuple[Method, float]) -> Tensor:
+    low, high = _ends(values, ranges)
+    scale = torch.maximum(low.abs(), high.abs()).clamp(min=1e-30) / 127
+    return (values / scale).round().clamp(-127, 127) * scale
 
 
-def _asymmetric(values: Tensor) -> Tensor:
-    low, high = values.min().clamp(max=0), values.max().clamp(min=0)
+def _asymmetric(values: Tensor, ranges: tuple[Method, float]) -> Tensor:
+    low, high = _ends(values, ranges)
+    low, high = low.clamp(max=0), high.clamp(min=0)
     scale = (high - low).clamp(min=1e-30) / 255
     zero = (-low / scale).round()
     return ((values / scale).round() + zero).clamp(0, 255).sub(zero) * scale
+
+
+def _ends(values: Tensor, ranges: tuple[Method, float]) -> tuple[Tensor, Tensor]:
+    """The ends of the range of ``values``, scalars."""
+    if ranges[0] == "minmax":
+        return values.min(), values.max()
+    found = range_of(with_values(EMPTY, values.detach().numpy()), *ranges)
+    return torch.tensor(found.low), torch.tensor(found.high)
 
 
 def round_tf32(values: Tensor) -> Tensor:
@@ -249,12 +273,20 @@ class _Quantizing(TorchDispatchMode):  # type: ignore[no-untyped-call]
     input unrounded there.
     """
 
-    def __init__(self, *, symmetric: bool, kept: Set[int], stored: Set[int] = frozenset()) -> None:
+    def __init__(
+        self,
+        *,
+        symmetric: bool,
+        kept: Set[int],
+        stored: Set[int] = frozenset(),
+        ranges: tuple[Method, float] = EXTREMES,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0.0
         self._symmetric = symmetric
         self._kept = kept
         self._stored = stored
+        self._ranges = ranges
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -296,7 +328,7 @@ class _Quantizing(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not isinstance(value, Tensor) or value.dtype != torch.float32 or value.dim() < 2:
             return value
         self.peak = _larger(self.peak, value)
-        return _symmetric(value) if self._symmetric else _asymmetric(value)
+        return _symmetric(value, self._ranges) if self._symmetric else _asymmetric(value, self._ranges)
 
 
 def _maps(arguments: Iterable[Any]) -> Iterator[Tensor]:

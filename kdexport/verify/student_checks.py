@@ -29,6 +29,7 @@ from kdexport.bundle.manifest import (
 from kdexport.checkpoint import load_strictly, load_tensors
 from kdexport.errors import CheckpointError, KdexportError
 from kdexport.graph.plan import PLAIN, LayerPlan, Weights
+from kdexport.graph.tensor_ranges import Method
 from kdexport.reparam.evaluation import in_float64
 from kdexport.reparam.expected import Structure, structure_of
 from kdexport.reparam.fold_student import certify_fold, fuse_student
@@ -125,7 +126,10 @@ def student_checks(
         return [broken("A", "student", error.message)], None
     policy, probes = stored_policy(manifest.data), make_probes(pixels, spec.preprocessing)
     plain, forms, bits = load_unfused(folder, spec), _forms(manifest), weight_bits(manifest)
-    reference = make_reference(plain, fused, probes, forms=forms, weight_bits=bits, plans=plans, trained=trained)
+    reference = make_reference(
+        plain, fused, probes, forms=forms, weight_bits=bits, plans=plans, trained=trained,
+        ranges=calibrated_by(manifest),
+    )  # fmt: skip
     merged = run_torch(exact.exact, probes.images.astype(np.float64))
     changed = [from_finding(name, _change(stored, trained[form])) for form, name in trained_weights(manifest).items()]
     checks = [weights, *changed, *rung_a(exact.certificate, merged, reference, probes, policy.A)]
@@ -181,6 +185,17 @@ def weight_bits(manifest: Manifest) -> int:
         if "calibration" in entry and parse_target(name).form == "int8-u8"
     )
     return int(next(found, 8))
+
+
+def calibrated_by(manifest: Manifest) -> dict[str, tuple[Method, float]]:
+    """The method by which the ranges of each int8 form were found, and its percentage."""
+    found: dict[str, tuple[Method, float]] = {}
+    for name, entry in manifest.targets.items():
+        stated = entry.get("calibration", {})
+        stated = stated.get("chosen", stated)
+        if "method" in stated:
+            found[parse_target(name).form] = (stated["method"], float(stated["percentile"]))
+    return found
 
 
 def check_algebra(folder: Path, manifest: Manifest, pixels: NDArray[np.uint8]) -> list[Check]:

@@ -104,7 +104,7 @@ TABLE = {
     "bundle/manifest.py": "bundle",
     "bundle/layout.py": FUSE,
     "precision_search": "search bundle",
-    "stats/logits.py": "search bundle",
+    "stats/logits.py": CALIBRATE,
     "stats/paired.py": "bundle",
     "stats/proportions.py": "bundle",
     "stats/sequential.py": "bundle",
@@ -113,7 +113,7 @@ TABLE = {
     "graph/audit.py": EXPORT,
     "graph/precision.py": EXPORT,
     "graph/tensor_ranges.py": EXPORT,
-    "graph/quantize.py": "search cast compile bundle",
+    "graph/quantize.py": CALIBRATE,
     # Ranges are measured again of what was scaled.
     "graph/equalise.py": EQUALISE,
     "graph/trace.py": EQUALISE,

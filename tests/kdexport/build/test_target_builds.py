@@ -25,6 +25,7 @@ from kdexport.timing.http_client import serving
 from kdexport.verify.check import Check
 from kdexport.verify.own_logits_checks import check_own_logits
 from kdexport.verify.policy import LowPolicy
+from kdexport.verify.student_checks import calibrated_by
 from kdexport.verify.verdict import replay
 from tests.conftest import Built, Command, run_command
 from tests.kdexport.optional_packages import require_openvino
@@ -96,6 +97,14 @@ def test_every_target_is_verified_or_marked_as_not_run(bundle: Path) -> None:
             chosen["divergence"].values()
         )
         assert len(chosen["divergence"]) == len(COMPARED)
+    # The simulation of rung C cuts off what the file cuts off.
+    assert calibrated_by(read_manifest(bundle)) == {
+        form: (entry["method"], entry["percentile"])
+        for form, entry in (
+            ("int8-u8", data["targets"]["onnx-int8"]["calibration"]["chosen"]),
+            ("int8-s8", data["targets"]["trt-rtx-int8"]["calibration"]["chosen"]),
+        )
+    }
     # Each form has its own.
     chosen = {name: data["targets"][name]["calibration"]["chosen"] for name in TARGETS if name.endswith("int8")}
     assert chosen["onnx-int8"] == chosen["openvino-int8"] != chosen["trt-rtx-int8"]

@@ -10,15 +10,16 @@ import onnx
 import pytest
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from kdexport.backends.ort import load_model
 from kdexport.graph.plan import Kept, LayerPlan
 from kdexport.graph.precision import cast_to_bf16, emulate_bf16
+from kdexport.graph.tensor_ranges import Method
 from kdexport.verify.parity import rung_c
 from kdexport.verify.policy import LowPolicy
-from kdexport.verify.simulation import Simulation
+from kdexport.verify.simulation import EXTREMES, Simulation
 from tests.kdexport.exported_students import images, small_graph, small_weights
 from tests.kdexport.verify.small_ladder import Ladder
 
@@ -81,6 +82,30 @@ def test_the_int8_simulation_is_the_one_written_out_by_layers(ladder: Ladder, fo
     noise = np.sqrt(np.mean((expected - exact) ** 2))
     assert 1e-3 < noise / np.abs(exact).max() < 0.2
     assert np.sqrt(np.mean((got - expected) ** 2)) < 0.3 * noise
+
+
+@pytest.mark.parametrize("form", ["int8-u8", "int8-s8"])
+@pytest.mark.parametrize(
+    ("method", "percentile", "better", "reach"), [("percentile", 99.9, 4, 5), ("entropy", 100, 1.2, 500)]
+)
+def test_values_beyond_the_range_of_the_method_become_its_ends(
+    form: str, method: Method, percentile: float, better: float, reach: float
+) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(512, 8, bias=False)
+    x = torch.randn(64, 512)
+    # Two values of 32,768: less than a thousandth of each side.
+    x[3, 7], x[5, 11] = 900.0, -700.0
+    with torch.no_grad():
+        exact = layer(x).double()
+        cut, wide = (Simulation(layer, form, ranges=own)(x).double() for own in ((method, percentile), EXTREMES))
+    others = [row for row in range(64) if row not in (3, 5)]
+    near, far = ((found - exact)[others].square().mean().sqrt() for found in (cut, wide))
+    # A level of the wide range is as large as the values themselves.
+    assert better * near < far
+    for row, place in ((3, 7), (5, 11)):
+        lost = ((cut - exact)[row] / layer.weight[:, place]).abs().mean()
+        assert abs(x[row, place]) - reach < lost < abs(x[row, place])
 
 
 @pytest.mark.parametrize("form", ["int8-u8", "int8-s8"])
