@@ -17,7 +17,7 @@ class CalibrationSettings(Settings):
     """``[calibration]``: how the range of each tensor is measured, always on training images."""
 
     #: ``auto`` compares the others, for each form of int8.
-    method: Literal["minmax", "entropy", "percentile", "auto"] = "minmax"
+    method: Literal["minmax", "entropy", "percentile", "auto"] = "auto"
     images: Annotated[int, Field(ge=1, le=100_000)] = 256
     #: For ``percentile``: the percentage of values inside the range of an activation.
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99

@@ -28,7 +28,7 @@ from kdexport.data.datasets import (
 from kdexport.data.preprocessing import Preprocessing
 from kdexport.errors import BundleError, KdexportError, MismatchError, VerificationError, first_line
 from kdexport.gate.arms import Artifact, Bundle
-from kdexport.stats.logits import COLLAPSED, logit_noise
+from kdexport.stats.logits import COLLAPSED, typical_noise
 from kdexport.stats.paired import drop_trials_needed, estimate_drop
 from kdexport.stats.proportions import ACCURACY_CONFIDENCE, Estimate, estimate_proportion, trials_needed
 from kdexport.stats.sequential import Verdict
@@ -109,8 +109,8 @@ def require_golden_logits(model: Artifact, bundle: Bundle, threads: int, *, on_g
     """Run the golden images on an arm as it is timed; raises ``VerificationError`` if its logits are another network's.
 
     What a bundle stores about itself proves nothing about the file that is timed. A target whose error limit is stored
-    in the bundle is held to it; any other to a noise below ``COLLAPSED`` of the signal. A target with golden logits of
-    its own is held to these too.
+    in the bundle is held to it; any other to a typical noise below ``COLLAPSED`` of the signal. A target with golden
+    logits of its own is held to these too.
     """
     exact = read_reference(bundle.folder)["logits"]
     golden = _golden_images(bundle, np.zeros(len(bundle.manifest.golden), np.int64))
@@ -127,12 +127,12 @@ def require_golden_logits(model: Artifact, bundle: Bundle, threads: int, *, on_g
     target = DEFAULT_TARGET if model.variant == "unfused" else model.target
     limit = stored_limit(bundle.folder, bundle.manifest, target)
     error = float(np.abs(logits.astype(np.float64) - exact).max())
-    noise = logit_noise(exact, logits.astype(np.float64))
+    noise = typical_noise(exact, logits.astype(np.float64))
     if not noise < COLLAPSED or (limit is not None and not error <= limit):
-        allowed = f"an error of {limit:.3g}" if limit is not None else f"{COLLAPSED:.0%} noise"
+        allowed = f"an error of {limit:.3g}" if limit is not None else f"{COLLAPSED:.0%}"
         raise VerificationError(
             f"{model.label} is not the network of its bundle: its logits of the golden images are off by {error:.3g}, "
-            f"{noise:.2%} of their spread (up to {allowed} allowed).",
+            f"those of half of the images by {noise:.2%} of their spread (up to {allowed} allowed).",
             remedy=f"Nothing was timed. Run kdexport verify {bundle.folder} for details.",
         )
     own = None if model.variant == "unfused" else own_logits(bundle.folder, bundle.manifest, model.target)

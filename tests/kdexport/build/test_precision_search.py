@@ -32,6 +32,7 @@ student = "mobilenetv2"
 recipe = "digits"
 
 [calibration]
+method = "minmax"
 images = 32
 
 [precision_search]

@@ -38,7 +38,7 @@ def dataset(tmp_path: Path) -> DatasetSpec:
 
 
 def calibration(dataset: DatasetSpec, digest: str = "0", **settings: object) -> Calibration:
-    found = CalibrationSettings.model_validate(settings)
+    found = CalibrationSettings.model_validate({"method": "minmax", **settings})
     return Calibration(settings=found, dataset=dataset, dataset_sha256=digest, preprocessing=PREPROCESSING)
 
 
