@@ -214,9 +214,11 @@ class Supervisor:
         while True:
             await asyncio.wait({process.channel.closed})
             self._processes.remove(process)
-            self._serving.set(len(self._processes))
             self._past = summed_metrics([self._past, process.counted], growing=True)
             how = await _end_of(process.child)
+            # Not before: a process that is killed loses its channel a moment before its socket, which still gets
+            # connections.
+            self._serving.set(len(self._processes))
             self._children.remove(process.child)
             _log.error("Process %d %s; it is started again.", process.number, how)
             now = time.monotonic()
