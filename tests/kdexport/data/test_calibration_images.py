@@ -16,6 +16,7 @@ from kdexport.bundle.manifest import RANGES
 from kdexport.data.calibration_images import Calibration, CalibrationSettings
 from kdexport.data.datasets import DatasetSpec
 from kdexport.data.preprocessing import Preprocessing
+from kdexport.graph import calibration_choice
 from kdexport.graph.tensor_ranges import read_ranges
 from kdexport.workspace import Workspace
 from tests.kdexport.build.given_steps import given_model
@@ -135,10 +136,13 @@ def test_the_chosen_method_is_beside_the_ranges_and_is_told(dataset: DatasetSpec
     found = json.loads(made.path.with_name("calibration.json").read_text())
     assert read_ranges(made.path.with_name(RANGES))
     told = stages.chosen_ranges(made)
-    values = [float(value) for value in re.findall(r"(?:minmax|entropy|percentile [\d.]+) ([\d.e-]+)", told)]
+    values = [
+        float(value) for value in re.findall(r"(?:minmax|entropy|percentile [\d.]+) ([\d.e-]+)", told.partition(";")[2])
+    ]
     assert values == sorted(values)
     assert len(values) == len(found["divergence"])
-    assert told.startswith("int8-s8: mean divergence from float32 on the calibration images in nats")
+    best = calibration_choice.name_of(found["method"], found["percentile"])
+    assert told.startswith(f"int8-s8: calibrated by {best}; mean divergence from float32 in nats: {best} ")
     found["divergence"]["minmax"] = None
     made.path.with_name("calibration.json").write_text(json.dumps(found))
     assert stages.chosen_ranges(made).endswith(", minmax not finite")
