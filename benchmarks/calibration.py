@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from int8_answers import answers_of
 from numpy.typing import NDArray
 
 from kdexport.checkpoint import load_student, open_checkpoint
@@ -19,7 +20,6 @@ from kdexport.graph.quantize import FORMS, quantize
 from kdexport.graph.tensor_ranges import observe, ranges_of, write_ranges
 from kdexport.reparam.fold_student import fuse_student
 from kdexport.stats.paired import estimate_drop
-from kdexport.verify.target_checks import open_file
 
 _BATCH = 16
 
@@ -38,10 +38,7 @@ def main() -> None:
             yield preprocessing.normalise(train.read(chosen[start : start + _BATCH], preprocessing))
 
     def answers(path: Path, form: str) -> NDArray[np.int64]:
-        model = open_file(path, form)
-        starts = range(0, len(judged), _BATCH)
-        read = (preprocessing.normalise(test.read(judged[s : s + _BATCH], preprocessing)) for s in starts)
-        return np.concatenate([model.logits(images).argmax(1) for images in read])
+        return answers_of(path, form, test, judged, preprocessing)
 
     with scratch_folder("calibration") as place:
         plain, ranges, path = place / "plain.onnx", place / "ranges.json", place / "int8.onnx"

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
+from int8_answers import answers_of
 from numpy.typing import NDArray
 
 from kdexport.backends.base import INPUT
@@ -24,10 +25,7 @@ from kdexport.graph.tensor_ranges import METHODS, calibrate
 from kdexport.graph.trained_weights import with_weights
 from kdexport.reparam.fold_student import fuse_student
 from kdexport.stats.paired import estimate_drop
-from kdexport.verify.target_checks import open_file
 from training.quantize_aware import TRAINED_RANGES, WEIGHTS, QuantizeAwareJob, train_quantize_aware
-
-_BATCH = 64
 
 
 def main() -> None:
@@ -43,10 +41,7 @@ def main() -> None:
     labels, bits = test.labels[judged], asked.weight_bits if form == "int8-u8" else 8
 
     def answers(path: Path, form: str) -> NDArray[np.int64]:
-        model = open_file(path, form)
-        starts = range(0, len(judged), _BATCH)
-        read = (preprocessing.normalise(test.read(judged[s : s + _BATCH], preprocessing)) for s in starts)
-        return np.concatenate([model.logits(images).argmax(1) for images in read])
+        return answers_of(path, form, test, judged, preprocessing)
 
     with scratch_folder("quantize-aware") as place:
         plain, even, ranges = place / "plain.onnx", place / "even.onnx", place / "ranges.json"

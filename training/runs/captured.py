@@ -96,6 +96,8 @@ class CapturedSteps:
         self._first_rows = torch.arange(most, device=device)
         #: The rows of the next steps.
         self._at = self._first_rows.clone()
+        #: Their learning rates. Not in the memory of a graph, which others overwrite: the optimiser's state is stored.
+        self._rates = torch.zeros(most, device=device)
         self._most, self._length = most, 1
         #: The steps of the epoch that were not started yet.
         self.left = 0
@@ -112,7 +114,7 @@ class CapturedSteps:
         """Fill the tables with what an epoch draws, and start at its first step."""
         filled = _Tables.of(plan, draws, self._batch_size)
         if self._tables is None:
-            self._tables = filled.to(self._device)
+            self._tables, self._rates = filled.to(self._device), self._rates.to(plan.rates.dtype)
         else:
             self._tables.copy_(filled)
         self._at.copy_(self._first_rows)
@@ -188,7 +190,7 @@ class CapturedSteps:
 
     def _body(self, count: int) -> None:
         assert self._tables is not None
-        rates = self._tables.rates.index_select(0, self._at[:count])
+        rates = torch.index_select(self._tables.rates, 0, self._at[:count], out=self._rates[:count])
         images, contexts = self._inputs(count)
         taught = self.step.teach(images)
         for index, context in enumerate(contexts):

@@ -113,7 +113,7 @@ def trained(
 ) -> tuple[dict[str, Tensor], list[Metrics]]:
     """All tensors after some epochs, those of the optimiser too, and the metrics of each epoch.
 
-    At most ``most`` steps are made at once by tables; 0 is the loop. With ``folder`` each epoch begins anew from there.
+    At most ``most`` steps are made at once by tables; 0 is the loop. With ``folder`` each epoch continues from there.
     """
     own = trainable(method, chosen, most, None, **changes)
     progress = EpochProgress("", steps_per_epoch=5, epochs=EPOCHS, done_epochs=0, batch_size=BATCH, quiet=True)
